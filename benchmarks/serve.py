@@ -22,7 +22,7 @@ from openm6.core.config import Config
 from openm6.core.device import resolve_device
 from openm6.energy.meter import open_meter
 from openm6.inference.decode import TextHead
-from openm6.inference.decode_batch import DecodeBatch, open_batch
+from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.sampling import Sampling
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
@@ -211,7 +211,7 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
     prompts = make_prompts(setting)
     ours, baseline = make_models(setting, device)
     # Opened once, because captured graphs belong to the server and not to its requests.
-    rows = open_batch(ours, setting.rows, -(-(setting.longest + setting.new_tokens + 1) // 64) * 64)
+    rows = DecodeBatch(ours, setting.rows, -(-(setting.longest + setting.new_tokens + 1) // 64) * 64)
     candidates: dict[str, Callable[[], dict[str, Any]]] = {
         "openm6": lambda: ours_run(rows, prompts, setting.new_tokens)
     }
@@ -303,7 +303,7 @@ def make_models(setting: ServeSetting, device: torch.device) -> tuple[TextHead, 
     baseline = open_baseline(backbone, embedding, setting.longest + setting.new_tokens + 64, device, dtype)
     backbone.to(device, dtype)
     weight = embedding.to(device, dtype)
-    return TextHead(backbone, weight, weight, None, None), baseline
+    return TextHead(backbone, weight, weight, None), baseline
 
 
 def ours_run(rows: DecodeBatch, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:

@@ -75,7 +75,12 @@ def assess(
     if len(known) == len(ranges) and not any(
         low / LENGTH_RATIO <= length <= high * LENGTH_RATIO for low, high in known
     ):
-        return _other_length(length, known)
+        shortest, longest = min(low for low, _ in known), max(high for _, high in known)
+        return Coverage(
+            f"not trained: the question has {length} words, and this model answers texts of {shortest} to "
+            f"{longest} words, which must contain the answer",
+            f"未学过：问题有{length}个词，该模型只学过回答{shortest}到{longest}个词的文本，且答案须在文本之中",
+        )
     if confidence is None or confidence >= MIN_CONFIDENCE:
         return Coverage()
     return Coverage(
@@ -122,15 +127,6 @@ def _other_words(fitting: list[Task]) -> Coverage:
     return Coverage(
         f"not trained: no prompt of this model has such words; it was trained on {listed['en']}",
         f"未学过：该模型从未见过这样的问法，训练时的问法是 {listed['zh']}",
-    )
-
-
-def _other_length(length: int, known: list[tuple[int, int]]) -> Coverage:
-    min_words, max_words = min(low for low, _ in known), max(high for _, high in known)
-    return Coverage(
-        f"not trained: the question has {length} words, and this model answers texts of {min_words} to "
-        f"{max_words} words, which must contain the answer",
-        f"未学过：问题有{length}个词，该模型只学过回答{min_words}到{max_words}个词的文本，且答案须在文本之中",
     )
 
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from openm6.core.errors import ConfigError
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
 from openm6.models.omni import Omni
 from openm6.nn.block import TransformerBlock
 from openm6.nn.cache import SlotCache
-from openm6.nn.config import Activation, ExpertsConfig
+from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP, activate
 from openm6.nn.moe import MoE
 from openm6.ops.matmul import grouped_mm
@@ -44,7 +45,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class TextHead:
-    """What generates text: a backbone, its token embedding and its head (V D each), the ids that open and close a text.
+    """What generates text: a backbone, its token embedding and its head (V D each), the id that closes a text.
 
     `suppress_tokens` (V bool) are ids that are never generated, or None.
     """
@@ -52,7 +53,6 @@ class TextHead:
     backbone: Backbone
     embedding: Tensor
     head: Tensor
-    start: int | None
     end: int | None
     suppress_tokens: Tensor | None = None
 
@@ -62,16 +62,18 @@ class TextHead:
         weight = omni.text.embedding.weight
         token = torch.arange(text.vocab_size, device=weight.device)
         suppress_tokens = (token >= text.first_special) & (token != text.end)
-        return cls(omni.backbone, weight, weight, text.start, text.end, suppress_tokens)
+        return cls(omni.backbone, weight, weight, text.end, suppress_tokens)
 
 
 class DecodeStep:
-    """Runs one new token of each row through all layers; row b uses slot b of the cache."""
+    """Runs one new token of each row through all layers; row b uses slot b of the cache.
+
+    `fixed` keeps every shape independent of what the rows hold.
+    """
 
     def __init__(
         self, text_head: TextHead, cache: SlotCache, precision: Precision = "float32", fixed: bool = False
     ) -> None:
-        """`fixed` keeps every shape independent of what the rows hold."""
         self.text_head, self.cache = text_head, cache
         self.backbone = text_head.backbone
         self.config = self.backbone.config
@@ -96,15 +98,27 @@ class DecodeStep:
 
     def states(self, x: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
         """Hidden states after the final norm of one embedded token per row.  # B D, B, B -> B D"""
-        rotary = self.cosine[position], self.sine[position]  # B 1 d/2
-        index = torch.arange(len(x), device=x.device), length
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        cosine, sine = self.cosine[position], self.sine[position]  # B 1 d/2
+        slot = torch.arange(len(x), device=x.device)
         hidden = torch.arange(longest, device=x.device) > length[:, None]  # B T
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, float("-inf"))
-        mask = mask[:, None, None, :]
+        mask = mask[:, None, None, :].expand(-1, -1, heads // kv_heads, -1)  # B 1 M T
         for layer_index in range(self.config.num_layers):
             layer = self._layer(layer_index)
-            normal = layer.block.attention_norm(x)
-            x = x + self._attend(normal, layer, layer_index, rotary, mask, index)
+            qkv = layer.qkv(layer.block.attention_norm(x)).unflatten(-1, (-1, self.config.head_dim))  # B H+2G d
+            qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)
+            if layer.qk_norm is not None:
+                qk = rms_norm(qk, layer.qk_norm, self.config.norm_eps)
+            query, key = rotate(qk, cosine, sine).split([heads, kv_heads], dim=1)
+            keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]  # S C G d
+            keys.index_put_((slot, length), key.to(keys.dtype))
+            values.index_put_((slot, length), value.to(values.dtype))
+            keys, values = (part[: len(x), :longest].transpose(1, 2) for part in (keys, values))  # B G T d
+            # The heads of a group become queries of one head: no copies of keys, and no slow path for groups.
+            grouped = query.unflatten(1, (kv_heads, -1)).to(keys.dtype)  # B G M d
+            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+            x = x + layer.output(attended.flatten(1).to(x.dtype))
             x = x + layer.mlp(layer.block.mlp_norm(x))
         states: Tensor = self.backbone.final_norm(x)
         return states
@@ -114,66 +128,26 @@ class DecodeStep:
         block = self.backbone.block(layer_index)
         key = layer_index, block.attention.qkv
         if key not in self._layers:
-            self._layers[key] = self._new_layer(block)
+            self._layers[key] = _Layer(block, self.config, self.precision, self.fixed)
         return self._layers[key]
 
-    def _new_layer(self, block: TransformerBlock) -> _Layer:
-        norms, mlp, precision = block.qk_norm, block.mlp, self.precision
-        return _Layer(
-            block,
-            None if norms is None else norms(self.config.num_heads, self.config.num_kv_heads).detach(),
-            matrix_of(block.attention.qkv, precision),
-            matrix_of(block.attention.output, precision),
-            _Sparse(mlp, precision, self.fixed) if isinstance(mlp, MoE) else _Dense(mlp, precision),
-        )
 
-    def _attend(
-        self,
-        x: Tensor,
-        layer: _Layer,
-        layer_index: int,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor,
-        index: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = layer.qkv(x).unflatten(-1, (-1, self.config.head_dim))  # B D -> B H+2G d
-        qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)
-        if layer.qk_norm is not None:
-            qk = rms_norm(qk, layer.qk_norm, self.config.norm_eps)
-        query, key = rotate(qk, *rotary).split([heads, kv_heads], dim=1)
-        keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]  # S C G d
-        keys.index_put_(index, key.to(keys.dtype))
-        values.index_put_(index, value.to(values.dtype))
-        longest = mask.shape[-1]
-        keys, values = (part[: len(x), :longest].transpose(1, 2) for part in (keys, values))  # B G T d
-        # The heads of a group become queries of one head: no copies of keys, and no slow path for groups.
-        grouped = query.unflatten(1, (kv_heads, -1)).to(keys.dtype)  # B G M d
-        mask = mask.expand(-1, -1, grouped.shape[2], -1)
-        answer = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return layer.output(answer.flatten(1).to(x.dtype))
-
-
-@dataclass(frozen=True)
 class _Layer:
     """References to the weights of one layer, quantized if asked for."""
 
-    block: TransformerBlock
-    qk_norm: Tensor | None  # H+G d
-    qkv: Matrix
-    output: Matrix
-    mlp: _Dense | _Sparse
+    def __init__(self, block: TransformerBlock, config: BackboneConfig, precision: Precision, fixed: bool) -> None:
+        norms, mlp = block.qk_norm, block.mlp
+        self.block = block
+        self.qk_norm = None if norms is None else norms(config.num_heads, config.num_kv_heads).detach()  # H+G d
+        self.qkv = matrix_of(block.attention.qkv, precision)
+        self.output = matrix_of(block.attention.output, precision)
+        self.mlp = _Sparse(mlp, precision, fixed) if isinstance(mlp, MoE) else _dense(mlp, precision)
 
 
-class _Dense:
+def _dense(part: MLP, precision: Precision) -> Matrix:
     """A dense feed-forward network, or the shared experts."""
-
-    def __init__(self, part: MLP, precision: Precision) -> None:
-        self.up, self.down = matrix_of(part.up, precision), matrix_of(part.down, precision)
-        self.activation: Activation = part.config.hidden_act
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(activate(self.up(x), self.activation))
+    up, down = matrix_of(part.up, precision), matrix_of(part.down, precision)
+    return lambda x: down(activate(up(x), part.config.hidden_act))
 
 
 class _Sparse:
@@ -185,7 +159,7 @@ class _Sparse:
         self.router, self.bias = part.router.weight.detach().float(), part.router.bias  # E D in fp32, E
         stack = QuantizedStack if precision == "int8" else PlainStack
         self.up, self.down = stack(experts.up.detach()), stack(experts.down.detach())  # E D P, E F D
-        self.shared = None if shared is None else _Dense(shared, precision)
+        self.shared = None if shared is None else _dense(shared, precision)
         self.fixed = fixed
         # Sorting can be recorded in a graph if it is one kernel, in bfloat16 alone.
         self.captured = isinstance(self.up, PlainStack) and experts.up.dtype == torch.bfloat16
@@ -200,7 +174,12 @@ class _Sparse:
         by_all = self.fixed or meets_all_experts(
             len(x), x.is_cuda, self.captured, config.num_experts, config.experts_per_token
         )
-        y = self._by_all(x, gate, chosen) if by_all else self._sorted(x, gate, chosen)
+        if by_all:
+            y = self._by_all(x, gate, chosen)
+        else:
+            plan = dropless_permutation(chosen, config.num_experts)
+            hidden = activate(self.up.grouped(permute(x, plan), plan.counts), config.hidden_act)
+            y = unpermute(self.down.grouped(hidden, plan.counts), gate, plan)
         return y if self.shared is None else y + self.shared(x)
 
     def _by_all(self, x: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:
@@ -213,11 +192,6 @@ class _Sparse:
         if isinstance(self.down, PlainStack):  # one product does the sum, too
             return hidden.transpose(0, 1).flatten(1) @ self.down.weight.flatten(0, 1)  # B E·F -> B D
         return self.down.each(hidden).sum(0)  # E B D -> B D
-
-    def _sorted(self, x: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:
-        plan = dropless_permutation(chosen, self.config.num_experts)
-        hidden = activate(self.up.grouped(permute(x, plan), plan.counts), self.config.hidden_act)
-        return unpermute(self.down.grouped(hidden, plan.counts), gate, plan)
 
 
 def meets_all_experts(rows: int, on_gpu: bool, captured: bool, experts: int, choices: int) -> bool:
@@ -269,11 +243,9 @@ class QuantizedStack:
         self.matrices = [QuantizedMatrix(matrix.t()) for matrix in weight]
 
     def each(self, x: Tensor) -> Tensor:
-        """Rows of every expert times its matrix.  # E B I -> E B O"""
         return torch.stack([matrix(rows) for matrix, rows in zip(self.matrices, x.unbind(), strict=True)])
 
     def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Consecutive groups of rows, each times the matrix of its own expert.  # R I, E -> R O"""
         parts = rows.split(counts.tolist())
         return torch.cat([matrix(part) for matrix, part in zip(self.matrices, parts, strict=True) if len(part)])
 

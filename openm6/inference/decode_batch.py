@@ -49,7 +49,16 @@ class DecodeSequence:
 
 
 class DecodeBatch:
-    """A decode batch: slots 0 to n-1 of a cache are active; the last sequence moves into the slot of one that ends."""
+    """A decode batch: slots 0 to n-1 of a cache are active; the last sequence moves into the slot of one that ends.
+
+    On a GPU passes are replayed, unless layers are offloaded, which a graph cannot wait for; sizes are rounded up to a
+    few, each captured when it first occurs. A graph holds addresses: of the cache, of the state, of its own outputs,
+    all of which stay where they are. Its sizes are constants, so they are its key.
+
+    `batch_invariant` pads every pass to whole multiples of 16 rows and runs all experts; a graph is padded to the
+    largest number of rows. Padding rows write to slots that are not in use; their state is set again when a sequence
+    takes the slot.
+    """
 
     def __init__(
         self,
@@ -59,16 +68,13 @@ class DecodeBatch:
         precision: Precision = "float32",
         batch_invariant: bool = False,
     ) -> None:
-        """`batch_invariant` pads every pass to whole multiples of 16 rows and runs all experts.
-
-        Padding rows write to slots that are not in use; their state is set again when a sequence takes the slot.
-        """
-        self.text_head = text_head
-        self.batch_invariant = batch_invariant
-        slots = -(-max_num_seqs // PADDED_ROWS) * PADDED_ROWS if batch_invariant else max_num_seqs
-        self.capacity = max_num_seqs
+        self.text_head, self.capacity, self.batch_invariant = text_head, max_num_seqs, batch_invariant
+        self.graphed = text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
+        slots = self._padded(max_num_seqs)
         self.cache = text_head.backbone.new_cache(slots, max_model_len)
-        self.decode_step = DecodeStep(text_head, self.cache, precision, batch_invariant)
+        self.decode_step = DecodeStep(text_head, self.cache, precision, batch_invariant and not self.graphed)
+        self.graphs: dict[tuple[int, int, SamplingMode], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.graphed else None
         self.rows: list[DecodeSequence] = []
         device = self.cache.keys.device
         self.token, self.position, self.length, self.seed, self.draw, self.active, self.top_k = (
@@ -117,16 +123,34 @@ class DecodeBatch:
     @torch.inference_mode()
     def step(self) -> list[DecodeSequence]:
         """Sample the next token of every sequence; return those that have ended or reached their bound."""
-        count = len(self.rows)
+        count, capacity = len(self.rows), self.cache.capacity
         longest = max(self.cache.lengths[:count]) + 1
-        longest = min(-(-longest // STRIDE) * STRIDE, self.cache.capacity)
-        sampled, logits = self._run(self._padded(count), longest, self._mode())
+        longest = min(-(-longest // STRIDE) * STRIDE, capacity)
+        run = self._replay if self.graphed else self._run
+        sampled, logits = run(self._padded(count), longest, self._mode())
         logits, sampled = logits[:count], sampled[:count]
         scores = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(-1)  # B
-        return self._update(sampled.tolist(), scores.tolist(), logits)
+        ended = []
+        for slot, (row, token, score) in enumerate(zip(self.rows, sampled.tolist(), scores.tolist(), strict=True)):
+            row.token = token
+            row.position += 1
+            self.cache.lengths[slot] += 1
+            row.tokens.append(token)
+            row.nll -= score
+            if row.top is not None:
+                all_scores = logits[slot].log_softmax(-1)  # V
+                best = all_scores.topk(row.top)
+                likely = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+                row.scores.append((float(all_scores[token]), likely))
+            full = self.cache.lengths[slot] + 1 >= capacity
+            if token == self.text_head.end or len(row.tokens) >= row.sampling.max_tokens or full:
+                ended.append(row)
+        return ended
 
     def _padded(self, count: int) -> int:
         """Rows of a pass with `count` active ones."""
+        if self.graphed:
+            return next(size for size in BATCHES if size >= (self.capacity if self.batch_invariant else count))
         return -(-count // PADDED_ROWS) * PADDED_ROWS if self.batch_invariant else count
 
     def _mode(self) -> SamplingMode:
@@ -161,57 +185,8 @@ class DecodeBatch:
         noise = gumbel(self.seed[:batch], self.draw[:batch], logits.shape[-1])
         return torch.where(temperature > 0, scores + noise, logits).argmax(-1)
 
-    def _update(self, sampled: list[int], scores: list[float], logits: Tensor) -> list[DecodeSequence]:
-        ended = []
-        for slot, (row, token) in enumerate(zip(self.rows, sampled, strict=True)):
-            row.token = token
-            row.position += 1
-            self.cache.lengths[slot] += 1
-            row.tokens.append(token)
-            row.nll -= scores[slot]
-            if row.top is not None:
-                row.scores.append(_score(logits[slot], token, row.top))
-            full = self.cache.lengths[slot] + 1 >= self.cache.capacity
-            if token == self.text_head.end or len(row.tokens) >= row.sampling.max_tokens or full:
-                ended.append(row)
-        return ended
-
-
-def _score(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    """Log-probability of a token, and ids and log-probabilities of the `top` most likely.  # V"""
-    scores = logits.log_softmax(-1)
-    best = scores.topk(top)
-    return float(scores[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-
-
-class GraphedDecodeBatch(DecodeBatch):
-    """`DecodeBatch` whose passes are replayed; sizes are rounded up to a few, each captured when it first occurs.
-
-    A graph holds addresses: of the cache, of the state, of its own outputs, all of which stay where they are. Its
-    sizes are constants, so they are its key. The one wait of a step is the reading of the sampled tokens.
-    """
-
-    def __init__(
-        self,
-        text_head: TextHead,
-        max_num_seqs: int,
-        max_model_len: int,
-        precision: Precision = "bfloat16",
-        batch_invariant: bool = False,
-    ) -> None:
-        """`batch_invariant` uses the largest number of rows in every pass."""
-        slots = next(size for size in BATCHES if size >= max_num_seqs)
-        super().__init__(text_head, slots, max_model_len, precision)
-        self.capacity = max_num_seqs
-        self.largest_only = batch_invariant
-        self.graphs: dict[tuple[int, int, SamplingMode], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def _padded(self, count: int) -> int:
-        slots = self.cache.slots
-        return slots if self.largest_only else min(slots, next(size for size in BATCHES if size >= count))
-
-    def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
+    def _replay(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
+        """As `_run`, with a graph of at least so many keys."""
         longest = min(self.cache.capacity, next((size for size in KEYS if size >= longest), self.cache.capacity))
         key = (batch, longest, mode)
         if key not in self.graphs:
@@ -231,25 +206,12 @@ class GraphedDecodeBatch(DecodeBatch):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), sdpa_kernel(ATTENTION):
             for _ in range(3):
-                super()._run(batch, longest, mode)
+                self._run(batch, longest, mode)
                 for part, old in zip(state, before, strict=True):
                     part.copy_(old)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
         with recording, sdpa_kernel(ATTENTION):
-            sampled, logits = super()._run(batch, longest, mode)
+            sampled, logits = self._run(batch, longest, mode)
         return graph, sampled, logits
-
-
-def open_batch(
-    text_head: TextHead,
-    max_num_seqs: int,
-    max_model_len: int,
-    precision: Precision = "float32",
-    batch_invariant: bool = False,
-) -> DecodeBatch:
-    """Return the fastest decode batch for the model's device; a graph cannot wait for offloaded layers."""
-    graphed = text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
-    kind = GraphedDecodeBatch if graphed else DecodeBatch
-    return kind(text_head, max_num_seqs, max_model_len, precision, batch_invariant)

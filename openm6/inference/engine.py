@@ -25,16 +25,15 @@ import torch
 
 from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
-from openm6.inference.decode_batch import DecodeSequence, open_batch
+from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt, passes_of, prefill_all, prompt_length, run_block
 from openm6.inference.sampling import Sampling
-from openm6.modalities.batch import PackedExample, build_sequence, collate
+from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import Histogram, NumbersOut
 from openm6.modalities.pool import POOL, pooled
 from openm6.modalities.registry import source_segments
-from openm6.modalities.text import Text
 from openm6.models.omni import Omni
 from openm6.nn.cache import SlotCache
 from openm6.ops.sequence import SequenceMeta
@@ -64,7 +63,7 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
     # On a GPU each size of a pass is captured in a graph of its own, which one call would seldom replay: use one size.
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
-    batch = open_batch(text_head, size, longest + sampling.max_tokens + 2, batch_invariant=one_size)
+    batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, batch_invariant=one_size)
     waiting, found = deque(range(len(prompts))), dict[int, GeneratedText]()
     while waiting or batch.rows:
         joining = [waiting.popleft() for _ in range(min(batch.free, len(waiting)))]
@@ -74,14 +73,11 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
             own = sampling.model_copy(update={"seed": sampling.seed + index})
             batch.add(index, own, position, loaded.text.start)
         for row in batch.step():
-            found[row.key] = _generated(loaded.text, row)
+            # Decoding leaves the end token out.
+            text = loaded.text.decode(row.tokens)
+            found[row.key] = GeneratedText(text, confidence_of(row.nll, len(row.tokens)))
             batch.remove(row)
     return [found[index] for index in range(len(prompts))]
-
-
-def _generated(text: Text, row: DecodeSequence) -> GeneratedText:
-    tokens = row.tokens[:-1] if row.tokens[-1] == text.end else row.tokens
-    return GeneratedText(text.decode(tokens), confidence_of(row.nll, len(row.tokens)))
 
 
 def predict_distributions(omni: Omni, prompts: list[Prompt], targets: list[Segment]) -> list[Histogram]:
@@ -157,24 +153,12 @@ def embed_tokens(loaded: LoadedModel, inputs: Sequence[list[Segment]]) -> np.nda
     """As `embed`, of inputs that are source tokens already.  # -> B E"""
     pool = loaded.pool
     found = [np.zeros((0, pool.size), np.float32)]
-    for rows in packed_rows([build_sequence(pooled(segments)) for segments in inputs]):
+    sequences = [build_sequence(pooled(segments)) for segments in inputs]
+    packed = list(passes_of(sequences, list(map(len, sequences)), ROW_TOKENS))
+    for start in range(0, len(packed), MAX_ROWS):
+        rows = packed[start : start + MAX_ROWS]
         batch = collate(rows, max(sum(map(len, row)) for row in rows)).to(loaded.omni.device)
         hidden, _ = loaded.omni(batch.groups, batch.meta)  # R S D
         vectors = pool.vectors(hidden.flatten(0, 1)[batch.groups[POOL].index])
         found.append(vectors.cpu().numpy())
     return np.concatenate(found)
-
-
-def packed_rows(sequences: list[PackedExample]) -> list[list[list[PackedExample]]]:
-    """Split sequences, in order, into passes of a few rows."""
-    passes: list[list[list[PackedExample]]] = []
-    free = 0
-    for sequence in sequences:
-        if len(sequence) > free:
-            if not passes or len(passes[-1]) == MAX_ROWS:
-                passes.append([])
-            passes[-1].append([])
-            free = max(ROW_TOKENS, len(sequence))
-        passes[-1][-1].append(sequence)
-        free -= len(sequence)
-    return passes

@@ -19,13 +19,7 @@ from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import PoolAdapter
 from openm6.modalities.registry import Modalities
 from openm6.modalities.text import Text
-from openm6.models.description import (
-    MODEL_FILE,
-    TOKENIZER_FILE,
-    CheckpointConfig,
-    build_model,
-    read_description,
-)
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model, read_description
 from openm6.models.omni import Omni
 
 

@@ -11,7 +11,6 @@ stay as they are, so inpainting is the same loop.
 from __future__ import annotations
 
 import math
-from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,27 +25,17 @@ from openm6.models.omni import Omni
 from openm6.nn.cache import SlotCache
 
 
-@dataclass(eq=False)
 class MaskedDecodeState:
     """Codes being decoded on a device. `slot` holds the prompt (None: there is none), `position` follows it."""
 
-    key: Any
-    target: Segment
-    sampling: MaskedSampling
-    slot: int | None
-    position: int
-    device: InitVar[torch.device | str]
-    codes: Tensor = field(init=False)  # N G
-    unknown: Tensor = field(init=False)  # N
-    first_unknown: int = field(init=False)
-    step: int = 0
-    draws: int = 0
-
-    def __post_init__(self, device: torch.device | str) -> None:
-        self.unknown = torch.from_numpy(self.target.arrays["is_masked"]).to(device)
-        codes = torch.from_numpy(self.target.arrays["codes"]).to(device)
-        self.codes = codes.masked_fill(self.unknown[:, None], 0)
+    def __init__(
+        self, key: Any, target: Segment, sampling: MaskedSampling, slot: int | None, position: int, device: torch.device
+    ) -> None:
+        self.key, self.target, self.sampling, self.slot, self.position = key, target, sampling, slot, position
+        self.unknown = torch.from_numpy(target.arrays["is_masked"]).to(device)  # N
+        self.codes = torch.from_numpy(target.arrays["codes"]).to(device).masked_fill(self.unknown[:, None], 0)  # N G
         self.first_unknown = int(self.unknown.sum())
+        self.step = self.draws = 0
 
     @property
     def progress(self) -> float:
@@ -84,7 +73,20 @@ def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -
     codes = torch.stack([state.codes for state in states])  # B N G
     unknown = torch.stack([state.unknown for state in states])  # B N
     guided = [row for row, state in enumerate(states) if state.sampling.guidance > 0]
-    hidden = _hidden_states(omni, cache, states, guided, codes, unknown)  # R N D
+    # With each prompt, then without it for those that are guided.
+    rows = [*range(len(states)), *guided]
+    slots = [state.slot for state in states] + [None] * len(guided)
+    starts = [state.position for state in states] + [0] * len(guided)
+    # States of one size have the same grid, but may differ in the embeddings of its cells.
+    positions = np.concatenate([states[row].target.arrays["positions"] for row in rows])
+    flat = codes[rows].flatten(0, 1)
+    arrays = {
+        "shown": flat,
+        "codes": flat,
+        "is_masked": unknown[rows].flatten(),
+        "positions": torch.from_numpy(positions).to(codes.device),
+    }
+    hidden = run_block(omni, cache, slots, starts, states[0].target, arrays)  # R N D
     sampled, confidence = _sample(omni, states, guided, hidden, codes)
     codes = torch.where(unknown[..., None], sampled, codes)
     unknown = _still_unknown(states, confidence, unknown)
@@ -92,30 +94,6 @@ def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -
     for state, own, mask in zip(states, codes, unknown, strict=True):
         state.codes, state.unknown = own, mask
     return [state for state, more in zip(states, left, strict=True) if not more]
-
-
-def _hidden_states(
-    omni: Omni,
-    cache: SlotCache,
-    states: list[MaskedDecodeState],
-    guided: list[int],
-    codes: Tensor,
-    unknown: Tensor,
-) -> Tensor:
-    """Hidden states of all positions with each prompt, then without it for those that are guided.  # -> R N D"""
-    rows = [*range(len(states)), *guided]
-    slots = [state.slot for state in states] + [None] * len(guided)
-    starts = [state.position for state in states] + [0] * len(guided)
-    flat = codes[rows].flatten(0, 1)
-    # States of one size have the same grid, but may differ in the embeddings of its cells.
-    positions = np.concatenate([states[row].target.arrays["positions"] for row in rows])
-    arrays = {
-        "shown": flat,
-        "codes": flat,
-        "is_masked": unknown[rows].flatten(),
-        "positions": torch.from_numpy(positions).to(codes.device),
-    }
-    return run_block(omni, cache, slots, starts, states[0].target, arrays)
 
 
 def _sample(

@@ -59,28 +59,21 @@ class OffloadedInference(LayerExecutor):
         if self._open is not None:
             self.store.close(self.records.index(self._open))
         self._open = None  # also if reading fails
-        self.store.plan(self._uses(layer))
-        _set_matrices(blocks[layer], self._parameters_of(group, self.store.open(self.records.index(group))))
-        self._open = group
-        return blocks[layer]
-
-    def _parameters_of(self, group: int, stored: dict[str, Slots]) -> dict[str, nn.Parameter]:
-        """Return the group's weights in a buffer, always the same objects for the same memory."""
+        # One round of uses from this layer on; after the last layer comes the first of the next pass.
+        groups = (*self.config.layer_groups[layer:], *self.config.layer_groups[:layer])
+        self.store.plan([Use(self.records.index(one), whole=False) for one in groups if one not in self.on_device])
+        stored = self.store.open(self.records.index(group))
+        # Always the same objects for the same memory.
         key = group, next(iter(stored.values()))[WEIGHT].data_ptr()
         if key not in self._parameters:
             self._parameters[key] = {
                 name: nn.Parameter(slots[WEIGHT], requires_grad=False) for name, slots in stored.items()
             }
-        return self._parameters[key]
-
-    def _uses(self, layer: int) -> list[Use]:
-        """One round of uses from this layer on; after the last layer comes the first of the next pass."""
-        groups = self.config.layer_groups
-        return [
-            Use(self.records.index(group), whole=False)
-            for group in (*groups[layer:], *groups[:layer])
-            if group not in self.on_device
-        ]
+        for name, parameter in self._parameters[key].items():
+            path, _, leaf = name.rpartition(".")
+            setattr(blocks[layer].get_submodule(path), leaf, parameter)
+        self._open = group
+        return blocks[layer]
 
     def _open_store(self, blocks: Sequence[TransformerBlock]) -> WeightStore:
         """Open a store of the dtype that the rest of the backbone has."""
@@ -105,12 +98,6 @@ class OffloadedInference(LayerExecutor):
         prefix = f"backbone.layers.{self.config.group_layers[self.records[record]]}"
         for name, slots in stored.items():
             read_weight(self.reader, f"{prefix}.{name}", slots[WEIGHT])
-
-
-def _set_matrices(block: TransformerBlock, parameters: dict[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(path), leaf, parameter)
 
 
 def place_offloaded(

@@ -54,29 +54,17 @@ def units_of(prompt: Prompt) -> list[Unit]:
 
     A separate pass for each part makes its bits the same whether or not the parts before it came from the cache.
     """
-    groups: list[list[Segment]] = []
+    units: list[Unit] = []
     for segment in prompt:
-        if segment.placement == "part" or not groups:
-            groups.append([segment])
-        else:
-            groups[-1].append(segment)
-    found, key = [], b""
-    for segments in groups:
-        key = _digest(segments, key)
-        found.append(Unit(segments, key))
-    return found
-
-
-def _digest(segments: list[Segment], before: bytes) -> bytes:
-    """A digest of everything that the tokens hold (kinds, shapes and bytes of all arrays) and of what was before."""
-    digest = hashlib.sha256(before)
-    for segment in segments:
-        about = f"{segment.kind} {segment.span} {segment.placement} {segment.moves} {len(segment)}"
-        digest.update(about.encode())
+        # Of everything that the tokens hold: kinds, shapes and bytes of all arrays.
+        digest = hashlib.sha256(units[-1].key if units else b"")
+        digest.update(f"{segment.kind} {segment.span} {segment.placement} {segment.moves} {len(segment)}".encode())
         for name, array in sorted([*segment.arrays.items(), ("grid", segment.grid)]):
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())
-    return digest.digest()
+        before = [] if segment.placement == "part" or not units else units.pop().segments
+        units.append(Unit([*before, segment], digest.digest()))
+    return units
 
 
 def _run_units(
@@ -174,12 +162,7 @@ def prompt_length(prompt: Prompt) -> int:
 
 
 def run_block(
-    omni: Omni,
-    cache: SlotCache,
-    slots: list[int | None],
-    starts: list[int],
-    like: Segment,
-    arrays: dict[str, Tensor],
+    omni: Omni, cache: SlotCache, slots: list[int | None], starts: list[int], like: Segment, arrays: dict[str, Tensor]
 ) -> Tensor:
     """Hidden states of one private block of tokens per row, after the prompt in a slot, which stays as it is.
 

@@ -120,41 +120,25 @@ def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     These are the text of the question if it has one. Without one, or if the text does not name the number to
     predict, they are the prompt of the first trained task with the same input and output.
     """
-    parts = _input_parts(question, loaded)
+    parts: list[Part] = []
+    if question.image is not None:
+        parts.append(Part("image", read_media(loaded.image, Path(question.image)), {"mask_box": question.mask_box}))
+    if question.audio is not None:
+        parts.append(Part("audio", read_media(loaded.audio, Path(question.audio)), {"mask_span": question.mask_span}))
+    # The number that is not an input, and that a text alone must name.
+    is_column = question.output == "numbers" and (question.series is None or question.numbers is not None)
+    column = question.target_column() if is_column else ""
+    rest = {name: value for name, value in (question.numbers or {}).items() if name != column}
+    parts += [Part("numbers", rest)] if rest else []
+    parts += [] if question.series is None else [Part("numbers", question.series)]
     if question.text is None:
         before, after = _trained_prompt(question, loaded)
-    elif parts or not _needs_prompt(question):
+    elif parts or column in question.text or column.replace("_", " ") in question.text:
         before, after = "", (" " if parts else "") + question.text
     else:
         first, last = (Part("text", words, {"cuttable": ()}) for words in _trained_prompt(question, loaded))
         return [join_texts(join_texts(first, Part("text", question.text)), last)]
     return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
-
-
-def _input_parts(question: Question, loaded: LoadedModel) -> list[Part]:
-    """Image, audio and numbers."""
-    parts: list[Part] = []
-    if question.image is not None:
-        content = read_media(loaded.image, Path(question.image))
-        parts.append(Part("image", content, {"mask_box": question.mask_box}))
-    if question.audio is not None:
-        content = read_media(loaded.audio, Path(question.audio))
-        parts.append(Part("audio", content, {"mask_span": question.mask_span}))
-    if question.numbers is not None:
-        target = question.target_column() if question.output == "numbers" else None
-        rest = {name: value for name, value in question.numbers.items() if name != target}
-        parts += [Part("numbers", rest)] if rest else []
-    if question.series is not None:
-        parts.append(Part("numbers", question.series))
-    return parts
-
-
-def _needs_prompt(question: Question) -> bool:
-    """Whether a number is asked for that the text does not name."""
-    if question.output != "numbers":
-        return False
-    column = question.target_column()
-    return all(name not in (question.text or "") for name in (column, column.replace("_", " ")))
 
 
 def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import soundfile
-import torch
 
 from openm6.core.errors import ConfigError
 from openm6.core.files import check_writable, replace_bytes, replace_text
@@ -20,7 +19,7 @@ from openm6.inference.load import LoadedModel, load
 from openm6.inference.masked import decode_masked
 from openm6.inference.question import Question, prompt_parts
 from openm6.inference.sampling import Decoding
-from openm6.modalities.audio import RATE, Audio
+from openm6.modalities.audio import RATE
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import NumberSeries
@@ -30,11 +29,7 @@ SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".fla
 
 
 def generate(
-    path: Path,
-    question: Question,
-    decoding: Decoding,
-    out: Path | None = None,
-    num_gpu_layers: int | None = None,
+    path: Path, question: Question, decoding: Decoding, out: Path | None = None, num_gpu_layers: int | None = None
 ) -> str:
     """Ask the model of a run or checkpoint; return the text to print, and write `out` if it is given.
 
@@ -68,7 +63,12 @@ def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding,
             (masked,) = (part for part in parts if part.modality == question.output)
             target = modality.target(masked.raw, options=masked.options)
         codes = decode_masked(loaded.omni, [prompt], [target], decoding.masked)[0].cpu()
-        replace_bytes(out, _file_content(modality, codes, out.suffix.lower()))
+        buffer, suffix = io.BytesIO(), out.suffix.lower()
+        if isinstance(modality, Image):
+            modality.decode(codes).save(buffer, format=PIL.Image.registered_extensions()[suffix])
+        else:
+            soundfile.write(buffer, modality.decode(codes), RATE, format=suffix[1:])
+        replace_bytes(out, buffer.getvalue())
         answer = f"wrote {out}"
     else:
         if question.output == "text":
@@ -81,16 +81,6 @@ def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding,
     if not found.trained:
         get_log().warning(found.en)
     return answer
-
-
-def _file_content(modality: Image | Audio, codes: torch.Tensor, suffix: str) -> bytes:
-    """An image or recording as the bytes of a file with that suffix."""
-    buffer = io.BytesIO()
-    if isinstance(modality, Image):
-        modality.decode(codes).save(buffer, format=PIL.Image.registered_extensions()[suffix])
-    else:
-        soundfile.write(buffer, modality.decode(codes), RATE, format=suffix[1:])
-    return buffer.getvalue()
 
 
 def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> str:

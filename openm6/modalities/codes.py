@@ -20,16 +20,7 @@ from torch import Tensor, nn
 
 from openm6.codecs.base import Codec
 from openm6.core.seeds import content_key
-from openm6.modalities.interface import (
-    NO_OPTIONS,
-    OWN_ORIGIN,
-    Adapter,
-    Arrays,
-    Modality,
-    Options,
-    Rng,
-    Segment,
-)
+from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Arrays, Modality, Options, Rng, Segment
 from openm6.ops.losses import grouped_cross_entropy
 from openm6.ops.quantize import cell_values, unpack
 
@@ -119,12 +110,7 @@ def inpainting_masks(region: np.ndarray, mask_context: bool, rng: Rng) -> tuple[
 
 
 def masked_arrays(
-    codes: np.ndarray,
-    mask: np.ndarray,
-    learn: np.ndarray,
-    positions: np.ndarray,
-    codebook_size: int,
-    rng: Rng,
+    codes: np.ndarray, mask: np.ndarray, learn: np.ndarray, positions: np.ndarray, codebook_size: int, rng: Rng
 ) -> tuple[Arrays, np.ndarray]:
     """Return the arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
     shown, learn = codes.copy(), learn.copy()

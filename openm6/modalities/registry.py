@@ -73,8 +73,7 @@ class ModalitiesConfig(Config):
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
     prompt_attention: PromptAttention = Field(
-        default="bidirectional",
-        description="block: each part of a prompt attends to itself and those before it",
+        default="bidirectional", description="block: each part of a prompt attends to itself and those before it"
     )
 
 

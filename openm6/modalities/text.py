@@ -15,17 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from openm6.core.errors import ConfigError, DataError
-from openm6.modalities.interface import (
-    NO_OPTIONS,
-    Adapter,
-    Cuttable,
-    Modality,
-    Options,
-    Part,
-    Rng,
-    Segment,
-    line,
-)
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Cuttable, Modality, Options, Part, Rng, Segment, line
 from openm6.ops.losses import linear_cross_entropy
 
 # The character of a text that becomes the mask token.
@@ -38,9 +28,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

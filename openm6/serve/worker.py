@@ -23,7 +23,7 @@ from openm6.core.log import get_log
 from openm6.energy.meter import Meter
 from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
-from openm6.inference.decode_batch import DecodeSequence, open_batch
+from openm6.inference.decode_batch import DecodeBatch, DecodeSequence
 from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import MaskedDecodeState, masked_step
@@ -164,7 +164,7 @@ class Worker:
     def __init__(self, loaded: LoadedModel, config: EngineConfig, meter: Meter) -> None:
         self.loaded, self.config = loaded, config
         text_head = TextHead.of(loaded.omni, loaded.text)
-        self.text = open_batch(
+        self.text = DecodeBatch(
             text_head, config.max_num_seqs, config.max_model_len, config.weights, config.batch_invariant
         )
         self.slots = loaded.omni.backbone.new_cache(config.max_num_media + 1, config.max_model_len)

@@ -20,7 +20,7 @@ from benchmarks.serve import (
     ours_run,
 )
 from benchmarks.serve import compare as compare_text
-from openm6.inference.decode_batch import open_batch
+from openm6.inference.decode_batch import DecodeBatch
 
 TUNED = QwenBaseline.batching_settings
 TINY = ServeSetting(
@@ -33,7 +33,7 @@ def test_text_is_the_same_as_the_baselines() -> None:
     prompts = make_prompts(TINY)
     text_head, baseline = make_models(TINY, torch.device("cpu"))
     assert baseline is not None
-    rows = open_batch(text_head, 3, 64)
+    rows = DecodeBatch(text_head, 3, 64)
     assert ours_run(rows, prompts, TINY.new_tokens)["tokens"] == TINY.requests * TINY.new_tokens
     ids = torch.tensor([prompts[0]])
     theirs = baseline.model.generate(
@@ -45,20 +45,21 @@ def test_text_is_the_same_as_the_baselines() -> None:
         pad_token_id=0,
     )
     from_us: list[int] = []
-    rows = open_batch(text_head, 1, 64)
+    rows = DecodeBatch(text_head, 1, 64)
     run_one(rows, prompts[0], from_us)
     assert theirs[0, len(prompts[0]) :].tolist() == from_us
 
 
 def run_one(rows, prompt, found) -> None:
     """The tokens that our rows give to one prompt."""
-    original = rows._update
+    original = rows.step
 
-    def noted(sampled, scores, logits):
-        found.extend(sampled)
-        return original(sampled, scores, logits)
+    def noted():
+        ended = original()
+        found.extend(row.token for row in rows.rows)
+        return ended
 
-    rows._update = noted
+    rows.step = noted
     ours_run(rows, [prompt], 5)
 
 
@@ -114,7 +115,7 @@ def test_the_core_is_enough() -> None:
 def test_prompts_wait_for_their_moment() -> None:
     text_head, _ = make_models(TINY, torch.device("cpu"))
     moments = arrival_moments(TINY.requests, 50.0)
-    seen = answer_prompts(open_batch(text_head, 3, 64), make_prompts(TINY), TINY.new_tokens, moments)
+    seen = answer_prompts(DecodeBatch(text_head, 3, 64), make_prompts(TINY), TINY.new_tokens, moments)
     assert all(seen.first[number] >= moment for number, moment in enumerate(moments))
     assert all(seen.last[number] >= seen.first[number] for number in seen.first) and seen.tokens == 20
 

@@ -39,7 +39,7 @@ def test_the_step_is_the_backbone(shape: dict, fixed: bool) -> None:
     config = BackboneConfig(hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, **shape)
     backbone = Backbone(config).requires_grad_(False)
     embedding = torch.randn(50, 64)
-    text_head = TextHead(backbone, embedding, embedding, None, None)
+    text_head = TextHead(backbone, embedding, embedding, None)
     ids, lengths = torch.randint(0, 50, (3, 9)), (8, 3, 5)
     cache = backbone.new_cache(4, 32)
     for row, length in enumerate(lengths):
@@ -84,7 +84,7 @@ def test_int8_decoding_reads_no_expert_in_full(experts: int) -> None:
     torch.manual_seed(1)
     backbone = Backbone(BackboneConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, **shape))
     embedding = torch.randn(50, 32)
-    text_head = TextHead(backbone.eval(), embedding, embedding, 0, 1)
+    text_head = TextHead(backbone.eval(), embedding, embedding, 1)
     arguments = (
         torch.tensor([3, 4, 5]),
         torch.zeros(3, dtype=torch.int64),

@@ -9,19 +9,11 @@ import torch
 from openm6.core.errors import ConfigError, DataError
 from openm6.evaluate.likelihood import sequence_nll
 from openm6.inference import engine
-from openm6.inference.engine import (
-    MAX_ROWS,
-    ROW_TOKENS,
-    embed,
-    packed_rows,
-    predict_distributions,
-    score_candidates,
-)
-from openm6.inference.prefill import Prompt, prefill
+from openm6.inference.engine import embed, predict_distributions, score_candidates
+from openm6.inference.prefill import Prompt, passes_of, prefill
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.pool import pooled
 from openm6.modalities.registry import PromptAttention, source_segments
 from tests.data.sample_images import png, wav
 from tests.inference.reference import hidden_states
@@ -125,7 +117,9 @@ def test_every_modality_has_a_vector_of_length_one() -> None:
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
-def test_a_crowd_changes_nothing() -> None:
+@pytest.mark.parametrize("row", [512, 20])  # tokens: one pass, and several
+def test_a_crowd_changes_nothing(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "ROW_TOKENS", row)
     crowd = embed(embedding_model(), [*INPUTS, *INPUTS * 3])
     alone = [embed(embedding_model(), [parts])[0] for parts in INPUTS]
     assert crowd[: len(INPUTS)] == pytest.approx(np.stack(alone), abs=1e-5)
@@ -135,14 +129,11 @@ def test_nothing_in_gives_nothing_out() -> None:
     assert embed(embedding_model(), []).shape == (0, 16)
 
 
-def test_inputs_keep_their_order_over_rows_and_passes() -> None:
-    text = modalities()["text"]
-    lengths = [200, 100, 300, 400, 10, ROW_TOKENS + 50, 1, 500, 500, 500]
-    sequences = [build_sequence(pooled([text.source("a" * length)])) for length in lengths]
-    passes = packed_rows(sequences)
-    assert [sequence for part in passes for row in part for sequence in row] == sequences
-    assert all(len(part) <= MAX_ROWS for part in passes) and len(passes) > 1
-    assert all(sum(map(len, row)) <= ROW_TOKENS or len(row) == 1 for part in passes for row in part)
+def test_passes_keep_the_order_and_their_bound() -> None:
+    lengths = [200, 100, 300, 400, 10, 550, 1, 500, 500, 500]
+    passes = list(passes_of(lengths, lengths, 500))
+    assert [length for few in passes for length in few] == lengths
+    assert all(sum(few) <= 500 or len(few) == 1 for few in passes) and len(passes) < len(lengths)
 
 
 def test_a_model_without_the_lesson_says_what_it_needs() -> None:
