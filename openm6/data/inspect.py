@@ -268,12 +268,7 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
         return None
     horizon = min(HORIZON, length // 20)
     config = WindowsConfig(
-        path=rows.path,
-        columns=numbers,
-        time=time,
-        group=group,
-        context=CONTEXT * horizon // HORIZON,
-        horizon=horizon,
+        path=rows.path, columns=numbers, time=time, group=group, context=CONTEXT * horizon // HORIZON, horizon=horizon
     )
     series = DatasetReport(f"{rows.name}_series", rows.path, config.kind, rows=rows.rows, sampled=rows.rows)
     series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}

@@ -24,15 +24,7 @@ from openm6.data.records import (
     RowReader,
     decode_utf8,
 )
-from openm6.data.source import (
-    Neighbour,
-    Source,
-    SourceConfig,
-    Split,
-    present_split,
-    rows_by_hash,
-    split_named,
-)
+from openm6.data.source import Neighbour, Source, SourceConfig, Split, present_split, rows_by_hash, split_named
 from openm6.data.storage import TableFolder, find_files, is_remote, open_binary
 from openm6.data.table import Table, TableConfig, TableSource
 from openm6.data.text_tables import CsvConfig, JsonlConfig

@@ -60,12 +60,7 @@ class Packer:
     """
 
     def __init__(
-        self,
-        transform: ExampleTransform,
-        config: PackingConfig,
-        quarantine: Quarantine,
-        rank: int = 0,
-        size: int = 1,
+        self, transform: ExampleTransform, config: PackingConfig, quarantine: Quarantine, rank: int = 0, size: int = 1
     ) -> None:
         self.transform = transform
         self.config = config

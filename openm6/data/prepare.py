@@ -39,10 +39,7 @@ def null_example(example: Example, source_name: str) -> Example:
 
 
 def example_sequence(
-    example: Example,
-    modalities: Modalities,
-    rng: np.random.Generator | None = None,
-    weight: float = 1.0,
+    example: Example, modalities: Modalities, rng: np.random.Generator | None = None, weight: float = 1.0
 ) -> PackedExample:
     """The example as tokens; a generator means training.
 

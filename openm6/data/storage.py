@@ -121,11 +121,7 @@ _FOREIGN: list[tuple[tuple[bytes, ...], tuple[str, ...], str]] = [
     ((b"fLaC", b"OggS", b"ID3"), AUDIO_ENDINGS, _AUDIO),
     ((b"%PDF",), (), "a PDF: write its tables or texts into a CSV"),
     # The first bytes are those of the container of .xls.
-    (
-        (b"\xd0\xcf\x11\xe0",),
-        (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"),
-        "a spreadsheet: export the sheet as CSV",
-    ),
+    ((b"\xd0\xcf\x11\xe0",), (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"), "a spreadsheet: export the sheet as CSV"),
     ((), (".docx", ".odt", ".rtf", ".pptx"), "a document: write its tables or texts into a CSV"),
     ((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!"), (".zip", ".7z", ".rar"), _ARCHIVE),
     (

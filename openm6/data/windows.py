@@ -81,8 +81,7 @@ def _parse_texts(texts: list[str], where: str, time_format: str | None) -> list[
     if not fitting:
         # The first cell that the form of most cells does not parse.
         best = max(
-            (_plain_number, *_FORMS.values()),
-            key=lambda parse: sum(_parses([text], parse) for text in texts[:TRIED]),
+            (_plain_number, *_FORMS.values()), key=lambda parse: sum(_parses([text], parse) for text in texts[:TRIED])
         )
         row = next((row for row, text in enumerate(texts) if not _parses([text], best)), 0)
         raise DataError(

@@ -160,10 +160,7 @@ TASKS = {
         summary="Apply a mixture of two styles to an image",
         inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
         target=Derived("image", style_mixing),
-        prompts={
-            "en": ("{image} mixing {reference} and {second}",),
-            "zh": ("{image} 混合 {reference} 和 {second}",),
-        },
+        prompts={"en": ("{image} mixing {reference} and {second}",), "zh": ("{image} 混合 {reference} 和 {second}",)},
         needs_negatives=True,
     ),
     "background_replacement": Task(

@@ -11,19 +11,13 @@ TASKS = {
         summary="Name the object in an image",
         inputs={"image": IMAGE},
         target=LABEL,
-        prompts={
-            "en": ("{image} What is this?", "{image} Name it."),
-            "zh": ("{image} 这是什么？", "{image} 叫什么？"),
-        },
+        prompts={"en": ("{image} What is this?", "{image} Name it."), "zh": ("{image} 这是什么？", "{image} 叫什么？")},
     ),
     "image_captioning": Task(
         summary="Caption an image",
         inputs={"image": IMAGE},
         target=Text("text", max_tokens=64),
-        prompts={
-            "en": ("{image} Describe the picture.", "{image} Caption:"),
-            "zh": ("{image} 描述这张图片。",),
-        },
+        prompts={"en": ("{image} Describe the picture.", "{image} Caption:"), "zh": ("{image} 描述这张图片。",)},
     ),
     "image_categorization": Task(
         summary="Name the category of an image",
@@ -55,10 +49,7 @@ TASKS = {
         summary="Generate an image from a text",
         inputs={"text": TEXT},
         target=IMAGE,
-        prompts={
-            "en": ("draw {text}", "Draw {text}.", "A picture of {text}"),
-            "zh": ("画{text}", "画一个{text}。"),
-        },
+        prompts={"en": ("draw {text}", "Draw {text}.", "A picture of {text}"), "zh": ("画{text}", "画一个{text}。")},
     ),
     "image_inpainting": Task(
         summary="Generate the masked region of an image",

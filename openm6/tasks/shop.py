@@ -82,10 +82,7 @@ TASKS = {
         summary="Predict the price of a product from image and title",
         inputs={"image": IMAGE, "title": TEXT},
         target=PRICE,
-        prompts={
-            "en": ("{image} {title} What is its {column}?",),
-            "zh": ("{image} {title} {column}是多少？",),
-        },
+        prompts={"en": ("{image} {title} What is its {column}?",), "zh": ("{image} {title} {column}是多少？",)},
     ),
     "demand_forecasting": Task(
         summary="Forecast the sales of a product",

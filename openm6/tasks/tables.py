@@ -23,10 +23,7 @@ TASKS = {
         summary="Predict one column from a text and the other columns",
         inputs={"text": TEXT, "numbers": Numbers(min_columns=2)},
         target=NUMBER,
-        prompts={
-            "en": ("{text} {numbers} What is its {column}?",),
-            "zh": ("{text} {numbers} {column}是多少？",),
-        },
+        prompts={"en": ("{text} {numbers} What is its {column}?",), "zh": ("{text} {numbers} {column}是多少？",)},
     ),
     "time_series_forecasting": Task(
         summary="Forecast the next steps of a series",

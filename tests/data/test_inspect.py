@@ -70,13 +70,7 @@ def test_a_shop_with_troubles(shop):
     assert found.unused == ["seller"]
     assert (found.unreadable, found.broken) == (1, 4)
     reasons = " | ".join(found.problems)
-    for wanted in (
-        "7 cells where the header has 6",
-        "no file '6.png'",
-        "shop/5: the image",
-        "'cheap'",
-        "not UTF-8",
-    ):
+    for wanted in ("7 cells where the header has 6", "no file '6.png'", "shop/5: the image", "'cheap'", "not UTF-8"):
         assert wanted in reasons
     assert {
         "image_categorization",
@@ -101,9 +95,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     parts = [Component(source=sources[part.source], task=part.task) for part in recipe.mixture]
     quarantine = Quarantine(limit=recipe.max_broken, minimum=50)
     packer = Packer(
-        ExampleTransform(MixtureSampler(parts, 0), modalities(), 0, {}),
-        PackingConfig(batch_size=1),
-        quarantine,
+        ExampleTransform(MixtureSampler(parts, 0), modalities(), 0, {}), PackingConfig(batch_size=1), quarantine
     )
     while quarantine.seen < 60:
         next(packer.batches())
@@ -112,10 +104,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
 
 def test_a_folder_of_tables_with_test_parts(tmp_path):
     for part, count in (("train", 30), ("test", 10)):
-        rows = {
-            "text_en": [f"words {n} of the {part} part" for n in range(count)],
-            "label": ["x", "y"] * (count // 2),
-        }
+        rows = {"text_en": [f"words {n} of the {part} part" for n in range(count)], "label": ["x", "y"] * (count // 2)}
         pq.write_table(pa.table(rows), tmp_path / f"notes-{part}.parquet")
     inspection = inspect_path(str(tmp_path))
     (found,) = inspection.datasets

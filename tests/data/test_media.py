@@ -116,12 +116,7 @@ def test_samples_of_several_shards(tmp_path):
     assert len(source) == 3
     assert source[2] == {"id": "shop/2", "image": png(), "text_en": "thing 2", "label": "7"}
     mapped = open_tar(tmp_path, fields=Fields(text_zh="txt", numbers=["price"], extra=["seller"]))
-    assert mapped[1] == {
-        "id": "shop/1",
-        "text_zh": "thing 1",
-        "numbers": {"price": 1.0},
-        "extra": {"seller": "Jo"},
-    }
+    assert mapped[1] == {"id": "shop/1", "text_zh": "thing 1", "numbers": {"price": 1.0}, "extra": {"seller": "Jo"}}
 
 
 def test_names_with_dots_and_parts_that_are_missing(tmp_path):

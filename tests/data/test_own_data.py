@@ -65,12 +65,7 @@ def test_the_recipe_is_trained_as_it_stands(recipe, tmp_path):
     """By the page's own command, but for the sizes and the time."""
     words = re.search(r"`openm6 (train my.yaml .*?)`", PAGE)[1].split()
     small = [f"model.overrides.{size}" for size in ("hidden_size=64", "num_layers=1", "num_heads=2", "num_kv_heads=1")]
-    small += [
-        "modalities.text.vocab_size=400",
-        "packing.batch_size=1",
-        "loop.steps=12",
-        "loop.tensorboard=false",
-    ]
+    small += ["modalities.text.vocab_size=400", "packing.batch_size=1", "loop.steps=12", "loop.tensorboard=false"]
     shown = CliRunner().invoke(app, [*words, *small])
     assert shown.exit_code == 0, shown.output
     run = tmp_path / "runs" / "my"

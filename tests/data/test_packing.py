@@ -160,8 +160,7 @@ def test_what_is_too_long_is_set_aside_with_advice_and_is_not_broken(tmp_path: P
 
 def test_records_that_are_all_too_long_end_the_search() -> None:
     with pytest.raises(
-        TrainingError,
-        match=r"no record of images/text_to_image can be used; .* do not fit a row of 48: raise",
+        TrainingError, match=r"no record of images/text_to_image can be used; .* do not fit a row of 48: raise"
     ):
         batches(drawing(IMAGES, 48, Quarantine(limit=1.0)), 1)
 

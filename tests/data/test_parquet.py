@@ -194,10 +194,7 @@ class FakeDataset:
     def __getitem__(self, key: int) -> dict[str, object]:
         if key == 2:
             raise ValueError("bad page")
-        return {
-            "photo": {"bytes": png(), "path": None} if not self.features["photo"].decode else object(),
-            "kind": key,
-        }
+        return {"photo": {"bytes": png(), "path": None} if not self.features["photo"].decode else object(), "kind": key}
 
     def cast_column(self, column: str, feature: object) -> FakeDataset:
         return FakeDataset({**self.features, column: feature})
@@ -233,11 +230,7 @@ def saved(tmp_path):
             "title": datasets.Value("string"),
         }
     )
-    rows = {
-        "photo": [{"bytes": png(), "path": None}] * 40,
-        "kind": [0, 1] * 20,
-        "title": [f"t{n}" for n in range(40)],
-    }
+    rows = {"photo": [{"bytes": png(), "path": None}] * 40, "kind": [0, 1] * 20, "title": [f"t{n}" for n in range(40)]}
     whole = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"train": whole, "validation": whole.select(range(5))}).save_to_disk(str(tmp_path / "pets"))
     return str(tmp_path / "pets")

@@ -25,12 +25,7 @@ from tests.data.sample_images import png
 from tests.small_model import modalities
 
 RECORDS = [
-    {
-        "id": f"r{n}",
-        "image": png(("red", "blue")[n % 2]),
-        "text_en": f"a red thing, number {n}",
-        "label": "red",
-    }
+    {"id": f"r{n}", "image": png(("red", "blue")[n % 2]), "text_en": f"a red thing, number {n}", "label": "red"}
     for n in range(12)
 ]
 
@@ -51,8 +46,7 @@ def alike(first: PackedExample, second: PackedExample) -> bool:
 
 
 @pytest.mark.parametrize(
-    "task",
-    ["image_classification", "text_to_image", "image_text_matching", "image_inpainting", "text_denoising"],
+    "task", ["image_classification", "text_to_image", "image_text_matching", "image_inpainting", "text_denoising"]
 )
 def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
     draws = [SampleIndex(0, 0, n, n) for n in range(6)]
@@ -72,8 +66,7 @@ def is_null(sequence: PackedExample) -> bool:
 
 
 @pytest.mark.parametrize(
-    "task",
-    ["image_classification", "text_to_image", "image_inpainting", "text_denoising", "tabular_to_image"],
+    "task", ["image_classification", "text_to_image", "image_inpainting", "text_denoising", "tabular_to_image"]
 )
 def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
     maker = transform(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])

@@ -13,16 +13,7 @@ from hypothesis import strategies as st
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
 from openm6.data import records
-from openm6.data.records import (
-    Fields,
-    RowReader,
-    as_bytes,
-    as_list,
-    as_number,
-    as_numbers,
-    as_series,
-    as_text,
-)
+from openm6.data.records import Fields, RowReader, as_bytes, as_list, as_number, as_numbers, as_series, as_text
 
 
 def no_files(name: str, limit: int) -> bytes:
@@ -119,15 +110,7 @@ def reader(fields: Fields | None, columns: list[str] = COLUMNS) -> RowReader:
 
 def test_a_row_through_named_columns():
     fields = Fields(image="photo", text_en="title", numbers=["price", "rating"], label="category", extra=["seller"])
-    row = {
-        "photo": "a.png",
-        "title": "cup",
-        "price": "3.5",
-        "rating": "",
-        "category": "x",
-        "id": 7,
-        "seller": "Jo",
-    }
+    row = {"photo": "a.png", "title": "cup", "price": "3.5", "rating": "", "category": "x", "id": 7, "seller": "Jo"}
     assert reader(fields).read(row) == {
         "id": "7",
         "image": b"file a.png",
@@ -160,13 +143,7 @@ def test_a_key_that_no_task_reads_is_not_accepted(key):
 
 
 def test_canonical_columns_need_no_fields():
-    row = {
-        "text_en": "a",
-        "num_names": ["x", "y"],
-        "num_values": [1.0, None],
-        "extra": '{"k": 1}',
-        "kind": "text",
-    }
+    row = {"text_en": "a", "num_names": ["x", "y"], "num_values": [1.0, None], "extra": '{"k": 1}', "kind": "text"}
     found = reader(None, list(row)).read(row)
     assert found == {"text_en": "a", "numbers": {"x": 1.0, "y": None}, "extra": {"k": 1}}
 

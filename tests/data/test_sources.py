@@ -88,11 +88,7 @@ def test_every_config_survives_its_own_dump(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", sorted(set(SOURCES) - {"embedded", "pairs", "datasets"}))
 def test_nothing_at_the_path(kind, tmp_path):
-    given = {
-        "kind": kind,
-        "path": str(tmp_path / "none"),
-        **({"columns": ["a"]} if kind == "windows" else {}),
-    }
+    given = {"kind": kind, "path": str(tmp_path / "none"), **({"columns": ["a"]} if kind == "windows" else {})}
     with pytest.raises(OpenM6Error, match="none"):
         open_sources(build(Recipe, {"sources": {"x": given}}, "r.yaml").sources, "train")
 
@@ -102,10 +98,7 @@ def test_nothing_at_the_path(kind, tmp_path):
     [
         ({"a": {"kind": "pairs", "left": "a", "right": "a"}}, "circle: a → a"),
         (
-            {
-                "emoji": {"kind": "embedded", "name": "emoji"},
-                "p": {"kind": "pairs", "left": "emoij", "right": "emoji"},
-            },
+            {"emoji": {"kind": "embedded", "name": "emoji"}, "p": {"kind": "pairs", "left": "emoij", "right": "emoji"}},
             "'emoji'",
         ),
     ],
@@ -205,10 +198,7 @@ def test_keys_can_be_chosen():
     [
         ({"key": "labl"}, "no record key; did you mean 'label'"),
         ({"left_keys": ["imag"]}, "no record key; did you mean 'image'"),
-        (
-            {"key": "tags_en"},
-            "key 'tags_en' holds no single text, so records cannot be joined by it: use one of",
-        ),
+        ({"key": "tags_en"}, "key 'tags_en' holds no single text, so records cannot be joined by it: use one of"),
         ({"key": "numbers"}, "key 'numbers' holds no single text"),
         ({"key": "image"}, "key 'image' holds no single text"),
         ({"key": "answer"}, "no 'answer' of 'left' is found"),
@@ -223,11 +213,7 @@ def test_a_broken_partner_is_no_value_and_stops_nothing():
     """Whoever asks for a column must not fall over one broken record; drawing it still tells of it."""
     left = ListConfig(records=[{"id": "a", "label": "x"}, None, {"id": "b", "label": "y"}])
     right = ListConfig(records=[{"id": "c", "label": "x"}, {"id": "d", "label": "y"}])
-    configs = {
-        "left": left,
-        "right": right,
-        "pairs": PairsConfig(left="left", right="right", right_keys=["id"]),
-    }
+    configs = {"left": left, "right": right, "pairs": PairsConfig(left="left", right="right", right_keys=["id"])}
     sources = open_sources(configs, "train")
     assert sources["left"].values("label") == ["x", None, "y"]
     assert sources["pairs"].values("label") == ["x", "y"]

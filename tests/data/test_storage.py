@@ -96,10 +96,7 @@ FILES = {
     "word.wav": (wav(), "an audio file: put audio files into a folder"),
     "shop.csv.gz": (gzip.compress(b"a,b\n"), "compressed: unpack it first"),
     "shop.tar.gz": (gzip.compress(b"a,b\n"), "compressed: unpack it first"),
-    "list.json": (
-        json.dumps([{"a": 1}]).encode(),
-        "JSON: write one object per line and call the file .jsonl",
-    ),
+    "list.json": (json.dumps([{"a": 1}]).encode(), "JSON: write one object per line and call the file .jsonl"),
     "notes.txt": (b"some words\n", "a text: call it .csv if it is a table"),
     "model.pkl": (b"\x80\x04\x95", "a pickle, which may run any code and is never opened"),
     "paper.pdf": (b"%PDF-1.7", "a PDF"),

@@ -65,12 +65,7 @@ def test_a_machine_state_follows_from_its_readings() -> None:
         numbers = record["numbers"]
         worn, hot = numbers["vibration_mm_s"] > SHAKEN, numbers["temperature_c"] > HOT
         idle = numbers["load_percent"] < IDLE
-        expected = {
-            "worn bearing": worn,
-            "overheated": hot,
-            "idle": idle,
-            "normal": not (worn or hot or idle),
-        }
+        expected = {"worn bearing": worn, "overheated": hot, "idle": idle, "normal": not (worn or hot or idle)}
         assert expected[record["label"]] and sum(expected.values()) == 1
 
 

@@ -176,10 +176,7 @@ def test_a_file_without_a_header_is_refused_until_its_columns_are_named(tmp_path
     ):
         open_csv(path, fields=Fields(numbers=["5.1"]))
     source = open_csv(path, fields=Fields(numbers=["length", "width"]), columns=["length", "width"])
-    assert [source[n]["numbers"] for n in range(2)] == [
-        {"length": 5.1, "width": 3.5},
-        {"length": 4.9, "width": 3.0},
-    ]
+    assert [source[n]["numbers"] for n in range(2)] == [{"length": 5.1, "width": 3.5}, {"length": 4.9, "width": 3.0}]
     with pytest.raises(DataError, match="no row of .* fits: line 1 has 2 cells where `columns` names 3"):
         open_csv(path, fields=Fields(numbers=["length"]), columns=["length", "width", "kind"])
 
@@ -230,12 +227,7 @@ def test_broken_lines_are_broken_alone(tmp_path):
     path.write_bytes(b'{"text_en": "a"}\n{"text_en": \n[1]\n{"text_en": "\xff"}\n' + deep + b'\n\n{"text_en": "b"}\n')
     source = open_jsonl(path)
     assert len(source) == 6
-    for index, reason in (
-        (1, "line 2 .*not JSON"),
-        (2, "line 3 .*not a JSON object"),
-        (3, "not UTF-8"),
-        (4, "line 5"),
-    ):
+    for index, reason in ((1, "line 2 .*not JSON"), (2, "line 3 .*not a JSON object"), (3, "not UTF-8"), (4, "line 5")):
         with pytest.raises(DataError, match=reason):
             source[index]
     assert source.values("text_en") == ["a", None, None, None, None, "b"]

@@ -130,11 +130,7 @@ def test_a_broken_line_or_one_without_its_group_breaks_no_other(tmp_path, group)
 
 @pytest.mark.parametrize(
     "settings, reason",
-    [
-        ({"columns": ["c"]}, "no column 'c'"),
-        ({"context": 100}, "lower context"),
-        ({"time": "b"}, "empty cells"),
-    ],
+    [({"columns": ["c"]}, "no column 'c'"), ({"context": 100}, "lower context"), ({"time": "b"}, "empty cells")],
 )
 def test_windows_that_cannot_be(table, settings, reason):
     with pytest.raises(DataError, match=reason):
@@ -225,11 +221,7 @@ def test_months_before_days_or_after_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("cells", "time_format", "sentence"),
     [
-        (
-            ["2024-01-01", "2024-01-02", "soon"],
-            None,
-            "holds 'soon' in row 2, which is not a number or date like",
-        ),
+        (["2024-01-01", "2024-01-02", "soon"], None, "holds 'soon' in row 2, which is not a number or date like"),
         (["1", "2", "x"], None, "holds 'x' in row 2"),
         (["13/01/2024", "01/13/2024"], None, 'such as time_format: "%m/%d/%Y"'),
         (["1/1/24", "x"], "%m/%d/%y", "holds 'x' in row 1, which time_format '%m/%d/%y' does not fit"),

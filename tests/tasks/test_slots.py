@@ -8,11 +8,7 @@ import pytest
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import localised
 
-RECORD = {
-    "id": "1",
-    "label": "cup",
-    "extra": {"review_en": "good", "review_zh": "好", "note": "fine", "备": "好"},
-}
+RECORD = {"id": "1", "label": "cup", "extra": {"review_en": "good", "review_zh": "好", "note": "fine", "备": "好"}}
 
 
 @pytest.mark.parametrize(

@@ -21,34 +21,15 @@ NUMERIC = ("relative_crps", "mae", "coverage_80")
     ("inputs", "target", "reads", "gives", "metrics", "baseline"),
     [
         ({"a": TEXT}, LABEL, "text", "text", ("exact_match",), "frequent_answer"),
-        (
-            {"a": TEXT, "b": IMAGE},
-            TEXT,
-            "image",
-            "text",
-            ("char_bigram_f1", "exact_match"),
-            "frequent_answer",
-        ),
+        ({"a": TEXT, "b": IMAGE}, TEXT, "image", "text", ("char_bigram_f1", "exact_match"), "frequent_answer"),
         ({"a": TEXT}, IMAGE, "text", "image", ("bits_per_code", "knn_accuracy"), "position_frequencies"),
-        (
-            {"a": AUDIO, "b": IMAGE},
-            AUDIO,
-            "audio",
-            "audio",
-            ("bits_per_code", "knn_accuracy"),
-            "position_frequencies",
-        ),
+        ({"a": AUDIO, "b": IMAGE}, AUDIO, "audio", "audio", ("bits_per_code", "knn_accuracy"), "position_frequencies"),
         ({"a": NUMBERS}, design.OUTLINE, "numbers", "image", ("bits_per_code",), "position_frequencies"),
         ({"a": TEXT, "b": NUMBERS}, NUMBER, "numbers", "numbers", NUMERIC, "column_median"),
     ],
 )
 def test_modalities_metrics_and_baseline_follow_from_the_slots(
-    inputs: dict[str, Slot],
-    target: Slot,
-    reads: str,
-    gives: str,
-    metrics: tuple[str, ...],
-    baseline: str,
+    inputs: dict[str, Slot], target: Slot, reads: str, gives: str, metrics: tuple[str, ...], baseline: str
 ) -> None:
     task = Task(summary="", inputs=inputs, target=target, prompts={"en": ("{a}",)})
     assert (task.input_modality, task.output_modality) == (reads, gives)
@@ -81,12 +62,7 @@ def test_each_image_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(design, "_part", count)
     record = demo_sources()["emoji"][5]
-    for name, expected in (
-        ("text_to_sketch", 1),
-        ("sketch_to_image", 1),
-        ("style_transfer", 2),
-        ("style_mixing", 3),
-    ):
+    for name, expected in (("text_to_sketch", 1), ("sketch_to_image", 1), ("style_transfer", 2), ("style_mixing", 3)):
         calls.clear()
         example = TASKS[name].example(record, np.random.default_rng(0))
         assert calls["rendered"] == expected
