@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -25,23 +26,16 @@ from openm6.data.records import (
     decode_utf8,
 )
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, present_split, rows_by_hash, split_named
-from openm6.data.storage import TableFolder, find_files, is_remote, open_binary
+from openm6.data.storage import find_files, is_remote, open_binary, read_beside
 from openm6.data.table import Table, TableConfig, TableSource
 from openm6.data.text_tables import CsvConfig, JsonlConfig
 
 MAX_BYTES = dict.fromkeys(IMAGE_ENDINGS, MAX_IMAGE_BYTES) | dict.fromkeys(AUDIO_ENDINGS, MAX_AUDIO_BYTES)
-CAPTION_ENDING = ".txt"
 
 
 def split_of(file: Path) -> Split | None:
     """The split that a file's first folder names (`train/…`, `test/…`, `val/…`), if it names one."""
     return split_named(file.parts[0]) if len(file.parts) > 1 else None
-
-
-def label_of(file: Path) -> str | None:
-    """The label of a file: its innermost folder, unless that is the split's."""
-    folders = file.parts[1:-1] if split_of(file) is not None else file.parts[:-1]
-    return folders[-1] if folders else None
 
 
 def media_files(root: Path) -> list[Path]:
@@ -64,23 +58,23 @@ class FolderTable(Table):
         self._root = root
         self._files = files
         # Reads nothing outside the folder, links included.
-        self.open_file = TableFolder(str(root / "any"))
+        self.open_file = partial(read_beside, str(root / "any"))
 
     def __len__(self) -> int:
         return len(self._files)
 
     def row_name(self, row: int) -> str:
-        """The file."""
         return f"file {self._files[row].as_posix()}"
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The cells of one file; images and audio by name."""
         file = self._files[row]
         kind = "image" if file.suffix.lower() in IMAGE_ENDINGS else "audio"
         cells: dict[str, Any] = {"id": file.as_posix(), kind: file.as_posix()}
         if self._config.labels:
-            cells["label"] = label_of(file)
-        text, caption = self.names[-1], file.with_suffix(CAPTION_ENDING)
+            # The innermost folder, unless that is the split's.
+            folders = file.parts[0 if split_of(file) is None else 1 : -1]
+            cells["label"] = folders[-1] if folders else None
+        text, caption = self.names[-1], file.with_suffix(".txt")
         if self._config.captions and text in columns and (self._root / caption).is_file():
             content = self.open_file(caption.as_posix(), MAX_TEXT_BYTES)
             cells[text] = decode_utf8(content, caption.name).strip()
@@ -100,9 +94,15 @@ class FolderConfig(SourceConfig):
     limit: int | None = Field(default=None, ge=1)
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        """The files of one split; see SourceConfig.open."""
         root, files = self._files(name)
-        return self._source(name, root, self._of_split(files, split)[: self.limit])
+        named = [split_of(file) for file in files]
+        if "train" in named and ("test" in named or "validation" in named):
+            chosen = present_split(split, named)
+            files = [file for file, side in zip(files, named, strict=True) if side == chosen]
+        else:
+            rows = rows_by_hash([file.as_posix() for file in files], self.test_fraction, split)
+            files = [files[row] for row in rows]
+        return self._source(name, root, files[: self.limit])
 
     def open_held_out(self, name: str) -> Source:
         """The files of the folder of the test split (or else of validation), or all if there is none."""
@@ -112,8 +112,7 @@ class FolderConfig(SourceConfig):
 
     def _source(self, name: str, root: Path, files: list[Path]) -> Source:
         table = FolderTable(self, root, files)
-        reader = RowReader(table.names, None, table.open_file, self.path)
-        return TableSource(name, table, reader, np.arange(len(files)))
+        return TableSource(name, table, RowReader(table.names, None, table.open_file, self.path), np.arange(len(files)))
 
     def _files(self, name: str) -> tuple[Path, list[Path]]:
         root = Path(self.path).expanduser()
@@ -123,14 +122,6 @@ class FolderConfig(SourceConfig):
         if not files:
             raise DataError(f"no images or audio clips below {self.path} (looked for {' '.join(MAX_BYTES)})")
         return root, files
-
-    def _of_split(self, files: list[Path], split: Split) -> list[Path]:
-        named = [split_of(file) for file in files]
-        if "train" in named and ("test" in named or "validation" in named):
-            chosen = present_split(split, named)
-            return [file for file, side in zip(files, named, strict=True) if side == chosen]
-        rows: np.ndarray = rows_by_hash([file.as_posix() for file in files], self.test_fraction, split)
-        return [files[row] for row in rows]
 
 
 MAX_SHARDS = 100_000
@@ -168,11 +159,9 @@ class TarTable(Table):
         return len(self._samples)
 
     def row_name(self, row: int) -> str:
-        """The key and shard of a sample."""
         return f"sample {self._samples[row].key!r} in {self._samples[row].shard}"
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The named columns of one sample; see the class."""
         sample = self._samples[row]
         cells = {"id": sample.key, **_json_of(sample)}
         for column in columns:
@@ -182,7 +171,6 @@ class TarTable(Table):
         return cells
 
     def column(self, column: str) -> list[Any]:
-        """One column of every sample, None if it is absent or cannot be read."""
         return [sample.key for sample in self._samples] if column == "id" else super().column(column)
 
 
@@ -194,7 +182,6 @@ class TarConfig(TableConfig):
     kind: Literal["tar"] = "tar"
 
     def load(self, path: str) -> TarTable:
-        """The index of the tars."""
         return TarTable(path)
 
 

@@ -63,21 +63,28 @@ class MixtureSampler:
     """
 
     def __init__(self, components: Sequence[Component], seed: int) -> None:
-        _check(components)
+        if not components:
+            raise DataError("the mixture is empty: add at least one source with a task")
+        keys = [component.key for component in components]
+        for component in components:
+            if len(component.source) == 0:
+                raise DataError(f"{component.key} has no records to draw: check its path and split")
+            if not component.weight > 0 or component.weight == float("inf"):
+                raise DataError(f"{component.key} has weight {component.weight}: set a number above 0 or leave it out")
+            if keys.count(component.key) > 1:
+                raise DataError(f"the mixture holds {component.key} twice: add up the weights")
         self.components = tuple(components)
         self.seed = seed
         self._bounds = np.cumsum([component.weight for component in components]).tolist()
-        self._names = [text_hash(component.key) for component in components]
         self._cursor = [(0, 0) for _ in components]  # epoch, offset
-        # By component: the epoch shuffled last, and its order.
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._orders: dict[int, np.ndarray] = {}  # of the current epoch, by component
         self.global_index = 0  # of the next sample
-        self.set_shards(1, [0])
+        self.set_shards(1)
 
-    def set_shards(self, count: int, own: Sequence[int]) -> None:
-        """Divide the sequence among `count` shards, of which this rank holds `own`, from their beginning."""
+    def set_shards(self, count: int, rank: int = 0, size: int = 1) -> None:
+        """Divide the sequence, from its beginning, among `count` shards: neighbours belong to one of `size` ranks."""
         self.num_shards = count
-        self.shards = [DataShard(index, index) for index in own]
+        self.shards = [DataShard(n, n) for n in range(rank * count // size, (rank + 1) * count // size)]
         self._ahead: deque[SampleIndex] = deque()  # samples of all shards from the slowest own one on
 
     def draw(self) -> SampleIndex:
@@ -85,10 +92,14 @@ class MixtureSampler:
         point = uniform(self.seed, self.global_index) * self._bounds[-1]
         component = next(index for index, bound in enumerate(self._bounds) if point < bound)
         epoch, offset = self._cursor[component]
-        index = int(self._order(component, epoch)[offset])
-        sample = SampleIndex(component, epoch, index, self.global_index)
-        last = offset + 1 == len(self.components[component].source)
-        self._cursor[component] = (epoch + 1, 0) if last else (epoch, offset + 1)
+        length = len(self.components[component].source)
+        if component not in self._orders:
+            seed = mix(self.seed, text_hash(self.components[component].key))
+            self._orders[component] = permutation(length, seed, epoch)
+        sample = SampleIndex(component, epoch, int(self._orders[component][offset]), self.global_index)
+        if offset + 1 == length:
+            del self._orders[component]
+        self._cursor[component] = (epoch + 1, 0) if offset + 1 == length else (epoch, offset + 1)
         self.global_index += 1
         return sample
 
@@ -129,7 +140,17 @@ class MixtureSampler:
             DataError: the state is of another seed, of other components, or a source has another length now.
         """
         self._ahead.clear()
-        self._seek(state["mixture"])
+        self._orders.clear()
+        mixture, cursors = state["mixture"], state["mixture"]["components"]
+        if mixture["seed"] != self.seed or set(cursors) != {component.key for component in self.components}:
+            raise DataError("the data of this run has changed (seed or sources): resume with the recipe it began with")
+        for index, component in enumerate(self.components):
+            key, now = component.key, len(component.source)
+            cursor, was = cursors[key], cursors[key]["length"]
+            if was != now:
+                raise DataError(f"{key} had {was} records and has {now} now: restore the data, or start again")
+            self._cursor[index] = (cursor["epoch"], cursor["offset"])
+        self.global_index = mixture["global_index"]
         if state["num_shards"] == self.num_shards:
             for shard in self.shards:
                 found = state["shards"][str(shard.index)]
@@ -139,20 +160,6 @@ class MixtureSampler:
                 self.draw()
         else:
             self._divide_again(state)
-
-    def _seek(self, mixture: Mapping[str, Any]) -> None:
-        cursors = mixture["components"]
-        if mixture["seed"] != self.seed or set(cursors) != {component.key for component in self.components}:
-            raise DataError("the data of this run has changed (seed or sources): resume with the recipe it began with")
-        for component in self.components:
-            was, now = cursors[component.key]["length"], len(component.source)
-            if was != now:
-                raise DataError(
-                    f"{component.key} had {was} records and has {now} now: restore the data, or start again"
-                )
-        found = [cursors[component.key] for component in self.components]
-        self._cursor = [(int(cursor["epoch"]), int(cursor["offset"])) for cursor in found]
-        self.global_index = int(mixture["global_index"])
 
     def _divide_again(self, state: Cursor) -> None:
         """Divide first the samples drawn but not used among the new shards, then the rest of the sequence."""
@@ -169,14 +176,6 @@ class MixtureSampler:
             shard.buffer = begun[shard.index :: self.num_shards]
             shard.next = start + (shard.index - start) % self.num_shards
 
-    def _order(self, component: int, epoch: int) -> np.ndarray:
-        known = self._orders.get(component)
-        if known is None or known[0] != epoch:
-            length = len(self.components[component].source)
-            known = (epoch, permutation(length, mix(self.seed, self._names[component]), epoch))
-            self._orders[component] = known
-        return known[1]
-
 
 def epochs_seen(state: Mapping[str, Any]) -> dict[str, float]:
     """How often all records of each component were drawn, by its key, from the state of a mixture."""
@@ -184,26 +183,8 @@ def epochs_seen(state: Mapping[str, Any]) -> dict[str, float]:
     return {key: cursor["epoch"] + cursor["offset"] / cursor["length"] for key, cursor in cursors}
 
 
-def _check(components: Sequence[Component]) -> None:
-    if not components:
-        raise DataError("the mixture is empty: add at least one source with a task")
-    keys = [component.key for component in components]
-    for component in components:
-        if len(component.source) == 0:
-            raise DataError(f"{component.key} has no records to draw: check its path and split")
-        if not component.weight > 0 or component.weight == float("inf"):
-            raise DataError(f"{component.key} has weight {component.weight}: set a number above 0 or leave it out")
-        if keys.count(component.key) > 1:
-            raise DataError(f"the mixture holds {component.key} twice: add up the weights")
-
-
 def merge(states: Sequence[Cursor]) -> Cursor:
     """The position of the whole run from those of its ranks."""
     slowest = min(states, key=lambda state: state["mixture"]["global_index"])
     shards = {index: shard for state in states for index, shard in state["shards"].items()}
     return {**slowest, "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
-
-
-def own_shards(count: int, rank: int, size: int) -> range:
-    """The shards of one of `size` ranks: neighbours, as evenly as possible."""
-    return range(rank * count // size, (rank + 1) * count // size)

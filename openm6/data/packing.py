@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, MissingFieldError, TrainingError
-from openm6.data.mixture import DataShard, MixtureSampler, SampleIndex, merge, own_shards
+from openm6.data.mixture import DataShard, MixtureSampler, SampleIndex, merge
 from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine, merge_counts
 from openm6.modalities.batch import Batch, PackedExample, collate, shortened
@@ -70,10 +70,7 @@ class Packer:
         self._built: dict[int, PackedExample] = {}
         # By component: samples since the last that became an example.
         self._fruitless = [0] * len(transform.sampler.components)
-        self._set_shards(config.shards_for(size))
-
-    def _set_shards(self, count: int) -> None:
-        self.sampler.set_shards(count, own_shards(count, self.rank, self.size))
+        self.sampler.set_shards(config.shards_for(size), rank, size)
 
     @property
     def sampler(self) -> MixtureSampler:
@@ -89,7 +86,7 @@ class Packer:
         self._built.clear()
         count = state["num_shards"]
         fits = count >= self.size and self.config.batch_size % count == 0
-        self._set_shards(count if fits else self.config.shards_for(self.size))
+        self.sampler.set_shards(count if fits else self.config.shards_for(self.size), self.rank, self.size)
         self.sampler.restore(state)
         if self.rank == 0:  # which holds the counts of all ranks from now on
             self.quarantine.restore(state["quarantine"])
@@ -131,7 +128,7 @@ class Packer:
         Raises:
             TrainingError: no record of any component has become an example, each of them drawn for an epoch.
         """
-        length = self.config.seq_len
+        length, components = self.config.seq_len, self.sampler.components
         try:
             example = self.transform(sample)
             if len(example) > length:
@@ -144,24 +141,17 @@ class Packer:
             )
             self.quarantine.add(*self.transform.name(sample), reason, "too_long")
         except MissingFieldError as error:
-            self.quarantine.count("not_applicable", self.sampler.components[sample.component].key)
+            self.quarantine.count("not_applicable", components[sample.component].key)
             reason = error
         except DataError as error:
             self.quarantine.add(*self.transform.name(sample), error)
             reason = error
-        self._note_fruitless(sample, reason)
-        return None
-
-    def _note_fruitless(self, sample: SampleIndex, reason: Exception) -> None:
-        """Count it, or packing would search forever for the first record that can be used."""
         self._fruitless[sample.component] += 1
-        components = self.sampler.components
-        if all(
-            count >= max(ENOUGH, len(component.source))
-            for count, component in zip(self._fruitless, components, strict=True)
-        ):
+        # Otherwise packing would search forever for the first record that can be used.
+        if all(n >= max(ENOUGH, len(one.source)) for n, one in zip(self._fruitless, components, strict=True)):
             names = ", ".join(component.key for component in components)
             raise TrainingError(f"no record of {names} can be used; the last one: {reason}")
+        return None
 
 
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:

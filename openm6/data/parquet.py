@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from openm6.core.errors import DataError, nearest
 from openm6.data.records import check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
-from openm6.data.storage import find_files, first_line, is_remote, refuse_not_parquet
+from openm6.data.storage import find_files, first_line, is_remote, refuse_foreign
 from openm6.data.table import ArrowTable, Table, TableConfig
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -41,10 +41,8 @@ class ParquetTable(ArrowTable):
     def __init__(self, path: str, max_gib: float = 8.0) -> None:
         self.where = path
         self._max_gib = max_gib
-        embedded = path.startswith(EMBEDDED_MARK)
-        self._files = (
-            [embedded_path(path.removeprefix(EMBEDDED_MARK))] if embedded else find_files(path, ParquetConfig.endings)
-        )
+        embedded = path.removeprefix(EMBEDDED_MARK)
+        self._files = find_files(path, ParquetConfig.endings) if embedded == path else [embedded_path(embedded)]
         with _open(self._files[0]) as file:
             self.names = list(file.schema_arrow.names)
 
@@ -58,7 +56,10 @@ class ParquetTable(ArrowTable):
         free = int(self._max_gib * 2**30)
         for path in self._files:
             with _open(path) as file:
-                free -= _unpacked_bytes(file, columns)
+                groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+                chunks = (group.column(index) for group in groups for index in range(group.num_columns))
+                read = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+                free -= sum(chunk.total_uncompressed_size for chunk in read)
                 if free < 0:
                     raise DataError(
                         f"{self.where} takes more than {self._max_gib} GiB of memory: raise max_gib or use a tar source"
@@ -79,14 +80,8 @@ def _open(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(fsspec.open(path, "rb").open() if is_remote(path) else path)
     except (pa.ArrowException, OSError, ImportError, ValueError) as error:
-        refuse_not_parquet(path)
+        refuse_foreign(path, parquet=True)
         raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from None
-
-
-def _unpacked_bytes(file: pq.ParquetFile, columns: Sequence[str]) -> int:
-    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
-    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 class ParquetConfig(TableConfig):
@@ -98,7 +93,6 @@ class ParquetConfig(TableConfig):
     max_gib: float = Field(default=8.0, gt=0)
 
     def load(self, path: str) -> ParquetTable:
-        """The files at a path, of which the names of the columns are read."""
         return ParquetTable(path, self.max_gib)
 
 
@@ -117,7 +111,6 @@ class EmbeddedConfig(SourceConfig):
         return name
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        """The records of one split; see SourceConfig.open."""
         train, test = (f"{EMBEDDED_MARK}{self.name}-{part}" for part in ("train", "test"))
         source = ParquetConfig(path=train, test_path=test, limit=self.limit).open(name, split, neighbour)
         # Warnings of columns that no task reads are for tables of a user.
@@ -145,7 +138,6 @@ class DatasetsTable(Table):
         return len(self._dataset)
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The cells of one row; a broken one raises DataError."""
         try:
             cells = self._dataset[row]
         except (OSError, ValueError, ArithmeticError) as error:
@@ -153,9 +145,7 @@ class DatasetsTable(Table):
         return {name: self._named(name, cells[name]) for name in columns}
 
     def column(self, column: str) -> list[Any]:
-        """A whole column."""
-        cells = self._dataset.select_columns([column])[:][column]
-        return [self._named(column, cell) for cell in cells]
+        return [self._named(column, cell) for cell in self._dataset.select_columns([column])[:][column]]
 
     def _named(self, column: str, cell: Any) -> Any:
         names = self._classes.get(column, ())
@@ -172,7 +162,6 @@ class DatasetsConfig(TableConfig):
     test_split: str | None = None  # the data set's own test split; a stable hash if not set
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        """The records of one split; see TableConfig.open."""
         if self.test_split is None:
             return super().open(name, split, neighbour)
         own = self.test_split if split == "test" else self.train_split
@@ -181,15 +170,13 @@ class DatasetsConfig(TableConfig):
         return alone.open(name, split, neighbour)
 
     def load(self, path: str) -> DatasetsTable:
-        """The split `train_split` of the data set."""
         try:
             import datasets  # noqa: PLC0415 - optional
         except ImportError:
             raise DataError("sources of kind `datasets` need an extra: pip install 'openm6[hf]'") from None
         folder = Path(path).expanduser()
-        saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
         try:
-            if not saved:
+            if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
                 split = datasets.load_dataset(path, self.subset, split=self.train_split, revision=self.revision)
                 return DatasetsTable(split, path)
             found = datasets.load_from_disk(str(folder))

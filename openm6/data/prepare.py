@@ -10,7 +10,7 @@ import numpy as np
 from openm6.core.errors import DataError
 from openm6.core.seeds import numpy_generator
 from openm6.data.mixture import MixtureSampler, SampleIndex
-from openm6.data.records import Record
+from openm6.data.records import Record, unless_broken
 from openm6.data.source import Source
 from openm6.modalities.batch import PackedExample, build_pair, build_sequence
 from openm6.modalities.interface import Part
@@ -47,7 +47,11 @@ def example_sequence(
         DataError: a part is broken or out of bounds.
     """
     if task_named(example.task).contrastive:
-        return _pair_sequence(example, modalities, rng, weight)
+        # Each side is closed by the token that pools it.
+        space = f"{sorted({part.modality for part in example.source})} {example.target.modality}"
+        sides = (source_segments(parts, modalities, rng) for parts in (example.source, [example.target]))
+        left, right = (pooled(side, example.key, space, learn=True) for side in sides)
+        return build_pair(left, right, example.task, weight)
     target = target_segment(example.target, modalities, rng)
     guided = example.target.modality in ("image", "audio")
     unconditional = rng is not None and guided and rng.random() < UNCONDITIONAL_FRACTION
@@ -55,24 +59,12 @@ def example_sequence(
     return build_sequence([*source, target], example.task, weight)
 
 
-def _pair_sequence(
-    example: Example, modalities: Modalities, rng: np.random.Generator | None, weight: float
-) -> PackedExample:
-    """Both sides of a contrastive example, each closed by the token that pools it."""
-    kinds = {part.modality for part in example.source}
-    space = f"{sorted(kinds)} {example.target.modality}"
-    left = source_segments(example.source, modalities, rng)
-    right = source_segments([example.target], modalities, rng)
-    left, right = (pooled(side, example.key, space, learn=True) for side in (left, right))
-    return build_pair(left, right, example.task, weight)
-
-
 def with_negatives(record: Record, source: Source, rng: np.random.Generator) -> Record:
     """The record with what a few others of its source hold, for tasks that show a wrong one or a second one.
 
     Broken ones are passed over: the quarantine names a record when it is drawn itself, never for another's fault.
     """
-    drawn = (source.unbroken(int(index)) for index in rng.integers(0, len(source), 4 * OTHERS))
+    drawn = (unless_broken(source.__getitem__, int(index)) for index in rng.integers(0, len(source), 4 * OTHERS))
     chosen = islice((other for other in drawn if other is not None), OTHERS)
     others = [
         {"en": other.get("text_en"), "zh": other.get("text_zh")}

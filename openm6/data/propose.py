@@ -7,7 +7,6 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from openm6.data.records import (
     Record,
     as_number,
     is_blank,
+    unless_broken,
 )
 from openm6.data.source import Source, split_named
 from openm6.data.windows import is_date
@@ -69,7 +69,10 @@ def column_of(name: str, cells: Sequence[Any]) -> Column:
     filled = [cell for cell in cells if not is_blank(cell)]
     kind = _kind(name, filled)
     texts = [str(cell) for cell in filled if isinstance(cell, (str, int, float, bool))]
-    language = _language(texts) if kind in ("category", "free text") else None
+    language: Language | None = None
+    if kind in ("category", "free text"):
+        chinese, latin = (sum(len(letters.findall(text)) for text in texts) for letters in (_CHINESE, _LATIN))
+        language = "zh" if chinese > latin / 2 else "en"
     distinct = len(filled) if kind in _MEDIA else len({str(cell) for cell in filled})
     return Column(name, kind, language, len(cells) - len(filled), distinct, _summary(kind, filled))
 
@@ -108,18 +111,10 @@ def _kind(name: str, cells: Sequence[Any]) -> Kind:
 
 def _fits(kind: Kind, cell: Any) -> bool:
     """Whether a cell may stand in a column of a kind."""
-    if kind in _MEDIA:
-        return _is_media(kind, cell)
-    if kind == "number":
-        return _is_number(cell)
-    if kind == "date":
-        return is_date(cell)
     if kind in ("list", "mapping"):
         return isinstance(cell, list if kind == "list" else Mapping)
-    return isinstance(cell, (str, int, float, bool, Decimal))
-
-
-def _is_media(kind: str, cell: Any) -> bool:
+    if kind not in _MEDIA:
+        return is_date(cell) if kind == "date" else _is_number(cell)
     endings, magic = _MEDIA[kind]
     if isinstance(cell, Mapping) and {"bytes", "path"} <= set(cell):
         cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
@@ -129,15 +124,7 @@ def _is_media(kind: str, cell: Any) -> bool:
 
 
 def _is_number(cell: Any) -> bool:
-    try:
-        return not isinstance(cell, bool) and as_number(cell, "") is not None
-    except DataError:
-        return False
-
-
-def _language(texts: Sequence[str]) -> Language:
-    chinese = sum(len(_CHINESE.findall(text)) for text in texts)
-    return "zh" if chinese > sum(len(_LATIN.findall(text)) for text in texts) / 2 else "en"
+    return not isinstance(cell, bool) and unless_broken(as_number, cell, "") is not None
 
 
 def _summary(kind: Kind, cells: Sequence[Any]) -> str:
@@ -215,7 +202,8 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
     """The tasks that suit these records, each of which most of them can pose."""
     keys = {key for record in records for key in record}
     both = [(record.get(x), record.get(y)) for record in records for x, y in TEXT_AND_LABEL.values()]
-    few_labels = len({label for _, label in both if label is not None}) <= MAX_LABELS
+    labels = {label for _, label in both if label is not None}
+    few_labels = len(labels) <= MAX_LABELS
     names = ["image_categorization" if few_labels else "image_classification"]
     names += ["image_captioning"] if any(text != label for text, label in both) else []
     names += ["visual_question_answering", "text_to_image", "image_regression"]
@@ -225,23 +213,16 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
         names += ["audio_classification", "audio_regression"]
     names += ["tabular_classification", "tabular_regression", "text_regression"]
     if not keys & {"image", "audio"}:
-        names += _text_tasks(both, few_labels) + (["translation"] if {"text_en", "text_zh"} <= keys else [])
+        labelled = [str(label).lower() in text.lower() for text, label in both if label and text is not None]
+        # To copy a word is not to learn it.
+        if sum(labelled) <= MIN_RECORDS_FRACTION * len(labelled):
+            names.append("text_classification" if few_labels and len(labels) > 1 else "reverse_dictionary")
+        names += ["question_answering", "keywords_to_text"]
+        lengths = [len(text) for text, _ in both if text is not None]
+        names += ["text_generation", "text_denoising"] if lengths and statistics.fmean(lengths) >= LONG_TEXT else []
+        names += ["translation"] if {"text_en", "text_zh"} <= keys else []
     posable = {name: sum(bool(TASKS[name].languages(record)) for record in records) for name in names}
     return [name for name in names if records and posable[name] / len(records) >= MIN_RECORDS_FRACTION]
-
-
-def _text_tasks(both: Sequence[tuple[Any, Any]], few_labels: bool) -> list[str]:
-    """Tasks on texts alone, by the text and label of each record."""
-    texts = [text for text, _ in both if text is not None]
-    labels = {label for _, label in both if label is not None}
-    labelled = [str(label).lower() in text.lower() for text, label in both if label and text is not None]
-    names = ["text_classification" if few_labels and len(labels) > 1 else "reverse_dictionary"]
-    # To copy a word is not to learn it.
-    if sum(labelled) > MIN_RECORDS_FRACTION * len(labelled):
-        names = []
-    names += ["question_answering", "keywords_to_text"]
-    long = bool(texts) and statistics.fmean(map(len, texts)) >= LONG_TEXT
-    return names + (["text_generation", "text_denoising"] if long else [])
 
 
 def recipe_text(sources: dict[str, dict[str, Any]], tasks: dict[str, list[str]]) -> str:
@@ -274,7 +255,6 @@ class _Watched(dict[str, Any]):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, which counts as read."""
         self._read.add(key)
         return super().get(key, default)
 

@@ -7,9 +7,9 @@ of which only a part was used are counted as truncated; they are trained on.
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +31,36 @@ COUNTS = {
 class Quarantine:
     """Counts records seen and set aside; writes each broken one once to `path` as a line of JSON.
 
-    Safe to share between threads. `limit` is the fraction of broken records at which the run stops, checked once
-    `minimum` records were seen.
+    `limit` is the fraction of broken records at which the run stops, checked once `minimum` records were seen.
     """
 
     def __init__(self, path: Path | None = None, limit: float = MAX_BROKEN, minimum: int = 200) -> None:
         self._path = path
         self._limit = limit
         self._minimum = minimum
-        self._lock = threading.Lock()
-        self._listed = _listed_in(path)
+        self._listed: set[tuple[str, str]] = set()  # source and id, also by an earlier part of the same run
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                # A crash may have cut off a line.
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    self._listed.add((entry["source"], entry["id"]))
         self.seen = 0
         # By name in COUNTS and source (`not_applicable`: source/task), once per draw of a record.
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTS}
 
     @property
-    def total(self) -> int:
-        """Broken records so far."""
-        return self.counts["broken"].total()
-
-    @property
     def broken_fraction(self) -> float:
         """Broken records as a fraction of those seen."""
-        return self.total / self.seen if self.seen else 0.0
+        return self.counts["broken"].total() / self.seen if self.seen else 0.0
 
     def accept(self, count: int = 1) -> None:
         """Count records that were read."""
-        with self._lock:
-            self.seen += count
+        self.seen += count
 
     def count(self, name: str, source: str) -> None:
         """Count a record that is not set aside: `truncated` (also accepted) or `not_applicable` (not even seen)."""
-        with self._lock:
-            self.counts[name][source] += 1
+        self.counts[name][source] += 1
 
     def add(self, source: str, record_id: str, reason: object, name: str = "broken") -> None:
         """Set a record aside, which counts as seen: a broken one, or one that is `too_long` even if its texts are cut.
@@ -72,37 +69,30 @@ class Quarantine:
             TrainingError: the fraction of broken records is above the limit.
         """
         short = str(reason)[:MAX_REASON]
-        with self._lock:
-            self.seen += 1
-            self.counts[name][source] += 1
-            self._list({"kind": name.replace("_", " "), "source": source, "id": record_id, "reason": short})
-            if name == "broken" and self.seen >= self._minimum and self.broken_fraction > self._limit:
-                worst, count = self.counts["broken"].most_common(1)[0]
-                where = f"; see {self._path}" if self._path else ""
-                raise TrainingError(
-                    f"{self.broken_fraction:.1%} of the records are broken, most ({count}) in {worst!r}, such as "
-                    f"{record_id}: {short}{where}; fix the data or raise max_broken, the limit of {self._limit:.0%}"
-                )
+        self.seen += 1
+        self.counts[name][source] += 1
+        if self._path is not None and (source, record_id) not in self._listed and len(self._listed) < MAX_LISTED:
+            self._listed.add((source, record_id))
+            line = {"kind": name.replace("_", " "), "source": source, "id": record_id, "reason": short}
+            with as_output_error(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(self._path, json.dumps(line, ensure_ascii=False))
+        if name == "broken" and self.seen >= self._minimum and self.broken_fraction > self._limit:
+            worst, count = self.counts["broken"].most_common(1)[0]
+            where = f"; see {self._path}" if self._path else ""
+            raise TrainingError(
+                f"{self.broken_fraction:.1%} of the records are broken, most ({count}) in {worst!r}, such as "
+                f"{record_id}: {short}{where}; fix the data or raise max_broken, the limit of {self._limit:.0%}"
+            )
 
     def state(self) -> dict[str, Any]:
         """The counts, as JSON-able values."""
-        with self._lock:
-            return {"seen": self.seen, **{name: dict(counts) for name, counts in self.counts.items()}}
+        return {"seen": self.seen, **{name: dict(counts) for name, counts in self.counts.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the counts of a `state`; the file keeps what it lists."""
-        with self._lock:
-            self.seen = int(state["seen"])
-            self.counts = {name: Counter(state[name]) for name in COUNTS}
-
-    def _list(self, line: dict[str, str]) -> None:
-        known = (line["source"], line["id"])
-        if self._path is None or known in self._listed or len(self._listed) >= MAX_LISTED:
-            return
-        self._listed.add(known)
-        with as_output_error(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self._path, json.dumps(line, ensure_ascii=False))
+        self.seen = int(state["seen"])
+        self.counts = {name: Counter(state[name]) for name in COUNTS}
 
 
 def merge_counts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,17 +110,3 @@ def summary(state: Mapping[str, Any]) -> str:
             most = ", ".join(f"{source} {count:,}" for source, count in counts.most_common(3))
             parts.append(f"{counts.total():,} {words} ({most}{', …' if len(counts) > 3 else ''})")
     return f"{state['seen']:,} records drawn; {'; '.join(parts)}" if parts else ""
-
-
-def _listed_in(path: Path | None) -> set[tuple[str, str]]:
-    """What an earlier part of the same run has listed; a line cut off by a crash is passed over."""
-    listed: set[tuple[str, str]] = set()
-    if path is None or not path.is_file():
-        return listed
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            listed.add((entry["source"], entry["id"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return listed

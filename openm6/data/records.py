@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,17 @@ OpenFile = Callable[[str, int], bytes]
 """Reads the file a table names: (path as written in the table, most bytes allowed) -> bytes."""
 
 
+T = TypeVar("T")
+
+
+def unless_broken(read: Callable[..., T], *arguments: Any) -> T | None:
+    """What is read, or None if it is broken."""
+    try:
+        return read(*arguments)
+    except DataError:
+        return None
+
+
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, NaN or an empty string."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
@@ -58,8 +69,7 @@ def as_text(value: Any, column: str) -> str | None:
     """
     if is_missing(value):
         return None
-    if isinstance(value, bytes):
-        value = decode_utf8(value, column)
+    value = decode_utf8(value, column)
     if isinstance(value, (datetime, date, time)):
         value = value.isoformat()
     if isinstance(value, (bool, int, float, Decimal)):
@@ -71,13 +81,12 @@ def as_text(value: Any, column: str) -> str | None:
     return value or None
 
 
-def decode_utf8(value: bytes, column: str) -> str:
-    """The text of a cell's bytes; DataError if they are not UTF-8."""
+def decode_utf8(value: Any, column: str) -> Any:
+    """A cell with its bytes, if it holds bytes, as text; DataError if they are not UTF-8."""
     try:
-        return value.decode("utf-8")
+        return value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
-        where = f"column {column!r} is not UTF-8 at byte {error.start}"
-        raise DataError(f"{where}: save the file as UTF-8") from None
+        raise DataError(f"column {column!r} is not UTF-8 at byte {error.start}: save the file as UTF-8") from None
 
 
 def as_number(value: Any, column: str) -> float | None:
@@ -86,8 +95,7 @@ def as_number(value: Any, column: str) -> float | None:
     Raises:
         DataError: text that is no number, or an infinite value.
     """
-    if isinstance(value, bytes):
-        value = decode_utf8(value, column)
+    value = decode_utf8(value, column)
     if is_blank(value):
         return None
     # float() would read "1_000" as 1000, which no table means.
@@ -106,8 +114,7 @@ def as_number(value: Any, column: str) -> float | None:
 
 def as_list(value: Any, column: str) -> list[str] | None:
     """A cell as a list of texts: a list, a JSON list, or texts separated by comma, semicolon or `|`."""
-    if isinstance(value, bytes):
-        value = decode_utf8(value, column)
+    value = decode_utf8(value, column)
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = as_json(value, column)
     elif isinstance(value, str):
@@ -186,7 +193,6 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
-Convert = Callable[[Any, str], Any]
 PAIRED_COLUMNS = ("num_names", "num_values")
 
 
@@ -229,7 +235,15 @@ class RowReader:
             named = ({"id": "id"} if "id" in columns else {}) | fields.single()
         else:
             named = {key: key for key in CANONICAL_KEYS if key in columns}
-        convert = _converters(open_file)
+        convert: dict[str, Callable[[Any, str], Any]] = {
+            **dict.fromkeys(TEXT_KEYS, as_text),
+            **dict.fromkeys(LIST_KEYS, as_list),
+            "image": lambda value, column: as_bytes(value, column, MAX_IMAGE_BYTES, open_file),
+            "audio": lambda value, column: as_bytes(value, column, MAX_AUDIO_BYTES, open_file),
+            "numbers": as_numbers,
+            "series": as_series,
+            "extra": lambda value, column: as_mapping(value, column) or None,
+        }
         self._single = {key: (column, convert[key]) for key, column in named.items()}
         self._numbers = list(fields.numbers or ()) if fields else []
         self._extra = list(fields.extra or ()) if fields else []
@@ -271,8 +285,11 @@ class RowReader:
                 record[key] = value
         if self._numbers:
             record["numbers"] = {name: as_number(row.get(name), name) for name in self._numbers}
-        if self._paired and row.get("num_names"):
-            record["numbers"] = _paired_numbers(row["num_names"], row.get("num_values"))
+        if self._paired and (names := row.get("num_names")):
+            values = row.get("num_values")
+            if values is None or len(names) != len(values):
+                raise DataError("columns 'num_names' and 'num_values' must be lists of one length")
+            record["numbers"] = {k: as_number(v, f"num_values[{k}]") for k, v in zip(names, values, strict=True)}
         if self._extra:
             record["extra"] = {name: plain(row.get(name)) for name in self._extra}
         return record
@@ -283,22 +300,3 @@ def check_columns(names: Sequence[str], columns: Sequence[str], where: str) -> N
     for column in names:
         if column not in columns:
             raise DataError(f"{where} has no column {column!r}; {nearest(column, list(columns))}")
-
-
-def _converters(open_file: OpenFile) -> dict[str, Convert]:
-    """How a cell becomes the value of each key."""
-    return {
-        **dict.fromkeys(TEXT_KEYS, as_text),
-        **dict.fromkeys(LIST_KEYS, as_list),
-        "image": lambda value, column: as_bytes(value, column, MAX_IMAGE_BYTES, open_file),
-        "audio": lambda value, column: as_bytes(value, column, MAX_AUDIO_BYTES, open_file),
-        "numbers": as_numbers,
-        "series": as_series,
-        "extra": lambda value, column: as_mapping(value, column) or None,
-    }
-
-
-def _paired_numbers(names: list[str], values: list[float | None] | None) -> dict[str, float | None]:
-    if values is None or len(names) != len(values):
-        raise DataError("columns 'num_names' and 'num_values' must be lists of one length")
-    return {name: as_number(value, f"num_values[{name}]") for name, value in zip(names, values, strict=True)}

@@ -12,7 +12,7 @@ import numpy as np
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.seeds import text_hash
-from openm6.data.records import Record
+from openm6.data.records import Record, unless_broken
 
 Split = Literal["train", "validation", "test"]
 """`validation` is for the loss that is watched while training; a source need not have any of it."""
@@ -46,15 +46,8 @@ class Source(ABC):
 
     def values(self, key: str) -> list[Any]:
         """The value of one key in every record, None if absent or broken; tables read only that column."""
-        records = (self.unbroken(index) for index in range(len(self)))
+        records = (unless_broken(self.__getitem__, index) for index in range(len(self)))
         return [None if record is None else record.get(key) for record in records]
-
-    def unbroken(self, index: int) -> Record | None:
-        """The record of an index, or None if it is broken."""
-        try:
-            return self[index]
-        except DataError:
-            return None
 
 
 Neighbour = Callable[[str], Source]

@@ -30,7 +30,8 @@ class PairSource(Source):
         self.name = name
         self._left = left
         self._right = right
-        self._config = config
+        self._left_keys = CANONICAL_KEYS if config.left_keys is None else config.left_keys
+        self._right_keys = CANONICAL_KEYS if config.right_keys is None else config.right_keys
         self._seed = text_hash(name)
         self._partners: dict[Any, list[int]] = defaultdict(list)
         for index, value in enumerate(right.values(config.key)):
@@ -53,21 +54,9 @@ class PairSource(Source):
         index = check_index(index, len(self))
         partners = self._partners[self._keys[index]]
         chosen = partners[mix(self._seed, epoch, index) % len(partners)]
-        left = self._left.at(self._rows[index], epoch)
-        return self._join(left, self._right.at(chosen, epoch))
-
-    def values(self, key: str) -> list[Any]:
-        """One key of every pair, without opening images or audio clips if the left side alone fills it."""
-        if key not in _JOINED and _taken(key, self._config.left_keys):
-            values = self._left.values(key)
-            found = [values[row] for row in self._rows]
-            if None not in found:
-                return found
-        return super().values(key)
-
-    def _join(self, left: Record, right: Record) -> Record:
-        taken = {key: value for key, value in right.items() if _taken(key, self._config.right_keys)}
-        taken |= {key: value for key, value in left.items() if _taken(key, self._config.left_keys)}
+        left, right = self._left.at(self._rows[index], epoch), self._right.at(chosen, epoch)
+        taken = {key: right[key] for key in right if key in self._right_keys}
+        taken |= {key: left[key] for key in left if key in self._left_keys}
         for key in _JOINED:
             both = dict.fromkeys(str(side[key]) for side in (left, right) if key in side)
             if both:
@@ -75,9 +64,14 @@ class PairSource(Source):
         extra = {**right.get("extra", {}), **left.get("extra", {})}
         return {**taken, "extra": extra} if extra else taken
 
-
-def _taken(key: str, keys: list[str] | None) -> bool:
-    return keys is None or key in keys
+    def values(self, key: str) -> list[Any]:
+        """One key of every pair, without opening images or audio clips if the left side alone fills it."""
+        if key not in _JOINED and key in self._left_keys:
+            values = self._left.values(key)
+            found = [values[row] for row in self._rows]
+            if None not in found:
+                return found
+        return super().values(key)
 
 
 class PairsConfig(SourceConfig):
@@ -91,7 +85,6 @@ class PairsConfig(SourceConfig):
     right_keys: list[str] | None = None
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        """The pairs of one split; see SourceConfig.open."""
         for key in (self.key, *(self.left_keys or ()), *(self.right_keys or ())):
             if key not in CANONICAL_KEYS:
                 raise DataError(f"pairs {name!r}: {key!r} is no record key; {nearest(key, CANONICAL_KEYS)}")

@@ -62,8 +62,32 @@ def open_binary(path: str) -> IO[bytes]:
         raise DataError(f"{path} cannot be opened: {error}") from None
 
 
-def read_bounded(path: str, limit: int) -> bytes:
-    """The bytes of a file; DataError if it is larger than `limit` bytes or cannot be read."""
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, for a sentence of ours."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def read_beside(table_path: str, name: str, limit: int) -> bytes:
+    """The bytes of a file that a table names, relative to the table and never outside its folder.
+
+    Raises:
+        DataError: the name leads out of the table's folder, the file is missing, unreadable or larger than `limit`.
+    """
+    if "\x00" in name or len(name) > 4096:
+        raise DataError("a file name in the table is not a file name: check the column chosen for it")
+    if is_remote(table_path):
+        folder, inner = table_path.rpartition("/")[0], PurePosixPath(name)
+        path = f"{folder}/{inner}"
+        outside = is_remote(name) or inner.is_absolute() or ".." in inner.parts
+    else:
+        folder = str(Path(table_path).expanduser().parent)
+        found = Path(folder, name).resolve()  # follows links, so that none can lead out
+        path = str(found)
+        outside = not found.is_relative_to(Path(folder).resolve())
+        if not outside and not found.is_file():
+            raise DataError(f"there is no file {name!r} beside the table in {folder}")
+    if outside:
+        raise DataError(f"file name {name!r} leads out of the table's folder {folder}")
     try:
         with open_binary(path) as file:
             content = file.read(limit + 1)
@@ -72,43 +96,6 @@ def read_bounded(path: str, limit: int) -> bytes:
     if len(content) > limit:
         raise DataError(f"{path} is larger than {limit:,} bytes, the most allowed: shrink or cut it")
     return content
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, for a sentence of ours."""
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-
-
-class TableFolder:
-    """Opens the files that a table names, relative to the table and never outside its folder."""
-
-    def __init__(self, table_path: str) -> None:
-        self.remote = is_remote(table_path)
-        self.root = table_path.rpartition("/")[0] if self.remote else str(Path(table_path).expanduser().parent)
-
-    def __call__(self, name: str, limit: int) -> bytes:
-        """The bytes of the file `name`.
-
-        Raises:
-            DataError: the name leads out of the table's folder, the file is missing or larger than `limit`.
-        """
-        return read_bounded(self._inside(name), limit)
-
-    def _inside(self, name: str) -> str:
-        if "\x00" in name or len(name) > 4096:
-            raise DataError("a file name in the table is not a file name: check the column chosen for it")
-        if self.remote:
-            inner = PurePosixPath(name)
-            if is_remote(name) or inner.is_absolute() or ".." in inner.parts:
-                raise DataError(f"file name {name!r} leads out of the table's folder {self.root}")
-            return f"{self.root}/{inner}"
-        root = Path(self.root).resolve()
-        path = (root / name).resolve()  # follows links, so that none can lead out
-        if not path.is_relative_to(root):
-            raise DataError(f"file name {name!r} leads out of the table's folder {self.root}")
-        if not path.is_file():
-            raise DataError(f"there is no file {name!r} beside the table in {self.root}")
-        return str(path)
 
 
 _IMAGE = "an image: put images into a folder and read it with kind: folder, or name them in a table"
@@ -146,38 +133,27 @@ _FOREIGN: list[tuple[tuple[bytes, ...], tuple[str, ...], str]] = [
 ]
 
 
-def refuse_foreign(path: str) -> None:
-    """Raise DataError, with what to do, if the first bytes of a file are those of something that is no table."""
-    head = _head(path)
+def refuse_foreign(path: str, parquet: bool = False) -> None:
+    """Raise DataError, with what to do, if the first bytes of a file are those of something that is no table.
+
+    With `parquet`, a file that is not Parquet raises too: its name, or a bracket at its start, shows what it is.
+    """
+    with open_binary(path) as file:
+        head = file.read(64)
+    if parquet and head.startswith(b"PAR1"):
+        return
     what = next((what for magic, _, what in _FOREIGN if magic and head.startswith(magic)), None)
     if head.startswith(b"RIFF"):
         what = _IMAGE if head[8:12] == b"WEBP" else _AUDIO
+    by_name = next((what for _, endings, what in _FOREIGN if path.lower().endswith(endings)), None)
     # .xlsx is a ZIP archive, too.
     if what == _ARCHIVE:
-        what = _by_ending(path) or what
+        what = by_name or what
+    if parquet and what is None:
+        what = by_name or (_JSON if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"[", b"{")) else None)
     if what is not None:
         raise DataError(f"{path} is no table but {what}")
-
-
-def refuse_not_parquet(path: str) -> None:
-    """Raise DataError if a file is not Parquet: the message names what it is instead, by its bytes or its name."""
-    head = _head(path)
-    if head.startswith(b"PAR1"):
-        return
-    refuse_foreign(path)
-    is_json = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"[", b"{"))
-    what = _by_ending(path) or (_JSON if is_json else None)
-    if what is not None:
-        raise DataError(f"{path} is no table but {what}")
-    raise DataError(
-        f"{path} is not Parquet: name the file by what it is (.csv, .tsv, .jsonl, .parquet or .tar), or set `kind`"
-    )
-
-
-def _by_ending(path: str) -> str | None:
-    return next((what for _, endings, what in _FOREIGN if path.lower().endswith(endings)), None)
-
-
-def _head(path: str) -> bytes:
-    with open_binary(path) as file:
-        return file.read(64)
+    if parquet:
+        raise DataError(
+            f"{path} is not Parquet: name the file by what it is (.csv, .tsv, .jsonl, .parquet or .tar), or set `kind`"
+        )

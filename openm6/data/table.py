@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -12,9 +13,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from openm6.core.errors import DataError
-from openm6.data.records import Fields, Record, RowReader, check_columns
+from openm6.data.records import Fields, Record, RowReader, check_columns, unless_broken
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index, rows_by_hash, rows_by_word
-from openm6.data.storage import TableFolder
+from openm6.data.storage import read_beside
 
 
 class UnreadableRowError(DataError):
@@ -41,17 +42,12 @@ class Table(ABC):
 
     def column(self, column: str) -> list[Any]:
         """A whole column as Python values, None for rows that cannot be read."""
-        return [self._cell(row, column) for row in range(len(self))]
+        rows = (unless_broken(self.row, row, (column,)) or {} for row in range(len(self)))
+        return [cells.get(column) for cells in rows]
 
     def row_name(self, row: int) -> str:
         """Which row it is, for a person."""
         return f"row {row}"
-
-    def _cell(self, row: int, column: str) -> Any:
-        try:
-            return self.row(row, (column,)).get(column)
-        except DataError:
-            return None
 
 
 class ArrowTable(Table):
@@ -66,19 +62,16 @@ class ArrowTable(Table):
         return int(self.arrow.num_rows)
 
     def read(self, columns: Sequence[str]) -> None:
-        """Keep these columns only."""
         super().read(columns)
         self.arrow = self.arrow.select(list(columns))
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The named cells of one row as Python values; DataError if a cell cannot become one."""
         try:
             return {name: self.arrow.column(name)[row].as_py() for name in columns}
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond the calendar
             raise DataError(f"a cell cannot be read: {error}") from None
 
     def column(self, column: str) -> list[Any]:
-        """A whole column as Python values."""
         try:
             return list(self.arrow.column(column).to_pylist())
         except (ValueError, OverflowError):
@@ -116,18 +109,11 @@ class TableSource(Source):
         return record
 
     def values(self, key: str) -> list[Any]:
-        """One key of every record from its column alone; a broken cell counts as absent."""
         column = self._reader.column_of(key)
         if column is None:
             return super().values(key)
         cells = self._table.column(column)
-        return [self._value(key, cells[row]) for row in self._rows]
-
-    def _value(self, key: str, cell: Any) -> Any:
-        try:
-            return self._reader.convert(key, cell)
-        except DataError:
-            return None
+        return [unless_broken(self._reader.convert, key, cells[row]) for row in self._rows]
 
 
 class TableConfig(SourceConfig):
@@ -148,7 +134,6 @@ class TableConfig(SourceConfig):
         raise NotImplementedError
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        """The rows of one split, as TableConfig's fields describe; see SourceConfig.open."""
         path = self.test_path if self.test_path is not None and split == "test" else self.path
         return self._source(name, path, lambda table: self._rows(table, split)[: self.limit])
 
@@ -171,7 +156,7 @@ class TableConfig(SourceConfig):
 
     def _source(self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray]) -> Source:
         table = self.load(path)
-        reader = RowReader(table.names, self.fields, TableFolder(path), path)
+        reader = RowReader(table.names, self.fields, partial(read_beside, path), path)
         split_column = self._split_column(table.names)
         needed = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names)))}
         table.read(sorted(needed))
@@ -193,6 +178,6 @@ class TableConfig(SourceConfig):
         if split_column is not None:
             return rows_by_word(table.column(split_column), split, table.where)
         column = self._hash_column(table.names)
-        keys = [None] * len(table) if column is None else table.column(column)
-        keys = [row if key is None else key for row, key in enumerate(keys)]
+        cells = [None] * len(table) if column is None else table.column(column)
+        keys = [row if cell is None else cell for row, cell in enumerate(cells)]
         return rows_by_hash(keys, self.test_fraction, split)

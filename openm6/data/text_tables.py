@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -19,7 +18,7 @@ import pyarrow.csv as pa_csv
 from pydantic import Field, field_validator
 
 from openm6.core.errors import DataError
-from openm6.data.records import decode_utf8
+from openm6.data.records import decode_utf8, unless_broken
 from openm6.data.storage import first_line, is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
 
@@ -78,11 +77,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def is_numeric(cells: Iterable[str | None]) -> bool:
-    """Whether every cell that is filled has the form of a number, with a comma or a point."""
-    return all(_is_number(cell.replace(",", "")) for cell in cells if cell and cell.strip())
-
-
 def decimal_mark(cells: Iterable[str | None], column: str, where: str) -> str:
     """`,` if the numbers of a column are written 3,5, and `.` otherwise.
 
@@ -102,14 +96,6 @@ def decimal_mark(cells: Iterable[str | None], column: str, where: str) -> str:
     return ","
 
 
-def with_point(text: str, mark: str) -> str:
-    """A number as Python writes it, from one with that decimal mark; other texts as they are."""
-    number = text.strip()
-    if _DECIMAL[mark].fullmatch(number) or _GROUPED[mark].fullmatch(number):
-        return number.replace(_OTHER_MARK[mark], "").replace(mark, ".")
-    return text
-
-
 class CsvTable(ArrowTable):
     """Cells as bytes, decoded when asked for, so that a cell that is not UTF-8 breaks its own row only."""
 
@@ -126,7 +112,6 @@ class CsvTable(ArrowTable):
         return super().__len__() + len(self.unreadable)
 
     def read(self, columns: Sequence[str]) -> None:
-        """Read these columns as bytes."""
         Table.read(self, columns)
         # One thread: only then are the line numbers of broken rows known.
         reading = pa_csv.ReadOptions(
@@ -148,17 +133,22 @@ class CsvTable(ArrowTable):
             raise DataError(f"{self.where} cannot be read as CSV: {first_line(error)}") from None
         if self.unreadable and not self.arrow.num_rows:
             raise DataError(f"no row of {self.where} fits: {self.unreadable[0]}; check the header and `separator`")
-        self._find_decimals(columns)
+        # Without `fields`, any column may hold numbers.
+        fields = self._config.fields
+        for name in columns if fields is None else fields.numbers or ():
+            if self._config.decimal == "," or pc.any(pc.match_substring(self.arrow.column(name), b",")).as_py():
+                cells = self.column(name)
+                filled = (cell.replace(",", "") for cell in cells if cell and cell.strip())
+                if fields is not None or all(map(_is_number, filled)):
+                    self.decimals[name] = self._config.decimal or decimal_mark(cells, name, self.where)
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The cells of one row as text; DataError if the row is broken."""
         if row >= self.arrow.num_rows:
             raise UnreadableRowError(self.unreadable[row - self.arrow.num_rows])
         cells = super().row(row, columns)
         return {name: self._text(name, decode_utf8(self._bytes(cell), name)) for name, cell in cells.items()}
 
     def column(self, column: str) -> list[Any]:
-        """A whole column as text, None for broken rows."""
         cells = [self._bytes(cell).decode(UTF8, "replace") for cell in super().column(column)]
         return [self._text(column, cell) for cell in cells] + [None] * len(self.unreadable)
 
@@ -190,18 +180,12 @@ class CsvTable(ArrowTable):
         self.unreadable.append(f"line {row.number} has {row.actual_columns} cells where {source} {len(self.names)}")
         return "skip"
 
-    def _find_decimals(self, columns: Sequence[str]) -> None:
-        """The decimal marks of the columns that are read as numbers; without `fields`, of those that may be."""
-        config = self._config
-        for name in columns if config.fields is None else config.fields.numbers or ():
-            if config.decimal != "," and not pc.any(pc.match_substring(self.arrow.column(name), b",")).as_py():
-                continue
-            cells = self.column(name)
-            if config.fields is not None or is_numeric(cells):
-                self.decimals[name] = config.decimal or decimal_mark(cells, name, self.where)
-
     def _text(self, column: str, cell: str) -> str:
-        return with_point(cell, self.decimals[column]) if column in self.decimals else cell
+        """A cell as it is, but a number as Python writes it, if the column has another decimal mark or groups."""
+        mark, number = self.decimals.get(column), cell.strip()
+        if mark is not None and (_DECIMAL[mark].fullmatch(number) or _GROUPED[mark].fullmatch(number)):
+            return number.replace(_OTHER_MARK[mark], "").replace(mark, ".")
+        return cell
 
     def _bytes(self, cell: bytes) -> bytes:
         """A cell as it stands in the file; Arrow keeps it in UTF-8, whatever the encoding of the file."""
@@ -213,12 +197,10 @@ def _encoding(path: str) -> str:
 
     Arrow cannot hand over a row with a wrong number of cells whose bytes are not what was announced.
     """
-    decoder = codecs.getincrementaldecoder(UTF8)()
     try:
-        with open_binary(path) as file:
-            while block := file.read(BLOCK_BYTES):
-                decoder.decode(block)
-        decoder.decode(b"", final=True)
+        with io.TextIOWrapper(open_binary(path), UTF8) as text:
+            while text.read(BLOCK_BYTES):
+                pass
     except UnicodeDecodeError:
         return LATIN
     except OSError as error:
@@ -244,7 +226,6 @@ class CsvConfig(TableConfig):
         return columns
 
     def load(self, path: str) -> CsvTable:
-        """The table, of which the header is read."""
         return CsvTable(path, self)
 
 
@@ -256,22 +237,21 @@ class JsonlTable(Table):
 
     def __init__(self, path: str) -> None:
         self.where = path
-        self._content = _content(path)
         # Of each line that is not blank: its number and where it begins and ends.
         self._lines, self._starts, self._ends = array("q"), array("q"), array("q")
-        start = number = 0
-        while start < len(self._content):
-            found = self._content.find(b"\n", start)
-            end = found if found >= 0 else len(self._content)
-            number += 1
-            if self._content[start:end].strip():
-                self._lines.append(number)
-                self._starts.append(start)
-                self._ends.append(end)
-            start = end + 1
-        if len(self) == 0:
-            raise DataError(f"{path} is empty: write one JSON object per line")
-        first = [self._object(row) for row in range(min(len(self), HEADER_LINES))]
+        with open_binary(path) as file:
+            remote = file.read() if is_remote(path) else b""
+            start = 0
+            for number, line in enumerate(io.BytesIO(remote) if remote else file, 1):
+                if line.strip():
+                    self._lines.append(number)
+                    self._starts.append(start)
+                    self._ends.append(start + len(line.rstrip(b"\n")))
+                start += len(line)
+            if len(self) == 0:
+                raise DataError(f"{path} is empty: write one JSON object per line")
+            self._content = remote or mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        first = [unless_broken(self.row, row, ()) or {} for row in range(min(len(self), HEADER_LINES))]
         self.names = list(dict.fromkeys(name for found in first for name in found))
         if not self.names:
             raise DataError(
@@ -282,7 +262,6 @@ class JsonlTable(Table):
         return len(self._lines)
 
     def row_name(self, row: int) -> str:
-        """The line, counted from 1."""
         return f"line {self._lines[row]}"
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
@@ -302,12 +281,6 @@ class JsonlTable(Table):
             raise DataError("not a JSON object: each line must be {…}")
         return found
 
-    def _object(self, row: int) -> Mapping[str, Any]:
-        try:
-            return self.row(row, ())
-        except DataError:
-            return {}
-
 
 class JsonlConfig(TableConfig):
     """JSON Lines, UTF-8: one object per line."""
@@ -317,15 +290,4 @@ class JsonlConfig(TableConfig):
     kind: Literal["jsonl"] = "jsonl"
 
     def load(self, path: str) -> JsonlTable:
-        """The lines of the file, each parsed when it is read."""
         return JsonlTable(only_file(path, self.endings, "JSONL"))
-
-
-def _content(path: str) -> bytes | mmap.mmap:
-    with open_binary(path) as file:
-        if is_remote(path):
-            return file.read()
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # an empty file cannot be mapped
-            return b""

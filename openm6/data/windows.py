@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -62,62 +62,58 @@ def is_date(cell: Any) -> bool:
     # Most texts are ruled out before any form is tried.
     if len(text) > LONGEST or not _YEAR.search(text):
         return False
-    return not _parses([text], _plain_number) and any(_parses([text], parse) for parse in _FORMS.values())
+    return not _parsed([text], _plain_number) and any(_parsed([text], parse) for parse in _FORMS.values())
 
 
 def _parse_texts(texts: list[str], where: str, time_format: str | None) -> list[float]:
     if time_format is not None:
         parse = partial(_strptime, time_format=time_format)
-        row = next((row for row, text in enumerate(texts) if not _parses([text], parse)), None)
-        if row is not None:
+        times = _parsed(texts, parse)
+        if times is None:
+            row, text = _first_unlike(texts, parse)
             raise DataError(
-                f"{where} holds {texts[row][:40]!r} in row {row}, which time_format {time_format!r} does not fit: "
-                "change either"
+                f"{where} holds {text!r} in row {row}, which time_format {time_format!r} does not fit: change either"
             )
-        return [parse(text) for text in texts]
-    if _parses(texts, _plain_number):
-        return [float(text) for text in texts]
-    fitting = _fitting(texts)
-    if not fitting:
+        return times
+    numbers = _parsed(texts, _plain_number)
+    if numbers is not None:
+        return numbers
+    forms = {name: parse for name, parse in _FORMS.items() if _parsed(texts[:TRIED], parse)}
+    found = {name: times for name, parse in forms.items() if (times := _parsed(texts, parse))}
+    if not found:
         # The first cell that the form of most cells does not parse.
-        best = max(
-            (_plain_number, *_FORMS.values()), key=lambda parse: sum(_parses([text], parse) for text in texts[:TRIED])
-        )
-        row = next((row for row, text in enumerate(texts) if not _parses([text], best)), 0)
+        tried = texts[:TRIED]
+        best = max((_plain_number, *_FORMS.values()), key=lambda form: sum(bool(_parsed([one], form)) for one in tried))
+        row, text = _first_unlike(texts, best)
         raise DataError(
-            f"{where} holds {texts[row][:40]!r} in row {row}, which is not a number or date like the others: "
+            f"{where} holds {text!r} in row {row}, which is not a number or date like the others: "
             'correct it, or add a form such as time_format: "%m/%d/%Y" to the source'
         )
-    found = [[parse(text) for text in texts] for parse in fitting.values()]
-    if any(one != found[0] for one in found[1:]):
-        choices = " or ".join(f'time_format: "{name}"' for name in fitting)
+    # ISO stands for all forms that agree with it.
+    first, *others = found.values()
+    if any(times != first for times in others):
+        choices = " or ".join(f'time_format: "{name}"' for name in found)
         raise DataError(f"{where} can be read in two ways, such as {texts[0]!r}: add {choices} to the source")
-    return found[0]
+    return first
 
 
-def _fitting(texts: Sequence[str]) -> dict[str, Parse]:
-    """The forms that parse every text, by name; ISO stands for all forms that agree with it."""
-    tried = {name: parse for name, parse in _FORMS.items() if _parses(texts[:TRIED], parse)}
-    return {name: parse for name, parse in tried.items() if _parses(texts[TRIED:], parse)}
-
-
-def _parses(texts: Sequence[str], parse: Parse) -> bool:
+def _parsed(texts: Sequence[str], parse: Parse) -> list[float] | None:
+    """All times of one form, or None if one of them has another."""
     try:
-        for text in texts:
-            parse(text)
+        return [parse(text) for text in texts]
     except (ValueError, OverflowError):
-        return False
-    return True
+        return None
+
+
+def _first_unlike(texts: Sequence[str], parse: Parse) -> tuple[int, str]:
+    """Row and beginning of the first text of another form."""
+    return next((row, text[:40]) for row, text in enumerate(texts) if not _parsed([text], parse))
 
 
 def _plain_number(text: str) -> float:
     if _DOTTED_MONTH.fullmatch(text):
         raise ValueError(text)
     return float(text)
-
-
-def _iso(text: str) -> float:
-    return _seconds(datetime.fromisoformat(text))
 
 
 def _quarter(text: str) -> float:
@@ -136,7 +132,7 @@ def _seconds(moment: datetime) -> float:
 
 
 _FORMS: dict[str, Parse] = {
-    "ISO": _iso,
+    "ISO": lambda text: _seconds(datetime.fromisoformat(text)),
     "quarter": _quarter,
     **{name: partial(_strptime, time_format=name) for name in FORMATS},
 }
@@ -166,13 +162,6 @@ def _has_zone(cell: Any) -> bool:
 # Shapes: R rows of the table in order of time, C columns, L = context + horizon rows of a window
 
 
-class _Window(NamedTuple):
-    """The rows of the table that a window covers, and their description."""
-
-    rows: np.ndarray  # L
-    about: dict[str, Any]
-
-
 class WindowSource(Source):
     """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
 
@@ -180,12 +169,13 @@ class WindowSource(Source):
     has them, `start` and `group`.
     """
 
-    def __init__(self, name: str, config: WindowsConfig, values: np.ndarray, windows: list[_Window]) -> None:
+    def __init__(
+        self, name: str, config: WindowsConfig, values: np.ndarray, windows: list[tuple[np.ndarray, dict[str, Any]]]
+    ) -> None:
         self.name = name
         self._config = config
-        # R C, NaN if missing, infinite if the cell could not be read.
-        self._values = values
-        self._windows = windows
+        self._values = values  # R C, NaN if missing, infinite if the cell could not be read
+        self._windows = windows  # of each window its rows of the table, L, and what `extra` says of them
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -239,7 +229,6 @@ class WindowsConfig(SourceConfig):
         return self
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        """The windows of one split; see SourceConfig.open."""
         return self._source(name, split, self.test_fraction)
 
     def open_held_out(self, name: str) -> Source:
@@ -250,16 +239,25 @@ class WindowsConfig(SourceConfig):
         table = table_config(self.path).load(self.path)
         needed = list(dict.fromkeys([*self.columns, *filter(None, (self.time, self.group))]))
         table.read(needed)
-        values = np.stack([_numbers(table, column) for column in self.columns], axis=1)  # R C
+        columns = [[_number(cell, column) for cell in table.column(column)] for column in self.columns]
+        values = np.array(columns).T  # R C
         named = {"start": self.time, "group": self.group}
         described = {key: table.column(column) for key, column in named.items() if column is not None}
-        windows = [
-            window
-            for rows in self._groups(table)
-            for window in self._windows(described, values, rows, split, test_fraction)
-        ]
+        length = self.context + self.horizon
+        windows = []
+        for rows in self._groups(table) if split != "validation" else ():
+            border = len(rows) - round(len(rows) * test_fraction)
+            first, last = (0, border) if split == "train" else (max(0, border - self.context), len(rows))
+            for begin in range(first, last - length + 1, self.stride):
+                covered = rows[begin : begin + length]
+                # Without a value there is nothing to forecast.
+                if np.isnan(values[covered[self.context :]]).all():
+                    continue
+                about = {key: str(cells[covered[0]]) for key, cells in described.items()}
+                # Targets of windows that start within one horizon overlap: they are no independent evidence.
+                about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
+                windows.append((covered, about))
         if not windows and split == "train":
-            length = self.context + self.horizon
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
         return WindowSource(name, self, values, windows)
 
@@ -279,41 +277,11 @@ class WindowsConfig(SourceConfig):
                 )
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]
 
-    def _windows(
-        self,
-        described: Mapping[str, Sequence[Any]],
-        values: np.ndarray,
-        rows: np.ndarray,
-        split: Split,
-        test_fraction: float,
-    ) -> Iterator[_Window]:
-        length = self.context + self.horizon
-        border = len(rows) - round(len(rows) * test_fraction)
-        if split == "validation":
-            return
-        if split == "train":
-            first, last = 0, border - length
-        else:
-            first, last = max(0, border - self.context), len(rows) - length
-        for begin in range(first, last + 1, self.stride):
-            covered = rows[begin : begin + length]
-            # Without a value there is nothing to forecast.
-            if np.isnan(values[covered[self.context :]]).all():
-                continue
-            about = {key: str(cells[covered[0]]) for key, cells in described.items()}
-            # Targets of windows that start within one horizon overlap: they are no independent evidence.
-            about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
-            yield _Window(covered, about)
 
-
-def _numbers(table: Table, column: str) -> np.ndarray:
-    """A column as float64: NaN if missing, infinite if the cell is broken."""
-
-    def number(cell: Any) -> float:
-        try:
-            found = as_number(cell, column)
-        except DataError:
-            return np.inf
-        return np.nan if found is None else found
-
-    return np.array([number(cell) for cell in table.column(column)], dtype=np.float64)
+def _number(cell: Any, column: str) -> float:
+    """A cell as a number: NaN if it is missing, infinite if it is broken."""
+    try:
+        number = as_number(cell, column)
+    except DataError:
+        return np.inf
+    return np.nan if number is None else number

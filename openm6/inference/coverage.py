@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig
-from openm6.tasks.prompts import word_count, words_of
 from openm6.tasks.registry import TASKS
-from openm6.tasks.task import Task
+from openm6.tasks.task import Task, word_count, words_of
 
 # Geometric mean probability of an answer's tokens; below it, an answer to free text is not trusted.
 MIN_CONFIDENCE = 0.3

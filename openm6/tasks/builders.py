@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,9 @@ def mask_words(record: Record, context: Context) -> Built:
 
 def couplets(text: str) -> list[tuple[str, str]]:
     """Neighbouring halves of equal length within a sentence: first line, second line."""
-    found = []
-    for sentence in _SENTENCE.split(text):
-        halves = [half.strip() for half in _COMMA.split(sentence)]
-        if len(halves) == 2 and len(halves[0]) == len(halves[1]) >= 3:
-            found.append((halves[0], halves[1]))
-    return found
+    sentences = ([half.strip() for half in _COMMA.split(sentence)] for sentence in _SENTENCE.split(text))
+    pairs = ((halves[0], halves[1]) for halves in sentences if len(halves) == 2)
+    return [(first, second) for first, second in pairs if len(first) == len(second) >= 3]
 
 
 def draw_couplet(record: Record, context: Context) -> Built:
@@ -89,20 +87,15 @@ def draw_couplet(record: Record, context: Context) -> Built:
     return Built({"line": Part("text", first)}, Part("text", second, {"max_tokens": COUPLET_TOKENS}), second)
 
 
-def hold_out_column(record: Record, context: Context) -> Built:
-    """One column that has a value, drawn each time, and all other columns."""
-    names = sorted(observed(record))
-    return hold_out(record, names[int(context.rng.integers(len(names)))])
-
-
-def hold_out(record: Record, column: str) -> Built:
-    """One column, and all others."""
-    value = observed(record)[column]
+def hold_out(record: Record, context: Context, column: str | None = None) -> Built:
+    """One column that has a value, drawn each time unless it is named, and all other columns."""
+    values = observed(record)
+    column = column or sorted(values)[int(context.rng.integers(len(values)))]
     others = {name: number for name, number in record["numbers"].items() if name != column}
     return Built(
         {"numbers": Part("numbers", others)},
-        Part("numbers", {column: value}),
-        key=f"{column}={value}",
+        Part("numbers", {column: values[column]}),
+        key=f"{column}={values[column]}",
         words={"column": column.replace("_", " ")},
     )
 
@@ -193,9 +186,9 @@ def mask_span(record: Record, context: Context) -> Built:
 REST_OF_TEXT = Derived("text", split_text, lambda record, language: len(_text(record, language)) >= MIN_CHARACTERS)
 UNMASKED_TEXT = Derived("text", mask_words)
 SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language)))
-NUMBER = Derived("numbers", hold_out_column, lambda record, _: observed(record))
+NUMBER = Derived("numbers", hold_out, lambda record, _: observed(record))
 # The price, from all other columns.
-PRICE = Derived("numbers", lambda record, _: hold_out(record, "price"), lambda record, _: "price" in observed(record))
+PRICE = Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record))
 FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
 COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: observed(record))
 ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))

@@ -59,24 +59,16 @@ def outline(image: Image.Image) -> Image.Image:
 def on_background(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """The white that reaches the border replaced by a colour; white inside stays."""
     values = np.array(image)
-    values[_connected_to_border(values.min(2) >= MIN_WHITE)] = colour
-    return Image.fromarray(values)
-
-
-def _connected_to_border(white: np.ndarray) -> np.ndarray:
-    """The part of a mask that is connected to its border.  # H W bool"""
-    found = np.zeros_like(white)
-    found[[0, -1], :], found[:, [0, -1]] = white[[0, -1], :], white[:, [0, -1]]
+    white = values.min(2) >= MIN_WHITE  # H W
+    # Grows from the frame around the image, by one pixel each time.
+    found = np.pad(np.zeros_like(white), 1, constant_values=True)
     while True:
-        grown = found.copy()
-        grown[1:] |= found[:-1]
-        grown[:-1] |= found[1:]
-        grown[:, 1:] |= found[:, :-1]
-        grown[:, :-1] |= found[:, 1:]
-        grown &= white
-        if (grown == found).all():
-            return found
-        found = grown
+        near = found[:-2, 1:-1] | found[2:, 1:-1] | found[1:-1, :-2] | found[1:-1, 2:]
+        if not (grown := white & near & ~found[1:-1, 1:-1]).any():
+            break
+        found[1:-1, 1:-1] |= grown
+    values[found[1:-1, 1:-1]] = colour
+    return Image.fromarray(values)
 
 
 def _read(raw: bytes) -> Image.Image:

@@ -62,12 +62,10 @@ def localised(record: Record, name: str, language: str) -> Any:
     if f"{name}_{language}" in extra:
         return extra[f"{name}_{language}"]
     plain = extra.get(name)
-    return plain if plain is not None and is_chinese(as_text(plain)) == (language == "zh") else None
-
-
-def is_chinese(text: str) -> bool:
-    """Whether any character of a text is Chinese."""
-    return any("\u4e00" <= character <= "\u9fff" for character in text)
+    if plain is None:
+        return None
+    chinese = any("\u4e00" <= character <= "\u9fff" for character in as_text(plain))
+    return plain if chinese == (language == "zh") else None
 
 
 def as_text(value: Any) -> str:
@@ -142,13 +140,12 @@ class Media(Slot):
     """The record's image or audio recording, whole."""
 
     modality: str
-    name: str
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(record.get(self.name))
+        return bool(record.get(self.modality))
 
     def part(self, record: Record, language: str) -> Part:
-        return Part(self.modality, record[self.name])
+        return Part(self.modality, record[self.modality])
 
     def metrics(self) -> tuple[str, ...]:
         return (*METRICS[self.modality], "knn_accuracy")
@@ -217,5 +214,5 @@ class Derived(Slot):
         return str(record.get("id"))
 
 
-IMAGE, AUDIO, NUMBERS = Media("image", "image"), Media("audio", "audio"), Numbers()
+IMAGE, AUDIO, NUMBERS = Media("image"), Media("audio"), Numbers()
 TEXT, LABEL, QUESTION = Text("text"), Text("label", max_tokens=SHORT), Text("question")

@@ -5,6 +5,8 @@ A task is data. Its modalities, metrics and baseline follow from the slots of it
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +14,12 @@ import numpy as np
 
 from openm6.core.errors import ConfigError, MissingFieldError
 from openm6.modalities.interface import Part
-from openm6.tasks.prompts import fill_prompt, names_in, without_inputs
+from openm6.modalities.text import join_texts
 from openm6.tasks.slots import Built, Context, Derived, Record, Slot
 
 LANGUAGES = ("en", "zh")
+_NAME = re.compile(r"\{(\w+)\}")  # of an input, in a prompt
+_WORD = re.compile(r"[a-z0-9]+|[\u3400-\u9fff]")
 RECALLS = ("recall_at_1", "recall_at_5")
 # By the modality of the target.
 BASELINES = {
@@ -24,6 +28,46 @@ BASELINES = {
     "audio": "position_frequencies",
     "numbers": "column_median",
 }
+
+
+def literal_texts(prompt: str) -> list[str]:
+    """The texts of a prompt between its names."""
+    return [text for text in _NAME.split(prompt)[::2] if text]
+
+
+def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str]) -> list[Part]:
+    """The prompt with each `{name}` replaced by its input or words; neighbouring texts become one.
+
+    A text that is too long is cut in its inputs only, never in the words of the prompt.
+    """
+    parts: list[Part] = []
+    for index, segment in enumerate(_NAME.split(prompt)):
+        if index % 2 == 1 and segment not in words:
+            part = inputs[segment]
+        elif segment:
+            part = Part("text", words[segment] if index % 2 == 1 else segment, {"cuttable": ()})
+        else:
+            continue
+        if part.modality == "text" and parts and parts[-1].modality == "text":
+            parts[-1] = join_texts(parts[-1], part)
+        else:
+            parts.append(part)
+    return parts
+
+
+def without_inputs(prompt: str, words: Mapping[str, str]) -> str:
+    """The words of a prompt with its inputs left out; the name of the target column stays."""
+    return " ".join(_NAME.sub(lambda name: words.get(name[1], " "), prompt).split())
+
+
+def words_of(text: str) -> list[str]:
+    """Words of Latin letters and digits in lower case, and single Chinese characters."""
+    return _WORD.findall(text.lower())
+
+
+def word_count(parts: Iterable[Part]) -> int:
+    """Words of all text among the parts."""
+    return sum(len(words_of(str(part.raw))) for part in parts if part.modality == "text")
 
 
 @dataclass(frozen=True)
@@ -74,7 +118,7 @@ class Task:
     def __post_init__(self) -> None:
         for language, prompts in self.prompts.items():
             for prompt in prompts:
-                unknown = names_in(prompt) - set(self.inputs) - {"column"}
+                unknown = set(_NAME.findall(prompt)) - set(self.inputs) - {"column"}
                 if language not in LANGUAGES or unknown:
                     raise ConfigError(f"prompt {prompt!r} names {unknown or language}, not given")
         modalities = [slot.modality for slot in self.inputs.values() if slot.modality != "text"]
@@ -84,9 +128,8 @@ class Task:
             "metrics": self.metrics or (RECALLS if self.contrastive else self.target.metrics()),
             "baseline": self.baseline or ("chance" if self.contrastive else BASELINES[self.target.modality]),
         }
-        for name, value in derived.items():
-            # The dataclass is frozen for its users.
-            object.__setattr__(self, name, value)
+        # The dataclass is frozen for its users.
+        self.__dict__.update(derived)
 
     def languages(self, record: Record) -> list[str]:
         """Languages in which this record has an example; a spoken record is bound to the language it is spoken in."""

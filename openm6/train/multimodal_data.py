@@ -27,9 +27,8 @@ from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.registry import Modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
-from openm6.tasks.prompts import literal_texts, word_count
 from openm6.tasks.registry import TASKS
-from openm6.tasks.task import LANGUAGES, Task
+from openm6.tasks.task import LANGUAGES, Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")

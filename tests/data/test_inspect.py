@@ -99,7 +99,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     )
     while quarantine.seen < 60:
         next(packer.batches())
-    assert quarantine.counts["not_applicable"]["x/image_captioning"] > 5 and quarantine.total == 0
+    assert quarantine.counts["not_applicable"]["x/image_captioning"] > 5 and not quarantine.counts["broken"]
 
 
 def test_a_folder_of_tables_with_test_parts(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openm6.core.errors import DataError
-from openm6.data.mixture import Component, MixtureSampler, SampleIndex, merge, own_shards
+from openm6.data.mixture import Component, MixtureSampler, SampleIndex, merge
 from tests.data.lists import ListSource
 
 
@@ -117,7 +117,7 @@ def sampler() -> MixtureSampler:
 def open_shards(count: int, size: int) -> list[MixtureSampler]:
     ranks = [sampler() for _ in range(size)]
     for rank, one in enumerate(ranks):
-        one.set_shards(count, own_shards(count, rank, size))
+        one.set_shards(count, rank, size)
     return ranks
 
 
@@ -162,4 +162,5 @@ def test_a_shard_has_the_same_samples_whichever_rank_holds_it() -> None:
 
 
 def test_shards_are_shared_evenly() -> None:
-    assert [list(own_shards(6, rank, 4)) for rank in range(4)] == [[0], [1, 2], [3], [4, 5]]
+    shards = [[shard.index for shard in rank.shards] for rank in open_shards(6, 4)]
+    assert shards == [[0], [1, 2], [3], [4, 5]]

@@ -126,8 +126,9 @@ def test_what_is_broken_is_counted_once_for_each_draw(tmp_path: Path) -> None:
     made = packer(texts(10, broken=(2, 7)), quarantine=quarantine)
     placed = sum(batch.num_examples for batch in batches(made, 10))
     drawn = made.sampler.state()["mixture"]["global_index"]
-    assert quarantine.total == drawn - placed - len(buffered(made))
-    assert quarantine.seen == placed + quarantine.total, "an example that waits is counted when it is placed"
+    broken = quarantine.counts["broken"].total()
+    assert broken == drawn - placed - len(buffered(made))
+    assert quarantine.seen == placed + broken, "an example that waits is counted when it is placed"
     listed = [json.loads(line)["id"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert sorted(listed) == ["row 2", "row 7"], "each is listed once"
     assert quarantine.broken_fraction == pytest.approx(0.2, abs=0.05)
@@ -149,7 +150,7 @@ def test_what_is_too_long_is_set_aside_with_advice_and_is_not_broken(tmp_path: P
     made = drawing(IMAGES, 48, quarantine, beside=True)
     found = batches(made, 20)
     assert all(batch.num_examples and "image_out" not in batch.groups for batch in found)
-    assert quarantine.total == 0 and quarantine.counts["too_long"]["images"] > 10
+    assert not quarantine.counts["broken"] and quarantine.counts["too_long"]["images"] > 10
     lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == ["i0", "i1", "i2", "i3"]
     assert all(line["kind"] == "too long" and "raise packing.seq_len" in line["reason"] for line in lines)
@@ -174,7 +175,8 @@ def test_long_texts_are_cut_to_a_row_and_counted_apart(tmp_path: Path) -> None:
     assert number > 1 and 0 < quarantine.counts["truncated"]["first"] <= number, (
         "an example without its input needs no cut"
     )
-    assert quarantine.total == 0 and not quarantine.counts["too_long"] and not (tmp_path / "q.jsonl").exists()
+    assert not quarantine.counts["broken"] and not quarantine.counts["too_long"]
+    assert not (tmp_path / "q.jsonl").exists()
     merged = merge_cursors([found[-1].cursor, found[-1].cursor])["quarantine"]
     assert merged["truncated"] == {"first": 2 * found[-1].cursor["quarantine"]["truncated"]["first"]}
 
@@ -222,7 +224,7 @@ def test_a_record_that_lacks_a_field_is_skipped_not_broken(tmp_path: Path) -> No
     found = batches(made, 20)
     assert {answer for batch in found for answer in answers(batch)} == {f"{n}." for n in range(30) if n % 3}
     skipped = quarantine.counts["not_applicable"]["first/question_answering"]
-    assert quarantine.total == 0 and not (tmp_path / "q.jsonl").exists()
+    assert not quarantine.counts["broken"] and not (tmp_path / "q.jsonl").exists()
     assert made.sampler.state()["mixture"]["global_index"] == quarantine.seen + skipped + len(buffered(made))
     assert skipped == pytest.approx(quarantine.seen / 2, abs=8)
     fresh = packer(records)
@@ -236,7 +238,8 @@ def test_counts_of_ranks_are_added_up() -> None:
     one.quarantine.count("not_applicable", "first/question_answering")
     merged = merge_cursors([one.state(), one.state()])["quarantine"]
     assert merged["not_applicable"] == {"first/question_answering": 2}
-    assert merged["broken"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
+    assert merged["broken"] == {"first": 2 * one.quarantine.counts["broken"]["first"]}
+    assert merged["seen"] == 2 * one.quarantine.seen
 
 
 @pytest.mark.parametrize("record", [None, {"id": "r", "text_en": "no question"}], ids=["broken", "lacking"])
@@ -259,7 +262,7 @@ def test_counts_survive_a_restart() -> None:
     last = batches(made, 6)[-1]
     fresh = packer(texts(9, broken=(1,)), quarantine=Quarantine(limit=1.0))
     fresh.restore(json.loads(json.dumps(last.cursor)))
-    assert fresh.state() == last.cursor and fresh.quarantine.total > 0
+    assert fresh.state() == last.cursor and fresh.quarantine.counts["broken"]
 
 
 class Watched(Packer):

@@ -18,8 +18,8 @@ from openm6.data.prepare import (
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
 from openm6.modalities.text import MASK_CHARACTER
-from openm6.tasks.prompts import without_inputs
 from openm6.tasks.registry import TASKS
+from openm6.tasks.task import without_inputs
 from tests.data.lists import ListSource
 from tests.data.sample_images import png
 from tests.small_model import modalities

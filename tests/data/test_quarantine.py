@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -16,7 +15,7 @@ def test_counts_and_lines(tmp_path):
     quarantine.add("shop", "7", "no file '7.png'")
     quarantine.add("shop", "7", "no file '7.png'")
     quarantine.add("pets", "1", ValueError("x" * 1000))
-    assert (quarantine.seen, quarantine.total, quarantine.broken_fraction) == (100, 3, 0.03)
+    assert (quarantine.seen, quarantine.broken_fraction) == (100, 0.03)
     assert quarantine.counts["broken"] == {"shop": 2, "pets": 1}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["kind"], line["source"], line["id"]) for line in lines] == [
@@ -55,26 +54,13 @@ def test_state_goes_on_and_lines_are_not_repeated(tmp_path):
     assert path.read_text().count('"id": "1"') == 1
 
 
-def test_threads_lose_no_count():
-    quarantine = Quarantine(limit=1.0)
-
-    def work(number: int) -> None:
-        for _ in range(200):
-            quarantine.accept()
-            quarantine.add(f"s{number}", "1", "broken")
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
-    assert quarantine.seen == 3200 and quarantine.total == 1600
-
-
 def test_what_is_too_long_or_truncated_never_stops_a_run(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.0, minimum=1)
     for number in range(300):
         quarantine.add("poems", str(number), "900 tokens", "too_long")
         quarantine.accept()
         quarantine.count("truncated", "speech")
-    assert (quarantine.seen, quarantine.total, quarantine.broken_fraction) == (600, 0, 0.0)
+    assert (quarantine.seen, quarantine.broken_fraction) == (600, 0.0)
     with pytest.raises(TrainingError, match="max_broken"):
         quarantine.add("shop", "1", "broken")
 

@@ -17,7 +17,7 @@ from openm6.data.media import load_table
 from openm6.data.parquet import ParquetConfig
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
-from openm6.data.storage import TableFolder, find_files, read_bounded
+from openm6.data.storage import find_files, read_beside
 from openm6.data.text_tables import CsvConfig, JsonlConfig
 from tests.data.sample_images import png, wav
 
@@ -33,35 +33,35 @@ def folder(tmp_path):
 
 
 def test_a_file_beside_the_table(folder):
-    assert TableFolder(str(folder / "table.csv"))("sub/a.png", 100) == b"image"
+    assert read_beside(str(folder / "table.csv"), "sub/a.png", 100) == b"image"
 
 
 @pytest.mark.parametrize("name", ["../secret.txt", "sub/../../secret.txt", "link.txt", "/etc/hostname"])
 def test_no_name_leads_out_of_the_folder(folder, name):
     with pytest.raises(DataError, match="leads out"):
-        TableFolder(str(folder / "table.csv"))(name, 100)
+        read_beside(str(folder / "table.csv"), name, 100)
 
 
 @pytest.mark.parametrize("name, reason", [("b.png", "no file"), ("sub", "no file"), ("a\x00b", "not a file name")])
 def test_names_of_nothing(folder, name, reason):
     with pytest.raises(DataError, match=reason):
-        TableFolder(str(folder / "table.csv"))(name, 100)
+        read_beside(str(folder / "table.csv"), name, 100)
 
 
 def test_size_is_bounded(folder):
     with pytest.raises(DataError, match="larger than 3 bytes"):
-        read_bounded(str(folder / "sub" / "a.png"), 3)
+        read_beside(str(folder / "table.csv"), "sub/a.png", 3)
 
 
 def test_remote_names_are_confined_too():
     system = fsspec.filesystem("memory")
     system.pipe("/shop/images/a.png", b"image")
     system.pipe("/other.png", b"secret")
-    opener = TableFolder("memory://shop/table.csv")
-    assert opener("images/a.png", 100) == b"image"
+    table = "memory://shop/table.csv"
+    assert read_beside(table, "images/a.png", 100) == b"image"
     for name in ("../other.png", "/other.png", "memory://other.png"):
         with pytest.raises(DataError, match="leads out"):
-            opener(name, 100)
+            read_beside(table, name, 100)
 
 
 def test_files_of_a_folder_a_glob_and_an_address(folder):
