@@ -5,7 +5,6 @@ gradient is known."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,8 @@ from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import UpdateArgs, UpdateRule
 
 Key = TypeVar("Key", str, int)
-Run = Callable[[TransformerBlock, dict[str, Tensor], Tensor, Context, int], BlockOutput]
+Gradients = dict[int, Tensor]  # of parameters, by their id
+Part = tuple[slice, Context, Tensor]  # of a batch: its rows, their context, their fraction of the valid tokens
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class OffloadedExecutor(LayerExecutor):
         self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the group that was gathered last
         device = store.device
         compiled = config.compile and not weights.sharded  # a compiler does not trace collectives
-        self._run_block: Run = _compiled_run() if compiled else run_block
+        # Compiled as a function of (weights, tokens): weights in another buffer do not compile it again.
+        self._run_block = torch.compile(run_block) if compiled else run_block
         self._step: Step | None = None
         self._updated: set[int] = set()
         self._gradients: dict[int, dict[str, Tensor]] = {}
@@ -103,11 +104,14 @@ class OffloadedExecutor(LayerExecutor):
         self, blocks: Sequence[TransformerBlock], x: Tensor, meta: SequenceMeta, make_context: MakeContext
     ) -> tuple[Tensor, list[RouterStats]]:
         learning = torch.is_grad_enabled()
-        parts = _row_parts(meta, x, self.config.gradient_accumulation_steps if learning else 1)
-        contexts = [make_context(x[rows], part) for rows, part in parts]
-        batch = _Batch(contexts, [rows for rows, _ in parts], _fractions(contexts))
         if learning and self._step is None:
             raise RuntimeError("begin_step must be called before a forward pass that is to learn")
+        rows = _row_parts(meta, self.config.gradient_accumulation_steps if learning else 1)
+        contexts = [make_context(x[one], part) for one, part in rows]
+        counts = torch.stack([context.valid.sum() for context in contexts]).float()
+        # Exactly 1 for a single part.
+        fractions = counts / counts.sum().clamp(min=1) if len(rows) > 1 else torch.ones_like(counts)
+        parts = list(zip([one for one, _ in rows], contexts, fractions.unbind(), strict=True))
         self._gathered = None
         self.store.plan(self.uses(learning))
         # Without an argument that requires a gradient, autograd would keep no trace of the first span.
@@ -115,8 +119,9 @@ class OffloadedExecutor(LayerExecutor):
         found: list[RouterStats] = []
         for span in self._spans:
             own = {id(one): one for layer in span for one in self._own_parameters(layer)}
-            x, *stats = _Span.apply(self, batch, span, requires_graph, x, *own.values())
-            found += _stats(stats, [layer for layer in span if self._is_sparse(layer)])
+            stats: list[RouterStats] = []
+            x, *side_losses = _Span.apply(self, parts, span, stats, requires_graph, x, *own.values())
+            found += [replace(one, side_loss=loss) for one, loss in zip(stats, side_losses, strict=True)]
         return x, found
 
     def uses(self, learning: bool) -> list[Use]:
@@ -129,53 +134,27 @@ class OffloadedExecutor(LayerExecutor):
                 found += [Use(groups[layer], self._is_last_use(layer)) for layer in reversed(span)]
         return found
 
-    def forward_span(self, batch: _Batch, span: Sequence[int], x: Tensor) -> tuple[Tensor, list[RouterStats]]:
-        """B S D -> B S D and the statistics of the span's sparse layers, without a graph."""
-        found: list[RouterStats] = []
-        for layer in span:
-            x, stats = self._forward_layer(batch, layer, x)
-            found += [] if stats is None else [stats]
-        return x, found
-
-    def backward_span(
-        self, batch: _Batch, span: Sequence[int], x: Tensor, gradient: Tensor, sides: list[Tensor | None]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return gradients of the span's input and, by identity, of its layers' own parameters.
-
-        Groups whose last use this was are updated.
-        """
-        inputs = [x]
-        for layer in span[:-1]:
-            inputs.append(self._forward_layer(batch, layer, inputs[-1])[0])
-        own: dict[int, Tensor] = {}
-        for layer in reversed(span):
-            side = sides.pop() if self._is_sparse(layer) else None
-            gradient = self._backward_layer(batch, layer, inputs.pop(), gradient, side, own)
-        return gradient, own
-
-    def _forward_layer(self, batch: _Batch, layer: int, x: Tensor) -> BlockOutput:
+    def forward_layer(self, parts: list[Part], layer: int, x: Tensor) -> BlockOutput:
+        """B S D -> B S D and, of a sparse layer, the router's statistics; without a graph."""
         group = self.layer_groups[layer]
         block, weights = self.blocks[layer], self._open(group, x)
         outputs = [
             # Only a cache needs the layer's index; otherwise it is 0, so that one compiled block serves all layers.
             self._run_block(block, weights, x[rows], context, 0 if context.cache is None else layer)
-            for rows, context in zip(batch.rows, batch.contexts, strict=True)
+            for rows, context, _ in parts
         ]
         self.store.close(group)
-        stats = [one for _, one in outputs if one is not None]
+        stats = [(one, fraction) for (_, one), (_, _, fraction) in zip(outputs, parts, strict=True) if one is not None]
         y = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
-        return y, _blend(stats, batch.fractions, layer) if stats else None
+        return y, _blend(stats, layer) if stats else None
 
-    def _backward_layer(
-        self,
-        batch: _Batch,
-        layer: int,
-        x: Tensor,
-        gradient: Tensor,
-        side: Tensor | None,
-        own_gradients: dict[int, Tensor],
+    def backward_layer(
+        self, parts: list[Part], layer: int, x: Tensor, gradient: Tensor, side: Tensor | None, own_gradients: Gradients
     ) -> Tensor:
-        """Run the layer again with a graph, part by part, and add up gradients of weights and own parameters."""
+        """Return the gradient of the layer's input x, and add those of its own parameters to `own_gradients`, by id.
+
+        The layer runs again with a graph, part by part. At their last use its group's weights are updated.
+        """
         group = self.layer_groups[layer]
         if group in self._updated or self._step is None:
             raise RuntimeError(
@@ -184,7 +163,7 @@ class OffloadedExecutor(LayerExecutor):
         weights = {name: weight.detach().requires_grad_() for name, weight in self._open(group, x).items()}
         own = self._own_parameters(layer)
         gradients: list[Tensor] = []
-        for rows, context, fraction in zip(batch.rows, batch.contexts, batch.fractions, strict=True):
+        for rows, context, fraction in parts:
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
                 y, stats = self._run_block(self.blocks[layer], weights, part, context, 0)
@@ -204,12 +183,11 @@ class OffloadedExecutor(LayerExecutor):
     def _open(self, group: int, x: Tensor) -> dict[str, Tensor]:
         """The group's weights in the dtype of computation."""
         kind = x.device.type
-        half = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if half else torch.float32
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         self._opened = self.store.open(group)
-        sharded = {n: stored for n, stored in self._opened.items() if self.weights.is_sharded(group, n)}
         if self._gathered is None or self._gathered[0] != group:  # layers that share weights gather them once
             self._gathered = None  # free it before the next one is gathered
+            sharded = {name: one for name, one in self._opened.items() if self.weights.is_sharded(group, name)}
             parts = {name: self.rule.read(stored, dtype) for name, stored in sharded.items()}
             self._gathered = group, self.weights.gather(group, parts) if parts else {}
         gathered = self._gathered[1]
@@ -241,23 +219,10 @@ class OffloadedExecutor(LayerExecutor):
         """Whether the backward pass, from the last layer to the first, needs the layer's weights no more after it."""
         return self.layer_groups.index(self.layer_groups[layer]) == layer
 
-    def _is_sparse(self, layer: int) -> bool:
-        return self.blocks[layer].router is not None
-
     def _own_parameters(self, layer: int) -> list[nn.Parameter]:
         """What a layer uses besides its group's matrices: norms and the router, which stay on the device."""
         matrices = {id(one) for one in self.blocks[layer].matrices().values()}
-        own = [one for one in self.blocks[layer].parameters() if id(one) not in matrices]
-        return [one for one in own if one.requires_grad]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The parts of a batch: the context of each, its rows, and its fraction of the valid tokens."""
-
-    contexts: list[Context]
-    rows: list[slice]
-    fractions: list[Tensor]
+        return [one for one in self.blocks[layer].parameters() if one.requires_grad and id(one) not in matrices]
 
 
 class _Span(torch.autograd.Function):
@@ -267,29 +232,37 @@ class _Span(torch.autograd.Function):
     def forward(
         ctx: Any,
         executor: OffloadedExecutor,
-        batch: _Batch,
+        parts: list[Part],
         span: Sequence[int],
+        stats: list[RouterStats],
         requires_graph: Tensor,
         x: Tensor,
         *own: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, stats = executor.forward_span(batch, span, x)
-        if ctx.needs_input_grad[3]:
+        """Return the output and the side loss of each sparse layer, whose statistics are appended to `stats`."""
+        if ctx.needs_input_grad[4]:
             ctx.restore = save_input(x, executor.config.activation_storage)
-            ctx.arguments = (executor, batch, span, [id(one) for one in own])
+            ctx.arguments = (executor, parts, span, [id(one) for one in own])
             ctx.precision = capture_precision(x.device.type)
-        flat = [part for one in stats for part in _tensors_of(one)]
-        ctx.mark_non_differentiable(*(part for index, part in enumerate(flat) if index % 5 != 4))
+        for layer in span:
+            x, one = executor.forward_layer(parts, layer, x)
+            stats += [] if one is None else [one]
         ctx.set_materialize_grads(False)
-        return (y, *flat)
+        return (x, *(one.side_loss for one in stats))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *of_stats: Tensor | None) -> tuple[Tensor | None, ...]:
-        executor, batch, span, own = ctx.arguments
+    def backward(ctx: Any, gradient: Tensor, *side_losses: Tensor | None) -> tuple[Tensor | None, ...]:
+        executor, parts, span, own = ctx.arguments
+        inputs, sides = [ctx.restore()], list(side_losses)
+        found: Gradients = {}
         with ctx.precision():
-            found, gradients = executor.backward_span(batch, span, ctx.restore(), gradient, list(of_stats[4::5]))
-        return (None, None, None, None, found, *(gradients.get(one) for one in own))
+            for layer in span[:-1]:
+                inputs.append(executor.forward_layer(parts, layer, inputs[-1])[0])
+            for layer in reversed(span):
+                side = None if executor.blocks[layer].router is None else sides.pop()
+                gradient = executor.backward_layer(parts, layer, inputs.pop(), gradient, side, found)
+        return (None, None, None, None, None, gradient, *(found.get(one) for one in own))
 
 
 def run_block(
@@ -299,13 +272,7 @@ def run_block(
     return functional_call(block, weights, (x, context, layer))
 
 
-@functools.cache
-def _compiled_run() -> Run:
-    """Compile a function of (weights, tokens): weights in another buffer do not recompile it."""
-    return torch.compile(run_block)
-
-
-def _row_parts(meta: SequenceMeta, x: Tensor, parts: int) -> list[tuple[slice, SequenceMeta]]:
+def _row_parts(meta: SequenceMeta, parts: int) -> list[tuple[slice, SequenceMeta]]:
     """Up to `parts` parts of the rows, as even as can be."""
     count = max(1, min(parts, meta.batch))
     if count == 1:
@@ -315,30 +282,15 @@ def _row_parts(meta: SequenceMeta, x: Tensor, parts: int) -> list[tuple[slice, S
     return [(one, SequenceMeta(*(part[one] for part in meta.parts()), causal=meta.causal)) for one in rows]
 
 
-def _fractions(contexts: list[Context]) -> list[Tensor]:
-    """Each part's fraction of the valid tokens; exactly 1 for a single part."""
-    if len(contexts) == 1:
-        return [torch.ones((), device=contexts[0].valid.device)]
-    counts = torch.stack([context.valid.sum() for context in contexts]).float()
-    return list((counts / counts.sum().clamp(min=1)).unbind())
-
-
-def _blend(stats: list[RouterStats], fractions: list[Tensor], layer: int) -> RouterStats:
-    """The statistics of all parts together: loads add up, the rest is a mean by valid tokens."""
+def _blend(stats: list[tuple[RouterStats, Tensor]], layer: int) -> RouterStats:
+    """The statistics of all parts, each with its fraction: loads add up, the rest is a mean by valid tokens."""
     if len(stats) == 1:
-        return replace(stats[0], layer=layer)
-    columns = list(zip(*(_tensors_of(one) for one in stats), strict=True))
-    means = [sum(part * one for part, one in zip(column, fractions, strict=True)) for column in columns[1:]]
-    return RouterStats(layer, torch.stack(columns[0]).sum(0), *means)
-
-
-def _tensors_of(stats: RouterStats) -> tuple[Tensor, ...]:
-    """Return the tensors of a router's statistics, the one with a gradient last."""
-    return stats.load, stats.aux_loss, stats.z_loss, stats.dropped, stats.side_loss
-
-
-def _stats(flat: list[Tensor], layers: list[int]) -> list[RouterStats]:
-    return [RouterStats(layer, *flat[5 * index : 5 * index + 5]) for index, layer in enumerate(layers)]
+        return replace(stats[0][0], layer=layer)
+    means = {
+        name: sum(getattr(one, name) * fraction for one, fraction in stats)
+        for name in ("aux_loss", "z_loss", "dropped", "side_loss")
+    }
+    return RouterStats(layer, torch.stack([one.load for one, _ in stats]).sum(0), **means)
 
 
 def _add(total: dict[Key, Tensor], keys: Iterable[Key], found: Sequence[Tensor | None]) -> None:

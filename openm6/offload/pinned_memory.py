@@ -7,10 +7,8 @@ import mmap
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from openm6.core.log import get_log
 
@@ -30,21 +28,22 @@ class PinnedArena:
 
         If the system refuses to pin the memory, the arena works with slower copies, and a warning is logged.
         """
-        self._registered: list[int] = []
+        # Private memory on Linux, because only then it may have huge pages, which are pinned far faster.
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform == "linux" else {}
+        memory = mmap.mmap(-1, max(mmap.PAGESIZE, sum(sizes)), **flags)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # the system may have none
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self.buffers = list(self._bytes[: sum(sizes)].split(list(sizes)))
         self._unpin: weakref.finalize | None = None
-        self._memory = _anonymous_memory(max(mmap.PAGESIZE, sum(sizes)))
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.buffers: list[Tensor] = []
-        start = 0
-        for size in sizes:
-            self.buffers.append(self._bytes[start : start + size])
-            start += size
         if pin and sizes:
             self._register(segments(sizes, SEGMENT))
 
     def _register(self, parts: list[tuple[int, int]]) -> None:
-        runtime = torch.cuda.cudart()
-        self._unpin = weakref.finalize(self, _unregister, runtime, self._registered)  # also if the run fails
+        runtime, registered = torch.cuda.cudart(), list[int]()
+        # Also if the run fails.
+        self._unpin = weakref.finalize(self, lambda: [runtime.cudaHostUnregister(address) for address in registered])
         for start, size in parts:
             # The first touch claims the pages; an untouched mapping is pinned far more slowly.
             self._bytes[start : start + size : mmap.PAGESIZE].zero_()
@@ -58,27 +57,12 @@ class PinnedArena:
                     "fix that"
                 )
                 return
-            self._registered.append(address)
+            registered.append(address)
 
     def close(self) -> None:
         """Unregister the memory; the buffers must not be used after it."""
         if self._unpin is not None:
             self._unpin()
-
-
-def _anonymous_memory(num_bytes: int) -> mmap.mmap:
-    """Return new memory; on Linux private, because only then it may have huge pages, which are pinned far faster."""
-    if sys.platform != "linux":
-        return mmap.mmap(-1, num_bytes)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # the system may have none
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def _unregister(runtime: Any, addresses: list[int]) -> None:
-    while addresses:
-        runtime.cudaHostUnregister(addresses.pop())
 
 
 def _forget_error() -> None:

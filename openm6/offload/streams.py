@@ -75,14 +75,10 @@ class Streams:
 
 
 def open_streams(device: torch.device) -> Streams:
-    """Streams of a device."""
     if device.type != "cuda":
         return Streams(Stream(), Stream(), Stream())
-    return Streams(
-        CudaStream(device, None),
-        CudaStream(device, torch.cuda.Stream(device)),
-        CudaStream(device, torch.cuda.Stream(device)),
-    )
+    own = (None, torch.cuda.Stream(device), torch.cuda.Stream(device))
+    return Streams(*(CudaStream(device, stream) for stream in own))
 
 
 class PhaseTimer:
@@ -90,8 +86,7 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.running = False
-        self._cuda = device.type == "cuda"
-        self._device = device
+        self._device, self._cuda = device, device.type == "cuda"
         self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager

@@ -6,6 +6,7 @@ them) lie in one flat record, so that one copy fetches them, and a shorter one t
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,48 +38,31 @@ class WeightsOnly:
 StorageFormat = UpdateRule | WeightsOnly
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One slot of one parameter and its offset in the record."""
-
-    parameter: str
-    slot: Slot
-    start: int
-
-    def view(self, record: Tensor) -> Tensor:
-        """Return the tensor within a record's bytes."""
-        flat = record[self.start : self.start + self.slot.num_bytes]
-        return flat.view(self.slot.dtype).view(self.slot.shape)
-
-
 class RecordLayout:
-    """The offset of each slot: first those that the forward pass reads, then what only updates need."""
+    """Where in a record each slot is: first those that the forward pass reads, then what only updates need."""
 
     def __init__(self, shapes: Mapping[str, Shape], storage: StorageFormat) -> None:
         self.shapes = dict(shapes)
+        self.entries: list[tuple[str, Slot, int]] = []  # parameter, slot, offset
         slots = [(name, slot) for name, shape in shapes.items() for slot in storage.slots(shape)]
-        read = [pair for pair in slots if pair[1].name in storage.read_slots]
-        rest = [pair for pair in slots if pair[1].name not in storage.read_slots]
-        self.entries: list[Entry] = []
-        self.read_bytes = self._add(read, 0)
-        self.num_bytes = _rounded(self._add(rest, self.read_bytes), PAGE)
+        self.read_bytes = end = 0
+        for name, slot in sorted(slots, key=lambda pair: pair[1].name not in storage.read_slots):
+            self.entries.append((name, slot, end))
+            end = _rounded(end + slot.num_bytes, ALIGNMENT)
+            self.read_bytes = end if slot.name in storage.read_slots else self.read_bytes
+        self.num_bytes = _rounded(end, PAGE)
 
     @property
     def num_parameters(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
     def views(self, record: Tensor) -> dict[str, Slots]:
         """Return parameter -> its slots, as views of a record's bytes (uint8)."""
         found: dict[str, Slots] = {name: {} for name in self.shapes}
-        for entry in self.entries:
-            found[entry.parameter][entry.slot.name] = entry.view(record)
+        for parameter, slot, start in self.entries:
+            flat = record[start : start + slot.num_bytes]
+            found[parameter][slot.name] = flat.view(slot.dtype).view(slot.shape)
         return found
-
-    def _add(self, slots: list[tuple[str, Slot]], start: int) -> int:
-        for parameter, slot in slots:
-            self.entries.append(Entry(parameter, slot, start))
-            start = _rounded(start + slot.num_bytes, ALIGNMENT)
-        return start
 
 
 def _rounded(size: int, step: int) -> int:
@@ -98,17 +82,17 @@ class Use:
     whole: bool
 
 
+@dataclass(eq=False)
 class _Buffer:
     """Device memory for one record."""
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self.record = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.index: int | None = None  # of the record that it holds
-        self.whole = False
-        self.open = False
-        self.ready: Event = None  # the record has arrived
-        self.free: Event = None  # the compute stream reads or writes it no more
-        self.left: Event = None  # the last write-back from it is done
+    record: Tensor
+    index: int | None = None  # of the record that it holds
+    whole: bool = False
+    open: bool = False
+    ready: Event = None  # the record has arrived
+    free: Event = None  # the compute stream reads or writes it no more
+    left: Event = None  # the last write-back from it is done
 
 
 class WeightStore:
@@ -136,17 +120,15 @@ class WeightStore:
         self.moved_bytes = 0  # in both directions
         self._read = read
         offloaded = [index for index in range(len(layouts)) if index not in self.on_device]
-        sizes = [layouts[index].num_bytes for index in offloaded] if read is None else []
-        self._arena = PinnedArena(sizes, pin and device.type == "cuda")
-        in_host_memory = dict(zip(offloaded, self._arena.buffers, strict=False))
-        self.storage: list[Tensor] = []
-        if read is None:
-            self.storage = [
-                in_host_memory[index] if index in in_host_memory else _on_device(layout, device)
-                for index, layout in enumerate(layouts)
-            ]
-        largest = max((layouts[index].num_bytes for index in offloaded), default=0)
-        self._buffers = [_Buffer(largest, device) for _ in range(num_buffers)] if offloaded else []
+        sizes = [layouts[index].num_bytes for index in offloaded]
+        self._arena = PinnedArena(sizes if read is None else (), pin and device.type == "cuda")
+        hosted = iter(self._arena.buffers)
+        self.storage = [
+            torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device) if index in self.on_device else next(hosted)
+            for index, layout in enumerate(layouts if read is None else ())
+        ]
+        largest, count = max(sizes, default=0), num_buffers if offloaded else 0
+        self._buffers = [_Buffer(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(count)]
         self._written: dict[int, Event] = {}
         self._uses: deque[Use] = deque()
         # Their memory may have been another tensor's, still in use on the device.
@@ -192,7 +174,13 @@ class WeightStore:
             return
         buffer.free = self.streams.compute.record_event()
         if changed:
-            self._write_back(index, buffer)
+            stream = self.streams.to_host
+            stream.wait_event(buffer.free)
+            with self.timer.span("write_back"):
+                size = self.layouts[index].num_bytes
+                stream.copy(self.storage[index][:size], buffer.record[:size])
+            self._written[index] = buffer.left = stream.record_event()
+            self.moved_bytes += size
         buffer.open = False
         self._fetch_ahead()
 
@@ -221,50 +209,29 @@ class WeightStore:
                 return
             if use.index in self.on_device:
                 continue
-            buffer = self._holding(use.index)
-            if buffer is None:
-                buffer = next(one for one in self._buffers if one not in taken)
+            buffer = self._holding(use.index) or next(one for one in self._buffers if one not in taken)
+            if buffer.index != use.index or (use.whole and not buffer.whole):
                 self._fetch(buffer, use)
-            elif use.whole and not buffer.whole:
-                self._complete(buffer, use.index)
             if buffer not in taken:
                 taken.append(buffer)
 
     def _fetch(self, buffer: _Buffer, use: Use) -> None:
+        """Fill a buffer with a record, or with what an update needs besides the weights, if these are there."""
         layout, stream = self.layouts[use.index], self.streams.to_device
+        start = layout.read_bytes if buffer.index == use.index else 0
         end = layout.num_bytes if use.whole else layout.read_bytes
-        stream.wait_event(buffer.free)
-        stream.wait_event(buffer.left)
+        if not start:
+            stream.wait_event(buffer.free)
+            stream.wait_event(buffer.left)
         stream.wait_event(self._written.get(use.index))
         buffer.index = None  # until it is filled: reading may fail
         with self.timer.span("fetch"):  # on a CPU the copy itself; on a GPU it is only enqueued
             if self._read is not None:
                 self._read(use.index, layout.views(buffer.record))
             else:
-                stream.copy(buffer.record[:end], self.storage[use.index][:end])
+                stream.copy(buffer.record[start:end], self.storage[use.index][start:end])
         buffer.ready, buffer.index, buffer.whole = stream.record_event(), use.index, use.whole
-        self.moved_bytes += end
-
-    def _complete(self, buffer: _Buffer, index: int) -> None:
-        """Fetch what an update needs besides the weights, which are there."""
-        layout, stream = self.layouts[index], self.streams.to_device
-        start, end = layout.read_bytes, layout.num_bytes
-        stream.wait_event(self._written.get(index))
-        stream.copy(buffer.record[start:end], self.storage[index][start:end])
-        buffer.ready, buffer.whole = stream.record_event(), True
         self.moved_bytes += end - start
-
-    def _write_back(self, index: int, buffer: _Buffer) -> None:
-        end, stream = self.layouts[index].num_bytes, self.streams.to_host
-        stream.wait_event(buffer.free)
-        with self.timer.span("write_back"):
-            stream.copy(self.storage[index][:end], buffer.record[:end])
-        self._written[index] = buffer.left = stream.record_event()
-        self.moved_bytes += end
 
     def _holding(self, index: int) -> _Buffer | None:
         return next((buffer for buffer in self._buffers if buffer.index == index), None)
-
-
-def _on_device(layout: RecordLayout, device: torch.device) -> Tensor:
-    return torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)

@@ -78,11 +78,11 @@ def test_pieces_hold_whole_runs() -> None:
 
 def test_a_record_is_dense_aligned_and_begins_with_what_is_read() -> None:
     layout = RecordLayout({"a": (4, 128), "b": (3, 8, 64)}, update_rule(OptimizerConfig(precision="int8-adafactor")))
-    ends = sorted((entry.start, entry.start + entry.slot.num_bytes) for entry in layout.entries)
+    ends = sorted((start, start + slot.num_bytes) for _, slot, start in layout.entries)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(ends))
-    assert all(entry.start % 256 == 0 for entry in layout.entries) and layout.num_bytes % PAGE == 0
-    read = [entry for entry in layout.entries if entry.slot.name in ("weight", "exponent")]
-    assert max(entry.start + entry.slot.num_bytes for entry in read) <= layout.read_bytes
+    assert all(start % 256 == 0 for start, _ in ends) and layout.num_bytes % PAGE == 0
+    read = [start + slot.num_bytes for _, slot, start in layout.entries if slot.name in ("weight", "exponent")]
+    assert max(read) <= layout.read_bytes
     record = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     views = layout.views(record)
     views["b"]["weight"].fill_(-1)
