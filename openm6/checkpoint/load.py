@@ -78,7 +78,10 @@ def check_known(reader: CheckpointReader, known: set[str]) -> None:
 def load_parts(reader: CheckpointReader, targets: dict[str, Tensor]) -> None:
     """Fill tensors, each of which may be a shard with its position in the whole; raises as `read_into`."""
     for name, target in targets.items():
-        _sharded().read_shard(reader, name, target)
+        if type(target) is Tensor:
+            reader.read_into(name, target)
+        else:
+            _sharded().read_shard(reader, name, target)
 
 
 @torch.no_grad()
@@ -104,20 +107,17 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
         CheckpointError: the file is missing or unreadable, or names a parameter that the optimizer does not move.
     """
     reader = open_reader(folder, "optimizer")
-    if layout is not None:
-        tensors = _sharded().optimizer_shards(reader, model, layout)
-    else:
-        tensors = _moments(reader, model, is_sharded(folder))
+    plain = layout is None
+    tensors = _moments(reader, model) if plain else _sharded().optimizer_shards(reader, model, layout)
     load_optimizer_state(tensors, optimizer, model, str(folder))
 
 
-def _moments(reader: CheckpointReader, model: nn.Module, mixed: bool) -> Iterator[tuple[str, Tensor]]:
+def _moments(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """One tensor at a time: the file must not be in memory beside the optimizer."""
-    placed = {name for name, tensor in model.named_parameters() if not tensor.is_meta}
+    offloaded = {name for name, tensor in model.named_parameters() if tensor.is_meta}
     for name in reader.names:
         owner, separator, _ = name.partition(SEPARATOR)
-        # A mixed file also holds weights, and the state of offloaded layers.
-        if not mixed or (separator and owner in placed):
+        if separator and owner not in offloaded:  # files of ranks also hold weights
             yield name, reader.read(name)
 
 

@@ -42,9 +42,3 @@ class OffloadConfig(Config):
         if any(int(number) < 0 for number in numbers):
             raise ValueError("counts and indices of layers start at 0")
         return on_device
-
-
-def evenly_spaced(count: int, num_groups: int) -> tuple[int, ...]:
-    """Return `count` groups of layers that stay on the device, evenly between others, whose transfers they hide."""
-    count = min(count, num_groups)
-    return tuple(int((index + 0.5) * num_groups / count) for index in range(count)) if count else ()

@@ -1,4 +1,7 @@
-"""Bytes of training: of each parameter and each token, on the device and in the host's memory; without torch."""
+"""The memory model of plans and of a run's budget: bytes of each parameter and each token, on the device and the host.
+
+It does without torch: a plan knows sizes alone, and a run's budget (train/budget.py) adds its own records of weights.
+"""
 
 # Shapes: D width, Q query width H·d, G key-value width, P first product, F hidden, E experts, K choices, T tokens
 
@@ -11,7 +14,7 @@ from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, matrices_of
 
 CONTEXT = 2.0 * 2**30  # bytes of a GPU that the driver, the libraries and the allocator's gaps take
-HALF = 2  # bytes of an element in bf16
+HALF, FULL = 2, 4  # bytes of an element in bf16 and in fp32
 ROW_ELEMENTS = 10.0  # of each row of an expert: its index, gate and position
 FRAGMENTATION = 1.25  # what the allocator's gaps and the buffers of products add to activations
 MIN_TOKENS = 128  # tokens of a micro-batch
@@ -40,9 +43,17 @@ def max_activation_bytes(config: BackboneConfig, element: int) -> float:
     return element * max(activation_elements(config, layer) for layer in range(config.num_layers))
 
 
-def kept_inputs(layers: int, activation_checkpointing_every: int) -> int:
-    """Inputs of blocks that exist at once: of each group the first's, and of the group at work all."""
-    return -(-layers // activation_checkpointing_every) + activation_checkpointing_every - 1
+def layerwise_step(
+    config: BackboneConfig, tokens: int, micro_batch: int, largest: float, element: int, every: int
+) -> tuple[float, float, float]:
+    """Bytes of a step that computes layers again one after the other: kept inputs, activations of one, its gradient.
+
+    Inputs that exist at once: of each group of `every` layers the first's, and of the group at work all. The layers
+    compute `micro_batch` of the `tokens` at a time; the `largest` has so many parameters.
+    """
+    inputs = -(-config.num_layers // every) + every - 1
+    activations = micro_batch * max_activation_bytes(config, element)
+    return float(element * tokens * config.hidden_size * inputs), activations, element * largest
 
 
 def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free: float) -> int:
@@ -131,18 +142,13 @@ def device_budget(
         kept = tokens * HALF * elements + learned_logits
         states = parameters * (tier.weights + tier.moments)
         return DeviceBudget(states, max(kept, parameters * tier.gradients), 0.0, CONTEXT, 0.0, tokens)
-    states = parameters * tier.kept
-    inputs = float(HALF) * tokens * config.hidden_size
-    inputs *= kept_inputs(config.num_layers, activation_checkpointing_every)
-    micro, row = tokens, max_activation_bytes(config, HALF)
-    while micro > MIN_TOKENS and micro * row > WORKING_FRACTION * memory:
+    states, micro = parameters * tier.kept, tokens
+    while micro > MIN_TOKENS and micro * max_activation_bytes(config, HALF) > WORKING_FRACTION * memory:
         micro //= 2
-    working, gradient = micro * row, float(HALF) * largest
-    left_over = memory - CONTEXT - inputs - working - learned_logits - gradient
-    if states <= left_over:
-        return DeviceBudget(states, inputs + learned_logits, working + gradient, CONTEXT, 0.0, micro)
+    inputs, activations, gradient = layerwise_step(config, tokens, micro, largest, HALF, activation_checkpointing_every)
+    working = activations + gradient
+    left_over = memory - CONTEXT - inputs - learned_logits - working
     # Offloaded: a layer's weights while it is trained, and the next one in transfer.
-    buffers = largest * (HALF + tier.weights)
+    buffers = 0.0 if states <= left_over else largest * (HALF + tier.weights)
     kept = max(0.0, min(states, left_over - buffers))
-    working += gradient + buffers
-    return DeviceBudget(kept, inputs + learned_logits, working, CONTEXT, states - kept, micro)
+    return DeviceBudget(kept, inputs + learned_logits, working + buffers, CONTEXT, states - kept, micro)

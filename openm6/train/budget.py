@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,17 +16,15 @@ from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
-from openm6.models.presets import PRESETS
-from openm6.offload.config import OffloadConfig, evenly_spaced
+from openm6.models.presets import PRESETS, Preset
+from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
-from openm6.plan.memory import HALF, kept_inputs, max_activation_bytes
+from openm6.plan.memory import FULL, HALF, TIERS, layerwise_step
 
 GIB = 2**30
-# Per parameter outside the blocks: weight, both moments, gradient, half-precision copy, at most four bytes each.
-OTHER_BYTES = 20
-FULL = 4  # bytes of an activation or a gradient in fp32
+OTHERS = TIERS[16]  # of parameters outside the blocks, whatever the precision of those within
 LOGGED = 0.02  # fraction of a tier's bytes below which an entry is left out of the log
 HOST_FRACTION = 0.9  # of the free host memory; the rest is for other programs
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -40,12 +38,12 @@ class Entry:
 
     tier: str
     what: str
-    num_bytes: int
+    num_bytes: float
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The memory that training a backbone needs, from its sizes alone.
+    """The memory that training a backbone needs, from its sizes alone, and what is free.
 
     others: parameters outside the layers' matrices; tokens: of one step
     value_bytes: of an activation or a gradient; checkpoints: on the disk at a time
@@ -58,6 +56,7 @@ class Budget:
     others: int
     tokens: int
     offload: OffloadConfig
+    free: FreeBytes
     value_bytes: int = HALF
     checkpoints: int = 0
     beside: int = 0
@@ -68,13 +67,33 @@ class Budget:
         return self.others + sum(layout.num_parameters for layout in self.layouts)
 
     @property
-    def checkpoint_bytes(self) -> int:
+    def checkpoint_bytes(self) -> float:
         """Return the size of one checkpoint on the disk, which holds all that is kept between steps."""
-        return sum(layout.num_bytes for layout in self.layouts) + 12 * self.others
+        kept = sum(layout.num_bytes for layout in self.layouts)
+        return kept + (OTHERS.weights + OTHERS.moments) * self.others
 
     @property
     def bytes_per_parameter(self) -> float:
         return self.checkpoint_bytes / max(1, self.parameters)
+
+    @property
+    def on_device(self) -> tuple[int, ...]:
+        """Return the groups of layers that stay on the device, evenly between others, whose transfers they hide.
+
+        `auto` keeps all if there is no tier `device`, as on a CPU; else as many as fit beside the margin.
+        """
+        num_groups, configured = len(self.layouts), self.offload.num_gpu_layers
+        if isinstance(configured, tuple):
+            return tuple(index for index in configured if index < num_groups)
+        free = self.free.get("device", math.inf) - self.offload.margin_gib * GIB
+        if configured != "auto":
+            count = min(configured, num_groups)
+        elif self.total("device", range(num_groups)) <= free:
+            count = num_groups
+        else:
+            left = free - self.total("device", ())
+            count = max(0, min(num_groups - 1, int(left // max(layout.num_bytes for layout in self.layouts))))
+        return tuple(int((index + 0.5) * num_groups / count) for index in range(count))
 
     def entries(self, on_device: Sequence[int]) -> list[Entry]:
         """Return all entries, with these groups of layers on the device."""
@@ -85,36 +104,41 @@ class Budget:
         )
         read, read_offloaded = (sum(layout.read_bytes for layout in part) for part in (held, offloaded))
         kept, kept_offloaded = (sum(layout.num_bytes for layout in part) for part in (held, offloaded))
-        buffer = max((layout.num_bytes for layout in offloaded), default=0)
+        micro_batch = -(-self.tokens // offload.gradient_accumulation_steps)
+        largest = max(self.gathered, *(layout.num_parameters for layout in self.layouts))
+        every = offload.activation_checkpointing_every
+        inputs, activations, layer = layerwise_step(config, self.tokens, micro_batch, largest, self.value_bytes, every)
         # Gradients of shared weights add up until their last use; the weights of one group are computed with.
         in_use = (len(config.group_layers) if config.stage == "pseudo" else 1) + 1
-        largest = max(self.gathered, *(layout.num_parameters for layout in self.layouts))
-        inputs = kept_inputs(config.num_layers, offload.activation_checkpointing_every)
-        # Of one micro-batch.
-        activations = max_activation_bytes(config, self.value_bytes) * (
-            -(-self.tokens // offload.gradient_accumulation_steps)
-        )
+        buffer = max((layout.num_bytes for layout in offloaded), default=0)
         return [
             Entry("device", "weights on the device", read),
             Entry("device", "optimizer state on the device", kept - read),
             Entry("device", "buffers for offloaded layers", offload.buffers * buffer),
-            Entry("device", "embeddings, heads, norms, routers", OTHER_BYTES * self.others),
-            Entry("device", "gradient and weights of the layer in use", self.value_bytes * largest * in_use),
-            Entry("device", "activations of one layer", math.ceil(activations)),
-            Entry(
-                offload.activation_storage,
-                "inputs of layers, kept for the backward pass",
-                self.value_bytes * self.tokens * config.hidden_size * inputs,
-            ),
+            # Beside what is kept, a copy in the dtype of computation.
+            Entry("device", "embeddings, heads, norms, routers", (OTHERS.kept + FULL) * self.others),
+            Entry("device", "gradient and weights of the layer in use", in_use * layer),
+            Entry("device", "activations of one layer", activations),
+            Entry(offload.activation_storage, "inputs of layers, kept for the backward pass", inputs),
             Entry("host", "offloaded weights", read_offloaded),
             Entry("host", "state of offloaded weights", kept_offloaded - read_offloaded),
             Entry("host", "weights of the shared stage, at the switch", self.beside),
             Entry("disk", "checkpoints", self.checkpoints * self.checkpoint_bytes),
         ]
 
-    def total(self, tier: str, on_device: Sequence[int]) -> int:
-        """Return the bytes of one tier."""
-        return sum(entry.num_bytes for entry in self.entries(on_device) if entry.tier == tier)
+    def of_tier(self, tier: str, on_device: Sequence[int] | None = None) -> list[Entry]:
+        """Return the entries of one tier; on a CPU the host's memory is also the device's."""
+        tiers = (tier, "device") if tier == "host" and "device" not in self.free else (tier,)
+        entries = self.entries(self.on_device if on_device is None else on_device)
+        return [entry for entry in entries if entry.tier in tiers]
+
+    def total(self, tier: str, on_device: Sequence[int] | None = None) -> float:
+        return sum(entry.num_bytes for entry in self.of_tier(tier, on_device))
+
+    @property
+    def fits(self) -> bool:
+        """Return whether every tier has enough memory."""
+        return all(self.total(tier) <= limit for tier, limit in self.free.items())
 
     def with_layers(self, layers: int) -> Budget:
         """Return the budget of the first `layers` layers."""
@@ -122,53 +146,16 @@ class Budget:
         config = self.config.model_copy(update={"num_layers": layers, "sharing": groups})
         return replace(self, config=config, layouts=self.layouts[: len(set(groups))])
 
-    def with_offload(self, name: str, value: object) -> Budget:
-        """Return the budget with another value of a setting in the section `loop.offload`."""
-        return replace(self, offload=self.offload.model_copy(update={name: value}))
+    def of_preset(self, preset: Preset, rule: UpdateRule) -> Budget:
+        """Return the budget of a preset, trained in the same way."""
+        with torch.device("meta"):
+            blocks = Backbone(preset.backbone).group_blocks
+        layouts = [RecordLayout(matrix_shapes(block), rule) for block in blocks]
+        others = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
+        return replace(self, config=preset.backbone, layouts=layouts, others=others, beside=0)
 
 
-def max_on_device(budget: Budget, free: float) -> int:
-    """Return how many groups fit `free` bytes of a device beside everything else that must be there."""
-    num_groups = len(budget.layouts)
-    if budget.total("device", range(num_groups)) <= free:
-        return num_groups
-    free_bytes = free - budget.total("device", ())
-    return max(0, min(num_groups - 1, int(free_bytes // max(layout.num_bytes for layout in budget.layouts))))
-
-
-def on_device_groups(budget: Budget, free_bytes: FreeBytes) -> tuple[int, ...]:
-    """Return the groups of layers that stay on the device.
-
-    `auto` keeps all if there is no tier `device`, as on a CPU; else as many as fit beside the margin.
-    """
-    num_groups, configured = len(budget.layouts), budget.offload.num_gpu_layers
-    if isinstance(configured, tuple):
-        return tuple(index for index in configured if index < num_groups)
-    if configured != "auto":
-        return evenly_spaced(configured, num_groups)
-    if "device" not in free_bytes:
-        return tuple(range(num_groups))
-    free = free_bytes["device"] - budget.offload.margin_gib * GIB
-    return evenly_spaced(max_on_device(budget, free), num_groups)
-
-
-def needed_bytes(budget: Budget, tier: str, free_bytes: FreeBytes) -> int:
-    """Return the bytes of one tier; on a CPU the host's memory is also the device's."""
-    return sum(entry.num_bytes for entry in _entries(budget, tier, free_bytes))
-
-
-def _entries(budget: Budget, tier: str, free_bytes: FreeBytes) -> list[Entry]:
-    tiers = {tier, "device"} if tier == "host" and "device" not in free_bytes else {tier}
-    entries = budget.entries(on_device_groups(budget, free_bytes))
-    return [entry for entry in entries if entry.tier in tiers]
-
-
-def fits(budget: Budget, free_bytes: FreeBytes) -> bool:
-    """Return whether every tier has enough memory."""
-    return all(needed_bytes(budget, tier, free_bytes) <= limit for tier, limit in free_bytes.items())
-
-
-def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> None:
+def check_budget(budget: Budget, rule: UpdateRule) -> None:
     """Log the budget, and refuse what does not fit.
 
     Raises:
@@ -178,107 +165,72 @@ def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> Non
     configured, num_groups = budget.offload.num_gpu_layers, len(budget.layouts)
     if isinstance(configured, tuple) and (wrong := [index for index in configured if index >= num_groups]):
         raise ConfigError(f"loop.offload.num_gpu_layers lists {wrong[0]}: there are only 0 to {num_groups - 1}")
-    for tier, limit in free_bytes.items():
+    for tier, limit in budget.free.items():
         # `host: 1.2 GiB of 20.1 GiB; offloaded weights 921 MiB, …`
-        needed = needed_bytes(budget, tier, free_bytes)
+        needed = budget.total(tier)
         entries = ", ".join(
             f"{entry.what} {_size(entry.num_bytes)}"
-            for entry in _entries(budget, tier, free_bytes)
+            for entry in budget.of_tier(tier)
             if entry.num_bytes >= max(1, LOGGED * needed)
         )
         get_log().info(f"{tier}: {_size(needed)} of {_size(limit)}; {entries}")
-    short = [tier for tier, limit in free_bytes.items() if needed_bytes(budget, tier, free_bytes) > limit]
-    if short:
-        raise ConfigError(refusal(budget, short[0], free_bytes, rule))
+    for tier, limit in budget.free.items():
+        if budget.total(tier) > limit:
+            raise ConfigError(refusal(budget, tier, rule))
 
 
 def available(device: torch.device, offload: OffloadConfig, checkpoints: Path | None = None) -> FreeBytes:
-    """Return the free bytes by tier; a CPU has no tier of its own, and without a folder the disk does not matter."""
-    host = HOST_FRACTION * free_host_bytes()
-    if offload.host_gib is not None:
-        host = min(host, offload.host_gib * GIB)
-    free_bytes: FreeBytes = {}
+    """Return the free bytes by tier; a CPU has no tier of its own, and without a folder the disk does not matter.
+
+    On the disk older checkpoints in the folder count as free, since they are deleted.
+    """
+    free: FreeBytes = {}
     if device.type == "cuda":
-        free_bytes["device"] = float(torch.cuda.mem_get_info(device)[0])
-    free_bytes["host"] = host
+        free["device"] = float(torch.cuda.mem_get_info(device)[0])
+    free["host"] = min(HOST_FRACTION * free_host_bytes(), (offload.host_gib or math.inf) * GIB)
     if checkpoints is not None:
-        free_bytes["disk"] = float(free_disk_bytes(checkpoints))
-    return free_bytes
+        there = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
+        older = sum(path.stat().st_size for folder in list_checkpoints(checkpoints) for path in folder.iterdir())
+        free["disk"] = float(shutil.disk_usage(there).free + older)
+    return free
 
 
-def refusal(budget: Budget, tier: str, free_bytes: FreeBytes, rule: UpdateRule) -> str:
-    """Return one sentence: what is short, what would fit, what frees most."""
-    if layers := max_fit(budget, free_bytes):
+def refusal(budget: Budget, tier: str, rule: UpdateRule) -> str:
+    """Return one sentence: what is short, what would fit, and the settings (tried out) that free most or would do."""
+    counts = range(budget.config.num_layers - 1, 0, -1)
+    presets = sorted(PRESETS.values(), key=lambda preset: -preset.parameters.total)
+    if layers := next((count for count in counts if budget.with_layers(count).fits), 0):
         smaller = f"model.overrides.num_layers={layers} would fit"
-    elif preset := max_preset(budget, free_bytes, rule):
-        smaller = f"model.preset={preset} would fit"
+    elif name := next((preset.name for preset in presets if budget.of_preset(preset, rule).fits), None):
+        smaller = f"model.preset={name} would fit"
     else:
         smaller = "not even the smallest preset would fit"
+    before, changes = budget.total(tier), _changes(budget)
+    freed = {words: before - other.total(tier) for words, other in changes.items()}
+    most = max(freed, key=lambda words: freed[words])
+    enough = next((words for words, other in changes.items() if other.fits), None)
+    setting = f"{most} frees most, {_size(freed[most])}" + (f", and {enough} would do" if enough else "")
     return (
-        f"{budget.parameters / 1e9:.3g}B parameters need {_size(needed_bytes(budget, tier, free_bytes))} of "
-        f"{NAMES[tier]}, and {_size(free_bytes[tier])} are free: {smaller}; "
-        f"{_what_frees_most(budget, tier, free_bytes)}"
+        f"{budget.parameters / 1e9:.3g}B parameters need {_size(before)} of {NAMES[tier]}, and "
+        f"{_size(budget.free[tier])} are free: {smaller}; {setting if freed[most] > 0 else 'no setting frees any'}"
     )
 
 
-def max_fit(budget: Budget, free_bytes: FreeBytes) -> int:
-    """Return the most layers of this model that would fit everywhere; 0: not even one."""
-    counts = range(budget.config.num_layers - 1, 0, -1)
-    return next((layers for layers in counts if fits(budget.with_layers(layers), free_bytes)), 0)
-
-
-def max_preset(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> str | None:
-    """Return the largest preset that would fit, trained in the same way."""
-    for preset in sorted(PRESETS.values(), key=lambda preset: -preset.parameters.total):
-        layouts = layouts_of(preset.backbone, rule)
-        others = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
-        other = replace(budget, config=preset.backbone, layouts=layouts, others=others, beside=0)
-        if fits(other, free_bytes):
-            return preset.name
-    return None
-
-
-def layouts_of(config: BackboneConfig, rule: UpdateRule) -> list[RecordLayout]:
-    """Return the record layouts of a backbone's groups of layers, without allocating them."""
-    with torch.device("meta"):
-        blocks = Backbone(config).group_blocks
-    return [RecordLayout(matrix_shapes(block), rule) for block in blocks]
-
-
-def free_disk_bytes(checkpoints: Path) -> int:
-    """Return what checkpoints in this folder may take: free space, and that of older ones, which are deleted."""
-    there = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
-    older = sum(path.stat().st_size for folder in list_checkpoints(checkpoints) for path in folder.iterdir())
-    return shutil.disk_usage(there).free + older
-
-
-def _what_frees_most(budget: Budget, tier: str, free_bytes: FreeBytes) -> str:
-    """Name the setting with the largest effect on this tier, and the mildest that would be enough; both tried out."""
-    before, changes = needed_bytes(budget, tier, free_bytes), dict(_changes(budget))
-    freed = {words: before - needed_bytes(other, tier, free_bytes) for words, other in changes.items()}
-    most = max(freed, key=lambda words: freed[words])
-    if freed[most] <= 0:
-        return "no setting frees any"
-    enough = next((words for words, other in changes.items() if fits(other, free_bytes)), None)
-    return f"{most} frees most, {_size(freed[most])}" + (f", and {enough} would do" if enough else "")
-
-
-def _changes(budget: Budget) -> Iterator[tuple[str, Budget]]:
-    """Yield settings that leave the model as it is, with the budget under them; the mildest first."""
-    if budget.checkpoints > 2:
-        yield "loop.keep_last=1", replace(budget, checkpoints=2)
+def _changes(budget: Budget) -> dict[str, Budget]:
+    """Settings that leave the model as it is, with the budget under them; the mildest first."""
     settings: list[tuple[str, str | int]] = [("activation_storage", where) for where in ("device", "host")]
     settings += [("num_gpu_layers", "auto"), ("num_gpu_layers", 0)]
-    for count in (2, 4, 8):
-        for name in ("gradient_accumulation_steps", "activation_checkpointing_every"):
-            if count > getattr(budget.offload, name):
-                settings.append((name, count))
+    names = ("gradient_accumulation_steps", "activation_checkpointing_every")
+    settings += [(name, count) for count in (2, 4, 8) for name in names if count > getattr(budget.offload, name)]
+    found = {"loop.keep_last=1": replace(budget, checkpoints=2)} if budget.checkpoints > 2 else {}
     for name, value in settings:
-        yield f"loop.offload.{name}={value}", budget.with_offload(name, value)
+        offload = budget.offload.model_copy(update={name: value})
+        found[f"loop.offload.{name}={value}"] = replace(budget, offload=offload)
     for precision in PRECISIONS[1:]:
         rule = update_rule(OptimizerConfig(precision=precision))
         layouts = [RecordLayout(layout.shapes, rule) for layout in budget.layouts]
-        yield f"loop.optimizer.precision={precision}", replace(budget, layouts=layouts)
+        found[f"loop.optimizer.precision={precision}"] = replace(budget, layouts=layouts)
+    return found
 
 
 def _size(num_bytes: float) -> str:

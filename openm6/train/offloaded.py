@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from openm6.checkpoint.folder import SEPARATOR
-from openm6.checkpoint.load import check_known, is_sharded, load_optimizer, load_parts, open_reader
-from openm6.checkpoint.optimizer import Moments, load_optimizer_state, moment_factor
+from openm6.checkpoint.load import check_known, load_optimizer, load_parts
+from openm6.checkpoint.optimizer import Moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, named_tensors
-from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
@@ -28,18 +28,12 @@ from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import OffloadedExecutor, Step
 from openm6.offload.streams import Streams, open_streams
 from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes
-from openm6.optim.rules import WEIGHT, Slots, update_rule
-from openm6.plan.memory import HALF
-from openm6.train.budget import FULL, Budget, available, check_budget, on_device_groups
+from openm6.optim.rules import WEIGHT, update_rule
+from openm6.plan.memory import FULL, HALF
+from openm6.train.budget import Budget, available, check_budget
 from openm6.train.config import LoopConfig
 from openm6.train.pseudo_to_real import matrix_noise
-from openm6.train.step import (
-    StepReport,
-    TrainStep,
-    device_failures,
-    resolve_precision,
-    seed_everything,
-)
+from openm6.train.step import StepReport, TrainStep, device_failures, resolve_precision, seed_everything
 from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 
@@ -79,10 +73,9 @@ class OffloadedTrainStep(TrainStep):
         self.offload = config.offload or OffloadConfig()
         self.rule = update_rule(config.optimizer)
         self._checkpoints = checkpoints
-        placed = next(parameter for parameter in training.model.parameters() if not parameter.is_meta)
-        self.device = placed.device
+        self.device = next(parameter.device for parameter in training.model.parameters() if not parameter.is_meta)
         self._streams = streams or open_streams(self.device)
-        self._open_store(self.device)
+        self._open_store()
         self._fill()
         super().__init__(training, config)
 
@@ -107,18 +100,21 @@ class OffloadedTrainStep(TrainStep):
         return result, torch.hypot(self._clip(), grad_norm)
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
-        groups, before = self.backbone.config.layer_groups, self.store
+        groups, before, seed = self.backbone.config.layer_groups, self.store, self.config.seed
         before.synchronize()
         super().delink(moments)
-        self._open_store(self.device)
+        self._open_store()
         uses = Counter(groups)
         for layer, group in enumerate(groups):
             self.store.storage[layer].copy_(before.storage[group])
-            if uses[group] > 1:
-                for name, stored in self.store.stored(layer).items():
-                    self._inherit(stored, moments, uses[group])
-                    if noise:
-                        self._add_noise(layer, name, stored, noise)
+            for name, stored in self.store.stored(layer).items() if uses[group] > 1 else ():
+                for slot in stored.keys() - set(self.rule.read_slots):  # what layers shared is divided among them
+                    kept = stored[slot]
+                    kept.zero_() if moments == "reset" else kept.mul_(moment_factor(slot, uses[group], moments))
+                if noise:
+                    spec, values = self.weights.shard_spec(layer, name), self.rule.read(stored, torch.float32)
+                    draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), spec, spec.first)
+                    self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), spec)
         before.free()
 
     @property
@@ -136,36 +132,13 @@ class OffloadedTrainStep(TrainStep):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        if self.training.ranks.layout is not None or is_sharded(folder):
-            self._load_parts(folder)
-            return
-        weights, kept = open_reader(folder), open_reader(folder, "optimizer")
-        expected = {name for name, _ in self.training.model.named_parameters()}
-        if unknown := {name for name in weights.names if name.partition(SEPARATOR)[0] not in expected} - {
-            name for name, _ in self.training.model.named_buffers()
-        }:
-            raise CheckpointError(
-                f"{folder} has {min(unknown)!r}, unknown to this model: "
-                "convert it with openm6 convert, or load it with the config that it was saved with"
-            )
-        others = self._on_device_tensors()
-        for name, tensor in others.items():
-            weights.read_into(name, tensor)
-        pairs = ((name, kept.read(name)) for name in kept.names if name.partition(SEPARATOR)[0] in others)
-        load_optimizer_state(pairs, self.optimizer, self.training.model, str(kept.folder))
-        for group in range(self.num_shards):
-            for own, _, slot, tensor in self._stored(group):
-                (weights if slot in self.rule.read_slots else kept).read_into(own, tensor)
-        self.store.invalidate()
-
-    def _load_parts(self, folder: Path) -> None:
-        """From the files of any number of ranks, what this one keeps."""
-        others = self._on_device_tensors()
-        known = {name for name, _ in self.training.model.named_parameters()} | set(others)
+        """From one file of a checkpoint, or from those of any number of ranks, what this rank keeps."""
+        model = self.training.model
+        others = {name: tensor for name, tensor in named_tensors(model).items() if not tensor.is_meta}
         reader = CheckpointReader(folder, "all")
-        check_known(reader, known)
+        check_known(reader, {name for name, _ in model.named_parameters()} | set(others))
         load_parts(reader, others)
-        load_optimizer(folder, self.optimizer, self.training.model, self.training.ranks.layout)
+        load_optimizer(folder, self.optimizer, model, self.training.ranks.layout)
         for group, shard in enumerate(self.shards()):
             targets = {**shard.model, **shard.optimizer}
             load_parts(reader, targets)
@@ -179,18 +152,22 @@ class OffloadedTrainStep(TrainStep):
         self.store.free()
         self.backbone.executor = LayerExecutor(self.executor.dispatcher)
 
-    def _open_store(self, device: torch.device) -> None:
+    def _open_store(self) -> None:
         """Open the store of all groups of layers, and the executor that uses it."""
+        config = self.backbone.config
         shapes = [matrix_shapes(block) for block in self.backbone.group_blocks]
         self.weights = self.training.ranks.layer_weights(shapes)
         layouts = [RecordLayout(self.weights.local_shapes(group), self.rule) for group in range(len(shapes))]
         budget = self.budget(layouts)
-        free = available(device, self.offload, self._checkpoints)
-        if self.config.stages is not None and self.backbone.config.stage == "pseudo":
-            check_budget(self._later(budget), free, self.rule)
-        check_budget(budget, free, self.rule)
-        on_device = on_device_groups(budget, free)
-        self.store = WeightStore(layouts, on_device, device, self._streams, self.offload.buffers, self.offload.pin)
+        if self.config.stages is not None and config.stage == "pseudo":
+            # The real stage, while layers get their copies of the shared weights.
+            copies, beside = [layouts[group] for group in config.layer_groups], sum(one.num_bytes for one in layouts)
+            real = config.model_copy(update={"sharing": None})
+            check_budget(replace(budget, config=real, layouts=copies, beside=beside), self.rule)
+        check_budget(budget, self.rule)
+        self.store = WeightStore(
+            layouts, budget.on_device, self.device, self._streams, self.offload.buffers, self.offload.pin
+        )
         self.executor = self.backbone.executor = OffloadedExecutor(
             self.backbone.blocks,
             self.backbone.config.layer_groups,
@@ -212,17 +189,11 @@ class OffloadedTrainStep(TrainStep):
             others,
             -(-self.training.tokens_per_step // self.training.ranks.size),
             self.offload,
+            available(self.device, self.offload, self._checkpoints),
             value_bytes=HALF if half else FULL,
             checkpoints=0 if self._checkpoints is None else self.config.keep_last + 1,
             gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
         )
-
-    def _later(self, budget: Budget) -> Budget:
-        """Of the real stage, while layers get their copies of the shared weights."""
-        layouts = [budget.layouts[group] for group in self.backbone.config.layer_groups]
-        real = self.backbone.config.model_copy(update={"sharing": None})
-        beside = sum(layout.num_bytes for layout in budget.layouts)
-        return replace(budget, config=real, layouts=layouts, beside=beside)
 
     def _fill(self) -> None:
         """The model's weights into the store, or first values drawn group by group; the model keeps their shapes."""
@@ -231,7 +202,11 @@ class OffloadedTrainStep(TrainStep):
             values = {name: matrix.detach() for name, matrix in block.matrices().items()}
             own = None
             if any(value.is_meta for value in values.values()):
-                own = self._own_experts(group)
+                # Of experts those that this rank holds.
+                up, own = "mlp.experts.up", range(0)
+                if up in values:
+                    first = self.weights.shard_spec(group, up).first
+                    own = range(first, first + self.weights.local_shapes(group)[up][0])
                 values = first_values(config, group, seed, self.store.device, own)
             for name, stored in self.store.stored(group).items():
                 part = self.weights.part(group, name, values[name], local_experts=own is not None)
@@ -240,31 +215,6 @@ class OffloadedTrainStep(TrainStep):
             for module in block.shareable().values():
                 module.to("meta").requires_grad_(False)
         self.store.invalidate()
-
-    def _own_experts(self, group: int) -> range:
-        """The indices of the experts of a group that this rank holds."""
-        shape = self.weights.local_shapes(group).get("mlp.experts.up")
-        if shape is None:
-            return range(0)
-        first = self.weights.shard_spec(group, "mlp.experts.up").first
-        return range(first, first + shape[0])
-
-    def _inherit(self, stored: Slots, moments: Moments, uses: int) -> None:
-        """Divide the optimizer state that layers shared among them."""
-        for slot, tensor in stored.items():
-            if slot not in self.rule.read_slots:
-                tensor.zero_() if moments == "reset" else tensor.mul_(moment_factor(slot, uses, moments))
-
-    def _add_noise(self, layer: int, name: str, stored: Slots, noise: float) -> None:
-        spec, seed = self.weights.shard_spec(layer, name), self.config.seed
-        values = self.rule.read(stored, torch.float32)
-        draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), spec, spec.first)
-        self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), spec)
-
-    def _on_device_tensors(self) -> dict[str, Tensor]:
-        """The parameters and buffers that are not offloaded."""
-        named = named_tensors(self.training.model)
-        return {name: tensor for name, tensor in named.items() if not tensor.is_meta}
 
     def _stored(self, group: int) -> Iterator[tuple[str, str, str, Tensor]]:
         """Each tensor in the store: its name in a checkpoint, that of its matrix in the block, its slot, and itself."""

@@ -22,8 +22,8 @@ from openm6.plan.memory import (
     TIERS,
     activation_elements,
     device_budget,
-    kept_inputs,
     layers_to_recompute,
+    layerwise_step,
     max_activation_bytes,
 )
 
@@ -77,11 +77,13 @@ def test_elements_of_a_dense_layer_by_hand() -> None:
 
 
 def test_of_a_group_the_first_input_is_kept_and_of_the_group_at_work_all() -> None:
-    assert [kept_inputs(12, every) for every in (1, 3, 5, 12)] == [12, 4 + 2, 3 + 4, 1 + 11]
+    twelve = CONFIG.model_copy(update={"num_layers": 12})
+    inputs = [layerwise_step(twelve, 1, 1, 0.0, 4, every)[0] for every in (1, 3, 5, 12)]
+    assert inputs == [4 * 64 * layers for layers in (12, 4 + 2, 3 + 4, 1 + 11)]
     sizes = (1e9, 1e8, TIERS[2], 1024, 80 * GIB)
     each, third = (device_budget(CONFIG, *sizes, 0.0, every) for every in (1, 3))
     assert each.activations - third.activations == 0  # three layers: all of them are at work
-    assert device_budget(CONFIG.model_copy(update={"num_layers": 12}), *sizes, 0.0, 3).activations == 2 * 1024 * 64 * 6
+    assert device_budget(twelve, *sizes, 0.0, 3).activations == 2 * 1024 * 64 * 6
 
 
 def test_as_few_layers_are_computed_again_as_the_memory_asks_for() -> None:

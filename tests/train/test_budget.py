@@ -13,25 +13,12 @@ import torch
 from openm6.checkpoint.folder import latest
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
-from openm6.offload.config import OffloadConfig, evenly_spaced
+from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.rules import update_rule
 from openm6.train import budget as module
-from openm6.train.budget import (
-    GIB,
-    Budget,
-    available,
-    check_budget,
-    fits,
-    free_disk_bytes,
-    max_fit,
-    max_on_device,
-    max_preset,
-    needed_bytes,
-    on_device_groups,
-    refusal,
-)
+from openm6.train.budget import GIB, Budget, available, check_budget, refusal
 from openm6.train.config import StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
@@ -41,12 +28,12 @@ CPU = torch.device("cpu")
 RULE = update_rule(OptimizerConfig(precision="bf16-adafactor"))
 
 
-def budget_of(size: int = 2, layers: int = 10, **offload: Any) -> Budget:
+def budget_of(size: int = 2, layers: int = 10, free: dict[str, float] | None = None, **offload: Any) -> Budget:
     """Layers of a million weights each."""
     rule = update_rule(OptimizerConfig(precision=PRECISION_OF_BYTES[size]))  # type: ignore[arg-type]
     layouts = [RecordLayout({"w": (1024, 1024)}, rule)] * layers
     config = words_backbone(num_layers=layers, moe_layer_freq=1, dense=None)
-    return Budget(config, layouts, 50_000, 1024, OffloadConfig(**offload))
+    return Budget(config, layouts, 50_000, 1024, OffloadConfig(**offload), free or {"host": 0.0})
 
 
 def test_it_counts_what_a_run_allocates() -> None:
@@ -80,54 +67,52 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     budget = budget_of()
     empty = budget.total("device", ())
     one = budget.layouts[0].num_bytes
-    assert max_on_device(budget, empty + 3.5 * one) == 3
-    assert max_on_device(budget, 0) == 0 and max_on_device(budget, 100 * GIB) == 10
-    assert on_device_groups(budget, {"host": 0.0}) == tuple(range(10))
-    device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
-    assert on_device_groups(budget, device) == evenly_spaced(3, 10)
-    assert evenly_spaced(3, 9) == (1, 4, 7) and evenly_spaced(0, 9) == () and evenly_spaced(12, 3) == (0, 1, 2)
+    assert budget.on_device == tuple(range(10))
+    for room, groups in ((3.5 * one, (1, 5, 8)), (-1.0, ()), (100.0 * GIB, tuple(range(10)))):
+        free = {"device": empty + room + 4 * GIB, "host": 0.0}
+        assert replace(budget, free=free).on_device == groups
+    assert [budget_of(layers=9, num_gpu_layers=count).on_device for count in (3, 0)] == [(1, 4, 7), ()]
+    assert budget_of(layers=3, num_gpu_layers=12).on_device == (0, 1, 2)
 
 
 def test_offloaded_inputs_move_to_the_host() -> None:
-    here, there = budget_of(), budget_of(activation_storage="host")
+    free = {"device": 0.0, "host": 0.0}
+    here, there = budget_of(free=free), budget_of(free=free, activation_storage="host")
     assert there.total("host", ()) - here.total("host", ()) == 2 * 1024 * 32 * 10
     assert here.total("device", ()) - there.total("device", ()) == 2 * 1024 * 32 * 10
     assert budget_of(activation_checkpointing_every=5).total("device", ()) < here.total("device", ())
 
 
 def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> None:
-    budget, free_bytes = budget_of(16, num_gpu_layers=0), {"host": 0.1 * GIB}
+    budget = budget_of(16, num_gpu_layers=0, free={"host": 0.1 * GIB})
     with pytest.raises(ConfigError) as caught:
-        check_budget(budget, free_bytes, RULE)
+        check_budget(budget, RULE)
     sentence = str(caught.value)
-    layers = max_fit(budget, free_bytes)
-    assert 0 < layers < 10 and f"model.overrides.num_layers={layers} would fit" in sentence
-    assert fits(budget.with_layers(layers), free_bytes) and not fits(budget.with_layers(layers + 1), free_bytes)
+    layers = max(count for count in range(1, 10) if budget.with_layers(count).fits)
+    assert layers < 9 and f"model.overrides.num_layers={layers} would fit" in sentence
     mildest = "and loop.optimizer.precision=bf16-adafactor-momentum would do"
     assert f"precision=int8-adafactor frees most, 132 MiB, {mildest}" in sentence and "\n" not in sentence
-    assert " would do" not in refusal(budget, "host", {"host": 0.01 * GIB}, RULE)
+    assert " would do" not in refusal(replace(budget, free={"host": 0.01 * GIB}), "host", RULE)
 
 
 def test_what_frees_most_is_tried_out() -> None:
     """Few weights and many tokens: fewer bytes per parameter hardly help, fewer inputs kept do."""
-    budget = replace(budget_of(2, num_gpu_layers=0), tokens=10**6)
-    free_bytes = {"device": 1e6, "host": 10.0 * GIB}
-    assert "loop.offload.gradient_accumulation_steps=8 frees most" in refusal(budget, "device", free_bytes, RULE)
-    parts = budget.with_offload("gradient_accumulation_steps", 64)
-    assert "loop.offload.activation_storage=host frees most" in refusal(parts, "device", free_bytes, RULE)
-    free_bytes = {"device": 10.0 * GIB, "host": 0.3 * GIB}
-    offloaded = parts.with_offload("activation_storage", "host")
-    sentence = refusal(offloaded, "host", free_bytes, RULE)
+    tight = {"device": 1e6, "host": 10.0 * GIB}
+    budget = replace(budget_of(2, num_gpu_layers=0, free=tight), tokens=10**6)
+    assert "loop.offload.gradient_accumulation_steps=8 frees most" in refusal(budget, "device", RULE)
+    parts = replace(budget, offload=OffloadConfig(num_gpu_layers=0, gradient_accumulation_steps=64))
+    assert "loop.offload.activation_storage=host frees most" in refusal(parts, "device", RULE)
+    offload = parts.offload.model_copy(update={"activation_storage": "host"})
+    offloaded = replace(parts, offload=offload, free={"device": 10.0 * GIB, "host": 0.3 * GIB})
+    sentence = refusal(offloaded, "host", RULE)
     assert "activation_storage=device frees most" in sentence and "activation_storage=device would do" in sentence
-    assert needed_bytes(parts, "host", free_bytes) < needed_bytes(offloaded, "host", free_bytes)
+    assert parts.total("host") < offloaded.total("host")
 
 
 def test_where_no_layer_fits_a_preset_is_named() -> None:
-    wide = replace(budget_of(2, layers=2, num_gpu_layers=0), others=10**9)
-    sentence = refusal(wide, "host", {"host": 1.0 * GIB}, RULE)
-    assert "model.preset=tiny would fit" in sentence
-    assert max_preset(wide, {"host": 1.0 * GIB}, RULE) == "tiny"
-    assert "not even the smallest preset" in refusal(wide, "host", {"host": 1e6}, RULE)
+    wide = replace(budget_of(2, layers=2, num_gpu_layers=0, free={"host": 1.0 * GIB}), others=10**9)
+    assert "model.preset=tiny would fit" in refusal(wide, "host", RULE)
+    assert "not even the smallest preset" in refusal(replace(wide, free={"host": 1e6}), "host", RULE)
 
 
 def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
@@ -140,7 +125,7 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
     size = sum(path.stat().st_size for path in latest(run.path).iterdir())
     disk = shutil._ntuple_diskusage(10**9, 0, 2 * size)  # type: ignore[attr-defined]
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: disk)
-    assert free_disk_bytes(run.checkpoints) == 3 * size == available(CPU, OffloadConfig(), run.checkpoints)["disk"]
+    assert available(CPU, OffloadConfig(), run.checkpoints)["disk"] == 3 * size
     with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep_last=1 frees most"):
         train(WordsTraining(words_backbone()), config, run, resume=True)
     train(WordsTraining(words_backbone()), config.model_copy(update={"keep_last": 1}), run, resume=True)
