@@ -365,12 +365,7 @@ class Worker:
         self.free_slots.append(state.slot)
 
     def _end(
-        self,
-        handle: RequestHandle,
-        value: object,
-        generated: int,
-        cut: bool = False,
-        confidence: float | None = None,
+        self, handle: RequestHandle, value: object, generated: int, cut: bool = False, confidence: float | None = None
     ) -> None:
         """Keep an answer until the end of the tick, when its joules are known."""
         answer = Answer(

@@ -61,13 +61,7 @@ async def answer_scenario(
 
 
 async def answer_freely(
-    server: Server,
-    language: Language,
-    text: str,
-    image: str | None,
-    audio: str | None,
-    output: Output,
-    seed: int,
+    server: Server, language: Language, text: str, image: str | None, audio: str | None, output: Output, seed: int
 ) -> Shown:
     """Answer to any text, image and audio; raise as `answer_scenario`."""
     parts = [

@@ -51,13 +51,7 @@ def make_inputs(scenario: Scenario, language: Language, filled: bool = True) -> 
         # Without `interactive`, Gradio disables a component with a value that is made while the page is rendered.
         if kind == "image":
             component = ImageInput(
-                value,
-                type="filepath",
-                format="png",
-                height=200,
-                label=label,
-                elem_id=elem_id,
-                interactive=True,
+                value, type="filepath", format="png", height=200, label=label, elem_id=elem_id, interactive=True
             )
         elif kind == "audio":
             component = gradio.Audio(value, type="filepath", label=label, elem_id=elem_id, interactive=True)

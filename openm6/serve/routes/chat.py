@@ -33,14 +33,7 @@ from openm6.serve.routes.chat_request import (
     chat_requests,
     refuse_unsupported,
 )
-from openm6.serve.schemas import (
-    CoveredReply,
-    Distribution,
-    TokenUsage,
-    chosen_seed,
-    distribution_of,
-    usage_of,
-)
+from openm6.serve.schemas import CoveredReply, Distribution, TokenUsage, chosen_seed, distribution_of, usage_of
 from openm6.serve.server import Server, ThisCall
 from openm6.serve.worker import RequestHandle, follow
 

@@ -19,15 +19,7 @@ from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request
 from openm6.serve.scenarios.ask import example_fits, example_values, scenario_request
-from openm6.serve.scenarios.scenario import (
-    LANGUAGES,
-    Bilingual,
-    Language,
-    Scenario,
-    read_library,
-    readiness,
-    require,
-)
+from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, read_library, readiness, require
 from openm6.serve.schemas import (
     CoveredReply,
     Distribution,

@@ -16,14 +16,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.text import join_texts
 from openm6.models.description import CheckpointConfig
-from openm6.serve.requests import (
-    CodesRequest,
-    EmbedRequest,
-    NumbersRequest,
-    RankRequest,
-    Request,
-    TextRequest,
-)
+from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request, TextRequest
 from openm6.serve.scenarios.scenario import SLOT, InputKind, Language, Scenario
 
 Values = Mapping[str, Any]
