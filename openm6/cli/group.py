@@ -21,7 +21,8 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # Errors of the system that are no bugs of the package.
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 # Packages of an extra, and the name of that extra.
-EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "gradio"), "serve") | {"ray": "ray"}
+SERVE = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "gradio")
+EXTRAS = dict.fromkeys(SERVE, "serve") | {"ray": "ray"}
 
 
 class PlainGroup(TyperGroup):

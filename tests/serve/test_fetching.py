@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 
 from openm6.core.errors import ConfigError
@@ -23,27 +25,29 @@ HOST, PUBLIC = "images.example.org", "93.184.215.14"
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
 
-class FakeWeb:
+class FakeWeb(httpx.AsyncHTTPTransport):
     """Answers every connection with the same bytes, and notes who was called."""
 
     def __init__(self, answer: bytes, addresses: list[str] | None = None, drip: float = 0.0) -> None:
+        super().__init__()
         self.answer, self.drip = answer, drip
         self.addresses = [PUBLIC] if addresses is None else addresses
         self.called: list[tuple[str, str]] = []
         self.asked = b""
 
-    def resolve(self, host: str) -> list[str]:
+    async def resolve(self, host: str) -> list[str]:
         return self.addresses
 
-    def dial(self, address: str, host: str, seconds: float) -> socket.socket:
-        self.called.append((address, host))
-        ours, theirs = socket.socketpair()
-        ours.settimeout(seconds)
-        threading.Thread(target=self._serve, args=(theirs,), daemon=True).start()
-        return ours
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        assert request.url.scheme == "https" and request.url.port is None
+        self.called.append((request.url.host, request.extensions["sni_hostname"]))
+        listener = socket.create_server(("127.0.0.1", 0))
+        request.url = request.url.copy_with(scheme="http", host="127.0.0.1", port=listener.getsockname()[1])
+        threading.Thread(target=self._serve, args=(listener,), daemon=True).start()
+        return await super().handle_async_request(request)
 
-    def _serve(self, line: socket.socket) -> None:
-        with line:
+    def _serve(self, listener: socket.socket) -> None:
+        with listener, listener.accept()[0] as line:
             self.asked = line.recv(65_536)
             try:
                 if not self.drip:
@@ -56,11 +60,18 @@ class FakeWeb:
                 pass  # the other side has had enough
 
     def fetcher(self, seconds: float = 5.0) -> Fetcher:
-        return Fetcher((HOST,), 1000, seconds, self.resolve, self.dial)
+        return self.behind(Fetcher((HOST,), 1000, seconds))
+
+    def behind(self, fetcher: Fetcher) -> Fetcher:
+        """The fetcher, with these addresses and connections for those of the machine."""
+        fetcher.resolve, fetcher.transport = self.resolve, self  # type: ignore[method-assign]
+        return fetcher
 
 
 def fetched(web: FakeWeb, url: str = f"https://{HOST}/a.png?size=1", seconds: float = 5.0) -> bytes:
-    return web.fetcher(seconds).fetch(url, "url", time.monotonic() + seconds)
+    image = ImageURL(url=url)
+    asyncio.run(web.fetcher(seconds).fetch_all([("url", image)]))
+    return base64.b64decode(image.url.removeprefix("data:;base64,"))
 
 
 def test_an_image_comes_from_the_address_that_was_checked() -> None:
@@ -167,9 +178,8 @@ def served() -> Iterator[Callable[[FakeWeb | None], Address]]:
     with answering(app) as found:
 
         def behind(web: FakeWeb | None) -> Address:
-            fetcher = app.state.server.fetcher
             if web is not None:
-                fetcher._resolve, fetcher._dial, fetcher.max_bytes = web.resolve, web.dial, 10**6
+                web.behind(app.state.server.fetcher).max_bytes = 10**6
             return found
 
         yield behind
