@@ -19,11 +19,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 
 from openm6 import __version__
+from openm6.core.errors import OpenM6Error
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.errors import ErrorBody, add_error_handlers
+from openm6.serve.errors import ErrorBody, answer_failure
 from openm6.serve.fetching import Fetcher
 from openm6.serve.middleware import HTTPMiddleware
 from openm6.serve.routes import audio, chat, images, predict, retrieval, scenarios, status
@@ -70,6 +73,7 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
     )
     for router in ROUTERS:
         app.include_router(router)
-    add_error_handlers(app)
+    for kind in (OpenM6Error, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer_failure)
     app.add_middleware(HTTPMiddleware, keys=config.keys, limits=limits, metrics=metrics)
     return app

@@ -7,11 +7,10 @@ fit its schema is described by `describe_invalid`, in one sentence: which field,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from http import HTTPStatus
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -45,20 +44,10 @@ class BadRequestError(OpenM6Error):
         self.param = param
 
 
-class BodyTooLargeError(OpenM6Error):
-    """A body without a declared length exceeded its limit while it arrived."""
-
-
-class BodyTimeoutError(OpenM6Error):
-    """A body did not arrive within its time."""
-
-
 STATUS: dict[type[OpenM6Error], int] = {
     BadRequestError: 400,
     DataError: 400,
     ConfigError: 400,
-    BodyTimeoutError: 408,
-    BodyTooLargeError: 413,
     QueueFullError: 429,
     DeadlineExceededError: 503,
     EngineUnavailableError: 503,
@@ -79,12 +68,12 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Failure:
-    """An error as it is answered; `retry_after` is in seconds."""
+    """An error as it is answered."""
 
     status: int
     message: str
     param: str | None = None
-    retry_after: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self, code: str | None = None) -> ErrorBody:
         """Return the JSON of the error."""
@@ -95,17 +84,33 @@ class Failure:
 
     def response(self) -> JSONResponse:
         """Return the HTTP response; clients retry 5xx by themselves."""
-        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        if self.status in (408, 413):  # the rest of the body is not read
-            headers["connection"] = "close"
-        return JSONResponse(self.body().model_dump(), self.status, headers)
+        # Of a body that is too large or too slow the rest is not read.
+        closing = {"connection": "close"} if self.status in (408, 413) else {}
+        return JSONResponse(self.body().model_dump(), self.status, {**self.headers, **closing})
 
 
-def failure_of(error: OpenM6Error) -> Failure:
-    """Return how an expected failure is answered."""
-    status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
-    retry_after = error.retry_after if isinstance(error, QueueFullError) else 1 if status == 503 else None
-    return Failure(status, str(error), getattr(error, "param", None), retry_after)
+def failure_of(error: Exception) -> Failure:
+    """Return how a failure is answered; one that is not expected is logged."""
+    if isinstance(error, HTTPException):
+        # FastAPI wraps what reading a body raises.
+        if isinstance(error.__cause__, OpenM6Error):
+            return failure_of(error.__cause__)
+        return Failure(error.status_code, error.detail, headers=error.headers or {})
+    if isinstance(error, RequestValidationError):
+        # Nothing of the body is echoed but an unknown type: it may be huge, or not Unicode.
+        return Failure(400, *describe_invalid(error.errors(), error.body))
+    if isinstance(error, OpenM6Error):
+        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+        seconds = error.retry_after if isinstance(error, QueueFullError) else 1 if status == 503 else None
+        headers = {} if seconds is None else {"retry-after": str(seconds)}
+        return Failure(status, str(error), getattr(error, "param", None), headers)
+    get_log().error("a request failed", exc_info=error)
+    return Failure(500, "the server failed on this request: report it with the server's log")
+
+
+async def answer_failure(_: Request, error: Exception) -> JSONResponse:
+    """Answer any failure of an app in one form."""
+    return failure_of(error).response()
 
 
 def check_limit(param: str, value: float, limit: float, unit: str = "") -> None:
@@ -113,34 +118,6 @@ def check_limit(param: str, value: float, limit: float, unit: str = "") -> None:
     if value > limit:
         found = f"{param} holds {value:,} {unit}" if unit else f"{param}={value:,}"
         raise BadRequestError(f"{found}, over the limit of {limit:,}: send less", param)
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Answer every failure of an app in one form."""
-
-    @app.exception_handler(OpenM6Error)
-    async def expected(_: Request, error: OpenM6Error) -> JSONResponse:
-        return failure_of(error).response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Nothing of the body is echoed but an unknown type: it may be huge, or not Unicode.
-        return Failure(400, *describe_invalid(error.errors(), error.body)).response()
-
-    @app.exception_handler(HTTPException)
-    async def plain(_: Request, error: HTTPException) -> JSONResponse:
-        # FastAPI wraps what reading a body raises.
-        if isinstance(error.__cause__, OpenM6Error):
-            return failure_of(error.__cause__).response()
-        message = error.detail or HTTPStatus(error.status_code).phrase
-        response = Failure(error.status_code, str(message)).response()
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        get_log().error("a request failed", exc_info=error)
-        return Failure(500, "the server failed on this request: report it with the server's log").response()
 
 
 PydanticError = Mapping[str, Any]  # type, loc, ctx
@@ -174,7 +151,6 @@ SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "less_than": lambda ctx: f"must be below {ctx['lt']:g}",
     "less_than_equal": lambda ctx: f"must be at most {ctx['le']:g}",
     "literal_error": lambda ctx: f"must be {_listed(ctx['expected'])}",
-    "enum": lambda ctx: f"must be {_listed(ctx['expected'])}",
     "union_tag_invalid": lambda ctx: f"{ctx['tag']!r} is not supported: use {_listed(ctx['expected_tags'])}",
     "union_tag_not_found": lambda _: "has no type: add it",
     "value_error": lambda ctx: str(ctx["error"]),

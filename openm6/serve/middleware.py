@@ -13,10 +13,11 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openm6.serve.config import Limits
-from openm6.serve.errors import BadRequestError, BodyTimeoutError, BodyTooLargeError, Failure, failure_of
+from openm6.serve.errors import BadRequestError, Failure
 from openm6.serve.server import Metrics, server_of
 
 OPEN = ("/", "/health", "/ready")  # requested by a browser or a load balancer, without a key
@@ -40,12 +41,9 @@ class HTTPMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", uuid.uuid4().hex.encode())]
                 # Paths that do not exist share a label: a scan would fill the memory with labels.
                 route = getattr(scope.get("route"), "path", "unknown")
@@ -55,13 +53,8 @@ class HTTPMiddleware:
         failure = self._check(scope)
         if failure is not None:
             await failure.response()(scope, receive, send_with_id)
-            return
-        try:
+        else:
             await self.app(scope, self._limited(receive), send_with_id)
-        except (BodyTooLargeError, BodyTimeoutError) as error:
-            if started:
-                raise
-            await failure_of(error).response()(scope, receive, send_with_id)
 
     def _check(self, scope: Scope) -> Failure | None:
         headers = Headers(scope=scope)
@@ -90,13 +83,12 @@ class HTTPMiddleware:
                 async with asyncio.timeout_at(end):
                     message = await receive()
             except TimeoutError:
-                raise BodyTimeoutError(
-                    f"the body did not arrive within {self.limits.body_seconds:g} seconds: send it faster"
-                ) from None
+                sentence = f"the body did not arrive within {self.limits.body_seconds:g} seconds: send it faster"
+                raise HTTPException(408, sentence) from None
             complete = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self.limits.body_bytes:
-                raise BodyTooLargeError(self._too_large)
+                raise HTTPException(413, self._too_large)
             return message
 
         return limited
@@ -136,33 +128,26 @@ def read_json(body: bytes, max_depth: int, max_values: int) -> Any:
         raise BadRequestError(f"the JSON holds over {max_values:,} commas and brackets: send fewer values")
     try:
         value = json.loads(body, parse_constant=_not_finite)
-        _check_values(value, max_depth)
-        return value
+        level = [value]
+        for _ in range(max_depth + 1):
+            inner = [list(x.values()) if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
+            level = list(chain.from_iterable(inner))
+        if level:
+            raise RecursionError
     except RecursionError:
-        sentence = f"the JSON is nested deeper than {max_depth} levels: flatten it"
-        raise BadRequestError(sentence) from None
+        raise BadRequestError(f"the JSON is nested deeper than {max_depth} levels: flatten it") from None
     except json.JSONDecodeError as error:
-        sentence = f"the body is not valid JSON: {error.msg} at character {error.pos}"
-        raise BadRequestError(sentence) from None
+        raise BadRequestError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
     except ValueError:
         raise BadRequestError("the body is not valid JSON: not UTF-8, or an integer too long") from None
-
-
-def _not_finite(name: str) -> float:
-    raise BadRequestError(f"the JSON holds {name}, which is no number: leave it out, or send null")
-
-
-def _check_values(value: Any, max_depth: int) -> None:
-    """Check the depth, one level of nesting after the other, and that the value can be written as JSON again."""
-    level = [value]
-    for _ in range(max_depth + 1):
-        inner = [list(x.values()) if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
-        level = list(chain.from_iterable(inner))
-    if level:
-        raise RecursionError
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise BadRequestError("the JSON holds half of a surrogate pair: fix the text") from None
     except ValueError:
         raise BadRequestError("the JSON holds a number too large: send a smaller one") from None
+    return value
+
+
+def _not_finite(name: str) -> float:
+    raise BadRequestError(f"the JSON holds {name}, which is no number: leave it out, or send null")
