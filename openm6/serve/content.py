@@ -191,36 +191,26 @@ def decode_data_url(url: str, param: str) -> bytes:
     return decode_base64(body, param)
 
 
-def decode_file(text: str, kind: str, limits: Limits, param: str) -> bytes:
-    """Return the bytes of an image or audio file (`audio`) in base64 or a data URL, checked as below."""
-    data = decode_data_url(text, param) if text.startswith("data:") else decode_base64(text, param)
-    return check_file(kind, data, limits, param)
-
-
-def check_file(kind: str, data: bytes, limits: Limits, param: str) -> bytes:
-    """Return the bytes of an image or audio file, checked."""
-    return check_image(data, limits, param) if kind == "image" else check_audio(data, limits, param)
-
-
 def check_image(data: bytes, limits: Limits, param: str) -> bytes:
-    """Return the bytes of an image whose header is that of an allowed format and size; nothing is decompressed.
+    """Return the bytes of an image, unchanged; nothing is decompressed.
 
-    Raise BadRequestError if it is none, or too large.
+    Raises:
+        BadRequestError: the header is not that of an allowed format and size.
     """
     try:
         with Pillow.open(io.BytesIO(data), formats=READABLE) as image:
             width, height = image.size
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
-        formats = ", ".join(READABLE)
-        raise BadRequestError(f"{param} is not a readable image: send one of {formats}", param) from None
+        raise BadRequestError(f"{param} is not a readable image: send one of {', '.join(READABLE)}", param) from None
     check_limit(param, width * height, limits.pixels, f"pixels ({width} x {height})")
     return data
 
 
 def check_audio(data: bytes, limits: Limits, param: str) -> bytes:
-    """Return the bytes of an audio file whose header can be read and claims no more seconds than allowed.
+    """Return the bytes of an audio file, unchanged.
 
-    Raise BadRequestError if it is none, or too long.
+    Raises:
+        BadRequestError: the header cannot be read, or claims more seconds than allowed.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -229,6 +219,9 @@ def check_audio(data: bytes, limits: Limits, param: str) -> bytes:
         raise BadRequestError(f"{param} is not readable audio: send WAV, FLAC, Ogg or MP3", param) from None
     check_limit(param, round(seconds, 2), limits.audio_seconds, "seconds")
     return data
+
+
+CHECKS = {"image": check_image, "audio": check_audio}
 
 
 def image_file(image: Pillow.Image, form: ImageFormat) -> bytes:
@@ -300,16 +293,11 @@ def language_of(text: str) -> str:
     return "zh" if _CHINESE.search(text) else "en"
 
 
-def is_trained(loaded: LoadedModel, task: str) -> bool:
-    """Whether the model was trained on a task."""
-    return any(trained_task.task == task for trained_task in loaded.description.trained_tasks)
-
-
 def text_prompt(loaded: LoadedModel, task: str, text: str) -> tuple[Part, ...]:
     """Return a text in the first prompt of a task; it stays as it is if it has the form of one, or without training."""
     prompts = [_SLOT.split(prompt, maxsplit=1) for prompt in TASKS[task].prompts[language_of(text)]]
     worded = any(before and text.startswith(before) and text.endswith(after) for before, after in prompts)
-    if not is_trained(loaded, task) or worded:
+    if worded or task not in {trained_task.task for trained_task in loaded.description.trained_tasks}:
         return (Part("text", text),)
     before, after = prompts[0]
     return (Part("text", before + text + after),)

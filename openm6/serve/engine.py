@@ -23,7 +23,7 @@ from operator import itemgetter
 import torch
 
 from openm6.core.log import get_log
-from openm6.energy.meter import Meter, open_meter
+from openm6.energy.meter import open_meter
 from openm6.inference.load import LoadedModel
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
@@ -85,8 +85,7 @@ class FairQueue:
             QueueFullError: it would have to wait behind more than `bound` tokens of work.
         """
         if self.work and self.work + handle.prepared.work > self.bound:
-            retry_after = max(1, round(seconds_of_work))
-            raise QueueFullError("too many requests are waiting: try again later", retry_after)
+            raise QueueFullError("too many requests are waiting: try again later", max(1, round(seconds_of_work)))
         client, kind = handle.client, type(handle.prepared.request)
         if client not in self.waiting:
             lowest = min((ranks[0][0] for ranks in self._ranks.values() if ranks), default=0)
@@ -127,7 +126,8 @@ class FairQueue:
     def _remove(self, handle: RequestHandle, charge: int) -> None:
         """Remove a request and add `charge` to its client's counter."""
         line, kind = self.waiting[handle.client], type(handle.prepared.request)
-        for ranks in (self._ranks[other] for other in line.handles):
+        for other in line.handles:
+            ranks = self._ranks[other]
             del ranks[bisect_left(ranks, line.rank)]
         del line.handles[kind][handle]
         if not line.handles[kind]:
@@ -145,14 +145,18 @@ class FairQueue:
 
 
 class Engine:
-    """Answers requests in a fair order. Use it as a context, or call `start` and `stop`."""
+    """Answers requests in a fair order, within its context; at the end of it, what waits fails."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, meter: Meter | None = None) -> None:
-        """Without a meter it opens one of its own."""
-        self.config = config or EngineConfig()
-        self.loaded = _in_precision(loaded, self.config)
-        self.meter = meter or open_meter()
-        self._own_meter = meter is None
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.loaded, self.config = loaded, config or EngineConfig()
+        if self.config.weights == "bfloat16":
+            # The balance bias of routers stays in fp32: it is small against the scores, and rounded it would choose
+            # other experts.
+            biases = [(module, module.bias) for module in loaded.omni.modules() if isinstance(module, Router)]
+            loaded.omni.to(torch.bfloat16)
+            for router, bias in biases:
+                router.bias = bias
+        self.meter = open_meter()
         self.queue = FairQueue(self.config.max_queued_tokens)
         self._changed = threading.Condition()
         self._preparing = threading.Semaphore(MAX_PREPARING)
@@ -163,29 +167,20 @@ class Engine:
         self.on_failure: Callable[[], None] = lambda: None  # called in the engine's thread
         self._speed = 1000.0  # tokens of work per second, for Retry-After
 
-    def start(self) -> Engine:
-        """Start the engine's thread."""
+    def __enter__(self) -> Engine:
         worker = Worker(self.loaded, self.config, self.meter)
         self._thread = threading.Thread(target=self._run, args=(worker,), name="engine", daemon=True)
         self._running = True
         self._thread.start()
         return self
 
-    def stop(self) -> None:
-        """Fail what waits and end the thread."""
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._running = False
             self._changed.notify_all()
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
-        if self._own_meter:
-            self.meter.close()
-
-    def __enter__(self) -> Engine:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.meter.close()
 
     @property
     def ready(self) -> bool:
@@ -223,8 +218,7 @@ class Engine:
         if not self._preparing.acquire(blocking=False):
             raise QueueFullError("too many requests are being read: try again later", 1)
         try:
-            loop = asyncio.get_running_loop()
-            prepared = await loop.run_in_executor(self._pool, self._prepare, request)
+            prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, request)
         finally:
             self._preparing.release()
         return self.submit(prepared)
@@ -256,7 +250,12 @@ class Engine:
             first_line = (str(error).splitlines() or [""])[0]
             self.failure = f"the engine stopped ({type(error).__name__}: {first_line}): start the server again"
         finally:
-            self._close(worker)
+            self._running = False
+            with self._changed:
+                left = self.queue.drop(lambda handle: True)
+            reason = LOST if self.failure else "the server is shutting down: ask again later"
+            for handle in [*left, *worker.active, *(handle for handle, _ in worker.ended)]:
+                handle.fail(EngineUnavailableError(reason))
             if self.failure is not None:
                 self.on_failure()
 
@@ -281,42 +280,18 @@ class Engine:
 
     def _hand_over(self, worker: Worker) -> None:
         """Finish the requests that ended in this tick, with their joules."""
-        if not worker.ended:
-            return
-        worker.energy.settle()
+        if worker.ended:
+            worker.energy.settle()
         now = time.monotonic()
         for handle, answer in worker.ended:
-            seconds, source = now - handle.created_at, worker.energy.reading.source
-            complete = replace(answer, joules=handle.joules, energy_source=source, seconds=seconds)
             worked = max(now - handle.started_at, 1e-3) / max(1, len(worker.active) + len(worker.ended))
             self._speed += 0.1 * (handle.prepared.work / worked - self._speed)
-            handle.finish(complete)
+            seconds, source = now - handle.created_at, worker.energy.reading.source
+            handle.finish(replace(answer, joules=handle.joules, energy_source=source, seconds=seconds))
         worker.ended.clear()
-
-    def _close(self, worker: Worker) -> None:
-        self._running = False
-        with self._changed:
-            left = self.queue.drop(lambda handle: True)
-        reason = LOST if self.failure else "the server is shutting down: ask again later"
-        for handle in [*left, *worker.active, *(handle for handle, _ in worker.ended)]:
-            handle.fail(EngineUnavailableError(reason))
 
 
 def cancel_all(handles: Iterable[RequestHandle]) -> None:
     """Cancel requests whose answers are not needed any more."""
     for handle in handles:
         handle.cancel()
-
-
-def _in_precision(loaded: LoadedModel, config: EngineConfig) -> LoadedModel:
-    """The model in the dtype of the config; int8 leaves everything but decoding as it is.
-
-    Routers keep their balance bias in fp32: it is small against the scores, and rounded it would choose other experts.
-    """
-    if config.weights == "bfloat16":
-        routers = [module for module in loaded.omni.modules() if isinstance(module, Router)]
-        biases = [router.bias for router in routers]
-        loaded.omni.to(torch.bfloat16)
-        for router, bias in zip(routers, biases, strict=True):
-            router.bias = bias
-    return loaded

@@ -173,14 +173,9 @@ class PreparedRequest:
         return sum(map(len, self.prompt))
 
     @cached_property
-    def target_length(self) -> int:
-        """Tokens of all targets."""
-        return sum(map(len, self.targets))
-
-    @cached_property
     def work(self) -> int:
         """Tokens that the answer will run through the model, at most: the unit of the queue and of fairness."""
-        generated = self.target_length
+        generated = sum(map(len, self.targets))
         if isinstance(self.request, TextRequest):
             generated = self.request.sampling.max_tokens
         if isinstance(self.request, CodesRequest):
@@ -211,7 +206,10 @@ def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedR
 
 
 def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
-    """What is to be decoded: all codes or those of the masked region, numbers, or each candidate."""
+    """What is to be decoded: all codes or those of the masked region, numbers, or each candidate.
+
+    Columns and steps to predict are marked by any value that is not missing.
+    """
     match request:
         case CodesRequest(modality="image", source=None):
             return [loaded.image.blank()]
@@ -222,15 +220,10 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
         case CodesRequest():
             options = {"mask_span": request.span, "seconds": request.duration}
             return [loaded.audio.target(request.source, options=options)]
+        case NumbersRequest(series=str(name)):
+            return [loaded.numbers.target(NumberSeries(name, [loaded.numbers.scale(name)[0]] * request.ahead))]
         case NumbersRequest():
-            return [loaded.numbers.target(_queries(request, loaded))]
+            return [loaded.numbers.target({name: loaded.numbers.scale(name)[0] for name in request.columns})]
         case RankRequest():
             return [loaded.text.target(candidate) for candidate in request.candidates]
     return []
-
-
-def _queries(request: NumbersRequest, loaded: LoadedModel) -> NumberSeries | dict[str, float]:
-    """The columns or steps to predict, marked by any value that is not missing."""
-    if request.series is not None:
-        return NumberSeries(request.series, [loaded.numbers.scale(request.series)[0]] * request.ahead)
-    return {name: loaded.numbers.scale(name)[0] for name in request.columns}

@@ -133,12 +133,11 @@ def rank_candidates(
     texts: Sequence[str], value: list[tuple[float, int]], normalise: bool = True
 ) -> list[RankedCandidate]:
     """Return the candidates of a ranking, the best first; `value` holds nats and tokens of each."""
-    found = []
-    for index, (nll, length) in enumerate(value):
-        score = -nll / length if normalise else -nll
-        ranked = RankedCandidate(index=index, candidate=texts[index], log_likelihood=-nll, score=score)
-        found.append(ranked)
-    return sorted(found, key=lambda ranked: (-ranked.score, ranked.index))
+    found = [
+        RankedCandidate(index=index, candidate=text, log_likelihood=-nll, score=-nll / length if normalise else -nll)
+        for index, (text, (nll, length)) in enumerate(zip(texts, value, strict=True))
+    ]
+    return sorted(found, key=lambda ranked: -ranked.score)
 
 
 def _rounded(values: np.ndarray) -> float | list[float]:

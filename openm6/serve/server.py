@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends
 from fastapi import Request as HTTPRequest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from openm6.inference.load import LoadedModel
 from openm6.serve.config import Limits, ServeConfig
@@ -32,21 +33,16 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("openm6_requests", "Requests by kind and HTTP status", "kind", "status")
-        self.tokens = self._counter("openm6_tokens", "Prompt tokens and generated tokens", "direction")
-        self.seconds = self._histogram("openm6_request_seconds", "Time to the whole answer", SECONDS, "kind")
-        self.first_token = self._histogram("openm6_first_token_seconds", "Time to the first token of a text", SECONDS)
-        self.joules = self._histogram("openm6_request_joules", "Energy of a request", JOULES, "kind")
-        waiting = Gauge("openm6_queue_requests", "Requests that wait", registry=self.registry)
-        waiting.set_function(lambda: len(engine.queue))
-        work = Gauge("openm6_queue_tokens", "Tokens of work that wait", registry=self.registry)
-        work.set_function(lambda: engine.queue.work)
-
-    def _counter(self, name: str, about: str, *labels: str) -> Counter:
-        return Counter(name, about, labels, registry=self.registry)
-
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, about, labels, buckets=buckets, registry=self.registry)
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        seconds = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        joules = partial(Histogram, registry=self.registry, buckets=JOULES)
+        self.requests = counter("openm6_requests", "Requests by kind and HTTP status", ("kind", "status"))
+        self.tokens = counter("openm6_tokens", "Prompt tokens and generated tokens", ("direction",))
+        self.seconds = seconds("openm6_request_seconds", "Time to the whole answer", ("kind",))
+        self.first_token = seconds("openm6_first_token_seconds", "Time to the first token of a text")
+        self.joules = joules("openm6_request_joules", "Energy of a request", ("kind",))
+        gauge("openm6_queue_requests", "Requests that wait").set_function(lambda: len(engine.queue))
+        gauge("openm6_queue_tokens", "Tokens of work that wait").set_function(lambda: engine.queue.work)
 
     def add(self, kind: str, answer: Answer) -> None:
         """Count one answer."""
@@ -57,10 +53,6 @@ class Metrics:
         self.tokens.labels("generated").inc(answer.usage.generated)
         if answer.joules is not None:
             self.joules.labels(kind).observe(answer.joules)
-
-    def page(self) -> bytes:
-        """Return the text that Prometheus reads."""
-        return generate_latest(self.registry)
 
 
 @dataclass(frozen=True)

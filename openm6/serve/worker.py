@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -123,18 +123,10 @@ class RequestHandle:
 
     async def answer(self) -> Answer:
         """Wait for the answer; a caller that stops waiting cancels it. Raise OpenM6Error if there is none."""
-        async for _ in self.stream():
-            pass
-        return self.wait()
-
-    async def stream(self) -> AsyncIterator[str]:
-        """Yield the text so far, each time there is more of it, until the request is done, with or without success."""
-        shown = ""
         async with aclosing(follow([self])) as changes:
             async for _ in changes:
-                if len(self.text) > len(shown):
-                    shown = self.text
-                    yield shown
+                pass
+        return self.wait()
 
 
 async def follow(handles: Sequence[RequestHandle]) -> AsyncGenerator[None]:
@@ -180,8 +172,7 @@ class Worker:
     @property
     def active(self) -> list[RequestHandle]:
         """All requests in work."""
-        rows = [row.key for row in self.text.rows]
-        return rows + [state.key for state in self.masked] + self.unread
+        return [row.key for row in self.text.rows] + [state.key for state in self.masked] + self.unread
 
     @property
     def open_kinds(self) -> set[type]:
@@ -197,10 +188,8 @@ class Worker:
 
     def fits(self, handle: RequestHandle) -> bool:
         """Whether a request's prompt may still be read in this tick; at least one is."""
-        return (
-            not self.read_tokens
-            or self.read_tokens + handle.prepared.prompt_length <= self.config.max_num_batched_tokens
-        )
+        tokens = self.read_tokens + handle.prepared.prompt_length
+        return not self.read_tokens or tokens <= self.config.max_num_batched_tokens
 
     def start(self, handle: RequestHandle) -> None:
         """Start a request; one that takes a single pass is answered at once."""
@@ -214,7 +203,9 @@ class Worker:
             self._run(self._read_together, list(self.unread))
         self.drop(lambda handle: handle.cancelled or handle.expired)
         if self.masked:
-            group = self._masked_group()
+            first = self.masked[0]  # it waits longest
+            alike = [state for state in self.masked if state.like == first.like]
+            group = [first] if self.config.batch_invariant else alike
             self._run(partial(self._step_masked, group), [state.key for state in group])
         if self.text.rows:
             self._run(self._step_text, [row.key for row in self.text.rows])
@@ -227,11 +218,9 @@ class Worker:
         for row in rows:
             self.text.remove(row)
         for state in masked:
-            self.masked.remove(state)
-            self._free_slot(state)
+            self._remove_masked(state)
         for handle in [row.key for row in rows] + [state.key for state in masked]:
-            reason = "the request was cancelled" if handle.cancelled else EXPIRED
-            handle.fail(DeadlineExceededError(reason))
+            handle.fail(DeadlineExceededError("the request was cancelled" if handle.cancelled else EXPIRED))
 
     def _run(self, step: Callable[[], None], handles: list[RequestHandle]) -> None:
         """Run a step of some requests; a failure ends these and no others, a lost device is raised again."""
@@ -279,7 +268,7 @@ class Worker:
                 value = list(zip(nll, map(len, prepared.targets), strict=True))
             else:
                 value = predict_numbers(omni, self.slots, [slot], [position], prepared.targets)[0]
-        self._end(handle, value, prepared.target_length)
+        self._end(handle, value, sum(map(len, prepared.targets)))
 
     def _read_text(self, handle: RequestHandle) -> None:
         batch, prompt = self.text, handle.prepared.prompt
@@ -322,7 +311,11 @@ class Worker:
                 continue
             handle.text, stopped = visible_text(text, row, request.stop, row in ended)
             if request.top is not None:
-                handle.tokens = scored_tokens(text, row)
+                handle.tokens = [
+                    ScoredToken(text.decode([token]), value, tuple((text.decode([one]), score) for one, score in top))
+                    for token, (value, top) in zip(row.tokens, row.scores, strict=True)
+                    if token != text.end
+                ]
             if row in ended or stopped:
                 self.text.remove(row)
                 cut = not stopped and row.tokens[-1] != text.end
@@ -333,35 +326,27 @@ class Worker:
     def _start_masked(self, handle: RequestHandle, request: CodesRequest) -> None:
         prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
         position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
-        self.free_slots.pop()
-        target = prepared.targets[0]
-        state = MaskedDecodeState(handle, target, request.sampling, slot, position, omni.device)
+        state = MaskedDecodeState(handle, prepared.targets[0], request.sampling, slot, position, omni.device)
         if state.first_unknown:
+            self.free_slots.pop()
             self.masked.append(state)
         else:  # a mask that covers no position
-            self._free_slot(state)
             self._end(handle, state.codes.cpu(), 0)
-
-    def _masked_group(self) -> list[MaskedDecodeState]:
-        """Those to step together: the one that waits longest, and those of its kind and size."""
-        first = self.masked[0]
-        if self.config.batch_invariant:
-            return [first]
-        return [state for state in self.masked if state.like == first.like]
 
     def _step_masked(self, group: list[MaskedDecodeState]) -> None:
         """Run one decoding step of a group of images or audio."""
         done = masked_step(self.loaded.omni, self.slots, group)
         for state in group:
-            self.masked.remove(state)
             if state in done:
-                self._free_slot(state)
+                self._remove_masked(state)
                 self._end(state.key, state.codes.cpu(), state.first_unknown)
-            else:
+            else:  # it waits behind the others
+                self.masked.remove(state)
                 self.masked.append(state)
 
-    def _free_slot(self, state: MaskedDecodeState) -> None:
+    def _remove_masked(self, state: MaskedDecodeState) -> None:
         assert state.slot is not None
+        self.masked.remove(state)
         self.free_slots.append(state.slot)
 
     def _end(
@@ -416,19 +401,5 @@ def visible_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], ended: 
     if ended:
         return written, False
     written = written.rstrip(PARTIAL)
-    return written[: len(written) - max((_overlap(written, word) for word in stop), default=0)], False
-
-
-def _overlap(written: str, word: str) -> int:
-    """Length of the longest end of a text that is the beginning of a word."""
-    longest = min(len(word) - 1, len(written))
-    return next((size for size in range(longest, 0, -1) if word.startswith(written[-size:])), 0)
-
-
-def scored_tokens(text: Text, row: DecodeSequence) -> list[ScoredToken]:
-    """Return the tokens of a row with their scores, without the end mark."""
-    return [
-        ScoredToken(text.decode([token]), value, tuple((text.decode([other]), score) for other, score in top))
-        for token, (value, top) in zip(row.tokens, row.scores, strict=True)
-        if token != text.end
-    ]
+    begun = (size for word in stop for size in range(1, len(word)) if written.endswith(word[:size]))
+    return written[: len(written) - max(begun, default=0)], False

@@ -33,7 +33,7 @@ from openm6.serve.requests import (
     prepare,
 )
 from openm6.serve.run import read_serve_config
-from openm6.serve.worker import EnergyAttribution, RequestHandle, Worker
+from openm6.serve.worker import EnergyAttribution, RequestHandle, Worker, follow
 from tests.data.sample_images import png, wav
 from tests.serve.alone import answer_alone
 from tests.small_model import embedding_model, loaded
@@ -208,7 +208,7 @@ def test_a_stop_string_ends_the_text_and_is_left_out(engine: Engine) -> None:
 def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
     async def read() -> tuple[list[str], str]:
         handle = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40)))
-        seen = [text async for text in handle.stream()]
+        seen = [handle.text async for _ in follow([handle])]
         return seen, handle.wait().value
 
     seen, whole = asyncio.run(read())
@@ -219,8 +219,9 @@ def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
 def test_who_stops_reading_frees_the_slot(engine: Engine) -> None:
     async def leave() -> RequestHandle:
         handle = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200)))
-        async for _ in handle.stream():
-            break
+        async for _ in follow([handle]):
+            if handle.text:
+                break
         handle.cancel()
         return handle
 
@@ -320,8 +321,8 @@ def test_in_bfloat16_the_router_chooses_as_it_was_balanced() -> None:
 
 
 def test_after_the_end_nothing_is_taken(model: LoadedModel) -> None:
-    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=256)).start()
-    engine.stop()
+    with Engine(model, EngineConfig(max_num_seqs=1, max_model_len=256)) as engine:
+        pass
     assert not engine.ready
     with pytest.raises(EngineUnavailableError):
         engine.ask_and_wait(TextRequest(parts=say("a")))

@@ -18,11 +18,11 @@ from openm6.modalities.audio import RATE
 from openm6.modalities.interface import Part
 from openm6.serve.content import join_texts, pcm
 from openm6.serve.playground.inputs import WORDS, uploaded
-from openm6.serve.requests import Answer, CodesRequest, Request, TextRequest
+from openm6.serve.requests import CodesRequest, Request, TextRequest
 from openm6.serve.routes.scenarios import decoded
 from openm6.serve.scenarios.ask import scenario_request
 from openm6.serve.scenarios.scenario import Language, Output, Scenario, require
-from openm6.serve.schemas import Distribution, RankedCandidate, coverage_of
+from openm6.serve.schemas import Distribution, coverage_of
 from openm6.serve.server import Server
 
 CLIENT = "playground"
@@ -84,33 +84,22 @@ async def _answer(server: Server, request: Request, language: Language, past: An
     [handle] = await server.engine.ask_all([request], CLIENT, server.limits.seconds)
     answer = await handle.answer()
     server.metrics.add(CLIENT, answer)
+    energy = WORDS["unmeasured"].text(language)
+    if answer.joules is not None:
+        estimated = answer.energy_source == "estimate"
+        energy = f"{answer.joules:.3g} J ({WORDS['estimate'].text(language) if estimated else answer.energy_source})"
     coverage = coverage_of(request, answer, server.loaded.description)
-    note = str(FIGURES.note(coverage.message(language), cost_of(answer, language)))
+    note = str(FIGURES.note(coverage.message(language), f"{energy} · {answer.seconds:.2f} s"))
     found = await asyncio.to_thread(decoded, request, answer, server.loaded)
     audio = (RATE, pcm(found["audio"])) if "audio" in found else None
     figure = None
     for name, distribution in found.get("numbers", {}).items():
         figure = interval_chart(name, distribution, past)
     if "ranking" in found:
-        figure = ranking_list(found["ranking"])
+        figure = str(FIGURES.ranking(found["ranking"]))
     if "embedding" in found:
         figure = vector_strip(found["embedding"])
     return Shown(found.get("text"), found.get("image"), audio, figure, note)
-
-
-def cost_of(answer: Answer, language: Language) -> str:
-    """Return the joules and the time of an answer."""
-    energy = WORDS["unmeasured"].text(language)
-    if answer.joules is not None:
-        estimated = answer.energy_source == "estimate"
-        source = WORDS["estimate"].text(language) if estimated else answer.energy_source
-        energy = f"{answer.joules:.3g} J ({source})"
-    return f"{energy} · {answer.seconds:.2f} s"
-
-
-def failure_box(title: str, sentence: str) -> str:
-    """Return why there is no answer, as a box that screen readers read at once."""
-    return str(FIGURES.failure(title, sentence))
 
 
 def interval_chart(name: str, found: Distribution, past: Sequence[float | None] = ()) -> str:
@@ -144,11 +133,6 @@ def _forecast(title: str, found: Distribution, past: Sequence[float | None]) -> 
     caption = f"{', '.join(f'{value:.4g}' for value in medians)} ({found.coverage:.0%})"
     lines = (points(band), points(observed), points(enumerate(medians, len(past))))
     return str(FIGURES.forecast(title, caption, *lines, f"{top:.4g}", f"{bottom:.4g}"))
-
-
-def ranking_list(ranking: Sequence[RankedCandidate]) -> str:
-    """Return candidates in order, with their scores."""
-    return str(FIGURES.ranking(ranking))
 
 
 def vector_strip(vector: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from openm6.core.config import build, read_yaml
 from openm6.core.errors import DataError
 from openm6.serve.config import Limits
-from openm6.serve.content import check_file
+from openm6.serve.content import CHECKS
 from openm6.serve.errors import BadRequestError
 from openm6.serve.scenarios.ask import MEDIA, example_values
 from openm6.serve.scenarios.scenario import Bilingual, InputKind, Language, Scenario
@@ -96,7 +96,7 @@ def uploaded(kind: str, path: str, limits: Limits, language: Language) -> bytes:
     """
     data = Path(path).read_bytes()
     try:
-        return check_file(kind, data, limits, kind)
+        return CHECKS[kind](data, limits, kind)
     except BadRequestError:
         limit = limits.pixels if kind == "image" else limits.audio_seconds
         raise DataError(WORDS[f"bad_{kind}"].text(language).format(limit=limit)) from None

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from openm6.core.errors import OpenM6Error
 from openm6.serve.middleware import PLAYGROUND, match_key
-from openm6.serve.playground.answers import Shown, answer_freely, answer_scenario, failure_box
+from openm6.serve.playground.answers import FIGURES, Shown, answer_freely, answer_scenario
 from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, values_in
 from openm6.serve.scenarios.ask import example_fits
 from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, read_library, readiness
@@ -112,7 +112,7 @@ class Page:
 
     def _show_scenario(self, name: str, language: Language) -> None:
         """Add what a scenario is, its inputs, filled with the example if it fits the model, and its button."""
-        scenario = self.library.named(name)
+        scenario = self.library.scenarios[name]
         gradio.Markdown(self.about(scenario, language), elem_id="state")
         inputs = make_inputs(scenario, language, self.fits(scenario, language))
         run = gradio.Button(WORDS["run"].text(language), variant="primary", elem_id="run")
@@ -240,7 +240,7 @@ def _outputs(language: Language) -> list[tuple[str, str]]:
 
 def _failed(sentence: str, language: Language, drawn: Images) -> list[Any]:
     """An answer panel with why there is no answer; a raised error would cover every part of it."""
-    return _panel(Shown(note=failure_box(WORDS["failed"].text(language), sentence)), "", drawn)
+    return _panel(Shown(note=str(FIGURES.failure(WORDS["failed"].text(language), sentence))), "", drawn)
 
 
 def _panel(shown: Shown, caption: str, drawn: Images) -> list[Any]:

@@ -168,15 +168,15 @@ def _numbers_request(settings: NumbersSettings, parts: tuple[Part, ...]) -> Numb
             "the number to predict is not named: send numbers={'column': …}, or one value of null", "numbers"
         )
     column = settings.column or missing[0]
-    inputs = tuple(part for part in (_without(part, column) for part in parts) if part.raw not in (None, {}))
+    others = (
+        replace(part, raw={name: value for name, value in part.raw.items() if name != column})
+        if isinstance(part.raw, dict)
+        else part
+        for part in parts
+    )
+    inputs = tuple(part for part in others if part.raw != {})
     if not inputs:
         raise BadRequestError(
             "nothing is left to predict from: add inputs besides the column that is asked for", "messages"
         )
     return NumbersRequest(parts=inputs, columns=(column,))
-
-
-def _without(part: Part, column: str) -> Part:
-    if not isinstance(part.raw, dict):
-        return part
-    return replace(part, raw={name: value for name, value in part.raw.items() if name != column})

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from openm6.serve.content import Content, ContentPart, images_of, parts_of_content
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
-from openm6.serve.requests import Answer, EmbedRequest, RankRequest
+from openm6.serve.requests import EmbedRequest, RankRequest
 from openm6.serve.schemas import EnergyReply, RankedCandidate, TokenUsage, rank_candidates, usage_of
 from openm6.serve.server import Server, ThisCall
 
@@ -91,12 +91,13 @@ async def embed(body: EmbeddingBody, call: ThisCall) -> Vectors:
     requests = await asyncio.to_thread(_embed_requests, server, contents)
     answers = await call.answer("embeddings", requests)
     tokens = sum(answer.usage.prompt for answer in answers)
-    reply = Vectors(
-        model=server.name,
-        data=[_vector(index, answer, body.encoding_format) for index, answer in enumerate(answers)],
-        usage=VectorUsage(prompt_tokens=tokens, total_tokens=tokens),
-    )
-    return reply.with_energy(answers)
+    data = []
+    for index, answer in enumerate(answers):
+        values = np.asarray(answer.value, "<f4")
+        packed = base64.b64encode(values.tobytes()).decode() if body.encoding_format == "base64" else values.tolist()
+        data.append(Vector(index=index, embedding=packed))
+    usage = VectorUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return Vectors(model=server.name, data=data, usage=usage).with_energy(answers)
 
 
 def _embed_requests(server: Server, contents: list[Content]) -> list[EmbedRequest]:
@@ -109,13 +110,6 @@ def _embed_requests(server: Server, contents: list[Content]) -> list[EmbedReques
     return found
 
 
-def _vector(index: int, answer: Answer, form: str) -> Vector:
-    values = np.asarray(answer.value, "<f4")
-    if form == "base64":
-        return Vector(index=index, embedding=base64.b64encode(values.tobytes()).decode())
-    return Vector(index=index, embedding=values.tolist())
-
-
 @router.post("/rank", tags=["rank"])
 async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     """Orders candidates by how likely they follow the query."""
@@ -126,5 +120,4 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     parts = await asyncio.to_thread(parts_of_content, body.query, server.limits, "query")
     answers = await call.answer("rank", [RankRequest(parts=parts, candidates=tuple(body.candidates))])
     ranked = rank_candidates(body.candidates, answers[0].value, body.normalise)
-    reply = Ranking(model=server.name, data=ranked[: body.top], usage=usage_of(answers))
-    return reply.with_energy(answers)
+    return Ranking(model=server.name, data=ranked[: body.top], usage=usage_of(answers)).with_energy(answers)

@@ -14,7 +14,15 @@ from starlette.exceptions import HTTPException
 from openm6.inference.load import LoadedModel
 from openm6.modalities.image import box_mask, read_image
 from openm6.serve.config import Limits
-from openm6.serve.content import Series, audio_file, decode_file, image_data_url, restore_outside
+from openm6.serve.content import (
+    CHECKS,
+    Series,
+    audio_file,
+    decode_base64,
+    decode_data_url,
+    image_data_url,
+    restore_outside,
+)
 from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request
@@ -158,14 +166,13 @@ def _named(name: str) -> Scenario:
 def _entry(server: Server, scenario: Scenario) -> dict[str, Any]:
     """The fields of a `ScenarioEntry`."""
     found = readiness(scenario, server.loaded.description, server.scores)
-    inputs = [
-        ScenarioInput(name=name, kind=declared.kind, title=declared.label) for name, declared in scenario.inputs.items()
-    ]
     return {
         **scenario.model_dump(include={"title", "summary", "output", "prompt", "tasks", "recipe"}),
         "id": scenario.name,
         "domain": LIBRARY.domain_of[scenario.name],
-        "inputs": inputs,
+        "inputs": [
+            ScenarioInput(name=name, kind=given.kind, title=given.label) for name, given in scenario.inputs.items()
+        ],
         "ready": found.ready,
         "needs": list(found.missing),
         "state": Bilingual(en=found.text("en"), zh=found.text("zh")),
@@ -190,28 +197,23 @@ def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -
     Raises:
         BadRequestError: a file is broken or too large, or there is too much of something.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(inputs)
     for name, value in inputs.items():
         kind = scenario.inputs[name].kind if name in scenario.inputs else "text"
         param = f"inputs.{name}"
-        if kind in ("image", "audio") and isinstance(value, str):
-            found[name] = decode_file(value, kind, limits, param)
-        elif isinstance(value, Series):
-            found[name] = {"name": value.name, "values": value.values}
+        if isinstance(value, Series):
+            found[name] = value.model_dump()
+        elif isinstance(value, dict):
+            check_limit(param, len(value), limits.columns, "columns")
+        elif isinstance(value, list):
+            check_limit(param, len(value), limits.candidates, "items")
+            check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
+        elif kind in CHECKS:
+            data = decode_data_url(value, param) if value.startswith("data:") else decode_base64(value, param)
+            found[name] = CHECKS[kind](data, limits, param)
         else:
-            found[name] = value
-            _check_size(value, limits, param)
+            check_limit(param, len(value), limits.characters, "characters")
     return found
-
-
-def _check_size(value: Any, limits: Limits, param: str) -> None:
-    if isinstance(value, str):
-        check_limit(param, len(value), limits.characters, "characters")
-    if isinstance(value, dict):
-        check_limit(param, len(value), limits.columns, "columns")
-    if isinstance(value, list):
-        check_limit(param, len(value), limits.candidates, "items")
-        check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
 
 
 def decoded(request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, Any]:
@@ -219,7 +221,12 @@ def decoded(request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, 
     value = answer.value
     match request:
         case CodesRequest(modality="image"):
-            return {"image": drawn_image(request, value, loaded)}
+            drawn = loaded.image.decode(value)
+            if request.source is not None and request.mask is not None:  # around the box everything is kept
+                width, height = read_image(request.source).size
+                mask = box_mask(request.mask, height, width).reshape(height, width)
+                drawn = restore_outside(drawn, request.source, mask, loaded.image)
+            return {"image": drawn}
         case CodesRequest():
             return {"audio": loaded.audio.decode(value)}
         case NumbersRequest():
@@ -229,13 +236,3 @@ def decoded(request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, 
         case EmbedRequest():
             return {"embedding": np.asarray(value).tolist()}
     return {"text": value}
-
-
-def drawn_image(request: CodesRequest, codes: Any, loaded: LoadedModel) -> Any:
-    """Return the drawn image; if only a box was generated, the source around it, pixel by pixel."""
-    drawn = loaded.image.decode(codes)
-    if request.source is None or request.mask is None:
-        return drawn
-    width, height = read_image(request.source).size
-    mask = box_mask(request.mask, height, width).reshape(height, width)
-    return restore_outside(drawn, request.source, mask, loaded.image)

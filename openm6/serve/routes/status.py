@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -82,7 +83,8 @@ async def ready(server: ThisServer) -> Health:
 @router.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=KEYED)
 async def metrics(server: ThisServer) -> Response:
     """Counters in Prometheus' text format."""
-    return Response(server.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    page = generate_latest(server.metrics.registry)
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/", include_in_schema=False)

@@ -12,6 +12,7 @@ from typing import Any
 from openm6.core.errors import ConfigError, DataError, nearest
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Record
+from openm6.data.sources import Split, open_sources
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.text import join_texts
@@ -33,7 +34,15 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
     Raises:
         DataError: an input is missing, unknown or not of its kind.
     """
-    check_values(scenario, values)
+    for name in values:
+        if name not in scenario.inputs:
+            hint = nearest(name, sorted(scenario.inputs))
+            raise DataError(f"scenario {scenario.name} takes no input {name!r}; {hint}")
+    for name, declared in scenario.inputs.items():
+        if values.get(name) in (None, "", b"", {}, []):
+            raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): add it")
+        if not _is_valid(declared.kind, values[name]):
+            raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[declared.kind]}")
     parts = scenario_parts(scenario, language, values)
     if scenario.output == "text":
         return TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
@@ -91,19 +100,6 @@ def _part(scenario: Scenario, name: str, values: Values) -> Part:
     return Part("text", value)
 
 
-def check_values(scenario: Scenario, values: Values) -> None:
-    """Raise DataError if an input is missing, unknown or not of its kind."""
-    for name in values:
-        if name not in scenario.inputs:
-            hint = nearest(name, sorted(scenario.inputs))
-            raise DataError(f"scenario {scenario.name} takes no input {name!r}; {hint}")
-    for name, declared in scenario.inputs.items():
-        if values.get(name) in (None, "", b"", {}, []):
-            raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): add it")
-        if not _is_valid(declared.kind, values[name]):
-            raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[declared.kind]}")
-
-
 def _is_valid(kind: InputKind, value: Any) -> bool:
     match kind, value:
         case ("text", str()) | ("image" | "audio", bytes()):
@@ -149,16 +145,13 @@ def example_record(name: str) -> Record:
         ConfigError: there is no such data or record.
     """
     data, _, key = name.partition("#")
-    for split in ("test", "train"):
-        source = EmbeddedConfig(name=data).open(data, split, _no_other_source)
+    splits: tuple[Split, ...] = ("test", "train")
+    for split in splits:
+        source = open_sources({data: EmbeddedConfig(name=data)}, split)[data]
         ids = source.values("id")
         if key in ids:
             return source[ids.index(key)]
     raise ConfigError(f"no record is called {name!r}: name one as emoji#emoji/1FAB4")
-
-
-def _no_other_source(name: str) -> Any:
-    raise ConfigError(f"the data in the package refers to no other source such as {name!r}")
 
 
 def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:

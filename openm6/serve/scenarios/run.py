@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from openm6.serve.scenarios.scenario import (
     LANGUAGES,
     Language,
     Scenario,
-    ScenarioLibrary,
     Scores,
     read_library,
     read_scores,
@@ -91,21 +92,20 @@ class ExampleResult:
 def run_scenarios(trained: Path, json_path: Path | None = None) -> list[ExampleResult]:
     """Run the examples of all scenarios, in both languages, one after the other.
 
+    With `json_path` the number of examples in each state is written there, and then each of them.
+
     Raises:
         CheckpointError: there is no model there.
     """
     with Engine(load(trained), ONE_AT_A_TIME) as engine:
-        results = run_examples(engine, read_library())
+        pairs = product(read_library().scenarios.values(), LANGUAGES)
+        results = [run_example(engine, scenario, language) for scenario, language in pairs]
     if json_path is not None:
-        replace_text(json_path, results_json(results))
+        states = Counter(result.state for result in results)
+        report: dict[str, Any] = {state: states[state] for state in ("answered", "untrained", "failed")}
+        report["examples"] = [asdict(result) for result in results]
+        replace_text(json_path, json.dumps(report, ensure_ascii=False, indent=1))
     return results
-
-
-def run_examples(engine: Engine, library: ScenarioLibrary) -> list[ExampleResult]:
-    """Run the examples of a library on a model."""
-    return [
-        run_example(engine, scenario, language) for scenario in library.scenarios.values() for language in LANGUAGES
-    ]
 
 
 def run_example(engine: Engine, scenario: Scenario, language: Language) -> ExampleResult:
@@ -135,13 +135,6 @@ def answer_text(scenario: Scenario, value: Any) -> str:
     if scenario.output == "embedding":
         return f"{len(value)} numbers"
     return f"{scenario.output} of {len(value)} positions"
-
-
-def results_json(results: list[ExampleResult]) -> str:
-    """Return the JSON of `openm6 evaluate --scenarios --json`: counts by state, and each example."""
-    states = [result.state for result in results]
-    counts = {state: states.count(state) for state in ("answered", "untrained", "failed")}
-    return json.dumps({**counts, "examples": [asdict(result) for result in results]}, ensure_ascii=False, indent=1)
 
 
 def results_table(results: list[ExampleResult]) -> Table:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from openm6.core.config import Config, build, read_yaml
-from openm6.core.errors import ConfigError, nearest
+from openm6.core.errors import ConfigError
 from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding
@@ -136,16 +136,6 @@ class ScenarioLibrary:
         self.scenarios = {one.name: one for domain in domains.values() for one in domain.scenarios}
         self.domain_of = {one.name: name for name, domain in domains.items() for one in domain.scenarios}
 
-    def named(self, name: str) -> Scenario:
-        """Return the scenario of this name.
-
-        Raises:
-            ConfigError: there is none; the sentence names the nearest.
-        """
-        if name not in self.scenarios:
-            raise ConfigError(f"no scenario is called {name!r}; {nearest(name, sorted(self.scenarios))}")
-        return self.scenarios[name]
-
 
 def read_library(folder: Path = FOLDER) -> ScenarioLibrary:
     """Return the scenarios in the YAML files of a folder, one domain per file.
@@ -172,11 +162,6 @@ class Score:
     value: float
     baseline: float
     better: bool
-
-    def texts(self) -> tuple[str, str]:
-        """Return score and baseline for a person, the metric named."""
-        own = f"{score_text(self.metric, self.value)} {metric_title(self.metric)}"
-        return own, score_text(self.metric, self.baseline)
 
 
 Scores = dict[str, list[Score]]  # by task; none for a task that was not evaluated
@@ -224,19 +209,16 @@ class Readiness:
 
     def text(self, language: Language = "en") -> str:
         """Return `ready`, what is needed, or the scores."""
-        found = Bilingual(en="ready", zh="可用")
+        en, zh, weak = "ready", "可用", self.weak
         if self.missing:
-            found = Bilingual(
-                en=f"needs training on {', '.join(self.missing)} (openm6 train {self.recipe})",
-                zh=f"需要训练：{'、'.join(self.missing)}（openm6 train {self.recipe}）",
-            )
-        elif self.weak is not None:
-            value, baseline = self.weak.texts()
-            found = Bilingual(
-                en=f"trained, but not better than its baseline: {value} against {baseline}",
-                zh=f"已训练，但不优于基线：{value}，基线 {baseline}",
-            )
-        return found.text(language)
+            en = f"needs training on {', '.join(self.missing)} (openm6 train {self.recipe})"
+            zh = f"需要训练：{'、'.join(self.missing)}（openm6 train {self.recipe}）"
+        elif weak is not None:
+            value = f"{score_text(weak.metric, weak.value)} {metric_title(weak.metric)}"
+            baseline = score_text(weak.metric, weak.baseline)
+            en = f"trained, but not better than its baseline: {value} against {baseline}"
+            zh = f"已训练，但不优于基线：{value}，基线 {baseline}"
+        return en if language == "en" else zh
 
 
 def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores | None = None) -> Readiness:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-from openm6.serve.playground.answers import failure_box, interval_chart, ranking_list, vector_strip
+from openm6.serve.playground.answers import FIGURES, interval_chart, vector_strip
 from openm6.serve.routes.scenarios import RankedCandidate
 from openm6.serve.schemas import Distribution
 
@@ -43,10 +43,8 @@ def test_a_series_that_never_changes_can_be_drawn() -> None:
 
 def test_markup_in_names_stays_text() -> None:
     name = '"><script>alert(1)</script>'
-    drawn = interval_chart(name, ONE) + ranking_list(
-        [RankedCandidate(index=0, candidate=name, log_likelihood=-2.0, score=-1.0)]
-    )
-    drawn += failure_box(name, name)
+    ranking = [RankedCandidate(index=0, candidate=name, log_likelihood=-2.0, score=-1.0)]
+    drawn = interval_chart(name, ONE) + str(FIGURES.ranking(ranking)) + str(FIGURES.failure(name, name))
     assert "<script" not in drawn and "&lt;script&gt;" in drawn
 
 

@@ -38,7 +38,7 @@ def test_it_opens_on_an_example_that_fits() -> None:
 
 def test_an_example_that_does_not_fit_is_left_out_with_a_sentence() -> None:
     found = page(trained((("tabular_regression", "own"),), {"own": OWN}, price=1.0, body_mass_g=1.0))
-    scenario = found.library.named("missing_measurement")
+    scenario = found.library.scenarios["missing_measurement"]
     assert not found.fits(scenario, "en") and "give inputs of your own" in found.about(scenario, "en")
     assert "请自行输入" in found.about(scenario, "zh")
 
@@ -48,7 +48,7 @@ def test_a_task_below_its_baseline_is_not_what_it_opens_with() -> None:
     weak = {"image_captioning": [Score("exact_match", 0.021, 0.033, False)]}
     found = page(trained(trained_tasks, {"emoji": EMOJI}), weak)
     assert best(found).tasks == ["text_to_image"]
-    assert "not better than its baseline" in found.about(found.library.named("caption"), "en")
+    assert "not better than its baseline" in found.about(found.library.scenarios["caption"], "en")
 
 
 def test_a_model_without_any_scenario_opens_on_free_questions() -> None:
@@ -62,5 +62,5 @@ def test_inputs_are_read_as_those_of_the_scenario_that_they_were_made_for() -> N
     with found.build() as blocks:
         found._show_scenario("caption", "en")
     runs = [one for one in blocks.fns.values() if isinstance(one.fn, partial)]
-    assert [one.fn.args for one in runs] == [(found.library.named("caption"),)]
+    assert [one.fn.args for one in runs] == [(found.library.scenarios["caption"],)]
     assert found.scenario not in runs[0].inputs

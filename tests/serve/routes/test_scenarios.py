@@ -52,7 +52,7 @@ def client() -> Iterator[httpx.Client]:
 
 def body(name: str, language: str = "en") -> dict[str, object]:
     """A scenario's example as JSON."""
-    values = example_values(read_library().named(name), language)  # type: ignore[arg-type]
+    values = example_values(read_library().scenarios[name], language)  # type: ignore[arg-type]
     inputs = {
         key: base64.b64encode(value).decode() if isinstance(value, bytes) else value for key, value in values.items()
     }

@@ -59,7 +59,7 @@ def test_the_parts_are_those_of_training() -> None:
         "live_script": {"title": title, "selling_points": record["extra"]["selling_points_en"]},
         "price_prediction": {"image": record["image"], "title": title},
     }.items():
-        scenario = LIBRARY.named(name)
+        scenario = LIBRARY.scenarios[name]
         example = TASKS[scenario.tasks[0]].example(record, np.random.default_rng(1), language="en")
         assert list(scenario_parts(scenario, "en", values)) == example.source
 
@@ -69,7 +69,7 @@ def test_a_masked_span_of_audio_has_the_form_of_training() -> None:
     example = TASKS["audio_inpainting"].example(record, np.random.default_rng(1))
     audio = next(part for part in example.source if part.modality == "audio")
     values = {"audio": record["audio"], "mask_span": audio.options["mask_span"]}
-    request = scenario_request(LIBRARY.named("repair_audio"), "en", values)
+    request = scenario_request(LIBRARY.scenarios["repair_audio"], "en", values)
     assert isinstance(request, CodesRequest) and request.span == audio.options["mask_span"]
     asked = next(part for part in request.parts if part.modality == "audio")
     assert asked.options == {"mask_span": audio.options["mask_span"]} and "seconds" not in audio.options
@@ -77,7 +77,7 @@ def test_a_masked_span_of_audio_has_the_form_of_training() -> None:
 
 
 def test_the_number_wanted_is_not_read() -> None:
-    scenario = LIBRARY.named("missing_measurement")
+    scenario = LIBRARY.scenarios["missing_measurement"]
     parts = scenario_parts(scenario, "en", {"numbers": {"bill_length_mm": 40.0, "body_mass_g": 4000.0}})
     assert Part("numbers", {"bill_length_mm": 40.0}) in parts
     assert parts[-1].raw == " What is its body mass g?"
@@ -100,7 +100,7 @@ def test_the_number_wanted_is_not_read() -> None:
 )
 def test_broken_inputs_are_one_sentence(name: str, values: dict[str, object], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        scenario_request(LIBRARY.named(name), "en", values)
+        scenario_request(LIBRARY.scenarios[name], "en", values)
 
 
 def test_an_example_that_is_not_there_is_named() -> None:
@@ -153,8 +153,8 @@ def test_data_of_ones_own_has_no_such_example(
     name: str, trained_tasks: tuple[tuple[str, str], ...], sources: dict[str, Any], scales: dict[str, float]
 ) -> None:
     description = trained(trained_tasks, sources, **scales)
-    assert not example_fits(LIBRARY.named(name), "en", description)
+    assert not example_fits(LIBRARY.scenarios[name], "en", description)
 
 
 def test_a_checkpoint_that_does_not_name_its_sources_is_not_doubted() -> None:
-    assert example_fits(LIBRARY.named("illustration"), "en", loaded().description)
+    assert example_fits(LIBRARY.scenarios["illustration"], "en", loaded().description)

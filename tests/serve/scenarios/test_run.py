@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,9 @@ from openm6.serve.engine import Engine
 from openm6.serve.scenarios.run import (
     ONE_AT_A_TIME,
     ExampleResult,
-    results_json,
     results_table,
     run_example,
-    run_examples,
+    run_scenarios,
 )
 from openm6.serve.scenarios.scenario import read_library
 from openm6.tasks.registry import TASKS
@@ -42,35 +42,35 @@ def trained_on_everything():  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("name", QUICK)
 def test_an_example_is_answered(name: str) -> None:
     with Engine(trained_on_everything(), ONE_AT_A_TIME) as engine:
-        tried = run_example(engine, LIBRARY.named(name), "en")
+        tried = run_example(engine, LIBRARY.scenarios[name], "en")
     assert tried.state == "answered", tried.answer
     assert tried.seconds > 0
 
 
-def test_an_untrained_model_answers_nothing() -> None:
-    with Engine(loaded(trained_tasks=()), ONE_AT_A_TIME) as engine:
-        tried = run_examples(engine, LIBRARY)
+def test_an_untrained_model_answers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm6.serve.scenarios.run.load", lambda _: loaded(trained_tasks=()))
+    tried = run_scenarios(tmp_path, tmp_path / "tried.json")
     assert len(tried) == 2 * len(LIBRARY.scenarios)
     assert {one.state for one in tried} == {"untrained"}
     assert all("needs training on" in one.answer for one in tried)
+    found = json.loads((tmp_path / "tried.json").read_text(encoding="utf-8"))
+    assert (found["answered"], found["untrained"], found["failed"]) == (0, len(tried), 0)
+    assert found["examples"] == [asdict(one) for one in tried]
 
 
 def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
     model = trained_on_everything()
     model = replace(model, modalities=loaded().modalities)
-    scenario = LIBRARY.named("machine_state")
+    scenario = LIBRARY.scenarios["machine_state"]
     strange = scenario.model_copy(update={"examples": {"en": {"numbers": {"hmm": 1.0}}}})
     with Engine(model, ONE_AT_A_TIME) as engine:
         tried = run_example(engine, strange, "en")
     assert tried.state == "failed" and "has no column 'hmm'" in tried.answer
 
 
-def test_the_results_as_json_and_table() -> None:
+def test_the_results_as_a_table() -> None:
     found = [
         ExampleResult("a", "en", "answered", "x" * 99, 0.5),
         ExampleResult("b", "zh", "untrained", "needs", 0.0),
     ]
-    found_json = json.loads(results_json(found))
-    assert (found_json["answered"], found_json["untrained"], found_json["failed"]) == (1, 1, 0)
-    assert [entry["scenario"] for entry in found_json["examples"]] == ["a", "b"]
     assert results_table(found).row_count == 2

@@ -94,13 +94,13 @@ def test_it_speaks_both_languages(scenario: Scenario) -> None:
 
 def test_a_model_that_lacks_a_task_names_the_recipe_that_trains_it() -> None:
     description = loaded(trained_tasks=(("text_to_image", "digits"),)).description
-    assert readiness(LIBRARY.named("illustration"), description).ready
-    lacking = readiness(LIBRARY.named("restyle"), description)
+    assert readiness(LIBRARY.scenarios["illustration"], description).ready
+    lacking = readiness(LIBRARY.scenarios["restyle"], description)
     assert not lacking.ready and lacking.missing == ("style_transfer",)
     assert lacking.text() == "needs training on style_transfer (openm6 train design)"
     assert "需要训练" in lacking.text("zh")
     with pytest.raises(ConfigError, match="scenario restyle needs training on style_transfer"):
-        require(LIBRARY.named("restyle"), description)
+        require(LIBRARY.scenarios["restyle"], description)
 
 
 def test_a_column_that_was_never_seen_is_not_predicted() -> None:
@@ -108,12 +108,7 @@ def test_a_column_that_was_never_seen_is_not_predicted() -> None:
     description = description.model_copy(
         update={"trained_tasks": [TrainedTask(task="price_prediction", source="shop")]}
     )
-    assert readiness(LIBRARY.named("price_prediction"), description).missing == ("the column price",)
-
-
-def test_an_unknown_name_gets_a_hint() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'couplet'"):
-        LIBRARY.named("couplets")
+    assert readiness(LIBRARY.scenarios["price_prediction"], description).missing == ("the column price",)
 
 
 def broken(change: dict[str, object], folder: Path) -> str:
@@ -153,7 +148,7 @@ def test_an_empty_folder_and_equal_names_are_refused(tmp_path: Path) -> None:
         read_library(tmp_path)
 
 
-CAPTION = LIBRARY.named("caption")
+CAPTION = LIBRARY.scenarios["caption"]
 DESCRIPTION = loaded(trained_tasks=(("image_captioning", "emoji"),)).description
 
 
