@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from openm6.evaluate.energy import EnergyAccount
 
 WIDTH, HEIGHT = 60, 10  # of the plot, in characters
-BAR = 16  # of a row's joules
 
 
 def evaluate(
@@ -28,13 +27,8 @@ def evaluate(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="eval.KEY=VALUE", help="Settings, such as eval.answers=300.")
     ] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks to evaluate; default: all.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="PATH", help="Table or folder with other records."),
-    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks to evaluate; default: all.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Table or folder with other records.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     scenarios: Annotated[bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")] = False,
 ) -> None:
@@ -63,12 +57,9 @@ def evaluate(
 
 def energy(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    country: Annotated[
-        str | None, typer.Option("--country", help="Country of the grid; default: the setting of the run.")
-    ] = None,
+    country: Annotated[str | None, typer.Option(help="Country of the grid; default: the setting of the run.")] = None,
     pue: Annotated[
-        float | None,
-        typer.Option("--pue", help="Power usage effectiveness; default: the setting of the run."),
+        float | None, typer.Option(help="Power usage effectiveness; default: the setting of the run.")
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the account as JSON.")] = None,
 ) -> None:
@@ -98,21 +89,22 @@ def print_energy(path: Path, country: str | None, pue: float | None, json_path: 
         if by_name:
             console.print(_table(account, title, by_name))
     console.print(Text(_plot(read_lines(run))))
-    console.print(Text(_comparison(account)))
+    ratio = account.of_gpt3
+    words = f"{ratio:.3g} times" if ratio >= 1 else f"{ratio:.3%} of"
+    console.print(Text(f"Energy per token: {words} that of GPT-3's training. {GPT3_CAVEAT}"))
 
 
 def _summary(account: EnergyAccount) -> str:
     tracker = account.tracker
     parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in tracker.by_source.items())
-    words = (
+    repeated = f" {in_joules(tracker.repeated)} in steps that a crash lost." if tracker.repeated else ""
+    return (
         f"{in_joules(tracker.joules)} for {tracker.tokens:,} tokens: "
         f"{account.joules_per_token:.3g} J per token ({parts}). "
         f"{account.grams(tracker.joules):.3g} g CO2e with the grid of {account.grid.name} "
         f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
-        f"{in_joules(tracker.between)} between steps: waiting for data, evaluation, checkpoints."
+        f"{in_joules(tracker.between)} between steps: waiting for data, evaluation, checkpoints.{repeated}"
     )
-    repeated = f" {in_joules(tracker.repeated)} in steps that a crash lost." if tracker.repeated else ""
-    return words + repeated
 
 
 def _table(account: EnergyAccount, title: str, uses: dict[str, EnergyUse]) -> Table:
@@ -125,15 +117,9 @@ def _table(account: EnergyAccount, title: str, uses: dict[str, EnergyUse]) -> Ta
     most = max(use.joules for use in uses.values()) or 1.0
     for name, use in sorted(uses.items(), key=lambda item: -item[1].joules):
         per_1000, point = 1000 * use.joules / max(1, use.tokens), account.joules_per_point(name)
-        cells = [
-            name,
-            in_joules(use.joules),
-            f"{account.grams(use.joules):.3g}",
-            f"{use.tokens:,}",
-            f"{per_1000:.3g}",
-        ]
+        cells = [name, in_joules(use.joules), f"{account.grams(use.joules):.3g}", f"{use.tokens:,}", f"{per_1000:.3g}"]
         cells += ["-" if point is None else in_joules(point)] if last else []
-        table.add_row(*(Text(cell) for cell in [*cells, "█" * round(BAR * use.joules / most)]))
+        table.add_row(*(Text(cell) for cell in [*cells, "█" * round(16 * use.joules / most)]))
     return table
 
 
@@ -157,9 +143,3 @@ def _plot(lines: list[dict[str, Any]]) -> str:
     drawn = [f"{label:>8} │{''.join(row)}" for label, row in zip(labels, rows, strict=True)]
     axis = f"{'':>8} └{'─' * WIDTH}\n{'':>10}0 J{in_joules(last):>{WIDTH - 3}}"
     return "\n".join(["loss over energy", *drawn, axis])
-
-
-def _comparison(account: EnergyAccount) -> str:
-    ratio = account.of_gpt3
-    words = f"{ratio:.3g} times" if ratio >= 1 else f"{ratio:.3%} of"
-    return f"Energy per token: {words} that of GPT-3's training. {GPT3_CAVEAT}"

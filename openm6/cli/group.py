@@ -43,7 +43,9 @@ class PlainGroup(TyperGroup):
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
-            sentence, code = f"error: {refusal(error)}", FAILED
+            what = error.filename if error.filename is not None else "a file"
+            sentence = f"error: {what} cannot be read or written ({error.strerror}): {advice_for(error)}"
+            code = FAILED
         except KeyboardInterrupt as stop:
             sentence = str(stop) or "stopped"
             code = stop.exit_code if isinstance(stop, Interrupted) else INTERRUPTED
@@ -68,12 +70,6 @@ def make_app(group: type[TyperGroup] = PlainGroup) -> typer.Typer:
         rich_markup_mode=None,
         context_settings=HELP_OPTIONS,
     )
-
-
-def refusal(error: OSError) -> str:
-    """Return what the system refused, in one sentence."""
-    what = error.filename if error.filename is not None else "a file"
-    return f"{what} cannot be read or written ({error.strerror}): {advice_for(error)}"
 
 
 def write_json(content: Any, path: Path | None) -> None:

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder or table, or its URL.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="File for the recipe, such as my.yaml.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File for the recipe, such as my.yaml.")] = None,
 ) -> None:
     """Report columns, problems and tasks of your data, and propose a recipe.
 
@@ -70,11 +68,6 @@ def _print_data_set(data_set: DatasetReport, console: Console) -> None:
         console.print(_columns(data_set))
     if data_set.unused:
         console.print(Text(f"unused columns: {', '.join(data_set.unused)}"))
-    _print_problems(data_set, console)
-    console.print(Text(f"tasks: {', '.join(data_set.tasks) or 'none'}\n"))
-
-
-def _print_problems(data_set: DatasetReport, console: Console) -> None:
     if data_set.unreadable + data_set.broken:
         console.print(Text(f"broken rows: {data_set.unreadable + data_set.broken:,}", style="red"))
     for problem in data_set.problems:
@@ -84,6 +77,7 @@ def _print_problems(data_set: DatasetReport, console: Console) -> None:
         advice = f"fix them, or let it pass with max_broken={min(1.0, fraction + MAX_BROKEN):.2f}"
         warning = f"That is {fraction:.0%}, and training stops above {MAX_BROKEN:.0%}: {advice}"
         console.print(Text(warning, style="red"), soft_wrap=True)
+    console.print(Text(f"tasks: {', '.join(data_set.tasks) or 'none'}\n"))
 
 
 def _columns(data_set: DatasetReport) -> Table:

@@ -13,8 +13,6 @@ from openm6.cli.group import print_result
 from openm6.core.errors import ConfigError
 from openm6.core.files import replace_text
 
-STANDARD_OUTPUT = "-"
-
 
 def tasks() -> None:
     """List the tasks: the inputs and the target of each.
@@ -50,13 +48,12 @@ def presets() -> None:
 
 def scenarios(
     trained: Annotated[
-        Path | None,
-        typer.Argument(metavar="[RUN|CHECKPOINT]", help="Report the readiness of each for this model."),
+        Path | None, typer.Argument(metavar="[RUN|CHECKPOINT]", help="Report the readiness of each for this model.")
     ] = None,
     json_path: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the list as JSON; -: standard output.")
     ] = None,
-    language: Annotated[str, typer.Option("--language", help="Language: en or zh.")] = "en",
+    language: Annotated[str, typer.Option(help="Language: en or zh.")] = "en",
 ) -> None:
     """List the scenarios: inputs, output, and the recipe that trains each.
 
@@ -70,7 +67,7 @@ def scenarios(
 
     if json_path is None:
         Console().print(list_scenarios(trained, "zh" if language == "zh" else "en"))
-    elif json_path == STANDARD_OUTPUT:
+    elif json_path == "-":
         typer.echo(scenarios_json(trained))
     else:
         replace_text(Path(json_path), scenarios_json(trained))

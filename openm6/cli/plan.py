@@ -13,62 +13,39 @@ from openm6.plan import hardware
 from openm6.plan.hardware import PER_NODE
 
 Model = Annotated[str | None, typer.Argument(metavar="PRESET|RECIPE", help="Preset, recipe, or folder of a run.")]
-Kind = Annotated[
-    str | None,
-    typer.Option("--gpu", metavar="KIND", help="GPU of the table; default: measure on this machine."),
-]
-Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")]
-PerNode = Annotated[int, typer.Option("--per-node", min=1, help="GPUs per node.")]
-GpuTable = Annotated[Path | None, typer.Option("--gpu-table", metavar="CSV", help="Further GPUs, one per row.")]
-HostMemory = Annotated[float | None, typer.Option("--host-memory", min=0, metavar="GIB", help="Host memory of a node.")]
-Link = Annotated[float | None, typer.Option("--link", metavar="GB/S", help="Host to GPU, each direction.")]
-Network = Annotated[float | None, typer.Option("--network", metavar="GB/S", help="Between nodes, per GPU.")]
-Batch = Annotated[int | None, typer.Option("--batch", metavar="TOKENS", help="Tokens per step of one GPU.")]
-Tokens = Annotated[float | None, typer.Option("--tokens", help="Tokens of the run, such as 3e11.")]
-Days = Annotated[float | None, typer.Option("--days", help="Days of the run.")]
+Kind = Annotated[str | None, typer.Option(metavar="KIND", help="GPU of the table; default: measure on this machine.")]
 Bytes = Annotated[
     int | None,
     typer.Option("--bytes", help="Bytes per parameter: 16, 12, 8, 4, 2 or 1; default: the most that fit."),
 ]
-PseudoFraction = Annotated[float, typer.Option("--pseudo-fraction", help="Fraction of the tokens in the pseudo stage.")]
 CheckpointingEvery = Annotated[
-    int | None,
-    typer.Option(
-        "--activation-checkpointing-every", metavar="BLOCKS", help="Store the input of every n-th block only."
-    ),
+    int | None, typer.Option(metavar="BLOCKS", help="Store the input of every n-th block only.")
 ]
-Country = Annotated[str, typer.Option("--country", help="Country of the grid.")]
-Pue = Annotated[float, typer.Option("--pue", help="Power usage effectiveness.")]
-Price = Annotated[float | None, typer.Option("--price", metavar="USD", help="US dollars per GPU and hour.")]
-Sweep = Annotated[
-    str | None, typer.Option("--sweep", metavar="gpus|bytes|batch", help="Compare plans along this axis.")
-]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Plot of the sweep (SVG, PNG or PDF).")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON.")]
+Sweep = Annotated[str | None, typer.Option(metavar="gpus|bytes|batch", help="Compare plans along this axis.")]
 
 
 def plan(
     model: Model = None,
     overrides: Overrides = None,
     gpu: Kind = None,
-    gpus: Gpus = 1,
-    per_node: PerNode = PER_NODE,
-    gpu_table: GpuTable = None,
-    host_memory: HostMemory = None,
-    link: Link = None,
-    network: Network = None,
-    batch: Batch = None,
-    tokens: Tokens = None,
-    days: Days = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = PER_NODE,
+    gpu_table: Annotated[Path | None, typer.Option(metavar="CSV", help="Further GPUs, one per row.")] = None,
+    host_memory: Annotated[float | None, typer.Option(min=0, metavar="GIB", help="Host memory of a node.")] = None,
+    link: Annotated[float | None, typer.Option(metavar="GB/S", help="Host to GPU, each direction.")] = None,
+    network: Annotated[float | None, typer.Option(metavar="GB/S", help="Between nodes, per GPU.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens per step of one GPU.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of the run, such as 3e11.")] = None,
+    days: Annotated[float | None, typer.Option(help="Days of the run.")] = None,
     bytes_per_parameter: Bytes = None,
-    pseudo_fraction: PseudoFraction = 0.0,
+    pseudo_fraction: Annotated[float, typer.Option(help="Fraction of the tokens in the pseudo stage.")] = 0.0,
     activation_checkpointing_every: CheckpointingEvery = None,
-    country: Country = "WLD",
-    pue: Pue = 1.1,
-    price: Price = None,
+    country: Annotated[str, typer.Option(help="Country of the grid.")] = "WLD",
+    pue: Annotated[float, typer.Option(help="Power usage effectiveness.")] = 1.1,
+    price: Annotated[float | None, typer.Option(metavar="USD", help="US dollars per GPU and hour.")] = None,
     sweep: Sweep = None,
-    plot: Plot = None,
-    json_path: Json = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot of the sweep (SVG, PNG or PDF).")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON.")] = None,
 ) -> None:
     """Estimate time, memory, energy and cost of a run, and whether it fits.
 

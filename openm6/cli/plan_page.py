@@ -21,34 +21,45 @@ from openm6.plan.plan import Plan, StagePlan
 from openm6.plan.request import read_model
 from openm6.plan.sweep import Row, draw_sweep
 
-UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
-WIDTH = 100  # characters of a sweep's table
-
 
 def show_plan(planned: tuple[Plan, dict[str, Any]], json_path: Path | None) -> None:
     """Print a plan; write its JSON if a file is given."""
     plan, content = planned
     write_json(content, json_path)
-    rows = _rows(plan, content["smallest"])
-    _print_page(f"{plan.model.name} on {plan.cluster.name}", rows, f"Assumed: {'; '.join(plan.cluster.assumed)}.")
+    real, energy, cluster, smallest = plan.real, plan.energy, plan.cluster, content["smallest"]
+    budget, fraction, tokens = real.budget, energy.mwh / GPT3_MWH, in_short(round(plan.tokens))
+    ratio = f"{fraction:.2%}" if fraction >= 1e-4 else "less than 0.01%"
+    pseudo = f", {plan.pseudo_fraction:.0%} of them in the pseudo stage" if plan.pseudo_fraction else ""
+    rows = {
+        "parameters": f"{in_short(plan.total)}, {in_short(plan.active)} active per token",
+        "precision": f"{real.tier.bytes} bytes per parameter: {real.tier.description}",
+        "memory per GPU": f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
+        f"step {in_bytes(budget.activations + budget.working)}, context {in_bytes(budget.context)}",
+        "host memory per GPU": f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}" if budget.host else "",
+        **{f"step, {name}": _step(stage) for name, stage in plan.stages.items()},
+        "speed": f"{in_short(round(plan.tokens / plan.days))} tokens per day",
+        "duration": f"{in_figures(plan.days)} days for {tokens} tokens{pseudo}",
+        "energy": f"{in_energy(energy.mwh)} (GPUs at their rating: {in_energy(energy.mwh_rated)}); "
+        f"{energy.joules_per_token:.3g} J per token "
+        f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {ratio})",
+        "carbon": f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})",
+        "cost": "" if plan.cost is None else f"{plan.cost:,.0f} US dollars",
+        "fits": "yes" if plan.fits else "no",
+        "smallest number of GPUs": "",
+        "fits with": "; or ".join(smallest["changes"]),
+    }
+    if smallest["gpus"]:
+        count, size = smallest["gpus"], smallest["bytes_per_parameter"]
+        rows["smallest number of GPUs"] = f"{count:,} × {smallest['gpu']} at {size} bytes per parameter"
+    shown = {name: words for name, words in rows.items() if words}
+    _print_page(f"{plan.model.name} on {cluster.name}", shown, f"Assumed: {'; '.join(cluster.assumed)}.")
 
 
 def show_sweep(rows: list[Row], kind: str, plot: Path | None, json_path: Path | None) -> None:
     """Print plans side by side; write and plot them if files are given."""
     write_json([{"sweep": kind, "value": value, **plan.to_json()} for value, plan in rows], json_path)
     table = Table(box=None)
-    measures = (
-        "fits",
-        "B/par.",
-        "GPU memory",
-        "host",
-        "step",
-        "bottleneck",
-        "tokens/day",
-        "days",
-        "J/token",
-        "MWh",
-    )
+    measures = ("fits", "B/par.", "GPU memory", "host", "step", "bottleneck", "tokens/day", "days", "J/token", "MWh")
     for name in (kind, *measures):
         table.add_column(name, no_wrap=True)
     for value, plan in rows:
@@ -60,7 +71,7 @@ def show_sweep(rows: list[Row], kind: str, plot: Path | None, json_path: Path | 
             f"{plan.energy.joules_per_token:.3g}", in_figures(plan.energy.mwh),
         )  # fmt: skip
     # A number that is cut off is worth less than a line that the terminal breaks.
-    Console(width=max(WIDTH, Console().width)).print(table)
+    Console(width=max(100, Console().width)).print(table)
     if plot is not None:
         draw_sweep(rows, kind, plot)
 
@@ -106,47 +117,16 @@ def _print_page(title: str, rows: dict[str, str], note: str) -> None:
     console.print(Text(note, style="dim"))
 
 
-def _rows(plan: Plan, smallest: dict[str, Any]) -> dict[str, str]:
-    real, energy, cluster = plan.real, plan.energy, plan.cluster
-    budget, tokens = real.budget, in_short(round(plan.tokens))
-    pseudo = f", {plan.pseudo_fraction:.0%} of them in the pseudo stage" if plan.pseudo_fraction else ""
-    rows = {
-        "parameters": f"{in_short(plan.total)}, {in_short(plan.active)} active per token",
-        "precision": f"{real.tier.bytes} bytes per parameter: {real.tier.description}",
-        "memory per GPU": f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
-        f"step {in_bytes(budget.activations + budget.working)}, context {in_bytes(budget.context)}",
-        "host memory per GPU": f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}" if budget.host else "",
-        **{f"step, {name}": _step(stage) for name, stage in plan.stages.items()},
-        "speed": f"{in_short(round(plan.tokens / plan.days))} tokens per day",
-        "duration": f"{in_figures(plan.days)} days for {tokens} tokens{pseudo}",
-        "energy": f"{in_energy(energy.mwh)} (GPUs at their rating: {in_energy(energy.mwh_rated)}); "
-        f"{energy.joules_per_token:.3g} J per token "
-        f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {_percent(energy.mwh / GPT3_MWH)})",
-        "carbon": f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})",
-        "cost": "" if plan.cost is None else f"{plan.cost:,.0f} US dollars",
-        "fits": "yes" if plan.fits else "no",
-        "smallest number of GPUs": "",
-        "fits with": "; or ".join(smallest["changes"]),
-    }
-    if smallest["gpus"]:
-        count, size = smallest["gpus"], smallest["bytes_per_parameter"]
-        rows["smallest number of GPUs"] = f"{count:,} × {smallest['gpu']} at {size} bytes per parameter"
-    return {name: words for name, words in rows.items() if words}
-
-
 def _step(stage: StagePlan) -> str:
     parts = [f"{name} {in_time(part)}" for name, part in asdict(stage.time).items() if part > 0]
     bottleneck = f"bottleneck: {stage.time.bottleneck} ({', '.join(parts)})"
     return f"{in_time(stage.time.seconds)} for {in_short(stage.tokens)} tokens; {bottleneck}"
 
 
-def _percent(fraction: float) -> str:
-    return f"{fraction:.2%}" if fraction >= 1e-4 else "less than 0.01%"
-
-
 def in_bytes(count: float) -> str:
     """Such as `12.3 GiB`."""
-    size, unit = next(((s, u) for s, u in UNITS if count >= s), (1024, "KiB"))
+    units = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
+    size, unit = next(((s, u) for s, u in units if count >= s), (1024, "KiB"))
     return f"{count / size:.3g} {unit}"
 
 

@@ -11,37 +11,30 @@ import typer
 from openm6.cli.train import Trained
 from openm6.core.errors import ConfigError
 
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings: engine.max_num_seqs=32, limits.pixels=…"),
-]
-Keys = Annotated[
-    Path | None,
-    typer.Option("--keys", metavar="FILE", help="File of API keys, one per line; default: OPENM6_API_KEYS."),
-]
-Hosts = Annotated[
-    list[str] | None,
-    typer.Option("--allow-host", metavar="HOST", help="Host of images to fetch by https; repeatable."),
-]
-Replicas = Annotated[
-    list[str] | None,
-    typer.Option("--replicas", metavar="KEY=VALUE", help="With --ray: min_replicas, max_replicas, cpus, gpus, …"),
-]
-
 
 def serve(
     trained: Trained,
-    settings: Settings = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="Port; 0: any free one.")] = 8000,
-    name: Annotated[str | None, typer.Option("--name", help="Model name in requests; default: the folder.")] = None,
-    keys: Keys = None,
-    allow_host: Hosts = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings: engine.max_num_seqs=32, limits.pixels=…"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0: any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Model name in requests; default: the folder.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of API keys, one per line; default: OPENM6_API_KEYS.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Host of images to fetch by https; repeatable.")
+    ] = None,
     playground: Annotated[
         bool, typer.Option("--playground", help="Add a page for the browser at /playground.")
     ] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Run replicas on Ray Serve; needs the extra [ray].")] = False,
-    replicas: Replicas = None,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="With --ray: min_replicas, max_replicas, cpus, gpus, …"),
+    ] = None,
 ) -> None:
     """Serve a trained model over HTTP, with routes that follow the OpenAI API.
 

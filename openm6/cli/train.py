@@ -10,16 +10,8 @@ import typer
 
 from openm6.cli.group import print_result
 
-DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
-
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint of the run.")]
-Processes = Annotated[
-    int, typer.Option("--nproc", min=1, help="Processes on this machine, one GPU each if there are GPUs.")
-]
-Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="Restarts after a failed process.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME of the recipe.")]
 Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")]
 
 
@@ -39,7 +31,7 @@ class Moments(StrEnum):
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     resume: Resume = False,
 ) -> None:
     """Train and evaluate the demo model on the data in the package; about six minutes on two cores.
@@ -52,16 +44,16 @@ def demo(
     # torch takes seconds to import
     from openm6.train.run import train_recipe
 
-    print_result(train_recipe(DEMO, [], resume, out))
+    print_result(train_recipe("demo", [], resume, out))
 
 
 def train(
-    recipe: Recipe,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe.")],
     overrides: Overrides = None,
     resume: Resume = False,
-    out: Out = None,
-    nproc: Processes = 1,
-    max_restarts: Restarts = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME of the recipe.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one GPU each if there are GPUs.")] = 1,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failed process.")] = 0,
 ) -> None:
     """Train a recipe.
 
@@ -84,17 +76,14 @@ def train(
 
 def convert(
     trained: Trained,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the new run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new run.")],
     precision: Annotated[
         str | None,
-        typer.Option(
-            "--precision",
-            help="fp32, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes).",
-        ),
+        typer.Option(help="fp32, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes)."),
     ] = None,
-    stage: Annotated[TargetStage | None, typer.Option("--stage", help="real: separate weights for each layer.")] = None,
+    stage: Annotated[TargetStage | None, typer.Option(help="real: separate weights for each layer.")] = None,
     moments: Annotated[
-        Moments, typer.Option("--moments", help="Optimizer moments of layers whose weights were shared.")
+        Moments, typer.Option(help="Optimizer moments of layers whose weights were shared.")
     ] = Moments.independent,
 ) -> None:
     """Convert a checkpoint to another stage or another precision.

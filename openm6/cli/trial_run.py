@@ -60,13 +60,6 @@ class TrialTraining(MultimodalTraining):
         self.held_out_seconds = time.perf_counter() - began
         return found
 
-    def warm_caches(self, count: int) -> None:
-        """Compute the first batches once: after the first epoch most codes of images and audio clips are cached."""
-        start = self.packer.state()
-        for _ in islice(self.batches(), count):
-            pass
-        self.restore(start)
-
     def finish(self, run: RunFolder) -> None:
         self.finish_began = time.perf_counter()
         self.evaluations: list[tuple[float, float]] = []
@@ -77,7 +70,11 @@ class TrialTraining(MultimodalTraining):
         for divisor in DIVISORS if whole.answers >= MIN_ANSWERS else (1,):
             part = part_of(whole, divisor)
             self.description = self.description.model_copy(update={"eval": part.model_dump(mode="json")})
-            self._clear_caches()
+            # Forget the codes of images and audio, or the second evaluation would find those of the first.
+            for modality in self.modalities.values():
+                for name, cache in vars(modality).items():
+                    if isinstance(cache, LRUCache):
+                        setattr(modality, name, LRUCache(cache.max_bytes))
             began = time.perf_counter()
             result = super()._evaluate(run, checkpoint)
             self.evaluations.append((part.answers / whole.answers, time.perf_counter() - began))
@@ -86,13 +83,6 @@ class TrialTraining(MultimodalTraining):
     def _loaded(self, checkpoint: Path) -> LoadedModel:
         # The checkpoint of an offloaded model holds the settings of the whole evaluation.
         return replace(super()._loaded(checkpoint), description=self.description)
-
-    def _clear_caches(self) -> None:
-        """Forget the codes of images and audio, or the second evaluation would find those of the first."""
-        for modality in self.modalities.values():
-            for name, cache in vars(modality).items():
-                if isinstance(cache, LRUCache):
-                    setattr(modality, name, LRUCache(cache.max_bytes))
 
 
 def part_of(config: EvalConfig, divisor: int) -> EvalConfig:
@@ -124,7 +114,11 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
     training = TrialTraining(checked, run, device)
     total, active = training.omni.count_parameters()
     start_seconds = time.perf_counter() - began
-    training.warm_caches(STEPS + checked.loop.prefetch + 1)
+    # Compute the first batches once: after the first epoch most codes of images and audio clips are cached.
+    start = training.packer.state()
+    for _ in islice(training.batches(), STEPS + checked.loop.prefetch + 1):
+        pass
+    training.restore(start)
     clock = Clock()
     train(training, checked.loop, run, callbacks=[clock])
     trial = TrialRun(
