@@ -8,7 +8,6 @@ from openm6.core.errors import ConfigError, nearest
 from openm6.core.files import read_table
 
 JOULES_PER_KWH = 3.6e6
-_SIZES = ((1e12, "TJ"), (1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ"))
 WORLD = "WLD"
 
 # Estimates of the energy of training GPT-3.
@@ -26,10 +25,9 @@ GPT3_CAVEAT = (
 
 def in_joules(joules: float) -> str:
     """Return three digits with their unit, such as `12.3 kJ`."""
-    for size, unit in _SIZES:
-        if joules >= size:
-            return f"{joules / size:.3g} {unit}"
-    return f"{joules:.3g} J"
+    sizes = ((1e12, "TJ"), (1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ"))
+    size, unit = next((pair for pair in sizes if joules >= pair[0]), (1.0, "J"))
+    return f"{joules / size:.3g} {unit}"
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,10 @@ class Grid:
     name: str
     grams_per_kwh: float
     year: int
-    source: str
 
     def grams(self, joules: float, pue: float = 1.0) -> float:
         """CO2e of `joules` at the devices; `pue` is what the building draws for each joule that they draw."""
         return joules * pue / JOULES_PER_KWH * self.grams_per_kwh
-
-
-def grids() -> list[Grid]:
-    """Every grid in the table."""
-    return [
-        Grid(row["code"], row["name"], float(row["g_co2e_per_kwh"]), int(row["year"]), row["source"])
-        for row in read_table("grid_intensity")
-    ]
 
 
 def grid(country: str) -> Grid:
@@ -61,10 +50,10 @@ def grid(country: str) -> Grid:
     Raises:
         ConfigError: it is not in the table.
     """
-    every = grids()
-    for found in every:
-        if country.lower() in (found.code.lower(), found.name.lower()):
-            return found
-    known = sorted([found.name for found in every] + [found.code for found in every])
+    rows = read_table("grid_intensity")
+    for row in rows:
+        if country.lower() in (row["code"].lower(), row["name"].lower()):
+            return Grid(row["code"], row["name"], float(row["g_co2e_per_kwh"]), int(row["year"]))
+    known = sorted(row[key] for row in rows for key in ("name", "code"))
     hint = nearest(country.upper() if len(country) == 3 else country.title(), known)
     raise ConfigError(f"no grid of country {country!r} in the table; {hint}")

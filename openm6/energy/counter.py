@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,28 +17,21 @@ SILENCE = 60.0
 Clock = Callable[[], float]
 
 
-@dataclass(frozen=True)
+@dataclass
 class EnergyReading:
-    """Joules, their sources joined by `+` from the best to the least, and how many came from each."""
+    """Joules by source, from the best to the least, and the seconds in which they were spent, if these are known."""
 
-    joules: float
-    source: str
-    by_source: Mapping[str, float] = field(default_factory=dict)
+    by_source: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
-    @classmethod
-    def of(cls, by_source: Mapping[str, float]) -> EnergyReading:
-        """The reading of parts, of which a source without a counter has none."""
-        parts: dict[str, float] = {source: by_source[source] for source in SOURCES if source in by_source}
-        return cls(sum(parts.values()), "+".join(parts), parts)
+    @property
+    def joules(self) -> float:
+        return sum(self.by_source.values())
 
-    def since(self, earlier: EnergyReading) -> EnergyReading:
-        """What was added after `earlier`."""
-        before = earlier.by_source
-        return EnergyReading.of({s: joules - before.get(s, 0.0) for s, joules in self.by_source.items()})
-
-
-class CounterLostError(Exception):
-    """A counter cannot be read any more; the meter stops counting its device and reports it."""
+    @property
+    def source(self) -> str:
+        """The sources joined by `+`."""
+        return "+".join(self.by_source)
 
 
 class Counter(ABC):
@@ -56,22 +49,14 @@ class Counter(ABC):
         close: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.name, self.source = name, source
-        self._read, self._errors, self._clock = read, errors, clock
-        self.close = close
+        self.name, self.source, self.errors, self.close = name, source, errors, close
+        self._read, self._clock = read, clock
         self._joules = 0.0
         self._value, self._now = read(), clock()
 
     def joules(self) -> float:
-        """All joules so far; the sum never falls.
-
-        Raises:
-            CounterLostError: the device does not answer any more.
-        """
-        try:
-            value, now = self._read(), self._clock()
-        except self._errors as error:
-            raise CounterLostError(str(error)) from None
+        """All joules so far; the sum never falls. Raises one of `errors` if the device does not answer any more."""
+        value, now = self._read(), self._clock()
         self._joules += self._added(value, now - self._now)
         self._value, self._now = value, now
         return self._joules

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 
 from pydantic import Field, field_validator
 
@@ -15,15 +14,9 @@ from openm6.core.config import Config
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.energy.carbon import WORLD, grid
-from openm6.energy.counter import Counter, CounterLostError, EnergyReading
+from openm6.energy.counter import SOURCES, Counter, EnergyReading
 from openm6.energy.nvml import open_gpus
-from openm6.energy.processor import (
-    WATTS_PER_CORE,
-    ProcessorEstimate,
-    installed_gib,
-    memory_estimate,
-    open_packages,
-)
+from openm6.energy.processor import WATTS_PER_CORE, ProcessorEstimate, installed_gib, memory_estimate, open_packages
 
 POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so it must be read in a long step, too
 MAX_REST = 1.0  # seconds
@@ -50,24 +43,13 @@ class EnergyConfig(Config):
             raise ValueError(str(error)) from None
 
 
-@dataclass
-class Span:
-    """What was spent between two moments; filled in when the span ends."""
-
-    joules: float = 0.0
-    source: str = ""
-    seconds: float = 0.0
-    by_source: dict[str, float] | None = None
-
-
 class Meter(AbstractContextManager["Meter"]):
     """Sums its counters; cumulative since it was opened. `notes` lists what is not counted, or only in part."""
 
     def __init__(self, counters: Sequence[Counter], notes: Sequence[str] = ()) -> None:
         self.notes = list(notes)
-        self._counters = list(counters)
-        self._read = [0.0 for _ in counters]
-        self._open = dict(enumerate(counters))  # those that can be read
+        self._joules = dict.fromkeys(counters, 0.0)
+        self._open = list(counters)  # those that can be read
         self._lock = threading.Lock()
         self._rest_until = 0.0
         self._stop = threading.Event()
@@ -77,27 +59,34 @@ class Meter(AbstractContextManager["Meter"]):
     @property
     def devices(self) -> list[str]:
         """What is counted and how, in words."""
-        return [f"{counter.name} ({counter.source})" for counter in self._counters]
+        return [f"{counter.name} ({counter.source})" for counter in self._joules]
 
     def joules(self, fresh: bool = False) -> EnergyReading:
         """All joules since the meter was opened; with `fresh`, read now whatever it costs."""
         with self._lock:
-            if fresh or time.perf_counter() >= self._rest_until:
-                self._read_all()
-            parts: dict[str, float] = {}
-            for counter, joules in zip(self._counters, self._read, strict=True):
-                parts[counter.source] = parts.get(counter.source, 0.0) + joules
-        return EnergyReading.of(parts)
+            began = time.perf_counter()
+            if fresh or began >= self._rest_until:
+                for counter in list(self._open):
+                    try:
+                        self._joules[counter] = counter.joules()
+                    except counter.errors as reason:
+                        self._open.remove(counter)
+                        self.notes.append(f"{counter.name} is counted only in part: {reason}")
+                        get_log().warning(self.notes[-1])
+                ended = time.perf_counter()
+                # On a busy machine a reading may take long by the clock; the meter must not pause for that long.
+                self._rest_until = ended + min((ended - began) / MAX_TIME_FRACTION, MAX_REST)
+            sums = {source: [n for c, n in self._joules.items() if c.source == source] for source in SOURCES}
+        return EnergyReading({source: sum(joules) for source, joules in sums.items() if joules})
 
     @contextmanager
-    def span(self) -> Iterator[Span]:
+    def span(self) -> Iterator[EnergyReading]:
         """Measure what happens inside: `with meter.span() as span: ...`, then `span.joules`."""
-        span, before, began = Span(), self.joules(fresh=True), time.perf_counter()
+        span, before, began = EnergyReading(), self.joules(fresh=True).by_source, time.perf_counter()
         try:
             yield span
         finally:
-            spent = self.joules(fresh=True).since(before)
-            span.joules, span.source, span.by_source = spent.joules, spent.source, dict(spent.by_source)
+            span.by_source = {s: n - before.get(s, 0.0) for s, n in self.joules(fresh=True).by_source.items()}
             span.seconds = time.perf_counter() - began
 
     def close(self) -> None:
@@ -106,56 +95,39 @@ class Meter(AbstractContextManager["Meter"]):
         self._thread.join()
         self.joules(fresh=True)
         with self._lock:
-            for counter in self._open.values():
+            for counter in self._open:
                 counter.close()
             self._open.clear()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read_all(self) -> None:
-        began = time.perf_counter()
-        for index, counter in list(self._open.items()):
-            try:
-                self._read[index] = counter.joules()
-            except CounterLostError as reason:
-                del self._open[index]
-                self.notes.append(f"{counter.name} is counted only in part: {reason}")
-                get_log().warning(self.notes[-1])
-        ended = time.perf_counter()
-        # On a busy machine a reading may take long by the clock; the meter must not pause for that long.
-        self._rest_until = ended + min((ended - began) / MAX_TIME_FRACTION, MAX_REST)
-
     def _poll(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             self.joules()
 
 
-def open_meter(
-    gpus: Sequence[int] | None = None, cpu_watts: float | None = None, processor: bool | None = None
-) -> Meter:
+def open_meter(gpus: Sequence[int] | None = None, cpu_watts: float | None = None) -> Meter:
     """A meter of this machine's devices.
 
     gpus: indices in CUDA, empty for none; by default all visible, or that of the process if several use the machine.
     cpu_watts: rated power of all processors, for the estimate if RAPL cannot be read; by default 5 W per core.
-    processor: whether to count processor and memory; by default only the first process of a machine does, so that
-    nothing is counted twice; the others add an estimate of their own load if there is no counter of all.
+    Only the first process of a machine counts processor and memory, so that nothing is counted twice; the others add
+    an estimate of their own load if there is no counter of all.
     """
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if gpus is None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         gpus = (rank,)
     boards, notes = open_gpus(None if gpus is None else tuple(gpus))
-    if processor is None:
-        processor = rank == 0
     packages, has_memory, why = open_packages()
     if not packages:
         # Of the machine, as `cpu_watts` is, even if this process may use only some of them.
         cores = os.cpu_count() or 1
-        packages = [ProcessorEstimate(cpu_watts or WATTS_PER_CORE * cores, cores, idle=processor)]
-    elif not processor:
+        packages = [ProcessorEstimate(cpu_watts or WATTS_PER_CORE * cores, cores, idle=rank == 0)]
+    elif rank:
         packages = []
-    if processor:
+    if rank == 0:
         notes += why
-        if not has_memory and installed_gib() > 0:
-            packages.append(memory_estimate(installed_gib()))
+        if not has_memory and (gib := installed_gib()) > 0:
+            packages.append(memory_estimate(gib))
     return Meter([*boards, *packages], notes)

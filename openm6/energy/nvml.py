@@ -9,8 +9,6 @@ import pynvml
 
 from openm6.energy.counter import Counter, EnergyRegister, PowerOverTime
 
-MIG_PREFIX = "MIG-"
-
 
 class BoardEnergy(EnergyRegister):
     """The counter of one board since the driver was loaded; Volta and newer have it."""
@@ -47,7 +45,7 @@ def open_gpus(indices: tuple[int, ...] | None) -> tuple[list[Counter], list[str]
 
 def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
     """A counter that holds NVML open for itself, and a note about it, or none."""
-    name = f"GPU {index} {_text(pynvml.nvmlDeviceGetName(handle))}"
+    name = f"GPU {index} {pynvml.nvmlDeviceGetName(handle)}"
 
     def joules() -> float:
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
@@ -76,10 +74,10 @@ def _visible_handles() -> list[Any]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return every
-    uuids = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in every]
+    uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in every]
     chosen = []
     for word in (part.strip() for part in visible.split(",") if part.strip()):
-        if word.startswith(MIG_PREFIX):
+        if word.startswith("MIG-"):
             slice_ = pynvml.nvmlDeviceGetHandleByUUID(word)
             chosen.append(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(slice_))
         elif word.isdigit() and int(word) < len(every):
@@ -97,7 +95,3 @@ def _has_mig(handle: Any) -> bool:
         return bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
     except pynvml.NVMLError:
         return False
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

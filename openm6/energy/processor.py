@@ -41,11 +41,7 @@ def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]
                 counters.append(RaplCounter(zone, f"{zone.name} {kind}"))
                 has_memory = has_memory or kind == "dram"
     except PermissionError:
-        return (
-            [],
-            False,
-            [f"RAPL is there, but may not be read: let an administrator allow reading of {root}"],
-        )
+        return [], False, [f"RAPL is there, but may not be read: let an administrator allow reading of {root}"]
     except (OSError, ValueError) as error:
         return [], False, [f"RAPL cannot be read: {error}"]
     return counters, has_memory, []
@@ -53,21 +49,15 @@ def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]
 
 def own_cpu_seconds() -> float:
     """Processor time of this process and of its children, those that have ended and, on Linux, those that live."""
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system + _living_children()
-
-
-def _living_children() -> float:
-    """Seconds of the processes that the main thread has started, and of their own children that have ended."""
-    total = 0
+    spent, own, ticks = os.times(), os.getpid(), 0
+    seconds = spent.user + spent.system + spent.children_user + spent.children_system
     try:
-        own = os.getpid()
         for child in Path(f"/proc/{own}/task/{own}/children").read_text().split():
             fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            total += sum(int(ticks) for ticks in fields[11:15])  # utime, stime and those of its children
-        return total / os.sysconf("SC_CLK_TCK")
+            ticks += sum(map(int, fields[11:15]))  # utime, stime and those of its children
+        return seconds + ticks / os.sysconf("SC_CLK_TCK")
     except OSError:  # not Linux, or the child ended just now: it is counted among the ended ones next time
-        return 0.0
+        return seconds
 
 
 class ProcessorEstimate(Counter):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 
 class WorkCount(NamedTuple):
     """The part of one modality or task in a step: its tokens, and the floating-point operations that they took."""
@@ -83,8 +85,4 @@ class EnergyTracker:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EnergyTracker:
         """Return the tracker that `to_json` stored."""
-        uses = {
-            kind: {name: EnergyUse(**use) for name, use in values.get(kind, {}).items()}
-            for kind in ("stages", "modalities", "tasks")
-        }
-        return cls(**{**values, **uses})
+        return TypeAdapter(cls).validate_python(values)

@@ -97,19 +97,18 @@ class MeterCallback(Callback):
 
     def _own(self) -> EnergyReading:
         """Return the reading of this process's devices, since it began."""
-        return self._meter.joules() if self._meter is not None else EnergyReading.of({})
+        return self._meter.joules() if self._meter is not None else EnergyReading()
 
     def _read(self, since: float) -> float:
         """Update the tracker's sums; return what all ranks spent since this one's sum was `since`."""
         own = self._own()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
         spent, *now = self._run.training.ranks.all_reduce([own.joules - since, *numbers])
-        by_source: dict[str, float] = {
+        self.tracker.by_source = {
             source: self._before.get(source, 0.0) + joules
             for source, joules in zip(SOURCES, now, strict=True)
             if joules or source in self._before or source in own.by_source
         }
-        self.tracker.by_source = dict(EnergyReading.of(by_source).by_source)
         return spent
 
     def _read_alone(self) -> None:
