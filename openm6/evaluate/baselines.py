@@ -17,18 +17,14 @@ from openm6.evaluate.answers import build_examples
 from openm6.evaluate.formatting import words
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.inference.load import LoadedModel
-from openm6.modalities.audio import Audio
-from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import BINS, LIMIT
 from openm6.modalities.registry import Modalities, target_segment
 from openm6.tasks.task import Example, Task
 
 MAX_TRAINING_EXAMPLES = 400
-# Candidate weights of a position's own frequencies, against those of all positions; one in HELD_OUT training targets
-# selects the weight.
+# Candidate weights of a position's own frequencies, against those of all positions.
 POSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 0.9)
-HELD_OUT = 4
 PSEUDO_COUNT = 0.5
 
 
@@ -49,19 +45,14 @@ class AnswerFrequencies(TargetPrior):
             self.counts[example.language][example.answer] += 1
 
     def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
-        return np.asarray([self._bits(example) for example in examples])
-
-    def _bits(self, example: Example) -> float:
-        counts = self.counts[example.language]
-        if example.answer not in counts:
-            return np.inf
-        # One class more than was seen: the probability of a new answer.
-        total = counts.total() + PSEUDO_COUNT * (len(counts) + 1)
-        return float(-np.log2((counts[example.answer] + PSEUDO_COUNT) / total))
-
-    def most_frequent(self, language: str) -> str:
-        """The most frequent answer in a language; empty if there is none."""
-        return next((answer for answer, _ in self.counts[language].most_common(1)), "")
+        found = np.full(len(examples), np.inf)
+        for row, example in enumerate(examples):
+            answer, counts = example.answer, self.counts[example.language]
+            if answer in counts:
+                # One class more than was seen: the probability of a new answer.
+                total = counts.total() + PSEUDO_COUNT * (len(counts) + 1)
+                found[row] = -np.log2((counts[answer] + PSEUDO_COUNT) / total)
+        return found
 
     def covers(self, examples: list[Example]) -> bool:
         """Whether every answer occurred in training: the task has a closed set of answers."""
@@ -77,11 +68,11 @@ class ValueFrequencies(TargetPrior):
             self.counts[target_column(example)] += np.bincount(_bins(target), minlength=BINS)
 
     def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
-        return np.asarray([self._bits(*pair) for pair in zip(examples, targets, strict=True)])
-
-    def _bits(self, example: Example, target: Segment) -> float:
-        smoothed = self.counts[target_column(example)] + PSEUDO_COUNT / 4  # 160 bins would swamp few values
-        return float(-np.log2(smoothed[_bins(target)] / smoothed.sum()).sum())
+        found = []
+        for example, target in zip(examples, targets, strict=True):
+            smoothed = self.counts[target_column(example)] + PSEUDO_COUNT / 4  # 160 bins would swamp few values
+            found.append(-np.log2(smoothed[_bins(target)] / smoothed.sum()).sum())
+        return np.asarray(found)
 
 
 class CodeFrequencies(TargetPrior):
@@ -93,7 +84,7 @@ class CodeFrequencies(TargetPrior):
 
     def __init__(self, targets: list[Segment], codebook_size: int) -> None:
         codes = np.stack([target.arrays["codes"] for target in targets])  # M P G
-        held_out = np.arange(len(codes)) % HELD_OUT == HELD_OUT - 1
+        held_out = np.arange(len(codes)) % 4 == 3
         weight = 0.0
         if held_out.any():
             tables = {w: _code_bits(codes[~held_out], codebook_size, w) for w in POSITION_WEIGHTS}
@@ -135,11 +126,9 @@ def training_examples(
     task: Task, source: Source, seed: int, modalities: Modalities
 ) -> tuple[list[Example], list[Segment]]:
     """Some training records of a source as examples of a task, with their targets; broken ones are left out."""
-
-    def target(example: Example) -> Segment:
-        return target_segment(example.target, modalities)
-
-    return build_examples(task, source, MAX_TRAINING_EXAMPLES, (seed, "baseline"), target)[:2]
+    return build_examples(
+        task, source, MAX_TRAINING_EXAMPLES, (seed, "baseline"), lambda one: target_segment(one.target, modalities)
+    )[:2]
 
 
 def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loaded: LoadedModel) -> TargetPrior:
@@ -150,8 +139,7 @@ def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loade
         return AnswerFrequencies(examples)
     if task.output_modality == "numbers":
         return ValueFrequencies(examples, targets)
-    modality = loaded.modalities[task.output_modality]
-    assert isinstance(modality, Image | Audio)
+    modality = loaded.image if task.output_modality == "image" else loaded.audio
     return CodeFrequencies(targets, modality.codec.codebook_size)
 
 
@@ -163,7 +151,8 @@ def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarr
     """
     compute = METRICS[metric].values
     if isinstance(prior, AnswerFrequencies) and compute is not None:
-        answers = [prior.most_frequent(example.language) for example in scored.examples]
+        counts = [prior.counts[example.language] for example in scored.examples]
+        answers = [max(found, key=found.__getitem__, default="") for found in counts]
         return compute(dataclasses.replace(scored, answers=list(answers)))
     if metric == "relative_crps":
         errors = scored.reference_errors()
@@ -181,15 +170,15 @@ def numbers_references(
     The column's median; for a forecast, the last value and a seasonal naive rule.
     """
     if task.baseline != "last_value":
-        return {words(task.baseline): _of_columns(examples, loaded, 0)}
+        return {words(task.baseline): column_statistics(examples, loaded, 0)}
     references = {"last value": [_repeated(example, 1) for example in examples]}
     if (season := find_season(train)) > 1:
         references[f"seasonal naive, period {season}"] = [_repeated(example, season) for example in examples]
     return references
 
 
-def _of_columns(examples: list[Example], loaded: LoadedModel, index: int) -> list[np.ndarray]:
-    """Location (0) or scale (1) of the column of each observed truth."""
+def column_statistics(examples: list[Example], loaded: LoadedModel, index: int) -> list[np.ndarray]:
+    """Location (0) or scale (1) of the column of each observed truth; errors are averaged in units of the scale."""
     return [np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[index]) for example in examples]
 
 
@@ -219,8 +208,3 @@ def _repeated(example: Example, period: int) -> np.ndarray:
     steps = np.asarray([i for i, value in enumerate(values) if value is not None and np.isfinite(value)])
     period = min(period, len(past))
     return past[len(past) - period + steps % period]
-
-
-def scales(examples: list[Example], loaded: LoadedModel) -> list[np.ndarray]:
-    """The scale of the column of each observed truth: the unit in which errors of different columns are averaged."""
-    return _of_columns(examples, loaded, 1)

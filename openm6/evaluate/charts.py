@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from openm6.evaluate.formatting import plain, short_count, words
+from openm6.evaluate.results import true_values
 from openm6.modalities.numbers import Histogram, NumberSeries
 
 MAX_POINTS = 90
@@ -131,11 +132,13 @@ def history(steps: np.ndarray, lines: np.ndarray, description: str, from_zero: b
     """Values over steps: one line with its spread, or several fine lines with their mean.  # P, lines P"""
     xs = np.array([finite_mean(group) for group in thin(steps)])
     means = np.array([[finite_mean(group) for group in thin(values)] for values in lines])
-    low, high = _deciles(lines[0]) if len(lines) == 1 else (means, means)
-    frame = Frame.around(xs, np.stack([low, high]), from_zero)
     if len(lines) == 1:
-        shapes = [frame.area(xs, low, high, "spread")]
+        groups = [group[np.isfinite(group)] for group in thin(lines[0])]
+        deciles = np.array([np.quantile(g, (0.1, 0.9)) if len(g) else (math.nan, math.nan) for g in groups])
+        frame = Frame.around(xs, deciles, from_zero)
+        shapes = [frame.area(xs, deciles[:, 0], deciles[:, 1], "spread")]
     else:
+        frame = Frame.around(xs, means, from_zero)
         shapes = [frame.line(xs, values, "fine") for values in means]
     shapes.append(frame.line(xs, np.array([finite_mean(column) for column in means.T]), "line"))
     whole = [value for value in ticks(frame.left, frame.right) if value == round(value)]
@@ -145,13 +148,6 @@ def history(steps: np.ndarray, lines: np.ndarray, description: str, from_zero: b
         x=[(value, short_count(value)) for value in whole],
         y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top)],
     )
-
-
-def _deciles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the ninth decile of each group.  # P -> groups, groups"""
-    finite = [group[np.isfinite(group)] for group in thin(values)]
-    low, high = ([float(np.quantile(g, q)) if len(g) else math.nan for g in finite] for q in (0.1, 0.9))
-    return np.array(low), np.array(high)
 
 
 def bar(value: float, baseline: float, whole: float | None) -> tuple[float, float]:
@@ -177,32 +173,14 @@ class ValueChart:
         return self.low <= self.truth <= self.high
 
 
-def true_values(truth: Any) -> tuple[list[str], np.ndarray]:
-    """Names and values of a truth (columns, a series or plain numbers); NaN if a value was not observed.  # V"""
-    if isinstance(truth, dict):
-        return [str(name) for name in truth], _floats(truth.values())
-    if isinstance(truth, NumberSeries):
-        return [truth.name] * len(truth.values), _floats(truth.values)
-    values = _floats(np.atleast_1d(np.asarray(truth, dtype=object)).ravel())
-    return [""] * len(values), values
-
-
-def _floats(values: Iterable[Any]) -> np.ndarray:
-    return np.array([math.nan if value is None else float(value) for value in values])
-
-
 def value_charts(answer: Histogram, truth: Any) -> list[ValueChart]:
     """A chart for each predicted value, MAX_VALUES at most."""
-    names, values = true_values(truth)
-    count = len(answer.probability)
-    if len(values) != count:
-        # The decoder predicts the observed values only.
-        names = [name for name, value in zip(names, values, strict=True) if np.isfinite(value)]
-        values = values[np.isfinite(values)]
-    if len(values) != count:
+    # The model predicts the observed values only.
+    pairs = [pair for pair in zip(*true_values(truth), strict=True) if math.isfinite(pair[1])]
+    if len(pairs) != len(answer.probability):
         # A truth of another length cannot be matched to the distributions.
-        names, values = [""] * count, np.full(count, math.nan)
-    return [_value_chart(answer, i, names[i], float(values[i])) for i in range(min(count, MAX_VALUES))]
+        pairs = [("", math.nan)] * len(answer.probability)
+    return [_value_chart(answer, i, name, float(value)) for i, (name, value) in enumerate(pairs[:MAX_VALUES])]
 
 
 def _value_chart(answer: Histogram, index: int, name: str, truth: float) -> ValueChart:
@@ -240,9 +218,9 @@ class ForecastChart:
 def forecast_chart(past: NumberSeries, answer: Histogram, truth: Any) -> ForecastChart | None:
     """The chart of a forecast; None if the distributions cannot be matched to steps."""
     _, future = true_values(truth)
-    before = _floats(past.values or [None])[-max(MIN_PAST, PAST_HORIZONS * len(future)) :]
+    before = np.array(past.values or [None], float)[-max(MIN_PAST, PAST_HORIZONS * len(future)) :]
     steps = np.arange(1, len(future) + 1)
-    observed = np.isfinite(future) if len(answer.probability) != len(future) else np.ones(len(future), bool)
+    observed = np.isfinite(future)
     if observed.sum() != len(answer.probability):
         return None
     quantiles = {level: answer.quantile(level) for level in (0.1, 0.25, 0.5, 0.75, 0.9)}
@@ -263,6 +241,5 @@ def forecast_chart(past: NumberSeries, answer: Histogram, truth: Any) -> Forecas
         x=[(frame.left, f"{plain(frame.left - 1)} steps"), (0, "now"), (len(future), f"+{len(future)}")],
         y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top, 3)],
     )
-    known = np.isfinite(future[observed])
     inside = (quantiles[0.1] <= future[observed]) & (future[observed] <= quantiles[0.9])
-    return ForecastChart(drawing, past.name, int(inside[known].sum()), int(known.sum()))
+    return ForecastChart(drawing, past.name, int(inside.sum()), len(inside))

@@ -15,7 +15,6 @@ from openm6.energy.meter import EnergyConfig
 from openm6.energy.tracker import EnergyTracker, EnergyUse
 
 Lines = list[dict[str, Any]]
-METER = "meter"  # the callback in a checkpoint's state that keeps the tracker
 # Fraction of a stage's lines whose mean is its first, or its final, loss.
 END_FRACTION = 0.1
 
@@ -97,9 +96,12 @@ class EnergyAccount:
         }
 
     def _entry(self, use: EnergyUse) -> dict[str, float]:
-        per_1000 = 1000 * use.joules / max(1, use.tokens)
-        entry = {"joules": use.joules, "g_co2e": self.grams(use.joules), "tokens": use.tokens}
-        return {**entry, "joules_per_1000_tokens": per_1000}
+        return {
+            "joules": use.joules,
+            "g_co2e": self.grams(use.joules),
+            "tokens": use.tokens,
+            "joules_per_1000_tokens": 1000 * use.joules / max(1, use.tokens),
+        }
 
 
 def read_account(
@@ -112,7 +114,7 @@ def read_account(
         ConfigError: a country that is not in the table, or a PUE below 1.
     """
     folder = latest(run.path)
-    state = read_state(folder).get("callbacks", {}).get(METER, {})
+    state = read_state(folder).get("callbacks", {}).get("meter", {})
     if not state.get("stages"):
         raise CheckpointError(f"{folder} was not metered: it is of a version before the energy meter")
     own = (run.read_config().get("loop") or {}).get("energy") or {}
@@ -124,13 +126,11 @@ def read_account(
 
 def _losses(run: RunFolder, tracker: EnergyTracker) -> dict[str, tuple[float, float]]:
     """Mean loss over the first and over the last END_FRACTION of each stage's lines."""
-    lines = read_lines(run)
+    lines = [line for line in read_lines(run) if isinstance(line.get("loss"), float)]
     only = next(iter(tracker.stages)) if len(tracker.stages) == 1 else None
     found = {}
     for stage in tracker.stages:
-        values = [
-            line["loss"] for line in lines if line.get("stage", only) == stage and isinstance(line.get("loss"), float)
-        ]
+        values = [line["loss"] for line in lines if line.get("stage", only) == stage]
         size = max(1, round(len(values) * END_FRACTION))
         if len(values) >= 2:
             found[stage] = (sum(values[:size]) / size, sum(values[-size:]) / size)

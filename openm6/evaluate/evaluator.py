@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Literal, TypeVar
@@ -25,16 +26,16 @@ from openm6.evaluate.answers import answer, build_examples, evenly_spaced
 from openm6.evaluate.baselines import (
     TargetPrior,
     baseline_values,
+    column_statistics,
     fit_prior,
     numbers_references,
-    scales,
     training_examples,
 )
 from openm6.evaluate.formatting import words
 from openm6.evaluate.knn import fit_knn
 from openm6.evaluate.likelihood import answer_entropy, likelihoods
 from openm6.evaluate.metrics import METRICS, Scored, all_metrics, relative_crps
-from openm6.evaluate.results import UNKNOWN, EvalReport, Interval, Sample, TaskResult, bootstrap_interval
+from openm6.evaluate.results import EvalReport, Interval, Sample, TaskResult, bootstrap_interval
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
@@ -44,10 +45,7 @@ from openm6.models.description import TrainedTask
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example, Task
 
-Sources = Mapping[str, Source]
 Result = TypeVar("Result")
-
-REMEDY = "evaluate again with openm6 evaluate, in one process by eval.num_processes=1 in the recipe"
 
 
 class EvalConfig(Config):
@@ -71,8 +69,8 @@ class EvalConfig(Config):
 def evaluate_tasks(
     loaded: LoadedModel,
     trained_tasks: list[TrainedTask],
-    train: Sources,
-    test: Sources,
+    train: Mapping[str, Source],
+    test: Mapping[str, Source],
     config: EvalConfig,
     on_result: Callable[[TaskResult], None] = lambda result: None,
 ) -> EvalReport:
@@ -90,8 +88,10 @@ def evaluate_tasks(
         return evaluate_task(loaded, trained_task, examples, sequences, train[trained_task.source], config)
 
     workers = num_workers(len(trained_tasks), config, loaded.omni.device)
+    # Tasks that generate images or audio are slow. They come first, so that all processes end together.
+    fast = [task_named(one.task).output_modality in ("text", "numbers") for one in trained_tasks]
     results: dict[int, TaskResult] = {}
-    for index, result in parallel_map(evaluated, _slowest_first(trained_tasks), workers):
+    for index, result in parallel_map(evaluated, sorted(range(len(fast)), key=fast.__getitem__), workers):
         if result is None:
             one = trained_tasks[index]
             get_log().info(f"{one.task}/{one.source}: no test records, not evaluated")
@@ -100,12 +100,6 @@ def evaluate_tasks(
         on_result(result)
     ordered = [results[index] for index in sorted(results)]
     return EvalReport(ordered, time.perf_counter() - began, str(loaded.checkpoint))
-
-
-def _slowest_first(trained_tasks: list[TrainedTask]) -> list[int]:
-    """Indices of the trained tasks, those that generate images or audio first, so that all processes end together."""
-    fast = [task_named(one.task).output_modality in ("text", "numbers") for one in trained_tasks]
-    return sorted(range(len(trained_tasks)), key=fast.__getitem__)
 
 
 def num_workers(tasks: int, config: EvalConfig, device: torch.device) -> int:
@@ -132,29 +126,23 @@ def parallel_map(
         while True:
             pipe.send(function(pipe.recv()))
 
-    pool = WorkerPool([serve] * workers, remedy=REMEDY)
-    try:
+    remedy = "evaluate again with openm6 evaluate, in one process by eval.num_processes=1 in the recipe"
+    with closing(WorkerPool([serve] * workers, remedy=remedy)) as pool:
         for position, result in pool.imap_unordered(indices):
             yield indices[position], result
-    finally:
-        pool.close()
 
 
 def select_examples(
     task: Task, source: Source, config: EvalConfig, modalities: Modalities
 ) -> tuple[list[Example], list[PackedExample]]:
     """Up to `records` test records, evenly spaced, as examples of the task and as tokens, without broken ones."""
-
-    def convert(example: Example) -> PackedExample:
-        return example_sequence(example, modalities)
-
-    seed = (config.seed, task.name)
-    examples, sequences, errors = build_examples(task, source, config.records, seed, convert)
-    lacking = sum(isinstance(error, MissingFieldError) for error in errors)
-    for error in errors:
-        if not isinstance(error, MissingFieldError):
-            get_log().info(f"{task.name}: a test record is left out: {error}")
-    if lacking:
+    examples, sequences, errors = build_examples(
+        task, source, config.records, (config.seed, task.name), lambda example: example_sequence(example, modalities)
+    )
+    broken = [error for error in errors if not isinstance(error, MissingFieldError)]
+    for error in broken:
+        get_log().info(f"{task.name}: a test record is left out: {error}")
+    if lacking := len(errors) - len(broken):
         total = len(examples) + len(errors)
         get_log().info(f"{task.name}: {lacking} of {total} test records lack a field that it needs")
     return examples, sequences
@@ -173,7 +161,6 @@ def evaluate_task(
     train_examples, train_targets = training_examples(task, train, config.seed, loaded.modalities)
     prior = fit_prior(task, train_examples, train_targets, loaded)
     found = likelihoods(loaded, examples, sequences, trained_task.source, prior)
-
     has_codes = task.output_modality in ("image", "audio")
     chosen = evenly_spaced(len(examples), config.drawn if has_codes else config.answers)
     answered = [examples[row] for row in chosen]
@@ -187,17 +174,13 @@ def evaluate_task(
         chosen_sequences = [sequences[row] for row in chosen]
         scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
     values = all_metrics(task.metrics, scored) | against_others
-    metric = task.metrics[0]
-    better = METRICS[metric].better
+    metric, better = task.metrics[0], METRICS[task.metrics[0]].better
     baseline = baseline_values(metric, scored, prior)
+    advantage = values[metric] - baseline if baseline is not None else np.full(len(answered), np.nan)
 
     def interval(of_each: np.ndarray, records: list[Example]) -> Interval:
         return bootstrap_interval(of_each, config.seed, [example.block for example in records])
 
-    advantage = UNKNOWN
-    if baseline is not None:
-        sign = 1 if better == "higher" else -1
-        advantage = interval(sign * (values[metric] - baseline), answered)
     return TaskResult(
         task=task.name,
         source=trained_task.source,
@@ -208,7 +191,7 @@ def evaluate_task(
         value_interval=interval(values[metric], answered),
         baseline=float("nan") if baseline is None else float(baseline.mean()),
         better=better,
-        advantage_interval=advantage,
+        advantage_interval=interval(advantage if better == "higher" else -advantage, answered),
         baseline_name=baseline_name,
         information_gain=float(found.gain.mean()),
         information_interval=interval(found.gain, examples),
@@ -225,7 +208,7 @@ def _score_numbers(
     scored: Scored, references: dict[str, list[np.ndarray]], loaded: LoadedModel
 ) -> tuple[Scored, str, dict[str, np.ndarray]]:
     """Scored against the baseline with the smallest error, its name, and the error relative to the other baselines."""
-    scale = scales(scored.examples, loaded)
+    scale = column_statistics(scored.examples, loaded, 1)
     against = {name: replace(scored, scale=scale, reference=found) for name, found in references.items()}
     best = min(against, key=lambda name: against[name].reference_errors().mean())
     keys = {name: f"relative_crps_{name.split(',')[0].replace(' ', '_')}" for name in list(references)[1:]}
@@ -256,5 +239,5 @@ def _score_codes(
 def _samples(scored: Scored, config: EvalConfig) -> list[Sample]:
     """A few answered records in random order, since neighbours in a table are often alike."""
     rows = numpy_generator(config.seed, "samples").permutation(len(scored.examples))[: config.samples]
-    pairs = [(scored.examples[int(row)], scored.answers[int(row)]) for row in rows]
+    pairs = ((scored.examples[row], scored.answers[row]) for row in rows)
     return [Sample(one.source, answered, one.answer, one.record_id) for one, answered in pairs]

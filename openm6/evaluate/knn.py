@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from openm6.data.source import Source
 from openm6.evaluate.answers import evenly_spaced
 from openm6.evaluate.results import Answer
 from openm6.inference.load import LoadedModel
-from openm6.modalities.audio import read_audio
+from openm6.modalities.audio import Audio, read_audio
 from openm6.modalities.image import read_image, to_square
 
 IMAGE_SIDE = 16  # pixels; features of an image
@@ -48,7 +49,7 @@ def fit_knn(loaded: LoadedModel, source: Source, modality: str) -> KNNClassifier
     counts = Counter(label for label in source.values("label") if label is not None)
     if not 2 <= len(counts) <= MAX_LABELS or min(counts.values()) < MIN_RECORDS_PER_LABEL:
         return None
-    extract = image_features if modality == "image" else _audio_features(loaded)
+    extract = image_features if modality == "image" else partial(_audio_features, loaded.audio)
     features, labels = [], []
     for index in evenly_spaced(len(source), MAX_RECORDS):
         try:
@@ -63,23 +64,17 @@ def fit_knn(loaded: LoadedModel, source: Source, modality: str) -> KNNClassifier
 
 def image_features(raw: object) -> np.ndarray:
     """A small grey image, standardized.  # IMAGE_SIDE*IMAGE_SIDE"""
-    image = raw if isinstance(raw, Image.Image) else read_image(raw)
-    small = to_square(image, 64).convert("L").resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BOX)
+    small = to_square(read_image(raw), 64).convert("L").resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BOX)
     return _standardized(np.asarray(small, dtype=np.float32).reshape(-1) / 255)
 
 
-def _audio_features(loaded: LoadedModel) -> Callable[[object], np.ndarray]:
-    """A function that returns the log-mels of the voiced span, resampled to AUDIO_FRAMES and standardized."""
-
-    def extract(raw: object) -> np.ndarray:
-        segment = loaded.audio.source(read_audio(raw))
-        frames = segment.arrays["patches"].reshape(-1, loaded.audio.num_mels)  # time, mels
-        loud = np.flatnonzero(frames.mean(1) > frames.mean(1).max() - 2.0)
-        voiced = frames[loud[0] : loud[-1] + 1] if len(loud) else frames
-        positions = np.linspace(0, len(voiced) - 1, AUDIO_FRAMES).round().astype(int)
-        return _standardized(voiced[positions].reshape(-1))
-
-    return extract
+def _audio_features(audio: Audio, raw: object) -> np.ndarray:
+    """The log-mels of the voiced span, resampled to AUDIO_FRAMES and standardized."""
+    frames = audio.source(read_audio(raw)).arrays["patches"].reshape(-1, audio.num_mels)  # time, mels
+    loud = np.flatnonzero(frames.mean(1) > frames.mean(1).max() - 2.0)
+    voiced = frames[loud[0] : loud[-1] + 1] if len(loud) else frames
+    positions = np.linspace(0, len(voiced) - 1, AUDIO_FRAMES).round().astype(int)
+    return _standardized(voiced[positions].reshape(-1))
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:

@@ -20,14 +20,12 @@ import torch
 
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate.baselines import AnswerFrequencies, TargetPrior
+from openm6.inference.engine import MAX_ROWS, ROW_TOKENS
 from openm6.inference.load import LoadedModel
+from openm6.inference.prefill import passes_of
 from openm6.modalities.batch import PackedExample, collate
 from openm6.models.omni import Omni
 from openm6.tasks.task import Example
-
-ROW = 512
-BATCH_ROWS = 4
-BITS = 1 / np.log(2)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def likelihoods(
     """Likelihoods of the examples' targets; `sequences` are the examples as tokens."""
     null = [example_sequence(null_example(example, source_name), loaded.modalities) for example in examples]
     nll = sequence_nll(loaded.omni, [*sequences, *null])
-    bits, model_bits = np.split(nll * BITS, 2)
+    bits, model_bits = np.split(nll * (1 / np.log(2)), 2)
     prior_bits = prior.bits(examples, [sequence.segments[-1] for sequence in sequences])
     if prior_bits.mean() < model_bits.mean():
         return Likelihoods(bits, prior_bits, "training frequencies")
@@ -64,27 +62,17 @@ def likelihoods(
 @torch.inference_mode()
 def sequence_nll(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
     """Negative log-likelihood of the learned tokens of each sequence, in nats.  # N"""
-    length = max(ROW, *(len(sequence) for sequence in sequences), 0)
+    length = max(ROW_TOKENS, *map(len, sequences))
     found: list[float] = []
-    rows: list[list[PackedExample]] = [[]]
-    for sequence in sequences:
-        if sum(map(len, rows[-1])) + len(sequence) > length:
-            if len(rows) == BATCH_ROWS:
-                found.extend(_nll(omni, rows, length))
-                rows = []
-            rows.append([])
-        rows[-1].append(sequence)
-    found.extend(_nll(omni, rows, length))
+    rows = list(passes_of(sequences, list(map(len, sequences)), length))
+    for start in range(0, len(rows), MAX_ROWS):
+        batch = collate(rows[start : start + MAX_ROWS], length).to(omni.device)
+        total = torch.zeros(batch.num_examples, device=omni.device)
+        losses, _ = omni.compute_loss(batch)
+        for part in losses.values():
+            total.index_add_(0, part.example, part.nll)
+        found += total.tolist()
     return np.asarray(found)
-
-
-def _nll(omni: Omni, rows: list[list[PackedExample]], length: int) -> list[float]:
-    batch = collate(rows, length).to(omni.device)
-    total = torch.zeros(batch.num_examples, device=omni.device)
-    losses, _ = omni.compute_loss(batch)
-    for part in losses.values():
-        total.index_add_(0, part.example, part.nll)
-    return total.tolist()
 
 
 def answer_entropy(examples: list[Example], prior: TargetPrior) -> float | None:

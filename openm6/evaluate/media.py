@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -19,8 +19,6 @@ from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.ops.audio import mel_filters
 
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom as fractions of the sides."""
 MAX_SIDE = 320  # pixels kept of a larger image
 # Pixels on the page of an image's longer side: a multiple of 32 and 64, so that small images stay crisp.
 SHOWN_SIDE = 128
@@ -31,7 +29,10 @@ _COLOURS = np.array([[17, 18, 33], [48, 44, 107], [28, 103, 133], [56, 166, 137]
 
 @dataclass(frozen=True)
 class Media:
-    """An image, or audio with its spectrogram as the image; `missing` is the reason if there is neither."""
+    """An image, or audio with its spectrogram as the image; `missing` is the reason if there is neither.
+
+    mask: left, top, right and bottom as fractions of the sides.
+    """
 
     caption: str
     image: str = ""
@@ -39,7 +40,7 @@ class Media:
     width: int = 0
     height: int = 0
     enlarged: bool = False
-    mask: Box | None = None
+    mask: tuple[float, float, float, float] | None = None
     missing: str = ""
 
 
@@ -51,71 +52,50 @@ class MediaBudget:
     used: int = 0
     full: bool = False
 
-    def image(self, raw: Any, caption: str, mask: Box | None = None) -> Media:
-        """An image from file bytes, a Pillow image or an array, with the box that was masked for the model."""
-        if self.full:
-            return _left_out(caption)
+    def add(self, part: Part, caption: str) -> Media:
+        """An image or audio with what was masked for the model; audio is as long as its options ask for."""
+        show = self._image if part.modality == "image" else self._audio
         try:
-            image = read_image(raw)
+            media = None if self.full else show(part, caption)
         except DataError as error:
             return Media(caption, missing=str(error))
+        return Media(caption, missing="left out to keep this page small") if media is None or self.full else media
+
+    def _image(self, part: Part, caption: str) -> Media:
+        image = read_image(part.raw)
         image.thumbnail((MAX_SIDE, MAX_SIDE))
-        url = self._data_url("image/png", _png(image))
-        if url is None:
-            return _left_out(caption)
+        url = self._data_url("image/png", lambda stream: image.save(stream, "PNG", optimize=True))
         scale = SHOWN_SIDE / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
-        return Media(caption, url, width=width, height=height, enlarged=scale > 1, mask=_clipped(mask))
+        mask = part.options.get("mask_box")
+        return Media(caption, url, width=width, height=height, enlarged=scale > 1, mask=mask)
 
-    def audio(self, raw: Any, caption: str, mask: tuple[float, float] | None = None) -> Media:
-        """Audio from file bytes or 16 kHz samples; the span in `mask` is silenced."""
-        if self.full:
-            return _left_out(caption)
-        try:
-            samples = read_audio(raw)
-        except DataError as error:
-            return Media(caption, missing=str(error))
-        start, stop = (round(fraction * len(samples)) for fraction in mask or (0, 0))
+    def _audio(self, part: Part, caption: str) -> Media:
+        samples, seconds, span = read_audio(part.raw), part.options.get("seconds"), part.options.get("mask_span")
+        if seconds is not None:
+            samples = samples[: round(seconds * RATE)]
+            samples = np.pad(samples, (0, round(seconds * RATE) - len(samples)))
+        start, stop = (round(fraction * len(samples)) for fraction in span or (0, 0))
         position = np.arange(len(samples))
         samples = np.where((position >= start) & (position < stop), 0, samples)[: int(MAX_SECONDS * RATE)]
-        image = self._data_url("image/png", _png(spectrogram(samples)))
-        audio = self._data_url("audio/wav", _wav(samples))
-        if image is None or audio is None:
-            return _left_out(caption)
-        box = None if mask is None else (start / len(samples), 0.0, stop / len(samples), 1.0)
-        return Media(f"{caption}, {len(samples) / RATE:.1f} s", image, audio, mask=_clipped(box))
+        drawn = spectrogram(samples)
+        image = self._data_url("image/png", lambda stream: drawn.save(stream, "PNG", optimize=True))
+        audio = self._data_url(
+            "audio/wav", lambda stream: soundfile.write(stream, samples, RATE, "PCM_16", format="WAV")
+        )
+        mask = None if span is None else (start / len(samples), 0.0, stop / len(samples), 1.0)
+        return Media(f"{caption}, {len(samples) / RATE:.1f} s", image, audio, mask=mask)
 
-    def _data_url(self, kind: str, content: bytes) -> str | None:
-        """The bytes as a data URL, or None if they no longer fit."""
-        self.full = self.full or self.used + len(content) > self.limit
+    def _data_url(self, kind: str, write: Callable[[io.BytesIO], None]) -> str:
+        """A file as a data URL; empty if it does not fit any more."""
+        stream = io.BytesIO()
+        write(stream)
+        size = stream.tell()
+        self.full = self.full or self.used + size > self.limit
         if self.full:
-            return None
-        self.used += len(content)
-        return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _left_out(caption: str) -> Media:
-    return Media(caption, missing="left out to keep this page small")
-
-
-def _clipped(box: Box | None) -> Box | None:
-    if box is None:
-        return None
-    left, top, right, bottom = (min(1.0, max(0.0, float(fraction))) for fraction in box)
-    return left, top, right, bottom
-
-
-def cut_audio(part: Part) -> Any:
-    """The audio as its task cuts it: brought to the length in its options, padded with silence.
-
-    Raises:
-        DataError: the audio is broken.
-    """
-    seconds = part.options.get("seconds")
-    if seconds is None:
-        return part.raw
-    samples = read_audio(part.raw)[: round(seconds * RATE)]
-    return np.pad(samples, (0, round(seconds * RATE) - len(samples)))
+            return ""
+        self.used += size
+        return f"data:{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 def spectrogram(samples: np.ndarray) -> Image.Image:
@@ -132,15 +112,3 @@ def spectrogram(samples: np.ndarray) -> Image.Image:
     level = np.clip((loudness - top + 60) / 60, 0, 1) * (len(_COLOURS) - 1)
     colours = [np.interp(level, np.arange(len(_COLOURS)), _COLOURS[:, channel]) for channel in range(3)]
     return Image.fromarray(np.stack(colours, -1).astype(np.uint8)).quantize(64)
-
-
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return stream.getvalue()
-
-
-def _wav(samples: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    soundfile.write(stream, samples, RATE, format="WAV", subtype="PCM_16")
-    return stream.getvalue()

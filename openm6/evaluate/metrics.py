@@ -15,7 +15,7 @@ from PIL import Image
 
 from openm6.evaluate.formatting import NO_BREAK, plain, words
 from openm6.evaluate.knn import KNNClassifier
-from openm6.evaluate.results import Answer
+from openm6.evaluate.results import Answer, true_values
 from openm6.modalities.image import box_mask, pixels, read_image, to_square
 from openm6.modalities.numbers import Histogram
 from openm6.tasks.task import Example
@@ -42,14 +42,15 @@ class Scored:
         rows = zip(self.examples, self.scale, self.reference, strict=True)
         return np.asarray([(np.abs(truths(e) - r) / s).mean() for e, s, r in rows])
 
-    def texts(self) -> list[tuple[str, str]]:
-        """Answers and truths of a text task."""
-        return [(str(answer), e.answer) for answer, e in zip(self.answers, self.examples, strict=True)]
-
-    def histograms(self) -> list[tuple[Histogram, np.ndarray]]:
-        """Predicted distributions and true values of a numbers task."""
+    def compare_texts(self, compare: Callable[[str, str], float]) -> np.ndarray:
+        """Each answer of a text task, compared with the truth.  # N"""
         pairs = zip(self.answers, self.examples, strict=True)
-        return [(answer, truths(example)) for answer, example in pairs if isinstance(answer, Histogram)]
+        return np.asarray([compare(str(answer), example.answer) for answer, example in pairs], float)
+
+    def compare_numbers(self, compare: Callable[[Histogram, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Mean over the values of each example: its distributions, compared with truths in scales of columns.  # N"""
+        rows = zip(self.answers, self.examples, self.scale, strict=True)
+        return np.asarray([compare(h, truths(e), s).mean() for h, e, s in rows if isinstance(h, Histogram)])
 
 
 Values = Callable[[Scored], np.ndarray | None]
@@ -80,10 +81,8 @@ class Metric:
 
 def truths(example: Example) -> np.ndarray:
     """The observed values of a numbers example."""
-    raw = example.answer
-    values = list(raw.values()) if isinstance(raw, dict) else list(raw.values)
-    floats = np.asarray([np.nan if value is None else float(value) for value in values])
-    return floats[np.isfinite(floats)]
+    _, values = true_values(example.answer)
+    return values[np.isfinite(values)]
 
 
 def same_text(answer: str, truth: str) -> bool:
@@ -99,28 +98,15 @@ def bigram_f1(answer: str, truth: str) -> float:
     return 2 * (first & second).total() / total if total else float(answer == truth)
 
 
-def _exact_match(scored: Scored) -> np.ndarray:
-    return np.asarray([same_text(answer, truth) for answer, truth in scored.texts()], float)
-
-
-def _char_bigram_f1(scored: Scored) -> np.ndarray:
-    return np.asarray([bigram_f1(answer, truth) for answer, truth in scored.texts()])
-
-
 def relative_crps(scored: Scored) -> np.ndarray:
     """CRPS in scales of the column, divided by the baseline's mean absolute error: below 1 beats the baseline."""
-    ours = [(h.crps(t) / s).mean() for (h, t), s in zip(scored.histograms(), scored.scale, strict=True)]
-    return np.asarray(ours) / max(float(scored.reference_errors().mean()), 1e-9)
+    ours = scored.compare_numbers(lambda histogram, truth, scale: histogram.crps(truth) / scale)
+    return ours / max(float(scored.reference_errors().mean()), 1e-9)
 
 
-def _mae(scored: Scored) -> np.ndarray:
-    pairs = zip(scored.histograms(), scored.scale, strict=True)
-    return np.asarray([(np.abs(h.median() - t) / s).mean() for (h, t), s in pairs])
-
-
-def _coverage_80(scored: Scored) -> np.ndarray:
-    pairs = [(histogram.interval(0.8), truth) for histogram, truth in scored.histograms()]
-    return np.asarray([((truth >= low) & (truth <= high)).mean() for (low, high), truth in pairs])
+def _in_interval_80(histogram: Histogram, truth: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    low, high = histogram.interval(0.8)
+    return (truth >= low) & (truth <= high)
 
 
 def _knn_accuracy(scored: Scored) -> np.ndarray | None:
@@ -131,25 +117,24 @@ def _knn_accuracy(scored: Scored) -> np.ndarray | None:
 
 
 def _masked_psnr(scored: Scored) -> np.ndarray:
-    pairs = zip(scored.answers, scored.examples, strict=True)
-    return np.asarray([masked_psnr(a, example) for a, example in pairs if isinstance(a, Image.Image)])
-
-
-def masked_psnr(answer: Image.Image, example: Example) -> float:
-    """PSNR in dB of one inpainted region against the truth."""
-    truth = pixels(to_square(read_image(example.answer), answer.width))
-    mask = box_mask(example.target.options["mask_box"], answer.height, answer.width).reshape(truth.shape[:2])
-    error = np.square((pixels(answer) - truth)[mask] / 2).mean()
-    return float(-10 * np.log10(max(error, 1e-6)))
+    """PSNR in dB of each inpainted region against the truth.  # N"""
+    found = []
+    for answer, example in zip(scored.answers, scored.examples, strict=True):
+        assert isinstance(answer, Image.Image)
+        truth = pixels(to_square(read_image(example.answer), answer.width))
+        mask = box_mask(example.target.options["mask_box"], answer.height, answer.width).reshape(truth.shape[:2])
+        error = np.square((pixels(answer) - truth)[mask] / 2).mean()
+        found.append(-10 * np.log10(max(error, 1e-6)))
+    return np.asarray(found, float)
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("exact_match", "exact match", "answers equal to the truth, except for case and full stops",
-               "higher", _exact_match, percent=True),
+               "higher", lambda scored: scored.compare_texts(same_text), percent=True),
         Metric("char_bigram_f1", "character bigram F1", "overlap of character bigrams with the truth; 100 % is equal",
-               "higher", _char_bigram_f1, percent=True),
+               "higher", lambda scored: scored.compare_texts(bigram_f1), percent=True),
         Metric("bits_per_code", "bits per code",
                "negative log-likelihood per code of the true image or audio; in inpainting, of the masked region",
                "lower", lambda scored: scored.bits_per_code),
@@ -162,7 +147,7 @@ METRICS: dict[str, Metric] = {
                "error of the predicted distribution (CRPS) relative to the baseline; below 100 % is better",
                "lower", relative_crps, percent=True),
         Metric("mae", "MAE of the median", "mean absolute error of the predicted median, in scales of the column",
-               "lower", _mae),
+               "lower", lambda scored: scored.compare_numbers(lambda h, truth, scale: abs(h.median() - truth) / scale)),
         Metric("recall_at_1", "recall at 1",
                "queries whose match is the nearest of all test records, in both directions and languages",
                "higher", percent=True),
@@ -172,20 +157,15 @@ METRICS: dict[str, Metric] = {
                "the same relative to the error of repeating the last season of the series", "lower", percent=True),
         Metric("coverage_80", "80 % coverage",
                "true values inside the 80 % interval; above 80 % the intervals are too wide, below it too narrow",
-               "higher", _coverage_80, percent=True, goal=0.8),
+               "higher", lambda scored: scored.compare_numbers(_in_interval_80), percent=True, goal=0.8),
     )
 }  # fmt: skip
 
 
 def all_metrics(names: tuple[str, ...], scored: Scored) -> dict[str, np.ndarray]:
-    """Every named metric that applies, for each example; empty if nothing was answered."""
-    found: dict[str, np.ndarray] = {}
-    for name in names if scored.examples else ():
-        compute = METRICS[name].values
-        values = compute(scored) if compute is not None else None
-        if values is not None and len(values):
-            found[name] = values
-    return found
+    """Every named metric that applies, for each example."""
+    found = {name: compute(scored) for name in names if (compute := METRICS[name].values) is not None}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def is_percent(metric: str) -> bool:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,15 +14,13 @@ from PIL import Image
 
 from openm6.evaluate.energy import EnergyAccount
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import Histogram
+from openm6.modalities.numbers import Histogram, NumberSeries
 
 Answer = str | Image.Image | np.ndarray | Histogram
 """The output of a model: text, an image, 16 kHz samples, or distributions of numbers."""
 
-RESAMPLES = 2000
-
 Interval = tuple[float, float]
-UNKNOWN: Interval = (float("nan"), float("nan"))
+RESAMPLES = 2000
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = (), coverage: float = 0.95) -> Interval:
@@ -30,7 +29,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = ()
     Records of one block are resampled together, since they depend on each other; "" marks an independent record.
     """
     if not len(values):
-        return UNKNOWN
+        return math.nan, math.nan
     blocks = blocks or [""] * len(values)
     indices: dict[str | int, int] = {}
     index = np.asarray([indices.setdefault(name or row, len(indices)) for row, name in enumerate(blocks)])  # N
@@ -51,6 +50,13 @@ class Sample:
     answer: Answer
     truth: Any
     record_id: str
+
+
+def true_values(truth: Any) -> tuple[list[str], np.ndarray]:
+    """Names and values of the truth of a numbers task; NaN if a value was not observed.  # V"""
+    series = isinstance(truth, NumberSeries)
+    names = [truth.name] * len(truth.values) if series else list(truth)
+    return names, np.array(truth.values if series else list(truth.values()), float)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from openm6.evaluate.answers import build_examples
 from openm6.evaluate.results import TaskResult, bootstrap_interval
 from openm6.inference.engine import embed
 from openm6.inference.load import LoadedModel
-from openm6.modalities.interface import Segment
 from openm6.modalities.registry import source_segments
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import task_named
@@ -57,43 +56,21 @@ class Search:
 
 
 def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Source, seed: int) -> TaskResult | None:
-    """Recall of a contrastive task in both directions and both languages; None if no test record fits."""
+    """Recall of a contrastive task: the mean over directions and languages, and each of them among the metrics.
+
+    None if no test record fits.
+    """
     task = task_named(trained_task.task)
-    searches, records = [], 0
+    modalities, searches, records = loaded.modalities, [], 0
     for language in LANGUAGES:
-        examples = examples_in(task, test, language, seed, loaded)
+        examples, _, _ = build_examples(
+            task, test, MAX_GALLERY, (seed, task.name), lambda x: source_segments([x.target], modalities), language
+        )
         if len({example.key for example in examples}) > 1:
             searches += both_directions(loaded, task, examples, language)
             records += len(examples)
-    return _result(loaded, trained_task, searches, records, seed) if searches else None
-
-
-def examples_in(task: Task, source: Source, language: str, seed: int, loaded: LoadedModel) -> list[Example]:
-    """Test records that have a prompt in a language and can be decoded."""
-
-    def decode(example: Example) -> list[Segment]:
-        return source_segments([example.target], loaded.modalities)
-
-    return build_examples(task, source, MAX_GALLERY, (seed, task.name), decode, language)[0]
-
-
-def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], language: str) -> list[Search]:
-    """Searches with inputs among targets and the other way; equal texts count once."""
-    unique = list({example.key: example for example in examples}.values())
-    inputs = embed(loaded, [example.source for example in unique])
-    targets = embed(loaded, [[example.target] for example in examples])
-    similarity = inputs @ targets.T  # Q E, G E -> Q G
-    matches = np.asarray([[x.key == y.key for y in examples] for x in unique])
-    forward = f"{task.input_modality}_to_{task.output_modality}_{language}"
-    backward = f"{task.output_modality}_to_{task.input_modality}_{language}"
-    return [Search(forward, similarity, matches), Search(backward, similarity.T, matches.T)]
-
-
-def _result(
-    loaded: LoadedModel, trained_task: TrainedTask, searches: list[Search], records: int, seed: int
-) -> TaskResult:
-    """One result: the mean over directions and languages, and each of them among the metrics."""
-    task = task_named(trained_task.task)
+    if not searches:
+        return None
     recalls = {search.name: search.recalls() for search in searches}
     keys = next(iter(recalls.values()))
     metrics = {key: float(np.mean([each[key] for each in recalls.values()])) for key in keys}
@@ -122,3 +99,15 @@ def _result(
         answered=records,
         metrics=metrics,
     )
+
+
+def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], language: str) -> list[Search]:
+    """Searches with inputs among targets and the other way; equal texts count once."""
+    unique = list({example.key: example for example in examples}.values())
+    inputs = embed(loaded, [example.source for example in unique])
+    targets = embed(loaded, [[example.target] for example in examples])
+    similarity = inputs @ targets.T  # Q E, G E -> Q G
+    matches = np.asarray([[x.key == y.key for y in examples] for x in unique])
+    forward = f"{task.input_modality}_to_{task.output_modality}_{language}"
+    backward = f"{task.output_modality}_to_{task.input_modality}_{language}"
+    return [Search(forward, similarity, matches), Search(backward, similarity.T, matches.T)]

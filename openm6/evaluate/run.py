@@ -20,8 +20,6 @@ from openm6.evaluate.results import EvalReport, TaskResult
 from openm6.inference.load import LoadedModel, load
 from openm6.models.description import CheckpointConfig, TrainedTask
 
-OwnData = TableConfig | FolderConfig | WindowsConfig
-
 
 class _Sources(Config):
     """The sources of a recipe, as a checkpoint stores them."""
@@ -79,7 +77,10 @@ def evaluate(
     loaded = loaded or load(path)
     description = loaded.description
     trained_tasks = chosen_tasks(description, tasks)
-    config = _eval_config(description, settings or [])
+    values = apply_overrides({"eval": description.eval}, settings or [])
+    if set(values) != {"eval"}:
+        raise ConfigError(f"evaluate takes settings of the section eval only, as eval.answers=300, not {settings}")
+    config = build(EvalConfig, values["eval"], "eval")
     configs = source_configs(description.sources, str(loaded.checkpoint))
     if data is not None:
         used = {one.source for one in trained_tasks}
@@ -96,13 +97,6 @@ def evaluate(
     if json_path is not None:
         replace_text(json_path, scores_json(report))
     return report
-
-
-def _eval_config(description: CheckpointConfig, settings: list[str]) -> EvalConfig:
-    values = apply_overrides({"eval": description.eval}, settings)
-    if set(values) != {"eval"}:
-        raise ConfigError(f"evaluate takes settings of the section eval only, as eval.answers=300, not {settings}")
-    return build(EvalConfig, values["eval"], "eval")
 
 
 def scores_json(report: EvalReport) -> str:
@@ -125,10 +119,16 @@ def open_own_data(path: str, trained: Mapping[str, SourceConfig]) -> dict[str, S
     opened: dict[str, Source] = {}
     failures: list[DataError] = []
     for name, config in trained.items():
-        try:
-            opened[name] = _first_that_opens(name, list(_candidates(plain, config)))
-        except DataError as error:
-            failures.append(error)
+        errors = []
+        for candidate in _candidates(plain, config):
+            try:
+                opened[name] = candidate.open_held_out(name)
+                break
+            except DataError as error:
+                errors.append(error)
+        else:
+            # The error of the first is the closest to the training; a folder cannot be read as windows at all.
+            failures.append(errors[0] if errors else DataError(f"{name} takes windows of a table, not a folder"))
     if not opened:
         raise DataError(f"--data {path} can stand in for no source of this model: {failures[0]}")
     for failure in failures:
@@ -136,18 +136,9 @@ def open_own_data(path: str, trained: Mapping[str, SourceConfig]) -> dict[str, S
     return opened
 
 
-def _first_that_opens(name: str, candidates: list[OwnData]) -> Source:
-    """The first config that opens; else the error of the first, which is closest to the training."""
-    failures = []
-    for config in candidates:
-        try:
-            return config.open_held_out(name)
-        except DataError as error:
-            failures.append(error)
-    raise failures[0]
-
-
-def _candidates(plain: TableConfig | FolderConfig, trained: SourceConfig) -> Iterator[OwnData]:
+def _candidates(
+    plain: TableConfig | FolderConfig, trained: SourceConfig
+) -> Iterator[TableConfig | FolderConfig | WindowsConfig]:
     """Ways to read the data, closest to the training first."""
     here = {"path": plain.path}
     if isinstance(trained, WindowsConfig):

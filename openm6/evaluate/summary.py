@@ -9,18 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openm6.core.files import replace_text
-from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
-from openm6.evaluate.energy import EnergyAccount
 from openm6.evaluate.formatting import count, duration, signed, significance
 from openm6.evaluate.metrics import metric_title, score
 from openm6.evaluate.results import EvalReport, RunFacts, TaskResult
 
-CARD_FILE = "README.md"
 # Width in characters below which the table leaves columns out.
 WIDE = 120
-_STYLES = {"positive": "green", "none": "yellow", "negative": "red"}
 
 
 def answered(result: TaskResult) -> str:
@@ -53,54 +48,45 @@ def print_table(report: EvalReport, console: Console) -> None:
     last = [] if narrow else ["answered"]
     for name in ("value", "baseline", "information", "95 % interval", *last):
         table.add_column(name, justify="right", no_wrap=True)
+    colours = {"positive": "green", "none": "yellow", "negative": "red"}
     for result in report.results:
-        task, pair, *rest, records = _cells(result)
-        table.add_row(*((task, *rest) if narrow else (task, pair, *rest, records)))
+        colour = "" if not math.isfinite(result.baseline) else "green" if result.beats_baseline else "red"
+        bits = colours[significance(result.information_interval)]
+        low, high = (signed(end) for end in result.information_interval)
+        # Text, not str: rich would read square brackets in a name as its own markup.
+        table.add_row(
+            Text(result.name),
+            *([] if narrow else [f"{result.input_modality} → {result.output_modality}"]),
+            metric_title(result.metric),
+            Text(score(result.metric, result.value), style=colour),
+            score(result.metric, result.baseline),
+            Text(signed(result.information_gain), style=bits),
+            Text(f"{low} … {high}", style=bits),
+            *([] if narrow else [answered(result)]),
+        )
     console.print(table)
-    console.print(Text(_totals(report), style="dim"))
-
-
-def _cells(result: TaskResult) -> list[Text]:
-    # Text, not str: rich would read square brackets in a name as its own markup.
-    style = "" if not math.isfinite(result.baseline) else "green" if result.beats_baseline else "red"
-    bits = _STYLES[significance(result.information_interval)]
-    low, high = (signed(end) for end in result.information_interval)
-    return [
-        Text(result.name),
-        Text(f"{result.input_modality} → {result.output_modality}"),
-        Text(metric_title(result.metric)),
-        Text(score(result.metric, result.value), style=style),
-        Text(score(result.metric, result.baseline)),
-        Text(signed(result.information_gain), style=bits),
-        Text(f"{low} … {high}", style=bits),
-        Text(answered(result)),
-    ]
-
-
-def _totals(report: EvalReport) -> str:
-    results = report.results
-    significant = sum(result.uses_inputs for result in results)
-    better = sum(result.beats_baseline for result in results)
-    partial = any(result.answered < result.records for result in results)
+    significant = sum(result.uses_inputs for result in report.results)
+    better = sum(result.beats_baseline for result in report.results)
+    partial = any(result.answered < result.records for result in report.results)
     more = " More records are answered with eval.answers=N eval.drawn=N." if partial else ""
-    return (
-        f"{significant} of {len(results)} tasks have a significant information gain (95 % interval above 0 bits); "
-        f"{better} beat their baseline in both score and information. Evaluated in {duration(report.seconds)}: "
+    totals = (
+        f"{significant} of {len(report.results)} tasks have a significant information gain (95 % interval above 0 "
+        f"bits); {better} beat their baseline in both score and information. Evaluated in {duration(report.seconds)}: "
         f"{report.checkpoint}.{more}"
     )
-
-
-def write_card(run: RunFolder, report: EvalReport, facts: RunFacts) -> None:
-    """Write the model card into the run's folder.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
-    replace_text(run.path / CARD_FILE, card(report, facts))
+    console.print(Text(totals, style="dim"))
 
 
 def card(report: EvalReport, facts: RunFacts) -> str:
     """The model card: size and training, scores, energy and limits."""
+    energy = "The energy of its training was not metered."
+    if (account := facts.energy) is not None:
+        energy = (
+            f"{in_joules(account.tracker.joules)} ({account.joules_per_token:.3g} J per token; read by "
+            f"{account.tracker.source}), {account.grams(account.tracker.joules):.3g} g CO2e with the electricity of "
+            f"{account.grid.name} ({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of "
+            f"{account.pue:g}. The energy per token is {account.of_gpt3:.3%} of that of GPT-3's training. {GPT3_CAVEAT}"
+        )
     rows = [
         f"| {_inline(result.name)} | {metric_title(result.metric)} | {score(result.metric, result.value)} "
         f"| {score(result.metric, result.baseline)} |"
@@ -115,7 +101,7 @@ def card(report: EvalReport, facts: RunFacts) -> str:
         "Scores on test records; `report.html` shows answers.",
         "\n".join(["| task | metric | score | baseline |", "|---|---|---|---|", *rows]) if rows else "",
         "## Energy",
-        _energy(facts.energy),
+        energy,
         "## Limits",
         "The model repeats what is in its training data, whether right or wrong, fair or unfair. Evaluate it on your "
         "own records (`openm6 evaluate RUN --data FILE`) before you rely on it.",
@@ -123,18 +109,7 @@ def card(report: EvalReport, facts: RunFacts) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _energy(account: EnergyAccount | None) -> str:
-    if account is None:
-        return "The energy of its training was not metered."
-    tracker = account.tracker
-    return (
-        f"{in_joules(tracker.joules)} ({account.joules_per_token:.3g} J per token; read by {tracker.source}), "
-        f"{account.grams(tracker.joules):.3g} g CO2e with the electricity of {account.grid.name} "
-        f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
-        f"The energy per token is {account.of_gpt3:.3%} of that of GPT-3's training. {GPT3_CAVEAT}"
-    )
-
-
 def _inline(text: str) -> str:
     """Text as it may stand in a line or a cell of Markdown."""
-    return " ".join(text.replace("|", "/").replace("`", "'").split())
+    encodable = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate becomes a question mark
+    return " ".join(encodable.replace("|", "/").replace("`", "'").split())

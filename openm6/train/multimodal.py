@@ -29,7 +29,7 @@ from openm6.evaluate.report import write_report
 from openm6.evaluate.results import EvalReport, RunFacts
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
-from openm6.evaluate.summary import result_line, write_card
+from openm6.evaluate.summary import result_line
 from openm6.inference.load import LoadedModel, load
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.pool import POOL
@@ -297,7 +297,6 @@ class MultimodalTraining(TrainingTask):
             energy=read_account(run, evaluation=joules),
         )
         write_report(run, report, facts)
-        write_card(run, report, facts)
         get_log().info(f"wrote {run.path / 'report.html'}")
 
     def files(self) -> dict[str, str]:

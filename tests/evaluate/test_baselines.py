@@ -13,10 +13,10 @@ from openm6.evaluate.baselines import (
     TargetPrior,
     ValueFrequencies,
     baseline_values,
+    column_statistics,
     find_season,
     fit_prior,
     numbers_references,
-    scales,
     training_examples,
 )
 from openm6.evaluate.metrics import Scored
@@ -58,6 +58,8 @@ def test_the_most_frequent_answer_of_the_language() -> None:
     found = baseline_values("exact_match", scored, AnswerFrequencies(train))
     assert found is not None and found.tolist() == [1.0, 0.0, 1.0, 0.0]
     assert baseline_values("exact_match", scored, TargetPrior()) is None
+    unseen = baseline_values("exact_match", Scored([text("chat", "fr")], ["?"]), AnswerFrequencies(train))
+    assert unseen is not None and unseen.tolist() == [0.0]
 
 
 def test_a_column_is_guessed_by_its_median(model: LoadedModel) -> None:
@@ -65,7 +67,7 @@ def test_a_column_is_guessed_by_its_median(model: LoadedModel) -> None:
     found = numbers_references(TASKS["tabular_regression"], examples, [], model)
     assert list(found) == ["column median"]
     assert [float(v[0]) for v in found["column median"]] == [SCALES["mass"][0], SCALES["length"][0]]
-    assert [float(v[0]) for v in scales(examples, model)] == [SCALES["mass"][1], SCALES["length"][1]]
+    assert [float(v[0]) for v in column_statistics(examples, model, 1)] == [SCALES["mass"][1], SCALES["length"][1]]
 
 
 def test_a_series_is_guessed_by_its_last_value(model: LoadedModel) -> None:
@@ -73,7 +75,7 @@ def test_a_series_is_guessed_by_its_last_value(model: LoadedModel) -> None:
     ((name, predictions),) = numbers_references(FORECAST, [example], [], model).items()
     assert name == "last value"
     assert predictions[0].tolist() == [7.0, 7.0], "one prediction per observed truth"
-    (scale,) = scales([example], model)
+    (scale,) = column_statistics([example], model, 1)
     assert scale.tolist() == [SCALES["temp_max"][1]] * 2
 
 
@@ -132,7 +134,6 @@ def test_answers_by_language() -> None:
     # Add-half over the answers seen and one that was not.
     assert bits[:3] == pytest.approx(-np.log2([3.5 / 5.5, 1.5 / 5.5, 4.5 / 5.0]))
     assert np.isinf(bits[3:]).all()
-    assert (prior.most_frequent("en"), prior.most_frequent("fr")) == ("cat", "")
     assert prior.covers([text("cat"), text("猫", "zh")]) and not prior.covers([text("cat", "zh")])
 
 

@@ -101,10 +101,10 @@ def test_predicted_values_have_a_chart_each_up_to_a_limit() -> None:
     charts = value_charts(histogram(2), {"a": 10.5, "b": 99.0})
     assert [(c.name, c.truth, c.inside) for c in charts] == [("a", 10.5, True), ("b", 99.0, False)]
     assert charts[0].median == pytest.approx(10, abs=0.1)
-    assert len(value_charts(histogram(9), [1.0] * 9)) == MAX_VALUES
+    assert len(value_charts(histogram(9), NumberSeries("t", [1.0] * 9))) == MAX_VALUES
     observed = value_charts(histogram(1), {"a": None, "b": 10.0})  # the decoder predicts observed values only
     assert [c.name for c in observed] == ["b"]
-    (unmatched,) = value_charts(histogram(1), [1.0, 2.0])
+    (unmatched,) = value_charts(histogram(1), {"a": 1.0, "b": 2.0})
     assert unmatched.name == "" and np.isnan(unmatched.truth)
 
 

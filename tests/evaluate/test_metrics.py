@@ -186,10 +186,6 @@ def test_a_metric_that_does_not_apply_is_left_out() -> None:
     assert list(found) == ["bits_per_code"] and found["bits_per_code"].tolist() == [2.0]
 
 
-def test_nothing_answered_has_no_metrics() -> None:
-    assert all_metrics(("exact_match", "mae"), Scored([], [])) == {}
-
-
 @pytest.mark.parametrize(("inside", "outside"), [(8, 2), (4, 1)])
 def test_coverage_is_best_at_its_goal(inside: int, outside: int) -> None:
     """Wider intervals cover more, and are not better for it."""

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from openm6.evaluate.retrieval import Search, both_directions, evaluate_retrieval, examples_in
+from openm6.evaluate.answers import build_examples
+from openm6.evaluate.retrieval import Search, both_directions, evaluate_retrieval
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources, embedding_model
@@ -38,7 +39,7 @@ def test_bits_are_none_by_chance_and_log_of_the_size_at_best() -> None:
 
 def test_equal_texts_are_one_query() -> None:
     loaded, task = embedding_model(), TASKS["image_text_retrieval"]
-    examples = examples_in(task, demo_sources("test")["digits"], "zh", 0, loaded)[:40]
+    examples, _, _ = build_examples(task, demo_sources("test")["digits"], 40, (0, task.name), lambda one: one, "zh")
     forward, backward = both_directions(loaded, task, examples, "zh")
     assert forward.similarity.shape == (len({example.key for example in examples}), 40)
     assert backward.similarity.shape == forward.similarity.shape[::-1]

@@ -249,3 +249,7 @@ def test_windows_and_what_has_no_such_columns(tmp_path: Path) -> None:
     }
     sources = open_own_data(str(path), trained)
     assert list(sources) == ["load"] and len(sources["load"]) == 15
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(png())
+    with pytest.raises(DataError, match="load takes windows of a table, not a folder"):
+        open_own_data(str(tmp_path / "images"), {"load": trained["load"]})

@@ -25,7 +25,8 @@ def test_the_report_is_the_same_from_what_was_kept(tmp_path: Path) -> None:
     save_evaluation(run, report, 12.5)
     found = load_evaluation(run, "runs/x/step-9")
     assert found is not None and found[1] == 12.5
-    assert found[0].results[-1].samples == continued.samples
+    (kept,) = found[0].results[-1].samples
+    assert kept.answer == "end" and kept.inputs[0].options["cuttable"] == [Cuttable(0, 11, keep_end=True)]
     assert report_html(run, found[0], example.facts()) == report_html(run, report, example.facts())
     assert report_json(found[0], example.facts()) == report_json(report, example.facts())
     drop_evaluation(run)
