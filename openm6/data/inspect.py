@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import yaml
 
 from openm6.core.errors import DataError
 from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
-from openm6.data.propose import (
-    Column,
-    column_of,
-    is_canonical,
-    propose_fields,
-    propose_tasks,
-    recipe_text,
-    unused_columns,
-)
+from openm6.data.propose import Column, column_of, propose_fields, propose_tasks, unused_columns
 from openm6.data.records import Record
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
@@ -81,11 +74,7 @@ class Inspection:
     recipe: str | None
 
     def usable_recipe(self) -> str:
-        """The recipe.
-
-        Raises:
-            DataError: there is none; the sentence names the first thing that is broken.
-        """
+        """The recipe; DataError, with the first thing that is broken, if there is none."""
         if self.recipe is None:
             problems = [problem for report in self.datasets for problem in report.problems]
             reason = problems[0] if problems else "no task of openm6 tasks suits its columns"
@@ -94,15 +83,19 @@ class Inspection:
 
 
 def inspect_path(path: str) -> Inspection:
-    """Inspect a table, a folder of tables, or a folder of images or audio clips.
-
-    Raises:
-        DataError: nothing at the path can be read.
-    """
+    """Inspect a table, or a folder of tables, images or audio clips; DataError if nothing at the path can be read."""
     reports = _inspect_all(path)
-    sources = {report.name: report.source for report in reports if report.tasks}
-    tasks = {report.name: report.tasks for report in reports if report.tasks}
-    return Inspection(path, reports, recipe_text(sources, tasks) if sources else None)
+    usable = {report.name: report for report in reports if report.tasks}
+    # The smallest model, these sources, their tasks, ten minutes.
+    recipe = {
+        "kind": "multimodal",
+        "model": {"preset": "nano"},
+        "sources": {name: report.source for name, report in usable.items()},
+        "mixture": [{"source": name, "task": task} for name, report in usable.items() for task in report.tasks],
+        "loop": {"steps": "auto", "minutes": 10},
+    }
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
+    return Inspection(path, reports, text if usable else None)
 
 
 def _inspect_all(path: str) -> list[DatasetReport]:
@@ -119,8 +112,13 @@ def _inspect_all(path: str) -> list[DatasetReport]:
         tests = {table: test for table, test in tests.items() if test != table and test in tables}
         alone = [table for table in tables if table not in tests.values()]
         return [report for table in alone for report in inspect_table(table, tests.get(table))]
-    if media_files(here):
-        return [inspect_folder(path)]
+    if files := media_files(here):
+        config = FolderConfig(path=path)
+        report = DatasetReport(name_of(path), path, config.kind, rows=len(files))
+        records = _try_source(report, config)
+        keys = dict.fromkeys(key for record in records for key in record if key not in ("id", "image", "audio"))
+        report.columns = [column_of(key, [record.get(key) for record in records]) for key in keys]
+        return [report]
     for entry in entries:
         if entry.is_file():
             refuse_foreign(str(entry))
@@ -144,8 +142,8 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
     if all(column.kind == "empty" for column in report.columns):
         report.add_problem(path, "no cell holds anything that can be read")
         return [report]
-    fields = None if is_canonical(table.names) else propose_fields(report.columns)
-    _try_source(report, config.model_copy(update={"fields": fields, "test_path": test_path}))
+    update = {"fields": propose_fields(report.columns), "test_path": test_path}
+    _try_source(report, config.model_copy(update=update))
     series = _series(report, table)
     if series is None:
         return [report]
@@ -153,17 +151,6 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
         used = {*series.source["columns"], series.source["time"], series.source.get("group")}
         report.unused = [name for name in report.unused if name not in used]
     return [report, series]
-
-
-def inspect_folder(path: str) -> DatasetReport:
-    """A folder of images or audio clips, labelled by subfolder."""
-    config = FolderConfig(path=path)
-    report = DatasetReport(name_of(path), path, config.kind, rows=len(media_files(Path(path).expanduser())))
-    records = _try_source(report, config)
-    keys = dict.fromkeys(key for record in records for key in record)
-    shown = [key for key in keys if key not in ("id", "image", "audio")]
-    report.columns = [column_of(key, [record.get(key) for record in records]) for key in shown]
-    return report
 
 
 def name_of(path: str) -> str:
@@ -215,9 +202,7 @@ def _open(report: DatasetReport, config: SourceConfig, splits: Sequence[Split]) 
         except DataError as error:
             if split == "train":
                 report.add_problem(report.path, error)
-    report.train, report.validation, report.test = (
-        len(opened.get(split, ())) for split in ("train", "validation", "test")
-    )
+    report.train, report.validation, report.test = (len(opened.get(split, ())) for split in get_args(Split))
     return opened
 
 
@@ -283,6 +268,4 @@ def _may_be_time(column: Column) -> bool:
 
 def _evenly(length: int, most: int) -> list[int]:
     """At most `most` indices, evenly distributed over `length`."""
-    if not length:
-        return []
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()

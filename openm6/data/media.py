@@ -186,11 +186,7 @@ class TarConfig(TableConfig):
 
 
 def shards(path: str) -> list[str]:
-    """The tar files that a path stands for; `{000..012}` counts with leading zeros.
-
-    Raises:
-        DataError: nothing is there, or too much.
-    """
+    """The tar files that a path stands for; `{000..012}` counts with leading zeros. DataError for none or too many."""
     found = _RANGE.search(path)
     if found is None:
         return find_files(path, TarConfig.endings)

@@ -23,11 +23,7 @@ EMBEDDED_MARK = "embedded:"
 
 
 def embedded_path(name: str) -> str:
-    """The file of an embedded table, such as `emoji-train` or `seattle_weather_daily`.
-
-    Raises:
-        DataError: no such table; the sentence names the nearest.
-    """
+    """The file of an embedded table, such as `emoji-train`; DataError, with the nearest name, if there is none."""
     path = EMBEDDED_FOLDER / f"{name}.parquet"
     if not path.is_file():
         known = sorted(file.stem for file in EMBEDDED_FOLDER.glob("*.parquet"))
@@ -47,11 +43,7 @@ class ParquetTable(ArrowTable):
             self.names = list(file.schema_arrow.names)
 
     def read(self, columns: Sequence[str]) -> None:
-        """Read these columns into memory.
-
-        Raises:
-            DataError: not Parquet, files of unlike columns, or more than `max_gib` GiB when unpacked.
-        """
+        """As Table.read; DataError also for damaged files, unlike columns and more than `max_gib` GiB when unpacked."""
         tables = []
         free = int(self._max_gib * 2**30)
         for path in self._files:

@@ -41,11 +41,7 @@ def null_example(example: Example, source_name: str) -> Example:
 def example_sequence(
     example: Example, modalities: Modalities, rng: np.random.Generator | None = None, weight: float = 1.0
 ) -> PackedExample:
-    """The example as tokens; a generator means training.
-
-    Raises:
-        DataError: a part is broken or out of bounds.
-    """
+    """The example as tokens; a generator means training. DataError if a part is broken or out of bounds."""
     if task_named(example.task).contrastive:
         # Each side is closed by the token that pools it.
         space = f"{sorted({part.modality for part in example.source})} {example.target.modality}"
@@ -86,11 +82,7 @@ class ExampleTransform:
         self.loss_weights = loss_weights
 
     def __call__(self, sample: SampleIndex) -> PackedExample:
-        """The example as tokens.
-
-        Raises:
-            DataError: the record is broken or lacks what its task needs.
-        """
+        """The example as tokens; DataError if the record is broken or lacks what its task needs."""
         component = self.sampler.components[sample.component]
         rng = numpy_generator(self.seed, component.key, sample.epoch, sample.index)
         task = task_named(component.task)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from openm6.core.errors import DataError
 from openm6.data.prepare import with_negatives
@@ -160,14 +159,14 @@ MAX_LABELS = 50  # up to so many, labels are categories; more are names
 MIN_RECORDS_FRACTION = 0.5  # of the sample must be able to pose a task
 
 
-def is_canonical(names: Iterable[str]) -> bool:
-    """Whether a table uses the record keys as its column names, and no others."""
-    found = set(names)
-    return bool(found & CANONICAL_COLUMNS) and found <= CANONICAL_COLUMNS | DESCRIBING_COLUMNS
+def propose_fields(columns: Sequence[Column]) -> Fields | None:
+    """Which column fills which key; if several could, the one with a usual name, else the first.
 
-
-def propose_fields(columns: Sequence[Column]) -> Fields:
-    """Which column fills which key; if several could, the one with a usual name, else the first."""
+    None for a table that uses the record keys as its column names, and no others.
+    """
+    names = {column.name for column in columns}
+    if names & CANONICAL_COLUMNS and names <= CANONICAL_COLUMNS | DESCRIBING_COLUMNS:
+        return None
     picked: dict[str, Any] = {}
 
     def pick(key: str, kind: Kind, language: str | None = None, usual: Sequence[str] = ()) -> None:
@@ -223,18 +222,6 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
         names += ["translation"] if {"text_en", "text_zh"} <= keys else []
     posable = {name: sum(bool(TASKS[name].languages(record)) for record in records) for name in names}
     return [name for name in names if records and posable[name] / len(records) >= MIN_RECORDS_FRACTION]
-
-
-def recipe_text(sources: dict[str, dict[str, Any]], tasks: dict[str, list[str]]) -> str:
-    """A recipe as YAML: the smallest model, these sources, their tasks, ten minutes."""
-    recipe = {
-        "kind": "multimodal",
-        "model": {"preset": "nano"},
-        "sources": sources,
-        "mixture": [{"source": source, "task": task} for source, names in tasks.items() for task in names],
-        "loop": {"steps": "auto", "minutes": 10},
-    }
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
 
 
 POSED = 3  # records that each task is posed on; every prompt of a task shows all inputs

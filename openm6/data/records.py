@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -62,11 +62,7 @@ def is_blank(value: Any) -> bool:
 
 
 def as_text(value: Any, column: str) -> str | None:
-    """A cell as text; None if the cell is missing.
-
-    Raises:
-        DataError: not UTF-8, longer than 1 MiB, or not a scalar.
-    """
+    """A cell as text, None if it is missing; DataError if it is not UTF-8, longer than 1 MiB or not a scalar."""
     if is_missing(value):
         return None
     value = decode_utf8(value, column)
@@ -90,11 +86,7 @@ def decode_utf8(value: Any, column: str) -> Any:
 
 
 def as_number(value: Any, column: str) -> float | None:
-    """A cell as a finite float; None if it is missing (None, NaN, empty, `NA`, `null`, …).
-
-    Raises:
-        DataError: text that is no number, or an infinite value.
-    """
+    """A cell as a finite float, None if it is blank; DataError if it is no number, or infinite."""
     value = decode_utf8(value, column)
     if is_blank(value):
         return None
@@ -213,14 +205,6 @@ class Fields(Config):
     numbers: list[str] | None = None
     extra: list[str] | None = None
 
-    def columns(self) -> list[str]:
-        """Every column named, in the order of the keys."""
-        return [*self.single().values(), *(self.numbers or ()), *(self.extra or ())]
-
-    def single(self) -> dict[str, str]:
-        """The keys that one column fills, each with its column."""
-        return {key: column for key in COLUMN_KEYS if (column := getattr(self, key, None)) is not None}
-
 
 class RowReader:
     """Turns one row (column → cell) into a record.
@@ -230,11 +214,11 @@ class RowReader:
     """
 
     def __init__(self, columns: Sequence[str], fields: Fields | None, open_file: OpenFile, where: str) -> None:
-        if fields is not None:
-            check_columns(fields.columns(), columns, where)
-            named = ({"id": "id"} if "id" in columns else {}) | fields.single()
-        else:
+        if fields is None:
             named = {key: key for key in CANONICAL_KEYS if key in columns}
+        else:
+            named = {key: column for key in COLUMN_KEYS if (column := getattr(fields, key, None)) is not None}
+            named = ({"id": "id"} if "id" in columns else {}) | named
         convert: dict[str, Callable[[Any, str], Any]] = {
             **dict.fromkeys(TEXT_KEYS, as_text),
             **dict.fromkeys(LIST_KEYS, as_list),
@@ -244,42 +228,26 @@ class RowReader:
             "series": as_series,
             "extra": lambda value, column: as_mapping(value, column) or None,
         }
-        self._single = {key: (column, convert[key]) for key, column in named.items()}
+        self.single = {key: (column, convert[key]) for key, column in named.items()}  # keys that one column fills
         self._numbers = list(fields.numbers or ()) if fields else []
         self._extra = list(fields.extra or ()) if fields else []
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
-        paired = PAIRED_COLUMNS if self._paired else ()
-        self.columns = list(dict.fromkeys([*named.values(), *self._numbers, *self._extra, *paired]))
+        # Of each column that is read, the keys that it fills; a column of `extra` fills a key of its own name.
+        self.columns: dict[str, list[str]] = {}
+        numbers = [*self._numbers, *(PAIRED_COLUMNS if self._paired else ())]
+        for key, column in [*named.items(), *(("numbers", n) for n in numbers), *((n, n) for n in self._extra)]:
+            self.columns.setdefault(column, []).append(key)
+        check_columns(self.columns, columns, where)
         if not set(named) - {"id", "source", "license"} and not self._numbers and not self._paired:
             listing = ", ".join(repr(str(column)) for column in list(columns)[:12])
             raise DataError(
                 f"{where}: no column fills a record: add `fields:`, such as text_en: … (columns: {listing})"
             )
 
-    def keys_of(self, column: str) -> list[str]:
-        """The keys that a column fills; a column of `extra` fills a key of its own name."""
-        keys = [key for key, (own, _) in self._single.items() if own == column]
-        if column in self._numbers or (self._paired and column in PAIRED_COLUMNS):
-            keys.append("numbers")
-        return [*keys, column] if column in self._extra else keys
-
-    def column_of(self, key: str) -> str | None:
-        """The column that fills `key`, if one column does."""
-        return self._single[key][0] if key in self._single else None
-
-    def convert(self, key: str, cell: Any) -> Any:
-        """One cell as the value of `key`; None if it is missing."""
-        column, convert = self._single[key]
-        return convert(cell, column)
-
     def read(self, row: Mapping[str, Any]) -> Record:
-        """The record of one row; keys whose cells are missing are absent.
-
-        Raises:
-            DataError: a cell is broken, too large, or of another kind than its key.
-        """
+        """The record of one row, without keys whose cells are missing; DataError if a cell does not fit its key."""
         record: Record = {}
-        for key, (column, convert) in self._single.items():
+        for key, (column, convert) in self.single.items():
             value = convert(row.get(column), column)
             if value is not None:
                 record[key] = value
@@ -295,7 +263,7 @@ class RowReader:
         return record
 
 
-def check_columns(names: Sequence[str], columns: Sequence[str], where: str) -> None:
+def check_columns(names: Iterable[str], columns: Sequence[str], where: str) -> None:
     """Raise DataError, with the nearest column, if one of the names is not a column."""
     for column in names:
         if column not in columns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -109,10 +109,6 @@ AnySourceConfig = Annotated[
     Field(discriminator="kind"),
 ]
 """The config of any kind of source; a new kind is one line here."""
-
-SOURCES: dict[str, type[SourceConfig]] = {
-    str(config.model_fields["kind"].default): config for config in get_args(get_args(AnySourceConfig)[0])
-}
 
 
 def open_sources(configs: Mapping[str, SourceConfig], split: Split) -> dict[str, Source]:

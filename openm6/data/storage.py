@@ -18,11 +18,7 @@ def is_remote(path: str) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """The files a path stands for, sorted: one file, a glob pattern, or a folder (its files with `endings`).
-
-    Raises:
-        DataError: nothing is there.
-    """
+    """The files of a path, sorted: a file, a glob, or those of a folder with `endings`; DataError if there are none."""
     remote = is_remote(path)
     own = path if remote else os.path.expanduser(path)
     try:
@@ -42,11 +38,7 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
 
 
 def only_file(path: str, endings: tuple[str, ...], kind: str) -> str:
-    """The one file of text that a path stands for.
-
-    Raises:
-        DataError: nothing is there, there are several, or it is a file of another kind.
-    """
+    """The one file of text that a path stands for; DataError if there are none or several, or it is of another kind."""
     files = find_files(path, endings)
     if len(files) > 1:
         raise DataError(f"{path} stands for {len(files)} files: name one {kind} file for each source")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -81,16 +80,8 @@ class ArrowTable(Table):
 class TableSource(Source):
     """The rows of a table that belong to one split, read through a RowReader."""
 
-    def __init__(
-        self,
-        name: str,
-        table: Table,
-        reader: RowReader,
-        rows: np.ndarray,
-        columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, name: str, table: Table, reader: RowReader, rows: np.ndarray) -> None:
         self.name = name
-        self.columns = columns
         self._table = table
         self._reader = reader
         self._rows = rows
@@ -101,7 +92,7 @@ class TableSource(Source):
     def __getitem__(self, index: int) -> Record:
         row = int(self._rows[check_index(index, len(self))])
         try:
-            record = self._reader.read(self._table.row(row, self._reader.columns))
+            record = self._reader.read(self._table.row(row, list(self._reader.columns)))
         except DataError as error:
             where = f"{self.name}, {self._table.row_name(row)} of {self._table.where}"
             raise type(error)(f"{where}: {error}") from None
@@ -109,11 +100,11 @@ class TableSource(Source):
         return record
 
     def values(self, key: str) -> list[Any]:
-        column = self._reader.column_of(key)
-        if column is None:
+        if key not in self._reader.single:
             return super().values(key)
+        column, convert = self._reader.single[key]
         cells = self._table.column(column)
-        return [unless_broken(self._reader.convert, key, cells[row]) for row in self._rows]
+        return [unless_broken(convert, cells[row], column) for row in self._rows]
 
 
 class TableConfig(SourceConfig):
@@ -138,11 +129,7 @@ class TableConfig(SourceConfig):
         return self._source(name, path, lambda table: self._rows(table, split)[: self.limit])
 
     def open_held_out(self, name: str) -> Source:
-        """The rows of `path` that a column marks as test, or all if none does.
-
-        Raises:
-            DataError: as SourceConfig.open, or the column marks no row as test.
-        """
+        """The rows of `path` that a column marks as test, or all without such a column; DataError if it marks none."""
         return self._source(name, self.path, self._held_out_rows)
 
     def _held_out_rows(self, table: Table) -> np.ndarray:
@@ -160,9 +147,10 @@ class TableConfig(SourceConfig):
         split_column = self._split_column(table.names)
         needed = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names)))}
         table.read(sorted(needed))
-        splitting = (split_column, self.test_by)
-        columns = {column: reader.keys_of(column) for column in table.names if column not in splitting}
-        return TableSource(name, table, reader, choose_rows(table), columns)
+        source = TableSource(name, table, reader, choose_rows(table))
+        shown = (column for column in table.names if column not in (split_column, self.test_by))
+        source.columns = {column: reader.columns.get(column, ()) for column in shown}
+        return source
 
     def _split_column(self, names: Sequence[str]) -> str | None:
         return self.split or ("split" if "split" in names else None)

@@ -57,16 +57,14 @@ def sniff_separator(path: str) -> str:
 
     A comma if none does: the table has one column.
     """
-    return max(SEPARATORS, key=lambda separator: _fit(sample_rows(path, separator)))
 
+    def fit(separator: str) -> tuple[float, int]:
+        """The fraction of rows as wide as the header, then the width; zero for one column."""
+        header, *others = [row for row in sample_rows(path, separator) if row] or [[]]
+        alike = sum(len(row) == len(header) for row in others)
+        return ((1 + alike) / (1 + len(others)), len(header)) if len(header) > 1 else (0.0, 0)
 
-def _fit(rows: Iterable[list[str]]) -> tuple[float, int]:
-    """How well a separator fits: the fraction of rows as wide as the header, then the width; zero for one column."""
-    header, *others = [row for row in rows if row] or [[]]
-    if len(header) < 2:
-        return 0.0, 0
-    alike = sum(len(row) == len(header) for row in others)
-    return (1 + alike) / (1 + len(others)), len(header)
+    return max(SEPARATORS, key=fit)
 
 
 def _is_number(text: str) -> bool:
@@ -265,11 +263,6 @@ class JsonlTable(Table):
         return f"line {self._lines[row]}"
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The object of one line.
-
-        Raises:
-            DataError: not UTF-8, not JSON, or not an object.
-        """
         text = self._content[self._starts[row] : self._ends[row]].removeprefix(b"\xef\xbb\xbf")
         try:
             found = json.loads(text.decode(UTF8))

@@ -32,9 +32,6 @@ MIN_STEPS = 8
 ANOMALY_SCALES = 6.0
 # The bound in a question differs from the value by a fraction of it in this range.
 MARGIN = (0.1, 0.5)
-ABOVE = {"en": "Is the {column} above {bound}?", "zh": "{column}大于{bound}吗？"}
-STEP = {"en": "step {step}", "zh": "第{step}步"}
-NONE = {"en": "none", "zh": "无"}
 
 
 def _text(record: Record, language: str) -> str:
@@ -117,9 +114,10 @@ def ask_column(record: Record, context: Context) -> Built:
     above = bool(rng.random() < 0.5)
     margin = max(abs(seen[name]), 1.0) * float(rng.uniform(*MARGIN))
     bound = float(f"{seen[name] + (-margin if above else margin):.3g}")
-    question = ABOVE[context.language].format(column=name.replace("_", " "), bound=f"{bound:g}")
+    column = name.replace("_", " ")
+    questions = {"en": f"Is the {column} above {bound:g}?", "zh": f"{column}大于{bound:g}吗？"}
     answer = YES_NO[context.language][int(above)]
-    return Built({"question": Part("text", question)}, Part("text", answer), key=str(above))
+    return Built({"question": Part("text", questions[context.language])}, Part("text", answer), key=str(above))
 
 
 def _long_series(record: Record) -> dict[str, list[float | None]]:
@@ -132,16 +130,16 @@ def insert_anomaly(record: Record, context: Context) -> Built:
     rng, found = context.rng, _long_series(record)
     name = sorted(found)[int(rng.integers(len(found)))]
     values = list(found[name])
-    step, answer = None, NONE[context.language]
+    step, answers = None, {"en": "none", "zh": "无"}
     if rng.random() < 0.5:
         index = int(rng.integers(len(values)))
         loc, scale = fit_scale(np.asarray([np.nan if value is None else value for value in values], float))
         sign = 1 if rng.random() < 0.5 else -1
         old = values[index]
         values[index] = (loc if old is None else old) + sign * ANOMALY_SCALES * scale
-        step, answer = index + 1, STEP[context.language].format(step=index + 1)
+        step, answers = index + 1, {"en": f"step {index + 1}", "zh": f"第{index + 1}步"}
     series = Part("numbers", NumberSeries(name, values))
-    return Built({"series": series}, Part("text", answer), key=str(step))
+    return Built({"series": series}, Part("text", answers[context.language]), key=str(step))
 
 
 def draw_match(own: Part, negatives: Sequence[Any], context: Context) -> Built:

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -92,27 +93,19 @@ class Outline(Derived):
         return _part(outline(_read(record["image"])))
 
 
-def _style_images(record: Record, context: Context, count: int) -> tuple[list[Style], list[Part]]:
-    """Two random styles, and images of other records (or of this one) in the first `count` of them."""
-    names = sorted(STYLES)
-    styles = [STYLES[names[int(index)]] for index in context.rng.permutation(len(names))[:2]]
+def restyle(record: Record, context: Context, names: Sequence[str]) -> Built:
+    """References of these names, each in a random style of its own, and the record's image in the mean of the styles.
+
+    The references are images of other records, or the record's own without any.
+    """
+    known = sorted(STYLES)
+    styles = [STYLES[known[int(index)]] for index in context.rng.permutation(len(known))[: len(names)]]
     images = [other["image"] for other in record.get("others", ()) if other.get("image")] or [record["image"]]
-    references = [_part(style(_read(images[index % len(images)]))) for index, style in enumerate(styles[:count])]
-    return styles, references
-
-
-def restyle(record: Record, context: Context) -> Built:
-    """A reference in a random style, and the record's image in that style."""
-    styles, references = _style_images(record, context, 1)
-    return Built({"reference": references[0]}, _part(styles[0](_read(record["image"]))))
-
-
-def style_mixing(record: Record, context: Context) -> Built:
-    """Two references in two styles, and the record's image half in each."""
-    styles, references = _style_images(record, context, 2)
+    shown = (_part(style(_read(images[index % len(images)]))) for index, style in enumerate(styles))
     image = _read(record["image"])
-    target = _part(Image.blend(styles[0](image), styles[1](image), 0.5))
-    return Built({"reference": references[0], "second": references[1]}, target)
+    styled = [style(image) for style in styles]
+    target = styled[0] if len(styled) == 1 else Image.blend(styled[0], styled[1], 0.5)
+    return Built(dict(zip(names, shown, strict=True)), _part(target))
 
 
 def background_replacement(record: Record, context: Context) -> Built:
@@ -144,14 +137,14 @@ TASKS = {
     "style_transfer": Task(
         summary="Apply the style of a reference to an image",
         inputs={"image": IMAGE, "reference": Derived("image")},
-        target=Derived("image", restyle),
+        target=Derived("image", partial(restyle, names=("reference",))),
         prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
         needs_negatives=True,
     ),
     "style_mixing": Task(
         summary="Apply a mixture of two styles to an image",
         inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
-        target=Derived("image", style_mixing),
+        target=Derived("image", partial(restyle, names=("reference", "second"))),
         prompts={"en": ("{image} mixing {reference} and {second}",), "zh": ("{image} 混合 {reference} 和 {second}",)},
         needs_negatives=True,
     ),

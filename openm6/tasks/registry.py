@@ -21,11 +21,7 @@ def unknown_task(name: str) -> str:
 
 
 def task_named(name: str) -> Task:
-    """The task of this name.
-
-    Raises:
-        ConfigError: there is none; the sentence names the nearest.
-    """
+    """The task of this name; ConfigError, with the nearest name, if there is none."""
     if name not in TASKS:
         raise ConfigError(unknown_task(name))
     return TASKS[name]

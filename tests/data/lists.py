@@ -1,12 +1,16 @@
-"""A source made of records in memory, for tests."""
+"""A source made of records in memory, for tests; the kinds of sources."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from openm6.core.errors import DataError
 from openm6.data.records import Record
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
+from openm6.data.sources import AnySourceConfig
+
+KINDS = [config.model_fields["kind"].default for config in get_args(get_args(AnySourceConfig)[0])]
 
 
 class ListSource(Source):

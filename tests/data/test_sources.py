@@ -16,8 +16,8 @@ from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, DataError, OpenM6Error
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import CANONICAL_KEYS
-from openm6.data.sources import SOURCES, AnySourceConfig, PairsConfig, open_sources
-from tests.data.lists import ListConfig
+from openm6.data.sources import AnySourceConfig, PairsConfig, open_sources
+from tests.data.lists import KINDS, ListConfig
 from tests.data.sample_images import png
 
 ROWS = [{"id": str(number), "text_en": f"thing {number}", "label": "ab"[number % 2]} for number in range(60)]
@@ -59,7 +59,7 @@ def settings(kind: str, folder: Path) -> dict[str, dict[str, object]]:
     return {"x": {"kind": kind, "path": path}}
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_keeps_the_contract(kind, tmp_path):
     recipe = build(Recipe, {"sources": settings(kind, tmp_path)}, "r.yaml")
     train, test = (open_sources(recipe.sources, split)["x"] for split in ("train", "test"))
@@ -79,14 +79,14 @@ def test_every_kind_keeps_the_contract(kind, tmp_path):
     assert len(ids[0]) == len(train) and not ids[0] & ids[1]
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_config_survives_its_own_dump(kind, tmp_path):
     recipe = build(Recipe, {"sources": settings(kind, tmp_path)}, "r.yaml")
     assert build(Recipe, json.loads(recipe.model_dump_json()), "r.yaml") == recipe
     assert pickle.loads(pickle.dumps(recipe)) == recipe  # noqa: S301 - our own bytes
 
 
-@pytest.mark.parametrize("kind", sorted(set(SOURCES) - {"embedded", "pairs", "datasets"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"embedded", "pairs", "datasets"}))
 def test_nothing_at_the_path(kind, tmp_path):
     given = {"kind": kind, "path": str(tmp_path / "none"), **({"columns": ["a"]} if kind == "windows" else {})}
     with pytest.raises(OpenM6Error, match="none"):
