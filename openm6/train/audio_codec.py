@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,12 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from openm6.codecs.audio import AudioCodec, AudioCodecConfig
+from openm6.codecs.audio import AudioCodecConfig
 from openm6.codecs.base import Codec, bits_per_code
-from openm6.core.config import Config
 from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
-from openm6.train.codec import CodecRecipe, DeviceRng, hold_out, read_records
+from openm6.train.codec import CodecDataConfig, CodecRecipe, DeviceRng, draw_weights, hold_out, read_records
 
 # Window -> mels (DAC, arXiv 2306.06546).
 MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
@@ -28,7 +26,7 @@ NUM_HARMONICS = 48
 NUM_FORMANTS = 5
 
 
-class AudioDataConfig(Config):
+class AudioDataConfig(CodecDataConfig):
     """How training clips are drawn, and the weights of the loss terms.
 
     `voices` is the fraction made by formula; of the rest, `mixed` are two clips at once. Of all, `coloured` are
@@ -37,7 +35,6 @@ class AudioDataConfig(Config):
 
     batch: int = Field(default=32, ge=2)
     seconds: float = Field(default=1.0, gt=0.2)
-    source_weights: dict[str, float] = Field(default={})
     voices: float = Field(default=0.2, ge=0, lt=1)
     coloured: float = Field(default=0.6, ge=0, le=1)
     mixed: float = Field(default=0.25, ge=0, le=1)
@@ -55,36 +52,19 @@ class AudioCodecRecipe(CodecRecipe):
     codec: AudioCodecConfig = AudioCodecConfig()
     data: AudioDataConfig = AudioDataConfig()
 
-    @property
-    def source_weights(self) -> dict[str, float]:
-        return self.data.source_weights
 
-
-@dataclass(frozen=True)
 class AudioBank:
-    """Clips end to end, where each begins and ends, and how often each is drawn."""
+    """The clips of all sources end to end, where each begins and ends, and how often each is drawn."""
 
-    samples: Tensor  # L
-    start: Tensor  # N
-    end: Tensor  # N
-    weights: Tensor  # N
-
-
-def make_audio_bank(
-    clips: dict[str, list[Tensor]], source_weights: dict[str, float], device: torch.device
-) -> AudioBank:
-    """Return all clips of all sources; a source without a weight counts by its seconds."""
-    every = [clip for part in clips.values() for clip in part]
-    lengths = torch.tensor([len(clip) for clip in every], dtype=torch.float64)
-    weights = torch.cat([
-        torch.full((len(part),), source_weights[name] * float(lengths.sum()) / len(part), dtype=torch.float64)
-        if name in source_weights
-        else torch.tensor([len(clip) for clip in part], dtype=torch.float64)
-        for name, part in clips.items()
-    ])  # fmt: skip
-    end = lengths.cumsum(0)
-    samples = torch.cat(every).to(device)
-    return AudioBank(samples, (end - lengths).to(device), end.to(device), weights.to(device))
+    def __init__(self, clips: dict[str, list[Tensor]], source_weights: dict[str, float], device: torch.device) -> None:
+        """A source without a weight counts by its seconds."""
+        every = [clip for part in clips.values() for clip in part]
+        lengths = torch.tensor([len(clip) for clip in every], dtype=torch.float64)
+        self.samples = torch.cat(every).to(device)  # L
+        self.end = lengths.cumsum(0).to(device)  # N
+        self.start = self.end - lengths.to(device)  # N
+        sizes = {name: [len(clip) for clip in part] for name, part in clips.items()}
+        self.weights = draw_weights(sizes, source_weights).to(device)  # N
 
 
 def read_clip(data: bytes) -> Tensor:
@@ -99,28 +79,21 @@ def read_clip(data: bytes) -> Tensor:
 class AudioSubject:
     """The subject of an audio codec's training: the `audio` field of its sources."""
 
+    selected_by = ("log_mel_l1", -1)
+
     def __init__(self, recipe: AudioCodecRecipe, device: torch.device) -> None:
         self.recipe, self.config, self.device = recipe, recipe.data, device
         self.rate = rate = recipe.codec.rate
         step = recipe.codec.samples_per_position
         self.length = max(1, round(self.config.seconds * rate / step)) * step
+        self.positions_per_batch = self.config.batch * self.length // step
         kept, self.held_out = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
-        self.bank = make_audio_bank(kept, recipe.source_weights, device)
+        self.bank = AudioBank(kept, self.config.source_weights, device)
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
         self.filters = {size: mel_filters(n, size, rate).to(device) for size, n in MEL_SCALES.items()}
 
-    @property
-    def positions_per_batch(self) -> int:
-        return self.config.batch * self.length // self.recipe.codec.samples_per_position
-
-    def new_codec(self) -> Codec:
-        return AudioCodec(self.recipe.codec)
-
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
         return audio_scores(codec, self.held_out)
-
-    def selection_score(self, scores: dict[str, float]) -> float:
-        return -scores["log_mel_l1"]
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
         clips = read_records(self.recipe.sources, "test", "audio", read_clip)
@@ -171,17 +144,14 @@ class AudioSubject:
             filters = self.filters[size]
             mel = mel + F.l1_loss(log_mel(guess_size, filters), log_mel(true_size, filters)) / len(MEL_SCALES)
             if size in STFT_WINDOWS:
-                stft = stft + magnitude_difference(true_size, guess_size) / len(STFT_WINDOWS)
+                # Spectral convergence ‖X - Y‖ / ‖X‖ plus L1 of log magnitudes (arXiv 1910.11480, section 2.2).
+                distance, scale = (x.square().sum((1, 2)).add(1e-8).sqrt() for x in (guess_size - true_size, true_size))
+                convergence = (distance / (scale + 0.1)).mean()
+                logs = F.l1_loss(guess_size.clamp(min=FLOOR).log(), true_size.clamp(min=FLOOR).log())
+                stft = stft + (convergence + logs) / len(STFT_WINDOWS)
                 whole = whole + (guess - true).abs().mean() / len(STFT_WINDOWS)
         parts = config.mel_weight * mel + config.stft_weight * stft + config.complex_weight * whole
         return parts + config.wave_weight * F.l1_loss(output, target)
-
-
-def magnitude_difference(target: Tensor, output: Tensor) -> Tensor:
-    """Spectral convergence ‖X - Y‖ / ‖X‖ plus L1 of log magnitudes (arXiv 1910.11480, section 2.2).  # B N K"""
-    distance = (output - target).square().sum((1, 2)).add(1e-8).sqrt()
-    convergence = (distance / (target.square().sum((1, 2)).add(1e-8).sqrt() + 0.1)).mean()
-    return convergence + F.l1_loss(output.clamp(min=FLOOR).log(), target.clamp(min=FLOOR).log())
 
 
 @torch.no_grad()
@@ -198,10 +168,7 @@ def audio_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
         true, guess = (log_mel(spectrum(x, window, 160).abs(), filters) for x in (raw, output))
         distances.append((true - guess).abs().mean())
         positions.append(codes.flatten(0, -2))
-    return {
-        "log_mel_l1": torch.stack(distances).mean().item(),
-        "bits": bits_per_code(torch.cat(positions), codec),
-    }
+    return {"log_mel_l1": torch.stack(distances).mean().item(), "bits": bits_per_code(torch.cat(positions), codec)}
 
 
 def curve(points: Tensor, length: int) -> Tensor:

@@ -16,7 +16,7 @@ from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.worker_pool import children, handled_stops
-from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
+from openm6.train.config import LOOP_SECTION, HeldOutConfig, LoopConfig, StagesConfig
 from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything
 from openm6.train.training_task import TrainingTask
@@ -114,14 +114,10 @@ class MemoryCallback(Callback):
         if self._device.type == "cuda":
             peak: int | None = torch.cuda.max_memory_allocated(self._device)
         elif (peak := process_memory("VmHWM")) is not None:
-            peak += sum(self._private(str(process)) for process in children())
+            for worker in map(str, children()):
+                whole, *shared = (process_memory(key, worker) or 0 for key in ("VmHWM", "RssShmem", "RssFile"))
+                peak += max(0, whole - sum(shared) - self._inherited)
         return {} if peak is None else {"memory_start": self._start, "memory_peak": peak}
-
-    def _private(self, process: str) -> int:
-        """Return the peak of what a forked process does not share."""
-        keys = ("VmHWM", "RssShmem", "RssFile")
-        peak, shared, mapped = (process_memory(key, process) or 0 for key in keys)
-        return max(0, peak - shared - mapped - self._inherited)
 
 
 class HeldOutCallback(Callback):
@@ -176,9 +172,13 @@ class StagesCallback(Callback):
             )
 
     def before_step(self, step: int) -> None:
-        if self.switched_at is None and self._due():
-            self._switch(step - 1)
-        self._run.train_step.lr_scale = lr_after_switch(step, self.switched_at, self.config)
+        run = self._run
+        if self.switched_at is None:
+            due = self._clock.due(run.progress.step, run.progress.seconds)
+            # Losses and steps are the same on all ranks; clocks are not.
+            if due if self.config.switch.minutes is None else run.training.ranks.broadcast_object(due):
+                self._switch(step - 1)
+        run.train_step.lr_scale = lr_after_switch(step, self.switched_at, self.config)
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if report.applied:  # a skipped step is no evidence about the training
@@ -195,12 +195,6 @@ class StagesCallback(Callback):
         self.switched_at = state["switched_at"]
         self._clock.load_state(state)
 
-    def _due(self) -> bool:
-        run = self._run
-        due = self._clock.due(run.progress.step, run.progress.seconds)
-        # Losses and steps are the same on all ranks; clocks are not.
-        return due if self.config.switch.minutes is None else run.training.ranks.broadcast_object(due)
-
     def _switch(self, step: int) -> None:
         run = self._run
         if step:
@@ -208,8 +202,8 @@ class StagesCallback(Callback):
         run.train_step.delink(self.config.moments, self.config.noise)
         self.switched_at = step
         if self.config.switch.minutes is not None and run.training.ranks.is_main_process:
-            known = run.run.read_config().get(LOOP_SECTION, {}).get(STAGES_SECTION, {})
-            run.run.set_config(LOOP_SECTION, STAGES_SECTION, {**known, "switch": {"step": step}})
+            known = run.run.read_config().get(LOOP_SECTION, {}).get("stages", {})
+            run.run.set_config(LOOP_SECTION, "stages", {**known, "switch": {"step": step}})
         get_log().info(f"each layer has weights of its own from step {step + 1} on")
 
 
@@ -217,9 +211,7 @@ class SwapCallback(Callback):
     """Warn once when the system swaps out the run's memory, since weights are then read at the speed of the disk."""
 
     name = "swap"
-
-    def __init__(self) -> None:
-        self._warned = False
+    _warned = False
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         swapped = 0 if self._warned else process_memory("VmSwap") or 0
@@ -238,8 +230,7 @@ class SpikeCallback(Callback):
     name = "spikes"
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean, self.variance, self.seen = 0.0, 0.0, 0
+        self.count, self.mean, self.variance, self.seen = 0, 0.0, 0.0, 0
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if self.observe(report.loss):
@@ -277,13 +268,11 @@ class Interrupt:
     A further SIGTERM or SIGHUP changes nothing: `timeout` and others send theirs both to a process and to its group.
     """
 
-    def __init__(self) -> None:
-        self.requested = 0  # number of the first signal
-        self._previous: dict[signal.Signals, Any] = {}
+    requested = 0  # number of the first signal
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._previous = {number: signal.signal(number, self._handle) for number in handled_stops()}
+        in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        self._previous = {number: signal.signal(number, self._handle) for number in handled_stops() if in_main}
         return self
 
     def __exit__(self, *failure: object) -> None:

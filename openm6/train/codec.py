@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from openm6.codecs.base import Codec, QuantizerStats
-from openm6.codecs.registry import save_codec
+from openm6.codecs.base import Codec, QuantizerConfig, QuantizerStats
+from openm6.codecs.registry import CODECS, save_codec
 from openm6.core.config import Config
 from openm6.core.errors import DataError, TrainingError, nearest
 from openm6.core.files import replace_text
@@ -28,8 +30,16 @@ from openm6.train.training_task import StepResult, TrainingTask
 
 CODEC_FILE = "codec.safetensors"
 SCORES_FILE = "scores.json"
-AVERAGED, BEST = "averaged.", "best."
 Raw = TypeVar("Raw")  # a decoded image or clip
+
+
+class CodecDataConfig(Config):
+    """How training data is drawn.
+
+    `source_weights` holds how often a source is drawn, as a fraction; the others count by their size.
+    """
+
+    source_weights: dict[str, float] = {}
 
 
 class CodecRecipe(Config):
@@ -42,6 +52,8 @@ class CodecRecipe(Config):
     """
 
     kind: str
+    codec: QuantizerConfig
+    data: CodecDataConfig = CodecDataConfig()
     sources: dict[str, AnySourceConfig] = Field(min_length=1)
     loop: LoopConfig = LoopConfig()
     held_out: int = Field(default=20, ge=2)
@@ -55,16 +67,11 @@ class CodecRecipe(Config):
     def _consistent(self) -> CodecRecipe:
         if not isinstance(self.loop.steps, int):
             raise ValueError("a codec's loop.steps must be a number, since its loss changes near the end")
-        for name in self.source_weights:
+        for name in self.data.source_weights:
             if name not in self.sources:
                 hint = nearest(name, list(self.sources))
                 raise ValueError(f"data.source_weights names {name!r}, which is not a source; {hint}")
         return self
-
-    @property
-    def source_weights(self) -> dict[str, float]:
-        """How often a source is drawn, as a fraction; the others count by their size."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -80,20 +87,20 @@ class CodecBatch:
 
 
 class CodecSubject(Protocol):
-    """What differs between images and audio. Positions are those of the latent; a higher selection score is better."""
+    """What differs between images and audio.
 
-    @property
-    def positions_per_batch(self) -> int: ...
+    positions_per_batch: of the latent; selected_by: the score that selects the best weights, and 1 or -1 if the highest
+    or the lowest is the best
+    """
 
-    def new_codec(self) -> Codec: ...
+    positions_per_batch: int
+    selected_by: tuple[str, int]
 
     def draw(self, seed: int) -> Tensor: ...
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor: ...
 
     def held_out_scores(self, codec: Codec) -> dict[str, float]: ...
-
-    def selection_score(self, scores: dict[str, float]) -> float: ...
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]: ...
 
@@ -104,11 +111,12 @@ class CodecTraining(TrainingTask):
     def __init__(self, recipe: CodecRecipe, subject: CodecSubject, device: torch.device) -> None:
         self.recipe, self.subject, self.device = recipe, subject, device
         seed_everything(recipe.loop.seed, "weights")
-        codec = subject.new_codec()
+        codec = CODECS[recipe.kind.removeprefix("codec-")][1](recipe.codec)
         self.codec = self.model = codec.to(device)
         self.averaged = deepcopy(codec).requires_grad_(False).eval()
         self.best = deepcopy(self.averaged)
-        self.best_score = float("-inf")
+        self.averages = nn.ModuleDict({"averaged": self.averaged, "best": self.best})
+        self.best_score: float | None = None  # JSON has no infinity
         self.updates = 0
         self.health: QuantizerStats | None = None
         self._begin = 0
@@ -116,9 +124,7 @@ class CodecTraining(TrainingTask):
         self._settle_from = round(int(recipe.loop.steps) * (1.0 - recipe.settle_fraction))
 
     def batches(self) -> Iterator[CodecBatch]:
-        step = self._begin
-        while True:
-            step += 1
+        for step in itertools.count(self._begin + 1):
             yield CodecBatch(step, self.subject.positions_per_batch)
 
     def restore(self, cursor: dict[str, Any]) -> None:
@@ -153,65 +159,52 @@ class CodecTraining(TrainingTask):
                 average.lerp_(new, 1.0 - keep)
 
     def state(self) -> dict[str, Any]:
-        averaged = {AVERAGED + name: value for name, value in self.averaged.state_dict().items()}
-        best = {BEST + name: value for name, value in self.best.state_dict().items()}
-        # JSON has no infinity.
-        score = None if self.best_score == float("-inf") else self.best_score
-        return {**averaged, **best, "updates": self.updates, "best_score": score}
+        return {**self.averages.state_dict(), "updates": self.updates, "best_score": self.best_score}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for codec, prefix in ((self.averaged, AVERAGED), (self.best, BEST)):
-            codec.load_state_dict(
-                {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            )
-        self.updates = int(state["updates"])
-        self.best_score = float("-inf") if state["best_score"] is None else float(state["best_score"])
+        self.averages.load_state_dict({name: value for name, value in state.items() if isinstance(value, Tensor)})
+        self.updates, self.best_score = state["updates"], state["best_score"]
 
     def files(self) -> dict[str, str]:
         return {"codec.json": self.codec.config.model_dump_json(indent=2) + "\n"}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return the scores of the averaged weights on held-out records; the best weights so far are kept."""
-        if self.health is not None and step > self.recipe.guard_from:
-            check_health(self.health, self.recipe)
+        """Return the scores of the averaged weights on held-out records; the best weights so far are kept.
+
+        Raises:
+            TrainingError: too much of the latent is saturated, or a channel carries too few bits: the latent has
+                collapsed, and longer training cannot recover it.
+        """
+        health, recipe = self.health, self.recipe
+        if health is not None and step > recipe.guard_from:
+            if (saturated := health.saturated.item()) > recipe.max_saturated:
+                raise TrainingError(
+                    f"{saturated:.0%} of the latent is saturated, over {recipe.max_saturated:.0%}:"
+                    " lower loop.optimizer.learning_rate"
+                )
+            used = health.bits / health.capacity
+            if used.min() < recipe.min_bits:
+                raise TrainingError(
+                    f"channel {int(used.argmin())} of the latent carries {used.min():.0%} of its bits, under"
+                    f" {recipe.min_bits:.0%}: lower loop.optimizer.learning_rate or train on more varied data"
+                )
         with torch.autocast(self.device.type, enabled=False):
             scores = self.subject.held_out_scores(self.averaged)
-        if self.subject.selection_score(scores) > self.best_score:
-            self.best_score = self.subject.selection_score(scores)
+        name, sign = self.subject.selected_by
+        score = sign * scores[name]
+        if score > (-math.inf if self.best_score is None else self.best_score):
+            self.best_score = score
             self.best.load_state_dict(self.averaged.state_dict())
         return scores
 
     def finish(self, run: RunFolder) -> None:
         """Write codec.safetensors and scores.json into the run's folder."""
-        if self.best_score == float("-inf"):
+        if self.best_score is None:
             self.best.load_state_dict(self.averaged.state_dict())
         save_codec(self.best, run.path / CODEC_FILE)
-        scores = {
-            "held_out": self.subject.held_out_scores(self.best),
-            "test": self.subject.test_scores(self.best),
-        }
+        scores = {"held_out": self.subject.held_out_scores(self.best), "test": self.subject.test_scores(self.best)}
         replace_text(run.path / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
         get_log().info(f"wrote {run.path / CODEC_FILE}: {json.dumps(scores['test'])}")
-
-
-def check_health(health: QuantizerStats, recipe: CodecRecipe) -> None:
-    """Stop a run whose latent has collapsed, since longer training cannot recover it.
-
-    Raises:
-        TrainingError: too much of the latent is saturated, or a channel carries too few bits.
-    """
-    saturated = health.saturated.item()
-    if saturated > recipe.max_saturated:
-        raise TrainingError(
-            f"{saturated:.0%} of the latent is saturated, over {recipe.max_saturated:.0%}:"
-            " lower loop.optimizer.learning_rate"
-        )
-    used = health.bits / health.capacity
-    if used.min() < recipe.min_bits:
-        raise TrainingError(
-            f"channel {int(used.argmin())} of the latent carries {used.min():.0%} of its bits, under"
-            f" {recipe.min_bits:.0%}: lower loop.optimizer.learning_rate or train on more varied data"
-        )
 
 
 def read_records(
@@ -250,6 +243,17 @@ def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[
     if not held:
         raise DataError("no source has two records, one to train on and one to evaluate on: add records")
     return kept, held
+
+
+def draw_weights(sizes: Mapping[str, Sequence[float]], source_weights: Mapping[str, float]) -> Tensor:
+    """Return how often each item of each source is drawn, from their sizes.  # -> N fp64
+
+    A source with a weight counts as this fraction of all sizes, divided evenly; an item of another as its own size.
+    """
+    total = sum(map(sum, sizes.values()))
+    weights = {name: weight * total / len(sizes[name]) for name, weight in source_weights.items() if name in sizes}
+    every = [weights.get(name, size) for name, part in sizes.items() for size in part]
+    return torch.tensor(every, dtype=torch.float64)
 
 
 class DeviceRng:

@@ -16,7 +16,6 @@ from openm6.optim.registry import check_optimizer_name
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-products"]
 LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
-STAGES_SECTION = "stages"  # the name of this section within the loop's
 
 
 class HeldOutConfig(Config):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,17 +17,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from openm6.codecs.base import Codec, bits_per_code
-from openm6.codecs.image import ImageCodec, ImageCodecConfig
-from openm6.core.config import Config
+from openm6.codecs.image import ImageCodecConfig
 from openm6.data.source import Split
 from openm6.modalities.image import read_image, to_square
-from openm6.train.codec import CodecRecipe, DeviceRng, hold_out, read_records
+from openm6.train.codec import CodecDataConfig, CodecRecipe, DeviceRng, draw_weights, hold_out, read_records
 
 ALMOST_EXACT = 1e-3  # squared error (of a range of 2) below which an image no longer pulls: 36 dB
 WHITE = 0.97  # channels above this count as background where they reach the border
 
 
-class ImageDataConfig(Config):
+class ImageDataConfig(CodecDataConfig):
     """How training images are drawn: batch size, sides in pixels with their weights, and how much is changed.
 
     `drawn` is the fraction made of random shapes; of the rest, `warped` are turned and resized (others only moved by
@@ -37,7 +35,6 @@ class ImageDataConfig(Config):
 
     batch: int = Field(default=256, ge=2)
     sides: dict[int, float] = Field(default={64: 0.85, 32: 0.15}, min_length=1)
-    source_weights: dict[str, float] = Field(default={})
     drawn: float = Field(default=0.2, ge=0, lt=1)
     warped: float = Field(default=0.5, ge=0, le=1)
     composed: float = Field(default=0.35, ge=0, le=1)
@@ -51,25 +48,12 @@ class ImageCodecRecipe(CodecRecipe):
     codec: ImageCodecConfig = ImageCodecConfig()
     data: ImageDataConfig = ImageDataConfig()
 
-    @property
-    def source_weights(self) -> dict[str, float]:
-        return self.data.source_weights
-
     @model_validator(mode="after")
     def _sides_fit(self) -> ImageCodecRecipe:
         for side in self.data.sides:
             if side % self.codec.stride:
                 raise ValueError(f"data.sides: {side} must be a multiple of {self.codec.stride}, the stride")
         return self
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Images of one side, where their backgrounds are, and how often each is drawn."""
-
-    images: Tensor  # N 3 S S uint8
-    masks: Tensor  # N 1 S S bool
-    weights: Tensor  # N
 
 
 def read_small(data: bytes, largest: int) -> Image:
@@ -88,47 +72,39 @@ def to_pixels(images: Iterable[Image], side: int) -> Tensor:
     return torch.stack([torch.from_numpy(square).permute(2, 0, 1) for square in squares])
 
 
-def make_bank(
-    images: dict[str, list[Image]], side: int, source_weights: dict[str, float], device: torch.device
-) -> Bank:
-    """Return all images of all sources; a source without a weight counts as many images as it has."""
-    parts = [to_pixels(part, side) for part in images.values()]
-    total = sum(len(part) for part in parts)
-    weights = [
-        torch.full((len(part),), source_weights[name] * total / len(part) if name in source_weights else 1.0)
-        for name, part in zip(images, parts, strict=True)
-    ]
-    pixels = torch.cat(parts).to(device)
-    return Bank(pixels, background_mask(pixels.float() / 255.0) > 0, torch.cat(weights).to(device))
+class Bank:
+    """The images of all sources in one side, where their backgrounds are, and how often each is drawn."""
+
+    def __init__(
+        self, images: dict[str, list[Image]], side: int, source_weights: dict[str, float], device: torch.device
+    ) -> None:
+        """A source without a weight counts as many images as it has."""
+        self.images = torch.cat([to_pixels(part, side) for part in images.values()]).to(device)  # N 3 S S uint8
+        self.masks = background_mask(self.images.float() / 255.0) > 0  # N 1 S S
+        sizes = {name: [1.0] * len(part) for name, part in images.items()}
+        self.weights = draw_weights(sizes, source_weights).float().to(device)  # N
 
 
 class ImageSubject:
     """The subject of an image codec's training: the `image` field of its sources."""
 
+    selected_by = ("psnr", 1)
+
     def __init__(self, recipe: ImageCodecRecipe, device: torch.device) -> None:
         self.recipe, self.config, self.device = recipe, recipe.data, device
         sides = self.config.sides
         self.side = max(sides, key=lambda side: sides[side])
+        self.positions_per_batch = self.config.batch * (self.side // recipe.codec.stride) ** 2
         kept, held = hold_out(self._read("train"), recipe.held_out)
-        self.banks = {side: make_bank(kept, side, recipe.source_weights, device) for side in sides}
+        self.banks = {side: Bank(kept, side, self.config.source_weights, device) for side in sides}
         self.held_out = to_pixels(held, self.side)
 
     def _read(self, split: Split) -> dict[str, list[Image]]:
         largest = max(self.config.sides)
         return read_records(self.recipe.sources, split, "image", lambda data: read_small(data, largest))
 
-    @property
-    def positions_per_batch(self) -> int:
-        return self.config.batch * (self.side // self.recipe.codec.stride) ** 2
-
-    def new_codec(self) -> Codec:
-        return ImageCodec(self.recipe.codec)
-
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
         return image_scores(codec, self.held_out)
-
-    def selection_score(self, scores: dict[str, float]) -> float:
-        return scores["psnr"]
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
         return {
@@ -168,16 +144,12 @@ class ImageSubject:
         squares = (output - target).square().mean((1, 2, 3))  # B
         if settling:
             return (squares + ALMOST_EXACT).log().mean()
-        loss = F.l1_loss(output, target) + 0.5 * squares.mean() + 0.5 * edge_difference(target, output)
+        loss = F.l1_loss(output, target) + 0.5 * squares.mean()
+        error = output - target
+        loss = loss + 0.25 * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
         for factor in (2, 4):
             loss = loss + 0.25 * F.l1_loss(F.avg_pool2d(output, factor), F.avg_pool2d(target, factor))
         return loss
-
-
-def edge_difference(target: Tensor, output: Tensor) -> Tensor:
-    """L1 between the differences of neighbouring pixels, along both axes.  # B 3 S S, B 3 S S -> scalar"""
-    error = output - target
-    return (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2.0
 
 
 def psnr(target: Tensor, output: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A step can be read in six files, in this order:
 
-1. `train/loop.py`: `_Run._train` takes the next batch and calls the train step.
+1. `train/loop.py`: `_Run.train` takes the next batch and calls the train step.
 2. `train/step.py`: `TrainStep.update` runs forward, backward, clipping and the optimizer.
 3. `train/multimodal.py`: `MultimodalTraining.loss` counts tokens and adds up the losses.
 4. `models/omni.py`: `Omni.compute_loss` embeds the tokens, runs the backbone, and applies the heads.
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,9 @@ from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.metering import MeterCallback
 from openm6.train.metrics import Logger, MetricAverager, open_loggers
 from openm6.train.offloaded import open_train_step
-from openm6.train.step import StepReport, TrainStep, device_failures, seed_everything
-from openm6.train.training_task import Batch, TrainingTask
-from openm6.train.workers import Prefetch, Workers, number_of_workers
+from openm6.train.step import StepReport, seed_everything
+from openm6.train.training_task import TrainingTask
+from openm6.train.workers import Workers, number_of_workers, prefetch
 
 # How `steps: auto` is measured.
 SKIPPED = 2  # first steps, slow because of caches, compilation and memory that is claimed
@@ -94,11 +94,34 @@ def train(
     from (seed, step) and the data's cursor is saved.
 
     Raises:
-        TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended.
+        TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended; a
+            GPU's memory ran out, or the GPU is gone; evaluating or reporting the trained model failed.
         CheckpointError: a checkpoint does not fit the training task, or cannot be written.
         Interrupted: a signal stopped the run; it has saved itself.
     """
-    return _Run(training, config, run, resume, callbacks, settings).to_the_end()
+    state = _Run(training, config, run, resume, callbacks, settings)
+    done = state.progress
+    try:
+        # Offloaded weights live in the train step, also during the evaluation. A GPU that is gone fails again here.
+        with closing(state.train_step):
+            state.train()
+            checkpoint = state.finish()
+    except torch.OutOfMemoryError as error:
+        remedy = (
+            "raise loop.offload.gradient_accumulation_steps or margin_gib"
+            if config.offloaded
+            else "raise loop.activation_checkpointing, make batches smaller, or add loop.offload"
+        )
+        raise TrainingError(
+            f"the GPU's memory ran out in step {done.step + 1}: {remedy}, then go on with --resume"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise TrainingError(
+            f"the GPU failed in step {done.step + 1} ({str(error).splitlines()[0]}): what was saved is whole, "
+            "go on with --resume"
+        ) from error
+    training.ranks.close()
+    return TrainResult(done.step, done.tokens, done.seconds, done.non_finite, checkpoint, state.scores)
 
 
 def refuse_overwriting(run: RunFolder, resume: bool) -> None:
@@ -142,23 +165,8 @@ class _Run:
             run.write_config(settings)
         self.length = RunLength(config, run, training.ranks)
 
-    def to_the_end(self) -> TrainResult:
-        with ExitStack() as stack:
-            # The outermost: a GPU that is gone fails again while the rest is closed.
-            stack.enter_context(device_failures(lambda: self.progress.step + 1, self.config.offloaded))
-            # Offloaded weights live in it, also during the evaluation.
-            stack.callback(self.train_step.close)
-            self._train()
-            checkpoint = self.saved if self.saved is not None else latest(self.run.path)
-            self.train_step.free_optimizer_state()
-            with failures_after_training(checkpoint), self.training.ranks.main_process_first():
-                self.training.finish(self.run)
-        self.training.ranks.close()
-        done = self.progress
-        return TrainResult(done.step, done.tokens, done.seconds, done.non_finite, checkpoint, self.scores)
-
-    def _train(self) -> None:
-        training, progress = self.training, self.progress
+    def train(self) -> None:
+        training, config, progress = self.training, self.config, self.progress
         training.model.train()
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
@@ -166,51 +174,59 @@ class _Run:
                 stack.callback(callback.close)
                 callback.start(self)
             if training.ranks.is_main_process:
-                self.loggers = open_loggers(self.run, progress.step, self.config.tensorboard)
+                self.loggers = open_loggers(self.run, progress.step, config.tensorboard)
             for logger in self.loggers:
                 stack.callback(logger.close)
-            batches, train_step = self._open_steps(stack)
+            workers = number_of_workers(training, config, self.run)
+            keep_freed_memory()
+            if workers > 1:
+                self.workers = stack.enter_context(Workers(training, self.train_step, config, workers))
+                read, update = self.workers.read, self.workers.update
+            else:
+                read = stack.enter_context(prefetch(training.batches(), config.prefetch))
+                update = self.train_step.update
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
-                batch = next(batches)
+                batch = read()
                 for callback in self.callbacks:
                     callback.before_step(progress.step + 1)
-                report = train_step.update(batch, progress.step + 1, self.length.steps)
-                self._account(report, batch, time.perf_counter() - began)
+                report = update(batch, progress.step + 1, self.length.steps)
+                progress.cursor = batch.cursor
+                self._account(report, time.perf_counter() - began)
                 self._log(report)
-                if self._due(self.config.evaluate_every):
+                if self._due(config.evaluate_every):
                     self._evaluate()
-                stopping = self._signal(interrupt)
-                if self._due(self.config.save_every) or stopping:
+                # The signal that any rank received, so that all stop after the same step; 0: none did.
+                requested = training.ranks.all_reduce([interrupt.requested])[0]
+                stopping = max(training.ranks.gather(interrupt.requested)) if requested else 0
+                if self._due(config.save_every) or stopping:
                     self.save()
                 if stopping or self.length.reached(progress.step):
                     self.saver.finish()
                 if stopping and not self.length.reached(progress.step):
                     raise Interrupted(
-                        f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume",
-                        stopping,
+                        f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume", stopping
                     )
 
-    def _signal(self, interrupt: Interrupt) -> int:
-        """Return the signal that any rank received, so that all stop after the same step; 0: none did."""
-        ranks = self.training.ranks
-        if not ranks.all_reduce([interrupt.requested])[0]:
-            return 0
-        return max(ranks.gather(interrupt.requested))
+    def finish(self) -> Path:
+        """Evaluate and report, and return the last checkpoint; if that fails, nothing of the training is lost."""
+        assert self.saved is not None
+        self.train_step.optimizer.state.clear()  # the memory that only training needs
+        try:
+            with self.training.ranks.main_process_first():
+                self.training.finish(self.run)
+        except (OpenM6Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise TrainingError(
+                f"the run is trained and saved as {self.saved}, but evaluating or reporting it failed ({reason}): "
+                "fix that and go on with --resume"
+            ) from error
+        return self.saved
 
-    def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], TrainStep | Workers]:
-        """Return the batches and the train step: of this process alone, or of workers that share each step."""
-        workers = number_of_workers(self.training, self.config, self.run)
-        keep_freed_memory()
-        if workers > 1:
-            self.workers = stack.enter_context(Workers(self.training, self.train_step, self.config, workers))
-            return self.workers, self.workers
-        return stack.enter_context(Prefetch(self.training.batches(), self.config.prefetch)), self.train_step
-
-    def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
+    def _account(self, report: StepReport, seconds: float) -> None:
         """Count the step, and raise if the loss stays non-finite."""
         progress = self.progress
-        progress.step, progress.cursor = report.step, batch.cursor
+        progress.step = report.step
         progress.tokens += report.tokens
         progress.seconds += seconds
         self.averager.add(report, seconds)
@@ -234,12 +250,7 @@ class _Run:
         if progress.step % self.config.log_every and not self.length.reached(progress.step):
             return
         counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "seconds": progress.seconds}
-        line = {
-            "step": progress.step,
-            **self.averager.compute(),
-            **counts,
-            "learning_rate": report.learning_rate,
-        }
+        line = {"step": progress.step, **self.averager.compute(), **counts, "learning_rate": report.learning_rate}
         for callback in self.callbacks:
             line |= callback.totals()
         for logger in self.loggers:
@@ -281,13 +292,9 @@ class _Run:
             "callbacks": {callback.name: callback.state() for callback in self.callbacks},
             "task": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        moments = optimizer_state_dict(self.train_step.optimizer, model)
-        shards, num_shards, files = (
-            self.train_step.shards(),
-            self.train_step.num_shards,
-            self.training.files(),
-        )
-        return Snapshot(self.progress.step, model, moments, state, tensors, files, shards, num_shards)
+        step, files = self.train_step, self.training.files()
+        moments = optimizer_state_dict(step.optimizer, model)
+        return Snapshot(self.progress.step, model, moments, state, tensors, files, step.shards(), step.num_shards)
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)
@@ -358,20 +365,3 @@ class RunLength:
         if self._ranks.is_main_process:
             self._run.set_config(LOOP_SECTION, "steps", total)
         get_log().info(f"{total} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}")
-
-
-@contextmanager
-def failures_after_training(checkpoint: Path) -> Iterator[None]:
-    """Turn a failure after training into one sentence, as nothing of the training is lost.
-
-    Raises:
-        TrainingError: evaluating or reporting failed, for a reason that a user can fix.
-    """
-    try:
-        yield
-    except (OpenM6Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TrainingError(
-            f"the run is trained and saved as {checkpoint}, but evaluating or reporting it failed ({reason}): "
-            "fix that and go on with --resume"
-        ) from error

@@ -44,7 +44,14 @@ class MeterCallback(Callback):
 
     def start(self, run: RunState) -> None:
         self._run = run
-        self._count_repeated()
+        # Logged steps after the checkpoint that the run goes on from are taken again.
+        lines = [line for line in read_metrics(run.run) if line.get("step", 0) > run.progress.step]
+        sums = [line["joules"] for line in lines if isinstance(line.get("joules"), float)]
+        lost = max(0.0, max(sums, default=0.0) - self.tracker.joules)
+        if lost and run.progress.step > 0:
+            source = str(lines[-1].get("energy_source", "estimate")).split("+")[-1]
+            self._before[source] = self._before.get(source, 0.0) + lost
+            self.tracker.repeated += lost
         self._meter = open_meter(gpus_of(run.train_step.device), run.config.energy.cpu_watts)
         # Joules, tokens and seconds of training at the last log.
         self._logged = (self.tracker.joules, run.progress.tokens, run.progress.seconds)
@@ -122,17 +129,6 @@ class MeterCallback(Callback):
         tracker = self.tracker
         tracker.between = max(0.0, tracker.joules - tracker.in_steps - tracker.repeated)
 
-    def _count_repeated(self) -> None:
-        """Count the joules of logged steps after the checkpoint that the run goes on from: they are taken again."""
-        step = self._run.progress.step
-        lines = [line for line in read_metrics(self._run.run) if line.get("step", 0) > step]
-        sums = [line["joules"] for line in lines if isinstance(line.get("joules"), float)]
-        lost = max(0.0, max(sums, default=0.0) - self.tracker.joules)
-        if lost and step > 0:
-            source = str(lines[-1].get("energy_source", "estimate")).split("+")[-1]
-            self._before[source] = self._before.get(source, 0.0) + lost
-            self.tracker.repeated += lost
-
 
 def gpus_of(device: torch.device) -> tuple[int, ...]:
     """Return the index of the GPU that a model on `device` uses; none for a CPU."""
@@ -152,11 +148,13 @@ class Attribution:
         """`tasks` are those of the mixture: every rank lists all of them, so that their work can be summed."""
         self._tasks = sorted(tasks)
         self._backbone = PASSES * count_parameters(model.config).active
-        self._input = {name: PASSES * _multiplied(adapter) for name, adapter in model.adapters.items()}
-        self._learned = dict(self._input)
+        self._input, self._learned = {}, {}
         for name, adapter in model.adapters.items():
-            if isinstance(adapter, TextAdapter):  # the embedding is the output layer as well
-                self._learned[name] += PASSES * adapter.embedding.weight.numel()
+            looked_up = {id(module.weight) for module in adapter.modules() if isinstance(module, nn.Embedding)}
+            multiplied = sum(weight.numel() for weight in adapter.parameters() if id(weight) not in looked_up)
+            # The embedding of text is the output layer as well.
+            output = adapter.embedding.weight.numel() if isinstance(adapter, TextAdapter) else 0
+            self._input[name], self._learned[name] = PASSES * multiplied, PASSES * (multiplied + output)
 
     def work(self, batch: Batch) -> dict[str, dict[str, WorkCount]]:
         """Return the batch's work by modality and by task; call it while the batch is still on the CPU."""
@@ -172,9 +170,3 @@ class Attribution:
         of_task = {task: np.array([name == task for name in batch.tasks]) for task in self._tasks}
         tasks = {task: WorkCount(int(tokens @ chosen), float(operations @ chosen)) for task, chosen in of_task.items()}
         return {"modality": modalities, "task": tasks}
-
-
-def _multiplied(adapter: nn.Module) -> int:
-    """Return the number of an adapter's weights that are multiplied, not looked up."""
-    looked_up = {id(module.weight) for module in adapter.modules() if isinstance(module, nn.Embedding)}
-    return sum(weight.numel() for weight in adapter.parameters() if id(weight) not in looked_up)

@@ -118,10 +118,8 @@ def read_metrics(run: RunFolder) -> list[Line]:
         return []
     lines = []
     for text in run.metrics.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            continue
     return lines
 
 
@@ -139,14 +137,20 @@ class TensorBoardEvents(Logger):
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
         self._folder = folder
-        self._default_hook = threading.excepthook
-        self._hook = self._filter  # a method is a new object each time it is named
-        threading.excepthook = self._hook
+        self._default_hook = default = threading.excepthook
+
+        def hook(failure: threading.ExceptHookArgs) -> None:
+            """Keep system errors of the writer's thread off the screen; others go where they went before."""
+            from_writer = type(failure.thread).__module__.startswith("tensorboard.")
+            if not (from_writer and isinstance(failure.exc_value, OSError)):
+                default(failure)
+
+        self._hook = threading.excepthook = hook
         try:
             with as_output_error(folder):
                 self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         except BaseException:
-            threading.excepthook = self._default_hook
+            threading.excepthook = default
             raise
 
     def log(self, line: Line) -> None:
@@ -168,26 +172,18 @@ class TensorBoardEvents(Logger):
             if threading.excepthook is self._hook:
                 threading.excepthook = self._default_hook
 
-    def _filter(self, failure: threading.ExceptHookArgs) -> None:
-        """Keep system errors of the writer's thread off the screen; others go where they went before."""
-        from_writer = type(failure.thread).__module__.startswith("tensorboard.")
-        if not (from_writer and isinstance(failure.exc_value, OSError)):
-            self._default_hook(failure)
-
 
 def open_loggers(run: RunFolder, step: int, tensorboard: bool) -> list[Logger]:
-    """Return the file, the display, and TensorBoard events if asked for and the package is installed."""
+    """Return the file, TensorBoard events if asked for and the package is installed, and the display.
+
+    The display writes to standard error: it is live in a terminal, else one line at a time.
+    """
     loggers: list[Logger] = [MetricsFile(run, step)]
     if tensorboard:
         with suppress(ImportError):
             loggers.append(TensorBoardEvents(run.tensorboard, step))
-    return [*loggers, open_display(run.name, step)]
-
-
-def open_display(name: str, start: int) -> Logger:
-    """Return the display for standard error: live in a terminal, else one line at a time."""
     console = Console(stderr=True)
-    return LiveDisplay(name, start, console) if console.is_terminal else PlainDisplay(start)
+    return [*loggers, LiveDisplay(run.name, step, console) if console.is_terminal else PlainDisplay(step)]
 
 
 class PlainDisplay(Logger):
@@ -221,20 +217,6 @@ class LiveDisplay(Logger):
         self._live.start()
 
     def step(self, step: int, steps: int | None) -> None:
-        head = f"{self._name}  step {step} of {steps if steps is not None else '…'}  "
-        bar = ProgressBar(total=steps or 1, completed=step if steps else 0, width=60)
-        self._live.update(Group(Text(head + self._pace.time_left(step, steps)), bar, self._table()))
-
-    def log(self, line: Line) -> None:
-        if "evaluation" in line:
-            self._scores = line
-        else:
-            self._last = line
-
-    def close(self) -> None:
-        self._live.stop()
-
-    def _table(self) -> Table:
         last, scores = self._last, self._scores
         rows = {name: f"{value:.4f}" for name, value in losses(last).items()}
         if last:
@@ -248,7 +230,18 @@ class LiveDisplay(Logger):
         table = Table(box=None, show_header=False, pad_edge=False)
         for row in rows.items():
             table.add_row(*row)
-        return table
+        head = f"{self._name}  step {step} of {steps if steps is not None else '…'}  "
+        bar = ProgressBar(total=steps or 1, completed=step if steps else 0, width=60)
+        self._live.update(Group(Text(head + self._pace.time_left(step, steps)), bar, table))
+
+    def log(self, line: Line) -> None:
+        if "evaluation" in line:
+            self._scores = line
+        else:
+            self._last = line
+
+    def close(self) -> None:
+        self._live.stop()
 
 
 class Pace:

@@ -21,7 +21,6 @@ from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.distributed.collectives import open_gather
-from openm6.distributed.config import MeshShape
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.meter import open_meter
 from openm6.evaluate.energy import read_account
@@ -57,15 +56,15 @@ class MultimodalTraining(TrainingTask):
     """Build modalities and model from a recipe and train them on its mixture."""
 
     def __init__(
-        self,
-        recipe: MultimodalRecipe,
-        run: RunFolder,
-        device: torch.device,
-        ranks: ProcessGroupContext | None = None,
+        self, recipe: MultimodalRecipe, run: RunFolder, device: torch.device, ranks: ProcessGroupContext | None = None
     ) -> None:
         self.recipe, self.run = recipe, run
         self.ranks = ranks or ProcessGroupContext()
-        mesh = self._mesh(device)  # first, as its checks need no data
+        if self.ranks.size > 1:  # first, as its checks need no data
+            config = build_backbone(recipe.model)
+            num_experts = config.experts.num_experts if config.experts else None
+            mesh = recipe.parallel.resolve(self.ranks.size, num_experts, device.type == "cuda")
+            check_mesh(recipe, mesh, config)
         sources = open_sources(recipe.sources, "train")
         used = {component.source: sources[component.source] for component in recipe.mixture}
         text = tokenizer_text(recipe, used, run) if self.ranks.is_main_process else ""
@@ -80,8 +79,12 @@ class MultimodalTraining(TrainingTask):
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
-        if mesh is not None:
-            self._shard(mesh)
+        if self.ranks.size > 1:
+            if recipe.loop.offloaded:
+                self.ranks.open_mesh(mesh)  # the store shards the weights
+            else:
+                self.ranks.shard(self.omni, mesh)
+            self.omni.backbone.executor.dispatcher = self.ranks.token_dispatcher(recipe.parallel.ep_overlap_chunks)
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
         self.attribution = Attribution(self.omni, {component.task for component in recipe.mixture})
@@ -91,24 +94,6 @@ class MultimodalTraining(TrainingTask):
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.max_parts = 1 if whole else max(1, self.tokens_per_step // PART_TOKENS)
-
-    def _mesh(self, device: torch.device) -> MeshShape | None:
-        """Return the checked mesh of several ranks; None for a process alone."""
-        if self.ranks.size == 1:
-            return None
-        config = build_backbone(self.recipe.model)
-        num_experts = config.experts.num_experts if config.experts else None
-        shape = self.recipe.parallel.resolve(self.ranks.size, num_experts, device.type == "cuda")
-        check_mesh(self.recipe, shape, config)
-        return shape
-
-    def _shard(self, shape: MeshShape) -> None:
-        """Shard the model over the ranks; offloaded weights are sharded by their store."""
-        if self.recipe.loop.offloaded:
-            self.ranks.open_mesh(shape)
-        else:
-            self.ranks.shard(self.omni, shape)
-        self.omni.backbone.executor.dispatcher = self.ranks.token_dispatcher(self.recipe.parallel.ep_overlap_chunks)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -127,8 +112,7 @@ class MultimodalTraining(TrainingTask):
 
         On several ranks it is this rank's fraction of the global loss.
         """
-        counts = self._count(batch)
-        work = self.attribution.work(batch)
+        counts, work = self._count(batch), self.attribution.work(batch)
         batch = batch.to(self.omni.device)
         losses, loads = self.omni.compute_loss(batch)
         zero = torch.zeros((), device=self.omni.device)
@@ -143,7 +127,11 @@ class MultimodalTraining(TrainingTask):
         # The routers' own means are over this rank's tokens.
         fraction = batch.tokens / max(1.0, counts.tokens)
         loads = [replace(load, dropped=load.dropped * fraction) for load in loads]
-        loss = total / counts.examples + fraction * side_loss(loads) + self._zero_gradients()
+        loss = total / counts.examples + fraction * side_loss(loads)
+        # In a sharded model every rank needs a gradient for each weight, whichever its rows use (an image may be an
+        # input and none an output), or the others wait for it for ever. These sums of no numbers are zero with a
+        # gradient of zero: 0 times a weight that is not finite would be NaN, and would read all of it.
+        loss = loss + sum((weight.reshape(-1)[:0].sum() for weight in self.optional_parameters()), start=0.0)
         return StepResult(loss, metrics, loads, work)
 
     def held_out_batches(self, count: int) -> list[Batch]:
@@ -170,15 +158,6 @@ class MultimodalTraining(TrainingTask):
         means = zip(kinds, sums[: len(kinds)], sums[len(kinds) :], strict=True)
         return {"loss": total / max(1.0, count), **{kind: one / n for kind, one, n in means if n}}
 
-    def _zero_gradients(self) -> Tensor | float:
-        """Return zero with a gradient of zero for each weight of an adapter.
-
-        In a sharded model every rank needs a gradient for each weight, whichever its rows use (an image may be an input
-        and none an output), or the others wait for it for ever.
-        """
-        # A sum of no numbers: 0 times a weight that is not finite would be NaN, and would read all of it.
-        return sum((weight.reshape(-1)[:0].sum() for weight in self.optional_parameters()), start=0.0)
-
     def optional_parameters(self) -> list[nn.Parameter]:
         return list(self.omni.adapters.parameters()) if self.ranks.wrapped else []
 
@@ -201,29 +180,24 @@ class MultimodalTraining(TrainingTask):
     def tokens_per_step(self) -> int:
         return self.recipe.packing.batch_size * self.recipe.packing.seq_len
 
-    @property
-    def stage(self) -> str:
-        return self.omni.config.stage
-
     def delink(self) -> dict[str, str]:
-        names = self._delink_sharded() if self.ranks.wrapped else self.omni.delink()
-        self.description = self.description.model_copy(update={"backbone": self.omni.config})
-        return names
-
-    def _delink_sharded(self) -> dict[str, str]:
-        """Build the model again with separate weights for each layer, sharded as it was; outputs stay the same.
+        """Build a sharded model again, sharded as it was; outputs stay the same.
 
         At most one block at a time is gathered on a rank, and of its experts only those that the rank holds.
         """
-        # torch's distributed tensors take seconds to import: a process alone is spared them.
-        from openm6.distributed.fsdp import UnitResharder, gather_parameters, shard_rest  # noqa: PLC0415
+        if self.ranks.wrapped:
+            # torch's distributed tensors take seconds to import: a process alone is spared them.
+            from openm6.distributed.fsdp import UnitResharder, gather_parameters, shard_rest  # noqa: PLC0415
 
-        old, layout = self.omni, self.ranks.layout
-        with torch.no_grad():
-            gather_parameters([old.adapters, old.backbone.layers, old.backbone.final_norm])
-            names = old.delink(UnitResharder(layout).refill)
-            self.omni = self.model = old.unwrapped()
-            shard_rest(self.omni, layout)
+            old, layout = self.omni, self.ranks.layout
+            with torch.no_grad():
+                gather_parameters([old.adapters, old.backbone.layers, old.backbone.final_norm])
+                names = old.delink(UnitResharder(layout).refill)
+                self.omni = self.model = old.unwrapped()
+                shard_rest(self.omni, layout)
+        else:
+            names = self.omni.delink()
+        self.description = self.description.model_copy(update={"backbone": self.omni.config})
         return names
 
     def finish(self, run: RunFolder) -> None:

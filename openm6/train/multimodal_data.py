@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +59,19 @@ def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: Ru
     begun = kept.is_file() and bool(list_checkpoints(run.checkpoints))
     named = str(kept) if begun else recipe.modalities.text.tokenizer
     if named is None:
-        replace_text(kept, _trained_tokenizer(recipe, sources))
+        get_log().info("learning a tokenizer from the sources")
+        prompts = [
+            text for component in recipe.mixture for language in LANGUAGES
+            for prompt in TASKS[component.task].prompts.get(language, ())
+            for text in literal_texts(prompt)
+        ]  # fmt: skip
+        words = (text for s in sources.values() for record in _readable(s, SCANNED) for text in _texts(record))
         named = str(kept)
+        replace_text(kept, train_tokenizer([*prompts * 20, *words], recipe.vocabulary).to_str())
     try:
         return Path(named).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"modalities.text.tokenizer={named!r} cannot be read: {error}") from None
-
-
-def _trained_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> str:
-    prompts = [
-        text for component in recipe.mixture for language in LANGUAGES
-        for prompt in TASKS[component.task].prompts.get(language, ())
-        for text in literal_texts(prompt)
-    ]  # fmt: skip
-    words = (text for s in sources.values() for record in _readable(s, SCANNED) for text in _texts(record))
-    get_log().info("learning a tokenizer from the sources")
-    return train_tokenizer([*prompts * 20, *words], recipe.vocabulary).to_str()
 
 
 def _texts(record: Record) -> Iterator[str]:
@@ -106,34 +102,29 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
         ConfigError: a task finds nothing that it needs in its source.
     """
     for name in dict.fromkeys(component.source for component in recipe.mixture):
-        tasks = [TASKS[component.task] for component in recipe.mixture if component.source == name]
-        _check(name, sources[name], tasks)
-
-
-def _check(name: str, source: Source, tasks: Sequence[Task]) -> None:
-    records = list(_readable(source, SAMPLED))
-    if not records:
-        broken = [record for _, record in _sampled(source, SAMPLED)]
-        raise DataError(f"all of the {len(broken)} records looked at in source {name!r} are broken: {broken[0]}")
-    for task in tasks:
-        found, looked = [record for record in records if task.languages(record)], len(records)
-        if not found:  # rare, but perhaps not absent
-            more = list(_readable(source, SEARCHED))
-            found, looked = [record for record in more if task.languages(record)], len(more)
-            records += found[:1]
-        if not found:
-            raise ConfigError(
-                f"task {task.name} finds nothing to read in source {name!r}: "
-                f"map the fields it needs ({task.summary}), or choose another task"
-            )
-        if len(found) < looked:
-            get_log().info(
-                f"{task.name}/{name}: {looked - len(found)} of {looked} records looked at lack a field that the task "
-                "needs; they are skipped for it"
-            )
-    unused = unused_columns(source, records, tasks)
-    if unused:
-        get_log().info(f"source {name}: no task reads the columns {', '.join(map(repr, unused))}")
+        source, tasks = sources[name], [TASKS[part.task] for part in recipe.mixture if part.source == name]
+        records = list(_readable(source, SAMPLED))
+        if not records:
+            broken = [record for _, record in _sampled(source, SAMPLED)]
+            raise DataError(f"all of the {len(broken)} records looked at in source {name!r} are broken: {broken[0]}")
+        for task in tasks:
+            found, looked = [record for record in records if task.languages(record)], len(records)
+            if not found:  # rare, but perhaps not absent
+                more = list(_readable(source, SEARCHED))
+                found, looked = [record for record in more if task.languages(record)], len(more)
+                records += found[:1]
+            if not found:
+                raise ConfigError(
+                    f"task {task.name} finds nothing to read in source {name!r}: "
+                    f"map the fields it needs ({task.summary}), or choose another task"
+                )
+            if len(found) < looked:
+                get_log().info(
+                    f"{task.name}/{name}: {looked - len(found)} of {looked} records looked at lack a field that the "
+                    "task needs; they are skipped for it"
+                )
+        if unused := unused_columns(source, records, tasks):
+            get_log().info(f"source {name}: no task reads the columns {', '.join(map(repr, unused))}")
 
 
 def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[TrainedTask]:
@@ -168,11 +159,8 @@ def open_packer(
     ranks: ProcessGroupContext,
 ) -> Packer:
     """Return what packs this rank's rows of the mixture."""
-    components = [
-        Component(source=sources[component.source], task=component.task, weight=component.weight)
-        for component in recipe.mixture
-    ]
     seed = recipe.loop.seed
+    components = [Component(source=sources[x.source], task=x.task, weight=x.weight) for x in recipe.mixture]
     transform = ExampleTransform(MixtureSampler(components, seed), modalities, seed, recipe.loss_weights)
     return Packer(transform, packing, quarantine, ranks.rank, ranks.size)
 

@@ -33,7 +33,7 @@ from openm6.plan.memory import FULL, HALF
 from openm6.train.budget import Budget, available, check_budget
 from openm6.train.config import LoopConfig
 from openm6.train.pseudo_to_real import matrix_noise
-from openm6.train.step import StepReport, TrainStep, device_failures, resolve_precision, seed_everything
+from openm6.train.step import StepReport, TrainStep, resolve_precision, seed_everything
 from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 
@@ -91,11 +91,10 @@ class OffloadedTrainStep(TrainStep):
 
     def _backward(self, batch: Batch, step: int, rate: float) -> tuple[StepResult, Tensor]:
         self.executor.begin_step(Step(step, rate, self.config.optimizer.weight_decay, self.config.seed))
-        with device_failures(lambda: step):
-            with self.autocast():
-                result = self.training.loss(batch)
-            result.loss.backward()
-            grad_norm, self._skipped = self.executor.end_step()
+        with self.autocast():
+            result = self.training.loss(batch)
+        result.loss.backward()
+        grad_norm, self._skipped = self.executor.end_step()
         self.ranks.sum_gradients(self.parameters)
         return result, torch.hypot(self._clip(), grad_norm)
 
@@ -116,10 +115,6 @@ class OffloadedTrainStep(TrainStep):
                     draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), spec, spec.first)
                     self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), spec)
         before.free()
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.store.layouts)
 
     def shards(self) -> Iterator[Shard]:
         self.store.synchronize()
@@ -158,6 +153,7 @@ class OffloadedTrainStep(TrainStep):
         shapes = [matrix_shapes(block) for block in self.backbone.group_blocks]
         self.weights = self.training.ranks.layer_weights(shapes)
         layouts = [RecordLayout(self.weights.local_shapes(group), self.rule) for group in range(len(shapes))]
+        self.num_shards = len(layouts)
         budget = self.budget(layouts)
         if self.config.stages is not None and config.stage == "pseudo":
             # The real stage, while layers get their copies of the shared weights.

@@ -6,7 +6,6 @@ import json
 import logging
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,79 +80,54 @@ def train_recipe(
         ConfigError: the recipe is unusable, or `out` holds no run to resume.
         TrainingError, DataError, CheckpointError: as for `train`.
     """
-    device = resolve_device()
+    device, path = resolve_device(), Path(recipe)
+    run = RunFolder(out or Path("runs") / path.stem)
+    parallel = ParallelConfig()
+    failure: OpenM6Error | None = None
     # A failure is kept until the ranks are connected, so that all report it together.
     try:
-        plan: _Plan | OpenM6Error = _plan(recipe, overrides or [], resume, out)
-    except OpenM6Error as failure:
-        plan = failure
-    ranks = _open_ranks(device, plan)
+        path = recipe_path(recipe)
+        if resume and not run.started:
+            raise ConfigError(
+                f"{run.path} holds no run to go on with: name the run's folder with --out, or leave --resume out "
+                "to start one there"
+            )
+        resume = resume or restarted()
+        if resume and run.config.is_file():
+            path = run.config
+        checked, values = read_recipe(path, overrides or [])
+        refuse_overwriting(run, resume)
+        if isinstance(checked, MultimodalRecipe):
+            parallel = checked.parallel
+        elif launched():
+            raise ConfigError("a codec is trained by one process: leave --nproc out")
+    except OpenM6Error as error:
+        failure = error
+    ranks = ProcessGroupContext()
+    if launched():
+        # torch's distributed tensors take seconds to import: a process alone is spared them.
+        from openm6.distributed.processes import DistributedContext  # noqa: PLC0415
+
+        ranks = DistributedContext(device, parallel.timeout_seconds)
     if not ranks.is_main_process:
         get_log().setLevel(logging.ERROR)
     with ranks.guard():
-        if isinstance(plan, OpenM6Error):
-            raise plan
-        _check_alike(ranks, plan.values)
-        run = RunFolder.open(plan.folder)
-        settings = plan.values if ranks.is_main_process and (plan.path != run.config or overrides) else None
-        training = TRAININGS[plan.recipe.kind][1](plan.recipe, run, device, ranks)
-        result = train(training, plan.recipe.loop, run, plan.resume, settings=settings)
-        if isinstance(plan.recipe, MultimodalRecipe):
-            get_log().info(_next_steps(plan.recipe, plan.folder))
+        if failure is not None:
+            raise failure
+        _check_alike(ranks, values)
+        run = RunFolder.open(run.path)
+        training = TRAININGS[checked.kind][1](checked, run, device, ranks)
+        settings = values if ranks.is_main_process and (path != run.config or overrides) else None
+        result = train(training, checked.loop, run, resume, settings=settings)
+        if isinstance(checked, MultimodalRecipe):
+            output, folder = TASKS[checked.mixture[0].task].output_modality, shlex.quote(str(run.path))
+            get_log().info(
+                "next:\n"
+                f"  openm6 evaluate {folder}\n"
+                f"  openm6 generate {folder} --text 'your question' --output {output}\n"
+                f"  openm6 serve {folder} --playground"
+            )
     return result if ranks.is_main_process else None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a process is to do."""
-
-    resume: bool
-    folder: Path
-    path: Path
-    recipe: Recipe
-    values: dict[str, Any]
-
-
-def _plan(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> _Plan:
-    path = recipe_path(recipe)
-    folder = out or Path("runs") / path.stem
-    run = RunFolder(folder)
-    if resume and not run.started:
-        raise ConfigError(
-            f"{folder} holds no run to go on with: name the run's folder with --out, or leave --resume out "
-            "to start one there"
-        )
-    resume = resume or restarted()
-    if resume and run.config.is_file():
-        path = run.config
-    checked, values = read_recipe(path, overrides)
-    refuse_overwriting(run, resume)
-    if launched() and not isinstance(checked, MultimodalRecipe):
-        raise ConfigError("a codec is trained by one process: leave --nproc out")
-    return _Plan(resume, folder, path, checked, values)
-
-
-def _open_ranks(device: torch.device, plan: _Plan | OpenM6Error) -> ProcessGroupContext:
-    """Return the ranks of this run: this process alone, or those that the launcher started."""
-    if not launched():
-        return ProcessGroupContext()
-    # torch's distributed tensors take seconds to import: a process alone is spared them.
-    from openm6.distributed.processes import DistributedContext  # noqa: PLC0415
-
-    recipe = plan.recipe if isinstance(plan, _Plan) else None
-    parallel = recipe.parallel if isinstance(recipe, MultimodalRecipe) else ParallelConfig()
-    return DistributedContext(device, parallel.timeout_seconds)
-
-
-def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:
-    """Return commands for the model that was trained."""
-    output, run = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(folder))
-    return (
-        "next:\n"
-        f"  openm6 evaluate {run}\n"
-        f"  openm6 generate {run} --text 'your question' --output {output}\n"
-        f"  openm6 serve {run} --playground"
-    )
 
 
 def _check_alike(ranks: ProcessGroupContext, values: dict[str, Any]) -> None:

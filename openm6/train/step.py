@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import Moments, delink_moments, load_optimizer_state, optimizer_state_dict
 from openm6.checkpoint.save import Shard
-from openm6.core.errors import ConfigError, TrainingError
+from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import Work, WorkCount
-from openm6.models.backbone import Backbone
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
 from openm6.optim.config import lr_multiplier
-from openm6.optim.registry import build_optimizer, set_lr
+from openm6.optim.registry import build_optimizer, default_groups, set_lr
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.pseudo_to_real import break_symmetry, shared_matrices
@@ -60,29 +59,26 @@ def seed_everything(seed: int, *purpose: str | int) -> None:
 class TrainStep:
     """Train a training task's model on one batch at a time."""
 
+    num_shards = 0  # offloaded groups of layers, which the model does not hold and which are saved one by one
+
     def __init__(self, training: TrainingTask, config: LoopConfig) -> None:
         self.training, self.config = training, config
         self.ranks = training.ranks  # or the workers that share the steps of this process
         self.lr_scale = 1.0  # a callback's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
-        resolved = resolve_precision(config.precision, self.device)
-        if resolved == "bf16-products" != config.precision:
+        self.precision = resolve_precision(config.precision, self.device)
+        if self.precision == "bf16-products" != config.precision:
             get_log().info("large products run in bf16, as this CPU is fast at it (loop.precision=auto)")
 
     def _build(self) -> None:
-        groups = self.training.ranks.groups(self.training.parameter_groups())
+        groups = self.training.ranks.groups(default_groups(self.training.model))
         self.optimizer = build_optimizer(groups, self.config.optimizer, self.training.ranks.shard_spec)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._prepared = False
 
-    @property
-    def num_shards(self) -> int:
-        """The number of offloaded groups of layers, which the model does not hold and which are saved one by one."""
-        return 0
-
     def shards(self) -> Iterator[Shard]:
-        """Yield those groups one at a time."""
+        """Yield the offloaded groups of layers one at a time."""
         return iter(())
 
     def load(self, folder: Path) -> None:
@@ -94,10 +90,6 @@ class TrainStep:
         layout = self.training.ranks.layout
         load_model(folder, self.training.model, layout)
         load_optimizer(folder, self.optimizer, self.training.model, layout)
-
-    def free_optimizer_state(self) -> None:
-        """Free what only training needs; the model remains, for evaluation."""
-        self.optimizer.state.clear()
 
     def close(self) -> None:
         """Release what was allocated besides the model."""
@@ -115,10 +107,9 @@ class TrainStep:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward passes run; the backward pass follows it."""
-        resolved = resolve_precision(self.config.precision, self.device)
-        if resolved == "bf16-products":
+        if self.precision == "bf16-products":
             return bf16_matmul()
-        return torch.autocast(self.device.type, dtype=HALF, enabled=resolved == "bf16")
+        return torch.autocast(self.device.type, dtype=HALF, enabled=self.precision == "bf16")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -132,10 +123,9 @@ class TrainStep:
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Train on one batch as step `step`, the first being 1."""
-        rate = self.config.optimizer.learning_rate * lr_multiplier(step, total, self.config.schedule)
-        rate *= self.lr_scale
+        ranks, schedule = self.ranks, self.config.schedule
+        rate = self.config.optimizer.learning_rate * lr_multiplier(step, total, schedule) * self.lr_scale
         set_lr(self.optimizer, rate)
-        ranks = self.ranks
         own = (ranks.rank,) if ranks.shares_memory and ranks.rank else ()
         seed_everything(self.config.seed, "step", step, *own)
         result, norm = self._backward(batch, step, rate)
@@ -152,21 +142,43 @@ class TrainStep:
     def _backward(self, batch: Batch, step: int, rate: float) -> tuple[StepResult, Tensor]:
         """Run the forward and the backward pass and clip; return the result, and the gradient norm before clipping."""
         with self.autocast():
-            self._prepare(batch)
+            if not self._prepared:
+                self.choose_execution(batch.tokens)
+                self._prepared = True
             result = self.training.loss(batch)
         result.loss.backward()
         self.ranks.sum_gradients(self.parameters)
         self.ranks.forget_unused(self.training.optional_parameters())
         return result, self._clip()
 
-    def _prepare(self, batch: Batch) -> None:
-        """Choose how blocks run, before the first step, since the size of a batch must be known."""
-        if not self._prepared:
-            size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+    def choose_execution(self, tokens: int) -> None:
+        """Set how blocks run, if nobody has: compiled or not, and how many are computed again in the backward pass.
+
+        `tokens` are those of a step: the memory that layers need follows from the size of a batch.
+        """
+        backbone = self.training.backbone
+        if backbone is None or type(backbone.executor) is not LayerExecutor:
+            return
+        executor, weight = backbone.executor, backbone.final_norm.weight
+        recomputed, on_gpu = self.config.activation_checkpointing, weight.is_cuda
+        # On a CPU compiling takes minutes and saves little: see docs/benchmarks.md.
+        compiles = on_gpu if self.config.compile == "auto" else self.config.compile
+        # Sharded blocks gather weights and exchange tokens with other ranks, which is not compiled.
+        if compiles and self.training.ranks.layout is None:
+            executor = CompiledExecutor(executor.dispatcher)
+        if recomputed == "auto" and on_gpu:
+            free, _ = torch.cuda.mem_get_info(weight.device)
+            free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
-            sharded = self.training.ranks.layout is not None
-            choose_execution(self.training.model, self.config, batch.tokens, copies * size, sharded)
-            self._prepared = True
+            free -= copies * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+            half = torch.is_autocast_enabled("cuda") or weight.dtype == torch.bfloat16
+            recomputed = layers_to_recompute(backbone.config, tokens, 2 if half else 4, free)
+        if recomputed not in ("auto", 0):
+            get_log().info(
+                f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass"
+            )
+            executor = CheckpointedExecutor(executor, int(recomputed))
+        backbone.executor = executor
 
     def _clip(self) -> Tensor:
         norm = self.ranks.norm(self.parameters)
@@ -182,9 +194,7 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     device = result.loss.device
     metrics = {name: torch.as_tensor(value, device=device) for name, value in result.metrics.items()}
     routed = [tensor for stats in result.loads for tensor in (stats.load, stats.dropped)]
-    counts = [float(tokens)]
-    for named in result.work.values():
-        counts += [value for count in named.values() for value in count]
+    counts = [float(tokens), *(value for named in result.work.values() for count in named.values() for value in count)]
     # fp64, so that numbers of tokens stay whole numbers.
     numbers = torch.tensor(counts, dtype=torch.float64, device=device)
     tensors = [tensor.detach() for tensor in (result.loss, *metrics.values(), *routed, numbers)]
@@ -193,12 +203,12 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     sums = (part.view_as(tensor).to(tensor.dtype) for part, tensor in parts)
     loss, summed = next(sums), {name: next(sums) for name in metrics}
     loads = [replace(stats, load=next(sums), dropped=next(sums)) for stats in result.loads]
-    total, *rest = next(sums).tolist()
-    left = iter(rest)
+    left = iter(next(sums).tolist())
+    total = round(next(left))
     work = {
         kind: {name: WorkCount(round(next(left)), next(left)) for name in named} for kind, named in result.work.items()
     }
-    return StepResult(loss, {**summed}, loads, work), round(total)
+    return StepResult(loss, {**summed}, loads, work), total
 
 
 def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: Tensor) -> StepReport:
@@ -234,58 +244,3 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     # bf16 for everything between the products too is slower on a CPU: see docs/benchmarks.md.
     return "bf16-products" if device.type == "cpu" and has_bf16() else "fp32"
-
-
-def choose_execution(model: nn.Module, config: LoopConfig, tokens: int, pending: int, sharded: bool = False) -> None:
-    """Set the executor of each backbone in the model that still runs its blocks as they are.
-
-    tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now;
-    sharded: whether blocks gather weights or exchange tokens with other ranks, which is not compiled.
-    """
-    for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
-        if type(backbone.executor) is LayerExecutor:
-            backbone.executor = _executor(backbone, config, tokens, pending, sharded)
-
-
-def _executor(backbone: Backbone, config: LoopConfig, tokens: int, pending: int, sharded: bool) -> LayerExecutor:
-    weight, recomputed = backbone.final_norm.weight, config.activation_checkpointing
-    on_gpu = weight.device.type == "cuda"
-    # On a CPU compiling takes minutes and saves little: see docs/benchmarks.md.
-    compiles = on_gpu if config.compile == "auto" else config.compile
-    executor = backbone.executor
-    if compiles and not sharded:
-        executor = CompiledExecutor(executor.dispatcher)
-    if recomputed == "auto" and on_gpu:
-        free, _ = torch.cuda.mem_get_info(weight.device)
-        free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-        half = torch.is_autocast_enabled("cuda") or weight.dtype == torch.bfloat16
-        recomputed = layers_to_recompute(backbone.config, tokens, 2 if half else 4, free - pending)
-    if recomputed in ("auto", 0):
-        return executor
-    get_log().info(f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass")
-    return CheckpointedExecutor(executor, int(recomputed))
-
-
-@contextmanager
-def device_failures(step: Callable[[], int], offloaded: bool = True) -> Iterator[None]:
-    """Turn a GPU's failures into one sentence; the run's checkpoints are complete in any case.
-
-    `step` returns the step that is under way.
-
-    Raises:
-        TrainingError: the GPU's memory ran out, or the GPU is gone.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        remedy = (
-            "raise loop.offload.gradient_accumulation_steps or margin_gib"
-            if offloaded
-            else "raise loop.activation_checkpointing, make batches smaller, or add loop.offload"
-        )
-        raise TrainingError(f"the GPU's memory ran out in step {step()}: {remedy}, then go on with --resume") from error
-    except torch.AcceleratorError as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingError(
-            f"the GPU failed in step {step()} ({reason}): what was saved is whole, go on with --resume"
-        ) from error

@@ -14,7 +14,6 @@ from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import Work
 from openm6.models.backbone import Backbone
 from openm6.nn.moe import RouterStats
-from openm6.optim.registry import default_groups
 
 
 class Batch(Protocol):
@@ -76,10 +75,6 @@ class TrainingTask:
         """Return the batch in parts, whose results add up to its own; the first keeps the cursor."""
         raise NotImplementedError
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return groups as `optim.registry.default_groups` describes them."""
-        return default_groups(self.model)
-
     def optional_parameters(self) -> list[nn.Parameter]:
         """Return those that a step may not use on any rank; in a sharded model they then have a gradient of zero."""
         return []
@@ -97,7 +92,7 @@ class TrainingTask:
     @property
     def stage(self) -> str:
         """`pseudo` while layers of the model share weights, else `real`."""
-        return "real"
+        return self.backbone.config.stage if self.backbone is not None else "real"
 
     def delink(self) -> dict[str, str]:
         """Copy the weights so that each layer has its own; return new parameter name -> the name that it is a copy of.

@@ -12,10 +12,13 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from openm6.core.device import usable_cores
 from openm6.core.errors import ConfigError, OpenM6Error, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
-from openm6.distributed.worker_pool import Failure, WorkerPool, can_fork, share_model, shared_like
+from openm6.distributed.worker_pool import WorkerPool, can_fork, share_model, shared_like
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.step import StepReport, TrainStep
 from openm6.train.training_task import Batch, TrainingTask
@@ -37,57 +40,28 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
-class Prefetch(Generic[Item]):
-    """An iterator over `source` that stays up to `ahead` items in front; a failure in the thread is raised by `next`.
+@contextmanager
+def prefetch(source: Iterator[Item], ahead: int) -> Iterator[Callable[[], Item]]:
+    """Enter with a function that returns the next item of `source`; a thread stays `ahead` items in front.
 
-    The order is that of `source`, so nothing depends on timing.
+    A failure of `source` is raised by the function, also when it is called again.
     """
+    # One OpenMP thread for this thread alone: two pools of them on the same cores would wait for each other.
+    thread = ThreadPoolExecutor(1, "openm6-batches", partial(torch.set_num_threads, 1))
+    waiting = deque(thread.submit(next, source, None) for _ in range(ahead))
 
-    def __init__(self, source: Iterator[Item], ahead: int) -> None:
-        self._source = source
-        self._ready: queue.Queue[Item | BaseException] = queue.Queue(maxsize=ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="openm6-batches", daemon=True)
-
-    def __enter__(self) -> Prefetch[Item]:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=5.0)  # a thread stuck in a slow read is left to end with the program
-
-    def __iter__(self) -> Prefetch[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._put(item)  # a later call raises it again
-            raise item
+    def read() -> Item:
+        item = waiting[0].result()
+        if item is None:
+            raise TrainingError(ENDED)
+        waiting.popleft()
+        waiting.append(thread.submit(next, source, None))
         return item
 
-    def _fill(self) -> None:
-        # For this thread alone: two pools of OpenMP threads on the same cores would wait for each other.
-        torch.set_num_threads(1)
-        try:
-            for item in self._source:
-                if not self._put(item):
-                    return
-            error: BaseException = TrainingError(ENDED)
-        except BaseException as failure:  # raised again where the batch is asked for
-            error = failure
-        self._put(error)
-
-    def _put(self, item: Item | BaseException) -> bool:
-        """Return False if the reader has gone."""
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    try:
+        yield read
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder) -> int:
@@ -124,7 +98,11 @@ class WorkerGroupContext(ProcessGroupContext):
 
     def __init__(self, parameters: Sequence[Tensor], size: int) -> None:
         self.size, self.parameters = size, parameters
-        self.owner = assign_owners([parameter.numel() for parameter in parameters], size)
+        # Each parameter's owner: the largest first, each to the rank with the least so far.
+        load, self.owner = [0] * size, [0] * len(parameters)
+        for index, parameter in sorted(enumerate(parameters), key=lambda pair: -pair[1].numel()):
+            self.owner[index] = load.index(min(load))
+            load[self.owner[index]] += parameter.numel()
         self._sent = [shared_like(parameters) for _ in range(size)]  # rank -> gradients for others
         self.pool: WorkerPool | None = None  # of the first rank
         self.pipe: Connection | None = None  # of another one, to the first
@@ -136,8 +114,7 @@ class WorkerGroupContext(ProcessGroupContext):
             return values
         assert self.pipe is not None
         self.pipe.send(value)
-        received: list[Value] = self.pipe.recv()
-        return received
+        return self.pipe.recv()
 
     def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
         return tensor.copy_(torch.from_numpy(np.sum(self.gather(tensor.numpy()), axis=0)))
@@ -177,81 +154,23 @@ class WorkerGroupContext(ProcessGroupContext):
         self.gather(None)
 
 
-class DataWorker:
-    """A process that makes batches ahead and sends a part of each to `parts` readers; create it before they are forked.
-
-    A thread would compete with the training for its interpreter lock and its core.
-    """
-
-    def __init__(self, training: TrainingTask, parts: int, ahead: int) -> None:
-        self.training, self.ahead = training, ahead
-        pairs = [multiprocessing.Pipe(duplex=False) for _ in range(parts)]
-        self.readers = [reader for reader, _ in pairs]
-        self.writers = [writer for _, writer in pairs]
-
-    def read(self, part: int) -> Batch:
-        """Return the next part of a batch.
-
-        Raises:
-            OpenM6Error: the error that making it failed with.
-            TrainingError: the process that makes batches failed otherwise, or was killed.
-        """
-        try:
-            item = self.readers[part].recv()
-        except EOFError:
-            raise TrainingError("the process that makes batches has ended: go on with --resume") from None
-        if isinstance(item, OpenM6Error):
-            raise item
-        if isinstance(item, Failure):
-            raise TrainingError(f"making a batch failed: {item.words}")
-        batch: Batch = item
-        return batch
-
-    def serve(self, pipe: Connection) -> None:
-        """Make batches until nobody reads them."""
-        self.keep(reader=None)
-        queues: list[queue.Queue[Any]] = [queue.Queue(self.ahead) for _ in self.writers]
-        for waiting, writer in zip(queues, self.writers, strict=True):
-            threading.Thread(target=_send, args=(waiting, writer), daemon=True).start()
-        try:
-            for batch in self.training.batches():
-                for waiting, part in zip(queues, self.training.split(batch, len(queues)), strict=True):
-                    waiting.put(part)
-            queues[0].put(TrainingError(ENDED))
-        except OpenM6Error as error:
-            queues[0].put(error)
-        except Exception as error:  # reported by the first reader, who ends the run
-            queues[0].put(Failure(error))
-        pipe.recv()  # until the pool is closed
-
-    def keep(self, reader: int | None) -> None:
-        """Close the ends of pipes that this process does not use: an open one hides that its owner has ended."""
-        unused = [end for index, end in enumerate(self.readers) if index != reader]
-        for end in [*unused, *(self.writers if reader is not None else ())]:
-            end.close()
-
-
-def _send(waiting: queue.Queue[Any], writer: Connection) -> None:
-    try:
-        while True:
-            writer.send(waiting.get())
-    except OSError:
-        os._exit(0)  # no reader is left
-
-
 class Workers:
-    """Batches and train steps of several processes, with the methods of `Prefetch` and `TrainStep`."""
+    """Batches and train steps of several processes; `update` is that of `TrainStep`.
+
+    One more process makes batches ahead and sends each worker its part: a thread would compete with the training for
+    its interpreter lock and its core.
+    """
 
     def __init__(self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, workers: int) -> None:
         share_model(training.model)
-        self._train_step = train_step
+        self._training, self._train_step, self._ahead = training, train_step, config.prefetch
         self._ranks = WorkerGroupContext(train_step.parameters, workers)
         self._threads = torch.get_num_threads()
-        self._data = DataWorker(training, workers, config.prefetch)
+        pairs = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]
+        self._readers, self._writers = [reader for reader, _ in pairs], [writer for _, writer in pairs]
         works = [partial(self._work, rank) for rank in range(1, workers)]
-        self._pool = WorkerPool([*works, self._data.serve], service=1)
-        self._ranks.pool = self._pool
-        self._data.keep(reader=0)
+        self._pool = self._ranks.pool = WorkerPool([*works, self._make_batches], service=1)
+        self._close_others(reader=0)
         torch.set_num_threads(1)  # the other cores are in use
 
     def __enter__(self) -> Workers:
@@ -263,11 +182,20 @@ class Workers:
         torch.set_num_threads(self._threads)
         self._pool.close()
 
-    def __iter__(self) -> Workers:
-        return self
+    def read(self) -> Batch:
+        """Return this process's part of the next batch.
 
-    def __next__(self) -> Batch:
-        return self._data.read(0)
+        Raises:
+            OpenM6Error: the error that making it failed with.
+            TrainingError: the process that makes batches failed otherwise, or was killed.
+        """
+        try:
+            item: Batch | OpenM6Error = self._readers[self._ranks.rank].recv()
+        except EOFError:
+            raise TrainingError("the process that makes batches has ended: go on with --resume") from None
+        if isinstance(item, OpenM6Error):
+            raise item
+        return item
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Train on the batch whose first part is `batch`, as step `step`, the first being 1."""
@@ -277,38 +205,55 @@ class Workers:
     def collect(self) -> None:
         """Copy the whole optimizer state to this process, which saves it."""
         self._pool.send(COLLECT)
-        state = self._train_step.optimizer.state
         for parts in self._pool.gather():
             for index, values in parts.items():
-                state[self._ranks.parameters[index]].update(
-                    {key: torch.from_numpy(value) for key, value in values.items()}
-                )
+                tensors = {key: torch.from_numpy(value) for key, value in values.items()}
+                self._train_step.optimizer.state[self._ranks.parameters[index]].update(tensors)
 
     def _work(self, rank: int, pipe: Connection) -> None:
         """Take part in every step, in a process of its own."""
         self._ranks.rank, self._ranks.pipe = rank, pipe
         self._train_step.ranks = self._ranks
-        self._data.keep(reader=rank)
+        self._close_others(reader=rank)
         while True:
             message = pipe.recv()
-            if message == COLLECT:
-                pipe.send(self._own_state())
-            else:
-                self._train_step.update(self._data.read(rank), *message)
+            if message != COLLECT:
+                self._train_step.update(self.read(), *message)
+                continue
+            state = self._train_step.optimizer.state
+            pipe.send({
+                index: {key: value.numpy() for key, value in state[parameter].items()}
+                for index, parameter in enumerate(self._ranks.parameters)
+                if self._ranks.owner[index] == rank and parameter in state
+            })  # fmt: skip
 
-    def _own_state(self) -> dict[int, dict[str, np.ndarray]]:
-        state = self._train_step.optimizer.state
-        return {
-            index: {key: value.numpy() for key, value in state[parameter].items()}
-            for index, parameter in enumerate(self._ranks.parameters)
-            if self._ranks.owner[index] == self._ranks.rank and parameter in state
-        }
+    def _make_batches(self, pipe: Connection) -> None:
+        """Make batches, in a process of its own, until nobody reads them; the first reader reports a failure."""
 
+        def send(waiting: queue.Queue[Any], writer: Connection) -> None:
+            try:
+                while True:
+                    writer.send(waiting.get())
+            except OSError:
+                os._exit(0)  # no reader is left
 
-def assign_owners(sizes: list[int], ranks: int) -> list[int]:
-    """Return the rank that owns each parameter: the largest first, each to the rank with the least so far."""
-    load, owner = [0] * ranks, [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        owner[index] = load.index(min(load))
-        load[owner[index]] += sizes[index]
-    return owner
+        self._close_others(reader=None)
+        queues: list[queue.Queue[Any]] = [queue.Queue(self._ahead) for _ in self._writers]
+        for waiting, writer in zip(queues, self._writers, strict=True):
+            threading.Thread(target=send, args=(waiting, writer), daemon=True).start()
+        try:
+            for batch in self._training.batches():
+                for waiting, part in zip(queues, self._training.split(batch, len(queues)), strict=True):
+                    waiting.put(part)
+            queues[0].put(TrainingError(ENDED))
+        except OpenM6Error as error:
+            queues[0].put(error)
+        except Exception as error:
+            queues[0].put(TrainingError(f"making a batch failed: {type(error).__name__}: {error}"))
+        pipe.recv()  # until the pool is closed
+
+    def _close_others(self, reader: int | None) -> None:
+        """Close the ends of pipes that this process does not use: an open one hides that its owner has ended."""
+        unused = [end for index, end in enumerate(self._readers) if index != reader]
+        for end in [*unused, *(self._writers if reader is not None else ())]:
+            end.close()

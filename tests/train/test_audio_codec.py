@@ -11,12 +11,12 @@ import torch
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.train.audio_codec import (
+    AudioBank,
     AudioCodecRecipe,
     AudioSubject,
     audio_scores,
     colour,
     curve,
-    make_audio_bank,
     noise,
     play,
     read_clip,
@@ -58,10 +58,10 @@ def test_a_seed_gives_the_same_batch_within_range(subject: AudioSubject) -> None
 
 def test_clips_count_by_their_seconds_unless_their_source_has_a_weight() -> None:
     sources = {"a": clips(wav(0.2)), "b": clips(wav(0.6), wav(0.2))}
-    plain = make_audio_bank(sources, {}, CPU)
+    plain = AudioBank(sources, {}, CPU)
     assert torch.allclose(plain.weights / plain.weights.sum(), torch.tensor([0.2, 0.6, 0.2]).double())
     assert plain.start.tolist() == [0, 3200, 12800] and plain.end.tolist() == [3200, 12800, 16000]
-    shared = make_audio_bank(sources, {"a": 0.5, "b": 0.5}, CPU).weights
+    shared = AudioBank(sources, {"a": 0.5, "b": 0.5}, CPU).weights
     assert float(shared[0]) == pytest.approx(float(shared[1:].sum()))
 
 

@@ -13,12 +13,11 @@ from PIL import Image
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.train.codec import DeviceRng
 from openm6.train.image_codec import (
+    Bank,
     ImageSubject,
     background_mask,
     drawn_images,
-    edge_difference,
     image_scores,
-    make_bank,
     psnr,
     read_small,
     recolour,
@@ -60,8 +59,8 @@ def test_large_images_are_shrunk_when_read_and_small_ones_kept() -> None:
 
 def test_weights_are_per_source_and_others_count_by_their_size() -> None:
     files = {"few": [plain(255, 0, 0)], "many": [plain(0, 255, 0)] * 9}
-    assert make_bank(files, 8, {}, CPU).weights.tolist() == [1.0] * 10
-    weights = make_bank(files, 8, {"few": 0.5, "many": 0.5}, CPU).weights
+    assert Bank(files, 8, {}, CPU).weights.tolist() == [1.0] * 10
+    weights = Bank(files, 8, {"few": 0.5, "many": 0.5}, CPU).weights
     assert weights[0] == pytest.approx(float(weights[1:].sum()))
 
 
@@ -129,9 +128,13 @@ def test_the_settling_loss_falls_as_the_mean_psnr_rises() -> None:
 
 
 def test_edges_are_judged_apart_from_levels() -> None:
-    target = smooth(1)
-    assert edge_difference(target, target + 0.3) < 1e-6
-    assert edge_difference(target, target.flip(-1)) > 1e-3
+    """Of a constant error, only its size counts; blurring costs more than its size."""
+    subject, target = ImageSubject(image_recipe(), CPU), smooth(1)
+    sizes = 0.3 + 0.5 * 0.09 + 2 * 0.25 * 0.3
+    assert float(subject.loss(target, target + 0.3, False)) == pytest.approx(sizes, rel=1e-4)
+    stripes = target + 0.3 * (torch.arange(32) % 2 * 2 - 1)
+    # Next to each other, errors of 0.3 and -0.3 differ by 0.6 along one of two axes; a coarse image has none.
+    assert float(subject.loss(target, stripes, False)) == pytest.approx(0.3 + 0.5 * 0.09 + 0.5 * 0.3, rel=1e-4)
 
 
 def test_psnr_is_the_textbook_figure() -> None:

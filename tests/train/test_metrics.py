@@ -24,7 +24,7 @@ from openm6.train.metrics import (
     PlainDisplay,
     TensorBoardEvents,
     describe,
-    open_display,
+    open_loggers,
     read_metrics,
 )
 from openm6.train.step import StepReport
@@ -159,8 +159,8 @@ def test_a_line_in_words() -> None:
     assert "measuring the speed" in describe(LINE, None, pace)
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    display = open_display("demo", 0)
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    display = open_loggers(RunFolder.open(tmp_path), 0, tensorboard=False)[-1]
     assert isinstance(display, PlainDisplay)
     display.step(20, 40)
     display.log(LINE)

@@ -12,15 +12,14 @@ from pydantic import ValidationError
 from openm6.core.errors import ConfigError
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import WorkCount
-from openm6.models.backbone import Backbone
-from openm6.models.presets import preset
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.nn.moe import RouterStats
 from openm6.ops.matmul import matmul_dtype
 from openm6.train.config import LoopConfig
-from openm6.train.step import TrainStep, choose_execution, resolve_precision, seed_everything, sum_over_ranks
+from openm6.train.step import TrainStep, resolve_precision, seed_everything, sum_over_ranks
 from openm6.train.training_task import StepResult
 from tests.train.toy_training import ToyTraining, toy_config
+from tests.train.words_training import WordsTraining, words_backbone
 
 
 def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
@@ -113,9 +112,9 @@ def test_products_alone_in_half_are_for_processors() -> None:
     ],
 )
 def test_blocks_run_as_the_config_says(settings, expected):
-    backbone = Backbone(preset("nano").backbone)
-    choose_execution(backbone, LoopConfig(**settings), 1024, 0)
-    run = backbone.executor
+    training = WordsTraining(words_backbone())
+    TrainStep(training, LoopConfig(**settings)).choose_execution(1024)
+    run = training.backbone.executor
     words = []
     if isinstance(run, CheckpointedExecutor):
         assert run.num_layers == settings["activation_checkpointing"]
@@ -126,11 +125,10 @@ def test_blocks_run_as_the_config_says(settings, expected):
 
 
 def test_a_choice_of_others_stands():
-    backbone = Backbone(preset("nano").backbone)
-    own = CheckpointedExecutor(LayerExecutor(), 1)
-    backbone.executor = own
-    choose_execution(backbone, LoopConfig(compile=True), 1024, 0)
-    assert backbone.executor is own
+    training = WordsTraining(words_backbone())
+    own = training.backbone.executor = CheckpointedExecutor(LayerExecutor(), 1)
+    TrainStep(training, LoopConfig(compile=True)).choose_execution(1024)
+    assert training.backbone.executor is own
 
 
 def test_no_layers_below_zero():

@@ -18,7 +18,7 @@ from openm6.checkpoint.folder import latest
 from openm6.core.errors import ConfigError, DataError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.train.loop import train
-from openm6.train.workers import Prefetch, assign_owners, number_of_workers
+from openm6.train.workers import WorkerGroupContext, number_of_workers, prefetch
 from tests.train.toy_training import ToyTraining, assert_same_run, toy_config, untimed
 from tests.train.workers_training import WorkersTraining, workers_config
 
@@ -152,26 +152,26 @@ def test_auto_is_settled_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_parameters_have_owners_evenly() -> None:
-    assert assign_owners([5, 1, 4, 2, 3], 2) == [0, 0, 1, 0, 1]
-    assert assign_owners([7, 7], 1) == [0, 0]
+    for sizes, ranks, owners in (([5, 1, 4, 2, 3], 2, [0, 0, 1, 0, 1]), ([7, 7], 1, [0, 0])):
+        assert WorkerGroupContext([torch.zeros(size) for size in sizes], ranks).owner == owners
 
 
 def test_the_order_is_that_of_the_source() -> None:
-    with Prefetch(itertools.count(), 3) as batches:
-        assert list(itertools.islice(batches, 200)) == list(range(200))
+    with prefetch(itertools.count(), 3) as read:
+        assert [read() for _ in range(200)] == list(range(200))
 
 
 def test_no_more_is_made_than_asked_for_and_some_ahead() -> None:
     made: list[int] = []
-    with Prefetch((made.append(index) or index for index in itertools.count()), 2) as batches:  # type: ignore[func-returns-value]
-        assert next(batches) == 0
-    assert len(made) <= 1 + 2 + 1  # used, waiting, and the one in the thread's hand
+    with prefetch((made.append(index) or index for index in itertools.count()), 2) as read:  # type: ignore[func-returns-value]
+        assert read() == 0
+    assert len(made) <= 1 + 2  # used, and waiting
 
 
 def test_the_thread_ends_with_the_reader() -> None:
     before = threading.active_count()
-    with Prefetch(itertools.count(), 1) as batches:
-        next(batches)
+    with prefetch(itertools.count(), 1) as read:
+        read()
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
 
@@ -185,15 +185,15 @@ def broken() -> itertools.chain[int]:
 
 
 def test_a_failure_comes_after_the_good_items_and_stays() -> None:
-    with Prefetch(broken(), 5) as batches:
-        assert [next(batches), next(batches)] == [1, 2]
+    with prefetch(broken(), 5) as read:
+        assert [read(), read()] == [1, 2]
         for _ in range(2):
             with pytest.raises(DataError, match="row 7"):
-                next(batches)
+                read()
 
 
 def test_a_source_that_ends_is_an_error() -> None:
-    with Prefetch(iter([1]), 2) as batches:
-        next(batches)
+    with prefetch(iter([1]), 2) as read:
+        read()
         with pytest.raises(TrainingError, match="the data ended"):
-            next(batches)
+            read()

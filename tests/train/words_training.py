@@ -108,10 +108,6 @@ class WordsTraining(TrainingTask):
     def tokens_per_step(self) -> int:
         return ROWS * LENGTH
 
-    @property
-    def stage(self) -> str:
-        return self.words.backbone.config.stage
-
     def delink(self) -> dict[str, str]:
         return {f"backbone.{new}": f"backbone.{old}" for new, old in self.words.backbone.delink().items()}
 
