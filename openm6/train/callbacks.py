@@ -96,12 +96,14 @@ class MemoryCallback(Callback):
 
     On a GPU both are of torch's allocator. On a CPU they are of the run's processes as Linux counts them, Python and
     libraries included, and of workers only what they do not share; elsewhere nothing is logged.
+
+    Warn once if weights are offloaded and the system swaps them out, since they are then read at the speed of the disk.
     """
 
     name = "memory"
 
     def start(self, run: RunState) -> None:
-        self._device = run.train_step.device
+        self._device, self._watch_swap = run.train_step.device, run.config.offloaded
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start: int | None = torch.cuda.memory_allocated(self._device)
@@ -109,6 +111,15 @@ class MemoryCallback(Callback):
         reset_peak_memory()  # so that loading the data does not count
         # A forked process shares the latter with this one until it writes there.
         self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        if self._watch_swap and (swapped := process_memory("VmSwap") or 0) > MIN_SWAPPED:
+            self._watch_swap = False
+            get_log().warning(
+                f"step {report.step}: the host has swapped out {swapped / 2**30:.1f} GiB of this run, so steps will "
+                "be slow; end other programs, or lower loop.offload.host_gib and train fewer layers"
+            )
+        return {}
 
     def totals(self) -> dict[str, Any]:
         if self._device.type == "cuda":
@@ -205,23 +216,6 @@ class StagesCallback(Callback):
             known = run.run.read_config().get(LOOP_SECTION, {}).get("stages", {})
             run.run.set_config(LOOP_SECTION, "stages", {**known, "switch": {"step": step}})
         get_log().info(f"each layer has weights of its own from step {step + 1} on")
-
-
-class SwapCallback(Callback):
-    """Warn once when the system swaps out the run's memory, since weights are then read at the speed of the disk."""
-
-    name = "swap"
-    _warned = False
-
-    def after_step(self, report: StepReport) -> dict[str, float]:
-        swapped = 0 if self._warned else process_memory("VmSwap") or 0
-        if swapped > MIN_SWAPPED:
-            self._warned = True
-            get_log().warning(
-                f"step {report.step}: the host has swapped out {swapped / 2**30:.1f} GiB of this run, so steps will "
-                "be slow; end other programs, or lower loop.offload.host_gib and train fewer layers"
-            )
-        return {}
 
 
 class SpikeCallback(Callback):

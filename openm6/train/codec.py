@@ -269,9 +269,5 @@ class DeviceRng:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
-    def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Integers from low to high - 1."""
-        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
-
     def bernoulli(self, probability: float, *shape: int) -> Tensor:
         return self.uniform(*shape) < probability

@@ -213,7 +213,8 @@ def warp(images: Tensor, warped: float, rng: DeviceRng) -> Tensor:
     free = torch.stack([size * angle.cos(), -size * angle.sin(), size * angle.sin(), size * angle.cos()], 1)
     free_shift = rng.uniform(count, 2, low=-0.3, high=0.3)
     whole = torch.tensor([1.0, 0.0, 0.0, 1.0], device=rng.device).expand(count, 4)
-    whole_shift = rng.integers(-side // 10, side // 10 + 1, count, 2) * (2.0 / side)
+    pixels = torch.randint(-side // 10, side // 10 + 1, (count, 2), generator=rng.generator, device=rng.device)
+    whole_shift = pixels * (2.0 / side)
     is_free = rng.uniform(count, 1) < warped
     matrix = torch.where(is_free, free, whole).view(count, 2, 2)
     mirror = 1.0 - 2.0 * (rng.uniform(count, 2) < torch.tensor([0.5, 0.15], device=rng.device)).float()

@@ -43,7 +43,6 @@ from openm6.train.callbacks import (
     Progress,
     SpikeCallback,
     StagesCallback,
-    SwapCallback,
 )
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.metering import MeterCallback
@@ -146,7 +145,6 @@ class _Run:
         self.train_step = open_train_step(training, config, run.checkpoints)
         self.callbacks: list[Callback] = [MeterCallback(), MemoryCallback(), SpikeCallback()]
         self.callbacks += [StagesCallback(config.stages)] if config.stages is not None else []
-        self.callbacks += [SwapCallback()] if config.offloaded else []
         self.callbacks += [HeldOutCallback(config.held_out)] if config.held_out is not None else []
         self.callbacks += callbacks
         self.averager, self.progress = MetricAverager(), Progress()
@@ -171,8 +169,8 @@ class _Run:
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             for callback in self.callbacks:
-                stack.callback(callback.close)
                 callback.start(self)
+                stack.callback(callback.close)
             if training.ranks.is_main_process:
                 self.loggers = open_loggers(self.run, progress.step, config.tensorboard)
             for logger in self.loggers:
@@ -304,9 +302,9 @@ class _Run:
                 "set loop.optimizer.name back, or start a new run"
             )
         kept = state["callbacks"]
-        for callback in self.callbacks:
-            if callback.name in kept:
-                callback.before_load(self, kept[callback.name])
+        resumed = [callback for callback in self.callbacks if callback.name in kept]
+        for callback in resumed:
+            callback.before_load(self, kept[callback.name])
         if state["stage"] != self.training.stage:
             raise CheckpointError(
                 f"{folder} is of the {state['stage']} stage, this run is in the {self.training.stage} stage: "
@@ -321,9 +319,8 @@ class _Run:
         self.train_step.load(folder)
         self.training.load_state({**state["task"], **load_training_tensors(folder)})
         self.averager.load_state(state["averager"])
-        for callback in self.callbacks:
-            if callback.name in kept:
-                callback.load_state(kept[callback.name])
+        for callback in resumed:
+            callback.load_state(kept[callback.name])
         self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
         self.training.restore(self.progress.cursor)
         get_log().info(f"resumed from {folder}")

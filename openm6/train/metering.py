@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from openm6.energy.counter import SOURCES, EnergyReading
-from openm6.energy.meter import Meter, open_meter
+from openm6.energy.counter import SOURCES
+from openm6.energy.meter import open_meter
 from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter
@@ -39,7 +39,6 @@ class MeterCallback(Callback):
     def __init__(self) -> None:
         self.tracker = EnergyTracker()
         self._before: dict[str, float] = {}  # joules of earlier processes of this run, by source
-        self._meter: Meter | None = None
         self._seconds = 0.0  # of metering, in this process
 
     def start(self, run: RunState) -> None:
@@ -59,7 +58,7 @@ class MeterCallback(Callback):
     def before_step(self, step: int) -> None:
         with self._timed():
             # Joules and seconds of training when the step began.
-            self._step = (self._own().joules, self._run.progress.seconds)
+            self._step = (self._meter.joules().joules, self._run.progress.seconds)
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         with self._timed():
@@ -93,8 +92,7 @@ class MeterCallback(Callback):
         self._before = dict(self.tracker.by_source)
 
     def close(self) -> None:
-        if self._meter is not None:
-            self._meter.close()
+        self._meter.close()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -102,13 +100,9 @@ class MeterCallback(Callback):
         yield
         self._seconds += time.perf_counter() - began
 
-    def _own(self) -> EnergyReading:
-        """Return the reading of this process's devices, since it began."""
-        return self._meter.joules() if self._meter is not None else EnergyReading()
-
     def _read(self, since: float) -> float:
         """Update the tracker's sums; return what all ranks spent since this one's sum was `since`."""
-        own = self._own()
+        own = self._meter.joules()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
         spent, *now = self._run.training.ranks.all_reduce([own.joules - since, *numbers])
         self.tracker.by_source = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -142,11 +143,9 @@ def words_read(task: Task, source: Source) -> tuple[int, int] | None:
         if isinstance(record, DataError):
             continue
         rng = numpy_generator(0, "words", index)
-        try:
+        with suppress(DataError):
             record = with_negatives(record, source, rng) if task.needs_negatives else record
             counts.append(word_count(task.example(record, rng).source))
-        except DataError:
-            continue
     return (min(counts), max(counts)) if counts else None
 
 

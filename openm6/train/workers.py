@@ -35,7 +35,6 @@ from openm6.train.training_task import Batch, TrainingTask
 
 COLLECT = "collect"
 ENDED = "the data ended before the run did: batches() must go on for ever"
-NORM_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -122,14 +121,10 @@ class WorkerGroupContext(ProcessGroupContext):
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the gradients of the parameters that this worker owns, and drop those of the others."""
         present = [parameter.grad is not None for parameter in self.parameters]
-        own, shared = [], []
         for parameter, owner, sent in zip(self.parameters, self.owner, self._sent[self.rank], strict=True):
             if owner != self.rank and parameter.grad is not None:
-                own.append(parameter.grad)
-                shared.append(sent)
+                sent.copy_(parameter.grad)
                 parameter.grad = None
-        if own:
-            torch._foreach_copy_(shared, own)
         everyone = self.gather(present)
         for index, parameter in enumerate(self.parameters):
             if self.owner[index] != self.rank:
@@ -143,12 +138,6 @@ class WorkerGroupContext(ProcessGroupContext):
         norms = [float(torch.linalg.vector_norm(p.grad)) for p in parameters if p.grad is not None]
         square = sum(self.gather(sum((norm**2 for norm in norms), 0.0)))
         return torch.tensor(math.sqrt(square), dtype=torch.float64)
-
-    def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
-        factor = bound / (float(norm) + NORM_EPSILON)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if factor < 1.0 and gradients:
-            torch._foreach_mul_(gradients, factor)
 
     def barrier(self) -> None:
         self.gather(None)

@@ -19,7 +19,7 @@ from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.offload.config import OffloadConfig
-from openm6.train.callbacks import SpikeCallback, SwapCallback
+from openm6.train.callbacks import MemoryCallback, SpikeCallback
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
@@ -291,8 +291,10 @@ def test_swapping_is_reported_once(
 ) -> None:
     monkeypatch.setattr(device, "PROCESSES", tmp_path)
     (tmp_path / "self").mkdir()
-    status, callback = tmp_path / "self/status", SwapCallback()
+    status, callback = tmp_path / "self/status", MemoryCallback()
     report: Any = SimpleNamespace(step=3)
+    run: Any = SimpleNamespace(train_step=SimpleNamespace(device=CPU), config=SimpleNamespace(offloaded=True))
+    callback.start(run)
     with caplog.at_level(logging.WARNING, logger="openm6"):
         callback.after_step(report)
         status.write_text("Name: python\nVmSwap:\t 1048576 kB\n", encoding="utf-8")
