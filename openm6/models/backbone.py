@@ -82,8 +82,8 @@ class Backbone(nn.Module):
             ValueError: x does not fit the config or `meta`.
             ConfigError: the cache is too small.
         """
-        if x.shape != (meta.batch, meta.length, self.config.hidden_size):
-            expected = (meta.batch, meta.length, self.config.hidden_size)
+        expected = (meta.batch, meta.length, self.config.hidden_size)
+        if x.shape != expected:
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
 
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
@@ -105,15 +105,8 @@ class Backbone(nn.Module):
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         """Return an empty cache of `slots` sequences of up to `capacity` tokens, as the weights on device and dtype."""
         config, weight = self.config, self.final_norm.weight
-        return SlotCache(
-            config.num_layers,
-            slots,
-            capacity,
-            config.num_kv_heads,
-            config.head_dim,
-            weight.device,
-            weight.dtype,
-        )
+        heads, size = config.num_kv_heads, config.head_dim
+        return SlotCache(config.num_layers, slots, capacity, heads, size, weight.device, weight.dtype)
 
     @torch.no_grad()
     def delink(self, refill: Refill | None = None) -> dict[str, str]:

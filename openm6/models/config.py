@@ -42,15 +42,6 @@ class BackboneConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> BackboneConfig:
-        self._check_kinds()
-        if sum(self.sections) != self.head_dim // 2 or min(self.sections) < 0:
-            raise ValueError(f"rope_sections {list(self.sections)} must sum to half of head_dim={self.head_dim}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        self._check_sharing()
-        return self
-
-    def _check_kinds(self) -> None:
         kinds = [self.has_experts(layer) for layer in range(self.num_layers)]
         if any(kinds) and self.experts is None:
             raise ValueError("set experts, or dense alone with moe_layer_freq left out")
@@ -59,8 +50,14 @@ class BackboneConfig(Config):
         wrong = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
         if wrong:
             raise ValueError(f"dense_layers {wrong} do not exist: layers are 0 to {self.num_layers - 1}")
+        if sum(self.sections) != self.head_dim // 2 or min(self.sections) < 0:
+            raise ValueError(f"rope_sections {list(self.sections)} must sum to half of head_dim={self.head_dim}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        return self
 
-    def _check_sharing(self) -> None:
+    @model_validator(mode="after")
+    def _groups_fit(self) -> BackboneConfig:
         if isinstance(self.sharing, int) and self.sharing < 1:
             raise ValueError(f"sharing={self.sharing} must be 1 or more layers that share their weights")
         groups = self.layer_groups
@@ -74,6 +71,7 @@ class BackboneConfig(Config):
                     f"layers {first} and {layer} share weights (group {groups[layer]}), "
                     f"but only one of them holds experts"
                 )
+        return self
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is sparse. A config with `dense` alone has no sparse layer."""
@@ -126,14 +124,7 @@ class BackboneConfig(Config):
 
     @property
     def attention(self) -> AttentionConfig:
-        return AttentionConfig(
-            hidden_size=self.hidden_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            qk_norm=self.qk_norm,
-            norm_eps=self.norm_eps,
-        )
+        return AttentionConfig.model_validate(self, from_attributes=True)
 
     @property
     def deviation(self) -> float:
@@ -156,28 +147,18 @@ class ParameterCount:
 
 def count_parameters(config: BackboneConfig) -> ParameterCount:
     """Parameters of a backbone (no embedding, no head), from its config alone."""
-    total = active = config.hidden_size  # the final norm
+    heads = 2 * (config.num_heads + config.num_kv_heads)  # of queries and outputs, keys and values
+    attention = config.hidden_size * heads * config.head_dim
     norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    total = active = config.hidden_size  # the final norm
     for layer, first in enumerate(config.shared_with):
-        router, matrices = _count_router(config, layer), _count_matrices(config, layer)
-        active += norms + router + matrices.active
+        part = config.feed_forward(layer)
+        network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
+        router, existing, used = 0, 1, 1
+        if isinstance(part, ExpertsConfig):
+            router = part.num_experts * config.hidden_size
+            existing, used = part.num_shared + part.num_experts, part.num_shared + part.experts_per_token
+        active += norms + router + attention + used * network
         total += norms + (0 if config.share_routers and first != layer else router)
-        total += matrices.total if first == layer else 0
+        total += attention + existing * network if first == layer else 0
     return ParameterCount(total, active)
-
-
-def _count_router(config: BackboneConfig, layer: int) -> int:
-    part = config.feed_forward(layer)
-    return part.num_experts * config.hidden_size if isinstance(part, ExpertsConfig) else 0
-
-
-def _count_matrices(config: BackboneConfig, layer: int) -> ParameterCount:
-    """Attention and feed-forward."""
-    query = config.num_heads * config.head_dim
-    attention = config.hidden_size * (2 * query + 2 * config.num_kv_heads * config.head_dim)
-    part = config.feed_forward(layer)
-    network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
-    if isinstance(part, DenseConfig):
-        return ParameterCount(attention + network, attention + network)
-    always = attention + part.num_shared * network
-    return ParameterCount(always + part.num_experts * network, always + part.experts_per_token * network)

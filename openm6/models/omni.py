@@ -18,6 +18,7 @@ from openm6.models.backbone import Backbone, Refill
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import TokenCache
 from openm6.nn.moe import RouterStats
+from openm6.ops.matmul import autocast_dtype
 from openm6.ops.sequence import SequenceMeta
 
 
@@ -100,18 +101,15 @@ class Omni(nn.Module):
 
     def embed(self, groups: dict[str, TokenGroup], rows: int, length: int) -> Tensor:
         """All tokens of a batch at their positions; padding is zero.  # -> R S D"""
-        vectors = [self._embed_kind(name, group) for name, group in groups.items()]
-        index = torch.cat([group.index for group in groups.values()])
-        dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
-        joined = torch.cat([v.to(dtype or v.dtype) for v in vectors])
+        vectors = []
+        for name, group in groups.items():
+            vector = self.adapter(name).embed(group.arrays)  # n D
+            if "name_ids" in group.arrays:  # a token that has a name carries the mean of its words
+                vector = vector + self.text.name_vectors(group.arrays["name_ids"])
+            vectors.append(vector.to(autocast_dtype(vector)))
+        index, joined = torch.cat([group.index for group in groups.values()]), torch.cat(vectors)
         empty = joined.new_zeros(rows * length, self.config.hidden_size)
         return empty.index_copy(0, index, joined).view(rows, length, -1)
-
-    def _embed_kind(self, name: str, group: TokenGroup) -> Tensor:
-        vectors = self.adapter(name).embed(group.arrays)  # n D
-        if "name_ids" in group.arrays:  # a token that has a name carries the mean of its words
-            vectors = vectors + self.text.name_vectors(group.arrays["name_ids"])
-        return vectors
 
     def forward(
         self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None

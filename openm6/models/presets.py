@@ -39,49 +39,25 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def _sparse(
-    name: str,
-    description: str,
-    *,
-    width: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    experts: ExpertsConfig,
-    vocabulary: int,
-) -> Preset:
-    """A model of ours: every layer holds SwiGLU experts, heads of 64 share keys and values in groups."""
-    backbone = BackboneConfig(
-        hidden_size=width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=64,
-        experts=experts,
-    )
-    return Preset(name=name, description=description, backbone=backbone, vocab_size=vocabulary)
-
-
 def _paper(
-    name: str,
-    description: str,
-    *,
-    width: int,
-    num_layers: int,
-    num_heads: int,
-    hidden: int,
-    experts: ExpertsConfig | None = None,
-    moe_layer_freq: int = 1,
-) -> Preset:
-    """A model of the M6 papers: one key-value head for each query head, GELU networks of two matrices."""
-    needs_dense = experts is None or moe_layer_freq > 1
+    name: str, description: str, width: int, num_layers: int, num_heads: int, hidden: int,
+    num_experts: int = 0, num_prototypes: int = 1, moe_layer_freq: int = 1,
+) -> Preset:  # fmt: skip
+    """A model of the M6 papers: one key-value head for each query head, GELU networks of two matrices.
+
+    Experts as M6-T ran them: one in each prototype, no balancing, a capacity of 1.25 times the fair share.
+    """
+    experts = ExpertsConfig(
+        intermediate_size=hidden, num_experts=num_experts, num_prototypes=num_prototypes, hidden_act="gelu",
+        balance="none", router_z_loss_coef=0.0, capacity_factor=1.25,
+    ) if num_experts else None  # fmt: skip
     backbone = BackboneConfig(
         hidden_size=width,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=width // num_heads,
-        dense=DenseConfig(intermediate_size=hidden, hidden_act="gelu") if needs_dense else None,
+        dense=DenseConfig(intermediate_size=hidden, hidden_act="gelu") if not experts or moe_layer_freq > 1 else None,
         experts=experts,
         moe_layer_freq=moe_layer_freq,
         qk_norm=False,
@@ -89,62 +65,50 @@ def _paper(
     return Preset(name=name, description=description, backbone=backbone, vocab_size=21_128)
 
 
-def _gelu_experts(hidden: int, num_experts: int, num_prototypes: int) -> ExpertsConfig:
-    """Experts as M6-T ran them: one in each prototype, no balancing, a capacity of 1.25 times the fair share."""
-    return ExpertsConfig(
-        intermediate_size=hidden,
-        num_experts=num_experts,
-        num_prototypes=num_prototypes,
-        hidden_act="gelu",
-        balance="none",
-        router_z_loss_coef=0.0,
-        capacity_factor=1.25,
-    )
-
-
-_ALL = (
-    _sparse(
-        "nano", "for two cores and the demo",
-        width=192, num_layers=4, num_heads=3, num_kv_heads=1, vocabulary=4096,
-        experts=ExpertsConfig(intermediate_size=192, num_experts=8, top_k=2),
+PRESETS: dict[str, Preset] = {entry.name: entry for entry in (
+    Preset(
+        name="nano", description="for two cores and the demo", vocab_size=4096,
+        backbone=BackboneConfig(
+            hidden_size=192, num_layers=4, num_heads=3, num_kv_heads=1, head_dim=64,
+            experts=ExpertsConfig(intermediate_size=192, num_experts=8, top_k=2),
+        ),
     ),
-    _sparse(
-        "tiny", "for one small GPU",
-        width=384, num_layers=8, num_heads=6, num_kv_heads=2, vocabulary=16_384,
-        experts=ExpertsConfig(intermediate_size=512, num_experts=8, top_k=2),
+    Preset(
+        name="tiny", description="for one small GPU", vocab_size=16_384,
+        backbone=BackboneConfig(
+            hidden_size=384, num_layers=8, num_heads=6, num_kv_heads=2, head_dim=64,
+            experts=ExpertsConfig(intermediate_size=512, num_experts=8, top_k=2),
+        ),
     ),
-    _sparse(
-        "small", "for one GPU",
-        width=768, num_layers=12, num_heads=12, num_kv_heads=4, vocabulary=32_768,
-        experts=ExpertsConfig(intermediate_size=576, num_experts=16, top_k=2),
+    Preset(
+        name="small", description="for one GPU", vocab_size=32_768,
+        backbone=BackboneConfig(
+            hidden_size=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64,
+            experts=ExpertsConfig(intermediate_size=576, num_experts=16, top_k=2),
+        ),
     ),
-    _sparse(
-        "base", "for one large GPU",
-        width=1536, num_layers=18, num_heads=24, num_kv_heads=8, vocabulary=32_768,
-        experts=ExpertsConfig(intermediate_size=512, num_experts=64, top_k=4),
+    Preset(
+        name="base", description="for one large GPU", vocab_size=32_768,
+        backbone=BackboneConfig(
+            hidden_size=1536, num_layers=18, num_heads=24, num_kv_heads=8, head_dim=64,
+            experts=ExpertsConfig(intermediate_size=512, num_experts=64, top_k=4),
+        ),
     ),
-    _paper(
-        "m6-base", "M6 base, dense (2103.00823)", width=1024, num_layers=24, num_heads=16, hidden=4096
-    ),
-    _paper(
-        "m6-10b", "M6-10B, dense (2103.00823)", width=4096, num_layers=50, num_heads=128, hidden=16_384
-    ),
+    _paper("m6-base", "M6 base, dense (2103.00823)", width=1024, num_layers=24, num_heads=16, hidden=4096),
+    _paper("m6-10b", "M6-10B, dense (2103.00823)", width=4096, num_layers=50, num_heads=128, hidden=16_384),
     _paper(
         "m6-100b", "M6-100B, experts in every other layer (2103.00823)",
-        width=1024, num_layers=24, num_heads=16, hidden=4096,
-        experts=_gelu_experts(4096, 1024, 1), moe_layer_freq=2,
+        width=1024, num_layers=24, num_heads=16, hidden=4096, num_experts=1024, moe_layer_freq=2,
     ),
     _paper(
         "m6t-1t", "M6-T, a trillion parameters (2105.15082)",
-        width=1024, num_layers=24, num_heads=16, hidden=21_248, experts=_gelu_experts(21_248, 960, 1),
+        width=1024, num_layers=24, num_heads=16, hidden=21_248, num_experts=960,
     ),
     _paper(
         "m6-10t", "M6-10T, ten trillion parameters in 80 prototypes (2110.03888)",
-        width=1024, num_layers=48, num_heads=16, hidden=9984, experts=_gelu_experts(9984, 10_240, 80),
+        width=1024, num_layers=48, num_heads=16, hidden=9984, num_experts=10_240, num_prototypes=80,
     ),
-)  # fmt: skip
-
-PRESETS: dict[str, Preset] = {entry.name: entry for entry in _ALL}
+)}  # fmt: skip
 
 
 class ModelConfig(Config):
@@ -165,12 +129,3 @@ def build_backbone(config: ModelConfig) -> BackboneConfig:
         known = values.get(name)
         values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
     return build(BackboneConfig, values, "model.overrides")
-
-
-def vocabulary_size(config: ModelConfig, named: int | None) -> int:
-    """Tokens that a tokenizer learns for the model: the number named, or else the preset's.
-
-    Raises:
-        ConfigError: no such preset.
-    """
-    return preset(config.preset).vocab_size if named is None else named

@@ -81,16 +81,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     if isinstance(mask, QueryBlocks):
         return attend_query_blocks(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
-    if isinstance(mask, BlockMask) and torch.compiler.is_compiling():
-        answer = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
-    elif isinstance(mask, BlockMask):
-        answer = _flex()(query, key, value, block_mask=mask, enable_gqa=True)
-    elif isinstance(mask, CausalMask):
-        grouped = query.shape[1] != key.shape[1]
-        answer = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    if isinstance(mask, BlockMask):
+        flex: Callable[..., Tensor] = flex_attention if torch.compiler.is_compiling() else _flex()
+        answer = flex(query, key, value, block_mask=mask, enable_gqa=True)
     else:
+        causal, given = (True, None) if isinstance(mask, CausalMask) else (False, mask)
         grouped = query.shape[1] != key.shape[1]
-        answer = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+        answer = F.scaled_dot_product_attention(query, key, value, given, is_causal=causal, enable_gqa=grouped)
     return answer.transpose(1, 2)
 
 

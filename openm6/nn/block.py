@@ -58,12 +58,8 @@ class TransformerBlock(nn.Module):
         """Return the modules with the matrices, which layers may share, by their name in the block."""
         if isinstance(self.mlp, MLP):
             return {"attention": self.attention, "mlp": self.mlp}
-        found: dict[str, Attention | MLP | Experts] = {
-            "attention": self.attention,
-            "mlp.experts": self.mlp.experts,
-        }
-        shared = self.mlp.shared_experts
-        return found if shared is None else {**found, "mlp.shared_experts": shared}
+        shared = {} if self.mlp.shared_experts is None else {"mlp.shared_experts": self.mlp.shared_experts}
+        return {"attention": self.attention, "mlp.experts": self.mlp.experts, **shared}
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the shareable modules, by their name in the block."""
@@ -104,21 +100,19 @@ def build_block(
 
     Its values are not yet filled in.
     """
-    router = None
-    if isinstance(mlp, ExpertsConfig):
-        shared = first.router if first is not None and share_router else None
-        router = shared or Router(attention.hidden_size, mlp)
+    width = attention.hidden_size
+    router = Router(width, mlp) if isinstance(mlp, ExpertsConfig) else None
     if first is not None:
-        if isinstance(first.mlp, MLP) or router is None:
-            return TransformerBlock(first.attention, first.mlp)
-        return TransformerBlock(first.attention, MoE(router, first.mlp.experts, first.mlp.shared_experts))
+        network: MLP | MoE = first.mlp
+        if isinstance(network, MoE) and router is not None:
+            network = MoE(network.router if share_router else router, network.experts, network.shared_experts)
+        return TransformerBlock(first.attention, network)
     with torch.device("meta") if meta_matrices else nullcontext():
         own = Attention(attention)
         if isinstance(mlp, DenseConfig):
-            network: MLP | MoE = MLP(attention.hidden_size, mlp)
+            network = MLP(width, mlp)
         else:
             assert router is not None
-            experts = Experts(attention.hidden_size, mlp)
-            shared_experts = None if mlp.shared is None else MLP(attention.hidden_size, mlp.shared)
-            network = MoE(router, experts, shared_experts)
+            shared = None if mlp.shared is None else MLP(width, mlp.shared)
+            network = MoE(router, Experts(width, mlp), shared)
     return TransformerBlock(own, network)

@@ -72,17 +72,11 @@ class ExpertsConfig(Config):
 
 
 class AttentionConfig(Config):
-    """Heads and positions of one attention layer."""
+    """What one attention layer needs of the backbone's config, where its fields are checked."""
 
-    hidden_size: int = Field(gt=0, multiple_of=8)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0, multiple_of=8)
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     qk_norm: bool = True
-    norm_eps: float = Field(default=1e-6, gt=0)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> AttentionConfig:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        return self
+    norm_eps: float = 1e-6

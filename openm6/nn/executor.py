@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from openm6.core.log import get_log
 from openm6.nn.block import BlockOutput, Context, TransformerBlock
 from openm6.nn.moe import MoE, RouterStats, TokenDispatcher
-from openm6.ops.matmul import capture_precision
+from openm6.ops.matmul import autocast_dtype, capture_precision
 from openm6.ops.sequence import SequenceMeta
 
 MakeContext = Callable[[Tensor, SequenceMeta], Context]
@@ -70,15 +70,21 @@ class CompiledExecutor(LayerExecutor):
         self.backend = backend
         self.compilations = 0
         self.broken = False
-        self._run = torch.compile(_first_layer, backend=self._compile, fullgraph=True, dynamic=False)
+        # The layer's index stays outside: as an input it would be compiled in, once per layer.
+        self._run = torch.compile(
+            lambda block, x, context: block(x, context, 0), backend=self._compile, fullgraph=True, dynamic=False
+        )
 
     def run_block(self, block: TransformerBlock, x: Tensor, context: Context, layer: int) -> BlockOutput:
-        if self.broken or not block.training or context.cache is not None or not _compilable(block, x):
+        # In any other dtype than bf16, the grouped product of experts asks for counts on the host.
+        waits = isinstance(block.mlp, MoE) and autocast_dtype(x) != torch.bfloat16
+        if self.broken or not block.training or context.cache is not None or waits:
             return super().run_block(block, x, context, layer)
         try:
             y, stats = self._run(block, x, context)
-        except _compiler_failures() as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             self.broken = True
+            # What the backend raised comes wrapped.
             cause = getattr(error, "inner_exception", error)
             reason = str(cause).strip().partition("\n")[0]
             get_log().warning(
@@ -86,33 +92,12 @@ class CompiledExecutor(LayerExecutor):
                 f"loop.compile=false does not try"
             )
             return super().run_block(block, x, context, layer)
-        # The layer's index stays outside: as an input it would be compiled in, once per layer.
         return y, None if stats is None else replace(stats, layer=layer)
 
     def _compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         self.compilations += 1
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
         return compiled
-
-
-def _first_layer(block: TransformerBlock, x: Tensor, context: Context) -> BlockOutput:
-    output: BlockOutput = block(x, context, 0)
-    return output
-
-
-def _compiler_failures() -> tuple[type[Exception], ...]:
-    """What torch raises if it cannot compile; what the backend raises comes wrapped in the first."""
-    exc = torch._dynamo.exc
-    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
-
-
-def _compilable(block: TransformerBlock, x: Tensor) -> bool:
-    """Dense blocks always. With experts in bf16: in any other dtype the grouped product asks for counts on the host."""
-    if not isinstance(block.mlp, MoE):
-        return True
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return dtype == torch.bfloat16
 
 
 class CheckpointedExecutor(LayerExecutor):

@@ -15,8 +15,7 @@ from openm6.ops.pointwise import rms_norm, swiglu
 
 def fill_normal(weight: Tensor, deviation: float) -> None:
     """Fill in place with normal values, cut at three standard deviations."""
-    with torch.no_grad():
-        nn.init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+    nn.init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation)
 
 
 class RMSNorm(nn.Module):

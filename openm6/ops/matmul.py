@@ -218,8 +218,13 @@ class _IdleWithoutGradient(torch.autograd.Function):
         return gradient.masked_fill(idle(counts), 0.0), None
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return autocast's dtype on the device of `x`, or without autocast its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def cast_alike(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in the weight's dtype, or under autocast in autocast's."""
-    kind = rows.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = autocast_dtype(weight)
     return rows.to(dtype), weight.to(dtype)

@@ -9,7 +9,7 @@ from openm6.core.config import apply_overrides, build, read_yaml
 from openm6.core.errors import ConfigError, nearest
 from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig
-from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset, vocabulary_size
+from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset
 from openm6.offload.config import OffloadConfig
 from openm6.optim.config import BYTES_PER_PARAMETER
 from openm6.plan.memory import TIERS
@@ -111,7 +111,7 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     return Model(
         name=name,
         backbone=build_backbone(choice),
-        vocabulary=vocabulary_size(choice, text.get("vocab_size")),
+        vocabulary=text.get("vocab_size") or preset(choice.preset).vocab_size,
         batch=int(packing.get("batch_size", 4)) * seq_len,
         seq_len=seq_len,
         optimizer=str(optimizer.get("name", "adamw")),

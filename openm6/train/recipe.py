@@ -16,7 +16,7 @@ from openm6.evaluate.evaluator import EvalConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.config import BackboneConfig
-from openm6.models.presets import ModelConfig, vocabulary_size
+from openm6.models.presets import ModelConfig, preset
 from openm6.tasks.registry import TASKS, unknown_task
 from openm6.train.config import LoopConfig
 
@@ -70,7 +70,7 @@ class MultimodalRecipe(Config):
     @property
     def vocabulary(self) -> int:
         """Return the size of the tokenizer's vocabulary."""
-        return vocabulary_size(self.model, self.modalities.text.vocab_size)
+        return self.modalities.text.vocab_size or preset(self.model.preset).vocab_size
 
     @property
     def pooling(self) -> PoolConfig | None:
