@@ -26,6 +26,7 @@ from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.sampling import Sampling
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
+from openm6.nn.cache import PackedWriter, SlotWriter
 from openm6.nn.config import ExpertsConfig
 from openm6.ops.sequence import causal_meta, join
 from openm6.serve.config import EngineConfig
@@ -79,10 +80,10 @@ def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
     slots = [rows.next_slot + number for number in range(len(prompts))]
     embedded = torch.nn.functional.embedding(ids[None], text_head.embedding)
     if len(prompts) == 1:
-        text_head.backbone(embedded, metas[0], rows.cache.writer(slots[0]))
+        text_head.backbone(embedded, metas[0], SlotWriter(rows.cache, slots[0]))
         return
     meta = join([replace(part, example_id=part.example_id + n) for n, part in enumerate(metas)])
-    text_head.backbone(embedded, meta, rows.cache.packed_writer(slots))
+    text_head.backbone(embedded, meta, PackedWriter(rows.cache, slots))
 
 
 LOAD = 0.7  # of the throughput of the baseline's best setting, so that its queue stays bounded

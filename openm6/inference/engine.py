@@ -35,7 +35,7 @@ from openm6.modalities.numbers import Histogram, NumbersOut
 from openm6.modalities.pool import POOL, pooled
 from openm6.modalities.registry import source_segments
 from openm6.models.omni import Omni
-from openm6.nn.cache import SlotCache
+from openm6.nn.cache import SlotCache, SlotReader
 from openm6.ops.sequence import SequenceMeta
 
 # Texts decoded side by side.
@@ -131,7 +131,7 @@ def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, can
         example_id = batch.meta.example_id
         # All belong to the example of the prompt, each to its own block.
         meta = SequenceMeta(torch.zeros_like(example_id), batch.meta.attn_order, example_id + 1, batch.meta.positions)
-        hidden, _ = omni(batch.groups, meta, cache.reader([slot]))  # 1 S D
+        hidden, _ = omni(batch.groups, meta, SlotReader(cache, [slot]))  # 1 S D
         group = batch.groups["text"]
         nll = omni.text.nll(hidden[0, group.index], group.arrays).float()
         found += nll.new_zeros(len(few)).index_add_(0, group.example, nll).tolist()

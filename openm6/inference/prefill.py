@@ -20,7 +20,7 @@ from openm6.core.lru_cache import LRUCache
 from openm6.modalities.batch import TokenGroup, build_sequence, collate
 from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
-from openm6.nn.cache import SlotCache, TokenCache
+from openm6.nn.cache import PackedWriter, SlotCache, SlotReader, SlotWriter, TokenCache
 from openm6.ops.sequence import SequenceMeta
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def prefill(
             cache.put(slot, kept, start)
             cached += cache.lengths[slot] - start
         else:
-            _run_units(omni, [unit], cache, [slot], cache.writer(slot, start), position)
+            _run_units(omni, [unit], cache, [slot], SlotWriter(cache, slot, start), position)
             prefix_cache.put(unit.key, cache.take(slot, start))
         position, start = position + unit.span, cache.lengths[slot]
     # Prefixes serve more prompts than ends: they are dropped last.
@@ -121,7 +121,7 @@ def prefill_packed(
     packed = [slot for _, slot in firsts.values()] if len(firsts) > 1 else []
     if packed:
         units = [unit for unit, _ in firsts.values()]
-        _run_units(omni, units, cache, packed, cache.packed_writer(packed))
+        _run_units(omni, units, cache, packed, PackedWriter(cache, packed))
         for unit, slot in zip(units, packed, strict=True):
             prefix_cache.put(unit.key, cache.take(slot))
     return [
@@ -177,4 +177,4 @@ def run_block(
     meta = SequenceMeta(zero, zero + 1, zero + 1, positions.to(torch.int32))
     index = torch.arange(zero.numel(), device=device)
     groups = {like.kind: TokenGroup(index, arrays, index, index.float(), index[:0])}
-    return omni(groups, meta, cache.reader(slots))[0]
+    return omni(groups, meta, SlotReader(cache, slots))[0]

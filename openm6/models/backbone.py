@@ -166,6 +166,6 @@ def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask
     if keys is meta and x.is_cuda and meta.causal:
         return CausalMask()
     if cache is None and x.is_cuda and meta.length % BLOCK == 0:
-        return block_mask(meta, meta)
+        return block_mask(meta)
     mask = visible(meta, keys)
     return additive_mask(mask, x.dtype) if x.is_cpu else mask

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -14,23 +12,11 @@ from openm6.core.errors import ConfigError
 from openm6.ops.sequence import PADDING, SequenceMeta, join
 
 
-class TokenCache(Protocol):
-    """What a forward pass needs of a cache."""
-
-    def extend(self, meta: SequenceMeta) -> SequenceMeta:
-        """Take the metadata of the new tokens and return that of all keys; called once before the layers `write`."""
-        ...
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the new tokens' keys and values of a layer and return all: B S G d -> B T G d."""
-        ...
-
-
 class SlotCache:
     """B slots of C tokens in each of L layers; later tokens of a slot see everything in it.
 
-    A slot is filled through a `writer`, continued at its `length`, and read, without being changed, through a
-    `reader`. Addresses never move, so a captured CUDA graph may hold them.
+    A slot is filled, and continued at its `length`, through a `SlotWriter` or `PackedWriter`, and read, without being
+    changed, through a `SlotReader`. Addresses never move, so a captured CUDA graph may hold them.
     """
 
     def __init__(
@@ -60,18 +46,6 @@ class SlotCache:
         """Raise ConfigError if a slot has no room for `length` tokens."""
         if length > self.capacity:
             raise ConfigError(f"{length} tokens do not fit a slot of {self.capacity}: make slots larger")
-
-    def writer(self, slot: int, start: int = 0) -> SlotWriter:
-        """Return a cache for one row that continues a slot after its first `start` tokens."""
-        return SlotWriter(self, slot, start)
-
-    def packed_writer(self, slots: list[int]) -> PackedWriter:
-        """Return a cache for one packed row whose n-th example fills the n-th of these slots from its start."""
-        return PackedWriter(self, slots)
-
-    def reader(self, slots: list[int | None]) -> SlotReader:
-        """Return a cache for rows that see one slot each (None: nothing) and store nothing."""
-        return SlotReader(self, slots)
 
     def move(self, source: int, target: int) -> None:
         """Copy the content of one slot to another."""
@@ -103,9 +77,9 @@ class SlotCache:
 
 
 class SlotWriter:
-    """One row whose new tokens stay in a slot."""
+    """One row that continues a slot after its first `start` tokens."""
 
-    def __init__(self, cache: SlotCache, slot: int, start: int) -> None:
+    def __init__(self, cache: SlotCache, slot: int, start: int = 0) -> None:
         self.cache, self.slot, self.start, self.end = cache, slot, start, start
 
     def extend(self, meta: SequenceMeta) -> SequenceMeta:
@@ -127,7 +101,7 @@ class SlotWriter:
 
 
 class PackedWriter:
-    """One packed row whose examples stay in a slot each, and see nothing that was there before."""
+    """One packed row whose n-th example fills the n-th of these slots from its start, and sees nothing of before."""
 
     index: tuple[Tensor, Tensor]  # slot and position of each token
 
@@ -154,7 +128,7 @@ class PackedWriter:
 
 
 class SlotReader:
-    """Rows that see the content of slots, and themselves: masked-parallel blocks, candidates, queries."""
+    """Rows that see one slot each (None: nothing), and themselves, and store nothing: masked blocks, candidates."""
 
     def __init__(self, cache: SlotCache, slots: list[int | None]) -> None:
         device = cache.keys.device
@@ -173,6 +147,11 @@ class SlotReader:
         keys = self.cache.keys[layer, self.index, : self.longest]
         values = self.cache.values[layer, self.index, : self.longest]
         return torch.cat([keys.to(key.dtype), key], 1), torch.cat([values.to(value.dtype), value], 1)
+
+
+# What a forward pass needs of a cache. `extend`, called once before the layers `write`, takes the metadata of the new
+# tokens and returns that of all keys; `write` takes their keys and values and returns all: B S G d -> B T G d.
+TokenCache = SlotWriter | PackedWriter | SlotReader
 
 
 def _open_meta(sample: Tensor) -> SequenceMeta:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,14 +17,11 @@ from openm6.nn.layers import MLP, activate, fill_normal, first_width
 from openm6.ops.matmul import cast_alike, grouped_mm
 from openm6.ops.moe import (
     balance_loss,
-    balanced_bias,
-    capacity_of,
     capacity_permutation,
     choose_backend,
     choose_prototypes,
     choose_top_k,
     dropless_permutation,
-    load_cv,
     moe_mlp_fused,
     moe_mlp_per_expert,
     permute,
@@ -77,8 +75,8 @@ class RouterStats:
 
     @property
     def load_cv(self) -> Tensor:
-        """σ/μ of the load."""
-        return load_cv(self.load)
+        """Coefficient of variation σ/μ of the load: 0 is perfect balance (M6-T, §3.1)."""
+        return self.load.std(correction=0) / self.load.mean().clamp(min=1e-9)
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,13 @@ class Router(nn.Module):
         return Routing(gate, chosen, load, aux, z)
 
     def update_balance(self, load: Tensor) -> None:
-        """Moves the bias a step towards balance; `load` is summed over layers, micro-batches and ranks first."""
+        """A step of loss-free balancing (2408.15664): the bias goes up for too few tokens, down for too many.
+
+        `load` is summed over layers, micro-batches and ranks first.
+        """
         if self.bias is not None:
-            self.bias.copy_(balanced_bias(self.bias, load.to(self.bias.device), self.config.balance_rate))
+            load = load.to(self.bias.device)
+            self.bias.copy_(self.bias + self.config.balance_rate * torch.sign(load.mean() - load))
 
 
 class Experts(nn.Module):
@@ -175,7 +177,9 @@ class Experts(nn.Module):
         if config.capacity_factor is None:
             permutation = dropless_permutation(routing.chosen, config.num_experts)
         else:
-            capacity = capacity_of(len(valid), config.experts_per_token, config.num_experts, config.capacity_factor)
+            # C = k·T/N·γ, rounded up (M6-T, §2), with k choices, T tokens and N experts
+            share = config.experts_per_token * len(valid) / config.num_experts
+            capacity = max(1, math.ceil(share * config.capacity_factor))
             permutation = capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
         rows = permute(x.flatten(0, 1), permutation)  # N D -> R D
         # The whole weight as it is, since a view would copy its gradient.

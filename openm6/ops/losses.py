@@ -93,11 +93,6 @@ def grouped_cross_entropy(states: Tensor, weight: Tensor, target: Tensor, smooth
     """
     if states.is_cpu and states.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
         return _GroupedCrossEntropy.apply(states, weight, target, smoothing)
-    return grouped_cross_entropy_reference(states, weight, target, smoothing)
-
-
-def grouped_cross_entropy_reference(states: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """The reference of `grouped_cross_entropy`."""
     logits = torch.einsum("ngb,gbc->ngc", states, weight).float().flatten(0, 1)  # N·G C
     nll = F.cross_entropy(logits, target.flatten(), reduction="none", label_smoothing=smoothing)
     return nll.view(target.shape)
@@ -120,9 +115,15 @@ class _GroupedCrossEntropy(torch.autograd.Function):
         labels = F.pad(target.t(), (0, extra)).unsqueeze(-1)  # G N 1
         nll, rests = [], []
         for own, matrix, label in zip(states, weight, labels, strict=True):
-            one, rest = _one_classifier(own, matrix, label, smoothing, any(ctx.needs_input_grad))
-            nll.append(one)
-            rests.append(rest)
+            logits = matmul(own, matrix.t()).float()  # N C
+            mean = logits.mean(-1, keepdim=True)
+            log_probability = logits.log_softmax(-1)
+            at_label = log_probability.gather(-1, label)  # N 1
+            log_sum = logits.gather(-1, label) - at_label  # log Σ exp
+            nll.append((smoothing - 1) * at_label + smoothing * (log_sum - mean))
+            if any(ctx.needs_input_grad):
+                rest = log_probability.exp_().scatter_add_(-1, label, torch.full_like(at_label, smoothing - 1))
+                rests.append(rest.to(dtype))
         ctx.smoothing = smoothing
         ctx.save_for_backward(states, weight, *rests)
         return torch.cat(nll, dim=1)[: len(target)]
@@ -139,22 +140,6 @@ class _GroupedCrossEntropy(torch.autograd.Function):
             d_weight[g] = matmul(scaled.to(rest.dtype).t(), rest.t())
             d_weight[g].sub_((ctx.smoothing / weight.shape[-1]) * scaled.sum(0).unsqueeze(-1))
         return d_states[:, : len(gradient)].transpose(0, 1), d_weight, None, None
-
-
-def _one_classifier(
-    states: Tensor, weight: Tensor, label: Tensor, smoothing: float, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the NLL and, if `keep`, Q: N B, B C, N 1 -> N 1, N C."""
-    logits = matmul(states, weight.t()).float()  # N C
-    mean = logits.mean(-1, keepdim=True)
-    log_probability = logits.log_softmax(-1)
-    at_label = log_probability.gather(-1, label)
-    log_sum = logits.gather(-1, label) - at_label  # log Σ exp
-    nll = (smoothing - 1) * at_label + smoothing * (log_sum - mean)
-    if not keep:
-        return nll, nll
-    rest = log_probability.exp_().scatter_add_(-1, label, torch.full_like(at_label, smoothing - 1))
-    return nll, rest.to(states.dtype)
 
 
 def info_nce(query: Tensor, gallery: Tensor, same: Tensor, partner: Tensor, scale: Tensor | float) -> Tensor:

@@ -116,23 +116,13 @@ def pad_rows(rows: int, dtype: torch.dtype) -> int:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether this CPU has AVX-512 that MKL leaves unused, and torch has oneDNN."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and has_onednn() and torch.backends.mkl.is_available() and not _of_intel()
-
-
-def has_onednn() -> bool:
-    """Whether this torch can run a product in oneDNN."""
     try:
-        return torch.backends.mkldnn.is_available() and callable(torch.ops.mkldnn._linear_pointwise)
-    except AttributeError:
-        return False
-
-
-def _of_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        vendor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "Intel" in platform.processor()
+        vendor = platform.processor()
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    unused = torch.backends.mkl.is_available() and "GenuineIntel" not in vendor
+    return has_onednn and unused and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _plain(x: Tensor) -> bool:
@@ -169,7 +159,8 @@ def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     rows, weight = cast_alike(rows, weight)
     # On a GPU the kernel supports bf16 only; other dtypes are slow.
     if rows.is_cuda and rows.dtype != torch.bfloat16:
-        return grouped_mm_reference(rows, weight, counts)
+        groups = rows.split(counts.tolist())
+        return torch.cat([group @ matrix for group, matrix in zip(groups, weight.unbind(), strict=True)])
     ends = counts.cumsum(0).to(torch.int32)
     check_experts(len(weight), rows.device)
     if rows.is_cuda:
@@ -177,18 +168,8 @@ def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return F.grouped_mm(rows, weight, offs=ends)
 
 
-def grouped_mm_reference(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """The reference of `grouped_mm`: a product for each expert."""
-    groups = rows.split(counts.tolist())
-    return torch.cat([group @ matrix for group, matrix in zip(groups, weight.unbind(), strict=True)])
-
-
 def check_experts(count: int, device: torch.device) -> None:
-    """Check that one product has no more experts than a GPU's kernel supports.
-
-    Raises:
-        ConfigError: it has more.
-    """
+    """Raise ConfigError if one product has more experts than the kernel of a GPU supports."""
     if device.type == "cuda" and count > MAX_EXPERTS:
         raise ConfigError(
             f"a layer has {count} experts on one GPU, whose grouped product takes {MAX_EXPERTS}: "

@@ -15,7 +15,6 @@ product need not be kept for its gradient, and both adjoints of the permutation 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6 import kernels
-from openm6.ops.matmul import ROWS, check_experts, idle, matmul, matmul_dtype, pad_rows
+from openm6.ops.matmul import ROWS, autocast_dtype, check_experts, idle, matmul, matmul_dtype, pad_rows
 
 Backend = Literal["permute", "fused", "per_expert"]
 
@@ -42,8 +41,7 @@ def choose_backend(x: Tensor, num_choices: int, num_experts: int, simple: bool) 
         many = len(x) * num_choices >= 2 * ROWS * num_experts
         plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         return "per_expert" if many and plain and not torch.compiler.is_compiling() else "permute"
-    half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
-    return "fused" if x.is_cuda and (half or x.dtype == torch.bfloat16) else "permute"
+    return "fused" if x.is_cuda and autocast_dtype(x) == torch.bfloat16 else "permute"
 
 
 def choose_top_k(logits: Tensor, bias: Tensor | None, top_k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,11 +78,6 @@ def tokens_per_expert(chosen: Tensor, valid: Tensor, num_experts: int) -> Tensor
     return load.scatter_add_(0, chosen.reshape(-1), weight.reshape(-1))
 
 
-def load_cv(load: Tensor) -> Tensor:
-    """Coefficient of variation σ/μ of the tokens per expert: 0 is perfect balance (M6-T, §3.1)."""
-    return load.std(correction=0) / load.mean().clamp(min=1e-9)
-
-
 def balance_loss(probability: Tensor, load: Tensor, valid: Tensor) -> Tensor:
     """E · Σ_e f_e · P_e of the Switch transformer (2101.03961, eq. 4): 1 if balanced, at most E.
 
@@ -101,11 +94,6 @@ def z_loss(logits: Tensor, valid: Tensor, num_groups: int = 1) -> Tensor:
     square = logits.unflatten(-1, (num_groups, -1)).logsumexp(-1).square().mean(-1)  # N E -> N
     weight = valid.to(square.dtype)
     return (square * weight).sum() / weight.sum().clamp(min=1)
-
-
-def balanced_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """A step of loss-free balancing (2408.15664): up by `rate` for too few tokens, down for too many."""
-    return bias + rate * torch.sign(load.mean() - load)
 
 
 @dataclass(frozen=True)
@@ -148,11 +136,6 @@ def capacity_permutation(chosen: Tensor, valid: Tensor, num_experts: int, capaci
     source[torch.where(kept, slot, rows)] = torch.arange(len(chosen), device=chosen.device).unsqueeze(-1)
     counts = torch.full((num_experts,), capacity, dtype=torch.int64, device=chosen.device)
     return TokenPermutation(source[:rows], slot, kept, counts)
-
-
-def capacity_of(num_tokens: int, choices: int, num_experts: int, factor: float) -> int:
-    """C = k·T/N·γ, rounded up (M6-T, §2), with k choices, T tokens and N experts."""
-    return max(1, math.ceil(choices * num_tokens / num_experts * factor))
 
 
 def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,11 +17,8 @@ from torch import Tensor
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: ... 2F -> ... F."""
-    return swiglu_reference(gate_up) if torch.compiler.is_compiling() else _SwiGlu.apply(gate_up)
-
-
-def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """The reference of `swiglu`."""
+    if not torch.compiler.is_compiling():
+        return _SwiGlu.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -50,11 +47,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in fp32, returned in x's dtype; weight: D, or H D."""
     if x.is_cpu and not torch.compiler.is_compiling():
         return _RmsNorm.apply(x, weight, eps)
-    return rms_norm_reference(x, weight, eps)
-
-
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The reference of `rms_norm`."""
     normal = F.rms_norm(x.float(), (x.shape[-1],), eps=eps)
     return (normal * weight.float()).to(x.dtype)
 
@@ -84,29 +76,25 @@ class _RmsNorm(torch.autograd.Function):
         return d_x.to(ctx.dtype), d_weight, None
 
 
-def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
-    """Return the axis of each of the d/2 frequencies: taken in turn, so that each axis has fast and slow ones."""
-    return [axis for turn in range(max(sections)) for axis in range(3) if turn < sections[axis]]
-
-
 def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles at each position, in fp32: B S 3 -> twice B S 1 d/2."""
+    """Cosines and sines of the angles at each position, in fp32: B S 3 -> twice B S 1 d/2.
+
+    Frequencies go to the axes in turn, so that each axis has fast and slow ones, `sections` of them in all.
+    """
     half = sum(sections)
     exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     frequency = 1.0 / theta**exponent  # d/2
     # Stacked views, because an index from the host would make a GPU wait.
     along = positions.to(torch.float32).unbind(-1)
-    angle = torch.stack([along[axis] for axis in axis_of_frequency(sections)], dim=-1) * frequency  # B S d/2
+    turns = [along[axis] for turn in range(max(sections)) for axis in range(3) if turn < sections[axis]]
+    angle = torch.stack(turns, dim=-1) * frequency  # B S d/2
     return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) by their angles: B S H d -> B S H d, in x's dtype."""
-    return rotate_reference(x, cosine, sine) if torch.compiler.is_compiling() else _Rotate.apply(x, cosine, sine)
-
-
-def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The reference of `rotate`."""
+    if not torch.compiler.is_compiling():
+        return _Rotate.apply(x, cosine, sine)
     first, second = x.float().chunk(2, dim=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)
     return torch.cat(rotated, dim=-1).to(x.dtype)

@@ -7,18 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SATURATION = 2.5  # beyond this |z| the slope of `squash` is under 8 % of its peak: the gradient vanishes
-
-
-def squash(z: Tensor) -> Tensor:
-    """Bounds z to (-1, 1) by 2·sigmoid(1.6 z) - 1, about uniform for unit Gaussian z (iFSQ, arXiv 2601.17124)."""
-    return 2.0 * torch.sigmoid(1.6 * z) - 1.0
-
-
-def cells_of(y: Tensor, levels: Tensor) -> Tensor:
-    """Return the index of the equal-width cell of (-1, 1) of each value.  # ... D -> ... D, int64"""
-    cells = torch.floor((y + 1.0) * 0.5 * levels).long()
-    return torch.minimum(cells.clamp(min=0), levels - 1)
+SATURATION = 2.5  # beyond this |z| the slope of y in `quantize` is under 8 % of its peak: the gradient vanishes
 
 
 def cell_values(cells: Tensor, levels: Tensor) -> Tensor:
@@ -31,8 +20,9 @@ def quantize(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
     `z` is unbounded and should have about unit variance; it is computed in fp32, since rounding in bf16 moves cells.
     """
-    y = squash(z.float())
-    cells = cells_of(y, levels)
+    # Within (-1, 1), which cells divide evenly; about uniform for unit Gaussian z (iFSQ, arXiv 2601.17124).
+    y = 2.0 * torch.sigmoid(1.6 * z.float()) - 1.0
+    cells = torch.minimum(torch.floor((y + 1.0) * 0.5 * levels).long().clamp(min=0), levels - 1)
     return y + (cell_values(cells, levels) - y).detach(), cells
 
 

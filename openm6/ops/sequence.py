@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 PADDING = -1  # the example_id of tokens that belong to no example
 BLOCK = 128  # FlexAttention decides per block of this many queries and keys
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,55 +113,38 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def mask_mod(query: SequenceMeta, key: SequenceMeta) -> MaskMod:
-    """Return the rule in FlexAttention's form: (batch, head, query index, key index) -> bool."""
-    example_q, order_q, block_q, _ = query.parts()
-    example_k, order_k, block_k, _ = key.parts()
+def block_mask(meta: SequenceMeta, block: int = BLOCK) -> BlockMask:
+    """Return FlexAttention's mask of whole rows, whose length is a multiple of `block`.
 
-    def mask(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _is_visible(
-            example_q[batch, q], order_q[batch, q], block_q[batch, q],
-            example_k[batch, k], order_k[batch, k], block_k[batch, k],
-        )  # fmt: skip
-
-    return mask
-
-
-def block_mask(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> BlockMask:
-    """Return FlexAttention's mask from per-block summaries: empty blocks are skipped, full ones need no rule.
-
-    `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once.
-
-    Raises:
-        ValueError: a length that is no multiple of the block.
+    Blocks that are empty are skipped, and full ones need no rule. `create_block_mask` would evaluate the rule on all
+    pairs of tokens; this reads each token once.
     """
-    if query.length % block or key.length % block:
-        raise ValueError(f"lengths {query.length} and {key.length} must be multiples of the block of {block}")
-    some, full = block_kinds(query, key, block)  # B n n each
+    example, order, private, _ = meta.parts()
+
+    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return _is_visible(
+            example[batch, q], order[batch, q], private[batch, q], example[batch, k], order[batch, k], private[batch, k]
+        )
+
+    some, full = block_kinds(meta, block)  # B n n each
     return BlockMask.from_kv_blocks(
         *_listed(some & ~full), *_listed(full),
-        BLOCK_SIZE=block, mask_mod=mask_mod(query, key), seq_lengths=(query.length, key.length),
+        BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(meta.length, meta.length),
     )  # fmt: skip
 
 
-def block_kinds(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def block_kinds(meta: SequenceMeta, block: int) -> tuple[Tensor, Tensor]:
     """For each pair of blocks, whether anything may be visible, and whether all is: B n n bool each.
 
-    Conservative: a pair that may be partly visible is marked partial, and mask_mod decides per element.
+    Conservative: a pair that may be partly visible is marked partial, and the rule decides per element.
     """
-    low_q, high_q, low_order_q, high_order_q, _ = (part[:, :, None] for part in _summary(query, block))
-    low_k, high_k, low_order_k, high_order_k, block_k = (part[:, None, :] for part in _summary(key, block))
-    apart = (high_q < low_k) | (high_k < low_q)
-    one_example = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
-    later = low_order_k > high_order_q
-    full = one_example & (high_order_k <= low_order_q) & (block_k == 0)
+    example, order, private = (part.unflatten(1, (-1, block)) for part in meta.parts()[:3])  # B n block
+    low, high, low_order, high_order = example.amin(-1), example.amax(-1), order.amin(-1), order.amax(-1)  # B n
+    apart = (high[:, :, None] < low[:, None]) | (high[:, None] < low[:, :, None])
+    later = low_order[:, None] > high_order[:, :, None]
+    one_example = (low == high)[:, :, None] & (low == high)[:, None] & (low[:, :, None] == low[:, None])
+    full = one_example & (high_order[:, None] <= low_order[:, :, None]) & (private.amax(-1) == 0)[:, None]
     return ~(apart | later), full
-
-
-def _summary(meta: SequenceMeta, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Lowest and highest example_id, lowest and highest attn_order, highest block_id of each block: B n."""
-    example, order, private = (part.unflatten(1, (-1, block)) for part in meta.parts()[:3])
-    return example.amin(-1), example.amax(-1), order.amin(-1), order.amax(-1), private.amax(-1)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from openm6.inference.decode import (
 )
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
+from openm6.nn.cache import SlotWriter
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.nn.moe import Experts
 from openm6.ops.sequence import causal_meta
@@ -43,7 +44,7 @@ def test_the_step_is_the_backbone(shape: dict, fixed: bool) -> None:
     ids, lengths = torch.randint(0, 50, (3, 9)), (8, 3, 5)
     cache = backbone.new_cache(4, 32)
     for row, length in enumerate(lengths):
-        backbone(embedding[ids[row : row + 1, :length]], causal_meta(1, length), cache.writer(row))
+        backbone(embedding[ids[row : row + 1, :length]], causal_meta(1, length), SlotWriter(cache, row))
     positions = torch.tensor(lengths)
     token = ids[torch.arange(3), positions]
     found = DecodeStep(text_head, cache, fixed=fixed)(token, positions, positions, 16)

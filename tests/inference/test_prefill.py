@@ -36,7 +36,7 @@ def test_parts_read_one_by_one_are_as_if_read_at_once() -> None:
     sequence = build_sequence(prompt)
     batch = collate([[sequence]], len(sequence))
     with torch.inference_mode():
-        model.omni(batch.groups, batch.meta, cache.writer(1))
+        model.omni(batch.groups, batch.meta, SlotWriter(cache, 1))
     assert position == sum(segment.span for segment in prompt) and cache.lengths == [len(sequence)] * 2
     for whole in (cache.keys[..., : len(sequence), :, :], cache.values[..., : len(sequence), :, :]):
         torch.testing.assert_close(whole[:, 0], whole[:, 1], rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from torch import Tensor
 from openm6.checkpoint.save import named_tensors
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
+from openm6.nn.cache import SlotReader, SlotWriter
 from openm6.nn.moe import RouterStats
 from openm6.ops.sequence import SequenceMeta, causal_meta, join
 from tests.sequences import narrow, padding_meta
@@ -78,7 +79,7 @@ def test_cached_steps_equal_one_pass(name):
                 model(
                     x[row : row + 1, start:stop],
                     narrow(causal_meta(1, 20), start, stop),
-                    cache.writer(slot, start),
+                    SlotWriter(cache, slot, start),
                 )[0]
                 for start, stop in ((0, 9), (9, 10), (10, 11), (11, 20))
             ]
@@ -92,9 +93,9 @@ def test_a_masked_parallel_target_leaves_no_trace():
     x, other = torch.randn(1, 12, 32), torch.randn(1, 4, 32)
     with torch.no_grad():
         cache = model.new_cache(1, 8)
-        model(x[:, :8], narrow(meta, 0, 8), cache.writer(0))
+        model(x[:, :8], narrow(meta, 0, 8), SlotWriter(cache, 0))
         for target in (other, x[:, 8:]):
-            output, _ = model(target, narrow(meta, 8, 12), cache.reader([0]))
+            output, _ = model(target, narrow(meta, 8, 12), SlotReader(cache, [0]))
         torch.testing.assert_close(output, model(x, meta)[0][:, 8:], rtol=1e-4, atol=1e-5)
 
 
@@ -225,7 +226,7 @@ def test_autocast_runs_forward_and_backward():
         hidden, loads = model(x, meta)
         (hidden.float().square().mean() + side_loss(loads)).backward()
         with torch.no_grad():
-            cached, _ = model(x[:1], causal_meta(1, 10), model.new_cache(1, 10).writer(0))
+            cached, _ = model(x[:1], causal_meta(1, 10), SlotWriter(model.new_cache(1, 10), 0))
     assert (hidden.float() - plain).abs().mean() < 0.05
     torch.testing.assert_close(cached.float(), hidden[:1].float(), rtol=0.05, atol=0.05)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -13,6 +13,7 @@ from torch import Tensor
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.import_qwen import ImportedModel, import_qwen, qwen_config, read_qwen
+from openm6.nn.cache import SlotWriter
 from openm6.ops.sequence import causal_meta
 from tests.sequences import narrow
 
@@ -101,7 +102,7 @@ def test_cached_decoding_equals_theirs(name):
             past = expected.past_key_values
             for row in range(2):
                 embedded, new = imported.embedding[step[row : row + 1]], narrow(meta, start, stop)
-                hidden, _ = model(embedded, new, cache.writer(row, start))
+                hidden, _ = model(embedded, new, SlotWriter(cache, row, start))
                 logits = hidden[0] @ imported.head.t()
                 torch.testing.assert_close(logits, expected.logits[row], rtol=0, atol=1e-5)
 

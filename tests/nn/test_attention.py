@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openm6.nn.attention import Attention, QKNorm, attend
 from openm6.nn.config import AttentionConfig
-from openm6.ops.pointwise import rotary_table, rotate_reference
+from openm6.ops.pointwise import rotary_table, rotate
 from openm6.ops.sequence import CausalMask, additive_mask, causal_meta, visible
 
 CONFIG = AttentionConfig(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
@@ -52,7 +52,7 @@ def test_layer_equals_its_parts():
 
     def ready(part: Tensor, weight: Tensor) -> Tensor:
         normal = part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return rotate_reference(normal * weight, *table)
+        return rotate(normal * weight, *table)
 
     answer = naive_attend(ready(query, norms.query), ready(key, norms.key), value, mask)
     torch.testing.assert_close(layer(x, norms, table, mask, None, 0), answer.flatten(2) @ layer.output.t())

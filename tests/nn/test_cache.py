@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openm6.core.errors import ConfigError
-from openm6.nn.cache import SlotCache
+from openm6.nn.cache import PackedWriter, SlotCache, SlotReader, SlotWriter
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, visible
 
 
@@ -15,7 +15,7 @@ def make(slots: int = 3, room: int = 6) -> SlotCache:
 
 
 def fill(cache: SlotCache, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    writer, parts = cache.writer(slot), (torch.randn(1, length, 2, 4), torch.randn(1, length, 2, 4))
+    writer, parts = SlotWriter(cache, slot), (torch.randn(1, length, 2, 4), torch.randn(1, length, 2, 4))
     writer.extend(causal_meta(1, length))
     writer.write(1, *parts)
     return parts
@@ -24,7 +24,7 @@ def fill(cache: SlotCache, slot: int, length: int) -> tuple[torch.Tensor, torch.
 def test_written_tokens_come_back_in_order() -> None:
     torch.manual_seed(0)
     cache, key, value = make(), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 2, 4)
-    first, second = cache.writer(1), cache.writer(1, 3)
+    first, second = SlotWriter(cache, 1), SlotWriter(cache, 1, 3)
     first.extend(causal_meta(1, 3))
     first.write(1, key[:, :3], value[:, :3])
     seen = second.extend(causal_meta(1, 2, start=3))
@@ -38,7 +38,7 @@ def test_a_reader_sees_each_slot_as_far_as_it_is_filled_and_stores_nothing() -> 
     cache = make()
     long, short = fill(cache, 2, 4), fill(cache, 0, 1)
     before = cache.keys.clone()
-    reader = cache.reader([2, None, 0])
+    reader = SlotReader(cache, [2, None, 0])
     new = causal_meta(3, 2)
     seen = visible(new, reader.extend(new))[:, 0, 1].int().tolist()
     assert seen == [[1] * 6, [0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1]]
@@ -51,7 +51,7 @@ def test_a_packed_row_fills_a_slot_per_example() -> None:
     cache = make()
     two = causal_meta(1, 2)
     second = SequenceMeta(two.example_id + 1, two.attn_order, two.block_id, two.positions)
-    writer = cache.packed_writer([2, 0])
+    writer = PackedWriter(cache, [2, 0])
     writer.extend(join([causal_meta(1, 3), second]))
     key = torch.randn(1, 5, 2, 4)
     writer.write(0, key, key)
@@ -74,9 +74,9 @@ def test_slots_are_moved_taken_put_and_cleared() -> None:
 def test_bounds() -> None:
     cache = make()
     for attempt in (
-        lambda: cache.writer(0).extend(causal_meta(1, 7)),
-        lambda: cache.writer(0, 5).extend(causal_meta(1, 2)),
-        lambda: cache.packed_writer([1]).extend(causal_meta(1, 7)),
+        lambda: SlotWriter(cache, 0).extend(causal_meta(1, 7)),
+        lambda: SlotWriter(cache, 0, 5).extend(causal_meta(1, 2)),
+        lambda: PackedWriter(cache, [1]).extend(causal_meta(1, 7)),
         lambda: cache.put(0, (torch.zeros(3, 5, 2, 4), torch.zeros(3, 5, 2, 4)), 2),
     ):
         with pytest.raises(ConfigError, match="make slots larger"):

@@ -14,7 +14,7 @@ from openm6 import kernels
 from openm6.nn import moe as module
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP
-from openm6.nn.moe import Experts, MoE, Router, Routing, TokenDispatcher
+from openm6.nn.moe import Experts, MoE, Router, RouterStats, Routing, TokenDispatcher
 from tests.triton_interpreter import need_interpreter
 
 WIDTH = 16
@@ -145,6 +145,24 @@ def test_report_counts_valid_tokens_and_drops():
     assert load.load.sum() == 20
     kept = load.load.clamp(max=5).sum()  # capacity: 0.5 · 2 · 20 / 4
     torch.testing.assert_close(load.dropped, 1 - kept / 20)
+
+
+@pytest.mark.parametrize(("load", "cv"), [([7.0, 7.0, 7.0], 0.0), ([0.0, 0.0, 0.0, 4.0], 3.0**0.5)])
+def test_load_cv(load, cv):
+    zero = torch.zeros(())
+    assert float(RouterStats(0, torch.tensor(load), zero, zero, zero, zero).load_cv) == pytest.approx(cv)
+
+
+def test_capacity_is_at_least_one_row():
+    moe = make(ExpertsConfig(intermediate_size=8, num_experts=100, top_k=1, capacity_factor=1.0))
+    _, stats = moe(torch.randn(1, 1, WIDTH), torch.ones(1, 1, dtype=torch.bool), TokenDispatcher(), 0)
+    assert stats.dropped == 0
+
+
+def test_bias_rises_for_the_starved_and_falls_for_the_crowded():
+    router = make(ExpertsConfig(intermediate_size=8, num_experts=3, top_k=1, balance_rate=0.5)).router
+    router.update_balance(torch.tensor([2.0, 4.0, 6.0]))
+    assert router.bias.tolist() == [0.5, 0.0, -0.5]
 
 
 def test_side_loss_holds_both_losses_and_reaches_the_router():

@@ -10,13 +10,10 @@ from openm6.ops.matmul import grouped_mm
 from openm6.ops.moe import (
     TokenPermutation,
     balance_loss,
-    balanced_bias,
-    capacity_of,
     capacity_permutation,
     choose_prototypes,
     choose_top_k,
     dropless_permutation,
-    load_cv,
     permute,
     sum_rows_reference,
     tokens_per_expert,
@@ -71,11 +68,6 @@ def test_load_counts_valid_tokens_only():
     assert tokens_per_expert(chosen, torch.tensor([True, True, False]), 4).tolist() == [1, 1, 2, 0]
 
 
-def test_load_cv():
-    assert load_cv(torch.full((5,), 7.0)) == 0
-    torch.testing.assert_close(load_cv(torch.tensor([0.0, 0.0, 0.0, 4.0])), torch.tensor(3.0).sqrt())
-
-
 def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
     valid = torch.ones(8, dtype=torch.bool)
     even = balance_loss(torch.full((8, 4), 0.25), torch.full((4,), 2.0), valid)
@@ -100,15 +92,6 @@ def test_z_loss_per_prototype():
     halves = [logits[:, :2].logsumexp(-1), logits[:, 2:].logsumexp(-1)]
     expected = torch.stack(halves).square().mean()
     torch.testing.assert_close(z_loss(logits, torch.ones(5, dtype=torch.bool), 2), expected)
-
-
-def test_bias_rises_for_the_starved_and_falls_for_the_crowded():
-    assert balanced_bias(torch.zeros(3), torch.tensor([2.0, 4.0, 6.0]), 0.5).tolist() == [0.5, 0.0, -0.5]
-
-
-def test_capacity_is_rounded_up():
-    assert capacity_of(10, 2, 4, 1.25) == 7
-    assert capacity_of(1, 1, 100, 1.0) == 1
 
 
 def chosen_of(tokens: int, experts: int, choices: int, seed: int) -> torch.Tensor:
