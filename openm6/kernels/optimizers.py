@@ -218,9 +218,7 @@ def adafactor_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, T
     blocks = triton.cdiv(num_rows, ROWS)
     row_sum, row_largest = (_empty(gradient, matrices, num_rows) for _ in range(2))
     column_sums = _empty(gradient, matrices, blocks, num_columns)
-    sums_kernel[(matrices, blocks)](
-        gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns, **TILE
-    )  # fmt: skip
+    sums_kernel[(matrices, blocks)](gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns, **TILE)
     return row_sum, column_sums.sum(1), row_largest.amax(-1)
 
 

@@ -104,9 +104,8 @@ class Backbone(nn.Module):
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         """Return an empty cache of `slots` sequences of up to `capacity` tokens, as the weights on device and dtype."""
-        config, weight = self.config, self.final_norm.weight
-        heads, size = config.num_kv_heads, config.head_dim
-        return SlotCache(config.num_layers, slots, capacity, heads, size, weight.device, weight.dtype)
+        num_layers, heads, size = self.config.num_layers, self.config.num_kv_heads, self.config.head_dim
+        return SlotCache(num_layers, slots, capacity, heads, size, self.final_norm.weight)
 
     @torch.no_grad()
     def delink(self, refill: Refill | None = None) -> dict[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return attend_query_blocks(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
     if isinstance(mask, BlockMask):
-        flex: Callable[..., Tensor] = flex_attention if torch.compiler.is_compiling() else _flex()
+        flex: Any = flex_attention if torch.compiler.is_compiling() else _flex()
         answer = flex(query, key, value, block_mask=mask, enable_gqa=True)
     else:
         causal, given = (True, None) if isinstance(mask, CausalMask) else (False, mask)

@@ -20,18 +20,11 @@ class SlotCache:
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        slots: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
+        self, num_layers: int, slots: int, capacity: int, num_kv_heads: int, head_dim: int, like: Tensor
     ) -> None:
+        """`like` has the device and the dtype."""
         shape = (num_layers, slots, capacity, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = (torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(2))
         self.lengths = [0] * slots
 
     @property

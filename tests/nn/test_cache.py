@@ -11,7 +11,7 @@ from openm6.ops.sequence import SequenceMeta, causal_meta, join, visible
 
 
 def make(slots: int = 3, room: int = 6) -> SlotCache:
-    return SlotCache(3, slots, room, 2, 4, "cpu", torch.float32)
+    return SlotCache(3, slots, room, 2, 4, torch.empty(0))
 
 
 def fill(cache: SlotCache, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
