@@ -32,7 +32,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP, activate
 from openm6.nn.moe import MoE
 from openm6.ops.matmul import grouped_mm
-from openm6.ops.moe import choose_prototypes, choose_top_k, dropless_permutation, permute, unpermute
+from openm6.ops.moe import choose_experts, dropless_permutation, permute, unpermute
 from openm6.ops.pointwise import rms_norm, rotary_table, rotate
 
 # Up to so many rows a GPU reads every expert's weights anyway, and multiplies all rows by all of them in less time.
@@ -167,10 +167,8 @@ class _Sparse:
     def __call__(self, x: Tensor) -> Tensor:
         config = self.config
         logits = F.linear(x.float(), self.router)  # B E
-        if config.num_prototypes is not None:
-            gate, chosen, _ = choose_prototypes(logits, self.bias, config.num_prototypes)
-        else:
-            gate, chosen, _ = choose_top_k(logits, self.bias, config.experts_per_token, config.norm_topk_prob)
+        prototypes = config.num_prototypes is not None
+        gate, chosen, _ = choose_experts(logits, self.bias, config.experts_per_token, prototypes, config.norm_topk_prob)
         by_all = self.fixed or meets_all_experts(
             len(x), x.is_cuda, self.captured, config.num_experts, config.experts_per_token
         )

@@ -109,11 +109,7 @@ def _layer(state: Mapping[str, Tensor], prefix: str, num_experts: int) -> dict[s
 
 
 def qwen_config(settings: Mapping[str, Any]) -> BackboneConfig:
-    """Our config for a Qwen3 or Qwen3-MoE config.json.
-
-    Raises:
-        ConfigError: another kind of model, or a feature that the backbone lacks.
-    """
+    """Our config for a config.json; raise ConfigError for another kind of model, or features the backbone lacks."""
     kind = settings.get("model_type")
     if kind not in ("qwen3", "qwen3_moe"):
         raise ConfigError(f"model_type {kind!r} cannot be imported: choose a qwen3 or qwen3_moe model")

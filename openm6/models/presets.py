@@ -29,11 +29,7 @@ class Preset(Config):
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        ConfigError: no such preset; the sentence names the nearest.
-    """
+    """The preset of that name; raise ConfigError, which names the nearest, if there is none."""
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; {nearest(name, list(PRESETS))}")
     return PRESETS[name]

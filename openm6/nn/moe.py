@@ -19,8 +19,7 @@ from openm6.ops.moe import (
     balance_loss,
     capacity_permutation,
     choose_backend,
-    choose_prototypes,
-    choose_top_k,
+    choose_experts,
     dropless_permutation,
     moe_mlp_fused,
     moe_mlp_per_expert,
@@ -114,12 +113,10 @@ class Router(nn.Module):
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # N E
-            if config.num_prototypes is not None:
-                gate, chosen, probability = choose_prototypes(logits, self.bias, config.num_prototypes)
-            else:
-                gate, chosen, probability = choose_top_k(
-                    logits, self.bias, config.experts_per_token, config.norm_topk_prob
-                )
+            prototypes = config.num_prototypes is not None
+            gate, chosen, probability = choose_experts(
+                logits, self.bias, config.experts_per_token, prototypes, config.norm_topk_prob
+            )
             load = tokens_per_expert(chosen, valid, config.num_experts)
             none = logits.new_zeros(())
             aux = none

@@ -44,31 +44,26 @@ def choose_backend(x: Tensor, num_choices: int, num_experts: int, simple: bool) 
     return "fused" if x.is_cuda and autocast_dtype(x) == torch.bfloat16 else "permute"
 
 
-def choose_top_k(logits: Tensor, bias: Tensor | None, top_k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the K experts with the highest logit (plus `bias`, which affects the choice but not the gates).
+def choose_experts(
+    logits: Tensor, bias: Tensor | None, choices: int, prototypes: bool, normalise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the K = `choices` experts with the highest logit, or with `prototypes` the best one in each of K groups.
 
-    Returns gates N K and experts N K, and the probabilities N E; normalised gates sum to one.
+    The latter is "k top-1" (M6-T, 2105.15082, §3.2), weighted by the softmax within each group. `bias` affects the
+    choice but not the gates; normalised gates of the former sum to one.
+
+    Returns gates N K and experts N K, and the probabilities N E, which sum to one, or with `prototypes` to K.
     """
-    probability = logits.softmax(-1)
-    chosen = (logits if bias is None else logits + bias).topk(top_k, dim=-1).indices
+    biased = logits if bias is None else logits + bias
+    if not prototypes:
+        probability = logits.softmax(-1)
+        chosen = biased.topk(choices, dim=-1).indices
+    else:
+        probability = logits.unflatten(-1, (choices, -1)).softmax(-1).flatten(-2)  # N K E/K -> N E
+        winner = biased.unflatten(-1, (choices, -1)).argmax(-1)  # N K
+        chosen = winner + torch.arange(choices, device=logits.device) * (logits.shape[-1] // choices)
     gate = probability.gather(-1, chosen)
-    if normalise:
-        gate = gate / gate.sum(-1, keepdim=True)
-    return gate, chosen, probability
-
-
-def choose_prototypes(logits: Tensor, bias: Tensor | None, num_prototypes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose one expert in each of Z groups, weighted by the softmax within it: "k top-1" (M6-T, 2105.15082, §3.2).
-
-    Returns gates N Z and experts N Z (indices 0 to E - 1), and the probabilities N E, which sum to Z.
-    """
-    groups = logits.unflatten(-1, (num_prototypes, -1))  # N E -> N Z E/Z
-    probability = groups.softmax(-1)
-    biased = groups if bias is None else groups + bias.view(num_prototypes, -1)
-    winner = biased.argmax(-1, keepdim=True)  # N Z 1
-    gate = probability.gather(-1, winner).squeeze(-1)
-    first = torch.arange(num_prototypes, device=logits.device) * groups.shape[-1]
-    return gate, winner.squeeze(-1) + first, probability.flatten(-2)
+    return gate / gate.sum(-1, keepdim=True) if normalise and not prototypes else gate, chosen, probability
 
 
 def tokens_per_expert(chosen: Tensor, valid: Tensor, num_experts: int) -> Tensor:

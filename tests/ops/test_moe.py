@@ -11,8 +11,7 @@ from openm6.ops.moe import (
     TokenPermutation,
     balance_loss,
     capacity_permutation,
-    choose_prototypes,
-    choose_top_k,
+    choose_experts,
     dropless_permutation,
     permute,
     sum_rows_reference,
@@ -30,7 +29,7 @@ def random_logits(tokens: int, experts: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("normalise", [True, False])
 def test_top_k_equals_a_loop(normalise):
     logits = random_logits(9, 6)
-    gate, chosen, probability = choose_top_k(logits, None, 2, normalise)
+    gate, chosen, probability = choose_experts(logits, None, 2, False, normalise)
     for n in range(9):
         ranked = sorted(range(6), key=lambda e: -logits[n, e].item())[:2]
         assert chosen[n].tolist() == ranked
@@ -42,7 +41,7 @@ def test_top_k_equals_a_loop(normalise):
 
 def test_prototypes_choose_one_expert_each():
     logits = random_logits(9, 6)
-    gate, chosen, probability = choose_prototypes(logits, None, 3)
+    gate, chosen, probability = choose_experts(logits, None, 3, True, True)
     for n in range(9):
         for z in range(3):
             group = logits[n, 2 * z : 2 * z + 2]
@@ -51,14 +50,11 @@ def test_prototypes_choose_one_expert_each():
     torch.testing.assert_close(probability.sum(-1), torch.full((9,), 3.0))
 
 
-@pytest.mark.parametrize("groups", [None, 2])
-def test_bias_moves_the_choice_and_not_the_gates(groups):
+@pytest.mark.parametrize("prototypes", [False, True])
+def test_bias_moves_the_choice_and_not_the_gates(prototypes):
     logits = random_logits(20, 4)
     bias = torch.tensor([9.0, 0.0, 0.0, 9.0])
-    if groups:
-        gate, chosen, probability = choose_prototypes(logits, bias, groups)
-    else:
-        gate, chosen, probability = choose_top_k(logits, bias, 2, False)
+    gate, chosen, probability = choose_experts(logits, bias, 2, prototypes, False)
     assert {tuple(sorted(row)) for row in chosen.tolist()} == {(0, 3)}
     torch.testing.assert_close(gate, probability.gather(-1, chosen))
 
