@@ -30,6 +30,7 @@ from openm6.ops.matmul import (
 )
 from openm6.ops.moe import moe_mlp_fused, moe_mlp_per_expert
 from tests.ops.test_losses import linear_cross_entropy_reference
+from tests.ops.test_pointwise import plain
 
 
 @pytest.fixture(params=["oneDNN", "MKL"], autouse=True)
