@@ -175,8 +175,8 @@ class Experts(nn.Module):
             permutation = dropless_permutation(routing.chosen, config.num_experts)
         else:
             # C = k·T/N·γ, rounded up (M6-T, §2), with k choices, T tokens and N experts
-            share = config.experts_per_token * len(valid) / config.num_experts
-            capacity = max(1, math.ceil(share * config.capacity_factor))
+            mean = config.experts_per_token * len(valid) / config.num_experts
+            capacity = max(1, math.ceil(mean * config.capacity_factor))
             permutation = capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
         rows = permute(x.flatten(0, 1), permutation)  # N D -> R D
         # The whole weight as it is, since a view would copy its gradient.
