@@ -120,7 +120,7 @@ def onednn_is_faster() -> bool:
         vendor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         vendor = platform.processor()
-    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_onednn = torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, "_linear_pointwise", None))
     unused = torch.backends.mkl.is_available() and "GenuineIntel" not in vendor
     return has_onednn and unused and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
