@@ -40,6 +40,7 @@ def library(request, monkeypatch):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(ops, "onednn_is_faster", lambda: request.param == "oneDNN")
     monkeypatch.setattr(ops, "MIN_PRODUCT", 1)
+    torch.manual_seed(0)
     return request.param
 
 
