@@ -74,7 +74,7 @@ class MediaBudget:
         samples, seconds, span = read_audio(part.raw), part.options.get("seconds"), part.options.get("mask_span")
         if seconds is not None:
             samples = samples[: round(seconds * RATE)]
-            samples = np.pad(samples, (0, round(seconds * RATE) - len(samples)))
+            samples = read_audio(np.pad(samples, (0, round(seconds * RATE) - len(samples))))  # refuses an empty one
         start, stop = (round(fraction * len(samples)) for fraction in span or (0, 0))
         position = np.arange(len(samples))
         samples = np.where((position >= start) & (position < stop), 0, samples)[: int(MAX_SECONDS * RATE)]
@@ -90,12 +90,12 @@ class MediaBudget:
         """A file as a data URL; empty if it does not fit any more."""
         stream = io.BytesIO()
         write(stream)
-        size = stream.tell()
-        self.full = self.full or self.used + size > self.limit
+        content = stream.getvalue()
+        self.full = self.full or self.used + len(content) > self.limit
         if self.full:
             return ""
-        self.used += size
-        return f"data:{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+        self.used += len(content)
+        return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def spectrogram(samples: np.ndarray) -> Image.Image:

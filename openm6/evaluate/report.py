@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.resources import files
@@ -37,7 +36,6 @@ from openm6.modalities.registry import MODALITIES
 from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import TASKS
 
-REPORTS = ("report.json", "report.html", "README.md")
 MAX_SAMPLES, MAX_PARTS, MAX_COLUMNS = 6, 8, 10
 MAX_CHARACTERS = 260
 # Bytes of all images and audio together; base64 makes them a third longer.
@@ -56,9 +54,9 @@ def write_report(run: RunFolder, report: EvalReport, facts: RunFacts) -> None:
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
-    texts = (report_json(report, facts), report_html(run, report, facts), card(report, facts))
-    for name, text in zip(REPORTS, texts, strict=True):
-        replace_text(run.path / name, text)
+    replace_text(run.path / "report.json", report_json(report, facts))
+    replace_text(run.path / "report.html", report_html(run, report, facts))
+    replace_text(run.path / "README.md", card(report, facts))
 
 
 def report_json(report: EvalReport, facts: RunFacts) -> str:
@@ -117,9 +115,9 @@ def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str
     compared = [result for result in results if math.isfinite(result.baseline)]
     used = {name for result in results for name in (result.metric, *result.metrics)}
     cards = [_card(index, result) for index, result in enumerate(results)]
-    entries: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for result, shown in zip(results, cards, strict=True):
-        entries[result.input_modality, result.output_modality].append(shown)
+    entries: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result, entry in zip(results, cards, strict=True):
+        entries.setdefault((result.input_modality, result.output_modality), []).append(entry)
     return {
         "facts": facts,
         "report": report,
@@ -129,7 +127,7 @@ def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str
         "num_significant": sum(result.uses_inputs for result in results),
         "num_compared": len(compared),
         "num_better": sum(result.beats_baseline for result in compared),
-        "entries": dict(entries),
+        "entries": entries,
         "sections": _sample_sections(cards),
         "training": _training(read_lines(run), facts),
         "gpt3_caveat": GPT3_CAVEAT,

@@ -17,12 +17,12 @@ from openm6.checkpoint.folder import STATE_FILE, latest
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
-from openm6.evaluate.report import REPORTS
 from openm6.evaluate.results import EvalReport, Sample, TaskResult
 from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.numbers import Histogram, NumberSeries
 
 FILE = "evaluation.json"
+REPORTS = ("report.json", "report.html", "README.md")  # what `write_report` writes
 _TAG = "type"  # of a value that JSON cannot represent
 
 
