@@ -72,12 +72,6 @@ class Metric:
     percent: bool = False
     goal: float | None = None
 
-    def quality(self, value: float) -> float:
-        """The value on a scale on which more is better."""
-        if self.goal is not None:
-            return -abs(value - self.goal)
-        return value if self.better == "higher" else -value
-
 
 def truths(example: Example) -> np.ndarray:
     """The observed values of a numbers example."""
