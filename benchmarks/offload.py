@@ -290,9 +290,9 @@ def _figures(
         "active_parameters": active,
         "bytes_per_parameter": budget.bytes_per_parameter,
         "budget_gib": {
-            f"{entry.tier}: {entry.what}": entry.num_bytes / GIB
-            for entry in budget.entries(tuple(train_step.store.on_device))
-            if entry.num_bytes
+            f"{tier}: {what}": size / GIB
+            for (tier, what), size in budget.entries(tuple(train_step.store.on_device)).items()
+            if size
         },
         "sets_on_device": len(train_step.store.on_device),
         "sets": train_step.num_shards,

@@ -71,7 +71,7 @@ def check_known(reader: CheckpointReader, known: set[str]) -> None:
     if unknown := {name.partition(SEPARATOR)[0] for name in reader.names} - known:
         raise CheckpointError(
             f"{reader.folder} has {min(unknown)!r}, unknown to this model: "
-            "turn it with openm6 convert, or load it with the config that it was saved with"
+            "convert it with openm6 convert, or load it with the config that it was saved with"
         )
 
 

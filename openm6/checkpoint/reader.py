@@ -135,7 +135,7 @@ class CheckpointReader:
         if name not in self._parts:
             raise CheckpointError(
                 f"{self.folder} lacks {name!r}: it is of another size, stage or precision; "
-                "turn it with openm6 convert, or go on with the config that it was saved with"
+                "convert it with openm6 convert, or go on with the config that it was saved with"
             )
         expected = tuple(target.shape if shape is None else shape)
         if (found := self.shape(name)) != expected:

@@ -59,9 +59,8 @@ def plan(
     from openm6.cli.plan_page import show_measured, show_plan, show_sweep
     from openm6.core.config import build
     from openm6.energy.meter import EnergyConfig
-    from openm6.plan.plan import plan_json
+    from openm6.plan.plan import plan_json, sweep_plans
     from openm6.plan.request import PlanRequest, read_model
-    from openm6.plan.sweep import sweep_plans
 
     energy = {"country": country, "pue": pue}
     options = hardware.ClusterOptions(gpus, per_node, host_memory, link, network, price)

@@ -17,9 +17,9 @@ from openm6.core.errors import ConfigError
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH
 from openm6.models.presets import PRESETS
 from openm6.plan.measured import plan_measured
-from openm6.plan.plan import Plan, StagePlan
+from openm6.plan.memory import in_bytes
+from openm6.plan.plan import Plan, StagePlan, draw_sweep
 from openm6.plan.request import read_model
-from openm6.plan.sweep import Row, draw_sweep
 
 
 def show_plan(planned: tuple[Plan, dict[str, Any]], json_path: Path | None) -> None:
@@ -55,7 +55,7 @@ def show_plan(planned: tuple[Plan, dict[str, Any]], json_path: Path | None) -> N
     _print_page(f"{plan.model.name} on {cluster.name}", shown, f"Assumed: {'; '.join(cluster.assumed)}.")
 
 
-def show_sweep(rows: list[Row], kind: str, plot: Path | None, json_path: Path | None) -> None:
+def show_sweep(rows: list[tuple[int, Plan]], kind: str, plot: Path | None, json_path: Path | None) -> None:
     """Print plans side by side; write and plot them if files are given."""
     write_json([{"sweep": kind, "value": value, **plan.to_json()} for value, plan in rows], json_path)
     table = Table(box=None)
@@ -121,13 +121,6 @@ def _step(stage: StagePlan) -> str:
     parts = [f"{name} {in_time(part)}" for name, part in asdict(stage.time).items() if part > 0]
     bottleneck = f"bottleneck: {stage.time.bottleneck} ({', '.join(parts)})"
     return f"{in_time(stage.time.seconds)} for {in_short(stage.tokens)} tokens; {bottleneck}"
-
-
-def in_bytes(count: float) -> str:
-    """Such as `12.3 GiB`."""
-    units = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
-    size, unit = next(((s, u) for s, u in units if count >= s), (1024, "KiB"))
-    return f"{count / size:.3g} {unit}"
 
 
 def in_figures(number: float) -> str:

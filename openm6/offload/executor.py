@@ -6,9 +6,9 @@ gradient is known."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,31 +28,6 @@ from openm6.optim.rules import UpdateArgs, UpdateRule
 Key = TypeVar("Key", str, int)
 Gradients = dict[int, Tensor]  # of parameters, by their id
 Part = tuple[slice, Context, Tensor]  # of a batch: its rows, their context, their fraction of the valid tokens
-
-
-@dataclass(frozen=True)
-class Step:
-    """What an update needs during the backward pass."""
-
-    number: int
-    lr: float
-    weight_decay: float
-    seed: int
-
-
-def save_input(x: Tensor, where: Literal["device", "host"]) -> Callable[[], Tensor]:
-    """Keep the input of a span for its backward pass, on the device or in pinned host memory; return what restores it.
-
-    Both copies go through the current stream: the way out is paid by the forward pass, which has time while weights
-    arrive, and the tensor's memory on the GPU is free for the next layer at once.
-    """
-    device = x.device
-    if where == "device" or device.type != "cuda":
-        kept = x.detach()
-        return lambda: kept
-    saved = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    saved.copy_(x.detach(), non_blocking=True)
-    return lambda: saved.to(device, non_blocking=True)
 
 
 class OffloadedExecutor(LayerExecutor):
@@ -78,22 +53,19 @@ class OffloadedExecutor(LayerExecutor):
         self.blocks, self.layer_groups = list(blocks), tuple(layer_groups)
         self.store, self.rule, self.config, self.weights = store, rule, config, weights
         self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the group that was gathered last
-        device = store.device
         compiled = config.compile and not weights.sharded  # a compiler does not trace collectives
         # Compiled as a function of (weights, tokens): weights in another buffer do not compile it again.
         self._run_block = torch.compile(run_block) if compiled else run_block
-        self._step: Step | None = None
-        self._updated: set[int] = set()
-        self._gradients: dict[int, dict[str, Tensor]] = {}
-        self._squares = torch.zeros((), device=device)
-        self._skipped = torch.zeros((), device=device)
+        self._step: tuple[int, float, float, int] | None = None  # number, learning rate, weight decay, seed
         size, layers = config.activation_checkpointing_every, range(len(self.blocks))
         self._spans = [tuple(layers[first : first + size]) for first in range(0, len(layers), size)]
 
-    def begin_step(self, step: Step) -> None:
+    def begin_step(self, number: int, lr: float, weight_decay: float, seed: int) -> None:
         """Call it before the forward pass of a training step, whose backward pass will update the weights."""
-        self._step, self._updated, self._gradients = step, set(), {}
-        self._squares, self._skipped = torch.zeros_like(self._squares), torch.zeros_like(self._skipped)
+        self._step = number, lr, weight_decay, seed
+        self._updated: set[int] = set()
+        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._squares, self._skipped = (torch.zeros((), device=self.store.device) for _ in range(2))
 
     def end_step(self) -> tuple[Tensor, Tensor]:
         """Call it after the backward pass: the norm of all gradients, and how many groups had none that was finite."""
@@ -156,7 +128,7 @@ class OffloadedExecutor(LayerExecutor):
         The layer runs again with a graph, part by part. At their last use its group's weights are updated.
         """
         group = self.layer_groups[layer]
-        if group in self._updated or self._step is None:
+        if self._step is None or group in self._updated:
             raise RuntimeError(
                 f"the weights of layer {layer} were updated in this step: run backward once for each forward"
             )
@@ -198,8 +170,8 @@ class OffloadedExecutor(LayerExecutor):
 
     def _update(self, group: int) -> None:
         """Update the group that is open, unless its gradient is not finite."""
-        step, gradients = self._step, self._gradients.pop(group)
-        assert step is not None
+        assert self._step is not None
+        (number, lr, weight_decay, seed), gradients = self._step, self._gradients.pop(group)
         self._gathered = None
         with self.store.timer.span("update"):
             gradients = self.weights.reduce(group, gradients)
@@ -207,9 +179,8 @@ class OffloadedExecutor(LayerExecutor):
             square = self.weights.all_reduce(torch.stack(norms).square().sum())
             allowed = torch.isfinite(square)
             for name, gradient in gradients.items():
-                key = derive_seed(step.seed, "round", step.number, group, name)
-                spec = self.weights.shard_spec(group, name)
-                args = UpdateArgs(step.lr, step.weight_decay, key, allowed, spec)
+                key = derive_seed(seed, "round", number, group, name)
+                args = UpdateArgs(lr, weight_decay, key, allowed, self.weights.shard_spec(group, name))
                 self.rule.update(self._opened[name], gradient, args)
         self._squares += square
         self._skipped += ~allowed
@@ -241,7 +212,11 @@ class _Span(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Return the output and the side loss of each sparse layer, whose statistics are appended to `stats`."""
         if ctx.needs_input_grad[4]:
-            ctx.restore = save_input(x, executor.config.activation_storage)
+            ctx.x = x.detach()
+            if executor.config.activation_storage == "host" and x.is_cuda:
+                # Both copies go through the current stream: the way out is paid by the forward pass, which has time
+                # while weights arrive, and the tensor's memory on the GPU is free for the next layer at once.
+                ctx.x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(ctx.x, non_blocking=True)
             ctx.arguments = (executor, parts, span, [id(one) for one in own])
             ctx.precision = capture_precision(x.device.type)
         for layer in span:
@@ -254,7 +229,7 @@ class _Span(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor, *side_losses: Tensor | None) -> tuple[Tensor | None, ...]:
         executor, parts, span, own = ctx.arguments
-        inputs, sides = [ctx.restore()], list(side_losses)
+        inputs, sides = [ctx.x.to(executor.store.device, non_blocking=True)], list(side_losses)
         found: Gradients = {}
         with ctx.precision():
             for layer in span[:-1]:

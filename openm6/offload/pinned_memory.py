@@ -34,26 +34,26 @@ class PinnedArena:
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # the system may have none
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self.buffers = list(self._bytes[: sum(sizes)].split(list(sizes)))
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self.buffers = list(whole[: sum(sizes)].split(list(sizes)))
         self._unpin: weakref.finalize | None = None
-        if pin and sizes:
-            self._register(segments(sizes, SEGMENT))
-
-    def _register(self, parts: list[tuple[int, int]]) -> None:
+        if not pin or not sizes:
+            return
         runtime, registered = torch.cuda.cudart(), list[int]()
         # Also if the run fails.
         self._unpin = weakref.finalize(self, lambda: [runtime.cudaHostUnregister(address) for address in registered])
-        for start, size in parts:
+        for start, size in segments(sizes, SEGMENT):
             # The first touch claims the pages; an untouched mapping is pinned far more slowly.
-            self._bytes[start : start + size : mmap.PAGESIZE].zero_()
-            address = self._bytes.data_ptr() + start
+            whole[start : start + size : mmap.PAGESIZE].zero_()
+            address = whole.data_ptr() + start
             code = int(runtime.cudaHostRegister(address, size, 0))
             if code != 0:
                 _forget_error()
+                soft = -1 if resource is None else resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+                limit = f", limit {soft / 2**30:.3g} GiB" if soft >= 0 else ""  # it is negative if there is none
                 get_log().warning(
-                    f"the system let {start / 2**30:.0f} of {len(self._bytes) / 2**30:.0f} GiB be pinned (error "
-                    f"{code}{_limit()}): the rest is copied at about a third of the speed; raise `ulimit -l` to "
+                    f"the system let {start / 2**30:.0f} of {len(whole) / 2**30:.0f} GiB be pinned (error "
+                    f"{code}{limit}): the rest is copied at about a third of the speed; raise `ulimit -l` to "
                     "fix that"
                 )
                 return
@@ -71,14 +71,6 @@ def _forget_error() -> None:
         torch.ones(1, device="cuda")
     except RuntimeError:
         get_log().debug("cleared the error of cudaHostRegister")
-
-
-def _limit() -> str:
-    """Return how much a process may pin, if the system limits it."""
-    if resource is None:
-        return ""
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return "" if soft == resource.RLIM_INFINITY else f", limit {soft / 2**30:.3g} GiB"
 
 
 def segments(sizes: Sequence[int], largest: int) -> list[tuple[int, int]]:

@@ -123,10 +123,6 @@ class Cluster:
     price: float | None = None
     assumed: tuple[str, ...] = ()
 
-    def draw(self, computing: float, moving: float, waiting: float) -> float:
-        """Watts of one device and its part of the node; the three fractions of the time sum to 1."""
-        return self.watts * (COMPUTING * computing + MOVING * moving + WAITING * waiting + OTHER_PARTS)
-
 
 @dataclass(frozen=True)
 class ClusterOptions:

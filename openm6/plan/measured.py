@@ -16,9 +16,9 @@ from typing import Any
 from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
-from openm6.energy.carbon import GPT3_MWH, JOULES_PER_KWH, grid
+from openm6.energy.carbon import GPT3_MWH
 from openm6.energy.meter import EnergyConfig
-from openm6.plan.plan import SECONDS_PER_DAY
+from openm6.plan.plan import SECONDS_PER_DAY, energy_of
 
 STEPS = 40  # that a trial run takes
 WARMUP_STEPS = 8  # of them, slower because caches are cold, code is compiled and memory is allocated
@@ -122,7 +122,12 @@ def extrapolate(
     trial: TrialRun, steps: MeasuredSteps, tokens: float | None, days: float | None, energy: EnergyConfig
 ) -> dict[str, Any]:
     """The plan of the whole run, as `openm6 plan --json` writes it."""
-    count = _number_of_steps(trial, steps.seconds, tokens, days)
+    if tokens is not None:
+        count = max(1, round(tokens / trial.step_tokens))
+    elif days is not None:
+        count = max(1, int(days * SECONDS_PER_DAY / steps.seconds))
+    else:  # the recipe is checked: it has steps or minutes
+        count = trial.steps or max(1, int(TIME_FOR_STEPS * (trial.minutes or 0.0) * 60 / steps.seconds))
     saves = -(-count // trial.save_every)
     evaluations = count // trial.held_out_every if trial.held_out_every else 0
     evaluation = whole_evaluation(trial.evaluations) if trial.evaluations else 0.0
@@ -136,8 +141,8 @@ def extrapolate(
     total = sum(seconds.values())
     # Every second costs as much as a second of a step.
     joules = steps.joules / steps.seconds * (total - trial.start_seconds)
-    current, trained = grid(energy.country), float(count * trial.step_tokens)
-    mwh = joules * energy.pue / JOULES_PER_KWH / 1000
+    trained = float(count * trial.step_tokens)
+    spent = energy_of(energy, joules, joules, trained)
     peaks = [peak for peak in (steps.memory_peak, trial.memory_peak) if peak is not None]
     return {
         "model": trial.name,
@@ -155,25 +160,14 @@ def extrapolate(
         "memory_peak_bytes": max(peaks, default=None),
         "energy": {
             "joules": joules,
-            "joules_per_token": joules * energy.pue / trained,
-            "mwh": mwh,
-            "kg_co2e": current.grams(joules, energy.pue) / 1000,
-            "grid": f"{current.name}, {current.grams_per_kwh:g} g/kWh ({current.year})",
-            "of_gpt3": mwh / GPT3_MWH,
+            "joules_per_token": spent.joules_per_token,
+            "mwh": spent.mwh,
+            "kg_co2e": spent.kg_co2e,
+            "grid": spent.grid,
+            "of_gpt3": spent.mwh / GPT3_MWH,
             "source": steps.energy_source,
         },
     }
-
-
-def _number_of_steps(trial: TrialRun, seconds: float, tokens: float | None, days: float | None) -> int:
-    if tokens is not None:
-        return max(1, round(tokens / trial.step_tokens))
-    if days is not None:
-        return max(1, int(days * SECONDS_PER_DAY / seconds))
-    if trial.steps is not None:
-        return trial.steps
-    assert trial.minutes is not None  # the recipe is checked: it has steps or minutes
-    return max(1, int(TIME_FOR_STEPS * trial.minutes * 60 / seconds))
 
 
 def run_child(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:

@@ -1,25 +1,35 @@
-"""The plan of a run: bytes, seconds, joules and money, whether it fits, and the smallest sufficient machine."""
+"""The plan of a run: bytes, seconds, joules and money, whether it fits, the smallest sufficient machine, and sweeps."""
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from openm6.core.errors import ConfigError, nearest
 from openm6.energy.carbon import GPT3_MWH, JOULES_PER_KWH, grid
 from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.hardware import GIB, Cluster, ClusterOptions, Gpu, gpu_cluster
 from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
-from openm6.plan.model_cost import max_layer_parameters, operations_per_token, stored_parameters
+from openm6.plan.model_cost import (
+    StepTime,
+    max_layer_parameters,
+    operations_per_token,
+    step_time,
+    stored_parameters,
+)
 from openm6.plan.request import Model, PlanRequest
-from openm6.plan.step_time import StepTime, step_time
 
 SECONDS_PER_DAY = 86_400.0
 TOKENS_PER_PARAMETER = 20  # of the active ones, by default (arXiv 2203.15556)
 LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
 MIN_BATCH = 256  # tokens per step of one device that a smaller batch is proposed down to
 MAX_NODES = 1 << 17
+AXES = {"gpus": "GPUs", "bytes": "bytes per parameter", "batch": "tokens per step on each GPU"}  # of a sweep
+FACTORS = (0.25, 0.5, 1, 2, 4)
 Tiers = tuple[tuple[int, bool], ...]
 """Bytes per parameter, with whether the host may hold what the devices cannot."""
 PREFERENCE: Tiers = ((16, False), (4, False), (2, False), (2, True), (1, False), (1, True))
@@ -124,10 +134,13 @@ class Plan:
 def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
     """The plan of a run on a cluster, with the requested bytes per parameter or the most that fit."""
     model = request.model
-    stages = {"real": _first_fit(request, cluster, model.backbone, _allowed_tiers(request))}
+    tiers = PREFERENCE if model.optimizer is None else ((BY_OPTIMIZER.get(model.optimizer, 16), False),)
+    if chosen := request.bytes_per_parameter or model.bytes_per_parameter:
+        tiers = ((chosen, True),)
+    stages = {"real": _stage(request, cluster, model.backbone, tiers)}
     if model.backbone.sharing is None and model.backbone.num_layers > 1:
         shared = model.backbone.model_copy(update={"sharing": "all"})
-        stages["pseudo"] = _first_fit(request, cluster, shared, ((stages["real"].tier.bytes, True),))
+        stages["pseudo"] = _stage(request, cluster, shared, ((stages["real"].tier.bytes, True),))
     pseudo = request.pseudo_fraction if "pseudo" in stages else 0.0
     fractions = {"real": 1.0 - pseudo, "pseudo": pseudo}
     days_per_token = sum(fractions[name] / stage.tokens_per_day for name, stage in stages.items())
@@ -141,7 +154,7 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
     for name, stage in stages.items():
         own = tokens * fractions[name] / stage.tokens_per_day * SECONDS_PER_DAY
         seconds += own
-        joules += own * cluster.devices * cluster.draw(*stage.time.fractions)
+        joules += own * cluster.devices * stage.time.watts(cluster)
     return Plan(
         model=model,
         cluster=cluster,
@@ -152,47 +165,32 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
         pseudo_fraction=pseudo,
         tokens=tokens,
         days=days,
-        energy=_energy(request.energy, joules, seconds * cluster.devices * cluster.watts, tokens),
+        energy=energy_of(request.energy, joules, seconds * cluster.devices * cluster.watts, tokens),
         cost=None if cluster.price is None else cluster.price * days * 24 * cluster.devices,
     )
 
 
-def _allowed_tiers(request: PlanRequest) -> Tiers:
-    """The tiers among which the first that fits is chosen."""
-    model = request.model
-    chosen = request.bytes_per_parameter or model.bytes_per_parameter
-    if chosen is not None:
-        return ((chosen, True),)
-    return PREFERENCE if model.optimizer is None else ((BY_OPTIMIZER.get(model.optimizer, 16), False),)
-
-
-def _first_fit(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tiers: Tiers) -> StagePlan:
+def _stage(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tiers: Tiers) -> StagePlan:
     """A stage at the first tier that fits, or the last."""
-    for bytes_, may_offload in tiers:
-        stage = _stage(request, cluster, config, TIERS[bytes_], may_offload)
-        if stage.fits:
-            break
-    return stage
-
-
-def _stage(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tier: Tier, may_offload: bool) -> StagePlan:
-    model, n = request.model, cluster.devices
+    model, n, keys = request.model, cluster.devices, request.model.seq_len / 2
     every = request.activation_checkpointing_every or model.activation_checkpointing_every
-    stored = stored_parameters(config, model.vocabulary, model.adapters)
+    stored, layer = stored_parameters(config, model.vocabulary, model.adapters), max_layer_parameters(config)
     tokens = request.batch or model.batch
-    layer = max_layer_parameters(config)
     in_experts = layer * stored.experts / stored.total
     held = in_experts / n + layer - in_experts
     logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
-    budget = device_budget(config, stored.total / n, held, tier, tokens, cluster.memory, logits, every)
-    keys = model.seq_len / 2
+    for bytes_, may_offload in tiers:
+        tier = TIERS[bytes_]
+        budget = device_budget(config, stored.total / n, held, tier, tokens, cluster.memory, logits, every)
+        on_host = budget.host <= cluster.host_memory if may_offload else budget.host == 0
+        if fits := budget.device <= cluster.memory and on_host:
+            break
     time = step_time(config, model.vocabulary, stored, tier, budget, tokens, keys, cluster, every)
-    on_host = budget.host <= cluster.host_memory if may_offload else budget.host == 0
-    fits = budget.device <= cluster.memory and on_host
     return StagePlan(int(stored.total), tier, budget, time, tokens * n, fits)
 
 
-def _energy(config: EnergyConfig, joules: float, rated: float, tokens: float) -> Energy:
+def energy_of(config: EnergyConfig, joules: float, rated: float, tokens: float) -> Energy:
+    """Of a run that draws so many joules, and at most those `rated`, without the building's PUE."""
     current, pue = grid(config.country), config.pue
     mwh, mwh_rated = (joule * pue / JOULES_PER_KWH / 1000 for joule in (joules, rated))
     words = f"{current.name}, {current.grams_per_kwh:g} g/kWh ({current.year})"
@@ -226,15 +224,8 @@ def smallest_count(request: PlanRequest, card: Gpu, options: ClusterOptions) -> 
     for count in (1, 2, 4):
         if count < node and (plan := on(count)).fits:
             return plan
-    low, high = 0, 1  # nodes that are too few, nodes that may suffice
-    while not on(high * node).fits:
-        low, high = high, high * 2
-        if high > MAX_NODES:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if on(middle * node).fits else (middle, high)
-    return on(high * node)
+    nodes = bisect.bisect_left(range(1, MAX_NODES + 1), True, key=lambda nodes: on(nodes * node).fits) + 1
+    return on(nodes * node) if nodes <= MAX_NODES else None
 
 
 def _changes(
@@ -269,3 +260,67 @@ def _changes(
             found.append(f"{options.devices:,} × {larger.name}")
             break
     return found
+
+
+def sweep_plans(request: PlanRequest, card: Gpu, options: ClusterOptions, kind: str) -> list[tuple[int, Plan]]:
+    """A plan for each value of `kind`: GPUs from a quarter of the requested number to four times as many, all tiers, or
+    batches from a quarter to four times the size.
+
+    Raises:
+        ConfigError: another kind.
+    """
+    if kind not in AXES:
+        raise ConfigError(f"--sweep {kind!r} is not known; {nearest(kind, list(AXES))}")
+    if kind == "gpus":
+        counts = sorted({max(1, round(options.devices * factor)) for factor in FACTORS})
+        clusters = [gpu_cluster(card, replace(options, devices=count)) for count in counts]
+        return [(count, make_plan(request, one)) for count, one in zip(counts, clusters, strict=True)]
+    if kind == "bytes":
+        requests = {size: replace(request, bytes_per_parameter=size) for size in TIERS}
+    else:
+        sizes = [max(1, round((request.batch or request.model.batch) * factor)) for factor in FACTORS]
+        requests = {size: replace(request, batch=size) for size in sizes}
+    return [(value, make_plan(one, gpu_cluster(card, options))) for value, one in requests.items()]
+
+
+def draw_sweep(rows: list[tuple[int, Plan]], kind: str, path: Path) -> None:
+    """Plot tokens per day and joules per token over the value that was changed; plans that do not fit are hollow.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
+        from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: PLC0415
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'openm6[report]'") from None
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    values = [value for value, _ in rows]
+    series = {
+        "tokens per day": [plan.tokens / plan.days for _, plan in rows],
+        "joules per token": [plan.energy.joules_per_token for _, plan in rows],
+    }
+    colours = ["C0" if plan.fits else "white" for _, plan in rows]
+    for axes, (title, heights) in zip(figure.subplots(1, 2), series.items(), strict=True):
+        axes.plot(values, heights, color="0.6", zorder=1)
+        axes.scatter(values, heights, c=colours, edgecolors="C0", zorder=2)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda height, _: _short(height)))
+        axes.yaxis.set_minor_formatter("")
+        axes.set_xticks(values, [f"{value:,}" for value in values])
+        axes.minorticks_off()
+        axes.set_xlabel(AXES[kind])
+        axes.set_title(title)
+    if not all(plan.fits for _, plan in rows):
+        figure.suptitle("hollow: does not fit", fontsize="small", color="0.4")
+    figure.savefig(path)
+
+
+def _short(number: float) -> str:
+    """Such as `1.5B` or `0.02`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

@@ -21,24 +21,13 @@ from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
-from openm6.plan.memory import FULL, HALF, TIERS, layerwise_step
+from openm6.plan.hardware import GIB
+from openm6.plan.memory import FULL, HALF, TIERS, in_bytes, layerwise_step
 
-GIB = 2**30
 OTHERS = TIERS[16]  # of parameters outside the blocks, whatever the precision of those within
 LOGGED = 0.02  # fraction of a tier's bytes below which an entry is left out of the log
 HOST_FRACTION = 0.9  # of the free host memory; the rest is for other programs
-UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-NAMES = {"device": "device memory", "host": "host memory", "disk": "disk"}
 FreeBytes = dict[str, float]  # by tier: `device`, `host`, `disk`
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One item of a budget."""
-
-    tier: str
-    what: str
-    num_bytes: float
 
 
 @dataclass(frozen=True)
@@ -95,8 +84,8 @@ class Budget:
             count = max(0, min(num_groups - 1, int(left // max(layout.num_bytes for layout in self.layouts))))
         return tuple(int((index + 0.5) * num_groups / count) for index in range(count))
 
-    def entries(self, on_device: Sequence[int]) -> list[Entry]:
-        """Return all entries, with these groups of layers on the device."""
+    def entries(self, on_device: Sequence[int]) -> dict[tuple[str, str], float]:
+        """Return bytes by tier and what they are for, with these groups of layers on the device."""
         config, offload = self.config, self.offload
         held, offloaded = (
             [layout for index, layout in enumerate(self.layouts) if (index in on_device) == there]
@@ -111,29 +100,29 @@ class Budget:
         # Gradients of shared weights add up until their last use; the weights of one group are computed with.
         in_use = (len(config.group_layers) if config.stage == "pseudo" else 1) + 1
         buffer = max((layout.num_bytes for layout in offloaded), default=0)
-        return [
-            Entry("device", "weights on the device", read),
-            Entry("device", "optimizer state on the device", kept - read),
-            Entry("device", "buffers for offloaded layers", offload.buffers * buffer),
+        return {
+            ("device", "weights on the device"): read,
+            ("device", "optimizer state on the device"): kept - read,
+            ("device", "buffers for offloaded layers"): offload.buffers * buffer,
             # Beside what is kept, a copy in the dtype of computation.
-            Entry("device", "embeddings, heads, norms, routers", (OTHERS.kept + FULL) * self.others),
-            Entry("device", "gradient and weights of the layer in use", in_use * layer),
-            Entry("device", "activations of one layer", activations),
-            Entry(offload.activation_storage, "inputs of layers, kept for the backward pass", inputs),
-            Entry("host", "offloaded weights", read_offloaded),
-            Entry("host", "state of offloaded weights", kept_offloaded - read_offloaded),
-            Entry("host", "weights of the shared stage, at the switch", self.beside),
-            Entry("disk", "checkpoints", self.checkpoints * self.checkpoint_bytes),
-        ]
+            ("device", "embeddings, heads, norms, routers"): (OTHERS.kept + FULL) * self.others,
+            ("device", "gradient and weights of the layer in use"): in_use * layer,
+            ("device", "activations of one layer"): activations,
+            (offload.activation_storage, "inputs of layers, kept for the backward pass"): inputs,
+            ("host", "offloaded weights"): read_offloaded,
+            ("host", "state of offloaded weights"): kept_offloaded - read_offloaded,
+            ("host", "weights of the shared stage, at the switch"): self.beside,
+            ("disk", "checkpoints"): self.checkpoints * self.checkpoint_bytes,
+        }
 
-    def of_tier(self, tier: str, on_device: Sequence[int] | None = None) -> list[Entry]:
+    def of_tier(self, tier: str, on_device: Sequence[int] | None = None) -> dict[str, float]:
         """Return the entries of one tier; on a CPU the host's memory is also the device's."""
         tiers = (tier, "device") if tier == "host" and "device" not in self.free else (tier,)
         entries = self.entries(self.on_device if on_device is None else on_device)
-        return [entry for entry in entries if entry.tier in tiers]
+        return {what: size for (own, what), size in entries.items() if own in tiers}
 
     def total(self, tier: str, on_device: Sequence[int] | None = None) -> float:
-        return sum(entry.num_bytes for entry in self.of_tier(tier, on_device))
+        return sum(self.of_tier(tier, on_device).values())
 
     @property
     def fits(self) -> bool:
@@ -168,12 +157,9 @@ def check_budget(budget: Budget, rule: UpdateRule) -> None:
     for tier, limit in budget.free.items():
         # `host: 1.2 GiB of 20.1 GiB; offloaded weights 921 MiB, …`
         needed = budget.total(tier)
-        entries = ", ".join(
-            f"{entry.what} {_size(entry.num_bytes)}"
-            for entry in budget.of_tier(tier)
-            if entry.num_bytes >= max(1, LOGGED * needed)
-        )
-        get_log().info(f"{tier}: {_size(needed)} of {_size(limit)}; {entries}")
+        shown = {what: size for what, size in budget.of_tier(tier).items() if size >= max(1, LOGGED * needed)}
+        entries = ", ".join(f"{what} {in_bytes(size)}" for what, size in shown.items())
+        get_log().info(f"{tier}: {in_bytes(needed)} of {in_bytes(limit)}; {entries}")
     for tier, limit in budget.free.items():
         if budget.total(tier) > limit:
             raise ConfigError(refusal(budget, tier, rule))
@@ -209,10 +195,11 @@ def refusal(budget: Budget, tier: str, rule: UpdateRule) -> str:
     freed = {words: before - other.total(tier) for words, other in changes.items()}
     most = max(freed, key=lambda words: freed[words])
     enough = next((words for words, other in changes.items() if other.fits), None)
-    setting = f"{most} frees most, {_size(freed[most])}" + (f", and {enough} would do" if enough else "")
+    setting = f"{most} frees most, {in_bytes(freed[most])}" + (f", and {enough} would do" if enough else "")
+    where = "disk" if tier == "disk" else f"{tier} memory"
     return (
-        f"{budget.parameters / 1e9:.3g}B parameters need {_size(before)} of {NAMES[tier]}, and "
-        f"{_size(budget.free[tier])} are free: {smaller}; {setting if freed[most] > 0 else 'no setting frees any'}"
+        f"{budget.parameters / 1e9:.3g}B parameters need {in_bytes(before)} of {where}, and "
+        f"{in_bytes(budget.free[tier])} are free: {smaller}; {setting if freed[most] > 0 else 'no setting frees any'}"
     )
 
 
@@ -231,9 +218,3 @@ def _changes(budget: Budget) -> dict[str, Budget]:
         layouts = [RecordLayout(layout.shapes, rule) for layout in budget.layouts]
         found[f"loop.optimizer.precision={precision}"] = replace(budget, layouts=layouts)
     return found
-
-
-def _size(num_bytes: float) -> str:
-    """Format a number of bytes."""
-    unit, name = next((pair for pair in UNITS if num_bytes >= pair[0]), UNITS[-1])
-    return f"{num_bytes / unit:.3g} {name}"

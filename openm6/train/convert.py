@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,37 +19,119 @@ from openm6.core.files import replace_text
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
-from openm6.models.config import BackboneConfig, Stage
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, read_description
+from openm6.models.config import Stage
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, read_description
 from openm6.offload.weight_store import RecordLayout, matrix_shapes
-from openm6.optim.config import PRECISIONS, OptimizerConfig, WeightPrecision
-from openm6.optim.rules import OptimizerState, Slots, UpdateRule, update_rule
+from openm6.optim.config import PRECISIONS, OptimizerConfig
+from openm6.optim.rules import OptimizerState, Shape, Slots, UpdateRule, update_rule
 from openm6.train.offloaded import full_name
 
 WRITTEN_AGAIN = ("format", "openm6", "step", "files")  # of state.json
 
 
-@dataclass(frozen=True)
 class Conversion:
-    """From what to what: rules, and the groups of layers."""
+    """From what to what: update rules, and groups of layers."""
 
-    description: CheckpointConfig
-    old_precision: WeightPrecision
-    new_precision: WeightPrecision
-    delinked: bool
-    moments: Moments
+    def __init__(
+        self, folder: Path, state: dict[str, Any], precision: str | None, stage: Stage | None, moments: Moments
+    ) -> None:
+        """Raises as `convert`."""
+        self.description = read_description(_text(folder / MODEL_FILE), str(folder / MODEL_FILE))
+        self.old, self.moments, self.precision = self.description.backbone, moments, precision or state["precision"]
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"--precision {self.precision} must be one of {', '.join(PRECISIONS)}")
+        if state.get("optimizer", "adamw") != "adamw" and self.precision != "fp32":
+            raise ConfigError(
+                f"{folder} was trained with {state['optimizer']}, whose state Adafactor cannot use: convert a run of "
+                "adamw"
+            )
+        if stage == "pseudo" and self.old.stage == "real":
+            raise ConfigError(
+                f"{folder} is of the real stage: layers with weights of their own cannot share weights again"
+            )
+        self.delinked = stage == "real" and self.old.stage == "pseudo"
+        self.new = self.old.model_copy(update={"sharing": None}) if self.delinked else self.old
+        # New group of layers -> the old one that it comes from.
+        self.sources = self.old.layer_groups if self.delinked else tuple(range(len(self.old.group_layers)))
+        self.old_rule, self.new_rule = (
+            update_rule(OptimizerConfig(precision=name)) for name in (state["precision"], self.precision)
+        )
+        self.weights, self.kept = CheckpointReader(folder, "model"), CheckpointReader(folder, "optimizer")
+        with torch.device("meta"):
+            self.blocks = Backbone(self.old).group_blocks
 
-    @property
-    def backbone(self) -> BackboneConfig:
-        """The backbone of the result."""
-        old = self.description.backbone
-        return old.model_copy(update={"sharing": None}) if self.delinked else old
+    def groups(self) -> Iterator[Shard]:
+        """The new groups of layers, one in memory at a time."""
+        for group, source in enumerate(self.sources):
+            shapes = matrix_shapes(self.blocks[source])
+            old, shard = self._read_group(source, shapes), Shard({}, {})
+            for name, stored in _empty_group(shapes, self.new_rule).items():
+                state = self._inherited(self.old_rule.export_state(old[name]), self.sources.count(source))
+                self.new_rule.import_state(stored, state, derive_seed(0, "convert", group, name))
+                for slot, tensor in stored.items():
+                    full = full_name(f"backbone.layers.{self.new.group_layers[group]}.{name}", slot)
+                    (shard.model if slot in self.new_rule.read_slots else shard.optimizer)[full] = tensor
+            yield shard
 
-    @property
-    def sources(self) -> list[int]:
-        """New group of layers -> the old one that it comes from."""
-        old = self.description.backbone
-        return list(old.layer_groups) if self.delinked else list(range(len(old.group_layers)))
+    def _read_group(self, source: int, shapes: dict[str, Shape]) -> dict[str, Slots]:
+        """One group as it was saved; what the optimizer had not kept yet is zero."""
+        views = _empty_group(shapes, self.old_rule)
+        for name, stored in views.items():
+            for slot, tensor in stored.items():
+                full = full_name(f"backbone.layers.{self.old.group_layers[source]}.{name}", slot)
+                if slot in self.old_rule.read_slots:
+                    self.weights.read_into(full, tensor)
+                elif full in self.kept:
+                    self.kept.read_into(full, tensor)
+        return views
+
+    def _inherited(self, state: OptimizerState, uses: int) -> OptimizerState:
+        """A layer's part of the state that `uses` layers shared."""
+        if uses == 1:
+            return state
+        if self.moments == "reset":
+            return OptimizerState(state.values, None, None, torch.zeros_like(state.count))
+        first, second = (
+            None if moment is None else moment * moment_factor(key, uses, self.moments)
+            for key, moment in (("exp_avg", state.first), ("exp_avg_sq", state.second))
+        )
+        return OptimizerState(state.values, first, second, state.count)
+
+    def others(self, reader: CheckpointReader, scaled: bool) -> Iterator[tuple[str, Tensor]]:
+        """All tensors but the matrices of layers; routers that layers no longer share once for each."""
+        prefixes = [f"backbone.layers.{layer}." for layer in self.old.group_layers]
+        pairs = zip(prefixes, self.blocks, strict=True)
+        matrices = {prefix + name for prefix, block in pairs for name in block.matrices()}
+        shared = self.delinked and self.old.share_routers
+        routers = {f"{prefix}mlp.router.": group for group, prefix in enumerate(prefixes) if shared}
+        for full in reader.names:
+            name, separator, key = full.partition(SEPARATOR)
+            start, router, leaf = name.rpartition("mlp.router.")
+            group = routers.get(start + router)
+            if name in matrices:
+                continue
+            if group is None:
+                yield full, reader.read(full)
+                continue
+            uses = self.sources.count(group)
+            if scaled and self.moments == "reset" and uses > 1:
+                continue
+            factor = moment_factor(key, uses, self.moments) if scaled else 1.0
+            for layer, source in enumerate(self.sources):
+                if source == group:
+                    yield f"backbone.layers.{layer}.mlp.router.{leaf}{separator}{key}", reader.read(full) * factor
+
+    def write_settings(self, old: RunFolder, new: RunFolder) -> None:
+        """The old run's settings with what has changed, where it had any."""
+        if not (values := old.read_config()):
+            return
+        loop = dict(values.get("loop") or {})
+        loop["optimizer"] = {**(loop.get("optimizer") or {}), "precision": self.precision}
+        if self.delinked:
+            loop.pop("stages", None)
+            model = dict(values.get("model") or {})
+            values["model"] = {**model, "overrides": {**(model.get("overrides") or {}), "sharing": None}}
+        new.write_config({**values, "loop": loop})
 
 
 def convert(
@@ -72,156 +152,36 @@ def convert(
     """
     folder = latest(trained)
     state = read_state(folder)
-    conversion = plan_conversion(folder, state, precision, stage, moments)
+    conversion = Conversion(folder, state, precision, stage, moments)
     if list_checkpoints(RunFolder(out).checkpoints):
         raise ConfigError(f"{out} already holds a run: choose another folder")
     run = RunFolder.open(out)
-    _write_settings(RunFolder(folder.parents[1]), run, conversion)
-    texts = {MODEL_FILE: _description_text(conversion), TOKENIZER_FILE: _text(folder / TOKENIZER_FILE)}
+    conversion.write_settings(RunFolder(folder.parents[1]), run)
+    description = conversion.description.model_copy(update={"backbone": conversion.new})
+    texts = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: _text(folder / TOKENIZER_FILE)}
     replace_text(run.path / TOKENIZER_FILE, texts[TOKENIZER_FILE])
-    weights, kept = CheckpointReader(folder, "model"), CheckpointReader(folder, "optimizer")
+    new_state = {name: value for name, value in state.items() if name not in WRITTEN_AGAIN}
+    if conversion.delinked:
+        new_state["callbacks"] = {name: one for name, one in state.get("callbacks", {}).items() if name != "stages"}
     snapshot = Snapshot(
         step=int(state["step"]),
         model=nn.Module(),
-        weights=dict(_others(weights, conversion, scaled=False)),
-        optimizer=dict(_others(kept, conversion, scaled=True)),
-        state=_new_state(state, conversion),
+        weights=dict(conversion.others(conversion.weights, scaled=False)),
+        optimizer=dict(conversion.others(conversion.kept, scaled=True)),
+        state={**new_state, "stage": conversion.new.stage, "precision": conversion.precision},
         training=load_training_tensors(folder),
         files=texts,
-        shards=_groups(weights, kept, conversion),
+        shards=conversion.groups(),
         num_shards=len(conversion.sources),
     )
     saved = save(snapshot, run.checkpoints, keep=1)
-    kind = f"precision {conversion.new_precision}, {conversion.backbone.stage} stage"
+    kind = f"precision {conversion.precision}, {conversion.new.stage} stage"
     return f"{saved}: {kind}; go on with openm6 train {run.config} --resume --out {out}"
 
 
-def plan_conversion(
-    folder: Path, state: dict[str, Any], precision: str | None, stage: Stage | None, moments: Moments
-) -> Conversion:
-    """What is to be done, checked.
-
-    Raises:
-        CheckpointError, ConfigError: as for `convert`.
-    """
-    description = read_description(_text(folder / MODEL_FILE), str(folder / MODEL_FILE))
-    old = state["precision"]
-    new = precision or old
-    if new not in PRECISIONS:
-        raise ConfigError(f"--precision {new} must be one of {', '.join(PRECISIONS)}")
-    if state.get("optimizer", "adamw") != "adamw" and new != "fp32":
-        raise ConfigError(
-            f"{folder} was trained with {state['optimizer']}, whose state Adafactor cannot use: convert a run of adamw"
-        )
-    now = description.backbone.stage
-    if stage == "pseudo" and now == "real":
-        raise ConfigError(f"{folder} is of the real stage: layers with weights of their own cannot share weights again")
-    return Conversion(description, old, cast(WeightPrecision, new), stage == "real" and now == "pseudo", moments)
-
-
-def _groups(weights: CheckpointReader, kept: CheckpointReader, conversion: Conversion) -> Iterator[Shard]:
-    """The new groups of layers, one in memory at a time."""
-    old_rule, new_rule = (
-        update_rule(OptimizerConfig(precision=precision))
-        for precision in (conversion.old_precision, conversion.new_precision)
-    )
-    old_layers, new_layers = (c.group_layers for c in (conversion.description.backbone, conversion.backbone))
-    with torch.device("meta"):
-        blocks = Backbone(conversion.description.backbone).group_blocks
-    uses = Counter(conversion.sources)
-    for group, source in enumerate(conversion.sources):
-        shapes = matrix_shapes(blocks[source])
-        prefix = f"backbone.layers.{old_layers[source]}"
-        old = _read_group(RecordLayout(shapes, old_rule), old_rule, weights, kept, prefix)
-        new = RecordLayout(shapes, new_rule)
-        views = new.views(torch.zeros(new.num_bytes, dtype=torch.uint8))
-        shard = Shard({}, {})
-        for name, stored in views.items():
-            state = _inherited(old_rule.export_state(old[name]), uses[source], conversion.moments)
-            new_rule.import_state(stored, state, derive_seed(0, "convert", group, name))
-            for slot, tensor in stored.items():
-                full = full_name(f"backbone.layers.{new_layers[group]}.{name}", slot)
-                (shard.model if slot in new_rule.read_slots else shard.optimizer)[full] = tensor
-        yield shard
-
-
-def _read_group(
-    layout: RecordLayout, rule: UpdateRule, weights: CheckpointReader, kept: CheckpointReader, prefix: str
-) -> dict[str, Slots]:
-    """One group as it was saved; what the optimizer had not kept yet is zero."""
-    views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
-    for name, stored in views.items():
-        for slot, tensor in stored.items():
-            full = full_name(f"{prefix}.{name}", slot)
-            if slot in rule.read_slots:
-                weights.read_into(full, tensor)
-            elif full in kept:
-                kept.read_into(full, tensor)
-    return views
-
-
-def _inherited(state: OptimizerState, uses: int, moments: Moments) -> OptimizerState:
-    """A layer's part of the state that `uses` layers shared."""
-    if uses == 1:
-        return state
-    if moments == "reset":
-        return OptimizerState(state.values, None, None, torch.zeros_like(state.count))
-    first, second = (
-        None if moment is None else moment * moment_factor(key, uses, moments)
-        for key, moment in (("exp_avg", state.first), ("exp_avg_sq", state.second))
-    )
-    return OptimizerState(state.values, first, second, state.count)
-
-
-def _others(reader: CheckpointReader, conversion: Conversion, scaled: bool) -> Iterator[tuple[str, Tensor]]:
-    """All tensors but the matrices of layers; routers that layers no longer share once for each."""
-    old = conversion.description.backbone
-    with torch.device("meta"):
-        blocks = Backbone(old).group_blocks
-    prefixes = [f"backbone.layers.{layer}." for layer in old.group_layers]
-    matrices = {prefix + name for prefix, block in zip(prefixes, blocks, strict=True) for name in block.matrices()}
-    routers = {f"{prefix}mlp.router.": group for group, prefix in enumerate(prefixes) if old.share_routers}
-    for full in reader.names:
-        name, separator, key = full.partition(SEPARATOR)
-        start, router, leaf = name.rpartition("mlp.router.")
-        group = routers.get(start + router) if conversion.delinked else None
-        if name in matrices:
-            continue
-        if group is None:
-            yield full, reader.read(full)
-            continue
-        uses = conversion.sources.count(group)
-        if scaled and conversion.moments == "reset" and uses > 1:
-            continue
-        factor = moment_factor(key, uses, conversion.moments) if scaled else 1.0
-        for layer, source in enumerate(conversion.sources):
-            if source == group:
-                yield f"backbone.layers.{layer}.mlp.router.{leaf}{separator}{key}", reader.read(full) * factor
-
-
-def _new_state(state: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
-    kept = {name: value for name, value in state.items() if name not in WRITTEN_AGAIN}
-    if conversion.delinked:
-        kept["callbacks"] = {name: value for name, value in kept.get("callbacks", {}).items() if name != "stages"}
-    return {**kept, "stage": conversion.backbone.stage, "precision": conversion.new_precision}
-
-
-def _write_settings(old: RunFolder, new: RunFolder, conversion: Conversion) -> None:
-    """The old run's settings with what has changed, where it had any."""
-    values = old.read_config()
-    if not values:
-        return
-    loop = dict(values.get("loop") or {})
-    loop["optimizer"] = {**(loop.get("optimizer") or {}), "precision": conversion.new_precision}
-    if conversion.delinked:
-        loop.pop("stages", None)
-        model = dict(values.get("model") or {})
-        values["model"] = {**model, "overrides": {**(model.get("overrides") or {}), "sharing": None}}
-    new.write_config({**values, "loop": loop})
-
-
-def _description_text(conversion: Conversion) -> str:
-    return conversion.description.model_copy(update={"backbone": conversion.backbone}).to_json()
+def _empty_group(shapes: dict[str, Shape], rule: UpdateRule) -> dict[str, Slots]:
+    layout = RecordLayout(shapes, rule)
+    return layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
 
 
 def _text(path: Path) -> str:

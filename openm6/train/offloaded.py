@@ -25,7 +25,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.nn.executor import LayerExecutor
 from openm6.nn.moe import MoE
 from openm6.offload.config import OffloadConfig
-from openm6.offload.executor import OffloadedExecutor, Step
+from openm6.offload.executor import OffloadedExecutor
 from openm6.offload.streams import Streams, open_streams
 from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes
 from openm6.optim.rules import WEIGHT, update_rule
@@ -90,7 +90,7 @@ class OffloadedTrainStep(TrainStep):
         return report
 
     def _backward(self, batch: Batch, step: int, rate: float) -> tuple[StepResult, Tensor]:
-        self.executor.begin_step(Step(step, rate, self.config.optimizer.weight_decay, self.config.seed))
+        self.executor.begin_step(step, rate, self.config.optimizer.weight_decay, self.config.seed)
         with self.autocast():
             result = self.training.loss(batch)
         result.loss.backward()
@@ -178,7 +178,6 @@ class OffloadedTrainStep(TrainStep):
         """What the run will take on the device, in host memory and on the disk."""
         others = sum(parameter.numel() for parameter in self.training.model.parameters())
         others -= sum(torch.Size(shape).numel() for one in self.weights.shapes for shape in one.values())
-        half = resolve_precision(self.config.precision, self.device) == "bf16"
         return Budget(
             self.backbone.config,
             layouts,
@@ -186,7 +185,7 @@ class OffloadedTrainStep(TrainStep):
             -(-self.training.tokens_per_step // self.training.ranks.size),
             self.offload,
             available(self.device, self.offload, self._checkpoints),
-            value_bytes=HALF if half else FULL,
+            value_bytes=HALF if resolve_precision(self.config.precision, self.device) == "bf16" else FULL,
             checkpoints=0 if self._checkpoints is None else self.config.keep_last + 1,
             gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
         )

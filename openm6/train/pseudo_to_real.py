@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openm6.core.seeds import derive_seed
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.optim.sharding import REPLICATED, ShardSpec
-from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
+from openm6.train.config import StagesConfig, SwitchConfig
 
 
 class SwitchClock:
@@ -34,7 +34,9 @@ class SwitchClock:
             return steps >= config.step
         if config.minutes is not None:
             return seconds >= 60 * config.minutes
-        return config.plateau is not None and _has_plateaued(self._losses, config.plateau)
+        if config.plateau is None or len(self._losses) < 2 * (window := config.plateau.window):
+            return False
+        return sum(self._losses[window:]) > (1 - config.plateau.improvement) * sum(self._losses[:window])
 
     def state(self) -> dict[str, Any]:
         return {"losses": self._losses}
@@ -50,21 +52,21 @@ def lr_after_switch(step: int, switched_at: int | None, config: StagesConfig) ->
     return min(1.0, (step - switched_at) / config.warmup_steps)
 
 
-def shared_matrices(sources: Mapping[str, str], model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the matrices of which several layers of a delinked model hold copies, from the result of `delink`."""
-    uses = Counter(sources.values())
-    named = dict(model.named_parameters())
-    return {new: named[new] for new, old in sources.items() if uses[old] > 1 and named[new].ndim > 1}
-
-
 @torch.no_grad()
-def break_symmetry(parameters: dict[str, nn.Parameter], noise: float, seed: int, ranks: ProcessGroupContext) -> None:
-    """Add noise to layers that are alike; see `matrix_noise`. All ranks call it."""
-    for name, parameter in sorted(parameters.items()):
-        spec = ranks.shard_spec(parameter)
-        values = spec.local(parameter)
-        first = ranks.first_expert(len(values)) if parameter.ndim > 2 else 0
-        values.add_(matrix_noise(values, noise, derive_seed(seed, "delink", name), spec, first))
+def break_symmetry(
+    sources: Mapping[str, str], model: nn.Module, noise: float, seed: int, ranks: ProcessGroupContext
+) -> None:
+    """Add noise to matrices that layers of a delinked model hold copies of; see `matrix_noise`. All ranks call it.
+
+    `sources` is the result of `delink`: new parameter name -> the shared one's.
+    """
+    uses, named = Counter(sources.values()), dict(model.named_parameters())
+    for name, parameter in sorted((new, named[new]) for new, old in sources.items() if uses[old] > 1):
+        if parameter.ndim > 1:
+            spec = ranks.shard_spec(parameter)
+            values = spec.local(parameter)
+            first = ranks.first_expert(len(values)) if parameter.ndim > 2 else 0
+            values.add_(matrix_noise(values, noise, derive_seed(seed, "delink", name), spec, first))
 
 
 def matrix_noise(values: Tensor, noise: float, seed: int, spec: ShardSpec = REPLICATED, first: int = 0) -> Tensor:
@@ -75,7 +77,10 @@ def matrix_noise(values: Tensor, noise: float, seed: int, spec: ShardSpec = REPL
     """
     stack = values if values.ndim > 2 else values.unsqueeze(0)
     start, rows = spec.rows(stack.shape[-2])
-    deviation = _deviations(stack.double(), rows, spec)
+    whole, count = stack.double(), rows * stack.shape[-1]
+    mean = spec.all_reduce(whole.sum((-2, -1), keepdim=True)) / count
+    squares = spec.all_reduce((whole - mean).square().sum((-2, -1), keepdim=True))
+    deviation = (squares / max(1, count - 1)).sqrt()  # E 1 1: that of each whole matrix
     draws = []
     for index in range(first, first + len(stack)):
         words = (index,) if values.ndim > 2 else ()
@@ -84,17 +89,3 @@ def matrix_noise(values: Tensor, noise: float, seed: int, spec: ShardSpec = REPL
         draws.append(draw[start : start + stack.shape[-2]])
     draw = torch.stack(draws).to(values.device) * (noise * deviation.float())
     return draw.view(values.shape).to(values.dtype)
-
-
-def _deviations(stack: Tensor, rows: int, spec: ShardSpec) -> Tensor:
-    """E 1 1: that of each whole matrix."""
-    count = rows * stack.shape[-1]
-    mean = spec.all_reduce(stack.sum((-2, -1), keepdim=True)) / count
-    return (spec.all_reduce((stack - mean).square().sum((-2, -1), keepdim=True)) / max(1, count - 1)).sqrt()
-
-
-def _has_plateaued(losses: list[float], config: PlateauConfig) -> bool:
-    if len(losses) < 2 * config.window:
-        return False
-    before, now = losses[: config.window], losses[config.window :]
-    return sum(now) > (1 - config.improvement) * sum(before)

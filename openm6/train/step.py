@@ -27,7 +27,7 @@ from openm6.optim.config import lr_multiplier
 from openm6.optim.registry import build_optimizer, default_groups, set_lr
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
-from openm6.train.pseudo_to_real import break_symmetry, shared_matrices
+from openm6.train.pseudo_to_real import break_symmetry
 from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 
@@ -102,8 +102,7 @@ class TrainStep:
         inherited = delink_moments(tensors, sources, moments)
         load_optimizer_state(inherited.items(), self.optimizer, self.training.model, "the stage before")
         if noise:
-            shared = shared_matrices(sources, self.training.model)
-            break_symmetry(shared, noise, self.config.seed, self.training.ranks)
+            break_symmetry(sources, self.training.model, noise, self.config.seed, self.training.ranks)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward passes run; the backward pass follows it."""

@@ -15,7 +15,6 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.models.config import BackboneConfig
 from openm6.offload.config import OffloadConfig
-from openm6.offload.executor import Step
 from openm6.offload.streams import Streams
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
@@ -189,7 +188,7 @@ def test_two_backward_passes_of_one_step_are_refused() -> None:
     train_step = OffloadedTrainStep(training, config_of())
     with pytest.raises(RuntimeError, match="begin_step"):
         training.loss(training.batch(0))
-    train_step.executor.begin_step(Step(1, 0.01, 0.0, 0))
+    train_step.executor.begin_step(1, 0.01, 0.0, 0)
     loss = training.loss(training.batch(0)).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="were updated in this step"):

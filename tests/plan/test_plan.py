@@ -13,9 +13,8 @@ import pytest
 from openm6.core.errors import ConfigError
 from openm6.energy.meter import EnergyConfig
 from openm6.plan.hardware import ClusterOptions, gpu, gpu_cluster, gpus
-from openm6.plan.plan import Plan, make_plan, plan_json
+from openm6.plan.plan import Plan, draw_sweep, make_plan, plan_json, sweep_plans
 from openm6.plan.request import PlanRequest, read_model
-from openm6.plan.sweep import draw_sweep, sweep_plans
 
 M6 = ClusterOptions(devices=512)
 

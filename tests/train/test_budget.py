@@ -17,8 +17,9 @@ from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.rules import update_rule
+from openm6.plan.hardware import GIB
 from openm6.train import budget as module
-from openm6.train.budget import GIB, Budget, available, check_budget, refusal
+from openm6.train.budget import Budget, available, check_budget, refusal
 from openm6.train.config import StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
@@ -43,7 +44,7 @@ def test_it_counts_what_a_run_allocates() -> None:
     budget = train_step.budget(train_step.store.layouts)
     assert budget.parameters == sum(p.numel() for p in train_step.training.model.parameters())
     assert budget.value_bytes == 4 and budget.checkpoints == 0
-    lines = {entry.what: entry.num_bytes for entry in budget.entries(tuple(train_step.store.on_device))}
+    lines = {what: size for (_, what), size in budget.entries(tuple(train_step.store.on_device)).items()}
     held = [train_step.store.storage[number].numel() for number in train_step.store.on_device]
     away = [
         stored.numel()
