@@ -7,6 +7,7 @@ import mmap
 import sys
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -36,13 +37,11 @@ class PinnedArena:
                 memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.buffers = list(whole[: sum(sizes)].split(list(sizes)))
-        self._unpin: weakref.finalize | None = None
-        if not pin or not sizes:
-            return
-        runtime, registered = torch.cuda.cudart(), list[int]()
-        # Also if the run fails.
-        self._unpin = weakref.finalize(self, lambda: [runtime.cudaHostUnregister(address) for address in registered])
-        for start, size in segments(sizes, SEGMENT):
+        runtime: Any = torch.cuda.cudart() if pin and sizes else None
+        registered: list[int] = []
+        # Unregisters the memory, also if the run fails; the buffers must not be used after it.
+        self.close = weakref.finalize(self, lambda: [runtime.cudaHostUnregister(address) for address in registered])
+        for start, size in segments(sizes, SEGMENT) if runtime is not None else ():
             # The first touch claims the pages; an untouched mapping is pinned far more slowly.
             whole[start : start + size : mmap.PAGESIZE].zero_()
             address = whole.data_ptr() + start
@@ -59,18 +58,11 @@ class PinnedArena:
                 return
             registered.append(address)
 
-    def close(self) -> None:
-        """Unregister the memory; the buffers must not be used after it."""
-        if self._unpin is not None:
-            self._unpin()
-
 
 def _forget_error() -> None:
     """Launch a kernel that takes the runtime's last error, which the next kernel would report as its own."""
-    try:
+    with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")
-    except RuntimeError:
-        get_log().debug("cleared the error of cudaHostRegister")
 
 
 def segments(sizes: Sequence[int], largest: int) -> list[tuple[int, int]]:

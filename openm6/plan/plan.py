@@ -14,13 +14,7 @@ from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.hardware import GIB, Cluster, ClusterOptions, Gpu, gpu_cluster
 from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
-from openm6.plan.model_cost import (
-    StepTime,
-    max_layer_parameters,
-    operations_per_token,
-    step_time,
-    stored_parameters,
-)
+from openm6.plan.model_cost import StepTime, max_layer_parameters, operations_per_token, step_time, stored_parameters
 from openm6.plan.request import Model, PlanRequest
 
 SECONDS_PER_DAY = 86_400.0
@@ -229,12 +223,7 @@ def smallest_count(request: PlanRequest, card: Gpu, options: ClusterOptions) -> 
 
 
 def _changes(
-    request: PlanRequest,
-    plan: Plan,
-    card: Gpu,
-    options: ClusterOptions,
-    known: Iterable[Gpu],
-    least: Plan | None,
+    request: PlanRequest, plan: Plan, card: Gpu, options: ClusterOptions, known: Iterable[Gpu], least: Plan | None
 ) -> list[str]:
     """One change each that would make a run fit that does not, from the easiest to the most expensive."""
     found, cluster = [], plan.cluster
@@ -273,8 +262,7 @@ def sweep_plans(request: PlanRequest, card: Gpu, options: ClusterOptions, kind: 
         raise ConfigError(f"--sweep {kind!r} is not known; {nearest(kind, list(AXES))}")
     if kind == "gpus":
         counts = sorted({max(1, round(options.devices * factor)) for factor in FACTORS})
-        clusters = [gpu_cluster(card, replace(options, devices=count)) for count in counts]
-        return [(count, make_plan(request, one)) for count, one in zip(counts, clusters, strict=True)]
+        return [(count, make_plan(request, gpu_cluster(card, replace(options, devices=count)))) for count in counts]
     if kind == "bytes":
         requests = {size: replace(request, bytes_per_parameter=size) for size in TIERS}
     else:

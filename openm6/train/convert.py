@@ -135,11 +135,7 @@ class Conversion:
 
 
 def convert(
-    trained: Path,
-    out: Path,
-    precision: str | None = None,
-    stage: Stage | None = None,
-    moments: Moments = "independent",
+    trained: Path, out: Path, precision: str | None = None, stage: Stage | None = None, moments: Moments = "independent"
 ) -> str:
     """Write the newest checkpoint of `trained` into a new run at `out`, which `openm6 train --resume` continues.
 
