@@ -1,6 +1,6 @@
 """The memory model of plans and of a run's budget: bytes of each parameter and each token, on the device and the host.
 
-It does without torch: a plan knows sizes alone, and a run's budget (train/budget.py) adds its own records of weights.
+It does without torch: a plan has sizes alone, and a run's budget (train/budget.py) adds its own records of weights.
 """
 
 # Shapes: D width, Q query width H·d, G key-value width, P first product, F hidden, E experts, K choices, T tokens
