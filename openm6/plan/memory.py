@@ -18,7 +18,6 @@ HALF, FULL = 2, 4  # bytes of an element in bf16 and in fp32
 ROW_ELEMENTS = 10.0  # of each row of an expert: its index, gate and position
 FRAGMENTATION = 1.25  # what the allocator's gaps and the buffers of products add to activations
 MIN_TOKENS = 128  # tokens of a micro-batch
-UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 WORKING_FRACTION = 0.25  # of a device's memory that one micro-batch of one layer may take
 
 
@@ -157,5 +156,6 @@ def device_budget(
 
 def in_bytes(count: float) -> str:
     """Such as `12.3 GiB`."""
-    size, unit = next(((size, unit) for size, unit in UNITS if count >= size), (1024, "KiB"))
+    units = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
+    size, unit = next(((size, unit) for size, unit in units if count >= size), (1024, "KiB"))
     return f"{count / size:.3g} {unit}"
