@@ -28,9 +28,8 @@ from openm6.core.device import free_host_bytes
 from openm6.core.errors import ConfigError
 from openm6.core.seeds import derive_seed
 from openm6.distributed.config import MeshShape
-from openm6.distributed.fsdp import Layout, open_layout, shard
+from openm6.distributed.fsdp import Layout, local, open_layout, shard
 from openm6.distributed.processes import apart
-from openm6.distributed.sharded_weights import local
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.config import ExpertsConfig

@@ -25,9 +25,8 @@ from benchmarks.ranks import NumRanks, Of
 from openm6.core.errors import ConfigError
 from openm6.distributed.collectives import AllToAllDispatcher
 from openm6.distributed.config import MeshShape
-from openm6.distributed.fsdp import Layout, expert_parameters, open_layout, shard
+from openm6.distributed.fsdp import Layout, expert_parameters, local, open_layout, shard
 from openm6.distributed.processes import apart
-from openm6.distributed.sharded_weights import local
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
@@ -182,7 +181,7 @@ def _context(config: BackboneConfig, layout: Layout, rows: int, length: int) -> 
     angle = torch.empty(rows, length, 1, config.head_dim // 2)
     mask = torch.zeros(1, 1, length, length, dtype=DTYPE)
     valid = torch.ones(rows, length, dtype=torch.bool)
-    exchange = AllToAllDispatcher(layout.expert_group())
+    exchange = AllToAllDispatcher(layout.mesh["ep"].get_group())
     return Context(rotary=(angle, angle), mask=mask, valid=valid, cache=None, dispatcher=exchange)
 
 

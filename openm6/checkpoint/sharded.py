@@ -23,8 +23,8 @@ from openm6.checkpoint.folder import SEPARATOR, clear_partial, partial_folder, s
 from openm6.checkpoint.reader import CheckpointReader, Shape
 from openm6.checkpoint.save import Saver, Snapshot, as_checkpoint_error, commit, named_tensors
 from openm6.core.errors import CheckpointError
-from openm6.distributed.fsdp import Layout, expert_parameters, with_offsets
-from openm6.distributed.sharded_weights import local, shard_spec_of
+from openm6.distributed.fsdp import Layout, expert_parameters, local, with_offsets
+from openm6.distributed.sharded_weights import shard_spec_of
 from openm6.optim.sharding import is_sharded_along
 
 FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
@@ -150,7 +150,7 @@ def _empty_slot(key: str, parameter: Tensor, size: Shape, dtype: torch.dtype, di
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
     spec = shard_spec_of(parameter)
     if is_sharded_along(key, spec.axis, parameter.dim()) and spec.group is not None:
-        shape[spec.axis] = spec.lengths[spec.group.rank]
+        shape[spec.axis] = spec.lengths[spec.group.rank()]
     return spec.slot(key, torch.zeros(shape, dtype=dtype, device=parameter.device))
 
 

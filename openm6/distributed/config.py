@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -38,38 +38,29 @@ class ParallelConfig(Config):
         Raises:
             ConfigError: the axes do not multiply out to the ranks, or the experts cannot be distributed evenly.
         """
-        dp_replicate, dp_shard, ep = self._fill(size, num_experts, accelerated)
-        if dp_replicate * dp_shard * ep != size:
+        sizes = {axis: value for axis in MeshShape._fields if (value := getattr(self, axis)) != "auto"}
+        if wrong := [axis for axis, value in sizes.items() if value < 1]:
+            raise ConfigError(f"parallel.{wrong[0]} must be at least 1, or auto")
+        if free := [axis for axis in MeshShape._fields if axis not in sizes]:
+            left = max(1, size // math.prod(sizes.values()))
+            sizes |= dict.fromkeys(free, 1) | {_widest(free, left, num_experts, accelerated): left}
+        shape = MeshShape(**sizes)
+        if shape.size != size:
+            axes = " × ".join(f"{axis}={value}" for axis, value in shape._asdict().items())
             raise ConfigError(
-                f"parallel: dp_replicate={dp_replicate} × dp_shard={dp_shard} × ep={ep} is "
-                f"{dp_replicate * dp_shard * ep} ranks, but "
-                f"{size} run: change an axis or the number of processes"
+                f"parallel: {axes} is {shape.size} ranks, but {size} run: change an axis or the number of processes"
             )
-        if ep > 1 and (num_experts is None or num_experts % ep):
+        if shape.ep > 1 and (num_experts is None or num_experts % shape.ep):
             raise ConfigError(
-                f"parallel.ep={ep} cannot distribute {num_experts or 'no'} experts evenly: "
+                f"parallel.ep={shape.ep} cannot distribute {num_experts or 'no'} experts evenly: "
                 "choose a divisor of num_experts"
             )
-        return MeshShape(dp_replicate, dp_shard, ep)
-
-    def _fill(self, size: int, num_experts: int | None, accelerated: bool) -> tuple[int, int, int]:
-        given = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "ep": self.ep}
-        fixed = {name: int(value) for name, value in given.items() if value != "auto"}
-        if wrong := [name for name, value in fixed.items() if value < 1]:
-            raise ConfigError(f"parallel.{wrong[0]} must be at least 1, or auto")
-        left = size
-        for value in fixed.values():
-            left //= value
-        sizes = dict.fromkeys(given, 1) | fixed
-        free = [name for name in given if name not in fixed]
-        if free:
-            sizes[_widest(free, left, num_experts, accelerated)] = max(1, left)
-        return sizes["dp_replicate"], sizes["dp_shard"], sizes["ep"]
+        return shape
 
 
 def _widest(free: list[str], left: int, num_experts: int | None, accelerated: bool) -> str:
     """The automatic axis that takes the ranks which the fixed ones leave."""
-    divides = num_experts is not None and num_experts % max(1, left) == 0
+    divides = num_experts is not None and num_experts % left == 0
     # On processors the exchange costs more than the experts' memory is worth.
     if "ep" in free and divides and (accelerated or free == ["ep"]):
         return "ep"
@@ -77,8 +68,7 @@ def _widest(free: list[str], left: int, num_experts: int | None, accelerated: bo
     return next(name for name in order if name in free)
 
 
-@dataclass(frozen=True)
-class MeshShape:
+class MeshShape(NamedTuple):
     """The three axes of a run as numbers."""
 
     dp_replicate: int
@@ -87,7 +77,7 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.ep
+        return math.prod(self)
 
     @property
     def copies_only(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -51,14 +52,15 @@ class FailureWatchdog:
             return
         own = f"rank {self.rank} of {self.size}: {self._sentence(error)}"
         first = self._report(own)
-        bug = first == own and not isinstance(error, OpenM6Error) and not _is_external(error)
+        foreign = first != own or _is_external(error)
         if self.rank == 0:
-            if first != own or _is_external(error):
+            if foreign:
                 raise TrainingError(first) from None
             return
-        if bug:
+        if not (foreign or isinstance(error, OpenM6Error)):
             sys.excepthook(type(error), error, trace)  # a bug, which keeps its traceback
-        self._wait_for_rank_0()
+        with suppress(dist.DistError, RuntimeError):  # the store has gone, or rank 0 does not report
+            self._store.wait([REPORTED], timedelta(seconds=PATIENCE))
         raise SystemExit(1) from None
 
     def _report(self, own: str) -> str:
@@ -71,18 +73,14 @@ class FailureWatchdog:
             return own
         return first
 
-    def _wait_for_rank_0(self) -> None:
-        waiting = threading.Event()
-        for _ in range(int(PATIENCE / LOOK_EVERY)):
-            if _has(self._store, REPORTED):
-                return
-            waiting.wait(LOOK_EVERY)
-
     def _watch(self) -> None:
         looks = 0
         while not self._done.wait(pause_before(looks)):
             looks += 1
-            if not _has(self._store, FAILURE):
+            try:
+                if not self._store.check([FAILURE]):
+                    continue
+            except (dist.DistError, RuntimeError):  # the store has gone, and with it the launcher
                 continue
             # The main thread may be about to fail over the same; then it speaks for itself.
             if self._done.wait(2 * LOOK_EVERY):
@@ -96,7 +94,6 @@ class FailureWatchdog:
     def _sentence(self, error: BaseException) -> str:
         if isinstance(error, OpenM6Error):
             return str(error)
-        words = str(error).strip().splitlines() or [type(error).__name__]
         if _out_of_memory(error):
             return (
                 "out of memory: lower packing.batch_size or packing.seq_len, or raise parallel.dp_shard or parallel.ep"
@@ -108,7 +105,8 @@ class FailureWatchdog:
                     "or raise parallel.timeout_seconds"
                 )
             return "another rank was lost: see its last message, and go on with --resume"
-        return f"{type(error).__name__}: {words[0][:300]}"
+        kind, lines = type(error).__name__, str(error).strip().splitlines()
+        return f"{kind}: {lines[0][:300] if lines else kind}"
 
 
 def pause_before(look: int) -> float:
@@ -154,10 +152,3 @@ def wait_for(store: dist.Store, key: str) -> None:
             looks += 1
     except (dist.DistError, RuntimeError):
         raise TrainingError("rank 0 was lost: see its last message, and go on with --resume") from None
-
-
-def _has(store: dist.Store, key: str) -> bool:
-    try:
-        return store.check([key])
-    except (dist.DistError, RuntimeError):  # the store has gone, and with it the launcher
-        return False

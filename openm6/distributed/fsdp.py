@@ -12,22 +12,20 @@ ranks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from openm6.core.errors import ConfigError
 from openm6.distributed.config import MeshShape
 from openm6.nn.block import TransformerBlock
 from openm6.nn.moe import Experts
 
-AXES = ("dp_replicate", "dp_shard", "ep")
 SLOT = "::"  # between a parameter's name and that of one of its optimizer's tensors
 
 
@@ -37,12 +35,7 @@ class Layout:
 
     shape: MeshShape
     mesh: DeviceMesh
-
-    dense: DeviceMesh  # dp_shard and ep as one axis
-
-    def inner_group(self) -> dist.ProcessGroup:
-        """Return the ranks that hold one replica of the model among them."""
-        return self.dense.get_group()
+    dense: DeviceMesh  # dp_shard and ep as one axis: the ranks that hold one replica of the model among them
 
     def find(self, names: tuple[str, ...]) -> DeviceMesh:
         """Return the submesh with these axes."""
@@ -52,15 +45,10 @@ class Layout:
         """Return a mesh of the same ranks on CPUs, for copies of what is on GPUs."""
         return self if self.mesh.device_type == "cpu" else open_layout(self.shape, torch.device("cpu"))
 
-    def expert_group(self) -> dist.ProcessGroup:
-        """Return the ranks over which the experts of a layer are distributed."""
-        return self.mesh["ep"].get_group()
-
 
 def open_layout(shape: MeshShape, device: torch.device) -> Layout:
     """Open the mesh of the ranks that the launcher started."""
-    sizes = (shape.dp_replicate, shape.dp_shard, shape.ep)
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=MeshShape._fields)
     return Layout(shape, mesh, mesh["dp_shard", "ep"]._flatten("dense"))
 
 
@@ -105,13 +93,6 @@ def shard_rest(model: nn.Module, layout: Layout) -> None:
     _sum_only(model)
 
 
-def reshard(model: nn.Module) -> None:
-    """Free what was gathered for a forward pass that no backward pass followed."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def _sum_only(module: nn.Module) -> None:
     """Reduce by sums, not means."""
     for one in module.modules():
@@ -142,24 +123,29 @@ def with_offsets(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -
     Experts' weights are plain tensors or DTensors of FSDP's shards alone: without their offset among all experts, a
     checkpoint would take one rank's experts for all of them.
     """
-    weights = dict(expert_parameters(model))
-    return {
-        name: _whole(tensor, layout)
-        if (owner := name.partition(SLOT)[0]) in weights and tensor.dim() == weights[owner].dim()
-        else tensor
-        for name, tensor in tensors.items()
-    }
+    weights, result = dict(expert_parameters(model)), dict(tensors)
+    for name, tensor in tensors.items():
+        weight = weights.get(name.partition(SLOT)[0])
+        if weight is None or tensor.dim() != weight.dim():
+            continue
+        # What lacks the sharded axis is equal on the ranks that share an expert.
+        sharded = isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
+        placements = [Shard(1) if sharded else Replicate(), Shard(0)]
+        part = local(tensor)
+        shape = (len(part) * layout.shape.ep, *tensor.shape[1:])  # a DTensor's width is that of the whole
+        result[name] = as_part(part, layout.mesh["dp_shard", "ep"], placements, shape)
+    return result
 
 
-def _whole(tensor: Tensor, layout: Layout) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    sharded = isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
-    # What lacks the sharded axis is equal on the ranks that share an expert. A DTensor's width is that of the whole.
-    shape = torch.Size([local.shape[0] * layout.shape.ep, *tensor.shape[1:]])
-    stride = torch.empty(shape, device="meta").stride()
-    placements = [Shard(1) if sharded else Replicate(), Shard(0)]
-    mesh = layout.mesh["dp_shard", "ep"]
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+def local(tensor: Tensor) -> Tensor:
+    """Return the shard of a tensor that this rank holds; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """Return the shard here of a tensor of this shape as a DTensor, without a copy."""
+    stride = torch.empty(torch.Size(shape), device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -51,7 +51,14 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:
-        raise _as_openm6_error(error, processes) from None
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        rank, code = next(iter(codes.items()))
+        if stopped := [number for number in STOPS if 128 + number in codes.values()]:
+            raise Interrupted("stopped and saved: go on with --resume", stopped[0]) from None
+        how = f"failed with exit code {code}, for the reason given above"
+        if code < 0:
+            how = f"was killed ({signal.Signals(-code).name}): go on with --resume"
+        raise TrainingError(f"rank {rank} of {processes} {how}") from None
     except SignalException as error:
         raise Interrupted("stopped: go on with --resume", error.sigval) from None
     finally:
@@ -76,15 +83,3 @@ class _Stop:
         if number == signal.SIGINT:
             for rank in children():
                 os.kill(rank, number)
-
-
-def _as_openm6_error(error: ChildFailedError, processes: int) -> BaseException:
-    failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    rank, code = next(iter(failures.items()))
-    stopped = next((number for number in STOPS if 128 + number in failures.values()), None)
-    if stopped is not None:
-        return Interrupted("stopped and saved: go on with --resume", stopped)
-    if code < 0:
-        name = signal.Signals(-code).name
-        return TrainingError(f"rank {rank} of {processes} was killed ({name}): go on with --resume")
-    return TrainingError(f"rank {rank} of {processes} failed with exit code {code}, for the reason given above")

@@ -84,6 +84,8 @@ class ProcessGroupContext:
     rank: int = 0
     size: int = 1
     shares_memory: bool = False  # whether all ranks use the same weights in memory
+    wrapped: bool = False  # whether the model is sharded, so that all ranks need a gradient for each of its parameters
+    layout: Any = None  # the mesh of a sharded model; None if each rank holds all of it
 
     @property
     def is_main_process(self) -> bool:
@@ -114,11 +116,6 @@ class ProcessGroupContext:
         """Return the shards of offloaded layers of these shapes."""
         return LayerWeights(shapes)
 
-    @property
-    def wrapped(self) -> bool:
-        """Return whether the model is sharded, so that all ranks need a gradient for each of its parameters."""
-        return False
-
     def reshard(self, model: nn.Module) -> None:
         """Shard parameters again after a forward pass that no backward pass follows."""
 
@@ -145,11 +142,6 @@ class ProcessGroupContext:
     def token_dispatcher(self, chunks: int) -> TokenDispatcher:
         """Return the exchange of rows with their experts, in so many chunks."""
         return TokenDispatcher()
-
-    @property
-    def layout(self) -> Any:
-        """Return the mesh of a sharded model; None if each rank holds all of it."""
-        return None
 
     def gather(self, value: Value) -> list[Value]:
         """Return the plain values of all ranks, on every rank."""

@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from openm6.distributed.collectives import AllToAllDispatcher, CopiesDispatcher
 from openm6.distributed.config import MeshShape
 from openm6.distributed.failure import DONE, FailureWatchdog, open_store, wait_for
-from openm6.distributed.fsdp import Layout, open_layout, reshard, shard
+from openm6.distributed.fsdp import Layout, local, open_layout, shard
 from openm6.distributed.process_group import LayerWeights, ProcessGroupContext
-from openm6.distributed.sharded_weights import ReplicatedWeights, ShardedWeights, local, shard_spec_of
+from openm6.distributed.sharded_weights import ReplicatedWeights, ShardedWeights, shard_spec_of
 from openm6.nn.moe import TokenDispatcher
 from openm6.optim.rules import Shape
 from openm6.optim.sharding import ShardSpec
@@ -40,10 +41,11 @@ class DistributedContext(ProcessGroupContext):
         self.timeout_seconds = timeout_seconds
         self._opened = not dist.is_initialized()
         if self._opened:
-            _open_group(device, timeout_seconds)
+            gpu = device.type == "cuda"
+            backend, timeout = "cpu:gloo,cuda:nccl" if gpu else "gloo", timedelta(seconds=timeout_seconds)
+            dist.init_process_group(backend, timeout=timeout, device_id=device if gpu else None)
         self.device = device
-        self._layout: Layout | None = None
-        self._wrapped = False
+        self.layout: Layout | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def all_reduce(self, numbers: Sequence[float]) -> list[float]:
@@ -58,47 +60,54 @@ class DistributedContext(ProcessGroupContext):
 
     def shard(self, model: nn.Module, shape: MeshShape) -> None:
         self.open_mesh(shape)
-        if self._layout is not None:
-            shard(model, self._layout)
-            self._wrapped = True
+        if self.layout is not None:
+            shard(model, self.layout)
+            self.wrapped = True
 
     def open_mesh(self, shape: MeshShape) -> None:
         if not shape.copies_only:
-            self._layout = open_layout(shape, self.device)
+            self.layout = open_layout(shape, self.device)
 
     def layer_weights(self, shapes: Sequence[Mapping[str, Shape]]) -> LayerWeights:
-        return ReplicatedWeights(shapes) if self._layout is None else ShardedWeights(self._layout, shapes)
-
-    @property
-    def wrapped(self) -> bool:
-        return self._wrapped
+        return ReplicatedWeights(shapes) if self.layout is None else ShardedWeights(self.layout, shapes)
 
     def reshard(self, model: nn.Module) -> None:
-        if self._wrapped:
-            reshard(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def token_dispatcher(self, chunks: int) -> TokenDispatcher:
-        if self._layout is None or self._layout.shape.ep == 1:
+        if self.layout is None or self.layout.shape.ep == 1:
             return CopiesDispatcher()
-        return AllToAllDispatcher(self._layout.expert_group(), chunks)
-
-    @property
-    def layout(self) -> Layout | None:
-        return self._layout
+        return AllToAllDispatcher(self.layout.mesh["ep"].get_group(), chunks)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        if self._layout is None or not self._wrapped:
-            sum_gradients(list(parameters))
-        elif self._layout.shape.dp_replicate > 1:  # FSDP has summed all others
-            plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-            sum_gradients(plain, self._layout.mesh["dp_replicate"].get_group())
+        summed, group = list(parameters), None
+        if self.layout is not None and self.wrapped:  # FSDP has summed all but those of plain parameters over replicas
+            several = self.layout.shape.dp_replicate > 1
+            summed = [parameter for parameter in summed if several and not isinstance(parameter, DTensor)]
+            group = self.layout.mesh["dp_replicate"].get_group()
+        if not summed:
+            return
+        used = torch.tensor([parameter.grad is not None for parameter in summed], dtype=torch.uint8)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+        gradients: list[Tensor] = []
+        for parameter, flag in zip(summed, used.tolist(), strict=True):
+            if flag:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            dist.all_reduce(flat, group=group)
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
 
     def forget_unused(self, parameters: Sequence[Tensor]) -> None:
-        if self._layout is None or not parameters:
+        if self.layout is None or not parameters:
             return
         parts = _local_gradients(parameters)
         used = torch.stack([part.any() for part in parts]).to(torch.uint8)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._layout.inner_group())
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.layout.dense.get_group())
         found = iter(used.tolist())
         for parameter in parameters:
             if parameter.grad is not None and not next(found):
@@ -106,10 +115,10 @@ class DistributedContext(ProcessGroupContext):
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         norm = torch.nn.utils.get_total_norm(_local_gradients(parameters))
-        if self._layout is None or not self._wrapped:
+        if self.layout is None or not self.wrapped:
             return norm
         square = norm.to(local(parameters[0]).device, torch.float32).square()
-        dist.all_reduce(square, group=self._layout.inner_group())
+        dist.all_reduce(square, group=self.layout.dense.get_group())
         return square.sqrt()
 
     def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
@@ -120,7 +129,7 @@ class DistributedContext(ProcessGroupContext):
         return shard_spec_of(parameter)
 
     def first_expert(self, here: int) -> int:
-        return 0 if self._layout is None else here * self._layout.mesh.get_local_rank("ep")
+        return 0 if self.layout is None else here * self.layout.mesh.get_local_rank("ep")
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return apart(groups)
@@ -155,32 +164,6 @@ class DistributedContext(ProcessGroupContext):
     def close(self) -> None:
         if self._opened:
             dist.destroy_process_group()
-
-
-def _open_group(device: torch.device, timeout_seconds: float) -> None:
-    gpu = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if gpu else None,
-    )
-
-
-def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Sum the gradients of `parameters`, which are the same on all ranks of `group`, in place."""
-    if not parameters:
-        return
-    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
-    chosen = [parameter for parameter, flag in zip(parameters, used.tolist(), strict=True) if flag]
-    for parameter in chosen:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([parameter.grad for parameter in chosen if parameter.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        dist.all_reduce(flat, group=group)
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
 
 
 def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

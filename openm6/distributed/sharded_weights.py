@@ -6,91 +6,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from openm6.core.errors import ConfigError
-from openm6.distributed.fsdp import Layout
+from openm6.distributed.fsdp import Layout, as_part, local
 from openm6.distributed.process_group import LayerWeights
 from openm6.optim.rules import Shape
-from openm6.optim.sharding import COLUMN_MEANS, REPLICATED, ShardSpec, is_sharded_along, shard_lengths
-
-# Slots that are equal on all ranks that share a matrix.
-WITHOUT_ROWS = frozenset({COLUMN_MEANS, "count", "step"})
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this rank holds; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-class RankGroup:
-    """The ranks of a process group that hold the shards of the same tensors."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self.group)
-        return values
-
-    def all_to_all(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
-        arrived = sent.new_empty(sum(received))
-        dist.all_to_all_single(arrived, sent.contiguous(), list(received), list(to), group=self.group)
-        return arrived
-
-
-@cache
-def rank_group(group: dist.ProcessGroup) -> RankGroup:
-    """Return the one instance for a process group, because update rules compare groups by identity."""
-    return RankGroup(group)
+from openm6.optim.sharding import REPLICATED, ShardSpec, is_sharded_along
 
 
 class DTensorShardSpec(ShardSpec):
     """A parameter that FSDP2 has sharded along one axis."""
 
-    def __init__(self, parameter: DTensor, dim: int) -> None:
-        """`dim` is the mesh dimension over which it is sharded."""
-        self._mesh, self._placements = parameter.device_mesh, parameter.placements
-        placement = parameter.placements[dim]
-        assert isinstance(placement, Shard)
-        self._dimensions = parameter.ndim
-        self.axis = placement.dim % parameter.ndim
-        self.group = rank_group(self._mesh.get_group(dim))
-        self.lengths = shard_lengths(parameter.shape[self.axis], self.group.size)
+    def __init__(self, parameter: DTensor) -> None:
+        self._mesh, self._placements, self._dimensions = parameter.device_mesh, parameter.placements, parameter.ndim
+        ((dim, placement),) = ((dim, one) for dim, one in enumerate(self._placements) if isinstance(one, Shard))
+        axis = placement.dim % parameter.ndim
+        super().__init__(axis, parameter.shape[axis], self._mesh.get_group(dim))
 
     def local(self, tensor: Tensor) -> Tensor:
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local(tensor)
 
     def slot(self, key: str, part: Tensor) -> Tensor:
         kept = is_sharded_along(key, self.axis, self._dimensions)
         shape = list(part.shape)
         if kept:
-            shape[self.axis] = sum(self.lengths)
+            shape[self.axis] = self.length
         placements = [one if kept else Replicate() for one in self._placements]
         return as_part(part, self._mesh, placements, shape)
 
 
-def as_part(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    """Return the shard here of a tensor of this shape as a DTensor, without a copy."""
-    stride = torch.empty(torch.Size(shape), device="meta").stride()
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-
-
 def shard_spec_of(parameter: Tensor) -> ShardSpec:
     """Return how a parameter of a model that `fsdp.shard` has sharded is divided."""
-    if not isinstance(parameter, DTensor):
-        return REPLICATED
-    dims = [dim for dim, one in enumerate(parameter.placements) if isinstance(one, Shard)]
-    assert len(dims) == 1, "FSDP2 shards a parameter along one axis"
-    return DTensorShardSpec(parameter, dims[0])
+    return DTensorShardSpec(parameter) if isinstance(parameter, DTensor) else REPLICATED
 
 
 class ReplicatedWeights(LayerWeights):
@@ -98,20 +51,6 @@ class ReplicatedWeights(LayerWeights):
 
     def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return _summed(gradients, None)
-
-
-class WeightShard(ShardSpec):
-    """Rows of a matrix, or of each expert that this rank holds."""
-
-    group: RankGroup | None
-
-    def __init__(self, axis: int, length: int, group: RankGroup | None, first: int = 0) -> None:
-        self.axis, self.group, self.first = axis, group, first
-        self.lengths = shard_lengths(length, group.size if group else 1)
-
-    def shard_of(self, whole: Tensor) -> Tensor:
-        """Return the shard here of a tensor."""
-        return whole.split(self.lengths, self.axis)[self.group.rank if self.group else 0]
 
 
 class ShardedWeights(LayerWeights):
@@ -129,24 +68,23 @@ class ShardedWeights(LayerWeights):
         """
         super().__init__(shapes)
         self.layout = layout
-        self._inner = layout.inner_group()
-        self._dense = rank_group(self._inner)
-        self._own = rank_group(layout.mesh["dp_shard"].get_group()) if layout.shape.dp_shard > 1 else None
+        self._dense = layout.dense.get_group()
         self._data = layout.mesh["dp_replicate"].get_group() if layout.shape.dp_replicate > 1 else None
         self.host = layout.on_host()  # for checkpoints
         self._specs = [{name: self._spec(name, shape) for name, shape in one.items()} for one in shapes]
 
-    def _spec(self, name: str, shape: Shape) -> WeightShard:
+    def _spec(self, name: str, shape: Shape) -> ShardSpec:
         if len(shape) == 2:
-            return WeightShard(0, shape[0], self._dense)
+            return ShardSpec(0, shape[0], self._dense)
         axes = self.layout.shape
         if shape[1] % axes.dp_shard:
             raise ConfigError(
                 f"parallel.dp_shard={axes.dp_shard} cannot shard the experts' {name} of {shape[1]} rows evenly: "
                 "choose a divisor"
             )
-        here = shape[0] // axes.ep
-        return WeightShard(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("ep"))
+        mesh, here = self.layout.mesh, shape[0] // axes.ep
+        group = mesh["dp_shard"].get_group() if axes.dp_shard > 1 else None
+        return ShardSpec(1, shape[1], group, here * mesh.get_local_rank("ep"))
 
     @property
     def sharded(self) -> bool:
@@ -155,7 +93,7 @@ class ShardedWeights(LayerWeights):
     def is_sharded(self, index: int, name: str) -> bool:
         return self.shard_spec(index, name).group is not None
 
-    def shard_spec(self, index: int, name: str) -> WeightShard:
+    def shard_spec(self, index: int, name: str) -> ShardSpec:
         return self._specs[index][name]
 
     def local_shapes(self, index: int) -> dict[str, Shape]:
@@ -167,7 +105,7 @@ class ShardedWeights(LayerWeights):
         if whole.ndim == 3 and not local_experts:
             here = whole.shape[0] // self.layout.shape.ep
             whole = whole[spec.first : spec.first + here]
-        return spec.shard_of(whole)
+        return whole if spec.group is None else whole.split(spec.lengths, spec.axis)[spec.group.rank()]
 
     def gather(self, index: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -192,16 +130,16 @@ class ShardedWeights(LayerWeights):
         return found if self._data is None else _summed(found, self._data)
 
     def all_reduce(self, square: Tensor) -> Tensor:
-        dist.all_reduce(square, group=self._inner)
+        dist.all_reduce(square, group=self._dense)
         return square
 
     def to_global(self, index: int, name: str, slot: str, part: Tensor) -> Tensor:
         part = part.cpu()
         shape, sizes = self.shapes[index][name], list(part.shape)
-        has_rows = slot not in WITHOUT_ROWS
-        if has_rows:
-            sizes[len(shape) - 2] = shape[-2]
-        rows = Shard(len(shape) - 2) if has_rows else Replicate()
+        axis = len(shape) - 2
+        rows: Placement = Replicate()
+        if sizes and is_sharded_along(slot, axis, len(shape)):
+            sizes[axis], rows = shape[axis], Shard(axis)
         if len(shape) == 2:
             return as_part(part, self.host.dense, [rows], sizes)
         if sizes:  # a count of steps has no experts
@@ -212,10 +150,11 @@ class ShardedWeights(LayerWeights):
     def to_local(self, part: Tensor) -> Tensor:
         return local(part)
 
-    def _groups(self, index: int) -> list[tuple[RankGroup | None, list[str]]]:
-        specs = self._specs[index]
-        groups = {id(spec.group): spec.group for spec in specs.values()}
-        return [(group, [name for name, spec in specs.items() if spec.group is group]) for group in groups.values()]
+    def _groups(self, index: int) -> list[tuple[dist.ProcessGroup | None, list[str]]]:
+        groups: dict[dist.ProcessGroup | None, list[str]] = {}
+        for name, spec in self._specs[index].items():
+            groups.setdefault(spec.group, []).append(name)
+        return list(groups.items())
 
 
 def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
@@ -229,40 +168,32 @@ def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> di
     }
 
 
-def _gathered(parts: list[Tensor], specs: list[WeightShard], group: RankGroup) -> list[Tensor]:
+def _gathered(parts: list[Tensor], specs: list[ShardSpec], group: dist.ProcessGroup) -> list[Tensor]:
     """Gather whole matrices, or whole experts, from their rows on all ranks; in one exchange."""
     padded = [F.pad(part, (0, 0, 0, spec.lengths[0] - part.shape[-2])) for part, spec in zip(parts, specs, strict=True)]
     flat = torch.cat([part.reshape(-1) for part in padded])
-    joined = flat.new_empty(group.size * len(flat))
-    dist.all_gather_into_tensor(joined, flat, group=group.group)
-    split = joined.view(group.size, -1).split([part.numel() for part in padded], dim=1)
+    joined = flat.new_empty(group.size() * len(flat))
+    dist.all_gather_into_tensor(joined, flat, group=group)
+    split = joined.view(group.size(), -1).split([part.numel() for part in padded], dim=1)
     return [
-        _rows_together(rows.reshape(group.size, *part.shape))[..., : sum(spec.lengths), :]
+        # P r C -> P·r C, or P E' r C -> E' P·r C
+        rows.reshape(-1, *part.shape).movedim(0, -3).flatten(-3, -2)[..., : spec.length, :]
         for rows, part, spec in zip(split, padded, specs, strict=True)
     ]
 
 
-def _scattered(gradients: list[Tensor], specs: list[WeightShard], group: RankGroup) -> list[Tensor]:
+def _scattered(gradients: list[Tensor], specs: list[ShardSpec], group: dist.ProcessGroup) -> list[Tensor]:
     """Return the rows of this rank of the sums over ranks; in one exchange."""
-    apart = [
-        _rows_apart(gradient, group.size, spec.lengths[0]) for gradient, spec in zip(gradients, specs, strict=True)
-    ]
-    flat = torch.cat([rows.reshape(group.size, -1) for rows in apart], dim=1)
+    ranks, apart = group.size(), []
+    for whole, spec in zip(gradients, specs, strict=True):
+        # R C -> P r C, or E' R C -> P E' r C; missing rows are zero.
+        padded = F.pad(whole, (0, 0, 0, ranks * spec.lengths[0] - whole.shape[-2]))
+        apart.append(padded.unflatten(-2, (ranks, -1)).movedim(-3, 0))
+    flat = torch.cat([rows.reshape(ranks, -1) for rows in apart], dim=1)
     own = flat.new_empty(flat.shape[1])
-    dist.reduce_scatter_tensor(own, flat.reshape(-1), group=group.group)
+    dist.reduce_scatter_tensor(own, flat.reshape(-1), group=group)
     split = own.split([rows[0].numel() for rows in apart])
     return [
-        part.view(rows.shape[1:])[..., : spec.lengths[group.rank], :]
+        part.view(rows.shape[1:])[..., : spec.lengths[group.rank()], :]
         for part, rows, spec in zip(split, apart, specs, strict=True)
     ]
-
-
-def _rows_together(rows: Tensor) -> Tensor:
-    """P r C -> P·r C, or P E' r C -> E' P·r C."""
-    return rows.flatten(0, 1) if rows.ndim == 3 else rows.transpose(0, 1).flatten(1, 2)
-
-
-def _rows_apart(whole: Tensor, ranks: int, most: int) -> Tensor:
-    """R C -> P r C, or E' R C -> P E' r C; missing rows are zero."""
-    padded = F.pad(whole, (0, 0, 0, ranks * most - whole.shape[-2]))
-    return padded.unflatten(-2, (ranks, most)).movedim(-3, 0)

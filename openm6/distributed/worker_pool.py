@@ -128,8 +128,6 @@ class WorkerPool:
             raise self._lost(pipe) from None
         if isinstance(message, OpenM6Error):
             raise message
-        if isinstance(message, Failure):
-            raise TrainingError(f"a worker process failed: {message.words}")
         return message
 
     def _lost(self, pipe: Connection) -> TrainingError:
@@ -139,13 +137,6 @@ class WorkerPool:
             f"a worker process ended with code {process.exitcode} (-9: killed, perhaps for lack of memory): "
             f"{self.remedy}"
         )
-
-
-class Failure:
-    """An unexpected error of a worker, as text."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.words = f"{type(error).__name__}: {error}"
 
 
 def _run(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
@@ -164,7 +155,7 @@ def _run(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
     except OpenM6Error as error:
         pipe.send(error)
     except BaseException as error:  # raised again where it is gathered
-        pipe.send(Failure(error))
+        pipe.send(TrainingError(f"a worker process failed: {type(error).__name__}: {error}"))
 
 
 def shared_like(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -158,7 +158,7 @@ class Adafactor(torch.optim.Optimizer):
                 if not (spec.shards_rows(parameter.ndim) or _num_pooled(parameter, group)):
                     spec = REPLICATED
                 ranks = shared.group
-                if bucket and (ranks is None or spec.group is not ranks or size > AT_ONCE * ranks.size):
+                if bucket and (ranks is None or spec.group is not ranks or size > AT_ONCE * ranks.size()):
                     yield shared, bucket
                     bucket, size = [], 0
                 shared = spec

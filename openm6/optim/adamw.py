@@ -95,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
             return 0
         step, index = int(self.state[parameter]["step"]), self._index[id(parameter)]
         group = self.spec_of(parameter).group
-        shard = () if group is None else (group.rank,)
+        shard = () if group is None else (group.rank(),)
         return derive_seed(0, "rounding", step, index, *shard) % 2**31
 
     def _run_kernels(self, updated: list[tuple[Tensor, dict[str, Any]]]) -> None:

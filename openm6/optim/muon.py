@@ -74,11 +74,11 @@ class Muon(AdamW):
 
     def _update_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Whole matrices one tensor at a time; sharded ones after an exchange, those of one process group together."""
-        sharded: dict[int, list[tuple[Tensor, ShardSpec]]] = {}
+        sharded: dict[Any, list[tuple[Tensor, ShardSpec]]] = {}  # by process group
         for parameter in parameters:
             spec = self.spec_of(parameter)
             if spec.shards_rows(parameter.ndim):
-                sharded.setdefault(id(spec.group), []).append((parameter, spec))
+                sharded.setdefault(spec.group, []).append((parameter, spec))
                 continue
             update = newton_schulz(self._lookahead(parameter, spec, group), self._dtype(parameter))
             self._apply(parameter, spec, update, group)

@@ -315,7 +315,7 @@ def _chunks(matrices: Tensor, spec: ShardSpec = REPLICATED) -> Iterator[tuple[in
     each has.
     """
     _, rows = spec.rows(matrices.shape[1])
-    ranks = 1 if spec.group is None else spec.group.size
+    ranks = 1 if spec.group is None else spec.group.size()
     size = max(1, AT_ONCE * ranks // max(1, rows * matrices.shape[2]))
     for first in range(0, len(matrices), size):
         yield first, min(first + size, len(matrices))

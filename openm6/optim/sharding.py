@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, groupby, islice
-from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # Factored second moments, and the number of their updates.
@@ -16,30 +16,18 @@ ROW_MEANS, COLUMN_MEANS, COUNT = "row_var", "col_var", "count"
 AT_ONCE = 2**26  # values per rank of one exchange: temporary copies stay under a gigabyte
 
 
-class ShardGroup(Protocol):
-    """The ranks that hold the shards of the same tensors; all call the same methods in the same order."""
-
-    @property
-    def rank(self) -> int:
-        """The index of this process among them."""
-
-    @property
-    def size(self) -> int: ...
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum over the group, in place."""
-
-    def all_to_all(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
-        """All-to-all: n values, the first `to[0]` of them for rank 0 and so on -> `received[r]` values of rank r."""
-
-
 class ShardSpec:
-    """How a parameter is sharded; this base class is for one that is whole on this rank."""
+    """How a parameter is sharded along one axis; by default it is whole on this rank."""
 
-    axis: int = 0  # that is sharded
-    lengths: tuple[int, ...] = ()  # of each rank's shard along that axis
-    group: ShardGroup | None = None  # None: no other rank holds a shard
-    first: int = 0  # index in the whole stack of the first matrix on this rank
+    def __init__(self, axis: int = 0, length: int = 0, group: dist.ProcessGroup | None = None, first: int = 0) -> None:
+        """`length` is that of the whole axis; `group` the ranks that hold the shards, None if no other does.
+
+        `first` is the index in the whole stack of the first matrix on this rank.
+        """
+        self.axis, self.length, self.group, self.first = axis, length, group, first
+        ranks = 1 if group is None else group.size()
+        size = -(-length // ranks)  # as `torch.chunk` divides an axis, with empty shards at the end if it runs short
+        self.lengths = tuple(max(0, min(size, length - rank * size)) for rank in range(ranks))
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return this rank's shard of a parameter, its gradient or a slot, sharing its memory."""
@@ -60,11 +48,13 @@ class ShardSpec:
         """Return the first row on this rank, and the number of rows of the whole, of matrices with `here` rows here."""
         if self.group is None:
             return 0, here
-        return sum(self.lengths[: self.group.rank]), sum(self.lengths)
+        return sum(self.lengths[: self.group.rank()]), self.length
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over the shards, in place."""
-        return values if self.group is None else self.group.all_reduce(values)
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
 
 
 REPLICATED = ShardSpec()
@@ -87,17 +77,11 @@ def is_sharded_along(key: str, axis: int, dimensions: int) -> bool:
     return axis not in missing.get(key, set())
 
 
-def shard_lengths(length: int, ranks: int) -> tuple[int, ...]:
-    """Return the shards of an axis as `torch.chunk` cuts it, with empty ones at the end if it runs short."""
-    size = -(-length // ranks)
-    return tuple(max(0, min(size, length - rank * size)) for rank in range(ranks))
-
-
 def all_reduce_coalesced(tensors: Sequence[Tensor], spec: ShardSpec) -> None:
     """Sum fp32 tensors over the shards, in place, all in one exchange."""
     if spec.group is None or not tensors:
         return
-    flat = spec.group.all_reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    flat = spec.all_reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]))
     for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
 
@@ -134,8 +118,9 @@ def _exchange_and_apply(
     stack_of = [index for index, stack in enumerate(stacks) for _ in stack]
     lengths = [specs[index].lengths for index in stack_of]
     sizes = [sum(rows) * part.shape[-1] for rows, part in zip(lengths, parts, strict=True)]
-    assigned, ranks = _assign(sizes, group.size), range(group.size)
-    mine = assigned[group.rank]
+    owners, ranks = assign_owners(sizes, group.size()), range(group.size())
+    assigned = [[matrix for matrix, owner in enumerate(owners) if owner == rank] for rank in ranks]
+    mine = assigned[group.rank()]
 
     sent = [[parts[matrix] for matrix in one] for one in assigned]
     expected = [[lengths[matrix][rank] * parts[matrix].shape[-1] for matrix in mine] for rank in ranks]
@@ -158,23 +143,22 @@ def _exchange_and_apply(
     return [torch.stack(list(islice(in_order, len(stack)))) for stack in stacks]
 
 
-def _assign(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Return the matrices of each rank: the largest first, to the rank with the least work."""
-    load = [0] * ranks
-    assigned: list[list[int]] = [[] for _ in range(ranks)]
-    for matrix in sorted(range(len(sizes)), key=lambda matrix: -sizes[matrix]):
-        rank = load.index(min(load))
-        load[rank] += sizes[matrix]
-        assigned[rank].append(matrix)
-    return [sorted(one) for one in assigned]
+def assign_owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Return the rank that owns each tensor: the largest first, each to the rank with the least so far."""
+    load, owner = [0] * ranks, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owner[index] = load.index(min(load))
+        load[owner[index]] += sizes[index]
+    return owner
 
 
 def _exchange(
-    group: ShardGroup, sent: list[list[Tensor]], expected: list[list[int]], like: Tensor
+    group: dist.ProcessGroup, sent: list[list[Tensor]], expected: list[list[int]], like: Tensor
 ) -> list[list[Tensor]]:
     """Send each rank a list of tensors; return, flat, those received: `expected[r]` are the sizes of rank r's."""
     joined = torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensors in sent for tensor in tensors)])
     to = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
     received = [sum(sizes) for sizes in expected]
-    arrived = group.all_to_all(joined, to, received).split(received)
-    return [list(part.split(sizes)) for part, sizes in zip(arrived, expected, strict=True)]
+    arrived = like.new_empty(sum(received))
+    dist.all_to_all_single(arrived, joined, received, to, group=group)
+    return [list(part.split(sizes)) for part, sizes in zip(arrived.split(received), expected, strict=True)]

@@ -29,6 +29,7 @@ from openm6.core.errors import ConfigError, OpenM6Error, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.worker_pool import WorkerPool, can_fork, share_model, shared_like
+from openm6.optim.sharding import assign_owners
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.step import StepReport, TrainStep
 from openm6.train.training_task import Batch, TrainingTask
@@ -97,11 +98,7 @@ class WorkerGroupContext(ProcessGroupContext):
 
     def __init__(self, parameters: Sequence[Tensor], size: int) -> None:
         self.size, self.parameters = size, parameters
-        # Each parameter's owner: the largest first, each to the rank with the least so far.
-        load, self.owner = [0] * size, [0] * len(parameters)
-        for index, parameter in sorted(enumerate(parameters), key=lambda pair: -pair[1].numel()):
-            self.owner[index] = load.index(min(load))
-            load[self.owner[index]] += parameter.numel()
+        self.owner = assign_owners([parameter.numel() for parameter in parameters], size)
         self._sent = [shared_like(parameters) for _ in range(size)]  # rank -> gradients for others
         self.pool: WorkerPool | None = None  # of the first rank
         self.pipe: Connection | None = None  # of another one, to the first

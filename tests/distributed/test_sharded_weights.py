@@ -13,11 +13,11 @@ from openm6 import kernels
 from openm6.distributed.config import MeshShape
 from openm6.distributed.process_group import LayerWeights
 from openm6.distributed.processes import DistributedContext
-from openm6.distributed.sharded_weights import RankGroup, WeightShard
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim import rules
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.rules import UpdateArgs, update_rule
+from openm6.optim.sharding import REPLICATED, ShardSpec
 from tests.distributed.fleet import Fleet
 from tests.distributed.test_process_group import CPU
 from tests.triton_interpreter import need_interpreter
@@ -102,38 +102,27 @@ def test_rules_move_parts_as_they_move_the_whole(bytes_per_parameter: int, in_tr
             assert all(share > 0.98 for share in shares.values()), shares
 
 
-class CountingGroup(RankGroup):
-    """The same, with the number of exchanges so far."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group)
-        self.exchanges = 0
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        self.exchanges += 1
-        return super().all_reduce(values)
-
-
 def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[int, bool]:
     """How often six matrices whose rows are cut unevenly ask the other rank, and whether they move as if whole."""
-    group = CountingGroup(dist.group.WORLD)
-    spec = WeightShard(1, rows, group)
+    spec = ShardSpec(1, rows, dist.group.WORLD)
     rule = update_rule(OptimizerConfig(precision=PRECISION_OF_BYTES[bytes_per_parameter]))
     generator = torch.Generator().manual_seed(3)
     values, gradient = (torch.randn(6, rows, 16, generator=generator) for _ in range(2))
-    read = []
+    rank, read = dist.get_rank(), []
     with (
         mock.patch.object(rules, "AT_ONCE", at_once),
         mock.patch.object(kernels, "available", lambda device: False),
+        mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as all_reduce,
     ):
-        for one in (spec, WeightShard(1, rows, None)):
-            shape = tuple(one.shard_of(values).shape)
-            stored = {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in rule.slots(shape)}
-            rule.fill(stored, one.shard_of(values), 5, one)
-            rule.update(stored, one.shard_of(gradient), UpdateArgs(0.05, 0.1, 11, torch.tensor(True), one))
+        for one in (spec, REPLICATED):
+            own, slope = (x if one is REPLICATED else x.split(one.lengths, 1)[rank] for x in (values, gradient))
+            stored = {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in rule.slots(tuple(own.shape))}
+            rule.fill(stored, own, 5, one)
+            rule.update(stored, slope, UpdateArgs(0.05, 0.1, 11, torch.tensor(True), one))
             read.append(rule.read(stored, torch.float32))
-    same = torch.isclose(read[0], spec.shard_of(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
-    return group.exchanges, float(same) > 0.99
+    expected = read[1].split(spec.lengths, 1)[rank]
+    same = torch.isclose(read[0], expected, rtol=1e-5).float().mean() if read[0].numel() else 1.0
+    return all_reduce.call_count, float(same) > 0.99
 
 
 @pytest.mark.parametrize("bytes_per_parameter", [4, 2, 1])
