@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +66,25 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def is_complete(folder: Path) -> bool:
-    """True if everything that was saved there is there."""
-    try:
-        read_state(folder)
-    except CheckpointError:
-        return False
-    return True
+def _step_folders(checkpoints: Path) -> list[Path]:
+    return sorted((one for one in checkpoints.glob("step-*") if _STEP_NAME.fullmatch(one.name)), key=step_of)
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints in a run's `checkpoints` folder, oldest step first."""
-    if not checkpoints.is_dir():
-        return []
-    folders = [folder for folder in checkpoints.iterdir() if _STEP_NAME.fullmatch(folder.name)]
-    return sorted((folder for folder in folders if is_complete(folder)), key=step_of)
+    complete = []
+    for folder in _step_folders(checkpoints):
+        with suppress(CheckpointError):
+            read_state(folder)
+            complete.append(folder)
+    return complete
 
 
 def refuse_damaged(checkpoints: Path) -> None:
     """Raises CheckpointError where there are checkpoints and none is whole: what lacks is named."""
-    folders = [folder for folder in checkpoints.glob("step-*") if _STEP_NAME.fullmatch(folder.name)]
+    folders = _step_folders(checkpoints)
     if folders and not list_checkpoints(checkpoints):
-        read_state(max(folders, key=step_of))
+        read_state(folders[-1])
 
 
 def latest(path: Path | str) -> Path:
@@ -113,10 +111,4 @@ def prune(checkpoints: Path, keep: int) -> None:
     for folder in list_checkpoints(checkpoints)[:-keep]:
         # Without its state a folder counts as incomplete: a crash half way through the removal does no harm.
         (folder / STATE_FILE).unlink()
-        shutil.rmtree(folder)
-
-
-def clear_partial(checkpoints: Path) -> None:
-    """Remove what a killed save left behind."""
-    for folder in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(folder)

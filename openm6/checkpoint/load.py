@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from openm6.checkpoint.folder import EXPONENT, MODEL_FILE, SEPARATOR, TRAINING_FILE
 from openm6.checkpoint.optimizer import load_optimizer_state
-from openm6.checkpoint.reader import CheckpointReader, read_file
+from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Saver, named_tensors
 from openm6.core.errors import CheckpointError
 from openm6.optim.low_precision import from_levels
@@ -39,16 +38,12 @@ def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device; move the model to a device before loading into it")
-    reader = open_reader(folder)
-    _check_names(reader, set(targets))
-    if layout is not None:
-        load_parts(reader, _sharded().with_offsets(model, targets, layout))
+    if layout is None:
+        load_placed(folder, model)
         return
-    for name, target in targets.items():  # before anything is copied
-        if reader.shape(name) != tuple(target.shape):
-            reader.read_into(name, target)  # raises
-    for name, target in targets.items():
-        read_weight(reader, name, target)
+    reader = open_reader(folder)
+    _check_names(reader, set(targets), set(targets))
+    load_parts(reader, _sharded().with_offsets(model, targets, layout))
 
 
 def load_placed(folder: Path, model: nn.Module) -> CheckpointReader:
@@ -57,12 +52,14 @@ def load_placed(folder: Path, model: nn.Module) -> CheckpointReader:
     Raises:
         CheckpointError: as `load_model`.
     """
-    reader = open_reader(folder)
-    targets = named_tensors(model)
-    _check_names(reader, set(targets), {name for name, target in targets.items() if target.is_meta})
+    reader, named = open_reader(folder), named_tensors(model)
+    targets = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
+    _check_names(reader, set(targets), set(named))
+    for name, target in targets.items():  # before anything is copied
+        if reader.shape(name) != tuple(target.shape):
+            reader.read_into(name, target)  # raises
     for name, target in targets.items():
-        if not target.is_meta:
-            read_weight(reader, name, target)
+        read_weight(reader, name, target)
     return reader
 
 
@@ -96,8 +93,10 @@ def read_weight(reader: CheckpointReader, name: str, target: Tensor) -> None:
 
 def load_training_tensors(folder: Path) -> dict[str, Tensor]:
     """Return the tensors that the training task added to the checkpoint; empty if it added none."""
-    path = folder / TRAINING_FILE
-    return read_file(path) if path.exists() else {}
+    if not (folder / TRAINING_FILE).exists():
+        return {}
+    reader = CheckpointReader(folder, "training")
+    return {name: reader.read(name) for name in reader.names}
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Any = None) -> None:
@@ -107,18 +106,14 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
         CheckpointError: the file is missing or unreadable, or names a parameter that the optimizer does not move.
     """
     reader = open_reader(folder, "optimizer")
-    plain = layout is None
-    tensors = _moments(reader, model) if plain else _sharded().optimizer_shards(reader, model, layout)
+    if layout is not None:
+        tensors = _sharded().optimizer_shards(reader, model, layout)
+    else:
+        offloaded = {name for name, tensor in model.named_parameters() if tensor.is_meta}
+        names = [name for name in reader.names if SEPARATOR in name]  # files of ranks also hold weights
+        kept = [name for name in names if name.partition(SEPARATOR)[0] not in offloaded]
+        tensors = ((name, reader.read(name)) for name in kept)  # one at a time, beside the optimizer in memory
     load_optimizer_state(tensors, optimizer, model, str(folder))
-
-
-def _moments(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """One tensor at a time: the file must not be in memory beside the optimizer."""
-    offloaded = {name for name, tensor in model.named_parameters() if tensor.is_meta}
-    for name in reader.names:
-        owner, separator, _ = name.partition(SEPARATOR)
-        if separator and owner not in offloaded:  # files of ranks also hold weights
-            yield name, reader.read(name)
 
 
 def open_saver(layout: Any = None) -> Saver:
@@ -126,13 +121,13 @@ def open_saver(layout: Any = None) -> Saver:
     return Saver() if layout is None else _sharded().ShardedSaver(layout)
 
 
-def _check_names(reader: CheckpointReader, names: set[str], later: frozenset[str] | set[str] = frozenset()) -> None:
-    """Raise CheckpointError for a name that only one side has; those in `later` are read when they are needed."""
+def _check_names(reader: CheckpointReader, needed: set[str], known: set[str]) -> None:
+    """Raise CheckpointError for a weight that is needed and missing, or not known to the model."""
     saved = {name for name in reader.names if SEPARATOR not in name}
     fix = "load it with the config that it was saved with"
-    if missing := sorted(names - saved - later):
+    if missing := sorted(needed - saved):
         raise CheckpointError(f"{reader.folder} lacks {_listed(missing)}: {fix}")
-    if unknown := sorted(saved - names):
+    if unknown := sorted(saved - known):
         raise CheckpointError(f"{reader.folder} has {_listed(unknown)}, unknown to this model: {fix}")
 
 

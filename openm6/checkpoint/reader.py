@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, TRAINING_FILE
+from openm6.checkpoint.folder import MODEL_FILE, TRAINING_FILE
 from openm6.core.errors import CheckpointError
 
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the header of a file with shards, by torch
@@ -71,13 +71,13 @@ class CheckpointReader:
     """All tensors of a checkpoint's weights, or of its optimizer; each file's header is parsed once."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """`kind` is `model`, `optimizer`, or `all` for both, as ranks write them to the same files.
+        """`kind` is `model`, `optimizer`, `training`, or `all` for the first two, which ranks write to the same files.
 
         Raises:
             CheckpointError: a file is missing or is not safetensors.
         """
         self.folder = folder
-        whole = folder / {"optimizer": OPTIMIZER_FILE}.get(kind, MODEL_FILE)
+        whole = folder / (MODEL_FILE if kind == "all" else f"{kind}.safetensors")
         if kind == "all":
             paths = sorted(path for path in folder.glob("*.safetensors") if path.name != TRAINING_FILE)
         else:
@@ -119,11 +119,7 @@ class CheckpointReader:
 
     @torch.no_grad()
     def read_into(
-        self,
-        name: str,
-        target: Tensor,
-        offsets: Sequence[int] | None = None,
-        shape: Sequence[int] | None = None,
+        self, name: str, target: Tensor, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
     ) -> None:
         """Read one tensor straight into the memory of `target` if that is on the host and of the same dtype.
 
@@ -146,15 +142,6 @@ class CheckpointReader:
         at = (0,) * len(expected) if offsets is None else tuple(offsets)
         for part in self._parts[name].values():
             part.copy_to(target, at)
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file; raises CheckpointError if it is not safetensors."""
-    tensors = {}
-    for part in _parts_of(path):
-        tensors[part.name] = torch.empty(part.shape, dtype=part.dtype)
-        part.copy_to(tensors[part.name], part.offsets)
-    return tensors
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

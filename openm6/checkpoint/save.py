@@ -22,14 +22,13 @@ from openm6.checkpoint.folder import (
     OPTIMIZER_FILE,
     STATE_FILE,
     TRAINING_FILE,
-    clear_partial,
     partial_folder,
     prune,
     step_folder,
 )
 from openm6.checkpoint.reader import TYPES, bytes_of
 from openm6.core.errors import CheckpointError
-from openm6.core.files import sync_file, sync_folder, to_json, write_synced
+from openm6.core.files import sync, to_json
 
 FORMAT = 1
 
@@ -64,26 +63,36 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
         CheckpointError: the disk is full or not writable; the temporary folder is gone then, and earlier checkpoints
             are as they were.
     """
-    partial = partial_folder(checkpoints, snapshot.step)
-    with as_checkpoint_error(step_folder(checkpoints, snapshot.step), partial):
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        clear_partial(checkpoints)
-        partial.mkdir()
-        _write_tensors_of(snapshot, partial)
+    with open_partial(checkpoints, snapshot.step) as partial:
+        named = {**named_tensors(snapshot.model), **snapshot.weights}
+        tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
+        if snapshot.num_shards:
+            write_shards(partial, Shard(tensors, snapshot.optimizer), snapshot.shards, snapshot.num_shards)
+        else:
+            write_tensors(partial / MODEL_FILE, tensors)
+            if snapshot.optimizer:
+                write_tensors(partial / OPTIMIZER_FILE, snapshot.optimizer)
         return commit(snapshot, checkpoints, keep)
 
 
 @contextmanager
-def as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
-    """Raise a failure to write as CheckpointError, and remove what was written in part."""
+def open_partial(checkpoints: Path, step: int) -> Iterator[Path]:
+    """Make the folder to write to, without those of killed saves; raise a failure to write as CheckpointError.
+
+    What was written in part is removed then.
+    """
+    partial = partial_folder(checkpoints, step)
     try:
-        yield
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in checkpoints.glob(".step-*.partial"):
+            shutil.rmtree(folder)
+        partial.mkdir()
+        yield partial
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror or str(error)
         raise CheckpointError(
-            f"{target} could not be written ({reason}): free some space or choose another folder, "
-            "earlier checkpoints are intact"
+            f"{step_folder(checkpoints, step)} could not be written ({error.strerror or error}): free some space or "
+            "choose another folder, earlier checkpoints are intact"
         ) from error
 
 
@@ -91,38 +100,23 @@ def commit(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
     """Add all but the weights and moments, which are written, and rename the folder; then remove older ones."""
     partial = partial_folder(checkpoints, snapshot.step)
     target = step_folder(checkpoints, snapshot.step)
-    _complete(snapshot, partial)
+    if snapshot.training:
+        write_tensors(partial / TRAINING_FILE, snapshot.training)
+    for name, text in snapshot.files.items():
+        (partial / name).write_text(text, encoding="utf-8", newline="\n")
+    for path in partial.iterdir():
+        sync(path)
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    state = {"format": FORMAT, "openm6": __version__, "step": snapshot.step, "files": sizes, **snapshot.state}
+    (partial / STATE_FILE).write_text(to_json(state, indent=1), encoding="utf-8", newline="\n")
+    sync(partial / STATE_FILE)
+    sync(partial)
     if target.exists():
         shutil.rmtree(target)  # a broken or older one of the same step
     os.rename(partial, target)
-    sync_folder(checkpoints)
+    sync(checkpoints)
     prune(checkpoints, keep)
     return target
-
-
-def _write_tensors_of(snapshot: Snapshot, folder: Path) -> None:
-    named = {**named_tensors(snapshot.model), **snapshot.weights}
-    tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
-    if snapshot.num_shards:
-        first = Shard(tensors, snapshot.optimizer)
-        write_shards(folder, first, snapshot.shards, snapshot.num_shards)
-        return
-    write_tensors(folder / MODEL_FILE, tensors)
-    if snapshot.optimizer:
-        write_tensors(folder / OPTIMIZER_FILE, snapshot.optimizer)
-
-
-def _complete(snapshot: Snapshot, folder: Path) -> None:
-    if snapshot.training:
-        write_tensors(folder / TRAINING_FILE, snapshot.training)
-    for name, text in snapshot.files.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    for path in folder.iterdir():
-        sync_file(path)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    state = {"format": FORMAT, "openm6": __version__, "step": snapshot.step, "files": sizes, **snapshot.state}
-    write_synced(folder / STATE_FILE, to_json(state, indent=1).encode("utf-8"))
-    sync_folder(folder)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -136,11 +130,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     ordered = sorted(tensors.items())  # the same bytes, in whatever order the tensors were made
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
     with path.open("wb") as stream:

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from openm6.checkpoint.folder import SEPARATOR, clear_partial, partial_folder, step_folder
+from openm6.checkpoint.folder import SEPARATOR, partial_folder, step_folder
 from openm6.checkpoint.reader import CheckpointReader, Shape
-from openm6.checkpoint.save import Saver, Snapshot, as_checkpoint_error, commit, named_tensors
+from openm6.checkpoint.save import Saver, Snapshot, commit, named_tensors, open_partial
 from openm6.core.errors import CheckpointError
 from openm6.distributed.fsdp import Layout, expert_parameters, local, with_offsets
 from openm6.distributed.sharded_weights import shard_spec_of
@@ -48,12 +48,9 @@ class ShardedSaver(Saver):
             CheckpointError: the save before this one has failed, or the folder cannot be made.
         """
         self.finish()
-        partial, target = (make(checkpoints, snapshot.step) for make in (partial_folder, step_folder))
         if dist.get_rank() == 0:
-            with as_checkpoint_error(target, partial):
-                checkpoints.mkdir(parents=True, exist_ok=True)
-                clear_partial(checkpoints)
-                partial.mkdir()
+            with open_partial(checkpoints, snapshot.step):
+                pass
         dist.barrier(group=self.group)
         named = {**named_tensors(snapshot.model), **snapshot.optimizer}
         named = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
@@ -65,7 +62,7 @@ class ShardedSaver(Saver):
         self._pending.start()
         if snapshot.num_shards:  # too large to be copied: training waits until they are written
             self.finish()
-        return target
+        return step_folder(checkpoints, snapshot.step)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written.
@@ -78,8 +75,11 @@ class ShardedSaver(Saver):
             self._pending = None
         failure, self._failure = self._failure, None
         if failure is not None:
+            reason = str(failure)
+            if isinstance(failure, CheckpointException):  # the last line of the first rank's failure
+                reason = str(next(iter(failure.failures.values()))[0]).strip().splitlines()[-1]
             raise CheckpointError(
-                f"a checkpoint could not be written ({_reason(failure)}): free some space or choose another "
+                f"a checkpoint could not be written ({reason}): free some space or choose another "
                 "folder, earlier checkpoints are intact"
             ) from failure
 
@@ -146,17 +146,7 @@ def _empty_slot(key: str, parameter: Tensor, size: Shape, dtype: torch.dtype, di
         return torch.zeros(shape, dtype=dtype)
     if distributed:
         shape[0] = parameter.shape[0]
-    if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, dtype=dtype, device=parameter.device)
     spec = shard_spec_of(parameter)
     if is_sharded_along(key, spec.axis, parameter.dim()) and spec.group is not None:
         shape[spec.axis] = spec.lengths[spec.group.rank()]
     return spec.slot(key, torch.zeros(shape, dtype=dtype, device=parameter.device))
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of the first rank's failure."""
-    if isinstance(error, CheckpointException):
-        failure = next(iter(error.failures.values()))[0]
-        return str(failure).strip().splitlines()[-1]
-    return str(error)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from openm6.core.errors import ConfigError, nearest
 from openm6.core.files import renamed
@@ -16,7 +17,17 @@ from openm6.core.files import renamed
 class Config(BaseModel):
     """Base class of all configs: frozen, keyword-only; unknown keys raise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        """Raise for the first unknown key; `extra="forbid"` would not report which class it was meant for."""
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                context = {"key": key, "new": renamed(cls.__name__).get(key), "known": list(cls.model_fields)}
+                raise PydanticCustomError("unknown_key", "unknown key", context)
+        return values
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -87,18 +98,17 @@ def build(config_class: type[AnyConfig], values: dict[str, Any], where: str) -> 
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(config_class, error)}") from None
+        raise ConfigError(f"{where}: {_sentence(error)}") from None
 
 
-def _sentence(config_class: type[Config], error: ValidationError) -> str:
+def _sentence(error: ValidationError) -> str:
     """Return the first error of pydantic as one sentence."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        found, key = _class_at(config_class, [str(part) for part in first["loc"][:-1]]), str(first["loc"][-1])
-        if new := renamed(found.__name__).get(key):
-            return f"the key {path!r} was renamed to {new!r}"
-        return f"unknown key {path!r}; {nearest(key, list(found.model_fields))}"
+    if first["type"] == "unknown_key":
+        key, new, known = first["ctx"].values()
+        path = f"{path}.{key}" if path else str(key)
+        return f"the key {path!r} was renamed to {new!r}" if new else f"unknown key {path!r}; {nearest(key, known)}"
     if first["type"] == "union_tag_invalid":
         known = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
         return f"{path}: no kind is called {first['ctx']['tag']!r}; {nearest(first['ctx']['tag'], known)}"
@@ -109,25 +119,3 @@ def _sentence(config_class: type[Config], error: ValidationError) -> str:
     message = str(first["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(first["input"], (dict, list)) else f" (given: {first['input']!r})"
     return f"{path}: {message}{given}" if path else f"{message}{given}"
-
-
-def _class_at(config_class: type[Config], path: list[str]) -> type[BaseModel]:
-    """Return the config class at `path`: through fields, list positions, keys of mappings and the kinds of a union."""
-    candidates: list[type[BaseModel]] = [config_class]
-    for part in path:
-        inner = [
-            found
-            for one in candidates
-            if part in one.model_fields
-            for found in _config_classes(one.model_fields[part].annotation)
-        ]
-        of_kind = [one for one in candidates if "kind" in one.model_fields and one.model_fields["kind"].default == part]
-        candidates = inner or of_kind or candidates  # else a list position or a key of a mapping
-    return candidates[0]
-
-
-def _config_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return the config classes mentioned in a type annotation such as `list[X] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in getattr(annotation, "__args__", ()) for found in _config_classes(part)]

@@ -19,34 +19,18 @@ from typing import Any
 from openm6.core.errors import ConfigError, OutputError
 
 
-def sync_file(path: Path) -> None:
-    """Wait until the file's bytes are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk: a power cut may undo a rename else.
+
+    Windows cannot open a folder for this and orders renames by itself, so nothing is done there.
+    """
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the folder's list of names is on the disk; without this a rename may be lost in a power cut.
-
-    Windows cannot open a folder for this and orders renames by itself, so nothing is done there.
-    """
-    if os.name != "nt":
-        sync_file(path)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write `content` and wait until it is on the disk.
-
-    Raises:
-        OSError: the disk is full or the path cannot be written.
-    """
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
@@ -58,12 +42,13 @@ def replace_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with as_output_error(path):
         try:
-            write_synced(partial, content)
+            partial.write_bytes(content)
+            sync(partial)
             os.replace(partial, path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def replace_text(path: Path, text: str) -> None:

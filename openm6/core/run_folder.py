@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,14 @@ from openm6.core.config import read_yaml
 from openm6.core.files import as_output_error, replace_text
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths inside a run's folder; `RunFolder.open` makes the folder."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.resolve().name
+        self.config, self.metrics = path / "config.yaml", path / "metrics.jsonl"
+        self.checkpoints, self.quarantine = path / "checkpoints", path / "quarantine.jsonl"
+        self.tensorboard = path / "tensorboard"
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
@@ -31,33 +33,9 @@ class RunFolder:
         return cls(folder)
 
     @property
-    def name(self) -> str:
-        return self.path.resolve().name
-
-    @property
     def started(self) -> bool:
         """Whether a training has started here: there are settings or checkpoints."""
         return self.config.is_file() or self.checkpoints.is_dir()
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.path / "quarantine.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     def read_config(self) -> dict[str, Any]:
         """Return the settings the run was started with; empty if none were written yet."""

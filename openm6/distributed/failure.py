@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from types import TracebackType
 
 import torch
@@ -74,22 +76,22 @@ class FailureWatchdog:
         return first
 
     def _watch(self) -> None:
-        looks = 0
-        while not self._done.wait(pause_before(looks)):
-            looks += 1
-            try:
-                if not self._store.check([FAILURE]):
-                    continue
-            except (dist.DistError, RuntimeError):  # the store has gone, and with it the launcher
-                continue
-            # The main thread may be about to fail over the same; then it speaks for itself.
-            if self._done.wait(2 * LOOK_EVERY):
+        failed = False
+        for look in count():
+            if self._done.wait(pause_before(look)):
                 return
-            if self.rank == 0:
-                sys.stderr.write(f"error: {self._store.get(FAILURE).decode()}\n")
-                sys.stderr.flush()
-                self._store.set(REPORTED, "yes")
-            os._exit(1)  # the main thread cannot be called back from an exchange
+            with suppress(dist.DistError, RuntimeError):  # the store has gone, and with it the launcher
+                failed = self._store.check([FAILURE])
+            if failed:
+                break
+        # The main thread may be about to fail over the same; then it speaks for itself.
+        if self._done.wait(2 * LOOK_EVERY):
+            return
+        if self.rank == 0:
+            sys.stderr.write(f"error: {self._store.get(FAILURE).decode()}\n")
+            sys.stderr.flush()
+            self._store.set(REPORTED, "yes")
+        os._exit(1)  # the main thread cannot be called back from an exchange
 
     def _sentence(self, error: BaseException) -> str:
         if isinstance(error, OpenM6Error):
@@ -144,11 +146,10 @@ def wait_for(store: dist.Store, key: str) -> None:
     Raises:
         TrainingError: the store has gone, and with it rank 0 or the launcher.
     """
-    waiting = threading.Event()
-    looks = 0
     try:
-        while not store.check([key]):
-            waiting.wait(pause_before(looks))
-            looks += 1
+        for look in count():
+            if store.check([key]):
+                return
+            time.sleep(pause_before(look))
     except (dist.DistError, RuntimeError):
         raise TrainingError("rank 0 was lost: see its last message, and go on with --resume") from None

@@ -152,8 +152,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and parameters that are distributed by experts."""
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            yield f"{name}.up", module.up
-            yield f"{name}.down", module.down
+            yield from module.named_parameters(prefix=name)
 
 
 class UnitResharder:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -25,18 +26,15 @@ class LayerWeights:
     `index` is that of a group of layers that share weights, `name` that of one of its matrices.
     """
 
+    sharded: bool = False  # whether ranks hold different shards, so that using a group needs collectives
+
     def __init__(self, shapes: Sequence[Mapping[str, Shape]]) -> None:
         """`shapes` are those of whole matrices."""
         self.shapes = shapes
 
-    @property
-    def sharded(self) -> bool:
-        """Return whether ranks hold different shards, so that using a group needs collectives."""
-        return False
-
     def is_sharded(self, index: int, name: str) -> bool:
         """Return whether this rank holds only some rows of a matrix, so that it must be gathered to be used."""
-        return False
+        return self.shard_spec(index, name).group is not None
 
     def shard_spec(self, index: int, name: str) -> ShardSpec:
         """Return how a matrix is divided."""
@@ -48,7 +46,8 @@ class LayerWeights:
 
     def local_shapes(self, index: int) -> dict[str, Shape]:
         """Return the shapes of the shards here of a group."""
-        return dict(self.shapes[index])
+        empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes[index].items()}
+        return {name: tuple(self.part(index, name, whole).shape) for name, whole in empty.items()}
 
     def gather(self, index: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sharded matrices in full, of distributed experts those here; a collective."""

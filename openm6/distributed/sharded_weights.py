@@ -60,6 +60,8 @@ class ShardedWeights(LayerWeights):
     sharded, one for them. Gradients are summed and sharded in one exchange each, in fp32.
     """
 
+    sharded = True
+
     def __init__(self, layout: Layout, shapes: Sequence[Mapping[str, Shape]]) -> None:
         """`shapes` are those of whole matrices.
 
@@ -86,19 +88,8 @@ class ShardedWeights(LayerWeights):
         group = mesh["dp_shard"].get_group() if axes.dp_shard > 1 else None
         return ShardSpec(1, shape[1], group, here * mesh.get_local_rank("ep"))
 
-    @property
-    def sharded(self) -> bool:
-        return True
-
-    def is_sharded(self, index: int, name: str) -> bool:
-        return self.shard_spec(index, name).group is not None
-
     def shard_spec(self, index: int, name: str) -> ShardSpec:
         return self._specs[index][name]
-
-    def local_shapes(self, index: int) -> dict[str, Shape]:
-        empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes[index].items()}
-        return {name: tuple(self.part(index, name, whole).shape) for name, whole in empty.items()}
 
     def part(self, index: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
         spec = self.shard_spec(index, name)
@@ -116,9 +107,8 @@ class ShardedWeights(LayerWeights):
         return found
 
     def gathered(self, index: int) -> int:
-        sizes = {name: math.prod(shape) for name, shape in self.shapes[index].items()}
-        of_experts = (name for name, shape in self.shapes[index].items() if len(shape) == 3)
-        return sum(sizes.values()) - sum(sizes[name] - sizes[name] // self.layout.shape.ep for name in of_experts)
+        ep = self.layout.shape.ep
+        return sum(math.prod(shape) // (ep if len(shape) == 3 else 1) for shape in self.shapes[index].values())
 
     def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

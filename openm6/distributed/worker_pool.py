@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -96,20 +95,15 @@ class WorkerPool:
         """
         left = iter(enumerate(messages))
         busy: dict[Connection, int] = {}
-
-        def hand_to(pipe: Connection) -> None:
-            for number, message in islice(left, 1):
+        free, replies = self.workers, list[tuple[int, Any]]()
+        while free:
+            for pipe, (number, message) in zip(free, left, strict=False):
                 pipe.send(message)
                 busy[pipe] = number
-
-        for pipe in self.workers:
-            hand_to(pipe)
-        while busy:
-            for ready in wait(list(busy)):
-                pipe = next(worker for worker in busy if worker is ready)
-                reply, number = self._receive(pipe), busy.pop(pipe)
-                hand_to(pipe)
-                yield number, reply
+            yield from replies
+            ready = wait(list(busy)) if busy else []
+            free = [pipe for pipe in busy if pipe in ready]
+            replies = [(busy.pop(pipe), self._receive(pipe)) for pipe in free]
 
     def close(self) -> None:
         """End all processes."""
@@ -163,14 +157,11 @@ def shared_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Anonymous, so no file of it can be left behind, and the size of /dev/shm (64 MB in many containers) does not matter.
     """
-    starts, size = [], 0
-    for tensor in tensors:
-        starts.append(size)
-        size += math.ceil(tensor.numel() * tensor.element_size() / ALIGNMENT) * ALIGNMENT
-    memory = torch.frombuffer(mmap.mmap(-1, max(size, ALIGNMENT)), dtype=torch.uint8)
+    sizes = [math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    memory = torch.frombuffer(mmap.mmap(-1, max(sum(sizes), ALIGNMENT)), dtype=torch.uint8)
+    parts = memory[: sum(sizes)].split(sizes)
     return [
-        memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-        for tensor, start in zip(tensors, starts, strict=True)
+        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)
     ]
 
 

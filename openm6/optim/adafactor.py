@@ -23,7 +23,6 @@ from openm6.optim.sharding import (
     ROW_MEANS,
     ShardSpec,
     ShardSpecOf,
-    all_reduce_coalesced,
     replicated,
 )
 
@@ -118,7 +117,10 @@ def advance(updates: Sequence[RankSums[Result]], spec: ShardSpec) -> list[Result
                 sums += next(update)
             except StopIteration as end:
                 results.append(end.value)
-        all_reduce_coalesced(sums, spec)
+        if sums and spec.group is not None:
+            flat = spec.all_reduce(torch.cat([one.reshape(-1) for one in sums]))
+            for one, summed in zip(sums, flat.split([one.numel() for one in sums]), strict=True):
+                one.copy_(summed.view_as(one))
     return results
 
 

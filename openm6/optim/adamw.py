@@ -54,7 +54,11 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             plain: list[Tensor] = []
             for parameter in self.trained(group):
-                state = self._state(parameter)
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = torch.zeros_like(parameter, dtype=self.state_dtype or parameter.dtype)
                 part = self.spec_of(parameter).local(parameter)
                 if kernels.available(part.device) and part.is_contiguous():
                     state["step"] += 1
@@ -81,14 +85,6 @@ class AdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         state = {key: local(value) for key, value in self.state[parameter].items()}
         return local(parameter), local(parameter.grad), state
-
-    def _state(self, parameter: Tensor) -> State:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(parameter, dtype=self.state_dtype or parameter.dtype)
-        return state
 
     def _seed(self, parameter: Tensor) -> int:
         if not self.stochastic:
@@ -126,9 +122,7 @@ def adamw_update(
     group: `lr`, `betas`, `eps`, `weight_decay`. If `found_inf` is 1, nothing changes; on a GPU, where the fused
     kernel counts on the device, it needs steps that are there.
     """
-    first, second, steps = (
-        [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
-    )  # fmt: skip
+    first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
     fused = steps[0].device == weights[0].device
     beta1, beta2 = group["betas"]
     adamw(

@@ -66,11 +66,6 @@ class OptimizerConfig(Config):
     moments: Literal["as weights", "bf16"] = "as weights"  # adamw: the dtype of both moments
     rounding: Literal["nearest", "stochastic"] = "nearest"  # adamw: of bf16 weights and second moments
 
-    @property
-    def bytes_per_parameter(self) -> int:
-        """Bytes of one weight of the blocks with its gradient and optimizer state."""
-        return BYTES_PER_PARAMETER[self.precision]
-
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

@@ -21,9 +21,8 @@ BLOCK = 64
 
 
 def random_bits(
-    num_matrices: int, values: int, key: int, first: int = 0,
-    device: torch.device | str | None = None, start: int = 0,
-) -> Tensor:  # fmt: skip
+    num_matrices: int, values: int, key: int, first: int = 0, device: torch.device | None = None, start: int = 0
+) -> Tensor:
     """Return 32 random bits for `values` values from index `start` of matrices from index `first`: E n, int32.
 
     A pure function of (key, matrix, position): the same on every device and, for one expert, whichever of its
@@ -34,7 +33,7 @@ def random_bits(
     return mix_32(positions * GOLDEN_32 + keys.unsqueeze(-1))
 
 
-def matrix_keys(num_matrices: int, key: int, first: int, device: torch.device | str | None = None) -> Tensor:
+def matrix_keys(num_matrices: int, key: int, first: int, device: torch.device | None = None) -> Tensor:
     """Return a key for each matrix: E, int32."""
     indices = torch.arange(first, first + num_matrices, dtype=torch.int32, device=device)
     return mix_32(indices * GOLDEN_32 + ((key + 2**31) % 2**32 - 2**31))  # the int32 with the key's low bits
@@ -50,11 +49,11 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
 
 
-def round_to_integer(x: Tensor, bits: Tensor) -> Tensor:
-    """Stochastic rounding of fp32 to integers in fp32, up with the probability of the fraction; integers are kept."""
+def round_to_levels(x: Tensor, bits: Tensor) -> Tensor:
+    """Stochastic rounding of fp32 to int8 levels, up with the probability of the fraction; integers are kept."""
     threshold = ((bits >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24  # [0, 1)
     low = x.floor()
-    return low + (x - low > threshold)
+    return (low + (x - low > threshold)).clamp(-LEVELS, LEVELS).to(torch.int8)
 
 
 def block_length(columns: int) -> int:
@@ -97,24 +96,6 @@ def refit(levels: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     raised = (exponent.to(torch.float32) + change).clamp(-127, 127)
     change = raised - exponent.to(torch.float32)
     return (_blocked(levels) * torch.exp2(-change / STEPS).unsqueeze(-1)).flatten(-2), raised.to(torch.int8)
-
-
-def to_int8(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return fp32 values as int8 levels, rounded by `bits`, and exponents."""
-    exponent = fit_exponent(values)
-    return _rounded(to_levels(values, exponent), bits), exponent
-
-
-def subtract_int8(
-    levels: Tensor, exponent: Tensor, decay: Tensor, update: Tensor, bits: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return weight · decay - update as `to_int8`, in units of the scale: without an update a level stays exact."""
-    moved, exponent = refit(levels.float() * decay - to_levels(update, exponent), exponent)
-    return _rounded(moved, bits), exponent
-
-
-def _rounded(levels: Tensor, bits: Tensor) -> Tensor:
-    return round_to_integer(levels, bits).clamp(-LEVELS, LEVELS).to(torch.int8)
 
 
 def _blocked(values: Tensor) -> Tensor:

@@ -65,17 +65,17 @@ class Muon(AdamW):
         loss = super().step(closure)
         for group in self.param_groups:
             if group["muon"]:
-                self._update_matrices(super().trained(group), group)
+                self._update_matrices(group)
         return loss
 
     def trained(self, group: dict[str, Any]) -> list[Tensor]:
         """Return the parameters of a group that AdamW updates."""
         return [] if group["muon"] else super().trained(group)
 
-    def _update_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _update_matrices(self, group: dict[str, Any]) -> None:
         """Whole matrices one tensor at a time; sharded ones after an exchange, those of one process group together."""
         sharded: dict[Any, list[tuple[Tensor, ShardSpec]]] = {}  # by process group
-        for parameter in parameters:
+        for parameter in super().trained(group):
             spec = self.spec_of(parameter)
             if spec.shards_rows(parameter.ndim):
                 sharded.setdefault(spec.group, []).append((parameter, spec))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from openm6 import kernels
 from openm6.optim import adafactor, low_precision
 from openm6.optim.adafactor import TINY, Moments, RankSums, advance
 from openm6.optim.adamw import adamw_update
-from openm6.optim.config import OptimizerConfig
+from openm6.optim.config import PRECISIONS, OptimizerConfig, WeightPrecision
 from openm6.optim.low_precision import block_length, matrix_keys, random_bits, round_to_bf16
 from openm6.optim.sharding import COLUMN_MEANS, COUNT, REPLICATED, ROW_MEANS, ShardSpec
 
@@ -70,6 +70,9 @@ class UpdateRule(ABC):
 
     read_slots: tuple[str, ...] = (WEIGHT,)  # those that `read` needs
 
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.config = config
+
     @abstractmethod
     def slots(self, shape: Shape) -> list[Slot]:
         """Return what is kept for a parameter, `read_slots` first."""
@@ -105,9 +108,6 @@ class UpdateRule(ABC):
 class AdamRule(UpdateRule):
     """16 bytes: weights and both moments in fp32 (and the gradient, while there is one), by AdamW."""
 
-    def __init__(self, config: OptimizerConfig) -> None:
-        self.group = {"betas": config.betas, "eps": config.epsilon}
-
     def slots(self, shape: Shape) -> list[Slot]:
         values = [Slot(name, shape, torch.float32) for name in (WEIGHT, "exp_avg", "exp_avg_sq")]
         return [*values, Slot("step", (), torch.float32)]
@@ -116,7 +116,8 @@ class AdamRule(UpdateRule):
         stored[WEIGHT].copy_(values)
 
     def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
-        group = {**self.group, "lr": args.lr, "weight_decay": args.weight_decay}
+        config = self.config
+        group = {"betas": config.betas, "eps": config.epsilon, "lr": args.lr, "weight_decay": args.weight_decay}
         skip = (~args.allowed).to(torch.float32)
         adamw_update([stored[WEIGHT]], [gradient.float().contiguous()], [stored], group, skip)
 
@@ -202,9 +203,7 @@ class FactoredRule(UpdateRule):
         keys = matrix_keys(matrices, args.key, spec.first, gradient.device)
         numbers = (usable, inverse_row, inverse_column, rates, decay, keys)
         blocks = (block_length(columns), low_precision.LEVELS, low_precision.SPARSE, low_precision.STEPS)
-        optimizers.adafactor_update(
-            stored[WEIGHT], stored.get(EXPONENT), gradient, numbers, blocks, first_row
-        )  # fmt: skip
+        optimizers.adafactor_update(stored[WEIGHT], stored.get(EXPONENT), gradient, numbers, blocks, first_row)
 
     def _update_part(self, stored: Slots, gradient: Tensor, args: UpdateArgs, first: int) -> RankSums[None]:
         """Update matrices E R C, which have index `first` and following in the parameter."""
@@ -240,9 +239,6 @@ class FactoredRule(UpdateRule):
 class MomentumRule(FactoredRule):
     """4 bytes: the same with a first moment in bf16, also with stochastic rounding."""
 
-    def __init__(self, config: OptimizerConfig) -> None:
-        self.beta = config.betas[0]
-
     def slots(self, shape: Shape) -> list[Slot]:
         return [*super().slots(shape), Slot(MOMENTUM, shape, torch.bfloat16)]
 
@@ -250,11 +246,11 @@ class MomentumRule(FactoredRule):
         return False
 
     def direction(self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int) -> Tensor:
-        before = stored[MOMENTUM].float()
-        mean = torch.where(active, before.lerp(gradient, 1 - self.beta), before)
+        before, beta = stored[MOMENTUM].float(), self.config.betas[0]
+        mean = torch.where(active, before.lerp(gradient, 1 - beta), before)
         bits = _bits(gradient, args.key ^ MOMENTUM_KEY, first, args.spec)
         stored[MOMENTUM].copy_(round_to_bf16(mean, bits))
-        correction = 1 - self.beta ** stored[COUNT].clamp(min=1)
+        correction = 1 - beta ** stored[COUNT].clamp(min=1)
         return mean / correction[:, None, None]
 
 
@@ -275,22 +271,25 @@ class BlockRule(FactoredRule):
         return weights.view(stored[WEIGHT].shape)
 
     def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
-        for name, encoded in zip(self.read_slots, low_precision.to_int8(values, bits), strict=True):
-            stored[name].copy_(encoded)
+        stored[EXPONENT].copy_(low_precision.fit_exponent(values))
+        stored[WEIGHT].copy_(low_precision.round_to_levels(low_precision.to_levels(values, stored[EXPONENT]), bits))
 
     def subtract(self, stored: Slots, decay: Tensor, update: Tensor, bits: Tensor) -> None:
-        encoded = low_precision.subtract_int8(stored[WEIGHT], stored[EXPONENT], decay, update, bits)
-        for name, one in zip(self.read_slots, encoded, strict=True):
-            stored[name].copy_(one)
+        # In units of the scale: without an update a level stays exact.
+        levels = stored[WEIGHT].float() * decay - low_precision.to_levels(update, stored[EXPONENT])
+        levels, exponent = low_precision.refit(levels, stored[EXPONENT])
+        stored[WEIGHT].copy_(low_precision.round_to_levels(levels, bits))
+        stored[EXPONENT].copy_(exponent)
+
+
+RULES: dict[WeightPrecision, Callable[[OptimizerConfig], UpdateRule]] = dict(
+    zip(PRECISIONS, (AdamRule, MomentumRule, FactoredRule, BlockRule), strict=True)
+)
 
 
 def update_rule(config: OptimizerConfig) -> UpdateRule:
     """Return the rule of `config.precision`."""
-    if config.precision == "fp32":
-        return AdamRule(config)
-    if config.precision == "bf16-adafactor-momentum":
-        return MomentumRule(config)
-    return FactoredRule() if config.precision == "bf16-adafactor" else BlockRule()
+    return RULES[config.precision](config)
 
 
 def _copy_or_zero(slot: Tensor, values: Tensor | None) -> None:

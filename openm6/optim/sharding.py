@@ -77,15 +77,6 @@ def is_sharded_along(key: str, axis: int, dimensions: int) -> bool:
     return axis not in missing.get(key, set())
 
 
-def all_reduce_coalesced(tensors: Sequence[Tensor], spec: ShardSpec) -> None:
-    """Sum fp32 tensors over the shards, in place, all in one exchange."""
-    if spec.group is None or not tensors:
-        return
-    flat = spec.all_reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(summed.view_as(tensor))
-
-
 def on_whole_matrices(
     parts: Sequence[Tensor], specs: Sequence[ShardSpec], work: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.checkpoint.folder import is_complete, latest
+from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.checkpoint.load import is_sharded, load_model
 from openm6.core.errors import CheckpointError
 from openm6.core.run_folder import RunFolder
@@ -57,7 +57,7 @@ def wait_for(folder: Path, step: int) -> Path:
     """The checkpoint of a step, which a thread may still be writing."""
     checkpoint = folder / "checkpoints" / f"step-{step}"
     end = time.monotonic() + 60
-    while not is_complete(checkpoint):
+    while checkpoint not in list_checkpoints(checkpoint.parent):
         assert time.monotonic() < end, f"{checkpoint} never came"
         time.sleep(0.02)
     return checkpoint

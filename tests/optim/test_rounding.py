@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm6.optim.low_precision import BF16_LARGEST, random_bits, round_to_bf16, round_to_integer
+from openm6.optim.low_precision import BF16_LARGEST, random_bits, round_to_bf16, round_to_levels
 
 
 def random_bits_reference(num_matrices: int, values: int, key: int) -> list[list[int]]:
@@ -69,5 +69,5 @@ def test_what_bf16_can_hold_stays_and_what_is_not_finite_passes() -> None:
 @pytest.mark.parametrize("value", [0.25, -1.75, 3.01])
 def test_whole_numbers_are_right_on_average(value: float) -> None:
     x = torch.full((1, 100_000), value)
-    assert float(round_to_integer(x, random_bits(1, 100_000, 9)).mean()) == pytest.approx(value, abs=0.006)
-    assert torch.equal(round_to_integer(x.round(), random_bits(1, 100_000, 9)), x.round())
+    assert float(round_to_levels(x, random_bits(1, 100_000, 9)).double().mean()) == pytest.approx(value, abs=0.006)
+    assert torch.equal(round_to_levels(x.round(), random_bits(1, 100_000, 9)), x.round().to(torch.int8))
