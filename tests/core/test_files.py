@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openm6.core.config import Config
 from openm6.core.errors import ConfigError, OutputError
 from openm6.core.files import append_line, check_writable, plain_data, replace_text, to_json
 from openm6.core.run_folder import RunFolder
@@ -60,10 +59,6 @@ def test_a_run_keeps_its_settings_in_order(tmp_path: Path) -> None:
     assert run.read_config() == expected
     assert list(run.read_config()) == list(expected)
     assert "名: é" in run.config.read_text(encoding="utf-8")
-
-
-def test_config_parents_refuse_what_they_do_not_know() -> None:
-    assert Config.model_config["extra"] == "forbid" and Config.model_config["frozen"]
 
 
 VALUE = {"a": [1.0, float("inf")], "b": {"c": float("nan")}, "d": "nan", "e": 3, "f": (1, -float("inf"))}
