@@ -122,8 +122,7 @@ def read_shard(reader: CheckpointReader, name: str, target: Tensor) -> None:
     if not isinstance(target, DTensor):
         reader.read_into(name, target)
         return
-    mesh, placements = target.device_mesh, target.placements
-    _, offsets = compute_local_shape_and_global_offset(target.shape, mesh, placements)
+    _, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
     reader.read_into(name, target.to_local(), offsets, target.shape)
 
 

@@ -41,14 +41,11 @@ def keep_freed_memory() -> None:
     A training step on a CPU frees and allocates the same megabytes thousands of times. Each page that went back to
     the system in between costs a fault and a clearing: 5 ms of 130 in a step of the demo.
     """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl
-        return
-    mallopt(TRIM_THRESHOLD, KEPT)
-    mallopt(MMAP_THRESHOLD, ON_HEAP)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(TRIM_THRESHOLD, KEPT)
+            mallopt(MMAP_THRESHOLD, ON_HEAP)
 
 
 def process_memory(key: str, process: str = "self") -> int | None:

@@ -34,11 +34,7 @@ def sync(path: Path) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Replace the file's content in one step; on failure the old content stays.
-
-    Raises:
-        OutputError: the disk is full or the path cannot be written.
-    """
+    """Replace the file's content in one step; if that fails, raise OutputError and leave the old content."""
     partial = path.with_name(f".{path.name}.partial")
     with as_output_error(path):
         try:
@@ -57,11 +53,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line of UTF-8 to a file.
-
-    Raises:
-        OutputError: the disk is full or the path cannot be written.
-    """
+    """Add a line of UTF-8 to a file; raise OutputError if that fails."""
     with as_output_error(path), path.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
 
@@ -82,11 +74,7 @@ def advice_for(error: OSError) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raise ConfigError if no file can be written to `path`, before any work is done.
-
-    Raises:
-        ConfigError: there is no such folder, or the path is a folder; `option` names the setting to change.
-    """
+    """Raise ConfigError, before any work is done, if `path` is or lacks a folder; `option` is the setting to change."""
     folder = path.resolve().parent
     if not folder.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {folder}; make it first")

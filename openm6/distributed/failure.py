@@ -53,7 +53,11 @@ class FailureWatchdog:
                 raise SystemExit(error.exit_code if isinstance(error, Interrupted) else 130) from None
             return
         own = f"rank {self.rank} of {self.size}: {self._sentence(error)}"
-        first = self._report(own)
+        first = own
+        with suppress(dist.DistError, RuntimeError):  # the store has gone, and with it rank 0 or the launcher
+            first = self._store.compare_set(FAILURE, "", own).decode()  # for the others, unless there is one
+            if self.rank == 0:
+                self._store.set(REPORTED, "yes")
         foreign = first != own or _is_external(error)
         if self.rank == 0:
             if foreign:
@@ -64,16 +68,6 @@ class FailureWatchdog:
         with suppress(dist.DistError, RuntimeError):  # the store has gone, or rank 0 does not report
             self._store.wait([REPORTED], timedelta(seconds=PATIENCE))
         raise SystemExit(1) from None
-
-    def _report(self, own: str) -> str:
-        """Store the sentence for the others unless there is one; return the first."""
-        try:
-            first = self._store.compare_set(FAILURE, "", own).decode()
-            if self.rank == 0:
-                self._store.set(REPORTED, "yes")
-        except (dist.DistError, RuntimeError):  # the store has gone, and with it rank 0 or the launcher
-            return own
-        return first
 
     def _watch(self) -> None:
         failed = False

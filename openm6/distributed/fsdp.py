@@ -106,8 +106,7 @@ def _sum_only(module: nn.Module) -> None:
 def keep_experts(layers: list[Experts], index: int, count: int) -> None:
     """Keep of each layer's experts part `index` of `count`, as parameters of their own."""
     for experts in layers:
-        for name in ("up", "down"):
-            whole = getattr(experts, name)
+        for name, whole in list(experts.named_parameters()):
             part = whole.detach().chunk(count)[index].clone()
             setattr(experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 

@@ -45,8 +45,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
         monitor_interval=0.2,
         signals_to_handle="SIGQUIT",
     )
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in handled_stops()}
+    before = {number: signal.signal(number, _stop) for number in handled_stops()}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below, once
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
@@ -66,20 +65,17 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
             signal.signal(number, handler)
 
 
-class _Stop:
-    """A signal handler: the first signal is passed on to the ranks, which are waited for; of others, Ctrl-C alone.
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Let torch's launcher pass a first signal on to the ranks and wait for them; of later ones pass on Ctrl-C alone.
 
     Each rank is in a session of its own, which neither the terminal nor a signal to the launcher's group reaches.
     """
+    for later in handled_stops():
+        signal.signal(later, _interrupt_ranks)
+    raise SignalException("stopped", signal.Signals(number))
 
-    def __init__(self) -> None:
-        self._stopping = False
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self._stopping:
-            self._stopping = True
-            # torch's launcher sends it on and waits for all ranks to end.
-            raise SignalException("stopped", signal.Signals(number))
-        if number == signal.SIGINT:
-            for rank in children():
-                os.kill(rank, number)
+def _interrupt_ranks(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        for rank in children():
+            os.kill(rank, number)

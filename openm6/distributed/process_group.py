@@ -66,10 +66,7 @@ class LayerWeights:
         return square
 
     def to_global(self, index: int, name: str, slot: str, part: Tensor) -> Tensor:
-        """Return a tensor that is kept for a matrix with its offset in the whole, for a checkpoint.
-
-        On the host, and without a copy if it is there already.
-        """
+        """Return a tensor kept for a matrix on the host (no copy if it is there), with its offset, for a checkpoint."""
         return part.cpu()
 
     def to_local(self, part: Tensor) -> Tensor:

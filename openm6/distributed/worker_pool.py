@@ -39,8 +39,7 @@ def handled_stops() -> list[signal.Signals]:
 def children() -> list[int]:
     """Return the ids of the running processes that the main thread started; on Linux only."""
     try:
-        own = os.getpid()
-        return [int(word) for word in Path(f"/proc/self/task/{own}/children").read_text().split()]
+        return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
     except OSError:
         return []
 
