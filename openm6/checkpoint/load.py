@@ -112,7 +112,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
         offloaded = {name for name, tensor in model.named_parameters() if tensor.is_meta}
         names = [name for name in reader.names if SEPARATOR in name]  # files of ranks also hold weights
         kept = [name for name in names if name.partition(SEPARATOR)[0] not in offloaded]
-        tensors = ((name, reader.read(name)) for name in kept)  # one at a time, beside the optimizer in memory
+        # One tensor at a time: the file must not be in memory beside the optimizer.
+        tensors = ((name, reader.read(name)) for name in kept)
     load_optimizer_state(tensors, optimizer, model, str(folder))
 
 
