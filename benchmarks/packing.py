@@ -130,7 +130,7 @@ def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
     text = training.modalities["text"]
     assert isinstance(text, Text)
     sources = open_sources({name: EmbeddedConfig(name=name) for name in TEXTS}, "train")
-    tokens = itertools.chain.from_iterable(map(text.encode_plain, itertools.cycle(_words(sources.values()))))
+    tokens = itertools.chain.from_iterable(map(text.encode, itertools.cycle(_words(sources.values()))))
     made = []
     for _ in range(count):
         written = [text.target_of(list(itertools.islice(tokens, length - 1))) for _ in range(rows)]

@@ -27,6 +27,7 @@ from openm6.tasks import text
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import Text
 from openm6.tasks.task import Task
+from tests.data.sample_images import png
 from tests.small_model import BACKBONE, demo_sources, modalities
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -108,9 +109,10 @@ def test_modality() -> None:
     known = Modalities(modalities(), rating=rating)
     torch.manual_seed(0)
     model = Omni(BACKBONE, known)
+    raw = {"text": "seven red apples", "image": png(), "rating": 1}
     for inputs, output in (("text", "rating"), ("rating", "text"), ("image", "rating")):
-        source = source_segments([Part(inputs, known[inputs].examples()[0])], known)
-        target = target_segment(Part(output, known[output].examples()[0]), known, np.random.default_rng(0))
+        source = source_segments([Part(inputs, raw[inputs])], known)
+        target = target_segment(Part(output, raw[output]), known, np.random.default_rng(0))
         batch = collate([[build_sequence([*source, target], "x")]], len(source[0]) + len(target))
         losses, _ = model.compute_loss(batch)
         assert list(losses) == [target.kind] and bool(losses[target.kind].nll.isfinite().all())

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import ClassVar
 
 import torch
@@ -71,30 +72,6 @@ class ConvNext(nn.Module):
         return x + self.scale * self.down(F.gelu(self.up(mixed)))
 
 
-class Downsample(nn.Module):
-    """Join `stride` frames into one position by a linear layer.  # B N D -> B T C"""
-
-    def __init__(self, width: int, stride: int, out: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.project = Linear(width * stride, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(x.unflatten(1, (-1, self.stride)).flatten(2))
-
-
-class Upsample(nn.Module):
-    """Expand each position to `stride` frames.  # B T C -> B N D"""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.project = nn.Linear(channels, width * stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(x).unflatten(2, (self.stride, -1)).flatten(1, 2)
-
-
 class AudioCodec(Codec):
     """Mono audio in [-1, 1] at the config's rate, to codes and back."""
 
@@ -110,9 +87,12 @@ class AudioCodec(Codec):
         blocks = [ConvNext(width, config.expansion, 1.0 / count) for _ in range(count)]
         self.first = nn.Conv1d(config.num_mels, width, 7, padding=3)
         self.encoder = nn.Sequential(*blocks[: config.encoder_blocks], nn.LayerNorm(width))
-        self.fold = Downsample(width, config.stride, config.latent)
+        # `stride` frames into one position by a linear layer, and back.
+        joined, project = nn.Unflatten(1, (-1, config.stride)), Linear(width * config.stride, config.latent)
+        self.fold = nn.Sequential(OrderedDict(split=joined, join=nn.Flatten(2), project=project))  # B N D -> B T C
         self.quantizer = ResidualQuantizer(config, config.latent, config.stage_dropout)
-        self.unfold = Upsample(config.latent, width, config.stride)
+        expand, frames = nn.Linear(config.latent, width * config.stride), nn.Unflatten(2, (config.stride, -1))
+        self.unfold = nn.Sequential(OrderedDict(project=expand, split=frames, join=nn.Flatten(1, 2)))  # B T C -> B N D
         self.decoder = nn.Sequential(*blocks[config.encoder_blocks :], nn.LayerNorm(width))
         self.head = nn.Linear(width, 2 * (config.window // 2 + 1))
         nn.init.constant_(self.head.bias[: config.window // 2 + 1], QUIET)

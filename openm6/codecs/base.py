@@ -20,7 +20,7 @@ MAX_CODEBOOK = 1024  # one softmax of the transformer per code
 
 
 class QuantizerConfig(Config):
-    """How many codes a position has, and the FSQ levels of one code."""
+    """How many codes a position has, and the FSQ levels of one code, whose product is the values it can take."""
 
     groups: int
     levels: tuple[int, ...] = (8, 5, 5, 5)
@@ -153,8 +153,13 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, latent: Tensor) -> Quantized:
         """# B P C -> latent B P C, codes B P G; while training, some rows keep only their first stages"""
-        rest = latent.float()
-        used = self._stages_used(rest)
+        rest, stages = latent.float(), len(self.into)
+        shape = (rest.shape[0],) + (1,) * (rest.dim() - 1)
+        used = torch.full(shape, stages, device=rest.device)
+        if self.training and self.dropout > 0.0:
+            draw = torch.rand(shape, device=rest.device)
+            count = torch.randint(1, stages + 1, shape, device=rest.device)
+            used = torch.where(draw < self.dropout, count, used)
         total, inputs, cells = torch.zeros_like(rest), [], []
         for stage, (into, norm, out) in enumerate(zip(self.into, self.norms, self.out, strict=True)):
             z = norm(into(rest))  # B P C -> B P D
@@ -166,17 +171,6 @@ class ResidualQuantizer(nn.Module):
             cells.append(cell)
         stacked, chosen = torch.stack(inputs, -2), torch.stack(cells, -2)  # B P G D
         return Quantized(total, pack(chosen, self.levels), stacked, chosen, self.levels)
-
-    def _stages_used(self, latent: Tensor) -> Tensor:
-        """How many stages each row of the batch keeps.  # B 1 1"""
-        stages = len(self.into)
-        shape = (latent.shape[0],) + (1,) * (latent.dim() - 1)
-        full = torch.full(shape, stages, device=latent.device)
-        if not self.training or self.dropout == 0.0:
-            return full
-        draw = torch.rand(shape, device=latent.device)
-        count = torch.randint(1, stages + 1, shape, device=latent.device)
-        return torch.where(draw < self.dropout, count, full)
 
     def latent_of(self, codes: Tensor) -> Tensor:
         """The latent of the first stages, as many as `codes` has.  # B P G -> B P C"""
@@ -191,16 +185,6 @@ class Codec(nn.Module, ABC):
     kind: ClassVar[str]
     config: QuantizerConfig
     quantizer: GroupedQuantizer | ResidualQuantizer
-
-    @property
-    def groups(self) -> int:
-        """Codes at each position."""
-        return self.config.groups
-
-    @property
-    def codebook_size(self) -> int:
-        """Values a code can take."""
-        return self.config.codebook_size
 
     @abstractmethod
     def quantized(self, raw: Tensor) -> Quantized:
@@ -229,11 +213,6 @@ class Codec(nn.Module, ABC):
         """Raw output of codes, within [-1, 1]; no gradient.  # B positions G -> B raw"""
         return self.synthesize(self.quantizer.latent_of(codes)).clamp(-1.0, 1.0)
 
-    def vectors(self, codes: Tensor) -> Tensor:
-        """FSQ coordinates in [-1, 1] of codes: near vectors mean like content.  # ... G -> ... vector_size"""
-        levels = torch.tensor(self.config.levels, device=codes.device)
-        return cell_values(unpack(codes, levels), levels).flatten(-2)
-
     def latent_norms(self) -> list[LatentNorm]:
         """The normalizers whose statistics can be frozen."""
         return [module for module in self.modules() if isinstance(module, LatentNorm)]
@@ -241,9 +220,9 @@ class Codec(nn.Module, ABC):
 
 def bits_per_code(codes: Tensor, codec: Codec) -> float:
     """Bits that one position's codes carry, channel by channel, out of vector_size channels.  # N G -> float"""
-    values = codec.vectors(codes)  # N G -> N C
     total = 0.0
-    for channel in values.unbind(-1):
+    cells = unpack(codes, torch.tensor(codec.config.levels, device=codes.device)).flatten(-2)  # N G -> N C
+    for channel in cells.unbind(-1):
         fractions = channel.unique(return_counts=True)[1].double() / len(channel)
         total -= float((fractions * fractions.log2()).sum())
     return total

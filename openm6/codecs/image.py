@@ -77,27 +77,6 @@ def _output(width: int, channels: int) -> list[nn.Module]:
     return [nn.GroupNorm(8, width), nn.SiLU(), Convolution(width, channels, 3, padding=1)]
 
 
-def make_encoder(config: ImageCodecConfig) -> nn.Sequential:
-    """Pixels to the latent.  # B 3 H W -> B C h w"""
-    first = config.widths[0]
-    layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), Convolution(3 * STEM**2, first, 3, padding=1)]
-    for scale, (width, count) in enumerate(zip(config.widths, config.encoder_blocks, strict=True)):
-        if scale:
-            layers += [nn.PixelUnshuffle(2), Convolution(4 * config.widths[scale - 1], width, 1)]
-        layers += [Residual(width) for _ in range(count)]
-    return nn.Sequential(*layers, *_output(config.widths[-1], config.vector_size))
-
-
-def make_decoder(config: ImageCodecConfig) -> nn.Sequential:
-    """The latent to pixels.  # B C h w -> B 3 H W"""
-    layers: list[nn.Module] = [Convolution(config.vector_size, config.widths[-1], 3, padding=1)]
-    for scale, width in reversed(list(enumerate(config.widths))):
-        layers += [Residual(width) for _ in range(config.decoder_blocks[scale])]
-        if scale:
-            layers += [Convolution(width, 4 * config.widths[scale - 1], 1), nn.PixelShuffle(2)]
-    return nn.Sequential(*layers, *_output(config.widths[0], 3 * STEM**2), nn.PixelShuffle(STEM))
-
-
 class ImageCodec(Codec):
     """Images in [-1, 1] of any size divisible by the stride, to codes and back: B 3 H W to B h w G."""
 
@@ -106,9 +85,20 @@ class ImageCodec(Codec):
 
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = make_encoder(config)
-        self.decoder = make_decoder(config)
+        self.config, widths = config, config.widths
+        layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), Convolution(3 * STEM**2, widths[0], 3, padding=1)]
+        for scale, width in enumerate(widths):
+            if scale:
+                layers += [nn.PixelUnshuffle(2), Convolution(4 * widths[scale - 1], width, 1)]
+            layers += [Residual(width) for _ in range(config.encoder_blocks[scale])]
+        self.encoder = nn.Sequential(*layers, *_output(widths[-1], config.vector_size))  # B 3 H W -> B C h w
+        layers = [Convolution(config.vector_size, widths[-1], 3, padding=1)]
+        for scale, width in reversed(list(enumerate(widths))):
+            layers += [Residual(width) for _ in range(config.decoder_blocks[scale])]
+            if scale:
+                layers += [Convolution(width, 4 * widths[scale - 1], 1), nn.PixelShuffle(2)]
+        layers += [*_output(widths[0], 3 * STEM**2), nn.PixelShuffle(STEM)]
+        self.decoder = nn.Sequential(*layers)  # B C h w -> B 3 H W
         self.quantizer = GroupedQuantizer(config)
 
     def quantized(self, raw: Tensor) -> Quantized:

@@ -46,7 +46,11 @@ def load_codec(name_or_path: Path | str) -> Codec:
         ConfigError: neither a shipped name nor a file.
         CheckpointError: the file is no codec, or its weights do not fit its config.
     """
-    path = _find(str(name_or_path))
+    name, path = str(name_or_path), Path(name_or_path)
+    if "/" not in name and (shipped := SHIPPED / f"{name}.safetensors").is_file():
+        path = shipped
+    elif not path.is_file():
+        raise ConfigError(f"no codec {name!r}, neither as a file nor by name; {nearest(name, shipped_codecs())}")
     try:
         with safe_open(str(path), "pt") as file:
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
@@ -70,12 +74,3 @@ def codec_scores(name: str) -> dict[str, float]:
     path = SHIPPED / f"{name}.json"
     scores = json.loads(path.read_text(encoding="utf-8"))["test"] if path.is_file() else {}
     return {f"{source} {metric}": v for source, found in scores.items() for metric, v in found.items()}
-
-
-def _find(name: str) -> Path:
-    shipped = SHIPPED / f"{name}.safetensors"
-    if "/" not in name and shipped.is_file():
-        return shipped
-    if Path(name).is_file():
-        return Path(name)
-    raise ConfigError(f"no codec {name!r}, neither as a file nor by name; {nearest(name, shipped_codecs())}")

@@ -140,7 +140,7 @@ def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loade
     if task.output_modality == "numbers":
         return ValueFrequencies(examples, targets)
     modality = loaded.image if task.output_modality == "image" else loaded.audio
-    return CodeFrequencies(targets, modality.codec.codebook_size)
+    return CodeFrequencies(targets, modality.codec.config.codebook_size)
 
 
 def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarray | None:

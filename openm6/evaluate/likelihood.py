@@ -64,7 +64,7 @@ def sequence_nll(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
     """Negative log-likelihood of the learned tokens of each sequence, in nats.  # N"""
     length = max(ROW_TOKENS, *map(len, sequences))
     found: list[float] = []
-    rows = list(passes_of(sequences, list(map(len, sequences)), length))
+    rows = passes_of(sequences, len, length)
     for start in range(0, len(rows), MAX_ROWS):
         batch = collate(rows[start : start + MAX_ROWS], length).to(omni.device)
         total = torch.zeros(batch.num_examples, device=omni.device)

@@ -214,10 +214,6 @@ class QuantizedMatrix:
     def __call__(self, x: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(x, self.rows, self.scale)
 
-    def plain(self) -> Tensor:
-        """The weight that this stands for.  # O I"""
-        return self.rows.to(self.scale.dtype) * self.scale[:, None]
-
 
 class PlainStack:
     """A matrix for each expert, E I O, as it is."""

@@ -16,7 +16,6 @@ embeddings take a single pass, below.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,11 +63,10 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
     batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, batch_invariant=one_size)
-    waiting, found = deque(range(len(prompts))), dict[int, GeneratedText]()
+    waiting, found = list(range(len(prompts))), dict[int, GeneratedText]()
     while waiting or batch.rows:
-        joining = [waiting.popleft() for _ in range(min(batch.free, len(waiting)))]
-        new = [prompts[index] for index in joining]
-        positions = prefill_all(loaded.omni, new, batch.cache, batch.next_slot)
+        joining, waiting = waiting[: batch.free], waiting[batch.free :]
+        positions = prefill_all(loaded.omni, [prompts[index] for index in joining], batch.cache, batch.next_slot)
         for index, position in zip(joining, positions, strict=True):
             own = sampling.model_copy(update={"seed": sampling.seed + index})
             batch.add(index, own, position, loaded.text.start)
@@ -125,7 +123,7 @@ def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, can
     Candidates are private blocks of one row, so that none attends to another. `position` is the one after the prompt.
     """
     found: list[float] = []
-    for few in passes_of(candidates, list(map(len, candidates)), ROW_TOKENS):
+    for few in passes_of(candidates, len, ROW_TOKENS):
         sequences = [build_sequence([candidate], position=position) for candidate in few]
         batch = collate([sequences], sum(map(len, few))).to(omni.device)
         example_id = batch.meta.example_id
@@ -154,7 +152,7 @@ def embed_tokens(loaded: LoadedModel, inputs: Sequence[list[Segment]]) -> np.nda
     pool = loaded.pool
     found = [np.zeros((0, pool.size), np.float32)]
     sequences = [build_sequence(pooled(segments)) for segments in inputs]
-    packed = list(passes_of(sequences, list(map(len, sequences)), ROW_TOKENS))
+    packed = passes_of(sequences, len, ROW_TOKENS)
     for start in range(0, len(packed), MAX_ROWS):
         rows = packed[start : start + MAX_ROWS]
         batch = collate(rows, max(sum(map(len, row)) for row in rows)).to(loaded.omni.device)

@@ -37,7 +37,7 @@ class OffloadedInference(LayerExecutor):
         reader: CheckpointReader,
         on_device: frozenset[int],
         device: torch.device,
-        host_copy: bool = True,
+        host_copy: bool,
     ) -> None:
         """`on_device` are the groups that the backbone itself holds; the matrices of others are on `meta` there."""
         super().__init__()

@@ -9,7 +9,7 @@ What is computed in one pass and cached is a unit of a prompt: all of it if its 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -136,24 +136,20 @@ def prefill_all(omni: Omni, prompts: list[Prompt], cache: SlotCache, first: int 
     """Run prompts into consecutive slots, packed in passes of bounded length; return the next position of each."""
     prefix_cache = PrefixCache(PREFIX_BYTES)
     positions: list[int] = []
-    for few in passes_of(prompts, list(map(prompt_length, prompts)), PACKED_TOKENS):
+    for few in passes_of(prompts, prompt_length, PACKED_TOKENS):
         slots = list(range(first + len(positions), first + len(positions) + len(few)))
         positions += [position for position, _ in prefill_packed(omni, few, cache, slots, prefix_cache)]
     return positions
 
 
-def passes_of(items: Sequence[T], lengths: list[int], limit: int) -> Iterator[list[T]]:
+def passes_of(items: Sequence[T], length_of: Callable[[T], int], limit: int) -> list[list[T]]:
     """Split items, in order, into passes of up to `limit` tokens, unless one alone has more."""
-    few: list[T] = []
-    tokens = 0
-    for item, length in zip(items, lengths, strict=True):
-        if few and tokens + length > limit:
-            yield few
-            few, tokens = [], 0
-        few.append(item)
-        tokens += length
-    if few:
-        yield few
+    passes: list[list[T]] = []
+    for item in items:
+        if not passes or sum(map(length_of, passes[-1])) + length_of(item) > limit:
+            passes.append([])
+        passes[-1].append(item)
+    return passes
 
 
 def prompt_length(prompt: Prompt) -> int:

@@ -70,12 +70,6 @@ class Question:
                 raise ConfigError(f"{name} must be fractions between 0 and 1, each start below its end")
 
     @property
-    def inputs(self) -> list[str]:
-        """Modalities of the inputs besides text."""
-        found = {"image": self.image, "audio": self.audio, "numbers": self.numbers or self.series}
-        return [name for name, value in found.items() if value is not None]
-
-    @property
     def is_inpainting(self) -> bool:
         return self.mask_box is not None or self.mask_span is not None
 
@@ -153,8 +147,10 @@ def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str]:
 
 
 def _fits(task: Task, question: Question) -> bool:
+    inputs = {"image": question.image, "audio": question.audio, "numbers": question.numbers or question.series}
+    given = [name for name, value in inputs.items() if value is not None] or ["text"]
     return (
-        [task.input_modality] == (question.inputs or ["text"])
+        [task.input_modality] == given
         and task.output_modality == question.output
         and len(task.inputs) == 1
         and not task.contrastive

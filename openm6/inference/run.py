@@ -6,7 +6,6 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import soundfile
 
@@ -92,9 +91,6 @@ def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> 
     histogram = predict_distributions(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
     low, high = histogram.interval(0.8)
     found = {"mean": histogram.mean(), "median": histogram.median(), "low_80": low, "high_80": high}
-    return json.dumps({name: {key: _plain(values) for key, values in found.items()}}, ensure_ascii=False)
-
-
-def _plain(values: np.ndarray) -> float | list[float]:
-    rounded = [float(f"{value:.5g}") for value in values]
-    return rounded[0] if len(rounded) == 1 else rounded
+    rounded = {key: [float(f"{value:.5g}") for value in values] for key, values in found.items()}
+    plain = {key: values[0] if len(values) == 1 else values for key, values in rounded.items()}
+    return json.dumps({name: plain}, ensure_ascii=False)

@@ -90,7 +90,7 @@ def audio_grid(count: int, samples: int) -> TokenGrid:
     middle = (2 * index + 1) * (samples // UNIT) // 2
     seconds = (np.arange(count) + 0.5) * (samples / RATE)
     positions = np.stack([seconds, np.zeros(count)], axis=1).astype(np.float32)
-    return TokenGrid(np.stack([index, middle, middle], axis=1), positions, count)
+    return TokenGrid(np.stack([index, middle, middle], axis=1), positions, (1, count))
 
 
 class Audio(CodesModality):
@@ -118,7 +118,15 @@ class Audio(CodesModality):
         seconds, mask_span = options.get("seconds"), options.get("mask_span")
         if mask_span is not None:
             seconds = seconds or self.seconds
-        frames = self._frames(raw, seconds, options.get("speed", 1.0))  # F M
+        speed = options.get("speed", 1.0)
+
+        @torch.no_grad()
+        def compute() -> np.ndarray:
+            samples = self._samples(raw, seconds, speed)
+            whole = np.pad(samples, (0, -len(samples) % (self.hop // 4)))
+            return self.codec.mels(torch.from_numpy(whole)[None])[0].numpy()
+
+        frames = self.mel_cache.get_or_compute(key_of(raw, seconds, speed), compute)  # F M
         # The source of an inpainted part must keep time with it.
         if rng is not None and mask_span is None:
             frames = _augmented(frames, rng)
@@ -128,17 +136,6 @@ class Audio(CodesModality):
         truncated = seconds is not None and self.is_longer(raw, seconds)
         grid = audio_grid(count, FRAMES * RATE // 100)
         return self._source(padded.reshape(count, -1), span_mask(mask_span, count), grid, truncated)
-
-    def _frames(self, raw: Any, seconds: float | None, speed: float) -> np.ndarray:
-        """Log-mels of the audio, cut or padded to `seconds` if given.  # F M"""
-
-        @torch.no_grad()
-        def compute() -> np.ndarray:
-            samples = self._samples(raw, seconds, speed)
-            whole = np.pad(samples, (0, -len(samples) % (self.hop // 4)))
-            return self.codec.mels(torch.from_numpy(whole)[None])[0].numpy()
-
-        return self.mel_cache.get_or_compute(key_of(raw, seconds, speed), compute)
 
     def _samples(self, raw: Any, seconds: float | None, speed: float) -> np.ndarray:
         samples = read_audio(raw, self.max_seconds)
@@ -168,15 +165,13 @@ class Audio(CodesModality):
             speed = random_speed(rng)
         seconds, mask_span = options.get("seconds"), options.get("mask_span")
         codes = self.encode(raw, seconds, speed)
-        count = len(codes)
-        region = None if mask_span is None else span_mask(mask_span, count)
-        grid, truncated = audio_grid(count, self.hop), self.is_longer(raw, seconds)
-        return self._target(codes, (1, count), grid, region, options, rng, truncated)
+        region = None if mask_span is None else span_mask(mask_span, len(codes))
+        grid = audio_grid(len(codes), self.hop)
+        return self._target(codes, grid, region, options, rng, self.is_longer(raw, seconds))
 
     def blank(self, seconds: float | None = None) -> Segment:
         """Return a target of which every position is masked."""
-        count = self.length(seconds)
-        return self._blank((1, count), audio_grid(count, self.hop))
+        return self._blank(audio_grid(self.length(seconds), self.hop))
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
         """Codes of the audio, cut or padded with silence; cached by the bytes of the file.  # T G"""
@@ -191,10 +186,6 @@ class Audio(CodesModality):
     def decode(self, codes: Tensor) -> np.ndarray:
         """Samples at 16 kHz of one sequence of codes.  # T G -> S"""
         return self.codec.decode(codes.cpu()[None])[0].numpy()
-
-    def examples(self) -> list[Any]:
-        time = np.arange(RATE // 2) / RATE
-        return [0.3 * np.sin(2 * np.pi * 440 * time).astype(np.float32), np.zeros(4000, np.float32)]
 
 
 def span_mask(mask_span: tuple[float, float] | None, count: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openm6.codecs.base import Codec
 from openm6.core.seeds import content_key
-from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Arrays, Modality, Options, Rng, Segment
+from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Rng, Segment
 from openm6.ops.losses import grouped_cross_entropy
 from openm6.ops.quantize import cell_values, unpack
 
@@ -33,6 +33,8 @@ RANDOM_FRACTION, ALL_FRACTION, INSIDE_FRACTION = 0.35, 0.5, 0.075
 SMOOTHING = 0.1
 # Of the visible codes is replaced by random ones, and learned, too: the model learns to correct codes.
 WRONG_FRACTION = 0.05
+# Numbers in the state of one group of the head.
+BOTTLENECK = 64
 # Of the codes and of the mels of files, so that an image that is used in every epoch goes through the codec once.
 CACHE_BYTES = 64 * 2**20
 
@@ -43,14 +45,18 @@ def key_of(raw: Any, *settings: float | None) -> bytes | None:
 
 
 class TokenGrid(NamedTuple):
-    """The positions of N tokens of an image or recording.
+    """The positions of N tokens of an image or recording; `shape` is how many there are down and across.
 
     `cells` (N 3) for rotary embeddings, `positions` (N 2) for Fourier features, and the `span` to the next segment.
     """
 
     cells: np.ndarray
     positions: np.ndarray
-    span: int
+    shape: tuple[int, int]
+
+    @property
+    def span(self) -> int:
+        return max(self.shape)
 
 
 class FourierPositionEmbedding(nn.Module):
@@ -97,36 +103,6 @@ def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.nd
     return inside.reshape(-1)
 
 
-def inpainting_masks(region: np.ndarray, mask_context: bool, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions whose codes are masked, and those that carry a loss, to inpaint `region`.  # N -> N, N
-
-    Without a generator the loss covers the region alone. Training masks the context of half the examples, so that the
-    model also inpaints from the source image or audio alone, and then learns all codes.
-    """
-    if rng is not None and rng.random() < 0.5:
-        mask_context = True
-    mask = np.ones_like(region) if mask_context else region
-    return mask, region if rng is None else mask
-
-
-def masked_arrays(
-    codes: np.ndarray, mask: np.ndarray, learn: np.ndarray, positions: np.ndarray, codebook_size: int, rng: Rng
-) -> tuple[Arrays, np.ndarray]:
-    """Return the arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
-    shown, learn = codes.copy(), learn.copy()
-    if rng is not None:
-        wrong = ~mask & (rng.random(len(codes)) < WRONG_FRACTION)
-        shown[wrong] = rng.integers(0, codebook_size, shown[wrong].shape)
-        learn |= wrong
-    arrays = {
-        "codes": codes.astype(np.int64),
-        "shown": shown.astype(np.int64),
-        "is_masked": mask,
-        "positions": positions,
-    }
-    return arrays, learn
-
-
 class CodesModality(Modality):
     """Patches in, masked codes of a codec out: what images and audio share."""
 
@@ -144,7 +120,6 @@ class CodesModality(Modality):
     def _target(
         self,
         codes: np.ndarray,
-        shape: tuple[int, int],
         grid: TokenGrid,
         region: np.ndarray | None = None,
         options: Options = NO_OPTIONS,
@@ -154,22 +129,31 @@ class CodesModality(Modality):
         """Codes as target tokens, masked by the training pattern, or in `region` alone.  # N G
 
         `mask_context` masks the codes around the region as well; without a generator only those in it carry a loss.
+        Training masks the context of half the examples, so that the model also inpaints from the source image or audio
+        alone, and then learns all codes.
         """
         if region is None:
-            mask = learn = sample_mask(*shape, rng)
+            mask = learn = sample_mask(*grid.shape, rng)
         else:
-            mask, learn = inpainting_masks(region, bool(options.get("mask_context")), rng)
-        arrays, learn = masked_arrays(codes, mask, learn, grid.positions, self.codec.codebook_size, rng)
+            mask_context = (rng is not None and rng.random() < 0.5) or options.get("mask_context")
+            mask = np.ones_like(region) if mask_context else region
+            learn = region if rng is None else mask
+        shown = codes.astype(np.int64)
+        if rng is not None:
+            wrong = ~mask & (rng.random(len(codes)) < WRONG_FRACTION)
+            shown[wrong] = rng.integers(0, self.codec.config.codebook_size, shown[wrong].shape)
+            learn = learn | wrong
+        arrays = {"codes": codes.astype(np.int64), "shown": shown, "is_masked": mask, "positions": grid.positions}
         kind = f"{self.name}_out"
         return Segment(kind, arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN, truncated)
 
-    def _blank(self, shape: tuple[int, int], grid: TokenGrid) -> Segment:
+    def _blank(self, grid: TokenGrid) -> Segment:
         """A target of which every position is masked."""
-        return self._target(np.zeros((len(grid.cells), self.codec.groups), np.int64), shape, grid)
+        return self._target(np.zeros((len(grid.cells), self.codec.config.groups), np.int64), grid)
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(hidden_size)
-        out = CodesAdapter(position, hidden_size, self.codec.config.levels, self.codec.groups)
+        out = CodesAdapter(position, hidden_size, self.codec.config.levels, self.codec.config.groups)
         patches = PatchAdapter(position, self.patch_size, hidden_size)
         return {f"{self.name}_in": patches, f"{self.name}_out": out}
 
@@ -200,36 +184,28 @@ class CodesAdapter(Adapter):
     levels: Tensor
 
     def __init__(
-        self,
-        position: FourierPositionEmbedding,
-        hidden_size: int,
-        levels: tuple[int, ...],
-        groups: int,
-        bottleneck: int = 64,
+        self, position: FourierPositionEmbedding, hidden_size: int, levels: tuple[int, ...], groups: int
     ) -> None:
         super().__init__()
-        self.groups, self.bottleneck = groups, bottleneck
-        self.codebook_size = math.prod(levels)
-        dims = len(levels)
+        self.groups, dims = groups, len(levels)
         self.shown = nn.Linear(groups * dims, hidden_size)
         self.mask = nn.Parameter(torch.empty(hidden_size))
         # That of the patches, so that the model finds a masked region by its position in the source.
         self.place = position
-        self.hidden_to_groups = nn.Linear(hidden_size, groups * bottleneck)
-        self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
-        self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))
-        # Row block g (bottleneck rows) may depend on column block j (dims columns) only if j < g.
+        self.hidden_to_groups = nn.Linear(hidden_size, groups * BOTTLENECK)
+        self.codes_to_groups = nn.Linear(groups * dims, groups * BOTTLENECK, bias=False)
+        self.to_codes = nn.Parameter(torch.empty(groups, BOTTLENECK, math.prod(levels)))
+        # Row block g (BOTTLENECK rows) may depend on column block j (dims columns) only if j < g.
         blocks = torch.ones(groups, groups).tril(-1)
-        self.register_buffer("earlier", torch.kron(blocks, torch.ones(bottleneck, dims)), persistent=False)
+        self.register_buffer("earlier", torch.kron(blocks, torch.ones(BOTTLENECK, dims)), persistent=False)
         # A tensor made in each pass would be copied to the device again, and the host would wait for it.
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         nn.init.normal_(self.mask, std=0.02)
-        nn.init.normal_(self.to_codes, std=bottleneck**-0.5)
+        nn.init.normal_(self.to_codes, std=BOTTLENECK**-0.5)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """Return FSQ coordinates in [-1, 1] of the codes of a position.  # N G -> N V"""
-        cells = unpack(codes, self.levels)  # N G L
-        return cell_values(cells, self.levels).flatten(-2)  # N G L -> N V
+        return cell_values(unpack(codes, self.levels), self.levels).flatten(-2)  # N G L -> N V
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         vectors = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D
@@ -239,11 +215,11 @@ class CodesAdapter(Adapter):
     def group_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Return the head's state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""
         context = F.linear(self.vectors(codes).to(hidden.dtype), self.codes_to_groups.weight * self.earlier)
-        return F.gelu(self.hidden_to_groups(hidden) + context).unflatten(-1, (self.groups, self.bottleneck))
+        return F.gelu(self.hidden_to_groups(hidden) + context).unflatten(-1, (self.groups, BOTTLENECK))
 
     def group_logits(self, hidden: Tensor, codes: Tensor, group: int) -> Tensor:
         """Return logits of one group's code; the codes of later groups do not matter.  # N D, N G -> N C"""
-        rows = slice(group * self.bottleneck, (group + 1) * self.bottleneck)
+        rows = slice(group * BOTTLENECK, (group + 1) * BOTTLENECK)
         state = F.linear(hidden, self.hidden_to_groups.weight[rows], self.hidden_to_groups.bias[rows])
         if group:
             earlier = self.vectors(codes[:, :group]).to(hidden.dtype)

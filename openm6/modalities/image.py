@@ -52,8 +52,6 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
             image = _decoded_small(image, OVERSAMPLING * target_pixels)
         # Turned as the camera was held.
         return _in_rgb(ImageOps.exif_transpose(image))
-    except DataError:
-        raise
     except PIL.Image.DecompressionBombError:
         raise DataError(f"the image is over the bound of {max_pixels:,} pixels: shrink it") from None
     except (OSError, ValueError, SyntaxError, TypeError) as error:
@@ -108,7 +106,7 @@ def image_grid(down: int, across: int) -> TokenGrid:
     rows, columns = np.divmod(np.arange(down * across, dtype=np.int32), across)
     middles = [(2 * index + 1) * SIDE_UNITS // (2 * count) for index, count in ((rows, down), (columns, across))]
     positions = np.stack([(rows + 0.5) / down, (columns + 0.5) / across], axis=1).astype(np.float32)
-    return TokenGrid(np.stack([np.zeros_like(rows), *middles], axis=1), positions, max(down, across))
+    return TokenGrid(np.stack([np.zeros_like(rows), *middles], axis=1), positions, (down, across))
 
 
 class Image(CodesModality):
@@ -120,8 +118,7 @@ class Image(CodesModality):
     def __init__(self, codec: ImageCodec, side: int = 64, max_patches: int = 64, max_pixels: int = MAX_PIXELS) -> None:
         self.codec = codec
         self.side = side
-        # Codes across, and down.
-        self.grid_side = side // codec.config.stride
+        self.target_grid = image_grid(side // codec.config.stride, side // codec.config.stride)
         self.max_patches = max_patches
         self.max_pixels = max_pixels
         self.code_cache = LRUCache[np.ndarray](CACHE_BYTES)
@@ -149,13 +146,13 @@ class Image(CodesModality):
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Codes of the image, masked by the training pattern, or, with `mask_box`, in the box alone."""
-        mask_box, side = options.get("mask_box"), self.grid_side
-        region = None if mask_box is None else box_mask(_squared(mask_box), side, side)
-        return self._target(self.encode(raw), (side, side), image_grid(side, side), region, options, rng)
+        mask_box = options.get("mask_box")
+        region = None if mask_box is None else box_mask(_squared(mask_box), *self.target_grid.shape)
+        return self._target(self.encode(raw), self.target_grid, region, options, rng)
 
     def blank(self) -> Segment:
         """A target of which every position is masked."""
-        return self._blank((self.grid_side, self.grid_side), image_grid(self.grid_side, self.grid_side))
+        return self._blank(self.target_grid)
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of an image squared to `side`; cached by the bytes of the file.  # N G"""
@@ -171,14 +168,9 @@ class Image(CodesModality):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> PIL.Image.Image:
         """The image of one grid of codes.  # H*W G"""
-        values = self.codec.decode(codes.cpu().view(1, self.grid_side, self.grid_side, -1))[0]
+        values = self.codec.decode(codes.cpu().view(1, *self.target_grid.shape, -1))[0]
         levels = ((values.clamp(-1, 1) + 1) * 127.5).round().byte()
         return PIL.Image.fromarray(levels.permute(1, 2, 0).numpy())
-
-    def examples(self) -> list[Any]:
-        rng = np.random.default_rng(0)
-        sizes = (64, 64, 3), (32, 32, 3), (20, 50, 3)
-        return [rng.integers(0, 256, size, dtype=np.uint8) for size in sizes]
 
 
 MaskBox = tuple[float, float, float, float] | np.ndarray | None

@@ -114,7 +114,3 @@ class Modality(ABC):
     @abstractmethod
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         """The adapters of this modality's kinds of token, by kind, for a backbone of this hidden size."""
-
-    @abstractmethod
-    def examples(self) -> list[Any]:
-        """A few raw inputs, made without files, for the contract test."""

@@ -121,11 +121,6 @@ class Numbers(Modality):
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         return {"numbers_in": NumbersIn(hidden_size), "numbers_out": NumbersOut(hidden_size)}
 
-    def examples(self) -> list[Any]:
-        first = next(iter(self.scales))
-        series = NumberSeries(first, [1.0, None, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
-        return [{first: 1.0}, dict.fromkeys(self.scales), series]
-
 
 def _number(name: str, value: Any) -> float:
     try:

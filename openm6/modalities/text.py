@@ -83,10 +83,6 @@ class Text(Modality):
             position += len(words)
         return ids, offsets
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Token ids of `text` as it is: MASK_CHARACTER is a character like any other."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens and unused ids."""
         return self.tokenizer.decode([token for token in ids if token < self.first_special])
@@ -115,12 +111,12 @@ class Text(Modality):
         return segment
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
-        """`start` t1 … tn with the labels t1 … tn `end`: each token predicts the next.
+        """`start` t1 … tn with the labels t1 … tn `end`: each token predicts the next, MASK_CHARACTER as any other.
 
         A text of more than `max_tokens` is cut there and has no end token, which would train to stop within a sentence.
         """
         max_tokens = int(options.get("max_tokens", self.max_tokens))
-        segment = self.target_of(self.encode_plain(_checked(raw)))
+        segment = self.target_of(self.tokenizer.encode(_checked(raw), add_special_tokens=False).ids)
         if len(segment) <= max_tokens + 1:
             return segment
         return select_tokens(segment, np.arange(len(segment)) < max_tokens, (Cuttable(0, max_tokens),))
@@ -139,9 +135,6 @@ class Text(Modality):
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         return {"text": TextAdapter(self.vocab_size, hidden_size)}
-
-    def examples(self) -> list[Any]:
-        return ["seven red apples", "七个红苹果", "", "naïve 🙂 \u0000 <end>"]
 
 
 def _checked(raw: Any) -> str:

@@ -36,7 +36,7 @@ def test_a_started_place_counts_and_audio_comes_back_in_whole_places(samples: in
     codec = make()
     codes = codec.encode(audio_clips(2, samples))
     assert codes.shape == (2, places, 3) and codes.dtype == torch.int64
-    assert codes.min() >= 0 and codes.max() < codec.codebook_size == 20
+    assert codes.min() >= 0 and codes.max() < codec.config.codebook_size == 20
     output = codec.decode(codes)
     assert output.shape == (2, places * 64)
     assert torch.isfinite(output).all() and output.abs().max() <= 1

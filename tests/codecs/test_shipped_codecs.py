@@ -26,7 +26,7 @@ def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None
 @pytest.mark.parametrize(("name", "grid", "groups", "decibels"), [("image-64", 8, 4, 27.5), ("image-256", 16, 2, 30.5)])
 def test_unseen_emoji_survive(name: str, grid: int, groups: int, decibels: float) -> None:
     codec = load_codec(name)
-    assert isinstance(codec, ImageCodec) and codec.groups == groups and codec.codebook_size == 1000
+    assert isinstance(codec, ImageCodec) and codec.config.groups == groups and codec.config.codebook_size == 1000
     source = open_sources({"emoji": EmbeddedConfig(name="emoji")}, "test")["emoji"]
     pixels = to_pixels([read_small(source[index]["image"], 64) for index in range(0, len(source), 4)], 64)
     assert codec.encode(torch.zeros(1, 3, 64, 64)).shape == (1, grid, grid, groups)
@@ -35,7 +35,7 @@ def test_unseen_emoji_survive(name: str, grid: int, groups: int, decibels: float
 
 def test_an_unseen_voice_survives_and_stages_refine() -> None:
     codec = load_codec("audio")
-    assert isinstance(codec, AudioCodec) and codec.groups == 4 and codec.codebook_size == 1000
+    assert isinstance(codec, AudioCodec) and codec.config.groups == 4 and codec.config.codebook_size == 1000
     source = open_sources({"digits": EmbeddedConfig(name="espeak_digits")}, "test")["digits"]
     clips = [read_clip(source[index]["audio"]) for index in range(0, len(source), 6)]
     assert audio_scores(codec, clips)["log_mel_l1"] < 0.65

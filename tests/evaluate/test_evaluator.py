@@ -154,7 +154,7 @@ def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     assert sequence.segments[-1].learn.sum() == 16, "a quarter of the 64 positions"
     answered = shown[0], shown[-1]
     bits = sequence_nll(model.omni, [example_sequence(e, model.modalities) for e in answered]) / np.log(2)
-    assert found.value == pytest.approx(bits.mean() / 16 / model.image.codec.groups, rel=1e-4)
+    assert found.value == pytest.approx(bits.mean() / 16 / model.image.codec.config.groups, rel=1e-4)
 
 
 def test_more_records_on_request() -> None:

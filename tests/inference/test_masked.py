@@ -77,8 +77,8 @@ def test_given_codes_stay_and_all_is_settled_in_time(
 ) -> None:
     watch = Watch(monkeypatch)
     found = decode_masked(model.omni, prompts, targets, MaskedSampling(steps=steps, order=order))
-    size = model.image.codec.codebook_size
-    assert found.shape == (4, 64, model.image.codec.groups) and 0 <= int(found.min()) <= int(found.max()) < size
+    size = model.image.codec.config.codebook_size
+    assert found.shape == (4, 64, model.image.codec.config.groups) and 0 <= int(found.min()) <= int(found.max()) < size
     for row, tokens in enumerate(targets):
         hidden = tokens.arrays["is_masked"]
         assert np.array_equal(found[row].numpy()[~hidden], tokens.arrays["codes"][~hidden])

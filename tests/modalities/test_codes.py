@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,21 +19,22 @@ from openm6.modalities.codes import (
     SMOOTHING,
     CodesAdapter,
     FourierPositionEmbedding,
-    inpainting_masks,
-    masked_arrays,
     random_rectangle,
     sample_mask,
 )
 from openm6.modalities.image import image_grid
-from openm6.ops.quantize import pack
+from openm6.ops.quantize import cell_values, pack, unpack
+from tests.data.sample_images import png
+from tests.small_model import modalities
 
 LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
+IMAGE: Any = modalities()["image"]
 
 
 @pytest.fixture
 def adapter() -> CodesAdapter:
     torch.manual_seed(0)
-    return CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, LEVELS, GROUPS, bottleneck=8)
+    return CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, LEVELS, GROUPS)
 
 
 @pytest.fixture
@@ -74,24 +76,22 @@ def test_all_patterns_occur() -> None:
 
 
 def test_wrong_codes_are_shown_and_learned() -> None:
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 12, (4000, GROUPS))
-    hidden = np.zeros(4000, bool)
-    hidden[:2000] = True
-    arrays, learn = masked_arrays(codes, hidden, hidden, np.zeros((4000, 2), np.float32), 12, rng)
-    changed = (arrays["shown"] != codes).any(1)
-    assert np.array_equal(arrays["codes"], codes), "the truth stays the truth"
-    assert not changed[:2000].any() and 0.03 < changed[2000:].mean() < 0.07
-    assert learn[hidden].all() and learn[changed].all()
+    visible, wrong, learned = 0, 0, 0
+    for seed in range(100):
+        target = IMAGE.target(png(), np.random.default_rng(seed))
+        mask = target.arrays["is_masked"]
+        changed = (target.arrays["shown"] != target.arrays["codes"]).any(1)
+        assert np.array_equal(target.arrays["codes"], IMAGE.encode(png())), "the truth stays the truth"
+        assert not changed[mask].any() and target.learn[mask].all() and target.learn[changed].all()
+        visible, wrong, learned = visible + (~mask).sum(), wrong + changed.sum(), learned + target.learn[~mask].sum()
     # A wrong code may be right by chance; beyond those nothing visible is learned.
-    assert learn[2000:].mean() < 0.07
+    assert 0.03 < wrong / visible <= learned / visible < 0.07
 
 
 def test_without_a_generator_nothing_wrong_is_shown() -> None:
-    codes = np.arange(30).reshape(10, 3) % 12
-    hidden = np.arange(10) < 4
-    arrays, learn = masked_arrays(codes, hidden, hidden, np.zeros((10, 2), np.float32), 12, None)
-    assert np.array_equal(arrays["shown"], codes) and np.array_equal(learn, hidden)
+    target = IMAGE.target(png(), options={"mask_box": (0.0, 0.0, 0.5, 1.0)})
+    assert np.array_equal(target.arrays["shown"], target.arrays["codes"])
+    assert np.array_equal(target.learn, target.arrays["is_masked"]) and 0 < target.learn.mean() < 1
 
 
 def all_logits(adapter: CodesAdapter, hidden: Tensor, codes: Tensor) -> Tensor:
@@ -100,15 +100,17 @@ def all_logits(adapter: CodesAdapter, hidden: Tensor, codes: Tensor) -> Tensor:
 
 
 def test_inpainting_masks() -> None:
-    mask = np.arange(6) < 2
-    hidden, learn = inpainting_masks(mask, False, None)
-    assert np.array_equal(hidden, mask) and np.array_equal(learn, mask)
-    hidden, learn = inpainting_masks(mask, True, None)
-    assert hidden.all() and np.array_equal(learn, mask), "the context is hidden, the mask alone is scored"
-    rng = np.random.default_rng(0)
-    found = [inpainting_masks(mask, False, rng) for _ in range(40)]
-    assert all(np.array_equal(hidden, learn) for hidden, learn in found)
-    assert 8 < sum(hidden.all() for hidden, _ in found) < 32
+    box = {"mask_box": (0.0, 0.0, 0.5, 1.0)}
+    region = IMAGE.target(png(), options=box).arrays["is_masked"]
+    target = IMAGE.target(png(), options={**box, "mask_context": True})
+    assert target.arrays["is_masked"].all() and np.array_equal(target.learn, region), "the box alone is scored"
+    masks = []
+    for seed in range(40):
+        target = IMAGE.target(png(), np.random.default_rng(seed), box)
+        masks.append(target.arrays["is_masked"])
+        assert np.array_equal(masks[-1], region) or masks[-1].all()
+        assert target.learn[masks[-1]].all() and (masks[-1].all() or target.learn[~region].mean() < 0.5)
+    assert 8 < sum(mask.all() for mask in masks) < 32
 
 
 def test_all_groups_at_once_equal_one_after_the_other(adapter: CodesAdapter, codes: Tensor, hidden: Tensor) -> None:
@@ -158,7 +160,7 @@ def test_the_likelihood_of_a_place_is_the_product_over_its_groups(
 
 def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
     torch.manual_seed(0)
-    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, (2, 2), 2, bottleneck=4)
+    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, (2, 2), 2)
     every = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     hidden = torch.randn(1, WIDTH).expand(16, -1)
     arrays = {"codes": every, "shown": every, "is_masked": torch.ones(16, dtype=torch.bool)}
@@ -166,12 +168,15 @@ def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["image-64", "image-256", "audio"])
-def test_vectors_are_those_of_the_codec(name: str) -> None:
+def test_vectors_are_the_coordinates_of_the_codec(name: str) -> None:
     codec = load_codec(name)
-    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, codec.config.levels, codec.groups)
-    codes = torch.randint(0, codec.codebook_size, (50, codec.groups), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(adapter.vectors(codes), codec.vectors(codes))
-    assert adapter.codebook_size == codec.codebook_size
+    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, codec.config.levels, codec.config.groups)
+    codes = torch.randint(
+        0, codec.config.codebook_size, (50, codec.config.groups), generator=torch.Generator().manual_seed(0)
+    )
+    levels = torch.tensor(codec.config.levels)
+    assert torch.equal(adapter.vectors(codes), cell_values(unpack(codes, levels), levels).flatten(-2))
+    assert adapter.to_codes.shape[-1] == codec.config.codebook_size
 
 
 def test_vectors_are_coordinates(adapter: CodesAdapter) -> None:

@@ -215,7 +215,7 @@ def test_an_image_survives_the_codec_roughly(image: Image) -> None:
 
 def test_a_blank_is_all_hidden(image: Image) -> None:
     tokens = image.blank()
-    assert len(tokens) == image.grid_side**2 and tokens.arrays["is_masked"].all()
+    assert len(tokens) == len(image.target_grid.cells) and tokens.arrays["is_masked"].all()
 
 
 def test_sixteen_bit_grey_keeps_its_shades() -> None:

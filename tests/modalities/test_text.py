@@ -97,7 +97,7 @@ def test_lengths_are_bounded(text: Text) -> None:
 def test_a_target_has_an_end_exactly_if_it_is_whole(text: Text, most: int) -> None:
     """A text that was cut and then closed would teach to stop amid a sentence."""
     words = "the cat sat"
-    ids = text.encode_plain(words)
+    ids = text.encode(words)
     assert 7 < len(ids) <= 12
     tokens = text.target(words, options={"max_tokens": most})
     labels = tokens.arrays["labels"].tolist()

@@ -86,7 +86,7 @@ def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
     source = source_segments([Part("text", "draw it")], modalities())
     target = image_target(seed)
     hidden = target.arrays["is_masked"]
-    size = modalities()["image"].codec.codebook_size  # type: ignore[attr-defined]
+    size = modalities()["image"].codec.config.codebook_size  # type: ignore[attr-defined]
 
     def states(arrays: dict[str, np.ndarray]) -> torch.Tensor:
         sequence = build_sequence([*source, replace(target, arrays={**target.arrays, **arrays})])
@@ -150,7 +150,7 @@ def test_training_minimises_the_training_loss_and_judging_the_likelihood(
     likelihood = model.compute_loss(batch)[0]["image_out"].nll
     model.train()
     trained = model.compute_loss(batch)[0]["image_out"].nll
-    groups = modalities()["image"].codec.groups  # type: ignore[attr-defined]
+    groups = modalities()["image"].codec.config.groups  # type: ignore[attr-defined]
     assert float(trained.mean()) < float(likelihood.mean()) / (groups - 1), "a mean over groups, not their sum"
 
 
