@@ -42,10 +42,9 @@ class Scored:
         rows = zip(self.examples, self.scale, self.reference, strict=True)
         return np.asarray([(np.abs(truths(e) - r) / s).mean() for e, s, r in rows])
 
-    def compare_texts(self, compare: Callable[[str, str], float]) -> np.ndarray:
-        """Each answer of a text task, compared with the truth.  # N"""
-        pairs = zip(self.answers, self.examples, strict=True)
-        return np.asarray([compare(str(answer), example.answer) for answer, example in pairs], float)
+    def texts(self) -> list[tuple[str, str]]:
+        """Answers and truths of a text task."""
+        return [(str(answer), e.answer) for answer, e in zip(self.answers, self.examples, strict=True)]
 
     def compare_numbers(self, compare: Callable[[Histogram, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Mean over the values of each example: its distributions, compared with truths in scales of columns.  # N"""
@@ -92,6 +91,14 @@ def bigram_f1(answer: str, truth: str) -> float:
     return 2 * (first & second).total() / total if total else float(answer == truth)
 
 
+def _exact_match(scored: Scored) -> np.ndarray:
+    return np.asarray([same_text(answer, truth) for answer, truth in scored.texts()], float)
+
+
+def _char_bigram_f1(scored: Scored) -> np.ndarray:
+    return np.asarray([bigram_f1(answer, truth) for answer, truth in scored.texts()])
+
+
 def relative_crps(scored: Scored) -> np.ndarray:
     """CRPS in scales of the column, divided by the baseline's mean absolute error: below 1 beats the baseline."""
     ours = scored.compare_numbers(lambda histogram, truth, scale: histogram.crps(truth) / scale)
@@ -126,9 +133,9 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("exact_match", "exact match", "answers equal to the truth, except for case and full stops",
-               "higher", lambda scored: scored.compare_texts(same_text), percent=True),
+               "higher", _exact_match, percent=True),
         Metric("char_bigram_f1", "character bigram F1", "overlap of character bigrams with the truth; 100 % is equal",
-               "higher", lambda scored: scored.compare_texts(bigram_f1), percent=True),
+               "higher", _char_bigram_f1, percent=True),
         Metric("bits_per_code", "bits per code",
                "negative log-likelihood per code of the true image or audio; in inpainting, of the masked region",
                "lower", lambda scored: scored.bits_per_code),
