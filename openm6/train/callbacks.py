@@ -56,15 +56,15 @@ class RunState(Protocol):
 class Callback:
     """Base class: every method does nothing unless it is overridden.
 
-    `name` is the key of the callback's state in checkpoints. The methods are called in this order: `before_load` and
-    `load_state` (only if a run is resumed), `start`, then for each step `before_step` and `after_step`, `totals` when
-    metrics are logged, and `close` at the end, also after a failure.
+    `name` is the key of the callback's state in checkpoints. The methods are called in this order: `load_state` (only
+    if a run is resumed), `start`, then for each step `before_step` and `after_step`, `totals` when metrics are logged,
+    and `close` at the end, also after a failure.
     """
 
     name: str
 
-    def before_load(self, run: RunState, state: dict[str, Any]) -> None:
-        """Give the model the shape that its weights have in the checkpoint with this state, which will be loaded."""
+    def load_state(self, run: RunState, state: dict[str, Any]) -> None:
+        """Restore what `state` returned, and give the model the shape of the weights, which will be loaded next."""
 
     def start(self, run: RunState) -> None:
         """Act before the first step of this process, when model, optimizer and progress are loaded."""
@@ -83,9 +83,6 @@ class Callback:
     def state(self) -> dict[str, Any]:
         """Return what must survive a restart; JSON-able."""
         return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
 
     def close(self) -> None:
         """Release what was opened."""
@@ -171,8 +168,10 @@ class StagesCallback(Callback):
         self.switched_at: int | None = None
         self._clock = SwitchClock(config.switch)
 
-    def before_load(self, run: RunState, state: dict[str, Any]) -> None:
-        if state["switched_at"] is not None:
+    def load_state(self, run: RunState, state: dict[str, Any]) -> None:
+        self.switched_at = state["switched_at"]
+        self._clock.load_state(state)
+        if self.switched_at is not None:
             run.train_step.delink("reset")
 
     def start(self, run: RunState) -> None:
@@ -201,10 +200,6 @@ class StagesCallback(Callback):
 
     def state(self) -> dict[str, Any]:
         return {"switched_at": self.switched_at, **self._clock.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.switched_at = state["switched_at"]
-        self._clock.load_state(state)
 
     def _switch(self, step: int) -> None:
         run = self._run
@@ -252,7 +247,7 @@ class SpikeCallback(Callback):
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, run: RunState, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 

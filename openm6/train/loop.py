@@ -178,7 +178,7 @@ class _Run:
             workers = number_of_workers(training, config, self.run)
             keep_freed_memory()
             if workers > 1:
-                self.workers = stack.enter_context(Workers(training, self.train_step, config, workers))
+                self.workers = stack.enter_context(closing(Workers(training, self.train_step, config, workers)))
                 read, update = self.workers.read, self.workers.update
             else:
                 read = stack.enter_context(prefetch(training.batches(), config.prefetch))
@@ -301,10 +301,9 @@ class _Run:
                 f"{folder} was trained with {state['optimizer']}, not {self.config.optimizer.name}: "
                 "set loop.optimizer.name back, or start a new run"
             )
-        kept = state["callbacks"]
-        resumed = [callback for callback in self.callbacks if callback.name in kept]
-        for callback in resumed:
-            callback.before_load(self, kept[callback.name])
+        for callback in self.callbacks:
+            if callback.name in state["callbacks"]:
+                callback.load_state(self, state["callbacks"][callback.name])
         if state["stage"] != self.training.stage:
             raise CheckpointError(
                 f"{folder} is of the {state['stage']} stage, this run is in the {self.training.stage} stage: "
@@ -319,8 +318,6 @@ class _Run:
         self.train_step.load(folder)
         self.training.load_state({**state["task"], **load_training_tensors(folder)})
         self.averager.load_state(state["averager"])
-        for callback in resumed:
-            callback.load_state(kept[callback.name])
         self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
         self.training.restore(self.progress.cursor)
         get_log().info(f"resumed from {folder}")

@@ -87,7 +87,7 @@ class MeterCallback(Callback):
         self._read_alone()
         return self.tracker.to_json()
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, run: RunState, state: dict[str, Any]) -> None:
         self.tracker = EnergyTracker.from_json(state)
         self._before = dict(self.tracker.by_source)
 

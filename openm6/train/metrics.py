@@ -202,8 +202,7 @@ class PlainDisplay(Logger):
         if self._clock() < self._next and line["step"] != self._steps and "evaluation" not in line:
             return
         self._next = self._clock() + LINE_SECONDS
-        sys.stderr.write(describe(line, self._steps, self._pace) + "\n")
-        sys.stderr.flush()
+        print(describe(line, self._steps, self._pace), file=sys.stderr, flush=True)
 
 
 class LiveDisplay(Logger):

@@ -154,16 +154,14 @@ class Workers:
         self._threads = torch.get_num_threads()
         pairs = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]
         self._readers, self._writers = [reader for reader, _ in pairs], [writer for _, writer in pairs]
+        train_step.ranks = self._ranks
         works = [partial(self._work, rank) for rank in range(1, workers)]
         self._pool = self._ranks.pool = WorkerPool([*works, self._make_batches], service=1)
         self._close_others(reader=0)
         torch.set_num_threads(1)  # the other cores are in use
 
-    def __enter__(self) -> Workers:
-        self._train_step.ranks = self._ranks
-        return self
-
-    def __exit__(self, *failure: object) -> None:
+    def close(self) -> None:
+        """End the other processes; the train step is that of one process again."""
         self._train_step.ranks = ProcessGroupContext()
         torch.set_num_threads(self._threads)
         self._pool.close()
@@ -199,7 +197,6 @@ class Workers:
     def _work(self, rank: int, pipe: Connection) -> None:
         """Take part in every step, in a process of its own."""
         self._ranks.rank, self._ranks.pipe = rank, pipe
-        self._train_step.ranks = self._ranks
         self._close_others(reader=rank)
         while True:
             message = pipe.recv()

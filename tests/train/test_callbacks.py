@@ -225,7 +225,8 @@ def test_its_state_survives_json() -> None:
         whole.observe(loss)
     for loss in losses[:40]:
         first.observe(loss)
-    second.load_state(json.loads(json.dumps(first.state())))
+    run: Any = None
+    second.load_state(run, json.loads(json.dumps(first.state())))
     for loss in losses[40:]:
         second.observe(loss)
     assert second.state() == whole.state()

@@ -49,7 +49,7 @@ class Witness(Callback):
     def state(self) -> dict[str, Any]:
         return {"seen": self.seen}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, run: RunState, state: dict[str, Any]) -> None:
         self.seen = state["seen"]
 
     def close(self) -> None:
