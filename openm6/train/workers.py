@@ -91,72 +91,28 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
     return config.num_processes
 
 
-class WorkerGroupContext(ProcessGroupContext):
-    """The workers as ranks of a train step: values pass through pipes to the first and back, gradients in memory."""
-
-    shares_memory = True
-
-    def __init__(self, parameters: Sequence[Tensor], size: int) -> None:
-        self.size, self.parameters = size, parameters
-        self.owner = assign_owners([parameter.numel() for parameter in parameters], size)
-        self._sent = [shared_like(parameters) for _ in range(size)]  # rank -> gradients for others
-        self.pool: WorkerPool | None = None  # of the first rank
-        self.pipe: Connection | None = None  # of another one, to the first
-
-    def gather(self, value: Value) -> list[Value]:
-        if self.pool is not None:
-            values = [value, *self.pool.gather()]
-            self.pool.send(values)
-            return values
-        assert self.pipe is not None
-        self.pipe.send(value)
-        return self.pipe.recv()
-
-    def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
-        return tensor.copy_(torch.from_numpy(np.sum(self.gather(tensor.numpy()), axis=0)))
-
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum the gradients of the parameters that this worker owns, and drop those of the others."""
-        present = [parameter.grad is not None for parameter in self.parameters]
-        for parameter, owner, sent in zip(self.parameters, self.owner, self._sent[self.rank], strict=True):
-            if owner != self.rank and parameter.grad is not None:
-                sent.copy_(parameter.grad)
-                parameter.grad = None
-        everyone = self.gather(present)
-        for index, parameter in enumerate(self.parameters):
-            if self.owner[index] != self.rank:
-                continue
-            for rank, has in enumerate(everyone):
-                if rank != self.rank and has[index]:
-                    part = self._sent[rank][index]
-                    parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
-
-    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        norms = [float(torch.linalg.vector_norm(p.grad)) for p in parameters if p.grad is not None]
-        square = sum(self.gather(sum((norm**2 for norm in norms), 0.0)))
-        return torch.tensor(math.sqrt(square), dtype=torch.float64)
-
-    def barrier(self) -> None:
-        self.gather(None)
-
-
-class Workers:
-    """Batches and train steps of several processes; `update` is that of `TrainStep`.
+class Workers(ProcessGroupContext):
+    """Forked processes as ranks of a train step: values pass through pipes to the first and back, gradients in memory.
 
     One more process makes batches ahead and sends each worker its part: a thread would compete with the training for
     its interpreter lock and its core.
     """
 
-    def __init__(self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, workers: int) -> None:
+    shares_memory = True
+
+    def __init__(self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, size: int) -> None:
         share_model(training.model)
         self._training, self._train_step, self._ahead = training, train_step, config.prefetch
-        self._ranks = WorkerGroupContext(train_step.parameters, workers)
+        self.size, self._parameters = size, train_step.parameters
+        self.owner = assign_owners([parameter.numel() for parameter in self._parameters], size)
+        self._sent = [shared_like(self._parameters) for _ in range(size)]  # rank -> gradients for others
         self._threads = torch.get_num_threads()
-        pairs = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]
+        pairs = [multiprocessing.Pipe(duplex=False) for _ in range(size)]
         self._readers, self._writers = [reader for reader, _ in pairs], [writer for _, writer in pairs]
-        train_step.ranks = self._ranks
-        works = [partial(self._work, rank) for rank in range(1, workers)]
-        self._pool = self._ranks.pool = WorkerPool([*works, self._make_batches], service=1)
+        train_step.ranks = self
+        works = [partial(self._work, rank) for rank in range(1, size)]
+        self._pipe: Connection | None = None  # of another process than the first, to it
+        self._pool = WorkerPool([*works, self._make_batches], service=1)
         self._close_others(reader=0)
         torch.set_num_threads(1)  # the other cores are in use
 
@@ -174,7 +130,7 @@ class Workers:
             TrainingError: the process that makes batches failed otherwise, or was killed.
         """
         try:
-            item: Batch | OpenM6Error = self._readers[self._ranks.rank].recv()
+            item: Batch | OpenM6Error = self._readers[self.rank].recv()
         except EOFError:
             raise TrainingError("the process that makes batches has ended: go on with --resume") from None
         if isinstance(item, OpenM6Error):
@@ -182,7 +138,7 @@ class Workers:
         return item
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
-        """Train on the batch whose first part is `batch`, as step `step`, the first being 1."""
+        """Run `TrainStep.update` in all processes; `batch` is the part of this one."""
         self._pool.send((step, total))
         return self._train_step.update(batch, step, total)
 
@@ -192,11 +148,46 @@ class Workers:
         for parts in self._pool.gather():
             for index, values in parts.items():
                 tensors = {key: torch.from_numpy(value) for key, value in values.items()}
-                self._train_step.optimizer.state[self._ranks.parameters[index]].update(tensors)
+                self._train_step.optimizer.state[self._parameters[index]].update(tensors)
+
+    def gather(self, value: Value) -> list[Value]:
+        if self._pipe is not None:
+            self._pipe.send(value)
+            return self._pipe.recv()
+        values = [value, *self._pool.gather()]
+        self._pool.send(values)
+        return values
+
+    def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.from_numpy(np.sum(self.gather(tensor.numpy()), axis=0)))
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum the gradients of the parameters that this worker owns, and drop those of the others."""
+        present = [parameter.grad is not None for parameter in self._parameters]
+        for parameter, owner, sent in zip(self._parameters, self.owner, self._sent[self.rank], strict=True):
+            if owner != self.rank and parameter.grad is not None:
+                sent.copy_(parameter.grad)
+                parameter.grad = None
+        everyone = self.gather(present)
+        for index, parameter in enumerate(self._parameters):
+            if self.owner[index] != self.rank:
+                continue
+            for rank, has in enumerate(everyone):
+                if rank != self.rank and has[index]:
+                    part = self._sent[rank][index]
+                    parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        norms = [float(torch.linalg.vector_norm(p.grad)) for p in parameters if p.grad is not None]
+        square = sum(self.gather(sum((norm**2 for norm in norms), 0.0)))
+        return torch.tensor(math.sqrt(square), dtype=torch.float64)
+
+    def barrier(self) -> None:
+        self.gather(None)
 
     def _work(self, rank: int, pipe: Connection) -> None:
         """Take part in every step, in a process of its own."""
-        self._ranks.rank, self._ranks.pipe = rank, pipe
+        self.rank, self._pipe = rank, pipe
         self._close_others(reader=rank)
         while True:
             message = pipe.recv()
@@ -206,8 +197,8 @@ class Workers:
             state = self._train_step.optimizer.state
             pipe.send({
                 index: {key: value.numpy() for key, value in state[parameter].items()}
-                for index, parameter in enumerate(self._ranks.parameters)
-                if self._ranks.owner[index] == rank and parameter in state
+                for index, parameter in enumerate(self._parameters)
+                if self.owner[index] == rank and parameter in state
             })  # fmt: skip
 
     def _make_batches(self, pipe: Connection) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from openm6.checkpoint.folder import latest
 from openm6.core.errors import ConfigError, DataError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.train.loop import train
-from openm6.train.workers import WorkerGroupContext, number_of_workers, prefetch
+from openm6.train.step import TrainStep
+from openm6.train.workers import Workers, number_of_workers, prefetch
 from tests.train.toy_training import ToyTraining, assert_same_run, toy_config, untimed
 from tests.train.workers_training import WorkersTraining, workers_config
 
@@ -152,8 +154,10 @@ def test_auto_is_settled_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_parameters_have_owners_evenly() -> None:
-    for sizes, ranks, owners in (([5, 1, 4, 2, 3], 2, [0, 0, 1, 0, 1]), ([7, 7], 1, [0, 0])):
-        assert WorkerGroupContext([torch.zeros(size) for size in sizes], ranks).owner == owners
+    training = ToyTraining()
+    training.model = torch.nn.ParameterList(torch.zeros(size) for size in (5, 1, 4, 2, 3))
+    with closing(Workers(training, TrainStep(training, toy_config()), toy_config(), 2)) as workers:
+        assert workers.owner == [0, 0, 1, 0, 1]
 
 
 def test_the_order_is_that_of_the_source() -> None:
