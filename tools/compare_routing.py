@@ -31,7 +31,6 @@ from openm6.data.sources import open_sources
 from openm6.tasks.registry import TASKS
 from openm6.train.callbacks import HELD_OUT_PREFIX
 from openm6.train.loop import train
-from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import recipe_path
@@ -113,7 +112,7 @@ def run_cell(values: Values, folder: Path) -> Values:
 
 def curves(run: RunFolder) -> Values:
     """Held-out and training losses by step, and each layer's expert load CV at the end and on the way."""
-    lines = read_metrics(run)
+    lines = run.read_metrics()
     held_out = [
         {"step": line["step"], "tokens": line["tokens"]}
         | {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ class RunFolder:
     def started(self) -> bool:
         """Whether a training has started here: there are settings or checkpoints."""
         return self.config.is_file() or self.checkpoints.is_dir()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl, without one that a crash cut short; none if there is no such file."""
+        lines = []
+        if self.metrics.exists():
+            for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):
+                    lines.append(json.loads(text))
+        return [line for line in lines if isinstance(line, dict)]
 
     def read_config(self) -> dict[str, Any]:
         """Return the settings the run was started with; empty if none were written yet."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +19,8 @@ END_FRACTION = 0.1
 
 
 def read_lines(run: RunFolder) -> Lines:
-    """The averages that a run logged while training, without scores; a line that a crash cut short is skipped."""
-    if not run.metrics.exists():
-        return []
-    found = []
-    with run.metrics.open(encoding="utf-8", errors="replace") as stream:
-        for text in stream:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and "evaluation" not in line:
-                found.append(line)
-    return found
+    """The averages that a run logged while training, without scores."""
+    return [line for line in run.read_metrics() if isinstance(line.get("step"), int) and "evaluation" not in line]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from openm6.modalities.text import TextAdapter
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
 from openm6.train.callbacks import Callback, RunState
-from openm6.train.metrics import read_metrics
 from openm6.train.step import StepReport
 
 PASSES = 6  # operations per weight that a token uses: multiply and add, once forward and twice backward
@@ -44,7 +43,7 @@ class MeterCallback(Callback):
     def start(self, run: RunState) -> None:
         self._run = run
         # Logged steps after the checkpoint that the run goes on from are taken again.
-        lines = [line for line in read_metrics(run.run) if line.get("step", 0) > run.progress.step]
+        lines = [line for line in run.run.read_metrics() if line.get("step", 0) > run.progress.step]
         sums = [line["joules"] for line in lines if isinstance(line.get("joules"), float)]
         lost = max(0.0, max(sums, default=0.0) - self.tracker.joules)
         if lost and run.progress.step > 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import threading
@@ -105,22 +104,11 @@ class MetricsFile(Logger):
         """Open the file, without the lines of steps after `step`, which a resumed run will repeat."""
         self._path = run.metrics
         if self._path.exists():
-            kept = [line for line in read_metrics(run) if line.get("step", 0) <= step]
+            kept = [line for line in run.read_metrics() if line.get("step", 0) <= step]
             replace_text(self._path, "".join(to_json(line) + "\n" for line in kept))
 
     def log(self, line: Line) -> None:
         append_line(self._path, to_json(line))
-
-
-def read_metrics(run: RunFolder) -> list[Line]:
-    """Return the lines of a run's metrics.jsonl, without one that a crash cut short."""
-    if not run.metrics.exists():
-        return []
-    lines = []
-    for text in run.metrics.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
 
 
 class TensorBoardEvents(Logger):

@@ -14,7 +14,6 @@ from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.processes import DistributedContext
 from openm6.modalities.batch import Batch
 from openm6.train.loop import train
-from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.training_task import StepResult
@@ -57,5 +56,5 @@ def run_steps(
     training.prepare(fall_at)
     with contextlib.suppress(FallError):
         train(training, checked.loop, run, resume=True)
-    losses: dict[int, Any] = {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
+    losses: dict[int, Any] = {line["step"]: line["loss"] for line in run.read_metrics() if "loss" in line}
     return training.seen, losses

@@ -10,7 +10,6 @@ import pytest
 from openm6.checkpoint.folder import list_checkpoints
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.launch import launch
-from openm6.train.metrics import read_metrics
 from tests.checkpoint.test_sharded import recipe_file, unbroken
 
 
@@ -19,7 +18,7 @@ def test_killed_in_training_and_in_saving(tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path)
     launch([recipe, str(tmp_path)], 2, max_restarts=2, module="tests.distributed.killed_run")
     records, expected, _ = unbroken()
-    losses = {line["step"]: line["loss"] for line in read_metrics(RunFolder(tmp_path)) if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in RunFolder(tmp_path).read_metrics() if "loss" in line}
     assert losses == pytest.approx(expected, rel=1e-4)
     assert [folder.name for folder in list_checkpoints(tmp_path / "checkpoints")] == [
         "step-3",

@@ -13,7 +13,6 @@ import pytest
 
 from openm6.checkpoint.folder import latest, step_of
 from openm6.core.run_folder import RunFolder
-from openm6.train.metrics import read_metrics
 from tests.distributed.recording_training import run_steps
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
@@ -22,7 +21,7 @@ STEPS = 20
 
 
 def losses(folder: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(RunFolder(folder)) if "loss" in line}
+    return {line["step"]: line["loss"] for line in RunFolder(folder).read_metrics() if "loss" in line}
 
 
 def recipe_file(folder: Path) -> str:

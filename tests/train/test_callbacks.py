@@ -22,7 +22,6 @@ from openm6.offload.config import OffloadConfig
 from openm6.train.callbacks import MemoryCallback, SpikeCallback
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
-from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.multimodal_data import pack_held_out
 from openm6.train.offloaded import OffloadedTrainStep
@@ -60,7 +59,7 @@ def weights(run: RunFolder) -> bytes:
 def held_out(run: RunFolder) -> list[dict[str, float]]:
     return [
         {name: value for name, value in line.items() if name == "step" or name.startswith("held_out/")}
-        for line in read_metrics(run)
+        for line in run.read_metrics()
     ]
 
 
@@ -139,7 +138,7 @@ def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Pa
     recipe, run = build(MultimodalRecipe, values, "tiny"), RunFolder.open(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"loop\.held_out needs validation or test records"):
         train(MultimodalTraining(recipe, run, CPU), recipe.loop, run)
-    assert read_metrics(run) == []
+    assert run.read_metrics() == []
 
 
 def test_a_kind_of_training_without_it_says_so(tmp_path: Path) -> None:
@@ -167,7 +166,7 @@ def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_logged_as_null(tm
     config = toy_config(steps=7).model_copy(update={"held_out": HeldOutConfig(every=6), "evaluate_every": 6})
     config = config.model_copy(update={"log_every": 10, "save_every": 6})
     train(StrayTraining(), config, run)
-    (line,) = [line for line in read_metrics(run) if "loss" in line]
+    (line,) = [line for line in run.read_metrics() if "loss" in line]
     assert line["held_out/loss"] is None and line["held_out/text"] == 2.0
     state = read_state(latest(tmp_path))
     assert state["scores"] == {"accuracy": None}

@@ -22,7 +22,6 @@ from openm6.core.run_folder import RunFolder
 from openm6.optim.config import ScheduleConfig, decay_start
 from openm6.train.config import LoopConfig
 from openm6.train.loop import RunLength, TrainResult, train
-from openm6.train.metrics import read_metrics
 from openm6.train.training_task import StepResult
 from tests.train.toy_training import ToyBatch, ToyTraining, assert_same_run, toy_config
 
@@ -61,7 +60,7 @@ def unbroken(whole: Callable[[str], Path]) -> Path:
 
 
 def test_training_learns_and_logs(unbroken: Path) -> None:
-    lines = read_metrics(RunFolder(unbroken))
+    lines = RunFolder(unbroken).read_metrics()
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
@@ -95,7 +94,7 @@ def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path: Path, unb
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     step, deadline = rng.choice([5, 10, 15, 20]), time.monotonic() + 60
-    while not any(line["step"] >= step for line in read_metrics(RunFolder(tmp_path))):
+    while not any(line["step"] >= step for line in RunFolder(tmp_path).read_metrics()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(rng.random() * 0.2)
@@ -167,7 +166,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
     result = train(training, toy_config(steps=12), RunFolder.open(tmp_path))
     assert result.non_finite == 3 and training.applied == 9
     assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())
-    lines = [line for line in read_metrics(RunFolder(tmp_path)) if "loss" in line]
+    lines = [line for line in RunFolder(tmp_path).read_metrics() if "loss" in line]
     assert [line["non_finite"] for line in lines] == [2, 3, 3]
     assert all(line["loss"] is not None for line in lines)
 

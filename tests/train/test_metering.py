@@ -17,7 +17,6 @@ from openm6.models.omni import Omni
 from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
 from openm6.train.metering import PASSES, Attribution
-from openm6.train.metrics import read_metrics
 from openm6.train.step import StepReport
 from tests.small_model import BACKBONE, modalities
 from tests.train.toy_training import ToyTraining, toy_config
@@ -60,7 +59,7 @@ def test_callbacks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -
     run, first = RunFolder.open(tmp_path), Witness()
     train(ToyTraining(), toy_config(steps=5), run, callbacks=[first])
     assert first.calls[:3] == ["start 0", "before 1", "after 1"] and first.calls[-2:] == ["after 5", "close"]
-    line = read_metrics(run)[0]
+    line = run.read_metrics()[0]
     assert line["seen twice"] == pytest.approx(6.0) and line["stage"] == "real"
     second = Witness()
     train(ToyTraining(), toy_config(steps=8), run, resume=True, callbacks=[second])
@@ -81,7 +80,7 @@ def test_a_callback_is_closed_when_the_run_fails(tmp_path: Path) -> None:
 def test_lines_and_checkpoints_hold_joules_and_a_resumed_run_continues_them(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
     train(ToyTraining(), toy_config(steps=10), run)
-    lines = [line for line in read_metrics(run) if "joules" in line]
+    lines = [line for line in run.read_metrics() if "joules" in line]
     assert len(lines) == 2 and 0 < lines[0]["joules"] <= lines[1]["joules"]
     assert lines[1]["energy_source"] and lines[1]["watts"] >= 0 and lines[1]["joules_per_token"] >= 0
     tracker = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
@@ -89,7 +88,7 @@ def test_lines_and_checkpoints_hold_joules_and_a_resumed_run_continues_them(tmp_
     assert tracker.joules == pytest.approx(tracker.in_steps + tracker.between + tracker.repeated)
     assert tracker.tokens == lines[1]["tokens"]
     train(ToyTraining(), toy_config(steps=15), run, resume=True)
-    after = [line for line in read_metrics(run) if "joules" in line][-1]
+    after = [line for line in run.read_metrics() if "joules" in line][-1]
     assert after["step"] == 15 and after["joules"] >= tracker.joules
 
 
@@ -103,7 +102,7 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
     run = RunFolder.open(tmp_path)
     with pytest.raises(OSError, match="lights"):
         train(ToyTraining(pause=0.002), toy_config(steps=20), run, callbacks=[Failing()])
-    reported = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
+    reported = [line["joules"] for line in run.read_metrics() if "joules" in line][-1]
     at_checkpoint = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
     train(ToyTraining(), toy_config(steps=20), run, resume=True)
     tracker = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])

@@ -25,7 +25,6 @@ from openm6.train.metrics import (
     TensorBoardEvents,
     describe,
     open_loggers,
-    read_metrics,
 )
 from openm6.train.step import StepReport
 
@@ -76,7 +75,7 @@ def test_opening_the_file_drops_steps_that_will_be_taken_again(tmp_path: Path) -
     run.metrics.write_text(text)
     file = MetricsFile(run, 10)
     file.log({"step": 15, "loss": float("nan")})
-    assert read_metrics(run) == [*lines[:2], {"step": 15, "loss": None}]
+    assert run.read_metrics() == [*lines[:2], {"step": 15, "loss": None}]
 
 
 def test_a_mean_over_a_number_that_is_not_finite_survives_a_restart() -> None:

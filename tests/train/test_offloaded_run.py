@@ -20,7 +20,6 @@ from openm6.nn.config import ExpertsConfig
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
-from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
@@ -51,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_trained_judged_and_told_apart(finished: Path) -> None:
-    lines = read_metrics(RunFolder(finished))
+    lines = RunFolder(finished).read_metrics()
     assert [line["stage"] for line in lines] == ["pseudo"] * SWITCH + ["real"] * (STEPS - SWITCH)
     assert {"loss/text", "loss/image_out", "loss/audio_out", "loss/numbers_out"} <= set().union(*lines)
     assert (finished / "report.json").exists()
@@ -104,7 +103,7 @@ def test_a_switch_by_loss_or_clock_happens_in_a_streamed_run(switch: SwitchConfi
     run = RunFolder.open(tmp_path)
     train(WordsTraining(SHARED), run_config(stages=StagesConfig(switch=switch), steps=6), run)
     first = 1 if switch.plateau is None else 4
-    assert [line["stage"] for line in read_metrics(run)] == ["pseudo"] * first + ["real"] * (6 - first)
+    assert [line["stage"] for line in run.read_metrics()] == ["pseudo"] * first + ["real"] * (6 - first)
 
 
 STAGED = run_config(stages=StagesConfig(switch=SwitchConfig(step=5), warmup_steps=2))

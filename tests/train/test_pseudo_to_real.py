@@ -16,7 +16,6 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.loop import train
-from openm6.train.metrics import read_metrics
 from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import TrainStep
 from tests.train.words_training import WordsTraining, words_backbone, words_config
@@ -88,11 +87,11 @@ def test_noise_breaks_the_symmetry_and_repeats() -> None:
 
 
 def test_the_run_tells_its_stage_and_saves_both(unbroken: Path) -> None:
-    stages = [line["stage"] for line in read_metrics(RunFolder(unbroken))]
+    stages = [line["stage"] for line in RunFolder(unbroken).read_metrics()]
     assert stages == ["pseudo"] * 7 + ["real"] * 5
     saved = {n: read_state(step_folder(unbroken / "checkpoints", n)) for n in (5, 7, 10)}
     assert [saved[n]["stage"] for n in (5, 7, 10)] == ["pseudo", "pseudo", "real"]
-    rates = [line["learning_rate"] for line in read_metrics(RunFolder(unbroken))]
+    rates = [line["learning_rate"] for line in RunFolder(unbroken).read_metrics()]
     assert rates[7] == pytest.approx(rates[6] / 2)  # the first step of the new warm-up
 
 

@@ -23,7 +23,7 @@ from openm6.nn.moe import RouterStats
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
 from openm6.train.loop import train
-from openm6.train.metrics import Line, read_metrics
+from openm6.train.metrics import Line
 from openm6.train.training_task import StepResult, TrainingTask
 
 
@@ -118,7 +118,7 @@ def toy_config(optimizer: str = "adamw", steps: int = 40, save_every: int = 7) -
 def untimed(folder: Path) -> list[Line]:
     """The metrics of a run without what the clock, the energy meter and the memory decide."""
     measured = ("seconds", "tokens_per_second", "joules", "watts", "metering_seconds", "memory")
-    lines = read_metrics(RunFolder(folder))
+    lines = RunFolder(folder).read_metrics()
     return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in lines]
 
 
