@@ -16,7 +16,6 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.data.mixture import epochs_seen
 from openm6.data.packing import merge_cursors
-from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
@@ -89,8 +88,7 @@ class MultimodalTraining(TrainingTask):
             self.omni.pool.gather = open_gather()
         self.attribution = Attribution(self.omni, {component.task for component in recipe.mixture})
         check_sources(recipe, sources)
-        quarantine = Quarantine(run.quarantine, recipe.max_broken)
-        self.packer = open_packer(recipe, sources, self.modalities, recipe.packing, quarantine, self.ranks)
+        self.packer = open_packer(recipe, sources, self.modalities, self.ranks, run.quarantine)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.max_parts = 1 if whole else max(1, self.tokens_per_step // PART_TOKENS)

@@ -15,7 +15,7 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import numpy_generator
 from openm6.data.mixture import Component, MixtureSampler
-from openm6.data.packing import Packer, PackingConfig
+from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform, with_negatives
 from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
@@ -153,15 +153,14 @@ def open_packer(
     recipe: MultimodalRecipe,
     sources: Mapping[str, Source],
     modalities: Modalities,
-    packing: PackingConfig,
-    quarantine: Quarantine,
     ranks: ProcessGroupContext,
+    broken: Path | None,
 ) -> Packer:
-    """Return what packs this rank's rows of the mixture."""
+    """Return what packs this rank's rows of the mixture; broken records are written to the file `broken`, if named."""
     seed = recipe.loop.seed
     components = [Component(source=sources[x.source], task=x.task, weight=x.weight) for x in recipe.mixture]
     transform = ExampleTransform(MixtureSampler(components, seed), modalities, seed, recipe.loss_weights)
-    return Packer(transform, packing, quarantine, ranks.rank, ranks.size)
+    return Packer(transform, recipe.packing, Quarantine(broken, recipe.max_broken), ranks.rank, ranks.size)
 
 
 def pack_held_out(
@@ -184,8 +183,7 @@ def pack_held_out(
             "loop.held_out needs validation or test records and no source of the mixture has any: raise test_fraction, "
             "or leave it out"
         )
-    present = recipe.model_copy(update={"mixture": mixture})
     packing = recipe.packing.model_copy(update={"num_shards": recipe.packing.batch_size})
-    quarantine = Quarantine(None, recipe.max_broken)
-    batches = open_packer(present, sources, modalities, packing, quarantine, ranks).batches()
+    present = recipe.model_copy(update={"mixture": mixture, "packing": packing})
+    batches = open_packer(present, sources, modalities, ranks, broken=None).batches()
     return [next(batches) for _ in range(count)]
