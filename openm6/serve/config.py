@@ -44,23 +44,22 @@ class EngineConfig(Config):
     max_num_media: images and audio decoded side by side
     max_num_single_pass: requests answered in one pass each (numbers, ranks, embeddings) per tick
     batch_invariant: batch-invariant shapes, so that a request gets the same bits alone or among others
+    max_num_batched_tokens: prompt tokens read per tick, at least one prompt
     max_queued_tokens: tokens of work that may wait before more is refused
+    prefix_cache_bytes: size of the prefix cache
+    num_gpu_layers: layers that stay on the device; the others are offloaded
     """
 
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     max_model_len: int = Field(default=1024, ge=16)
     max_num_media: int = Field(default=8, ge=1, le=256)
     max_num_single_pass: int = Field(default=4, ge=1)
-    max_num_batched_tokens: int = Field(
-        default=1024, ge=1, description="prompt tokens read per tick, at least one prompt"
-    )
+    max_num_batched_tokens: int = Field(default=1024, ge=1)
     batch_invariant: bool = True
     max_queued_tokens: int = Field(default=32_768, ge=1)
-    prefix_cache_bytes: int = Field(default=64 * 2**20, ge=0, description="bytes of the prefix cache")
+    prefix_cache_bytes: int = Field(default=64 * 2**20, ge=0)
     weights: Precision = "float32"
-    num_gpu_layers: int | None = Field(
-        default=None, ge=0, description="layers that stay on the device; the others are offloaded"
-    )
+    num_gpu_layers: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _weights_can_move(self) -> EngineConfig:

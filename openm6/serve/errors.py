@@ -140,12 +140,10 @@ SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "missing": lambda _: "is missing: add it",
     "int_parsing_size": lambda _: "must be a smaller integer",
     "string_unicode": lambda _: "must be valid Unicode",
-    "extra_forbidden": lambda _: "is unknown: leave it out",
     "too_short": lambda ctx: f"holds too little: at least {_count(ctx['min_length'], 'item')}",
     "too_long": lambda ctx: f"holds too much: at most {_count(ctx['max_length'], 'item')}",
     "string_too_short": lambda ctx: f"is too short: at least {_count(ctx['min_length'], 'character')}",
     "string_too_long": lambda ctx: f"is too long: at most {_count(ctx['max_length'], 'character')}",
-    "string_pattern_mismatch": lambda ctx: f"must match {ctx['pattern']}",
     "greater_than": lambda ctx: f"must be above {ctx['gt']:g}",
     "greater_than_equal": lambda ctx: f"must be at least {ctx['ge']:g}",
     "less_than": lambda ctx: f"must be below {ctx['lt']:g}",
@@ -153,7 +151,6 @@ SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "literal_error": lambda ctx: f"must be {_listed(ctx['expected'])}",
     "union_tag_invalid": lambda ctx: f"{ctx['tag']!r} is not supported: use {_listed(ctx['expected_tags'])}",
     "union_tag_not_found": lambda _: "has no type: add it",
-    "value_error": lambda ctx: str(ctx["error"]),
 }
 OTHER = "cannot be used as it is: see /docs"
 

@@ -19,8 +19,6 @@ from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments
 
-MODALITY_OF = {"text": "text", "image_in": "image", "audio_in": "audio", "numbers_in": "numbers"}
-
 
 class QueueFullError(OpenM6Error):
     """Too much is waiting; `retry_after` is in seconds."""
@@ -164,7 +162,7 @@ class PreparedRequest:
         """Tokens of the prompt by modality."""
         found: Counter[str] = Counter()
         for segment in self.prompt:
-            found[MODALITY_OF[segment.kind]] += len(segment)
+            found[segment.kind.removesuffix("_in")] += len(segment)
         return dict(found)
 
     @cached_property

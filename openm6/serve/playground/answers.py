@@ -20,8 +20,7 @@ from openm6.serve.content import join_texts, pcm
 from openm6.serve.playground.inputs import WORDS, uploaded
 from openm6.serve.requests import CodesRequest, Request, TextRequest
 from openm6.serve.routes.scenarios import decoded
-from openm6.serve.scenarios.ask import scenario_request
-from openm6.serve.scenarios.scenario import Language, Output, Scenario, require
+from openm6.serve.scenarios.scenario import Language, Output
 from openm6.serve.schemas import Distribution, coverage_of
 from openm6.serve.server import Server
 
@@ -45,25 +44,10 @@ class Shown:
     note: str = ""
 
 
-async def answer_scenario(
-    server: Server, scenario: Scenario, language: Language, values: dict[str, Any], seed: int
-) -> Shown:
-    """Answer a scenario.
-
-    Raises:
-        OpenM6Error: the model was not trained for it, an input is broken, or too much is waiting.
-    """
-    require(scenario, server.loaded.description)
-    request = scenario_request(scenario, language, values, seed)
-    series = scenario.kind_of("series")
-    past = values[series]["values"] if series else ()
-    return await _answer(server, request, language, past)
-
-
 async def answer_freely(
     server: Server, language: Language, text: str, image: str | None, audio: str | None, output: Output, seed: int
 ) -> Shown:
-    """Answer to any text, image and audio; raise as `answer_scenario`."""
+    """Answer to any text, image and audio; raise as `show_answer`."""
     parts = [
         Part(kind, uploaded(kind, path, server.limits, language))
         for kind, path in (("image", image), ("audio", audio))
@@ -77,10 +61,15 @@ async def answer_freely(
     if output == "image" or output == "audio":
         sampling = MaskedSampling(seed=seed)
         request = CodesRequest(parts=tuple(parts), modality=output, sampling=sampling)
-    return await _answer(server, request, language)
+    return await show_answer(server, request, language)
 
 
-async def _answer(server: Server, request: Request, language: Language, past: Any = ()) -> Shown:
+async def show_answer(server: Server, request: Request, language: Language, past: Sequence[float | None] = ()) -> Shown:
+    """Answer a request, `past` being the series that it continues.
+
+    Raises:
+        OpenM6Error: an input is broken, or too much is waiting.
+    """
     [handle] = await server.engine.ask_all([request], CLIENT, server.limits.seconds)
     answer = await handle.answer()
     server.metrics.add(CLIENT, answer)

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 
 from openm6.core.errors import OpenM6Error
 from openm6.serve.middleware import PLAYGROUND, match_key
-from openm6.serve.playground.answers import FIGURES, Shown, answer_freely, answer_scenario
+from openm6.serve.playground.answers import FIGURES, Shown, answer_freely, show_answer
 from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, values_in
-from openm6.serve.scenarios.ask import example_fits
+from openm6.serve.scenarios.ask import example_fits, scenario_request
 from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, read_library, readiness
 from openm6.serve.server import Server
 
@@ -188,7 +188,9 @@ class Page:
             return _failed(able.text(language), language, drawn)
         try:
             values = values_in(scenario, contents, self.server.limits, language)
-            shown = await answer_scenario(self.server, scenario, language, values, int(seed or 0))
+            request = scenario_request(scenario, language, values, int(seed or 0))
+            series = scenario.kind_of("series")
+            shown = await show_answer(self.server, request, language, values[series]["values"] if series else ())
         except OpenM6Error as error:
             return _failed(str(error), language, drawn)
         return _panel(shown, scenario.title.text(language), drawn)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.background import BackgroundTask
 
 from openm6.core.errors import OpenM6Error
 from openm6.serve.content import audio_file, image_data_url, images_of
@@ -144,11 +144,16 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
     await server.fetcher.fetch_all(chain.from_iterable(images))
     seed = chosen_seed(body.seed)
     reply = _Reply(server, body, await asyncio.to_thread(chat_requests, body, server, seed), seed)
-    if body.stream:
-        # A refusal must come before the first byte of a stream.
-        return _Events(reply, await call.submit(reply.requests))
-    answers = await call.answer("chat", reply.requests)
-    return await asyncio.to_thread(reply.completion, answers)
+    if not body.stream:
+        answers = await call.answer("chat", reply.requests)
+        return reply.completion(answers, await asyncio.to_thread(reply.messages, answers))
+    handles = await call.submit(reply.requests)  # a refusal must come before the first byte of a stream
+    return StreamingResponse(
+        reply.events(handles),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-cache"},
+        background=BackgroundTask(cancel_all, handles),  # also if the client has left before the first event
+    )
 
 
 class _Reply:
@@ -163,33 +168,18 @@ class _Reply:
             "model": server.name,
             "seed": seed,
         }
+        # Of each choice the request for text, or the first one without text.
+        outputs = body.outputs
+        self.by_choice = slice(outputs.index("text") if "text" in outputs else 0, None, len(outputs))
 
-    @property
-    def by_choice(self) -> slice:
-        """Of each choice the request for text, or the first one without text."""
-        outputs = self.body.outputs
-        return slice(outputs.index("text") if "text" in outputs else 0, None, len(outputs))
-
-    def completion(self, answers: list[Answer]) -> Completion:
-        """Return the whole response; images and audio are decoded here."""
-        choices = [
-            Choice(
-                index=index,
-                message=self.message(index, answers),
-                logprobs=logprobs_of(main.tokens) if self.body.logprobs else None,
-                finish_reason=main.finish,
-            )
-            for index, main in enumerate(answers[self.by_choice])
-        ]
-        reply = Completion(**self.head, choices=choices, usage=usage_of(answers))
-        return reply.with_coverage(self.requests, answers, self.server.loaded.description)
-
-    def message(self, index: int, answers: Sequence[Answer]) -> AnswerMessage:
-        """Return the answers of one choice as one message."""
-        message, loaded, body = AnswerMessage(), self.server.loaded, self.body
-        start = index * len(body.outputs)
-        for number, output in enumerate(body.outputs, start):
-            request, value = self.requests[number], answers[number].value
+    def messages(self, answers: Sequence[Answer]) -> list[AnswerMessage]:
+        """Return the answers of each choice as one message; images and audio are decoded here."""
+        loaded, body, found = self.server.loaded, self.body, []
+        for number, (request, answer) in enumerate(zip(self.requests, answers, strict=True)):
+            output, value = body.outputs[number % len(body.outputs)], answer.value
+            if number % len(body.outputs) == 0:
+                found.append(AnswerMessage())
+            message = found[-1]
             if output == "text":
                 message.content = value
             elif output == "image":
@@ -206,16 +196,21 @@ class _Reply:
                 assert isinstance(request, NumbersRequest)
                 coverage = (body.numbers or NumbersSettings()).coverage
                 message.numbers = {request.name: distribution_of(value, coverage)}
-        return message
-
-    def last_deltas(self, answers: list[Answer]) -> list[DeltaChoice]:
-        """Return the last delta of each choice: what is not text, and why it ended."""
-        found = []
-        for index, main in enumerate(answers[self.by_choice]):
-            message = self.message(index, answers)
-            delta = Delta(audio=message.audio, images=message.images, numbers=message.numbers)
-            found.append(DeltaChoice(index=index, delta=delta, finish_reason=main.finish))
         return found
+
+    def completion(self, answers: list[Answer], messages: list[AnswerMessage]) -> Completion:
+        """Return the whole response."""
+        choices = [
+            Choice(
+                index=index,
+                message=message,
+                logprobs=logprobs_of(main.tokens) if self.body.logprobs else None,
+                finish_reason=main.finish,
+            )
+            for index, (message, main) in enumerate(zip(messages, answers[self.by_choice], strict=True))
+        ]
+        reply = Completion(**self.head, choices=choices, usage=usage_of(answers))
+        return reply.with_coverage(self.requests, answers, self.server.loaded.description)
 
     def chunk(self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False) -> str:
         """Return an event of a stream; `answers` are those whose energy it reports."""
@@ -224,72 +219,55 @@ class _Reply:
             chunk.with_coverage(self.requests, answers, self.server.loaded.description)
         return f"data: {chunk.model_dump_json(exclude_none=not usage)}\n\n"
 
-
-def logprobs_of(tokens: Sequence[ScoredToken]) -> Logprobs:
-    """Return the scores of tokens in OpenAI's form."""
-    return Logprobs(
-        content=[
-            TokenLogprob(
-                token=token.text,
-                logprob=token.logprob,
-                bytes=list(token.text.encode()),
-                top_logprobs=[
-                    TokenAlternative(token=text, logprob=value, bytes=list(text.encode()))
-                    for text, value in token.alternatives
-                ],
-            )
-            for token in tokens
-        ]
-    )
-
-
-class _Events(StreamingResponse):
-    """Server-sent events; a client that disconnects cancels the requests, even before the first event."""
-
-    def __init__(self, reply: _Reply, handles: list[RequestHandle]) -> None:
-        headers = {"cache-control": "no-cache"}
-        super().__init__(self._events(), media_type="text/event-stream", headers=headers)
-        self.reply, self.handles = reply, handles
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            cancel_all(self.handles)
-
-    async def _events(self) -> AsyncIterator[str]:
+    async def events(self, handles: list[RequestHandle]) -> AsyncIterator[str]:
         """Yield chunks, then `[DONE]`; a failure on the way is an event, too, as the status is sent already."""
-        reply = self.reply
-        main_handles = self.handles[reply.by_choice]
+        mains = handles[self.by_choice]
         try:
-            for index in range(len(main_handles)):
-                yield reply.chunk([DeltaChoice(index=index, delta=Delta(role="assistant", content=""))])
-            async for choice in self._deltas(main_handles):
-                yield reply.chunk([choice])
-            answers = [await handle.answer() for handle in self.handles]
+            for index in range(len(mains)):
+                yield self.chunk([DeltaChoice(index=index, delta=Delta(role="assistant", content=""))])
+            async for choice in self._deltas(handles):
+                yield self.chunk([choice])
+            answers = [await handle.answer() for handle in handles]
             for answer in answers:
-                reply.server.metrics.add("chat", answer)
-            for choice in await asyncio.to_thread(reply.last_deltas, answers):
-                last = choice.index == len(main_handles) - 1
-                yield reply.chunk([choice], answers if last else None)
-            options = reply.body.stream_options
-            if options is not None and options.include_usage:
-                yield reply.chunk([], answers, usage=True)
+                self.server.metrics.add("chat", answer)
+            for index, message in enumerate(await asyncio.to_thread(self.messages, answers)):
+                delta = Delta(audio=message.audio, images=message.images, numbers=message.numbers)
+                choice = DeltaChoice(index=index, delta=delta, finish_reason=answers[self.by_choice][index].finish)
+                yield self.chunk([choice], answers if index == len(mains) - 1 else None)
+            if self.body.stream_options is not None and self.body.stream_options.include_usage:
+                yield self.chunk([], answers, usage=True)
         except OpenM6Error as error:
             failure = failure_of(error)
             yield f"data: {failure.body(code=str(failure.status)).model_dump_json()}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def _deltas(self, main_handles: list[RequestHandle]) -> AsyncIterator[DeltaChoice]:
+    async def _deltas(self, handles: list[RequestHandle]) -> AsyncIterator[DeltaChoice]:
         """Yield what is new in the texts of all choices, as it is generated, until all requests are done."""
-        sent = [0] * len(main_handles)  # characters
-        scored = [0] * len(main_handles)  # tokens
-        async with aclosing(follow(self.handles)) as changes:
+        mains = handles[self.by_choice]
+        sent, scored = [0] * len(mains), [0] * len(mains)  # characters, tokens
+        async with aclosing(follow(handles)) as changes:
             async for _ in changes:
-                for index, handle in enumerate(main_handles):
+                for index, handle in enumerate(mains):
                     text, tokens = handle.text, handle.tokens
                     if len(text) > sent[index]:
-                        logprobs = logprobs_of(tokens[scored[index] :]) if self.reply.body.logprobs else None
+                        logprobs = logprobs_of(tokens[scored[index] :]) if self.body.logprobs else None
                         delta = Delta(content=text[sent[index] :])
                         sent[index], scored[index] = len(text), len(tokens)
                         yield DeltaChoice(index=index, delta=delta, logprobs=logprobs)
+
+
+def logprobs_of(tokens: Sequence[ScoredToken]) -> Logprobs:
+    """Return the scores of tokens in OpenAI's form."""
+
+    def scored(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return Logprobs(
+        content=[
+            TokenLogprob(
+                **scored(token.text, token.logprob),
+                top_logprobs=[TokenAlternative(**scored(text, value)) for text, value in token.alternatives],
+            )
+            for token in tokens
+        ]
+    )

@@ -15,10 +15,10 @@ from openm6.data.records import Record
 from openm6.data.sources import Split, open_sources
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.text import join_texts
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request, TextRequest
-from openm6.serve.scenarios.scenario import SLOT, InputKind, Language, Scenario
+from openm6.serve.scenarios.scenario import PROMPTED, InputKind, Language, Scenario
+from openm6.tasks.task import fill_prompt
 
 Values = Mapping[str, Any]
 EMBEDDED = "embedded:"
@@ -43,14 +43,18 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
             raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): add it")
         if not _is_valid(declared.kind, values[name]):
             raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[declared.kind]}")
-    parts = scenario_parts(scenario, language, values)
+    inputs = {
+        name: _part(scenario, name, values) for name, declared in scenario.inputs.items() if declared.kind in PROMPTED
+    }
+    column = str(scenario.column)
+    parts = tuple(fill_prompt(scenario.prompt.text(language), inputs, {"column": column.replace("_", " ")}))
     if scenario.output == "text":
         return TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
     if scenario.output == "numbers":
         series = scenario.kind_of("series")
         if series is not None:
             return NumbersRequest(parts=parts, series=values[series]["name"], ahead=scenario.ahead)
-        return NumbersRequest(parts=parts, columns=(str(scenario.column),))
+        return NumbersRequest(parts=parts, columns=(column,))
     if scenario.output == "ranking":
         return RankRequest(parts=parts, candidates=tuple(values[str(scenario.kind_of("candidates"))]))
     if scenario.output == "embedding":
@@ -65,24 +69,6 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
         mask=tuple(values[box]) if box else None,
         span=tuple(values[span]) if span else None,
     )
-
-
-def scenario_parts(scenario: Scenario, language: Language, values: Values) -> tuple[Part, ...]:
-    """Return the prompt with every input in its slot; neighbouring texts become one."""
-    parts: list[Part] = []
-    # The odd ones are names of slots.
-    for index, words in enumerate(SLOT.split(scenario.prompt.text(language))):
-        if index % 2 == 0:
-            part = Part("text", words, {"cuttable": ()})
-        elif words == "column":
-            part = Part("text", str(scenario.column).replace("_", " "), {"cuttable": ()})
-        else:
-            part = _part(scenario, words, values)
-        if part.modality == "text" and parts and parts[-1].modality == "text":
-            parts[-1] = join_texts(parts[-1], part)
-        elif part.raw != "":
-            parts.append(part)
-    return tuple(parts)
 
 
 def _part(scenario: Scenario, name: str, values: Values) -> Part:

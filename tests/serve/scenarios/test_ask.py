@@ -17,7 +17,6 @@ from openm6.serve.scenarios.ask import (
     example_fits,
     example_record,
     example_values,
-    scenario_parts,
     scenario_request,
 )
 from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_library
@@ -61,7 +60,7 @@ def test_the_parts_are_those_of_training() -> None:
     }.items():
         scenario = LIBRARY.scenarios[name]
         example = TASKS[scenario.tasks[0]].example(record, np.random.default_rng(1), language="en")
-        assert list(scenario_parts(scenario, "en", values)) == example.source
+        assert list(scenario_request(scenario, "en", values).parts) == example.source
 
 
 def test_a_masked_span_of_audio_has_the_form_of_training() -> None:
@@ -78,7 +77,7 @@ def test_a_masked_span_of_audio_has_the_form_of_training() -> None:
 
 def test_the_number_wanted_is_not_read() -> None:
     scenario = LIBRARY.scenarios["missing_measurement"]
-    parts = scenario_parts(scenario, "en", {"numbers": {"bill_length_mm": 40.0, "body_mass_g": 4000.0}})
+    parts = scenario_request(scenario, "en", {"numbers": {"bill_length_mm": 40.0, "body_mass_g": 4000.0}}).parts
     assert Part("numbers", {"bill_length_mm": 40.0}) in parts
     assert parts[-1].raw == " What is its body mass g?"
 
