@@ -118,15 +118,6 @@ def parts_of_content(content: Content, limits: Limits, param: str) -> tuple[Part
     return _within_limits(join_texts(_content_parts(content, limits, param)), limits, param)
 
 
-def images_of(content: Content | None, param: str) -> list[tuple[str, ImageURL]]:
-    """Return the images of a turn, each with the name of its field."""
-    return [
-        (f"{param}.{index}.image_url.url", part.image_url)
-        for index, part in enumerate(content if isinstance(content, list) else [])
-        if isinstance(part, ImagePart)
-    ]
-
-
 def join_texts(parts: list[Part]) -> list[Part]:
     """Join neighbouring texts; a text after another modality begins with a blank, as in training."""
     found: list[Part] = []
@@ -192,11 +183,7 @@ def decode_data_url(url: str, param: str) -> bytes:
 
 
 def check_image(data: bytes, limits: Limits, param: str) -> bytes:
-    """Return the bytes of an image, unchanged; nothing is decompressed.
-
-    Raises:
-        BadRequestError: the header is not that of an allowed format and size.
-    """
+    """Return the bytes of an image, unchanged; raise BadRequestError if its header is of another format or size."""
     try:
         with Pillow.open(io.BytesIO(data), formats=READABLE) as image:
             width, height = image.size
@@ -207,11 +194,7 @@ def check_image(data: bytes, limits: Limits, param: str) -> bytes:
 
 
 def check_audio(data: bytes, limits: Limits, param: str) -> bytes:
-    """Return the bytes of an audio file, unchanged.
-
-    Raises:
-        BadRequestError: the header cannot be read, or claims more seconds than allowed.
-    """
+    """Return the bytes of an audio file, unchanged; raise BadRequestError if it is too long, or no audio."""
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             seconds = file.frames / file.samplerate

@@ -79,11 +79,7 @@ class FairQueue:
         return self._size
 
     def push(self, handle: RequestHandle, seconds_of_work: float) -> None:
-        """Add a request at the end of its client's line.
-
-        Raises:
-            QueueFullError: it would have to wait behind more than `bound` tokens of work.
-        """
+        """Add a request to its client's line; raise QueueFullError if more than `bound` tokens of work would wait."""
         if self.work and self.work + handle.prepared.work > self.bound:
             raise QueueFullError("too many requests are waiting: try again later", max(1, round(seconds_of_work)))
         client, kind = handle.client, type(handle.prepared.request)
@@ -193,11 +189,7 @@ class Engine:
         return EngineUnavailableError(self.failure or "the engine does not run: start the server again")
 
     async def ask_all(self, requests: Iterable[Request], client: str, seconds: float) -> list[RequestHandle]:
-        """Queue all requests of a client, or none; each must be answered within `seconds`.
-
-        Raises:
-            OpenM6Error: one of them is broken, or refused.
-        """
+        """Queue all requests of a client, or none; each must be answered within `seconds`. Raise as `ask`."""
         handles: list[RequestHandle] = []
         try:
             for request in requests:
@@ -225,7 +217,7 @@ class Engine:
 
     def ask_and_wait(self, request: Request) -> Answer:
         """Return the answer, for callers without an event loop; raise as `ask` and `RequestHandle.wait`."""
-        return self.submit(self._prepare(request)).wait(request.seconds)
+        return self.submit(self._prepare(request)).wait()
 
     def _prepare(self, request: Request) -> PreparedRequest:
         return prepare(request, self.loaded, self.config.max_model_len)

@@ -17,7 +17,7 @@ from contextlib import aclosing
 
 import httpx
 
-from openm6.serve.content import ImageURL
+from openm6.serve.content import Content, ImagePart
 from openm6.serve.errors import BadRequestError
 
 PORT = 443
@@ -50,21 +50,25 @@ class Fetcher:
             limits=httpx.Limits(max_connections=MAX_FETCHES, max_keepalive_connections=0),
         )
 
-    async def fetch_all(self, images: Iterable[tuple[str, ImageURL]]) -> None:
-        """Replace every https URL by a data URL of its content; images come with the names of their fields.
+    async def fetch_all(self, turns: Iterable[tuple[str, Content | None]]) -> None:
+        """Replace every https URL of images by a data URL of its content; turns come with the names of their fields.
 
         Raises:
             BadRequestError: one is elsewhere, too large, or does not come in time.
         """
         if not self.hosts:
             return  # what is no data URL is refused when it is read
-        param = ""
+        remote = [
+            (f"{turn}.{index}.image_url.url", part.image_url)
+            for turn, content in turns
+            for index, part in enumerate(content if isinstance(content, list) else [])
+            if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:")
+        ]
         try:
             async with asyncio.timeout(self.seconds):
-                for param, image in images:
-                    if not image.url.startswith("data:"):
-                        data = await self.fetch(image.url, param)
-                        image.url = "data:;base64," + base64.b64encode(data).decode()
+                for param, image in remote:
+                    data = await self.fetch(image.url, param)
+                    image.url = "data:;base64," + base64.b64encode(data).decode()
         except TimeoutError:
             sentence = f"{param} did not come within {self.seconds:g} s: send the image as a data URL"
             raise BadRequestError(sentence, param) from None

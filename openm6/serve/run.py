@@ -71,7 +71,8 @@ def serve(
         app = configure_app(create_app(engine, config, name or trained.resolve().name))
         server = http_server(app, config.limits)
         engine.on_failure = partial(setattr, server, "should_exit", True)
-        address = address_of(listener)
+        host, port = listener.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         get_log().info(f"serving {trained} on {address}/docs")
         if getattr(app.state, "playground", False):
             get_log().info(f"playground on {address}{PLAYGROUND}")
@@ -82,11 +83,7 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has this address to itself; port 0 takes a free one.
-
-    Raises:
-        ConfigError: the address is taken, not of this machine, or not allowed.
-    """
+    """Return a socket that has this address to itself (port 0: a free one); raise ConfigError if it cannot be used."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -99,15 +96,8 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise ConfigError(
-            f"{host}:{port} cannot be used ({reason}): stop what uses it, or choose another --port"
-        ) from None
-
-
-def address_of(listener: socket.socket) -> str:
-    """Return the URL of a bound socket."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        sentence = f"{host}:{port} cannot be used ({reason}): stop what uses it, or choose another --port"
+        raise ConfigError(sentence) from None
 
 
 def is_public(listener: socket.socket) -> bool:

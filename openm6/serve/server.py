@@ -88,23 +88,14 @@ class Call:
     server: Server
     http: HTTPRequest
 
-    @property
-    def client(self) -> str:
-        """The index of the API key if the server has keys, else the address."""
-        key = self.http.scope.get("openm6.client")
-        address = self.http.client.host if self.http.client else ""
-        return key if isinstance(key, str) else address
-
     async def submit(self, requests: Iterable[Request]) -> list[RequestHandle]:
         """Queue all requests, or none; raise as `Engine.ask_all`."""
-        return await self.server.engine.ask_all(requests, self.client, self.server.limits.seconds)
+        address = self.http.client.host if self.http.client else ""
+        client = self.http.scope.get("openm6.client", address)  # the index of the API key if the server has keys
+        return await self.server.engine.ask_all(requests, client, self.server.limits.seconds)
 
     async def answer(self, kind: str, requests: Sequence[Request]) -> list[Answer]:
-        """Return the answers to requests; all are cancelled if one fails or the client leaves.
-
-        Raises:
-            OpenM6Error: one of them is refused or fails.
-        """
+        """Return all answers; if one fails or the client leaves, cancel what is left and raise OpenM6Error."""
         handles = await self.submit(requests)
         waiting = asyncio.gather(*(handle.answer() for handle in handles))
         try:

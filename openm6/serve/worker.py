@@ -108,18 +108,8 @@ class RequestHandle:
                 loop.call_soon_threadsafe(changed.set)
 
     def wait(self, seconds: float | None = None) -> Answer:
-        """Block until the answer is there; not for use in an event loop.
-
-        Raises:
-            DeadlineExceededError: it took longer than `seconds`.
-            OpenM6Error: there will be none.
-        """
-        try:
-            return self._outcome.result(seconds)
-        except TimeoutError:
-            self.cancel()
-            sentence = f"no answer within {seconds:g} seconds: ask for less, or again later"
-            raise DeadlineExceededError(sentence) from None
+        """Block until the answer is there, for at most `seconds`; raise OpenM6Error if there will be none."""
+        return self._outcome.result(seconds)
 
     async def answer(self) -> Answer:
         """Wait for the answer; a caller that stops waiting cancels it. Raise OpenM6Error if there is none."""

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from openm6.core.errors import ConfigError
-from openm6.serve.content import ImageURL
+from openm6.serve.content import ImagePart, ImageURL
 from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher, is_public
 from openm6.serve.run import read_serve_config
@@ -68,10 +68,14 @@ class FakeWeb(httpx.AsyncHTTPTransport):
         return fetcher
 
 
+def image(url: str) -> ImagePart:
+    return ImagePart(type="image_url", image_url=ImageURL(url=url))
+
+
 def fetched(web: FakeWeb, url: str = f"https://{HOST}/a.png?size=1", seconds: float = 5.0) -> bytes:
-    image = ImageURL(url=url)
-    asyncio.run(web.fetcher(seconds).fetch_all([("url", image)]))
-    return base64.b64decode(image.url.removeprefix("data:;base64,"))
+    part = image(url)
+    asyncio.run(web.fetcher(seconds).fetch_all([("turn", [part])]))
+    return base64.b64decode(part.image_url.url.removeprefix("data:;base64,"))
 
 
 def test_an_image_comes_from_the_address_that_was_checked() -> None:
@@ -151,10 +155,10 @@ def test_a_host_that_drips_is_cut_off() -> None:
 
 def test_all_images_of_a_request_share_one_time() -> None:
     web = FakeWeb(GOOD, drip=0.008)  # about 0.4 seconds each
-    images = [(f"p{n}", ImageURL(url=f"https://{HOST}/{n}")) for n in range(50)]
+    images = [image(f"https://{HOST}/{n}") for n in range(50)]
     began = time.monotonic()
     with pytest.raises(BadRequestError, match=r"did not come within 0\.6 s"):
-        asyncio.run(web.fetcher(0.6).fetch_all(images))
+        asyncio.run(web.fetcher(0.6).fetch_all([("turn", images)]))
     assert time.monotonic() - began < 10 and 1 <= len(web.called) <= 3
 
 

@@ -21,7 +21,7 @@ from openm6.core.errors import ConfigError, EngineError
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.run import HeaderTimeoutProtocol, address_of, bind, http_server, is_public, serve
+from openm6.serve.run import HeaderTimeoutProtocol, bind, http_server, is_public, serve
 from openm6.serve.worker import Worker
 from tests.serve.running import running
 from tests.small_model import loaded
@@ -162,7 +162,6 @@ def test_the_bare_address_leads_on(playground: bool) -> None:
 def test_an_address_that_is_taken_is_one_sentence() -> None:
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        assert address_of(first) == f"http://127.0.0.1:{port}"
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be used .* another --port"):
             bind("127.0.0.1", port)
 

@@ -64,7 +64,7 @@ def test_a_classifier_that_is_to_draw_says_so() -> None:
 
 def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("gradio", reason="the extra [serve] is not installed")
-    answers = importlib.import_module("openm6.serve.playground.answers")
+    page = importlib.import_module("openm6.serve.playground.page")
     image = tmp_path / "a.png"
     image.write_bytes(png())
     app = create_app(
@@ -73,7 +73,7 @@ def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ign
     server = app.state.server
     with server.engine:
         for language, word in (("en", "never trained"), ("zh", "未学过")):
-            shown = asyncio.run(answers.answer_freely(server, language, "Hello <b>", None, None, "text", 0))  # type: ignore[arg-type]
-            assert word in shown.note and 'class="untrained"' in shown.note and " s" in shown.note
-        shown = asyncio.run(answers.answer_freely(server, "en", "What is this?", str(image), None, "text", 0))
-        assert "untrained" not in shown.note
+            *_, note, _, _ = asyncio.run(page.Page(server).on_ask(language, "Hello <b>", None, None, "text", 0, []))
+            assert word in note and 'class="untrained"' in note and " s" in note
+        *_, note, _, _ = asyncio.run(page.Page(server).on_ask("en", "What is this?", str(image), None, "text", 0, []))
+        assert "untrained" not in note

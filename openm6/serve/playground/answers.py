@@ -12,15 +12,12 @@ import jinja2
 import numpy as np
 from PIL import Image as Pillow
 
-from openm6.core.errors import DataError
-from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.audio import RATE
-from openm6.modalities.interface import Part
-from openm6.serve.content import join_texts, pcm
-from openm6.serve.playground.inputs import WORDS, uploaded
-from openm6.serve.requests import CodesRequest, Request, TextRequest
+from openm6.serve.content import pcm
+from openm6.serve.playground.inputs import WORDS
+from openm6.serve.requests import Request
 from openm6.serve.routes.scenarios import decoded
-from openm6.serve.scenarios.scenario import Language, Output
+from openm6.serve.scenarios.scenario import Language
 from openm6.serve.schemas import Distribution, coverage_of
 from openm6.serve.server import Server
 
@@ -44,32 +41,8 @@ class Shown:
     note: str = ""
 
 
-async def answer_freely(
-    server: Server, language: Language, text: str, image: str | None, audio: str | None, output: Output, seed: int
-) -> Shown:
-    """Answer to any text, image and audio; raise as `show_answer`."""
-    parts = [
-        Part(kind, uploaded(kind, path, server.limits, language))
-        for kind, path in (("image", image), ("audio", audio))
-        if path
-    ]
-    if text.strip():
-        parts = join_texts([*parts, Part("text", text.strip())])
-    if not parts:
-        raise DataError(WORDS["empty"].text(language))
-    request: Request = TextRequest(parts=tuple(parts), sampling=Sampling(seed=seed))
-    if output == "image" or output == "audio":
-        sampling = MaskedSampling(seed=seed)
-        request = CodesRequest(parts=tuple(parts), modality=output, sampling=sampling)
-    return await show_answer(server, request, language)
-
-
 async def show_answer(server: Server, request: Request, language: Language, past: Sequence[float | None] = ()) -> Shown:
-    """Answer a request, `past` being the series that it continues.
-
-    Raises:
-        OpenM6Error: an input is broken, or too much is waiting.
-    """
+    """Answer a request, `past` being the series that it continues; raise as `Engine.ask`."""
     [handle] = await server.engine.ask_all([request], CLIENT, server.limits.seconds)
     answer = await handle.answer()
     server.metrics.add(CLIENT, answer)

@@ -43,21 +43,19 @@ def make_inputs(scenario: Scenario, language: Language, filled: bool = True) -> 
     example = example_values(scenario, language) if filled else {}
     found = []
     for name, declared in scenario.inputs.items():
-        kind, label, elem_id = declared.kind, declared.label.text(language), f"input-{name}"
+        kind, label = declared.kind, declared.label.text(language)
         hint = WORDS.get(f"{kind}_hint")
         if hint is not None:
             label = f"{label} ({hint.text(language)})"
         value = _shown(kind, example[name]) if filled else None
         # Without `interactive`, Gradio disables a component with a value that is made while the page is rendered.
+        form: Any = {"label": label, "elem_id": f"input-{name}", "interactive": True}
         if kind == "image":
-            component = ImageInput(
-                value, type="filepath", format="png", height=200, label=label, elem_id=elem_id, interactive=True
-            )
+            found.append(ImageInput(value, type="filepath", format="png", height=200, **form))
         elif kind == "audio":
-            component = gradio.Audio(value, type="filepath", label=label, elem_id=elem_id, interactive=True)
+            found.append(gradio.Audio(value, type="filepath", **form))
         else:
-            component = gradio.Textbox(value, lines=2, label=label, elem_id=elem_id, interactive=True)
-        found.append(component)
+            found.append(gradio.Textbox(value, lines=2, **form))
     return found
 
 
@@ -73,11 +71,7 @@ def _shown(kind: InputKind, value: Any) -> Any:
 def values_in(
     scenario: Scenario, contents: tuple[Any, ...], limits: Limits, language: Language = "en"
 ) -> dict[str, Any]:
-    """Return what the components of `make_inputs` hold, by name, as `scenario_request` takes it.
-
-    Raises:
-        DataError: something cannot be read.
-    """
+    """Return what the components of `make_inputs` hold, by name; raise DataError if something cannot be read."""
     found = {}
     for (name, declared), value in zip(scenario.inputs.items(), contents, strict=True):
         if value not in (None, ""):
@@ -89,11 +83,7 @@ def values_in(
 
 
 def uploaded(kind: str, path: str, limits: Limits, language: Language) -> bytes:
-    """Return the bytes of an image or audio that was uploaded or recorded.
-
-    Raises:
-        DataError: it cannot be read, or is too large, in the language of the page.
-    """
+    """Return the bytes of an upload; raise DataError, in the language of the page, if it is broken or too large."""
     data = Path(path).read_bytes()
     try:
         return CHECKS[kind](data, limits, kind)

@@ -9,10 +9,14 @@ from typing import Any
 import gradio
 from fastapi import FastAPI
 
-from openm6.core.errors import OpenM6Error
+from openm6.core.errors import DataError, OpenM6Error
+from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.modalities.interface import Part
+from openm6.serve.content import join_texts
 from openm6.serve.middleware import PLAYGROUND, match_key
-from openm6.serve.playground.answers import FIGURES, Shown, answer_freely, show_answer
-from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, values_in
+from openm6.serve.playground.answers import FIGURES, Shown, show_answer
+from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, uploaded, values_in
+from openm6.serve.requests import CodesRequest, Request, TextRequest
 from openm6.serve.scenarios.ask import example_fits, scenario_request
 from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, read_library, readiness
 from openm6.serve.server import Server
@@ -84,12 +88,8 @@ class Page:
 
     def best(self, scenarios: list[Scenario]) -> Scenario:
         """The first that works at a click: ready, and with an example that fits the model; else the nearest to it."""
-
-        def rank(scenario: Scenario) -> tuple[bool, bool, bool]:
-            found = self._readiness(scenario)
-            return found.ready, found.trained, self.fits(scenario, "en")
-
-        return max(scenarios, key=rank)
+        able = [(self._readiness(scenario), self.fits(scenario, "en"), scenario) for scenario in scenarios]
+        return max(able, key=lambda one: (one[0].ready, one[0].trained, one[1]))[2]
 
     def _readiness(self, scenario: Scenario) -> Readiness:
         return readiness(scenario, self.server.loaded.description, self.server.scores)
@@ -206,9 +206,16 @@ class Page:
         drawn: Images,
     ) -> list[Any]:
         """Return the answer to a free question in the panel."""
-        text = text or ""
+        text, number, uploads = (text or "").strip(), int(seed or 0), (("image", image), ("audio", audio))
         try:
-            shown = await answer_freely(self.server, language, text, image, audio, output, int(seed or 0))
+            found = [Part(kind, uploaded(kind, path, self.server.limits, language)) for kind, path in uploads if path]
+            parts = tuple(join_texts([*found, Part("text", text)]) if text else found)
+            if not parts:
+                raise DataError(WORDS["empty"].text(language))
+            request: Request = TextRequest(parts=parts, sampling=Sampling(seed=number))
+            if output == "image" or output == "audio":
+                request = CodesRequest(parts=parts, modality=output, sampling=MaskedSampling(seed=number))
+            shown = await show_answer(self.server, request, language)
         except OpenM6Error as error:
             return _failed(str(error), language, drawn)
         return _panel(shown, text[:40], drawn)

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from itertools import chain
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -20,7 +19,7 @@ from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
 from openm6.core.errors import OpenM6Error
-from openm6.serve.content import audio_file, image_data_url, images_of
+from openm6.serve.content import audio_file, image_data_url
 from openm6.serve.engine import cancel_all
 from openm6.serve.errors import DOCUMENTED, failure_of
 from openm6.serve.middleware import StrictRoute
@@ -140,8 +139,7 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
     server = call.server
     server.check_model(body.model)
     refuse_unsupported(body)
-    images = (images_of(turn.content, f"messages.{i}.content") for i, turn in enumerate(body.messages))
-    await server.fetcher.fetch_all(chain.from_iterable(images))
+    await server.fetcher.fetch_all((f"messages.{i}.content", turn.content) for i, turn in enumerate(body.messages))
     seed = chosen_seed(body.seed)
     reply = _Reply(server, body, await asyncio.to_thread(chat_requests, body, server, seed), seed)
     if not body.stream:

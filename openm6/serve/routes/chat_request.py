@@ -115,11 +115,7 @@ def refuse_unsupported(body: ChatBody) -> None:
 
 
 def chat_requests(body: ChatBody, server: Server, seed: int) -> list[Request]:
-    """For each choice, one request for each output modality.
-
-    Raises:
-        BadRequestError: a field is out of bounds, or fields do not fit one another.
-    """
+    """For each choice, one request for each output modality; raise BadRequestError if fields do not fit."""
     limits = server.limits
     check_limit("messages", len(body.messages), limits.messages, "messages")
     check_limit("n", body.n or 1, limits.answers)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from itertools import chain
 from typing import Annotated, Literal
 
 import numpy as np
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from openm6.serve.content import Content, ContentPart, images_of, parts_of_content
+from openm6.serve.content import Content, ContentPart, parts_of_content
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import EmbedRequest, RankRequest
@@ -87,7 +86,7 @@ async def embed(body: EmbeddingBody, call: ThisCall) -> Vectors:
     if not 1 <= len(items) <= MAX_ITEMS:
         raise BadRequestError(f"input must hold 1 to {MAX_ITEMS} items", "input")
     contents: list[Content] = [item if isinstance(item, str) else [item] for item in items]
-    await server.fetcher.fetch_all(chain.from_iterable(images_of(c, f"input.{i}") for i, c in enumerate(contents)))
+    await server.fetcher.fetch_all((f"input.{index}", content) for index, content in enumerate(contents))
     requests = await asyncio.to_thread(_embed_requests, server, contents)
     answers = await call.answer("embeddings", requests)
     tokens = sum(answer.usage.prompt for answer in answers)
@@ -116,7 +115,7 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     server = call.server
     server.check_model(body.model)
     check_limit("candidates", len(body.candidates), server.limits.candidates, "texts")
-    await server.fetcher.fetch_all(images_of(body.query, "query"))
+    await server.fetcher.fetch_all([("query", body.query)])
     parts = await asyncio.to_thread(parts_of_content, body.query, server.limits, "query")
     answers = await call.answer("rank", [RankRequest(parts=parts, candidates=tuple(body.candidates))])
     ranked = rank_candidates(body.candidates, answers[0].value, body.normalise)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from openm6.core.errors import ConfigError
 from openm6.inference.load import LoadedModel
 from openm6.modalities.image import box_mask, read_image
 from openm6.serve.config import Limits
@@ -27,7 +28,7 @@ from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request
 from openm6.serve.scenarios.ask import example_fits, example_values, scenario_request
-from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, read_library, readiness, require
+from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, read_library, readiness
 from openm6.serve.schemas import (
     CoveredReply,
     Distribution,
@@ -135,7 +136,9 @@ async def one(name: Name, server: ThisServer) -> OneScenario:
 async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnswer:
     """Answers by a scenario; one whose tasks the model lacks returns 400 and names the recipe that trains them."""
     scenario, loaded = _named(name), call.server.loaded
-    require(scenario, loaded.description)
+    able = readiness(scenario, loaded.description)
+    if not able.trained:
+        raise ConfigError(f"scenario {scenario.name} {able.text()}: train it, or choose another scenario")
     seed = chosen_seed(body.seed)
     values = await asyncio.to_thread(input_values, scenario, body.inputs, call.server.limits)
     request = scenario_request(scenario, body.language, values, seed)
@@ -192,11 +195,7 @@ def _examples(server: Server, scenario: Scenario) -> dict[str, dict[str, Any]]:
 
 
 def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -> dict[str, Any]:
-    """Return the inputs as `scenario_request` takes them: files decoded, all within the limits.
-
-    Raises:
-        BadRequestError: a file is broken or too large, or there is too much of something.
-    """
+    """Return the inputs with files decoded; raise BadRequestError if one is broken, or exceeds its limit."""
     found: dict[str, Any] = dict(inputs)
     for name, value in inputs.items():
         kind = scenario.inputs[name].kind if name in scenario.inputs else "text"

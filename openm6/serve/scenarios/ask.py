@@ -125,11 +125,7 @@ _FORMS = {
 
 @cache
 def example_record(name: str) -> Record:
-    """Return the record that `data#id` names, from the embedded data.
-
-    Raises:
-        ConfigError: there is no such data or record.
-    """
+    """Return the record that `data#id` names, from the embedded data; raise ConfigError if there is none."""
     data, _, key = name.partition("#")
     splits: tuple[Split, ...] = ("test", "train")
     for split in splits:

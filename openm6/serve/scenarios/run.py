@@ -18,15 +18,16 @@ from openm6.core.errors import OpenM6Error
 from openm6.core.files import replace_text
 from openm6.inference.load import load
 from openm6.modalities.numbers import Histogram
-from openm6.models.description import MODEL_FILE, CheckpointConfig, read_description
+from openm6.models.description import MODEL_FILE, read_description
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
 from openm6.serve.scenarios.ask import example_values, scenario_request
 from openm6.serve.scenarios.scenario import (
     LANGUAGES,
     Language,
+    Readiness,
     Scenario,
-    Scores,
+    ScenarioLibrary,
     read_library,
     read_scores,
     readiness,
@@ -42,40 +43,34 @@ def list_scenarios(trained: Path | None = None, language: Language = "en") -> Ta
     Raises:
         CheckpointError: there is no model there.
     """
-    description, scores = _trained_on(trained)
-    library = read_library()
-    last = "state" if description is not None else "recipe"
+    library, last = read_library(), "recipe" if trained is None else "state"
     table = Table("scenario", "domain", "inputs", "output", "what it does", last, box=None)
-    for name, scenario in library.scenarios.items():
-        domain = library.domains[library.domain_of[name]].title.text(language)
+    for scenario, able in _listed(library, trained):
+        domain = library.domains[library.domain_of[scenario.name]].title.text(language)
         takes = ", ".join(dict.fromkeys(declared.kind for declared in scenario.inputs.values()))
-        state = scenario.recipe
-        if description is not None:
-            state = readiness(scenario, description, scores).text(language)
-        table.add_row(name, domain, takes, scenario.output, scenario.summary.text(language), state)
+        state = able.text(language) if able is not None else scenario.recipe
+        table.add_row(scenario.name, domain, takes, scenario.output, scenario.summary.text(language), state)
     return table
 
 
 def scenarios_json(trained: Path | None = None) -> str:
-    """Return every field of each scenario as JSON; with a run, also `ready`, `needs` and `state`."""
-    description, scores = _trained_on(trained)
+    """Return every field of each scenario as JSON; with a run, also `ready`, `needs` and `state`. Raise as above."""
     library, found = read_library(), []
-    for name, scenario in library.scenarios.items():
-        entry = {"domain": library.domain_of[name], **scenario.model_dump(mode="json")}
-        if description is not None:
-            able = readiness(scenario, description, scores)
+    for scenario, able in _listed(library, trained):
+        entry = {"domain": library.domain_of[scenario.name], **scenario.model_dump(mode="json")}
+        if able is not None:
             entry |= {"ready": able.ready, "needs": list(able.missing), "state": able.text()}
         found.append(entry)
     return json.dumps({"scenarios": found}, ensure_ascii=False, indent=1)
 
 
-def _trained_on(trained: Path | None) -> tuple[CheckpointConfig | None, Scores]:
-    """The description in a run's checkpoint and the scores in its report, if a run is named."""
+def _listed(library: ScenarioLibrary, trained: Path | None) -> list[tuple[Scenario, Readiness | None]]:
+    """All scenarios, each with its readiness by the checkpoint and the report of a run if one is named."""
     if trained is None:
-        return None, {}
-    folder = latest(trained)
-    path = folder / MODEL_FILE
-    return read_description(path.read_text(encoding="utf-8"), str(path)), read_scores(folder)
+        return [(scenario, None) for scenario in library.scenarios.values()]
+    path = latest(trained) / MODEL_FILE
+    description, scores = read_description(path.read_text(encoding="utf-8"), str(path)), read_scores(path.parent)
+    return [(scenario, readiness(scenario, description, scores)) for scenario in library.scenarios.values()]
 
 
 @dataclass(frozen=True)

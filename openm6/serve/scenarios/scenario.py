@@ -233,10 +233,3 @@ def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores 
     found = [(scores or {}).get(task, []) for task in scenario.tasks]
     weak = [own[0] for own in found if own and not any(score.better for score in own)]
     return Readiness(tuple(missing), scenario.recipe, weak[0] if weak else None)
-
-
-def require(scenario: Scenario, description: CheckpointConfig) -> None:
-    """Raise ConfigError, with what is needed, if a model was not trained for a scenario."""
-    found = readiness(scenario, description)
-    if not found.trained:
-        raise ConfigError(f"scenario {scenario.name} {found.text()}: train it, or choose another scenario")
