@@ -7,7 +7,6 @@ headers are read here. Routes that name a task put the input into the task's own
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 from typing import Annotated, Literal
@@ -167,7 +166,7 @@ def decode_base64(text: str, param: str) -> bytes:
     """Return the bytes in base64; raise BadRequestError if it has a flaw or is empty."""
     try:
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise BadRequestError(f"{param} is not valid base64: encode the file's bytes again", param) from None
     if not data:
         raise BadRequestError(f"{param} is empty: send the file's bytes", param)

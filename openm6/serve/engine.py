@@ -42,28 +42,21 @@ MAX_PREPARING = 64  # requests whose images and audio are being decoded or wait 
 MAX_COUNTERS = 4096  # counters kept of clients that do not wait
 
 
-_Rank = tuple[int, int, str]  # counter of a client, turn in which it came, its name
-
-
-@dataclass
+@dataclass(order=True)
 class _Line:
-    """The waiting requests of a client by kind, each with its age, and the work that was admitted for it."""
+    """The waiting requests of a client by kind, each with its age; ordered by the work that was admitted for it."""
 
-    client: str
-    turn: int
     counter: int
-    handles: dict[type, dict[RequestHandle, int]] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> _Rank:
-        return self.counter, self.turn, self.client
+    turn: int
+    client: str = field(compare=False)
+    handles: dict[type, dict[RequestHandle, int]] = field(default_factory=dict, compare=False)
 
 
 class FairQueue:
     """Waiting requests of many clients, bounded by their work; not safe for threads by itself.
 
-    The ranks of the clients that wait are kept sorted for each kind of request, so that the next client is found
-    without a search, and a kind without a free slot costs nothing, however many wait for it.
+    The clients that wait are kept sorted for each kind of request, so that the next client is found without a search,
+    and a kind without a free slot costs nothing, however many wait for it.
     """
 
     def __init__(self, bound: int) -> None:
@@ -71,7 +64,7 @@ class FairQueue:
         self.work = 0
         self.waiting: dict[str, _Line] = {}
         self.counters: OrderedDict[str, int] = OrderedDict()  # of clients that do not wait, the latest last
-        self._ranks: defaultdict[type, list[_Rank]] = defaultdict(list)
+        self._sorted: defaultdict[type, list[_Line]] = defaultdict(list)
         self._ages = count()
         self._size = 0
 
@@ -84,13 +77,13 @@ class FairQueue:
             raise QueueFullError("too many requests are waiting: try again later", max(1, round(seconds_of_work)))
         client, kind = handle.client, type(handle.prepared.request)
         if client not in self.waiting:
-            lowest = min((ranks[0][0] for ranks in self._ranks.values() if ranks), default=0)
+            lowest = min((lines[0].counter for lines in self._sorted.values() if lines), default=0)
             counter = max(lowest, self.counters.pop(client, 0))
-            self.waiting[client] = _Line(client, next(self._ages), counter)
+            self.waiting[client] = _Line(counter, next(self._ages), client)
         line = self.waiting[client]
         if kind not in line.handles:
             line.handles[kind] = {}
-            insort(self._ranks[kind], line.rank)
+            insort(self._sorted[kind], line)
         line.handles[kind][handle] = next(self._ages)
         self.work += handle.prepared.work
         self._size += 1
@@ -100,12 +93,11 @@ class FairQueue:
 
         `kinds` are those requests for which there may be a free slot; the others are not examined.
         """
-        open_kinds = [kind for kind in self._ranks if kinds is None or kind in kinds]
-        # A client that waits for several kinds has the same rank in each.
-        for (_, _, client), _ in groupby(merge(*(self._ranks[kind] for kind in open_kinds))):
-            handles = self.waiting[client].handles
-            lines = (handles[kind].items() for kind in open_kinds if kind in handles)
-            for handle, _ in merge(*lines, key=itemgetter(1)):
+        open_kinds = [kind for kind in self._sorted if kinds is None or kind in kinds]
+        # A client that waits for several kinds stands in the list of each.
+        for line, _ in groupby(merge(*(self._sorted[kind] for kind in open_kinds))):
+            handles = (line.handles[kind].items() for kind in open_kinds if kind in line.handles)
+            for handle, _ in merge(*handles, key=itemgetter(1)):
                 if fits(handle):
                     self._remove(handle, charge=handle.prepared.work)
                     return handle
@@ -123,14 +115,14 @@ class FairQueue:
         """Remove a request and add `charge` to its client's counter."""
         line, kind = self.waiting[handle.client], type(handle.prepared.request)
         for other in line.handles:
-            ranks = self._ranks[other]
-            del ranks[bisect_left(ranks, line.rank)]
+            lines = self._sorted[other]
+            del lines[bisect_left(lines, line)]
         del line.handles[kind][handle]
         if not line.handles[kind]:
             del line.handles[kind]
         line.counter += charge
         for other in line.handles:
-            insort(self._ranks[other], line.rank)
+            insort(self._sorted[other], line)
         self.work -= handle.prepared.work
         self._size -= 1
         if not line.handles:

@@ -163,18 +163,13 @@ def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, s
     located = [(_path(error, body), error) for error in errors]
     # The type of a part decides before what its fields lack.
     deepest = max((path for path, _ in located), key=len)
-    sentence = _sentence([error for path, error in located if path == deepest])
+    meant = [error for path, error in located if path == deepest]
+    names = [str(error["type"]).partition("_")[0] for error in meant]
+    kinds = dict.fromkeys(KINDS[name] for name in names if name in KINDS)
+    sentences = (SENTENCES[error["type"]](error.get("ctx", {})) for error in meant if error["type"] in SENTENCES)
+    sentence = next(sentences, f"must be {' or '.join(kinds)}" if kinds else OTHER)
     name = ".".join(map(str, deepest))
     return (f"{name} {sentence}" if name else f"the body {sentence}"), name or None
-
-
-def _sentence(errors: list[PydanticError]) -> str:
-    for error in errors:
-        if error["type"] in SENTENCES:
-            return SENTENCES[error["type"]](error.get("ctx", {}))
-    names = [str(error["type"]).partition("_")[0] for error in errors]
-    kinds = dict.fromkeys(KINDS[name] for name in names if name in KINDS)
-    return f"must be {' or '.join(kinds)}" if kinds else OTHER
 
 
 def _path(error: PydanticError, body: Any) -> tuple[str | int, ...]:

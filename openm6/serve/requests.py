@@ -183,11 +183,7 @@ class PreparedRequest:
 
 
 def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedRequest:
-    """Return the tokens of a request.
-
-    Raises:
-        DataError: a part is broken or out of bounds, or prompt and answer need more than `max_length` tokens.
-    """
+    """Return the tokens of a request; raise DataError if a part is broken, or `max_length` tokens are exceeded."""
     prompt = [segment for segment in source_segments(request.parts, loaded.modalities) if len(segment)]
     prepared = PreparedRequest(request, prompt, _targets(request, loaded))
     longest = max((len(segment) for segment in prepared.targets), default=0)
@@ -204,10 +200,7 @@ def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedR
 
 
 def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
-    """What is to be decoded: all codes or those of the masked region, numbers, or each candidate.
-
-    Columns and steps to predict are marked by any value that is not missing.
-    """
+    """What is to be decoded: all codes or those of the masked region, numbers, or each candidate."""
     match request:
         case CodesRequest(modality="image", source=None):
             return [loaded.image.blank()]
@@ -218,6 +211,7 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
         case CodesRequest():
             options = {"mask_span": request.span, "seconds": request.duration}
             return [loaded.audio.target(request.source, options=options)]
+        # Steps and columns to predict are marked by any value that is not missing.
         case NumbersRequest(series=str(name)):
             return [loaded.numbers.target(NumberSeries(name, [loaded.numbers.scale(name)[0]] * request.ahead))]
         case NumbersRequest():

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-from PIL import Image as Pillow
 
 from openm6.modalities.audio import RATE
 from openm6.serve.content import pcm
@@ -30,19 +27,10 @@ FIGURES: Any = (
 )
 
 
-@dataclass(frozen=True)
-class Shown:
-    """The content of the answer panel; what is None is hidden."""
-
-    text: str | None = None
-    image: Pillow.Image | None = None
-    audio: tuple[int, np.ndarray] | None = None
-    figure: str | None = None
-    note: str = ""
-
-
-async def show_answer(server: Server, request: Request, language: Language, past: Sequence[float | None] = ()) -> Shown:
-    """Answer a request, `past` being the series that it continues; raise as `Engine.ask`."""
+async def show_answer(
+    server: Server, request: Request, language: Language, past: Sequence[float | None] = ()
+) -> dict[str, Any]:
+    """Return the parts of the answer panel for a request that continues `past`, if a series; raise as `Engine.ask`."""
     [handle] = await server.engine.ask_all([request], CLIENT, server.limits.seconds)
     answer = await handle.answer()
     server.metrics.add(CLIENT, answer)
@@ -53,15 +41,17 @@ async def show_answer(server: Server, request: Request, language: Language, past
     coverage = coverage_of(request, answer, server.loaded.description)
     note = str(FIGURES.note(coverage.message(language), f"{energy} · {answer.seconds:.2f} s"))
     found = await asyncio.to_thread(decoded, request, answer, server.loaded)
-    audio = (RATE, pcm(found["audio"])) if "audio" in found else None
-    figure = None
-    for name, distribution in found.get("numbers", {}).items():
-        figure = interval_chart(name, distribution, past)
-    if "ranking" in found:
-        figure = str(FIGURES.ranking(found["ranking"]))
-    if "embedding" in found:
-        figure = vector_strip(found["embedding"])
-    return Shown(found.get("text"), found.get("image"), audio, figure, note)
+    match found:
+        case {"audio": samples}:
+            found = {"audio": (RATE, pcm(samples))}
+        case {"numbers": numbers}:
+            [(name, distribution)] = numbers.items()
+            found = {"figure": interval_chart(name, distribution, past)}
+        case {"ranking": ranking}:
+            found = {"figure": str(FIGURES.ranking(ranking))}
+        case {"embedding": vector}:
+            found = {"figure": vector_strip(vector)}
+    return {**found, "note": note}
 
 
 def interval_chart(name: str, found: Distribution, past: Sequence[float | None] = ()) -> str:

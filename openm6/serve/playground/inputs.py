@@ -19,8 +19,8 @@ from openm6.serve.errors import BadRequestError
 from openm6.serve.scenarios.ask import MEDIA, example_values
 from openm6.serve.scenarios.scenario import Bilingual, InputKind, Language, Scenario
 
-WORDS_FILE = Path(__file__).with_name("words.yaml")
-WORDS = {name: build(Bilingual, words, name) for name, words in read_yaml(WORDS_FILE).items()}
+_WORDS = read_yaml(Path(__file__).with_name("words.yaml"))
+WORDS = {name: build(Bilingual, words, name) for name, words in _WORDS.items()}
 
 
 def _path_of(_: gradio.Image, payload: Any) -> str | None:
@@ -47,25 +47,17 @@ def make_inputs(scenario: Scenario, language: Language, filled: bool = True) -> 
         hint = WORDS.get(f"{kind}_hint")
         if hint is not None:
             label = f"{label} ({hint.text(language)})"
-        value = _shown(kind, example[name]) if filled else None
         # Without `interactive`, Gradio disables a component with a value that is made while the page is rendered.
         form: Any = {"label": label, "elem_id": f"input-{name}", "interactive": True}
         if kind == "image":
-            found.append(ImageInput(value, type="filepath", format="png", height=200, **form))
+            image = Pillow.open(io.BytesIO(example[name])).convert("RGBA") if filled else None
+            found.append(ImageInput(image, type="filepath", format="png", height=200, **form))
         elif kind == "audio":
-            found.append(gradio.Audio(value, type="filepath", **form))
+            audio = soundfile.read(io.BytesIO(example[name]), dtype="int16")[::-1] if filled else None  # rate first
+            found.append(gradio.Audio(audio, type="filepath", **form))
         else:
-            found.append(gradio.Textbox(value, lines=2, **form))
+            found.append(gradio.Textbox(write_typed(kind, example[name]) if filled else None, lines=2, **form))
     return found
-
-
-def _shown(kind: InputKind, value: Any) -> Any:
-    if kind == "image":
-        return Pillow.open(io.BytesIO(value)).convert("RGBA")
-    if kind == "audio":
-        samples, rate = soundfile.read(io.BytesIO(value), dtype="int16")
-        return rate, samples
-    return write_typed(kind, value)
 
 
 def values_in(

@@ -14,14 +14,13 @@ from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.serve.content import join_texts
 from openm6.serve.middleware import PLAYGROUND, match_key
-from openm6.serve.playground.answers import FIGURES, Shown, show_answer
+from openm6.serve.playground.answers import FIGURES, show_answer
 from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, uploaded, values_in
 from openm6.serve.requests import CodesRequest, Request, TextRequest
 from openm6.serve.scenarios.ask import example_fits, scenario_request
 from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, read_library, readiness
 from openm6.serve.server import Server
 
-STYLE = Path(__file__).with_name("page.css")
 MAX_GALLERY = 24
 LANGUAGES = (("English", "en"), ("中文", "zh"))
 OUTPUTS: tuple[Output, ...] = ("text", "image", "audio")
@@ -51,7 +50,7 @@ def add_playground(app: FastAPI) -> FastAPI:
         max_file_size=server.limits.body_bytes,
         ssr_mode=False,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css_paths=[STYLE],
+        css_paths=[Path(__file__).with_name("page.css")],
     )
 
 
@@ -74,17 +73,20 @@ class Page:
                     LANGUAGES, value="en", label=WORDS["language"].en, elem_id="language", min_width=250
                 )
             with gradio.Row():
-                with gradio.Column(min_width=320), gradio.Tabs(selected=self.opening_tab(first)):
+                tab = "scenarios" if self._readiness(first).trained else "freely"
+                with gradio.Column(min_width=320), gradio.Tabs(selected=tab):
                     self._scenario_tab(first)
                     self._free_tab()
                 with gradio.Column(min_width=320):
                     self._answer_panel()
-            self._connect()
+            self.domain.change(self.choose_domain, [self.domain, self.language], [self.scenario])
+            self.labels.append((self.language, "language"))
+            worded: list[Any] = [self.title, self.domain, self.scenario, self.output, self.ask]
+            worded += [component for component, _ in self.labels]
+            self.language.change(self.choose_language, [self.language, self.domain, self.scenario], worded)
+            free = [self.language, self.text, self.image, self.audio, self.output, self.seed, self.drawn]
+            self.ask.click(self.on_ask, free, self.panel).then(None, js=SHOW)
         return blocks
-
-    def opening_tab(self, first: Scenario) -> str:
-        """Return the tab that is shown: scenarios, unless the model can do none."""
-        return "scenarios" if self._readiness(first).trained else "freely"
 
     def best(self, scenarios: list[Scenario]) -> Scenario:
         """The first that works at a click: ready, and with an example that fits the model; else the nearest to it."""
@@ -152,22 +154,13 @@ class Page:
         self.panel = [text, image, audio, figure, note, gallery, self.drawn]
         self.labels += [(text, "answer"), (image, "image"), (audio, "audio"), (gallery, "gallery")]
 
-    def _connect(self) -> None:
-        self.domain.change(self.choose_domain, [self.domain, self.language], [self.scenario])
-        self.labels.append((self.language, "language"))
-        worded: list[Any] = [self.title, self.domain, self.scenario, self.output, self.ask]
-        worded += [component for component, _ in self.labels]
-        self.language.change(self.choose_language, [self.language, self.domain, self.scenario], worded)
-        free = [self.language, self.text, self.image, self.audio, self.output, self.seed, self.drawn]
-        self.ask.click(self.on_ask, free, self.panel).then(None, js=SHOW)
-
     def choose_domain(self, domain: str, language: Language) -> Any:
         """Return the scenarios of a domain, the first that works chosen."""
         first = self.best(self.library.domains[domain].scenarios)
         return gradio.update(choices=self._choices(domain, language), value=first.name)
 
     def choose_language(self, language: Language, domain: str, name: str) -> list[Any]:
-        """Return the fixed parts of the page in another language, in the order of `_connect`."""
+        """Return the fixed parts of the page in another language, in the order of `build`."""
         words = {key: word.text(language) for key, word in WORDS.items()}
         choices = self._choices(domain, language)
         return [
@@ -225,9 +218,8 @@ class Page:
 
     def _choices(self, domain: str, language: Language) -> list[tuple[str, str]]:
         """Titles, those that need training marked by a ring."""
-        marks = {True: "●", False: "○"}
         return [
-            (f"{marks[self._readiness(one).ready]} {one.title.text(language)}", one.name)
+            (f"{'●' if self._readiness(one).ready else '○'} {one.title.text(language)}", one.name)
             for one in self.library.domains[domain].scenarios
         ]
 
@@ -249,13 +241,13 @@ def _outputs(language: Language) -> list[tuple[str, str]]:
 
 def _failed(sentence: str, language: Language, drawn: Images) -> list[Any]:
     """An answer panel with why there is no answer; a raised error would cover every part of it."""
-    return _panel(Shown(note=str(FIGURES.failure(WORDS["failed"].text(language), sentence))), "", drawn)
+    return _panel({"note": str(FIGURES.failure(WORDS["failed"].text(language), sentence))}, "", drawn)
 
 
-def _panel(shown: Shown, caption: str, drawn: Images) -> list[Any]:
+def _panel(shown: dict[str, Any], caption: str, drawn: Images) -> list[Any]:
     """The answer panel: parts without content are hidden; images go to the gallery."""
-    if shown.image is not None:
-        drawn = [(shown.image, caption), *drawn][:MAX_GALLERY]
-    parts = (shown.text, shown.image, shown.audio, shown.figure)
-    updates = [gradio.update(value=part, visible=part is not None) for part in parts]
-    return [*updates, shown.note, drawn, drawn]
+    if "image" in shown:
+        drawn = [(shown["image"], caption), *drawn][:MAX_GALLERY]
+    parts = ("text", "image", "audio", "figure")
+    updates = [gradio.update(value=shown.get(part), visible=part in shown) for part in parts]
+    return [*updates, shown["note"], drawn, drawn]

@@ -260,12 +260,8 @@ def logprobs_of(tokens: Sequence[ScoredToken]) -> Logprobs:
     def scored(text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-    return Logprobs(
-        content=[
-            TokenLogprob(
-                **scored(token.text, token.logprob),
-                top_logprobs=[TokenAlternative(**scored(text, value)) for text, value in token.alternatives],
-            )
-            for token in tokens
-        ]
-    )
+    content = [
+        TokenLogprob(**scored(token.text, token.logprob), top_logprobs=[scored(*one) for one in token.alternatives])
+        for token in tokens
+    ]
+    return Logprobs(content=content)

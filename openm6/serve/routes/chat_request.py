@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -124,18 +125,17 @@ def chat_requests(body: ChatBody, server: Server, seed: int) -> list[Request]:
     parts = parts_of_messages(body.messages, limits, apart)
     if not parts:
         raise BadRequestError("the messages are empty: add a text", "messages")
-    seeds = [seed_of(seed, index) for index in range(body.n or 1)]
-    return [_request(output, body, parts, one, limits.tokens) for one in seeds for output in body.outputs]
-
-
-def _request(output: Output, body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens: int) -> Request:
-    if output == "text":
-        return _text_request(body, parts, seed, max_tokens)
-    if output == "numbers":
-        return _numbers_request(body.numbers or NumbersSettings(), parts)
-    draw = body.draw or DrawSettings()
-    sampling = MaskedSampling(seed=seed, steps=draw.steps, guidance=draw.guidance)
-    return CodesRequest(parts=parts, modality=output, sampling=sampling)
+    draw, found = body.draw or DrawSettings(), list[Request]()
+    for index, output in product(range(body.n or 1), body.outputs):
+        one = seed_of(seed, index)
+        if output == "text":
+            found.append(_text_request(body, parts, one, limits.tokens))
+        elif output == "numbers":
+            found.append(_numbers_request(body.numbers or NumbersSettings(), parts))
+        else:
+            sampling = MaskedSampling(seed=one, steps=draw.steps, guidance=draw.guidance)
+            found.append(CodesRequest(parts=parts, modality=output, sampling=sampling))
+    return found
 
 
 def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens: int) -> TextRequest:

@@ -138,11 +138,7 @@ class ScenarioLibrary:
 
 
 def read_library(folder: Path = FOLDER) -> ScenarioLibrary:
-    """Return the scenarios in the YAML files of a folder, one domain per file.
-
-    Raises:
-        ConfigError: a file does not have the fields of `Domain`, or two scenarios have one name.
-    """
+    """Return the scenarios in the YAML files of a folder, one domain per file; raise ConfigError if one is broken."""
     paths = sorted(folder.glob("*.yaml"))
     if not paths:
         raise ConfigError(f"{folder} holds no scenarios: put YAML files there")
