@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -34,15 +34,7 @@ from openm6.serve.scenarios.scenario import read_scores
 from openm6.serve.server import Metrics, Server
 
 # A new route is a file in openm6/serve/routes and an entry here.
-ROUTERS: tuple[APIRouter, ...] = (
-    status.router,
-    chat.router,
-    images.router,
-    audio.router,
-    retrieval.router,
-    predict.router,
-    scenarios.router,
-)
+ROUTES = (status, chat, images, audio, retrieval, predict, scenarios)
 
 
 def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "openm6") -> FastAPI:
@@ -71,8 +63,8 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
         fetcher=Fetcher(config.hosts, limits.fetch_bytes, limits.fetch_seconds),
         scores=read_scores(engine.loaded.checkpoint),
     )
-    for router in ROUTERS:
-        app.include_router(router)
+    for route in ROUTES:
+        app.include_router(route.router)
     for kind in (OpenM6Error, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_failure)
     app.add_middleware(HTTPMiddleware, keys=config.keys, limits=limits, metrics=metrics)

@@ -97,11 +97,7 @@ class Message(BaseModel):
 
 
 def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = False) -> tuple[Part, ...]:
-    """Return the parts of all turns, in order; texts of two turns are joined unless the turns stay `apart`.
-
-    Raises:
-        BadRequestError: there are too many parts or characters, or one of them is broken.
-    """
+    """Return the parts of all turns; texts of two turns are joined unless they stay `apart`. Raise as below."""
     turns: list[list[Part]] = []
     for index, message in enumerate(messages):
         parts = _content_parts(message.content or "", limits, f"messages.{index}.content")
@@ -113,7 +109,7 @@ def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = Fal
 
 
 def parts_of_content(content: Content, limits: Limits, param: str) -> tuple[Part, ...]:
-    """Return the parts of one turn, neighbouring texts joined; raise as `parts_of_messages`."""
+    """Return the parts of one turn, neighbouring texts joined; raise BadRequestError if one is broken or too much."""
     return _within_limits(join_texts(_content_parts(content, limits, param)), limits, param)
 
 

@@ -152,7 +152,6 @@ SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "union_tag_invalid": lambda ctx: f"{ctx['tag']!r} is not supported: use {_listed(ctx['expected_tags'])}",
     "union_tag_not_found": lambda _: "has no type: add it",
 }
-OTHER = "cannot be used as it is: see /docs"
 
 
 def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, str | None]:
@@ -167,7 +166,7 @@ def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, s
     names = [str(error["type"]).partition("_")[0] for error in meant]
     kinds = dict.fromkeys(KINDS[name] for name in names if name in KINDS)
     sentences = (SENTENCES[error["type"]](error.get("ctx", {})) for error in meant if error["type"] in SENTENCES)
-    sentence = next(sentences, f"must be {' or '.join(kinds)}" if kinds else OTHER)
+    sentence = next(sentences, f"must be {' or '.join(kinds)}" if kinds else "cannot be used as it is: see /docs")
     name = ".".join(map(str, deepest))
     return (f"{name} {sentence}" if name else f"the body {sentence}"), name or None
 

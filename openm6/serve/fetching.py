@@ -53,8 +53,7 @@ class Fetcher:
     async def fetch_all(self, turns: Iterable[tuple[str, Content | None]]) -> None:
         """Replace every https URL of images by a data URL of its content; turns come with the names of their fields.
 
-        Raises:
-            BadRequestError: one is elsewhere, too large, or does not come in time.
+        Raise BadRequestError if an image is elsewhere, too large, or does not come in time.
         """
         if not self.hosts:
             return  # what is no data URL is refused when it is read

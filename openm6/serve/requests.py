@@ -113,7 +113,6 @@ class Usage:
 
     @property
     def prompt(self) -> int:
-        """Prompt tokens of all modalities."""
         return sum(self.by_modality.values())
 
 
@@ -167,7 +166,6 @@ class PreparedRequest:
 
     @cached_property
     def prompt_length(self) -> int:
-        """Tokens of the prompt."""
         return sum(map(len, self.prompt))
 
     @cached_property

@@ -62,7 +62,8 @@ def serve(
         EngineError: the engine failed, and the server ended with it.
     """
     with bind(config.host, config.port) as listener:
-        if is_public(listener) and not config.keys:
+        host, port = listener.getsockname()[:2]
+        if not (config.keys or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
             get_log().warning(
                 f"no API keys: whoever reaches {config.host} may ask the model, open the page and upload files; "
                 f"set {KEY_VARIABLE} or --keys"
@@ -71,7 +72,6 @@ def serve(
         app = configure_app(create_app(engine, config, name or trained.resolve().name))
         server = http_server(app, config.limits)
         engine.on_failure = partial(setattr, server, "should_exit", True)
-        host, port = listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         get_log().info(f"serving {trained} on {address}/docs")
         if getattr(app.state, "playground", False):
@@ -98,11 +98,6 @@ def bind(host: str, port: int) -> socket.socket:
         reason = os.strerror(error.errno or 0)
         sentence = f"{host}:{port} cannot be used ({reason}): stop what uses it, or choose another --port"
         raise ConfigError(sentence) from None
-
-
-def is_public(listener: socket.socket) -> bool:
-    """Whether other machines may reach it."""
-    return not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def http_server(app: FastAPI, limits: Limits) -> uvicorn.Server:

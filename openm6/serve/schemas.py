@@ -117,9 +117,8 @@ def usage_of(answers: list[Answer]) -> TokenUsage:
 
 def coverage_of(request: Request, answer: Answer, description: CheckpointConfig) -> Coverage:
     """Return whether a request was trained; embeddings are refused elsewhere if they were not."""
-    if isinstance(request, EmbedRequest):
-        return Coverage()
-    return assess(request.parts, request.output, description, answer.confidence)
+    is_vector = isinstance(request, EmbedRequest)
+    return Coverage() if is_vector else assess(request.parts, request.output, description, answer.confidence)
 
 
 def distribution_of(histogram: Histogram, coverage: float) -> Distribution:

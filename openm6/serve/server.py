@@ -34,13 +34,12 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
-        seconds = partial(Histogram, registry=self.registry, buckets=SECONDS)
-        joules = partial(Histogram, registry=self.registry, buckets=JOULES)
+        histogram = partial(Histogram, registry=self.registry)
         self.requests = counter("openm6_requests", "Requests by kind and HTTP status", ("kind", "status"))
         self.tokens = counter("openm6_tokens", "Prompt tokens and generated tokens", ("direction",))
-        self.seconds = seconds("openm6_request_seconds", "Time to the whole answer", ("kind",))
-        self.first_token = seconds("openm6_first_token_seconds", "Time to the first token of a text")
-        self.joules = joules("openm6_request_joules", "Energy of a request", ("kind",))
+        self.seconds = histogram("openm6_request_seconds", "Time to the whole answer", ("kind",), buckets=SECONDS)
+        self.first_token = histogram("openm6_first_token_seconds", "Time to the first token of a text", buckets=SECONDS)
+        self.joules = histogram("openm6_request_joules", "Energy of a request", ("kind",), buckets=JOULES)
         gauge("openm6_queue_requests", "Requests that wait").set_function(lambda: len(engine.queue))
         gauge("openm6_queue_tokens", "Tokens of work that wait").set_function(lambda: engine.queue.work)
 

@@ -75,13 +75,11 @@ class RequestHandle:
 
     @property
     def expired(self) -> bool:
-        """Whether its deadline has passed."""
         seconds = self.prepared.request.seconds
         return seconds is not None and time.monotonic() - self.created_at > seconds
 
     @property
     def done(self) -> bool:
-        """Whether there is an answer or an error."""
         return self._outcome.done()
 
     def cancel(self) -> None:
@@ -145,10 +143,8 @@ class Worker:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig, meter: Meter) -> None:
         self.loaded, self.config = loaded, config
-        text_head = TextHead.of(loaded.omni, loaded.text)
-        self.text = DecodeBatch(
-            text_head, config.max_num_seqs, config.max_model_len, config.weights, config.batch_invariant
-        )
+        head = TextHead.of(loaded.omni, loaded.text)
+        self.text = DecodeBatch(head, config.max_num_seqs, config.max_model_len, config.weights, config.batch_invariant)
         self.slots = loaded.omni.backbone.new_cache(config.max_num_media + 1, config.max_model_len)
         self.scratch_slot = config.max_num_media
         self.free_slots = list(range(config.max_num_media))

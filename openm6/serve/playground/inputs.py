@@ -64,14 +64,11 @@ def values_in(
     scenario: Scenario, contents: tuple[Any, ...], limits: Limits, language: Language = "en"
 ) -> dict[str, Any]:
     """Return what the components of `make_inputs` hold, by name; raise DataError if something cannot be read."""
-    found = {}
-    for (name, declared), value in zip(scenario.inputs.items(), contents, strict=True):
-        if value not in (None, ""):
-            if declared.kind in MEDIA:
-                found[name] = uploaded(declared.kind, value, limits, language)
-            else:
-                found[name] = read_typed(declared.kind, value)
-    return found
+    return {
+        name: uploaded(given.kind, value, limits, language) if given.kind in MEDIA else read_typed(given.kind, value)
+        for (name, given), value in zip(scenario.inputs.items(), contents, strict=True)
+        if value not in (None, "")
+    }
 
 
 def uploaded(kind: str, path: str, limits: Limits, language: Language) -> bytes:

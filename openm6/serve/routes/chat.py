@@ -144,7 +144,18 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
     reply = _Reply(server, body, await asyncio.to_thread(chat_requests, body, server, seed), seed)
     if not body.stream:
         answers = await call.answer("chat", reply.requests)
-        return reply.completion(answers, await asyncio.to_thread(reply.messages, answers))
+        mains, messages = answers[reply.by_choice], await asyncio.to_thread(reply.messages, answers)
+        choices = [
+            Choice(
+                index=index,
+                message=message,
+                logprobs=logprobs_of(main.tokens) if body.logprobs else None,
+                finish_reason=main.finish,
+            )
+            for index, (message, main) in enumerate(zip(messages, mains, strict=True))
+        ]
+        whole = Completion(**reply.head, choices=choices, usage=usage_of(answers))
+        return whole.with_coverage(reply.requests, answers, server.loaded.description)
     handles = await call.submit(reply.requests)  # a refusal must come before the first byte of a stream
     return StreamingResponse(
         reply.events(handles),
@@ -195,20 +206,6 @@ class _Reply:
                 coverage = (body.numbers or NumbersSettings()).coverage
                 message.numbers = {request.name: distribution_of(value, coverage)}
         return found
-
-    def completion(self, answers: list[Answer], messages: list[AnswerMessage]) -> Completion:
-        """Return the whole response."""
-        choices = [
-            Choice(
-                index=index,
-                message=message,
-                logprobs=logprobs_of(main.tokens) if self.body.logprobs else None,
-                finish_reason=main.finish,
-            )
-            for index, (message, main) in enumerate(zip(messages, answers[self.by_choice], strict=True))
-        ]
-        reply = Completion(**self.head, choices=choices, usage=usage_of(answers))
-        return reply.with_coverage(self.requests, answers, self.server.loaded.description)
 
     def chunk(self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False) -> str:
         """Return an event of a stream; `answers` are those whose energy it reports."""

@@ -27,11 +27,10 @@ from openm6.serve.content import (
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest
-from openm6.serve.schemas import CoveredReply, Guidance, MediaUsage, Seed, Steps, chosen_seed, seed_of
+from openm6.serve.schemas import CoveredReply, Guidance, MediaUsage, Seed, Steps, chosen_seed, seed_of, usage_of
 from openm6.serve.server import Call, Server, ThisCall
 
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=StrictRoute, responses=DOCUMENTED)
-WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
 
 
 class GenerationBody(BaseModel):
@@ -99,7 +98,7 @@ async def edit(body: Annotated[EditBody, Form(media_type="multipart/form-data")]
     parts: tuple[Part, ...] = (part, Part("text", " " + body.prompt))
     if region is not None:
         parts = part_prompt("image_inpainting", part, language_of(body.prompt))
-    mask = WHOLE_IMAGE if region is None else region
+    mask = (0.0, 0.0, 1.0, 1.0) if region is None else region
     request = CodesRequest(modality="image", parts=parts, source=source, mask=mask)
     return await _answer(call, "edits", request, body)
 
@@ -120,10 +119,9 @@ async def _answer(call: Call, kind: str, request: CodesRequest, body: Generation
     ]
     answers = await call.answer(kind, [replace(request, sampling=sampling) for sampling in samplings])
     files = await asyncio.to_thread(_files, call.server, request, answers, form)
-    side, usage = call.server.loaded.image.side, answers[0].usage
-    generated = sum(answer.usage.generated for answer in answers)
-    image_tokens = usage.by_modality.get("image", 0)
-    details = InputDetails(image_tokens=image_tokens, text_tokens=usage.prompt - image_tokens)
+    side, used = call.server.loaded.image.side, usage_of(answers)
+    image_tokens = used.prompt_tokens_details.image_tokens
+    details = InputDetails(image_tokens=image_tokens, text_tokens=used.prompt_tokens - image_tokens)
     reply = Images(
         created=int(time.time()),
         data=[ImageData(b64_json=base64.b64encode(data).decode()) for data in files],
@@ -131,9 +129,9 @@ async def _answer(call: Call, kind: str, request: CodesRequest, body: Generation
         size=f"{side}x{side}",
         seed=seed,
         usage=ImageUsage(
-            input_tokens=usage.prompt,
-            output_tokens=generated,
-            total_tokens=usage.prompt + generated,
+            input_tokens=used.prompt_tokens,
+            output_tokens=used.completion_tokens,
+            total_tokens=used.total_tokens,
             input_tokens_details=details,
         ),
     )

@@ -58,11 +58,10 @@ async def predict(body: PredictionBody, call: ThisCall) -> Predictions:
         parts = part_prompt("time_series_forecasting", Part("numbers", series))
         requests = [(0, NumbersRequest(parts=parts, series=series.name, ahead=body.ahead))]
     else:
-        limit = server.limits.columns
         requests = [
             (index, request)
             for index, row in enumerate(body.rows or [])
-            for request in _row_requests(f"rows.{index}", row, body.columns, limit)
+            for request in _row_requests(f"rows.{index}", row, body.columns, server.limits.columns)
         ]
     check_limit("rows", len(requests), server.limits.rows, "predictions")
     answers = await call.answer("predict", [request for _, request in requests])

@@ -120,8 +120,7 @@ class ScenarioAnswer(CoveredReply):
 @router.get("", responses={401: DOCUMENTED[401]})
 async def list_all(server: ThisServer) -> ScenarioList:
     """All scenarios, and which of them this model can do."""
-    data = [ScenarioEntry(**_entry(server, scenario)) for scenario in LIBRARY.scenarios.values()]
-    return ScenarioList(data=data)
+    return ScenarioList(data=[ScenarioEntry(**_entry(server, scenario)) for scenario in LIBRARY.scenarios.values()])
 
 
 @router.get("/{name}", responses={400: DOCUMENTED[400], 401: DOCUMENTED[401], **MISSING})

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.data.parquet import EmbeddedConfig
+from openm6.data.parquet import EMBEDDED_MARK, EmbeddedConfig
 from openm6.data.records import Record
 from openm6.data.sources import Split, open_sources
 from openm6.modalities.interface import Part
@@ -21,7 +21,6 @@ from openm6.serve.scenarios.scenario import PROMPTED, InputKind, Language, Scena
 from openm6.tasks.task import fill_prompt
 
 Values = Mapping[str, Any]
-EMBEDDED = "embedded:"
 MEDIA = ("image", "audio")  # kinds of inputs, and the fields of records that hold them
 
 
@@ -43,9 +42,7 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
             raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): add it")
         if not _is_valid(declared.kind, values[name]):
             raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[declared.kind]}")
-    inputs = {
-        name: _part(scenario, name, values) for name, declared in scenario.inputs.items() if declared.kind in PROMPTED
-    }
+    inputs = {name: _part(scenario, name, values) for name, given in scenario.inputs.items() if given.kind in PROMPTED}
     column = str(scenario.column)
     parts = tuple(fill_prompt(scenario.prompt.text(language), inputs, {"column": column.replace("_", " ")}))
     if scenario.output == "text":
@@ -171,7 +168,7 @@ def _package_data(description: CheckpointConfig, names: Iterable[str]) -> set[st
         if source.get("kind") == "embedded":
             found.add(source["name"])
         words = [value for key, value in source.items() if isinstance(value, str) and key != "name"]
-        found |= {word.removeprefix(EMBEDDED) for word in words if word.startswith(EMBEDDED)}
+        found |= {word.removeprefix(EMBEDDED_MARK) for word in words if word.startswith(EMBEDDED_MARK)}
         others = [word for word in words if word in description.sources and word != name]
         found |= _package_data(description, others)
     return found

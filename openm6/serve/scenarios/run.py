@@ -38,11 +38,7 @@ ONE_AT_A_TIME = EngineConfig(max_num_seqs=1, max_num_media=1, max_model_len=4096
 
 
 def list_scenarios(trained: Path | None = None, language: Language = "en") -> Table:
-    """Return a table with one row per scenario; with a run, whether it is ready.
-
-    Raises:
-        CheckpointError: there is no model there.
-    """
+    """Return a table with one row per scenario; for a run, which are ready. Raise CheckpointError if it is none."""
     library, last = read_library(), "recipe" if trained is None else "state"
     table = Table("scenario", "domain", "inputs", "output", "what it does", last, box=None)
     for scenario, able in _listed(library, trained):
@@ -85,12 +81,9 @@ class ExampleResult:
 
 
 def run_scenarios(trained: Path, json_path: Path | None = None) -> list[ExampleResult]:
-    """Run the examples of all scenarios, in both languages, one after the other.
+    """Run the examples of all scenarios, in both languages; raise CheckpointError if there is no model.
 
     With `json_path` the number of examples in each state is written there, and then each of them.
-
-    Raises:
-        CheckpointError: there is no model there.
     """
     with Engine(load(trained), ONE_AT_A_TIME) as engine:
         pairs = product(read_library().scenarios.values(), LANGUAGES)

@@ -26,7 +26,6 @@ from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS, unknown_task
 
 FOLDER = Path(__file__).parent / "library"
-REPORT = "report.json"
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
@@ -165,7 +164,7 @@ Scores = dict[str, list[Score]]  # by task; none for a task that was not evaluat
 
 def read_scores(checkpoint: Path) -> Scores:
     """Return the scores in the report of the run of a checkpoint; empty if there is no such report."""
-    path = checkpoint.parent.parent / REPORT
+    path = checkpoint.parent.parent / "report.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["tasks"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
