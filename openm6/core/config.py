@@ -26,7 +26,7 @@ class Config(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 context = {"key": key, "new": renamed(cls.__name__).get(key), "known": list(cls.model_fields)}
-                raise PydanticCustomError("unknown_key", "unknown key", context)
+                raise PydanticCustomError("unknown_key", "unknown key '{key}'", context)
         return values
 
 

@@ -34,7 +34,7 @@ EXPERTS = {"intermediate_size": 24, "num_experts": 4, "top_k": 2}
             {"experts": EXPERTS, "moe_layer_freq": 2, "sharing": (0, 0, 0, 0)},
             "only one of them holds experts",
         ),
-        ({"widht": 3}, "Extra inputs"),
+        ({"widht": 3}, "unknown key .widht."),
     ],
 )
 def test_config_names_the_mend(wrong, mend):
