@@ -82,7 +82,7 @@ class Question:
         missing = [name for name, value in (self.numbers or {}).items() if value is None]
         if self.column is None and len(missing) != 1:
             raise ConfigError("the number to predict is not named: add --column NAME, or leave its value out, as NAME=")
-        return self.column or missing[0]
+        return missing[0] if self.column is None else self.column
 
 
 def read_media(modality: Image | Audio, path: Path) -> bytes:
