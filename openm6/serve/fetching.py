@@ -13,7 +13,9 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 
 import httpx
 
@@ -44,6 +46,8 @@ class Fetcher:
         """`seconds` are for all images of a request together."""
         self.hosts = frozenset(hosts)
         self.max_bytes, self.seconds = max_bytes, seconds
+        # Of its own: names that do not resolve in time must not hold the threads in which other requests are read.
+        self._resolvers = ThreadPoolExecutor(MAX_FETCHES, "resolve")
         # Not a client of httpx: that would keep cookies and use proxies.
         self.transport: httpx.AsyncBaseTransport = httpx.AsyncHTTPTransport(
             verify=ssl.create_default_context(),
@@ -82,7 +86,8 @@ class Fetcher:
             addresses = []
         if not addresses or not all(map(is_public, addresses)):
             raise BadRequestError(f"{param} names a host without a public address: use another", param)
-        headers = {"Host": host, "Accept": "image/*", "User-Agent": "openm6", "Connection": "close"}
+        headers = {"Host": host, "User-Agent": "openm6", "Connection": "close"}
+        headers |= {"Accept": "image/*", "Accept-Encoding": "identity"}
         # To the address that was checked, whatever the name resolves to now; the certificate must be the host's.
         target, extensions = parsed.copy_with(host=addresses[0]), {"sni_hostname": host}
         request = httpx.Request("GET", target, headers=headers, extensions=extensions)
@@ -96,7 +101,7 @@ class Fetcher:
                     data += block
                     if len(data) > self.max_bytes:
                         raise BadRequestError(f"{param} has over {self.max_bytes:,} bytes: shrink it", param)
-        except httpx.TransportError:
+        except (httpx.TransportError, OSError):  # httpx passes on some errors of TLS as they are
             raise BadRequestError(f"{param} cannot be fetched: send the image as a data URL", param) from None
         return bytes(data)
 
@@ -112,6 +117,7 @@ class Fetcher:
         return parsed
 
     async def resolve(self, host: str) -> list[str]:
-        """Return all addresses of a host."""
-        found = await asyncio.get_running_loop().getaddrinfo(host, PORT, type=socket.SOCK_STREAM)
+        """Return all addresses of a host; raise OSError if it has none."""
+        look_up = partial(socket.getaddrinfo, host, PORT, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._resolvers, look_up)
         return [str(address[0]) for *_, address in found]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,7 +20,7 @@ import pytest
 from openm6.core.errors import ConfigError
 from openm6.serve.content import ImagePart, ImageURL
 from openm6.serve.errors import BadRequestError
-from openm6.serve.fetching import Fetcher, is_public
+from openm6.serve.fetching import MAX_FETCHES, Fetcher, is_public
 from openm6.serve.run import read_serve_config
 from tests.data.sample_images import png
 from tests.load.server import Address
@@ -83,6 +88,22 @@ def test_an_image_comes_from_the_address_that_was_checked() -> None:
     assert fetched(web) == b"hello"
     assert web.called == [(PUBLIC, HOST)]
     assert web.asked.startswith(b"GET /a.png?size=1 HTTP/1.1\r\nHost: images.example.org\r\n")
+    assert b"\r\nAccept-Encoding: identity\r\n" in web.asked
+
+
+def test_an_address_of_ipv6_is_called_as_well() -> None:
+    web = FakeWeb(GOOD, ["2606:2800:21f:cb07:6820:80da:af6b:8b2c"])
+    assert fetched(web) == b"hello" and web.called[0][0] == web.addresses[0]
+
+
+def test_an_error_of_tls_while_reading_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(_: httpx.Response) -> AsyncIterator[bytes]:
+        raise ssl.SSLError("bad record mac")
+        yield b""
+
+    monkeypatch.setattr(httpx.Response, "aiter_raw", broken)
+    with pytest.raises(BadRequestError, match="cannot be fetched"):
+        fetched(FakeWeb(GOOD))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +181,63 @@ def test_all_images_of_a_request_share_one_time() -> None:
     with pytest.raises(BadRequestError, match=r"did not come within 0\.6 s"):
         asyncio.run(web.fetcher(0.6).fetch_all([("turn", images)]))
     assert time.monotonic() - began < 10 and 1 <= len(web.called) <= 3
+
+
+def test_names_that_do_not_resolve_hold_no_thread_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, threads = threading.Event(), set()
+
+    def look_up(*_: object, **__: object) -> list[object]:
+        threads.add(threading.current_thread().name)
+        go_on.wait(30)
+        return []
+
+    async def fetch_many() -> list[object]:
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        fetcher = Fetcher((HOST,), 1000, 0.3)
+        asked = (fetcher.fetch_all([("turn", [image(f"https://{HOST}/a")])]) for _ in range(2 * MAX_FETCHES))
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return [*found, await asyncio.to_thread(str, "read")]
+
+    *found, read = asyncio.run(fetch_many())
+    go_on.set()
+    assert all("did not come within 0.3 s" in str(error) for error in found) and read == "read"
+    assert len(threads) == MAX_FETCHES and all(name.startswith("resolve") for name in threads)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize("owner", [HOST, "evil.org"])
+def test_the_certificate_must_be_that_of_the_host(owner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={owner}"]
+    made += ["-addext", f"subjectAltName=DNS:{owner}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: trusting)
+    monkeypatch.setattr("openm6.serve.fetching.is_public", lambda _: True)
+    own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    own.load_cert_chain(certificate, key)
+    names: list[str | None] = []
+    own.sni_callback = lambda line, name, context: names.append(name)  # type: ignore[assignment,misc]
+
+    def serve(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError), own.wrap_socket(listener.accept()[0], server_side=True) as line:
+            line.recv(65_536)
+            line.sendall(GOOD)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr("openm6.serve.fetching.PORT", port)
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        fetcher, part = Fetcher((HOST,), 1000, 10.0), image(f"https://{HOST}:{port}/a.png")
+        fetcher.resolve = FakeWeb(GOOD, ["127.0.0.1"]).resolve  # type: ignore[method-assign]
+        fetching = fetcher.fetch_all([("turn", [part])])
+        if owner == HOST:
+            asyncio.run(fetching)
+            assert part.image_url.url == "data:;base64," + base64.b64encode(b"hello").decode()
+        else:
+            with pytest.raises(BadRequestError, match="cannot be fetched"):
+                asyncio.run(fetching)
+    assert names == [HOST]
 
 
 def test_hosts_are_plain_names() -> None:
