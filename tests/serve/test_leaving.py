@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -12,10 +13,12 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
+from openm6.serve.requests import PreparedRequest
 from openm6.serve.worker import RequestHandle, Worker
 from tests.load.server import Address, Reply
 from tests.serve.running import running
@@ -122,6 +125,28 @@ def test_who_leaves_while_an_image_is_generated_frees_the_slot(serve: Open) -> N
     line.close()
     until(lambda: not server.live, 1.0)
     assert server.workers[-1].free_slots == [0]
+
+
+def test_who_leaves_before_the_first_event_cancels_on_servers_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From ASGI 2.4 on, `send` raises OSError once the client has left."""
+    engine = Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=256))
+    app, submit, handles = create_app(engine, name="tiny"), engine.submit, []
+
+    def noted(prepared: PreparedRequest) -> RequestHandle:
+        handles.append(submit(prepared))
+        return handles[-1]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body(stream=True)).encode()}
+
+    async def send(_: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(engine, "submit", noted)
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "method": "POST", "path": CHAT, "query_string": b""}
+    with engine, pytest.raises(ClientDisconnect):
+        asyncio.run(app({**scope, "headers": [(b"content-type", b"application/json")]}, receive, send))
+    assert [handle.cancelled for handle in handles] == [True]
 
 
 def test_a_full_queue_says_when_to_come_back(serve: Open) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.background import BackgroundTask
+from starlette.types import Receive, Scope, Send
 
 from openm6.core.errors import OpenM6Error
 from openm6.serve.content import audio_file, image_data_url
@@ -156,13 +156,8 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
         ]
         whole = Completion(**reply.head, choices=choices, usage=usage_of(answers))
         return whole.with_coverage(reply.requests, answers, server.loaded.description)
-    handles = await call.submit(reply.requests)  # a refusal must come before the first byte of a stream
-    return StreamingResponse(
-        reply.events(handles),
-        media_type="text/event-stream",
-        headers={"cache-control": "no-cache"},
-        background=BackgroundTask(cancel_all, handles),  # also if the client has left before the first event
-    )
+    # A refusal must come before the first byte of a stream.
+    return _Events(reply, await call.submit(reply.requests))
 
 
 class _Reply:
@@ -249,6 +244,20 @@ class _Reply:
                         delta = Delta(content=text[sent[index] :])
                         sent[index], scored[index] = len(text), len(tokens)
                         yield DeltaChoice(index=index, delta=delta, logprobs=logprobs)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; however they end, even before the first one, requests that are not done are cancelled."""
+
+    def __init__(self, reply: _Reply, handles: list[RequestHandle]) -> None:
+        super().__init__(reply.events(handles), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.handles = handles
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            cancel_all(self.handles)
 
 
 def logprobs_of(tokens: Sequence[ScoredToken]) -> Logprobs:
