@@ -134,6 +134,7 @@ KINDS = {
     "bytes": "a file",
     "none": "null",
     "finite": "a finite number",
+    "value": "a file",  # a text in place of an upload, the only ValueError of a body
 }
 # What else is wrong, and what to do.
 SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
