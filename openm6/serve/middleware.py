@@ -128,18 +128,19 @@ def read_json(body: bytes, max_depth: int, max_values: int) -> Any:
         raise BadRequestError(f"the JSON holds over {max_values:,} commas and brackets: send fewer values")
     try:
         value = json.loads(body, parse_constant=_not_finite)
-        level = [value]
+        level = [value]  # the values at one depth
         for _ in range(max_depth + 1):
             inner = [list(x.values()) if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
             level = list(chain.from_iterable(inner))
         if level:
-            raise RecursionError
+            raise RecursionError  # as the parser does
     except RecursionError:
         raise BadRequestError(f"the JSON is nested deeper than {max_depth} levels: flatten it") from None
     except json.JSONDecodeError as error:
         raise BadRequestError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
     except ValueError:
         raise BadRequestError("the body is not valid JSON: not UTF-8, or an integer too long") from None
+    # It must be possible to write it as JSON again: answers and errors quote it.
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:

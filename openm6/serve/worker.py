@@ -106,7 +106,7 @@ class RequestHandle:
                 loop.call_soon_threadsafe(changed.set)
 
     def wait(self, seconds: float | None = None) -> Answer:
-        """Block until the answer is there, for at most `seconds`; raise OpenM6Error if there will be none."""
+        """Block until the answer is there; raise OpenM6Error if there will be none, TimeoutError after `seconds`."""
         return self._outcome.result(seconds)
 
     async def answer(self) -> Answer:

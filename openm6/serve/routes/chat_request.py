@@ -164,15 +164,14 @@ def _numbers_request(settings: NumbersSettings, parts: tuple[Part, ...]) -> Numb
             "the number to predict is not named: send numbers={'column': …}, or one value of null", "numbers"
         )
     column = settings.column or missing[0]
-    others = (
-        replace(part, raw={name: value for name, value in part.raw.items() if name != column})
-        if isinstance(part.raw, dict)
-        else part
-        for part in parts
-    )
-    inputs = tuple(part for part in others if part.raw != {})
+    inputs = []
+    for part in parts:
+        if isinstance(part.raw, dict):
+            part = replace(part, raw={name: value for name, value in part.raw.items() if name != column})
+        if part.raw != {}:
+            inputs.append(part)
     if not inputs:
         raise BadRequestError(
             "nothing is left to predict from: add inputs besides the column that is asked for", "messages"
         )
-    return NumbersRequest(parts=inputs, columns=(column,))
+    return NumbersRequest(parts=tuple(inputs), columns=(column,))
