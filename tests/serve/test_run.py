@@ -141,12 +141,18 @@ def with_playground(app: FastAPI) -> FastAPI:
     return app
 
 
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", r"127\.0\.0\.1"), ("::1", r"\[::1\]")])
 def test_the_address_of_the_playground_is_printed(
-    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    host: str, shown: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    try:
+        bind(host, 0).close()
+    except ConfigError:
+        pytest.skip("this machine has no such address")
     monkeypatch.setattr("openm6.serve.run.http_server", NeverRun)
-    serve(Path("runs/x"), config(), configure_app=with_playground)
-    assert re.search(r"playground on http://127.0.0.1:[1-9]\d*/playground", log.text)
+    serve(Path("runs/x"), config(host=host), configure_app=with_playground)
+    assert re.search(rf"playground on http://{shown}:[1-9]\d*/playground", log.text)
+    assert "no API keys" not in log.text
 
 
 @pytest.mark.parametrize("playground", [True, False])
