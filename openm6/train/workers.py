@@ -12,9 +12,7 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
@@ -35,6 +33,7 @@ from openm6.train.step import StepReport, TrainStep
 from openm6.train.training_task import Batch, TrainingTask
 
 COLLECT = "collect"
+JOIN_SECONDS = 5.0  # that a run waits at its end for a batch which is still being made
 ENDED = "the data ended before the run did: batches() must go on for ever"
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -46,22 +45,36 @@ def prefetch(source: Iterator[Item], ahead: int) -> Iterator[Callable[[], Item]]
 
     A failure of `source` is raised by the function, also when it is called again.
     """
-    # One OpenMP thread for this thread alone: two pools of them on the same cores would wait for each other.
-    thread = ThreadPoolExecutor(1, "openm6-batches", partial(torch.set_num_threads, 1))
-    waiting = deque(thread.submit(next, source, None) for _ in range(ahead))
+    ready: queue.Queue[Item | BaseException] = queue.Queue()
+    allowed, stopping = threading.Semaphore(ahead), threading.Event()  # one permit per item that is not read yet
+
+    def fill() -> None:
+        # For this thread alone: two pools of OpenMP threads on the same cores would wait for each other.
+        torch.set_num_threads(1)
+        try:
+            while allowed.acquire() and not stopping.is_set():
+                ready.put(next(source))
+        except StopIteration:
+            ready.put(TrainingError(ENDED))
+        except BaseException as failure:  # raised where the item is asked for
+            ready.put(failure)
 
     def read() -> Item:
-        item = waiting[0].result()
-        if item is None:
-            raise TrainingError(ENDED)
-        waiting.popleft()
-        waiting.append(thread.submit(next, source, None))
+        item = ready.get()
+        if isinstance(item, BaseException):
+            ready.put(item)
+            raise item
+        allowed.release()
         return item
 
+    thread = threading.Thread(target=fill, name="openm6-batches", daemon=True)
+    thread.start()
     try:
         yield read
     finally:
-        thread.shutdown(cancel_futures=True)
+        stopping.set()
+        allowed.release()
+        thread.join(JOIN_SECONDS)  # a thread stuck in a slow read is left to end with the program
 
 
 def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -178,6 +179,22 @@ def test_the_thread_ends_with_the_reader() -> None:
         read()
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_a_thread_stuck_in_a_read_does_not_keep_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm6.train.workers.JOIN_SECONDS", 0.1)
+    stuck, before = threading.Event(), set(threading.enumerate())
+
+    def source() -> Iterator[int]:
+        yield 1
+        stuck.wait()
+
+    with prefetch(source(), 2) as read:
+        assert read() == 1
+    (left,) = set(threading.enumerate()) - before
+    assert left.daemon  # it does not keep the program either
+    stuck.set()
+    left.join()
 
 
 def broken() -> itertools.chain[int]:
