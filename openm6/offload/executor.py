@@ -221,7 +221,8 @@ class _Span(torch.autograd.Function):
             ctx.precision = capture_precision(x.device.type)
         for layer in span:
             x, one = executor.forward_layer(parts, layer, x)
-            stats += [] if one is None else [one]
+            if one is not None:
+                stats.append(one)
         ctx.set_materialize_grads(False)
         return (x, *(one.side_loss for one in stats))
 

@@ -41,7 +41,9 @@ class PinnedArena:
         registered: list[int] = []
         # Unregisters the memory, also if the run fails; the buffers must not be used after it.
         self.close = weakref.finalize(self, lambda: [runtime.cudaHostUnregister(address) for address in registered])
-        for start, size in segments(sizes, SEGMENT) if runtime is not None else ():
+        if runtime is None:
+            return
+        for start, size in segments(sizes, SEGMENT):
             # The first touch claims the pages; an untouched mapping is pinned far more slowly.
             whole[start : start + size : mmap.PAGESIZE].zero_()
             address = whole.data_ptr() + start

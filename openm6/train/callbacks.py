@@ -58,7 +58,7 @@ class Callback:
 
     `name` is the key of the callback's state in checkpoints. The methods are called in this order: `load_state` (only
     if a run is resumed), `start`, then for each step `before_step` and `after_step`, `totals` when metrics are logged,
-    and `close` at the end, also after a failure.
+    and `close` at the end of all whose `start` succeeded, also after a failure.
     """
 
     name: str
@@ -185,8 +185,9 @@ class StagesCallback(Callback):
         run = self._run
         if self.switched_at is None:
             due = self._clock.due(run.progress.step, run.progress.seconds)
-            # Losses and steps are the same on all ranks; clocks are not.
-            if due if self.config.switch.minutes is None else run.training.ranks.broadcast_object(due):
+            if self.config.switch.minutes is not None:  # losses and steps are the same on all ranks; clocks are not
+                due = run.training.ranks.broadcast_object(due)
+            if due:
                 self._switch(step - 1)
         run.train_step.lr_scale = lr_after_switch(step, self.switched_at, self.config)
 

@@ -179,7 +179,7 @@ class MultimodalTraining(TrainingTask):
         return self.recipe.packing.batch_size * self.recipe.packing.seq_len
 
     def delink(self) -> dict[str, str]:
-        """Build a sharded model again, sharded as it was; outputs stay the same.
+        """Copy the weights for each layer; a sharded model is built again, sharded as it was. Outputs stay the same.
 
         At most one block at a time is gathered on a rank, and of its experts only those that the rank holds.
         """

@@ -106,7 +106,9 @@ class OffloadedTrainStep(TrainStep):
         uses = Counter(groups)
         for layer, group in enumerate(groups):
             self.store.storage[layer].copy_(before.storage[group])
-            for name, stored in self.store.stored(layer).items() if uses[group] > 1 else ():
+            if uses[group] == 1:
+                continue
+            for name, stored in self.store.stored(layer).items():
                 for slot in stored.keys() - set(self.rule.read_slots):  # what layers shared is divided among them
                     kept = stored[slot]
                     kept.zero_() if moments == "reset" else kept.mul_(moment_factor(slot, uses[group], moments))

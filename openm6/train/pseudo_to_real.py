@@ -34,9 +34,10 @@ class SwitchClock:
             return steps >= config.step
         if config.minutes is not None:
             return seconds >= 60 * config.minutes
-        if config.plateau is None or len(self._losses) < 2 * (window := config.plateau.window):
+        plateau, losses = config.plateau, self._losses
+        if plateau is None or len(losses) < 2 * plateau.window:
             return False
-        return sum(self._losses[window:]) > (1 - config.plateau.improvement) * sum(self._losses[:window])
+        return sum(losses[plateau.window :]) > (1 - plateau.improvement) * sum(losses[: plateau.window])
 
     def state(self) -> dict[str, Any]:
         return {"losses": self._losses}

@@ -120,14 +120,19 @@ def train_recipe(
         settings = values if ranks.is_main_process and (path != run.config or overrides) else None
         result = train(training, checked.loop, run, resume, settings=settings)
         if isinstance(checked, MultimodalRecipe):
-            output, folder = TASKS[checked.mixture[0].task].output_modality, shlex.quote(str(run.path))
-            get_log().info(
-                "next:\n"
-                f"  openm6 evaluate {folder}\n"
-                f"  openm6 generate {folder} --text 'your question' --output {output}\n"
-                f"  openm6 serve {folder} --playground"
-            )
+            get_log().info(_next_steps(checked, run.path))
     return result if ranks.is_main_process else None
+
+
+def _next_steps(recipe: MultimodalRecipe, path: Path) -> str:
+    """Return commands for the model that was trained."""
+    output, folder = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(path))
+    return (
+        "next:\n"
+        f"  openm6 evaluate {folder}\n"
+        f"  openm6 generate {folder} --text 'your question' --output {output}\n"
+        f"  openm6 serve {folder} --playground"
+    )
 
 
 def _check_alike(ranks: ProcessGroupContext, values: dict[str, Any]) -> None:

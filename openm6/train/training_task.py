@@ -81,7 +81,7 @@ class TrainingTask:
 
     @property
     def backbone(self) -> Backbone | None:
-        """The backbone whose blocks may be offloaded, if there is one."""
+        """The backbone whose blocks may be offloaded, compiled or computed again, if there is one."""
         return None
 
     @property
