@@ -108,7 +108,10 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "unknown_key":
         key, new, known = first["ctx"].values()
         path = f"{path}.{key}" if path else str(key)
-        return f"the key {path!r} was renamed to {new!r}" if new else f"unknown key {path!r}; {nearest(key, known)}"
+        if new:
+            return f"the key {path!r} was renamed to {new!r}"
+        # YAML reads `on` and `1` as keys that are no text.
+        return f"unknown key {path!r}; {nearest(str(key), known)}"
     if first["type"] == "union_tag_invalid":
         known = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
         return f"{path}: no kind is called {first['ctx']['tag']!r}; {nearest(first['ctx']['tag'], known)}"

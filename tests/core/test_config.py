@@ -42,6 +42,8 @@ class Toy(Config):
         ({"rates": [{"warmpu": 3}]}, "did you mean 'warmup'"),
         ({"sources": {"mine": {"kind": "csv", "path": "a", "delimeter": ";"}}}, "did you mean 'delimiter'"),
         ({"sources": {"mine": {"kind": "folder", "root": "a", "rot": "b"}}}, "did you mean 'root'"),
+        ({True: 3}, "unknown key 'True'; known: steps"),
+        ({"rate": {1: 3}}, "unknown key 'rate.1'; known: warmup"),
         ({"sources": {"mine": {"kind": "csv"}}}, "sources.mine.csv.path' is missing: add it"),
         ({"steps": "many"}, "steps: "),
     ],
