@@ -43,7 +43,7 @@ class RunFolder:
         """Return the lines of metrics.jsonl, without one that a crash cut short; none if there is no such file."""
         lines = []
         if self.metrics.exists():
-            for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            for text in self.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
                 with suppress(ValueError):
                     lines.append(json.loads(text))
         return [line for line in lines if isinstance(line, dict)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import TrainingError
-from openm6.core.files import append_line, as_output_error
+from openm6.core.files import append_line, as_output_error, to_json
 
 MAX_BROKEN = 0.05  # fraction of the records at which a run stops unless its recipe sets another limit
 MAX_LISTED = 10_000
@@ -40,7 +40,7 @@ class Quarantine:
         self._minimum = minimum
         self._listed: set[tuple[str, str]] = set()  # source and id, also by an earlier part of the same run
         if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 # A crash may have cut off a line.
                 with suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
@@ -76,7 +76,7 @@ class Quarantine:
             line = {"kind": name.replace("_", " "), "source": source, "id": record_id, "reason": short}
             with as_output_error(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self._path, json.dumps(line, ensure_ascii=False))
+            append_line(self._path, to_json(line))
         if name == "broken" and self.seen >= self._minimum and self.broken_fraction > self._limit:
             worst, count = self.counts["broken"].most_common(1)[0]
             where = f"; see {self._path}" if self._path else ""

@@ -61,6 +61,15 @@ def test_a_run_keeps_its_settings_in_order(tmp_path: Path) -> None:
     assert "名: é" in run.config.read_text(encoding="utf-8")
 
 
+def test_lines_of_metrics_are_read_whole(tmp_path: Path) -> None:
+    """Only a line break ends a line, not another sign that Unicode calls one."""
+    run = RunFolder(tmp_path)
+    assert run.read_metrics() == []
+    lines = [{"step": 1, "a\u2028b\x85": 0.5}, {"step": 2}]
+    run.metrics.write_text("".join(to_json(line) + "\n" for line in lines) + '{"step": 3, "lo', encoding="utf-8")
+    assert run.read_metrics() == lines
+
+
 VALUE = {"a": [1.0, float("inf")], "b": {"c": float("nan")}, "d": "nan", "e": 3, "f": (1, -float("inf"))}
 
 

@@ -54,6 +54,15 @@ def test_state_goes_on_and_lines_are_not_repeated(tmp_path):
     assert path.read_text().count('"id": "1"') == 1
 
 
+def test_ids_that_are_odd_texts_are_listed_once(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(path).add("shop", "a\u2028b", "broken")
+    Quarantine(path).add("shop", "a\u2028b", "broken")
+    assert path.read_text(encoding="utf-8").count("\n") == 1
+    Quarantine(path).add("shop", "\ud800", "half a sign, which UTF-8 cannot hold")
+    assert json.loads(path.read_text(encoding="utf-8").split("\n")[1])["id"] == "?"
+
+
 def test_what_is_too_long_or_truncated_never_stops_a_run(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.0, minimum=1)
     for number in range(300):
