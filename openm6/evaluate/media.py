@@ -83,7 +83,8 @@ class MediaBudget:
         audio = self._data_url(
             "audio/wav", lambda stream: soundfile.write(stream, samples, RATE, "PCM_16", format="WAV")
         )
-        mask = None if span is None else (start / len(samples), 0.0, stop / len(samples), 1.0)
+        left, right = (min(1.0, end / len(samples)) for end in (start, stop))
+        mask = None if span is None else (left, 0.0, right, 1.0)
         return Media(f"{caption}, {len(samples) / RATE:.1f} s", image, audio, mask=mask)
 
     def _data_url(self, kind: str, write: Callable[[io.BytesIO], None]) -> str:

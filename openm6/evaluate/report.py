@@ -193,8 +193,10 @@ def sample_data(sample: Sample, media: MediaBudget) -> dict[str, Any]:
         # The truth is cut to the length of the answer, so that both spectrograms share their time axis. A masked span
         # is in fractions of that length.
         kind, options = "audio", {"seconds": len(answer) / RATE}
-        masked = (part.options.get("mask_span") is not None for part in parts)
-        parts = [replace(p, options={**p.options, **options}) if m else p for p, m in zip(parts, masked, strict=True)]
+        parts = [
+            replace(part, options=part.options | options) if part.options.get("mask_span") is not None else part
+            for part in parts
+        ]
     inputs = [_input(part, media) for part in parts if part.modality in ("text", "numbers")]
     row = [media.add(part, "input") for part in parts if part.modality in ("image", "audio")]
     row += [media.add(Part(kind, answer), "model"), media.add(Part(kind, truth, options), "truth")]
@@ -253,7 +255,8 @@ def _system_curves(lines: Lines) -> list[dict[str, Any]]:
         curves.append({"title": "expert load CV", "reading": reading, "chart": drawing, "tone": "plain", "note": note})
     speeds = _column(lines, "tokens_per_second")
     drawing = history(steps, speeds[None], "tokens per second over steps", from_zero=True)
-    reading, note = plain(float(np.nanmedian(speeds))), "Packed input and target tokens; median above."
+    known, note = speeds[np.isfinite(speeds)], "Packed input and target tokens; median above."
+    reading = plain(float(np.median(known)) if len(known) else math.nan)
     curves.append({"title": "tokens per second", "reading": reading, "chart": drawing, "tone": "plain", "note": note})
     return curves
 

@@ -180,6 +180,18 @@ def test_audio_clips_can_be_played_and_the_gap_is_silent(page: Page) -> None:
     assert np.abs(samples[4000:8000]).max() == 0
 
 
+def test_the_gap_of_a_long_audio_clip_ends_with_its_picture(tmp_path: Path) -> None:
+    """Only the first eight seconds are shown."""
+    given = Part("audio", example.audio(12.0), {"mask_span": (0.5, 1.0)})
+    task = example.result(
+        "audio_inpainting", ("audio", "audio"), "bits_per_code",
+        [Sample([given], example.audio(12.0), example.audio(12.0), "1")],
+    )  # fmt: skip
+    spans = page_of(tmp_path, EvalReport([task], 1.0, "x")).all("span")
+    masks = [attributes["style"] for attributes in spans if attributes.get("class") == "mask"]
+    assert masks == ["left:75.00%;top:0.00%;width:25.00%;height:100.00%"]
+
+
 def test_numbers_show_median_interval_and_truth(page: Page) -> None:
     text = "".join(page.text)
     assert "10 (80 %: 7.44 to 12.6)" in text
@@ -228,6 +240,13 @@ def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
     write_report(run, EvalReport([], 0.0, "none"), example.facts())
     text = "".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text)
     assert "No curves" in text and "No task was evaluated." in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_lines_of_metrics_without_a_speed_make_no_warning(tmp_path: Path) -> None:
+    run = example.run_folder(tmp_path)
+    run.metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "tokens_per_second": null}\n')
+    assert "tokens per second" in report_html(run, EvalReport([], 0.0, "none"), example.facts())
 
 
 @pytest.mark.parametrize(
