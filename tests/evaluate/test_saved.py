@@ -20,7 +20,9 @@ def test_the_report_is_the_same_from_what_was_kept(tmp_path: Path) -> None:
     unknown = dataclasses.replace(example.results()[0], task="other", baseline=float("nan"))
     cut = Part("text", "a beginning", {"cuttable": (Cuttable(0, 11, keep_end=True),)})
     continued = dataclasses.replace(unknown, samples=[example.sample([cut], "end", "end")])
-    results = [*example.results(), unknown, continued]
+    row = Part("numbers", {"type": 3.0, "price": None})
+    tagged = dataclasses.replace(unknown, samples=[example.sample([row], example.histogram(), {"type": 10.0})])
+    results = [*example.results(), tagged, continued]
     report = dataclasses.replace(example.eval_report(), results=results, checkpoint="runs/x/step-9")
     save_evaluation(run, report, 12.5)
     found = load_evaluation(run, "runs/x/step-9")
