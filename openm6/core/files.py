@@ -20,7 +20,7 @@ from openm6.core.errors import ConfigError, OutputError
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk: a power cut may undo a rename else.
+    """Wait until a file's bytes, or a folder's list of names, are on the disk; until then a power cut may undo it.
 
     Windows cannot open a folder for this and orders renames by itself, so nothing is done there.
     """

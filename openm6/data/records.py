@@ -235,7 +235,8 @@ class RowReader:
         # Of each column that is read, the keys that it fills; a column of `extra` fills a key of its own name.
         self.columns: dict[str, list[str]] = {}
         numbers = [*self._numbers, *(PAIRED_COLUMNS if self._paired else ())]
-        for key, column in [*named.items(), *(("numbers", n) for n in numbers), *((n, n) for n in self._extra)]:
+        fills = [*named.items(), *(("numbers", name) for name in numbers), *((name, name) for name in self._extra)]
+        for key, column in fills:
             self.columns.setdefault(column, []).append(key)
         check_columns(self.columns, columns, where)
         if not set(named) - {"id", "source", "license"} and not self._numbers and not self._paired:

@@ -76,8 +76,12 @@ class Meter(AbstractContextManager["Meter"]):
                 ended = time.perf_counter()
                 # On a busy machine a reading may take long by the clock; the meter must not pause for that long.
                 self._rest_until = ended + min((ended - began) / MAX_TIME_FRACTION, MAX_REST)
-            sums = {source: [n for c, n in self._joules.items() if c.source == source] for source in SOURCES}
-        return EnergyReading({source: sum(joules) for source, joules in sums.items() if joules})
+            by_source: dict[str, float] = {}
+            for source in SOURCES:
+                found = [joules for counter, joules in self._joules.items() if counter.source == source]
+                if found:
+                    by_source[source] = sum(found)
+        return EnergyReading(by_source)
 
     @contextmanager
     def span(self) -> Iterator[EnergyReading]:
