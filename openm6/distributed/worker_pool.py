@@ -72,10 +72,7 @@ class WorkerPool:
     def send(self, message: Any) -> None:
         """Send the same message to all workers."""
         for pipe in self.workers:
-            try:
-                pipe.send(message)
-            except OSError:
-                raise self._lost(pipe) from None
+            self._send(pipe, message)
 
     def gather(self) -> list[Any]:
         """Return one message from each worker, in their order.
@@ -97,9 +94,9 @@ class WorkerPool:
         free, replies = self.workers, list[tuple[int, Any]]()
         while free:
             for pipe, (number, message) in zip(free, left, strict=False):
-                pipe.send(message)
+                self._send(pipe, message)
                 busy[pipe] = number
-            yield from replies
+            yield from replies  # now that their workers have more to do
             ready = wait(list(busy)) if busy else []
             free = [pipe for pipe in busy if pipe in ready]
             replies = [(busy.pop(pipe), self._receive(pipe)) for pipe in free]
@@ -113,6 +110,12 @@ class WorkerPool:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+    def _send(self, pipe: Connection, message: Any) -> None:
+        try:
+            pipe.send(message)
+        except OSError:
+            raise self._lost(pipe) from None
 
     def _receive(self, pipe: Connection) -> Any:
         try:

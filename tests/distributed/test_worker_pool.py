@@ -53,3 +53,11 @@ def test_what_a_worker_failed_with_is_raised() -> None:
 def test_a_killed_worker_is_reported_with_the_remedy() -> None:
     with pool(2) as found, pytest.raises(TrainingError, match=r"ended with code -9 .*: do it alone$"):
         list(found.imap_unordered([1, 666, 2, 3]))
+
+
+def test_a_worker_that_is_lost_before_it_gets_work_is_reported() -> None:
+    with pool(2) as found:
+        found.processes[1].kill()
+        found.processes[1].join()
+        with pytest.raises(TrainingError, match=r"ended with code -9 .*: do it alone$"):
+            list(found.imap_unordered([1, 2, 3]))
