@@ -50,7 +50,7 @@ class ShardedSaver(Saver):
         self.finish()
         if dist.get_rank() == 0:
             with open_partial(checkpoints, snapshot.step):
-                pass
+                pass  # all ranks write to it, later
         dist.barrier(group=self.group)
         named = {**named_tensors(snapshot.model), **snapshot.optimizer}
         named = {name: tensor for name, tensor in named.items() if not tensor.is_meta}

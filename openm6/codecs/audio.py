@@ -88,11 +88,11 @@ class AudioCodec(Codec):
         self.first = nn.Conv1d(config.num_mels, width, 7, padding=3)
         self.encoder = nn.Sequential(*blocks[: config.encoder_blocks], nn.LayerNorm(width))
         # `stride` frames into one position by a linear layer, and back.
-        joined, project = nn.Unflatten(1, (-1, config.stride)), Linear(width * config.stride, config.latent)
-        self.fold = nn.Sequential(OrderedDict(split=joined, join=nn.Flatten(2), project=project))  # B N D -> B T C
+        group, project = nn.Unflatten(1, (-1, config.stride)), Linear(width * config.stride, config.latent)
+        self.fold = nn.Sequential(OrderedDict(group=group, join=nn.Flatten(2), project=project))  # B N D -> B T C
         self.quantizer = ResidualQuantizer(config, config.latent, config.stage_dropout)
-        expand, frames = nn.Linear(config.latent, width * config.stride), nn.Unflatten(2, (config.stride, -1))
-        self.unfold = nn.Sequential(OrderedDict(project=expand, split=frames, join=nn.Flatten(1, 2)))  # B T C -> B N D
+        expand, split = nn.Linear(config.latent, width * config.stride), nn.Unflatten(2, (config.stride, -1))
+        self.unfold = nn.Sequential(OrderedDict(project=expand, split=split, join=nn.Flatten(1, 2)))  # B T C -> B N D
         self.decoder = nn.Sequential(*blocks[config.encoder_blocks :], nn.LayerNorm(width))
         self.head = nn.Linear(width, 2 * (config.window // 2 + 1))
         nn.init.constant_(self.head.bias[: config.window // 2 + 1], QUIET)

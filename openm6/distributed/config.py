@@ -43,7 +43,8 @@ class ParallelConfig(Config):
             raise ConfigError(f"parallel.{wrong[0]} must be at least 1, or auto")
         if free := [axis for axis in MeshShape._fields if axis not in sizes]:
             left = max(1, size // math.prod(sizes.values()))
-            sizes |= dict.fromkeys(free, 1) | {_widest(free, left, num_experts, accelerated): left}
+            sizes |= dict.fromkeys(free, 1)
+            sizes[_widest(free, left, num_experts, accelerated)] = left
         shape = MeshShape(**sizes)
         if shape.size != size:
             axes = " × ".join(f"{axis}={value}" for axis, value in shape._asdict().items())

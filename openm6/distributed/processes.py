@@ -84,8 +84,9 @@ class DistributedContext(ProcessGroupContext):
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         summed, group = list(parameters), None
         if self.layout is not None and self.wrapped:  # FSDP has summed all but those of plain parameters over replicas
-            several = self.layout.shape.dp_replicate > 1
-            summed = [parameter for parameter in summed if several and not isinstance(parameter, DTensor)]
+            if self.layout.shape.dp_replicate == 1:
+                return
+            summed = [parameter for parameter in summed if not isinstance(parameter, DTensor)]
             group = self.layout.mesh["dp_replicate"].get_group()
         if not summed:
             return
@@ -94,7 +95,8 @@ class DistributedContext(ProcessGroupContext):
         gradients: list[Tensor] = []
         for parameter, flag in zip(summed, used.tolist(), strict=True):
             if flag:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])

@@ -25,6 +25,7 @@ class DTensorShardSpec(ShardSpec):
 
     def __init__(self, parameter: DTensor) -> None:
         self._mesh, self._placements, self._dimensions = parameter.device_mesh, parameter.placements, parameter.ndim
+        # FSDP2 shards a parameter along one axis.
         ((dim, placement),) = ((dim, one) for dim, one in enumerate(self._placements) if isinstance(one, Shard))
         axis = placement.dim % parameter.ndim
         super().__init__(axis, parameter.shape[axis], self._mesh.get_group(dim))

@@ -56,14 +56,14 @@ def units_of(prompt: Prompt) -> list[Unit]:
     """
     units: list[Unit] = []
     for segment in prompt:
-        # Of everything that the tokens hold: kinds, shapes and bytes of all arrays.
+        # Of what was before, and of all that the tokens hold: kinds, shapes and bytes of all arrays.
         digest = hashlib.sha256(units[-1].key if units else b"")
         digest.update(f"{segment.kind} {segment.span} {segment.placement} {segment.moves} {len(segment)}".encode())
         for name, array in sorted([*segment.arrays.items(), ("grid", segment.grid)]):
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())
-        before = [] if segment.placement == "part" or not units else units.pop().segments
-        units.append(Unit([*before, segment], digest.digest()))
+        joined = units.pop().segments if units and segment.placement != "part" else []
+        units.append(Unit([*joined, segment], digest.digest()))
     return units
 
 

@@ -119,15 +119,17 @@ def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
         parts.append(Part("image", read_media(loaded.image, Path(question.image)), {"mask_box": question.mask_box}))
     if question.audio is not None:
         parts.append(Part("audio", read_media(loaded.audio, Path(question.audio)), {"mask_span": question.mask_span}))
-    # The number that is not an input, and that a text alone must name.
-    is_column = question.output == "numbers" and (question.series is None or question.numbers is not None)
-    column = question.target_column() if is_column else ""
+    # The column to predict is no input, and a text without other inputs must name it.
+    has_column = question.output == "numbers" and (question.series is None or question.numbers is not None)
+    column = question.target_column() if has_column else None
     rest = {name: value for name, value in (question.numbers or {}).items() if name != column}
-    parts += [Part("numbers", rest)] if rest else []
-    parts += [] if question.series is None else [Part("numbers", question.series)]
+    if rest:
+        parts.append(Part("numbers", rest))
+    if question.series is not None:
+        parts.append(Part("numbers", question.series))
     if question.text is None:
         before, after = _trained_prompt(question, loaded)
-    elif parts or column in question.text or column.replace("_", " ") in question.text:
+    elif parts or column is None or column in question.text or column.replace("_", " ") in question.text:
         before, after = "", (" " if parts else "") + question.text
     else:
         first, last = (Part("text", words, {"cuttable": ()}) for words in _trained_prompt(question, loaded))

@@ -111,8 +111,9 @@ class Text(Modality):
         return segment
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
-        """`start` t1 … tn with the labels t1 … tn `end`: each token predicts the next, MASK_CHARACTER as any other.
+        """`start` t1 … tn with the labels t1 … tn `end`: each token predicts the next.
 
+        MASK_CHARACTER is a character like any other here.
         A text of more than `max_tokens` is cut there and has no end token, which would train to stop within a sentence.
         """
         max_tokens = int(options.get("max_tokens", self.max_tokens))

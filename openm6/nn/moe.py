@@ -179,10 +179,9 @@ class Experts(nn.Module):
             capacity = max(1, math.ceil(mean * config.capacity_factor))
             permutation = capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
         rows = permute(x.flatten(0, 1), permutation)  # N D -> R D
+        chunks = dispatcher.chunks
         # The whole weight as it is, since a view would copy its gradient.
-        ups, downs = (
-            [weight] if dispatcher.chunks == 1 else weight.chunk(dispatcher.chunks) for weight in (self.up, self.down)
-        )
+        ups, downs = ([weight] if chunks == 1 else weight.chunk(chunks) for weight in (self.up, self.down))
 
         def experts(chunk: int, rows: Tensor, counts: Tensor) -> Tensor:
             hidden = activate(grouped_mm(rows, ups[chunk], counts), config.hidden_act)  # R D -> R F

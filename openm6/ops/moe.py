@@ -63,7 +63,9 @@ def choose_experts(
         winner = biased.unflatten(-1, (choices, -1)).argmax(-1)  # N K
         chosen = winner + torch.arange(choices, device=logits.device) * (logits.shape[-1] // choices)
     gate = probability.gather(-1, chosen)
-    return gate / gate.sum(-1, keepdim=True) if normalise and not prototypes else gate, chosen, probability
+    if normalise and not prototypes:
+        gate = gate / gate.sum(-1, keepdim=True)
+    return gate, chosen, probability
 
 
 def tokens_per_expert(chosen: Tensor, valid: Tensor, num_experts: int) -> Tensor:

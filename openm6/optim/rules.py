@@ -16,7 +16,7 @@ from openm6 import kernels
 from openm6.optim import adafactor, low_precision
 from openm6.optim.adafactor import TINY, Moments, RankSums, advance
 from openm6.optim.adamw import adamw_update
-from openm6.optim.config import PRECISIONS, OptimizerConfig, WeightPrecision
+from openm6.optim.config import OptimizerConfig, WeightPrecision
 from openm6.optim.low_precision import block_length, matrix_keys, random_bits, round_to_bf16
 from openm6.optim.sharding import COLUMN_MEANS, COUNT, REPLICATED, ROW_MEANS, ShardSpec
 
@@ -282,9 +282,12 @@ class BlockRule(FactoredRule):
         stored[EXPONENT].copy_(exponent)
 
 
-RULES: dict[WeightPrecision, Callable[[OptimizerConfig], UpdateRule]] = dict(
-    zip(PRECISIONS, (AdamRule, MomentumRule, FactoredRule, BlockRule), strict=True)
-)
+RULES: dict[WeightPrecision, Callable[[OptimizerConfig], UpdateRule]] = {
+    "fp32": AdamRule,
+    "bf16-adafactor-momentum": MomentumRule,
+    "bf16-adafactor": FactoredRule,
+    "int8-adafactor": BlockRule,
+}
 
 
 def update_rule(config: OptimizerConfig) -> UpdateRule:
