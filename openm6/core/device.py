@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from openm6.core.errors import ConfigError
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's malloc.h
 KEPT = 64 * 2**20  # bytes of free memory on top of the heap that are not returned to the system
@@ -17,17 +20,32 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 ON_HEAP = 32 * 2**20  # blocks up to this size come from the heap, the most that glibc allows
 
 
-def resolve_device() -> torch.device:
-    """Return the GPU of this process with its index, or the CPU if there is no GPU.
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device of this process: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
 
     Each of several processes of one launch has its own GPU; a process alone takes torch's current one.
+
+    Raises:
+        ConfigError: no such name, or no such GPU.
     """
-    if not torch.cuda.is_available():
+    asked = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if asked is None and name not in ("auto", "cpu"):
+        raise ConfigError(f"no device is called {name!r}: choose auto, cpu, cuda or cuda:N")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is not None:
-        torch.cuda.set_device(int(rank))
-    return torch.device("cuda", torch.cuda.current_device())
+    if not torch.cuda.is_available():
+        raise ConfigError(f"torch {torch.__version__} sees no GPU for {name}: check nvidia-smi, or use cpu")
+    rank, index = os.environ.get("LOCAL_RANK"), torch.cuda.current_device()
+    if asked is not None and asked[1] is not None:
+        if rank is not None:
+            raise ConfigError(f"each of several processes has a GPU of its own: use cuda in place of {name}")
+        index = int(asked[1])
+    elif rank is not None:
+        index = int(rank)
+    if index >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"there is no cuda:{index}: torch sees {count} GPUs here, from cuda:0 on")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def usable_cores() -> int:

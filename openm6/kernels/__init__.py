@@ -5,16 +5,14 @@ The modules import Triton, which is optional: import them inside a function that
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
-INSTALLED = importlib.util.find_spec("triton") is not None  # searches for the package without importing it
+from openm6.kernels.probe import capabilities
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels run on tensors of this device; if not, plain torch is used.
+    """Whether kernels run on tensors of this device, which a first launch has shown; if not, plain torch is used.
 
     Tests replace this function to run kernels on the CPU in Triton's interpreter.
     """
-    return INSTALLED and device.type == "cuda"
+    return device.type == "cuda" and capabilities(device).no_kernels is None

@@ -21,6 +21,7 @@ from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import Work, WorkCount
+from openm6.kernels.probe import capabilities, compile_failure
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
 from openm6.optim.config import lr_multiplier
@@ -164,7 +165,10 @@ class TrainStep:
         compiles = on_gpu if self.config.compile == "auto" else self.config.compile
         # Sharded blocks gather weights and exchange tokens with other ranks, which is not compiled.
         if compiles and self.training.ranks.layout is None:
-            executor = CompiledExecutor(executor.dispatcher)
+            if reason := compile_failure(weight.device):
+                get_log().warning(f"blocks are not compiled, so slower: {reason}")
+            else:
+                executor = CompiledExecutor(executor.dispatcher)
         if recomputed == "auto" and on_gpu:
             free, _ = torch.cuda.mem_get_info(weight.device)
             free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
@@ -240,6 +244,6 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        return "bf16" if capabilities(device).bf16 else "fp32"
     # bf16 for everything between the products too is slower on a CPU: see docs/benchmarks.md.
     return "bf16-products" if device.type == "cpu" and has_bf16() else "fp32"

@@ -9,6 +9,7 @@ import torch
 
 from openm6.core import device
 from openm6.core.device import free_host_bytes, process_memory, resolve_device
+from openm6.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +21,7 @@ def eight_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return current
 
@@ -32,13 +34,40 @@ def test_without_a_gpu_it_is_the_cpu(monkeypatch):
 
 def test_a_process_alone_takes_the_current_gpu_by_its_number(eight_gpus):
     assert resolve_device() == torch.device("cuda", 3)
-    assert eight_gpus == [3]
+    assert eight_gpus[-1] == 3
 
 
 def test_each_launched_process_has_a_gpu_of_its_own(eight_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
     assert resolve_device() == torch.device("cuda", 5)
     assert eight_gpus[-1] == 5
+
+
+def test_a_device_by_name(eight_gpus, monkeypatch):
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("cuda") == torch.device("cuda", 3)
+    assert resolve_device("cuda:6") == torch.device("cuda", 6) and eight_gpus[-1] == 6
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert resolve_device("cuda") == torch.device("cuda", 5)
+    with pytest.raises(ConfigError, match="use cuda in place of cuda:6"):
+        resolve_device("cuda:6")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "mps", "", "CPU", "cuda:0,1"])
+def test_a_device_of_another_name(name):
+    with pytest.raises(ConfigError, match=f"no device is called '{name}': choose auto, cpu, cuda or cuda:N"):
+        resolve_device(name)
+
+
+def test_a_gpu_that_is_not_there(eight_gpus, monkeypatch):
+    with pytest.raises(ConfigError, match="no cuda:8: torch sees 8 GPUs"):
+        resolve_device("cuda:8")
+    monkeypatch.setenv("LOCAL_RANK", "9")
+    with pytest.raises(ConfigError, match="no cuda:9: torch sees 8 GPUs"):
+        resolve_device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="sees no GPU for cuda: check nvidia-smi, or use cpu"):
+        resolve_device("cuda")
 
 
 def test_only_one_file_asks_for_the_device():

@@ -124,6 +124,14 @@ def test_blocks_run_as_the_config_says(settings, expected):
     assert (", ".join(words) or "plain") == expected
 
 
+def test_without_a_compiler_blocks_run_uncompiled_with_one_sentence(monkeypatch, caplog):
+    monkeypatch.setattr("openm6.train.step.compile_failure", lambda device: "install a C compiler")
+    backbone = Backbone(preset("nano").backbone)
+    choose_execution(backbone, LoopConfig(compile=True), 1024, 0)
+    assert type(backbone.executor) is LayerExecutor
+    assert caplog.messages == ["blocks are not compiled, so slower: install a C compiler"]
+
+
 def test_a_choice_of_others_stands():
     training = WordsTraining(words_backbone())
     own = training.backbone.executor = CheckpointedExecutor(LayerExecutor(), 1)
