@@ -73,9 +73,26 @@ def build_layer(sizes: Sizes, device: torch.device) -> Any:
     return model.model.layers[0].mlp
 
 
-def baseline_candidate(sizes: Sizes, device: torch.device, compiled: bool) -> Candidate:
+def baseline_variants(sizes: Sizes, precision: str) -> dict[str, Part]:
+    """Return steps of the baseline on a CPU: one in fp32; in bf16 by autocast, and with weights in bf16."""
+    cpu = torch.device("cpu")
+    if precision == "fp32":
+        return {"baseline": baseline_candidate(sizes, cpu, compiled=False).step}
+    mixed = baseline_candidate(sizes, cpu, compiled=False).step
+
+    def autocast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mixed()
+
+    half = baseline_candidate(sizes, cpu, compiled=False, dtype=torch.bfloat16).step
+    return {"baseline, autocast": autocast, "baseline, weights in bf16": half}
+
+
+def baseline_candidate(
+    sizes: Sizes, device: torch.device, compiled: bool, dtype: torch.dtype | None = None
+) -> Candidate:
     """Return the model of the baseline and a step with torch's fused AdamW."""
-    model = build_baseline(sizes, device)
+    model = build_baseline(sizes, device).to(dtype)
     forward: Any = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)

@@ -18,6 +18,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.nn.executor import CompiledExecutor
 from openm6.nn.moe import Experts, MoE, Router, TokenDispatcher
 from openm6.ops.losses import linear_cross_entropy
+from openm6.ops.matmul import bf16_matmul
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import SequenceMeta, causal_meta
 from openm6.optim.config import OptimizerConfig
@@ -47,8 +48,8 @@ class Decoder(nn.Module):
         return linear_cross_entropy(flat, self.head, label, weight)[0]
 
 
-def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
-    """Return the decoder with random weights, and a training step on random tokens."""
+def our_candidate(sizes: Sizes, device: torch.device, bf16_products: bool = False) -> Candidate:
+    """Return the decoder with random weights and a step on random tokens; a CPU multiplies in bf16 if asked."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Decoder(sizes)
@@ -62,8 +63,9 @@ def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
     executor = model.backbone.executor
 
     def step() -> Tensor:
-        loss = model(ids, meta)
-        loss.backward()
+        with bf16_matmul(bf16_products):
+            loss = model(ids, meta)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()

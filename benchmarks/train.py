@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from benchmarks.baseline import baseline_candidate, missing_baseline
+from benchmarks.baseline import baseline_candidate, baseline_variants, missing_baseline
 from benchmarks.candidate import Candidate, take_turns, time_parts
 from benchmarks.decoder import our_candidate
-from benchmarks.harness import Baseline, Json, Report, SizesName, TimeLimit, device_name, speed_ratio
+from benchmarks.harness import Baseline, Deadline, Json, Report, SizesName, TimeLimit, Timing, device_name, speed_ratio
+from benchmarks.per_core import Steps, ratio, spread, time_per_core
 from benchmarks.sizes import Sizes, check_baseline, choose_sizes, default_name, peak_tflops
 from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError
+from openm6.ops.matmul import has_bf16, onednn_is_faster
+
+Precision = Annotated[
+    str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of products on a CPU; auto: all it has.")
+]
+ROUNDS = 40  # of each core, unless the time is over
+PARTS_FRACTION = 0.8  # of the time left, for whole steps; the rest is for their parts
 
 
 def bench_train(
@@ -21,8 +31,11 @@ def bench_train(
     baseline: Baseline = "transformers",
     seconds: TimeLimit = None,
     json_path: Json = None,
+    precision: Precision = "auto",
 ) -> dict[str, Any]:
     """Measure a whole training step and its parts, compared with Qwen3-MoE of `transformers`.
+
+    On a CPU each core runs a process of one thread; there is no ratio if the times vary too much.
 
     \b
     Example: python -m benchmarks train --config a --json train.json
@@ -31,20 +44,85 @@ def bench_train(
     device = resolve_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     on_gpu = device.type == "cuda"
-    candidates: dict[str, Candidate] = {}
-    parts: dict[str, dict[str, float]] = {}
-    turns, steps = (4, 8) if on_gpu else (3, 4)
-    with Report(json_path, seconds or (360.0 if on_gpu else 120.0)) as report:
-        for who in ("ours", "baseline"):
-            report.later(who, partial(_figures, who, candidates, parts, sizes, device))
-        report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["baseline"]))
+    precisions = [] if on_gpu else _precisions(precision)
+    with Report(json_path, seconds or (360.0 if on_gpu else 240.0)) as report:
         report.update({"device": device_name(device), "config": {"name": name, **sizes.model_dump()}})
         report["torch"] = torch.__version__
-        report["baseline_note"] = _open_candidates(candidates, sizes, device, baseline)
-        take_turns(candidates, device, turns, steps, report.deadline)
-        for who, candidate in candidates.items():
-            parts[who] = time_parts(candidate, device, report.deadline)
+        if on_gpu:
+            _on_gpu(report, sizes, device, baseline)
+        else:
+            _on_cores(report, sizes, baseline, precisions)
     return report.found
+
+
+def _precisions(precision: str) -> list[str]:
+    """Return what a CPU is to be measured in."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"no precision {precision!r}: choose auto, fp32 or bf16")
+    return ["fp32", *(["bf16"] if has_bf16() else [])] if precision == "auto" else [precision]
+
+
+def _on_gpu(report: Report, sizes: Sizes, device: torch.device, baseline: str) -> None:
+    candidates: dict[str, Candidate] = {}
+    parts: dict[str, dict[str, float]] = {}
+    for who in ("ours", "baseline"):
+        report.later(who, partial(_figures, who, candidates, parts, sizes, device))
+    report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["baseline"]))
+    report["baseline_note"] = _open_candidates(candidates, sizes, device, baseline)
+    take_turns(candidates, device, 4, 8, report.deadline)
+    for who, candidate in candidates.items():
+        parts[who] = time_parts(candidate, device, report.deadline)
+
+
+def _on_cores(report: Report, sizes: Sizes, baseline: str, precisions: list[str]) -> None:
+    """Measure each precision for an equal part of the time, then the parts of a step in fp32 in one thread."""
+    note = "disabled by --baseline none" if baseline == "none" else missing_baseline()
+    report["baseline_note"] = note or "transformers' Qwen3-MoE, not compiled, the fastest of its settings"
+    report["libraries"] = {"ours": "oneDNN" if onednn_is_faster() else "MKL", "baseline": "MKL; bf16: oneDNN"}
+    timings: dict[str, dict[str, Timing]] = {precision: {} for precision in precisions}
+    for precision in precisions:
+        report.later(precision, partial(_compared, timings[precision], sizes))
+    breakdown: dict[str, dict[str, float]] = {}
+    report["breakdown_ms"] = breakdown
+    for left, precision in zip(range(len(precisions), 0, -1), precisions, strict=True):
+        share = Deadline(report.deadline.left * PARTS_FRACTION / left)
+        report["cores"] = time_per_core(open_steps, (sizes, precision, note is None), ROUNDS, share, timings[precision])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        candidates: dict[str, Candidate] = {}
+        _open_candidates(candidates, sizes, torch.device("cpu"), baseline)
+        take_turns(candidates, torch.device("cpu"), 1, 3, report.deadline)
+        for who, candidate in candidates.items():
+            breakdown[who] = time_parts(candidate, torch.device("cpu"), report.deadline)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def open_steps(sizes: Sizes, precision: str, with_baseline: bool) -> Steps:
+    """Return a step of ours and one of each setting of the baseline, on a CPU."""
+    cpu = torch.device("cpu")
+    steps = {"ours": our_candidate(sizes, cpu, precision == "bf16").step}
+    return {**steps, **(baseline_variants(sizes, precision) if with_baseline else {})}
+
+
+def _compared(timings: Mapping[str, Timing], sizes: Sizes) -> dict[str, Any] | None:
+    """Return the results of one precision per core; None if a side was not timed."""
+    if not timings or not all(timing.seconds for timing in timings.values()):
+        return None
+    found: dict[str, Any] = {
+        name: {
+            "tokens_per_second_per_core": round(sizes.tokens / timing.median, 1),
+            "fastest": round(sizes.tokens / min(timing.seconds), 1),
+            "spread": round(spread(timing), 3),
+            "step_seconds": timing.summary(),
+        }
+        for name, timing in timings.items()
+    }
+    others = [timing for name, timing in timings.items() if name != "ours"]
+    if others:
+        found["ratio"], found["note"] = ratio(timings["ours"], min(others, key=lambda timing: timing.median))
+    return found
 
 
 def _open_candidates(candidates: dict[str, Candidate], sizes: Sizes, device: torch.device, baseline: str) -> str:
