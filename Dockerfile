@@ -3,6 +3,10 @@ FROM python:3.12-slim
 # libsndfile comes with soundfile's wheel; the CPU build of PyTorch keeps the image small.
 # For a GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# On a GPU, Triton compiles a launcher in C at its first kernel; Python's headers are in the base image.
+RUN case "${TORCH_INDEX}" in */cpu) ;; *) apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* ;; esac
+ENV TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 WORKDIR /app
 RUN pip install --no-cache-dir "torch>=2.11" --index-url ${TORCH_INDEX}
 COPY pyproject.toml README.md LICENSE NOTICE ./
