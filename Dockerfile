@@ -8,7 +8,7 @@ RUN case "${TORCH_INDEX}" in */cpu) ;; *) apt-get update && apt-get install -y -
     && rm -rf /var/lib/apt/lists/* ;; esac
 ENV TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 WORKDIR /app
-RUN pip install --no-cache-dir "torch>=2.11" --index-url ${TORCH_INDEX}
+RUN pip install --no-cache-dir "torch>=2.11,<2.16" --index-url ${TORCH_INDEX}
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY openm6 openm6
 RUN pip install --no-cache-dir ".[serve]" && useradd --create-home openm6

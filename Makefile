@@ -1,5 +1,6 @@
 # make demo: train and judge the small model on the data in the package, two cores, some minutes
 # make test, make check: what every change must pass
+# make test-torch: the tests with the oldest and the newest supported torch, each in an environment of its own
 # PYTHON names the interpreter for the environment, e.g. make PYTHON=python3.12 demo; WORKERS, processes for the tests
 
 PYTHON ?= python3
@@ -7,13 +8,21 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+TORCH_VERSIONS ?= 2.11.0 2.15.0
+
+.PHONY: demo test test-torch check format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/openm6 demo
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-torch: $(TORCH_VERSIONS:%=test-torch-%)
+
+test-torch-%:
+	$(PYTHON) tools/make_venv.py $(VENV)-torch-$* 'torch==$*' -e '.[dev]'
+	OMP_NUM_THREADS=1 $(VENV)-torch-$*/bin/python -m pytest -n $(WORKERS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -25,7 +34,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml tools/make_venv.py
 	$(PYTHON) tools/make_venv.py $(VENV) -e '.[report]'

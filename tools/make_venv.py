@@ -28,6 +28,7 @@ from pathlib import Path
 DEFAULT_INDEX = "https://pypi.org/simple"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON = (3, 11)
+TORCH = "torch>=2.11,<2.16"
 
 
 def main(words: list[str]) -> int:
@@ -43,7 +44,7 @@ def main(words: list[str]) -> int:
     try:
         python = make(folder)
         if words[1:]:
-            install_torch(python)
+            install_torch(python, next((word for word in words[1:] if word.startswith("torch")), TORCH))
             run_pip(python, ["install", *words[1:]])
     except (OSError, subprocess.CalledProcessError, LookupError) as error:
         print(f"{folder} could not be made: {error}", file=sys.stderr)
@@ -79,8 +80,8 @@ def run_pip(python: Path, words: list[str]) -> None:
     subprocess.run([python, "-m", "pip", "--disable-pip-version-check", *words], check=True)
 
 
-def install_torch(python: Path) -> None:
-    """Get torch's build for processors where it is the right one: it is 200 MB, the usual one 3 GB.
+def install_torch(python: Path, release: str) -> None:
+    """Get this release of torch built for processors where that is the right one: it is 200 MB, the usual one 3 GB.
 
     Nothing is done on a machine with an NVIDIA card, off Linux, or where someone configured an index or a folder of
     wheels, whose choice stands. If it cannot be had, the later installation takes the usual build.
@@ -88,7 +89,7 @@ def install_torch(python: Path) -> None:
     if not sys.platform.startswith("linux") or has_nvidia_card() or is_configured(os.environ):
         return
     if subprocess.run([python, "-c", "import torch"], capture_output=True).returncode:
-        words = ["install", "--index-url", CPU_TORCH_INDEX, "torch>=2.11"]
+        words = ["install", "--index-url", CPU_TORCH_INDEX, release]
         subprocess.run([python, "-m", "pip", "--disable-pip-version-check", *words], check=False)
 
 
