@@ -1,17 +1,17 @@
-"""A cache bounded by bytes: codes and mels of files, keys and values of prompts."""
+"""A cache bounded by bytes: records, codes and mels of files, keys and values of prompts."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
 
 
 class LRUCache(Generic[V]):
-    """Arrays, or tuples of arrays, by key; the least recently used are dropped first.
+    """Arrays, tuples of arrays, or records, by key; the least recently used are dropped first.
 
     What is dropped costs time, and changes no result. Thread-safe: a server prepares requests in several threads.
     """
@@ -19,10 +19,10 @@ class LRUCache(Generic[V]):
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self.entries: OrderedDict[bytes, V] = OrderedDict()
+        self.entries: OrderedDict[Hashable, V] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: bytes | None) -> V | None:
+    def get(self, key: Hashable) -> V | None:
         """Return the entry under `key`, which is marked as used now, or None."""
         with self._lock:
             if key is None or key not in self.entries:
@@ -30,7 +30,7 @@ class LRUCache(Generic[V]):
             self.entries.move_to_end(key)
             return self.entries[key]
 
-    def put(self, key: bytes | None, value: V) -> V:
+    def put(self, key: Hashable, value: V) -> V:
         """Keep `value`, unless the key is None or it is larger than the cache, and return it."""
         size = _size(value)
         with self._lock:
@@ -41,11 +41,20 @@ class LRUCache(Generic[V]):
                     self.bytes -= _size(self.entries.popitem(last=False)[1])
         return value
 
-    def get_or_compute(self, key: bytes | None, compute: Callable[[], V]) -> V:
+    def get_or_compute(self, key: Hashable, compute: Callable[[], V]) -> V:
         """Return the entry under `key`; compute and keep it if there is none."""
         found = self.get(key)
         return self.put(key, compute()) if found is None else found
 
 
 def _size(value: Any) -> int:
-    return sum(part.nbytes for part in (value if isinstance(value, tuple) else (value,)))
+    """Return the bytes of arrays; of Python values about as much as they take."""
+    if isinstance(value, str | bytes):
+        return 64 + len(value)
+    if isinstance(value, Mapping):
+        return sum(64 + _size(part) for part in value.values())
+    if isinstance(value, tuple):
+        return sum(map(_size, value))
+    if isinstance(value, list):
+        return sum(8 + _size(part) for part in value)
+    return int(getattr(value, "nbytes", 32))

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from openm6.core.errors import DataError
+from openm6.core.lru_cache import LRUCache
 from openm6.data.records import Fields, Record, RowReader, check_columns, unless_broken
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index, rows_by_hash, rows_by_word
 from openm6.data.storage import read_beside
@@ -47,6 +48,9 @@ class Table(ABC):
     def row_name(self, row: int) -> str:
         """Which row it is, for a person."""
         return f"row {row}"
+
+
+CACHE_BYTES = 32 * 2**20  # of the records of one source
 
 
 class ArrowTable(Table):
@@ -85,12 +89,17 @@ class TableSource(Source):
         self._table = table
         self._reader = reader
         self._rows = rows
+        # Most of the time of a small table's record is to make Python values of its cells.
+        self._records = LRUCache[Record](CACHE_BYTES)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
         row = int(self._rows[check_index(index, len(self))])
+        return dict(self._records.get_or_compute(row, lambda: self._read(row)))
+
+    def _read(self, row: int) -> Record:
         try:
             record = self._reader.read(self._table.row(row, list(self._reader.columns)))
         except DataError as error:

@@ -77,3 +77,10 @@ def test_keys_and_values_count_together() -> None:
     assert cache.get(b"a") is parts[b"a"]
     cache.put(b"c", parts[b"c"])
     assert cache.get(b"b") is None and cache.get(b"a") is not None and cache.bytes == 80
+
+
+def test_records_count_with_their_media_and_texts() -> None:
+    cache = LRUCache[dict](10_000)
+    for row in range(10):
+        cache.put(row, {"image": bytes(2000), "text_en": "x" * 500, "numbers": {"a": 1.0}, "tags_en": ["a", "b"]})
+    assert list(cache.entries) == [7, 8, 9] and 7500 < cache.bytes < 10_000
