@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from queue import Empty
 from typing import Any
@@ -70,7 +71,7 @@ def time_per_core(
 def _work(
     core: int, open_steps: Callable[..., Steps], settings: tuple[Any, ...], repeats: int, seconds: float, answers: Any
 ) -> None:
-    if hasattr(os, "sched_setaffinity"):
+    if sys.platform == "linux":
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     torch.set_num_threads(1)
     steps, deadline = open_steps(*settings), Deadline(seconds)

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from openm6.core.log import get_log
+from openm6.kernels.probe import failure_of
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig
 from openm6.nn.layers import fill_normal
 from openm6.ops.attention import QueryBlocks, attend_query_blocks
 from openm6.ops.matmul import linear
 from openm6.ops.pointwise import rms_norm, rotate
-from openm6.ops.sequence import CausalMask
+from openm6.ops.sequence import BLOCK, CausalMask, block_mask, causal_meta, visible
 
 Mask = Tensor | QueryBlocks | BlockMask | CausalMask
 
@@ -96,3 +98,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 def _flex() -> Callable[..., Tensor]:
     """Return FlexAttention compiled, without which it is slow; on first use, because importing must cost nothing."""
     return torch.compile(flex_attention)
+
+
+@functools.cache
+def flex_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Try FlexAttention and its gradient once against a dense mask; log why it fails if it does."""
+    reason = failure_of(functools.partial(_check_flex, device, dtype, head_dim))
+    if reason is not None:
+        get_log().warning(f"attention uses dense masks, which take more memory: FlexAttention failed ({reason})")
+    return reason is None
+
+
+def _check_flex(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    # Outside of what surrounds the first call: evaluation without gradients, autocast.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        meta = causal_meta(1, BLOCK, device=device)
+        parts = [torch.linspace(-1, 1, BLOCK * 2 * head_dim, device=device, dtype=dtype) for _ in range(3)]
+        query, key, value = (part.view(1, BLOCK, 2, head_dim).requires_grad_() for part in parts)
+        found = []
+        for mask in (block_mask(meta), visible(meta, meta)):
+            answer = attend(query, key, value, mask)
+            found.append((answer, *torch.autograd.grad(answer.square().sum(), (query, key, value))))
+        return all(torch.allclose(ours, theirs, rtol=0.1, atol=0.1) for ours, theirs in zip(*found, strict=True))

@@ -79,7 +79,7 @@ def test_compiled_once_for_all_layers_and_packings(dense_mask):
 
 def test_block_masks_of_other_packings_compile_nothing_anew(monkeypatch):
     """As on a GPU; forward alone, for FlexAttention has no backward pass on a CPU."""
-    monkeypatch.setattr("openm6.models.backbone.choose_mask", lambda meta, cache, x: block_mask(meta))
+    monkeypatch.setattr("openm6.models.backbone.choose_mask", lambda meta, *_: block_mask(meta))
     backbone, run = model(), CompiledExecutor(backend="aot_eager")
     backbone.executor = run
     metas = [
