@@ -20,7 +20,7 @@ from benchmarks.harness import Deadline, Timing, alternate
 from openm6.core.device import usable_cores
 
 Steps = Mapping[str, Callable[[], object]]
-MAX_SPREAD = 1.15  # median over fastest; above, a ratio says more about the machine than about the candidates
+MAX_VARIATION = 1.15  # median over fastest; above, a ratio says more about the machine than about the candidates
 LOOK_EVERY = 0.5  # seconds between checks for failed processes
 WARMUP = 3
 
@@ -84,14 +84,14 @@ def _work(
     answers.put(None)
 
 
-def spread(timing: Timing) -> float:
+def variation(timing: Timing) -> float:
     """Return how many times as long as the fastest step the median took."""
     return statistics.median(timing.seconds) / min(timing.seconds)
 
 
 def ratio(ours: Timing, theirs: Timing) -> tuple[float | None, str | None]:
     """Return their median time over ours; None with the reason if either side varies too much."""
-    worst = max(spread(ours), spread(theirs))
-    if worst > MAX_SPREAD:
-        return None, f"the median step took {worst:.2f} times the fastest, over {MAX_SPREAD}: run it on a quiet machine"
+    worst = max(variation(ours), variation(theirs))
+    if worst > MAX_VARIATION:
+        return None, f"the median step took {worst:.2f} times the fastest: run it on a quiet machine"
     return round(theirs.median / ours.median, 3), None

@@ -13,7 +13,7 @@ from benchmarks.baseline import baseline_candidate, baseline_variants, missing_b
 from benchmarks.candidate import Candidate, take_turns, time_parts
 from benchmarks.decoder import our_candidate
 from benchmarks.harness import Baseline, Deadline, Json, Report, SizesName, TimeLimit, Timing, device_name, speed_ratio
-from benchmarks.per_core import Steps, ratio, spread, time_per_core
+from benchmarks.per_core import Steps, ratio, time_per_core, variation
 from benchmarks.sizes import Sizes, check_baseline, choose_sizes, default_name, peak_tflops
 from openm6.core.device import resolve_device
 from openm6.core.errors import ConfigError
@@ -85,8 +85,8 @@ def _on_cores(report: Report, sizes: Sizes, baseline: str, precisions: list[str]
     breakdown: dict[str, dict[str, float]] = {}
     report["breakdown_ms"] = breakdown
     for left, precision in zip(range(len(precisions), 0, -1), precisions, strict=True):
-        share = Deadline(report.deadline.left * PARTS_FRACTION / left)
-        report["cores"] = time_per_core(open_steps, (sizes, precision, note is None), ROUNDS, share, timings[precision])
+        part = Deadline(report.deadline.left * PARTS_FRACTION / left)
+        report["cores"] = time_per_core(open_steps, (sizes, precision, note is None), ROUNDS, part, timings[precision])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -114,7 +114,7 @@ def _compared(timings: Mapping[str, Timing], sizes: Sizes) -> dict[str, Any] | N
         name: {
             "tokens_per_second_per_core": round(sizes.tokens / timing.median, 1),
             "fastest": round(sizes.tokens / min(timing.seconds), 1),
-            "spread": round(spread(timing), 3),
+            "variation": round(variation(timing), 3),
             "step_seconds": timing.summary(),
         }
         for name, timing in timings.items()

@@ -33,7 +33,7 @@ def test_the_report_compares_both(tmp_path, monkeypatch, capsys):
     for side in ("ours", "baseline"):
         found = report["fp32"][side]
         assert found["step_seconds"]["runs"] == 2 * usable_cores()
-        assert found["fastest"] >= found["tokens_per_second_per_core"] > 0 and found["spread"] >= 1
+        assert found["fastest"] >= found["tokens_per_second_per_core"] > 0 and found["variation"] >= 1
         assert set(report["breakdown_ms"][side]) == PARTS
     assert (report["fp32"]["ratio"] is None) == (report["fp32"]["note"] is not None)
 
