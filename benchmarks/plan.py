@@ -51,7 +51,7 @@ def compare(recipe: str, overrides: list[str]) -> dict[str, Any]:
     Raises:
         TrainingError: the run failed.
     """
-    plan = plan_measured([sys.executable, "-m", "openm6.cli.trial_run", recipe, *overrides], None, None, {})
+    plan = plan_measured([sys.executable, "-m", "openm6.cli.trial_run", "auto", recipe, *overrides], None, None, {})
     with tempfile.TemporaryDirectory() as folder:
         measured = _train(recipe, overrides, RunFolder(Path(folder)))
     planned = {

@@ -65,14 +65,19 @@ def commands(program: str) -> list[tuple[str, str]]:
     )
 
 
-def check_training(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> None:
+def check_training(recipe: str, overrides: list[str], resume: bool, out: Path | None, device: str = "auto") -> None:
     """A recipe of the package is read with the overrides; nothing is trained."""
     if recipe not in READERS_OWN:
         read_recipe(recipe_path(recipe), overrides)
 
 
 def check_evaluation(
-    trained: Path, tasks: list[str] | None, data: Path | None, json_path: Path | None, settings: list[str]
+    trained: Path,
+    tasks: list[str] | None,
+    data: Path | None,
+    json_path: Path | None,
+    settings: list[str],
+    device: str,
 ) -> None:
     apply_overrides({"eval": {}}, settings)
     known = {f"{component['task']}/{component['source']}" for component in demo_mixture()} | set(TASKS)

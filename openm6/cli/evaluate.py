@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openm6.cli.group import write_json
-from openm6.cli.train import Trained
+from openm6.cli.train import Device, Trained
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
@@ -31,6 +31,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Table or folder with other records.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     scenarios: Annotated[bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")] = False,
+    device: Device = "auto",
 ) -> None:
     """Evaluate a trained model on held-out records.
 
@@ -44,14 +45,14 @@ def evaluate(
         # torch takes seconds to import
         from openm6.serve.scenarios.run import results_table, run_scenarios
 
-        Console().print(results_table(run_scenarios(trained, json_path)))
+        Console().print(results_table(run_scenarios(trained, json_path, device)))
         return
     # torch takes seconds to import
     from openm6.evaluate.run import evaluate as evaluate_model
     from openm6.evaluate.summary import print_table
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
-    report = evaluate_model(trained, tasks=names, data=data, json_path=json_path, settings=settings or [])
+    report = evaluate_model(trained, names, data, json_path, settings or [], device=device)
     print_table(report, Console())
 
 

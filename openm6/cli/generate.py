@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from openm6.cli.group import print_result
-from openm6.cli.train import Trained
+from openm6.cli.train import Device, Trained
 
 
 def generate(
@@ -42,6 +42,7 @@ def generate(
     num_gpu_layers: Annotated[
         int | None, typer.Option(min=0, help="Layers that stay on the device; the others are offloaded.")
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Generate text, an image, audio or numbers with a trained model.
 
@@ -67,4 +68,4 @@ def generate(
         language=language,
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
-    print_result(generate_answer(trained, question, settings, out, num_gpu_layers))
+    print_result(generate_answer(trained, question, settings, out, num_gpu_layers, device))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli.train import Overrides
+from openm6.cli.train import Device, Overrides
 from openm6.core.errors import ConfigError
 from openm6.plan import hardware
 from openm6.plan.hardware import PER_NODE
@@ -46,6 +46,7 @@ def plan(
     sweep: Sweep = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot of the sweep (SVG, PNG or PDF).")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON.")] = None,
+    device: Device = "auto",
 ) -> None:
     """Estimate time, memory, energy and cost of a run, and whether it fits.
 
@@ -72,8 +73,9 @@ def plan(
                 "without --gpu the recipe is measured on this machine: add --gpu KIND, or keep to --tokens, --days, "
                 "--country, --pue and --json"
             )
-        show_measured(model, overrides or [], tokens, days, energy, json_path)
-        return
+        return show_measured(model, overrides or [], tokens, days, energy, json_path, device)
+    if device != "auto":
+        raise ConfigError("--device is where a recipe is measured: leave out --gpu, which plans for a GPU of the table")
     config = build(EnergyConfig, energy, "the options of energy")
     request = PlanRequest(read_model(model, overrides), batch, tokens, days, *lengths, config)
     card = hardware.gpu(gpu, gpu_table)

@@ -83,6 +83,7 @@ def show_measured(
     days: float | None,
     energy: dict[str, Any],
     json_path: Path | None,
+    device: str,
 ) -> None:
     """Measure a few steps of a recipe on this machine, and print the plan of the whole run."""
     read_model(recipe, overrides)  # raises for what is no recipe, or no setting, before a process starts
@@ -90,7 +91,7 @@ def show_measured(
     if recipe in PRESETS:
         raise ConfigError(f"{recipe} is a preset: name a recipe to measure it here, or a GPU with --gpu")
     Console(stderr=True).print("measuring a few steps on this machine ...", style="dim")
-    command = [sys.executable, "-m", "openm6.cli.trial_run", recipe, *overrides]
+    command = [sys.executable, "-m", "openm6.cli.trial_run", device, recipe, *overrides]
     content = plan_measured(command, tokens, days, energy)
     write_json(content, json_path)
     seconds, spent = content["seconds"], content["energy"]

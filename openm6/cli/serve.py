@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli.train import Trained
+from openm6.cli.train import Device, Trained
 from openm6.core.errors import ConfigError
 
 
@@ -35,13 +35,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="With --ray: min_replicas, max_replicas, cpus, gpus, …"),
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Serve a trained model over HTTP, with routes that follow the OpenAI API.
 
     \b
     Example: openm6 serve runs/demo --port 8000
     """
-    settings = [f"host={host}", f"port={port}", *(settings or [])]
+    settings = [f"host={host}", f"port={port}", f"engine.device={device}", *(settings or [])]
     if allow_host:
         settings.append(f"hosts={json.dumps(allow_host)}")
     # torch takes seconds to import, and the server's packages are an extra

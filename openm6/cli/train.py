@@ -12,6 +12,9 @@ from openm6.cli.group import print_result
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint of the run.")]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute; auto: a GPU if there is one.")
+]
 Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")]
 
 
@@ -33,6 +36,7 @@ class Moments(StrEnum):
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     resume: Resume = False,
+    device: Device = "auto",
 ) -> None:
     """Train and evaluate the demo model on the data in the package; about six minutes on two cores.
 
@@ -44,7 +48,7 @@ def demo(
     # torch takes seconds to import
     from openm6.train.run import train_recipe
 
-    print_result(train_recipe("demo", [], resume, out))
+    print_result(train_recipe("demo", [], resume, out, device))
 
 
 def train(
@@ -54,6 +58,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME of the recipe.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one GPU each if there are GPUs.")] = 1,
     max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failed process.")] = 0,
+    device: Device = "auto",
 ) -> None:
     """Train a recipe.
 
@@ -65,13 +70,13 @@ def train(
         # torch takes seconds to import
         from openm6.distributed.launch import launch
 
-        words = ["train", recipe, *(overrides or []), *(["--resume"] if resume else [])]
+        words = ["train", recipe, *(overrides or []), *(["--resume"] if resume else []), "--device", device]
         launch([*words, *(["--out", str(out)] if out else [])], nproc, max_restarts)
     else:
         # torch takes seconds to import
         from openm6.train.run import train_recipe
 
-        print_result(train_recipe(recipe, overrides or [], resume, out))
+        print_result(train_recipe(recipe, overrides or [], resume, out, device))
 
 
 def convert(

@@ -92,7 +92,7 @@ def part_of(config: EvalConfig, divisor: int) -> EvalConfig:
     return config.model_copy(update={**update, "records": max(2, update["records"])})
 
 
-def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
+def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str = "auto") -> None:
     """Train a few steps of a recipe into `folder`, and write their time, memory and energy there.
 
     Raises:
@@ -109,7 +109,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
     assert isinstance(checked, MultimodalRecipe)
     run = RunFolder.open(folder)
     run.write_config(values)
-    device = resolve_device()
+    device = resolve_device(device_name)
     on_gpu = device.type == "cuda"
     training = TrialTraining(checked, run, device)
     total, active = training.omni.count_parameters()
@@ -141,11 +141,11 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Run `RECIPE OVERRIDES… FOLDER`; an expected failure is one sentence on standard error."""
-    recipe, *overrides, folder = words
+    """Run `DEVICE RECIPE OVERRIDES… FOLDER`; an expected failure is one sentence on standard error."""
+    device, recipe, *overrides, folder = words
     end_with_parent(Path(folder))
     try:
-        run_trial(Path(folder), recipe, overrides)
+        run_trial(Path(folder), recipe, overrides, device)
     except OpenM6Error as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None

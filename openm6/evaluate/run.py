@@ -60,12 +60,13 @@ def evaluate(
     settings: list[str] | None = None,
     on_result: Callable[[TaskResult], None] = lambda result: None,
     loaded: LoadedModel | None = None,
+    device: str = "auto",
 ) -> EvalReport:
     """Evaluate a run or checkpoint; `settings` such as `eval.answers=300` override those of its recipe.
 
-    `loaded` is its model if that is in memory already; else it is read from `path`. `data` names a table or folder
-    whose records replace every test split (`open_own_data`); baselines are then fitted to it, too, which only makes
-    them harder to beat.
+    `loaded` is its model if that is in memory already; else it is read from `path` to `device`, see `load`. `data`
+    names a table or folder whose records replace every test split (`open_own_data`); baselines are then fitted to it,
+    too, which only makes them harder to beat.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -74,7 +75,7 @@ def evaluate(
     """
     if json_path is not None:
         check_writable(json_path, "--json")
-    loaded = loaded or load(path)
+    loaded = loaded or load(path, device)
     description = loaded.description
     trained_tasks = chosen_tasks(description, tasks)
     values = apply_overrides({"eval": description.eval}, settings or [])

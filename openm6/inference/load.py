@@ -12,7 +12,9 @@ from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
 from openm6.core.device import resolve_device
 from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.log import get_log
 from openm6.inference.offloaded import place_offloaded
+from openm6.kernels.probe import capabilities
 from openm6.modalities.audio import Audio
 from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
@@ -84,7 +86,7 @@ def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
 
 
 def load(
-    path: Path, device: torch.device | None = None, num_gpu_layers: int | None = None, host_copy: bool = True
+    path: Path, device: torch.device | str = "auto", num_gpu_layers: int | None = None, host_copy: bool = True
 ) -> LoadedModel:
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
@@ -94,7 +96,9 @@ def load(
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
     """
-    folder, device = latest(path), device or resolve_device()
+    folder, device = latest(path), resolve_device(device) if isinstance(device, str) else device
+    if device.type == "cuda":
+        get_log().info(str(capabilities(device)))
     description, tokenizer = _texts(folder)
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
     omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), meta_matrices=offloaded)

@@ -28,11 +28,16 @@ SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".fla
 
 
 def generate(
-    path: Path, question: Question, decoding: Decoding, out: Path | None = None, num_gpu_layers: int | None = None
+    path: Path,
+    question: Question,
+    decoding: Decoding,
+    out: Path | None = None,
+    num_gpu_layers: int | None = None,
+    device: str = "auto",
 ) -> str:
     """Ask the model of a run or checkpoint; return the text to print, and write `out` if it is given.
 
-    Images and audio are always written, by default to answer.png or answer.wav. `num_gpu_layers` as in `load`.
+    Images and audio are always written, by default to answer.png or answer.wav. `num_gpu_layers`, `device`: see `load`.
 
     Raises:
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
@@ -46,7 +51,7 @@ def generate(
             raise ConfigError(f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}")
     if out is not None:
         check_writable(out, "--out")
-    return answer_question(load(path, num_gpu_layers=num_gpu_layers), question, decoding, out)
+    return answer_question(load(path, device, num_gpu_layers), question, decoding, out)
 
 
 def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding, out: Path | None) -> str:

@@ -58,6 +58,7 @@ class EngineConfig(Config):
     batch_invariant: bool = True
     max_queued_tokens: int = Field(default=32_768, ge=1)
     prefix_cache_bytes: int = Field(default=64 * 2**20, ge=0)
+    device: str = "auto"  # or cpu, cuda, cuda:N
     weights: Precision = "float32"
     num_gpu_layers: int | None = Field(default=None, ge=0)
 

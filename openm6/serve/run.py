@@ -68,7 +68,7 @@ def serve(
                 f"no API keys: whoever reaches {config.host} may ask the model, open the page and upload files; "
                 f"set {KEY_VARIABLE} or --keys"
             )
-        engine = Engine(load(trained, num_gpu_layers=config.engine.num_gpu_layers), config.engine)
+        engine = Engine(load(trained, config.engine.device, config.engine.num_gpu_layers), config.engine)
         app = configure_app(create_app(engine, config, name or trained.resolve().name))
         server = http_server(app, config.limits)
         engine.on_failure = partial(setattr, server, "should_exit", True)

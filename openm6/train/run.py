@@ -19,6 +19,7 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.config import ParallelConfig
 from openm6.distributed.process_group import ProcessGroupContext, launched, restarted
+from openm6.kernels.probe import capabilities
 from openm6.tasks.registry import TASKS
 from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
 from openm6.train.codec import CodecRecipe, CodecTraining
@@ -69,18 +70,23 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any
 
 
 def train_recipe(
-    recipe: str, overrides: list[str] | None = None, resume: bool = False, out: Path | None = None
+    recipe: str,
+    overrides: list[str] | None = None,
+    resume: bool = False,
+    out: Path | None = None,
+    device_name: str = "auto",
 ) -> TrainResult | None:
     """Train by a recipe into `out` (default runs/NAME), as one of several ranks if torchrun started this process.
 
     Only rank 0 writes, and only it returns a result. After a restart by the launcher the run is resumed. Resuming reads
-    the settings that the run began with from its own config.yaml; overrides come on top.
+    the settings that the run began with from its own config.yaml; overrides come on top. `device_name`: as for
+    `resolve_device`.
 
     Raises:
-        ConfigError: the recipe is unusable, or `out` holds no run to resume.
+        ConfigError: the recipe is unusable, there is no such device, or `out` holds no run to resume.
         TrainingError, DataError, CheckpointError: as for `train`.
     """
-    device, path = resolve_device(), Path(recipe)
+    device, path = resolve_device(device_name), Path(recipe)
     run = RunFolder(out or Path("runs") / path.stem)
     parallel = ParallelConfig()
     failure: OpenM6Error | None = None
@@ -116,6 +122,7 @@ def train_recipe(
             raise failure
         _check_alike(ranks, values)
         run = RunFolder.open(run.path)
+        get_log().info(str(capabilities(device)))
         training = TRAININGS[checked.kind][1](checked, run, device, ranks)
         settings = values if ranks.is_main_process and (path != run.config or overrides) else None
         result = train(training, checked.loop, run, resume, settings=settings)

@@ -101,12 +101,12 @@ class Called:
 @pytest.mark.parametrize(
     ("words", "call"),
     [
-        ("demo", ("train_recipe", ("demo", [], False, Path("runs/demo")), {})),
+        ("demo", ("train_recipe", ("demo", [], False, Path("runs/demo"), "auto"), {})),
         (
-            "train my.yaml loop.steps=3 a=b --resume --out here",
-            ("train_recipe", ("my.yaml", ["loop.steps=3", "a=b"], True, Path("here")), {}),
+            "train my.yaml loop.steps=3 a=b --resume --out here --device cuda:1",
+            ("train_recipe", ("my.yaml", ["loop.steps=3", "a=b"], True, Path("here"), "cuda:1"), {}),
         ),
-        ("train my.yaml", ("train_recipe", ("my.yaml", [], False, None), {})),
+        ("train my.yaml", ("train_recipe", ("my.yaml", [], False, None, "auto"), {})),
     ],
 )
 def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) -> None:
@@ -139,7 +139,7 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls["parse_numbers"][0] == ("mass=3.5,length=",)
     assert ("parse_fractions", ("0,0,1,.5", 4, "--mask-box"), {}) in called.calls
     given = (Path("runs/x"), "question is done", "read_decoding is done", Path("o.png"))
-    assert calls["generate"] == ((*given, 2), {})
+    assert calls["generate"] == ((*given, 2, "auto"), {})
     assert shown.stdout == "generate is done\n"
 
 
@@ -157,8 +157,8 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     (name, words, named), (show, shown_words, _) = called.calls
     assert (name, words, named) == (
         "evaluate",
-        (Path("runs/x"),),
-        {"tasks": ["a", "b"], "data": None, "json_path": Path("s.json"), "settings": []},
+        (Path("runs/x"), ["a", "b"], None, Path("s.json"), []),
+        {"device": "auto"},
     )
     assert (show, shown_words[0]) == ("print_table", "evaluate is done")
 
@@ -251,3 +251,35 @@ def test_the_module_runs_as_a_program_in_a_terminal() -> None:
     assert done.returncode == 0
     assert os.read(ours, 100).decode().strip()[0].isdigit()
     os.close(ours)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--out", "{}"],
+        ["train", "demo", "--out", "{}"],
+        ["train", "demo", "--nproc", "2", "--out", "{}"],
+        ["evaluate", "{}"],
+        ["evaluate", "{}", "--scenarios"],
+        ["generate", "{}", "--output", "text", "--text", "a"],
+        ["serve", "{}", "--port", "0"],
+    ],
+)
+def test_every_command_that_computes_asks_for_its_device(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name reaches the one resolver: commands on a run without a checkpoint fail there only if it comes first."""
+    monkeypatch.setattr("openm6.inference.load.latest", lambda path: path)
+    launched: list[list[str]] = []
+    monkeypatch.setattr("openm6.distributed.launch.launch", lambda words, *_: launched.append(words))
+    shown = runner.invoke(app, [word.format(tmp_path / "run") for word in words] + ["--device", "tpu"])
+    if launched:
+        assert launched[0][-4:] == ["--device", "tpu", "--out", str(tmp_path / "run")]
+    else:
+        sentence = "error: no device is called 'tpu': choose auto, cpu, cuda or cuda:N\n"
+        assert (shown.exit_code, shown.stderr) == (1, sentence)
+
+
+def test_a_plan_for_a_gpu_of_the_table_has_no_device() -> None:
+    shown = runner.invoke(app, ["plan", "nano", "--gpu", "h100", "--device", "cpu"])
+    assert shown.exit_code == 1 and "leave out --gpu" in shown.stderr

@@ -80,12 +80,12 @@ class ExampleResult:
     seconds: float
 
 
-def run_scenarios(trained: Path, json_path: Path | None = None) -> list[ExampleResult]:
+def run_scenarios(trained: Path, json_path: Path | None = None, device: str = "auto") -> list[ExampleResult]:
     """Run the examples of all scenarios, in both languages; raise CheckpointError if there is no model.
 
     With `json_path` the number of examples in each state is written there, and then each of them.
     """
-    with Engine(load(trained), ONE_AT_A_TIME) as engine:
+    with Engine(load(trained, device), ONE_AT_A_TIME) as engine:
         pairs = product(read_library().scenarios.values(), LANGUAGES)
         results = [run_example(engine, scenario, language) for scenario, language in pairs]
     if json_path is not None:
