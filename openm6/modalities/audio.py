@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any, ClassVar
 
@@ -84,6 +85,7 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
         ) from None
 
 
+@functools.lru_cache(256)
 def audio_grid(count: int, samples: int) -> TokenGrid:
     """The grid of `count` tokens of so many samples: number and twice the middle; middles in seconds."""
     index = np.arange(count, dtype=np.int32)

@@ -50,22 +50,25 @@ def build_sequence(segments: list[Segment], task: str = "", weight: float = 1.0,
 
     `position` is that of the first token, for segments that continue others.
     """
-    orders, blocks, positions = [], [], []
-    order = block = 0
+    length = sum(map(len, segments))
+    attn_order, block_id = np.zeros(length, np.int32), np.zeros(length, np.int32)
+    positions = np.empty((length, 3), np.int32)
+    start = order = block = 0
     for segment in segments:
-        length = len(segment)
+        here = slice(start, start + len(segment))
+        start = here.stop
         if segment.placement == "causal":
-            orders.append(np.arange(order + 1, order + 1 + length, dtype=np.int32))
-            order += length
-        else:
-            order += segment.placement != "source"
-            orders.append(np.full(length, 0 if segment.placement == "source" else order, np.int32))
-        block += segment.placement == "block"
-        blocks.append(np.full(length, block if segment.placement == "block" else 0, np.int32))
-        positions.append(segment.grid + position * np.asarray(segment.moves))
+            attn_order[here] = np.arange(order + 1, order + 1 + len(segment))
+            order += len(segment)
+        elif segment.placement != "source":
+            order += 1
+            attn_order[here] = order
+        if segment.placement == "block":
+            block += 1
+            block_id[here] = block
+        positions[here] = segment.grid + np.multiply(position, segment.moves)
         position += segment.span
-    join = np.concatenate
-    return PackedExample(segments, join(orders), join(blocks), join(positions).astype(np.int32), task, weight)
+    return PackedExample(segments, attn_order, block_id, positions, task, weight)
 
 
 def build_pair(left: list[Segment], right: list[Segment], task: str = "", weight: float = 1.0) -> PackedExample:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
@@ -96,11 +97,12 @@ def to_square(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
     return square
 
 
-def pixels(image: PIL.Image.Image) -> np.ndarray:
+def pixels(image: PIL.Image.Image | np.ndarray) -> np.ndarray:
     """Values in [-1, 1].  # H W 3"""
     return np.asarray(image, dtype=np.float32) / 127.5 - 1
 
 
+@functools.lru_cache(256)
 def image_grid(down: int, across: int) -> TokenGrid:
     """The grid of `down` × `across` tokens, row by row, at one moment: middles, also as fractions of the sides."""
     rows, columns = np.divmod(np.arange(down * across, dtype=np.int32), across)
@@ -121,12 +123,12 @@ class Image(CodesModality):
         self.target_grid = image_grid(side // codec.config.stride, side // codec.config.stride)
         self.max_patches = max_patches
         self.max_pixels = max_pixels
-        self.code_cache = LRUCache[np.ndarray](CACHE_BYTES)
+        self.code_cache, self._pixel_cache = (LRUCache[np.ndarray](CACHE_BYTES) for _ in range(2))
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
         mask_box = options.get("mask_box")
-        values = pixels(self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2)))
+        values = pixels(self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw)))
         # An inpainted region must keep its position.
         if rng is not None and mask_box is None:
             values = _shifted(values, rng)
@@ -135,14 +137,15 @@ class Image(CodesModality):
         mask = box_mask(mask_box, down, across)
         return self._source(patches.reshape(down * across, -1), mask, image_grid(down, across))
 
-    def _fit(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        """The image resized to whole patches within the budget; small ones keep their size."""
+    def _fit(self, raw: Any) -> np.ndarray:
+        """An image resized to whole patches within the budget; small ones keep their size.  # H W 3"""
+        image = read_image(raw, self.max_pixels, self.max_patches * PATCH**2)
         down, across = image.height / PATCH, image.width / PATCH
         scale = min(1.0, (self.max_patches / max(down * across, 1e-9)) ** 0.5)
         rows = min(max(1, round(down * scale)), self.max_patches)
         columns = min(max(1, round(across * scale)), self.max_patches // rows)
         size = (columns * PATCH, rows * PATCH)
-        return image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC)
+        return np.asarray(image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC))
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Codes of the image, masked by the training pattern, or, with `mask_box`, in the box alone."""

@@ -8,6 +8,7 @@ finite. Out comes a histogram over t: mean, median, intervals and samples follow
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Numbers(Modality):
     def __init__(self, text: Text, scales: Scales) -> None:
         self.text = text
         self.scales = scales
+        self._name_ids = functools.lru_cache(4096)(lambda name: text.encode(" " + name.replace("_", " "))[:8])
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Tokens of a mapping of columns (missing values allowed: None or NaN) or of a NumberSeries."""
@@ -94,7 +96,7 @@ class Numbers(Modality):
         name_ids = np.full((len(tokens), 8), -1, dtype=np.int64)
         for row, (name, patch) in enumerate(tokens):
             values[row, : len(patch)] = [math.nan if v is None else _number(name, v) for v in patch]
-            words = self.text.encode(" " + name.replace("_", " "))[:8]
+            words = self._name_ids(name)
             name_ids[row, : len(words)] = words
         scale = np.asarray([scales[name] for name, _ in tokens]).reshape(-1, 2)  # N 2
         observed = np.isfinite(values)  # N P

@@ -5,6 +5,7 @@ A text that is too long is cut where it may be cut: long inputs lose tokens, the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from openm6.ops.losses import linear_cross_entropy
 
 # The character of a text that becomes the mask token.
 MASK_CHARACTER = "\N{OBJECT REPLACEMENT CHARACTER}"
+CACHED_TEXTS, CACHED_LENGTH = 4096, 200  # segments of texts of so many characters are kept
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -62,6 +64,9 @@ class Text(Modality):
         self.start, self.end, self.mask = (self.first_special + index for index in range(3))
         # A multiple of 64 keeps the rows of the embedding aligned for the matrix units.
         self.vocab_size = -(-(self.mask + 1) // 64) * 64
+        # Prompts, labels and names of columns come back in every epoch; nobody changes the arrays of a segment.
+        self._cached_source = functools.lru_cache(CACHED_TEXTS)(self._source)
+        self._cached_target = functools.lru_cache(CACHED_TEXTS)(self._target)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; each MASK_CHARACTER becomes the mask token."""
@@ -93,11 +98,15 @@ class Text(Modality):
         What is longer is cut within `cuttable` (spans of characters; default: anywhere), the longest first.
         """
         part = Part("text", _checked(raw), dict(options))
-        ids, offsets = self._encode_with_offsets(part.raw)
+        segment_of = self._cached_source if len(part.raw) <= CACHED_LENGTH else self._source
+        return segment_of(part.raw, cuttable_in(part))
+
+    def _source(self, text: str, spans: tuple[Cuttable, ...]) -> Segment:
+        ids, offsets = self._encode_with_offsets(text)
         starts, stops = np.asarray(offsets).reshape(-1, 2).T
         cuttable = []
         # The tokens that lie wholly within each span.
-        for span in cuttable_in(part):
+        for span in spans:
             first = int(np.searchsorted(starts, span.start, "left"))
             last = int(np.searchsorted(stops, span.stop, "right"))
             cuttable.append(Cuttable(first, max(first, last), span.keep_end))
@@ -116,8 +125,11 @@ class Text(Modality):
         MASK_CHARACTER is a character like any other here.
         A text of more than `max_tokens` is cut there and has no end token, which would train to stop within a sentence.
         """
-        max_tokens = int(options.get("max_tokens", self.max_tokens))
-        segment = self.target_of(self.tokenizer.encode(_checked(raw), add_special_tokens=False).ids)
+        segment_of = self._cached_target if len(_checked(raw)) <= CACHED_LENGTH else self._target
+        return segment_of(raw, int(options.get("max_tokens", self.max_tokens)))
+
+    def _target(self, text: str, max_tokens: int) -> Segment:
+        segment = self.target_of(self.tokenizer.encode(text, add_special_tokens=False).ids)
         if len(segment) <= max_tokens + 1:
             return segment
         return select_tokens(segment, np.arange(len(segment)) < max_tokens, (Cuttable(0, max_tokens),))
