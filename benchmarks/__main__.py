@@ -11,7 +11,7 @@ from openm6.cli.group import HELP_OPTIONS, PlainGroup, make_app
 
 BENCHMARKS = (
     "train", "experts", "packing", "fp8", "serve", "generate", "plan", "offload", "rank", "simulate", "all-to-all",
-    "scaling", "reshard",
+    "scaling", "reshard", "gpu",
 )  # fmt: skip
 
 

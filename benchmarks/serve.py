@@ -194,6 +194,9 @@ CPU_SETTING = ServeSetting(
 def bench_serve(
     json_path: Json = None,
     load_seconds: Annotated[float, typer.Option("--seconds", min=1, help="Length of the mixed load.")] = 20.0,
+    limit: Annotated[
+        float | None, typer.Option("--limit", min=1, help="Time after which no other method starts; default by device.")
+    ] = None,
 ) -> None:
     """Measure text generation compared with transformers on the same weights, then a mixed load.
 
@@ -202,7 +205,7 @@ def bench_serve(
     """
     device = resolve_device()
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
-    with Report(json_path, setting.seconds) as report:
+    with Report(json_path, limit or setting.seconds) as report:
         compare(setting, device, report)
         report["mixed_load"] = mixed_load(load_seconds)
 
