@@ -61,7 +61,8 @@ class SequenceMeta:
 
     def to(self, device: torch.device | str) -> SequenceMeta:
         """Return the same metadata on another device."""
-        return SequenceMeta(*(part.to(device) for part in self.parts()), causal=self.causal)
+        parts = (part.to(device, non_blocking=True) for part in self.parts())
+        return SequenceMeta(*parts, causal=self.causal)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return example_id, attn_order, block_id, positions."""
