@@ -16,6 +16,19 @@ from tests.distributed.fleet import Fleet
 from tests.triton_interpreter import need_triton
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Count the tests of kernels among those of the GPU where they run on one."""
+    for item in items if torch.cuda.is_available() else ():
+        if isinstance(item, pytest.Function) and "device" in item.fixturenames and _own_device(item):
+            item.add_marker(pytest.mark.gpu)
+
+
+def _own_device(item: pytest.Function) -> bool:
+    """Whether its device is the fixture's, not one of its parameters."""
+    return "device" not in getattr(getattr(item, "callspec", None), "params", {})
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The GPU where there is one; else kernels run in Triton's interpreter, on the CPU."""

@@ -15,6 +15,8 @@ from openm6.nn import moe as module
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, Routing, TokenDispatcher
+from openm6.ops.moe import choose_backend
+from tests.devices import CPU, on_each_device
 from tests.triton_interpreter import need_interpreter
 
 WIDTH = 16
@@ -133,6 +135,39 @@ def test_one_expert_after_the_other_equals_the_general_backend(name, monkeypatch
     pairs = run_two_backends(name, "per_expert", monkeypatch, torch.device("cpu"), torch.float32)
     for general, per_expert in zip(*pairs, strict=True):
         torch.testing.assert_close(per_expert, general, rtol=1e-4, atol=1e-5)
+
+
+def layer_results(moe: MoE, x: Tensor, upstream: Tensor, autocast: bool = False) -> list[Tensor]:
+    """Output and gradients of a layer with all tokens valid, in fp32 on the CPU."""
+    x = x.clone().requires_grad_()
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+        y, _ = moe(x, valid, TokenDispatcher(), 0)
+    found = torch.autograd.grad(y, [x, *moe.parameters()], upstream.to(y.dtype))
+    return [tensor.detach().float().cpu() for tensor in (y, *found)]
+
+
+@on_each_device
+@pytest.mark.parametrize("way", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("name", WITHOUT_DROPS)
+def test_the_backend_of_a_device_gives_what_one_expert_after_the_other_gives(name, way, device, monkeypatch):
+    """Of all that a device chooses by itself; bf16 on a GPU is the fused backend, with or without autocast."""
+    moe = make(ExpertsConfig(intermediate_size=24, num_experts=6, **VARIANTS[name]))
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.copy_(parameter.bfloat16())  # the same router in both precisions, and so the same choices
+    x, upstream = torch.randn(2, 64, WIDTH).bfloat16().float(), torch.randn(2, 64, WIDTH)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "choose_backend", lambda *_: "per_expert")
+        expected = layer_results(moe, x, upstream)
+    dtype = torch.bfloat16 if way == "bf16" else torch.float32
+    chosen = []
+    monkeypatch.setattr(module, "choose_backend", lambda *words: chosen.append(choose_backend(*words)) or chosen[-1])
+    found = layer_results(moe.to(device, dtype), x.to(device, dtype), upstream.to(device), way == "autocast")
+    choices = {"permute", "per_expert"} if device == CPU else {"permute" if way == "fp32" else "fused"}
+    assert len(chosen) == 1 and set(chosen) <= choices
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= (1e-4 if way == "fp32" else 0.03) * theirs.norm()
 
 
 def test_report_counts_valid_tokens_and_drops():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openm6.checkpoint.folder import latest, step_folder
 from openm6.checkpoint.load import load_model
@@ -21,6 +24,7 @@ from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfi
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.step import TrainStep
+from tests.devices import CPU, on_each_device
 from tests.offload.strict_streams import WatchedStreams, late_streams
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
@@ -40,15 +44,19 @@ def steps_of(train_step: TrainStep, training: WordsTraining, count: int = 3) -> 
 
 
 def offloaded_run(
-    backbone: BackboneConfig, config: LoopConfig, streams: Streams | None = None
+    backbone: BackboneConfig, config: LoopConfig, streams: Streams | None = None, device: torch.device = CPU
 ) -> tuple[list[float], list[Tensor]]:
     """Losses of three steps, and all bytes of the store and the other parameters after them."""
-    training = WordsTraining(backbone)
+    training = WordsTraining(backbone, device=device)
     train_step = OffloadedTrainStep(training, config, streams)
     losses = steps_of(train_step, training)
     train_step.store.synchronize()
-    records = [stored.clone() for stored in train_step.store.storage]
-    return losses, [*records, *(p.detach().clone() for p in training.model.parameters() if not p.is_meta)]
+    pinned = [stored.is_pinned() for stored in train_step.store.storage if stored.is_cpu]
+    assert all(pinned) if device != CPU else not any(pinned)
+    records = [stored.cpu().clone() for stored in train_step.store.storage]
+    others = [p.detach().cpu().clone() for p in training.model.parameters() if not p.is_meta]
+    train_step.close()
+    return losses, [*records, *others]
 
 
 def assert_same(left: tuple[list[float], list[Tensor]], right: tuple[list[float], list[Tensor]]) -> None:
@@ -92,6 +100,35 @@ def test_streamed_is_resident_to_the_bit(backbone: BackboneConfig, bytes_per_par
         {"num_gpu_layers": (1,), "activation_checkpointing_every": 2},
     ):
         assert_same(on_device, offloaded_run(backbone, config_of(bytes_per_parameter, **changes)))
+
+
+@pytest.fixture
+def exact_sums() -> Iterator[None]:
+    """Sums in a fixed order, also on a GPU, so that runs may be compared to the bit."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@on_each_device
+@pytest.mark.parametrize("compiles", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("bytes_per_parameter", [2, 1])
+def test_on_its_device_offloaded_is_resident_in_half_precision(
+    device: torch.device, compiles: bool, bytes_per_parameter: int, exact_sums: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pinned memory and copies on streams of their own; compiled blocks are close to those that are not."""
+    if compiles and device == CPU:  # without the minutes that the compiler takes
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+    def run(**changes: Any) -> tuple[list[float], list[Tensor]]:
+        config = config_of(bytes_per_parameter, **changes).model_copy(update={"precision": "bf16"})
+        return offloaded_run(PLAIN, config, device=device)
+
+    on_device = run(num_gpu_layers="auto", compile=compiles)
+    assert_same(on_device, run(compile=compiles))
+    assert_same(on_device, run(compile=compiles, num_gpu_layers=1, buffers=3, activation_storage="host"))
+    assert on_device[0] == pytest.approx(run()[0], rel=0.02)
 
 
 LAYOUTS = [

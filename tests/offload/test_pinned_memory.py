@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import resource
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from openm6.offload.pinned_memory import PinnedArena, segments
 from openm6.offload.weight_store import PAGE, RecordLayout
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
+from tests.devices import CPU, GPU, needs_gpu, on_each_device
 
 
 def test_buffers_lie_next_to_each_other_and_keep_what_is_written() -> None:
@@ -88,3 +90,52 @@ def test_a_record_is_dense_aligned_and_begins_with_what_is_read() -> None:
     views["b"]["weight"].fill_(-1)
     assert int((record == 255).sum()) == 3 * 8 * 64 and views["b"]["row_var"].shape == (3, 8)
     assert layout.num_parameters == 4 * 128 + 3 * 8 * 64
+
+
+@on_each_device
+def test_an_arena_of_a_device_is_pinned_until_it_is_closed(device: torch.device) -> None:
+    """On a GPU by its runtime, so that a copy on another stream may be asked for and waited for later."""
+    arena = PinnedArena([PAGE, 3 * PAGE], pin=device != CPU)
+    for number, run in enumerate(arena.buffers):
+        assert run.is_pinned() == (device != CPU)
+        run.fill_(number + 3)
+    stream = torch.cuda.Stream(device) if device != CPU else None
+    with torch.cuda.stream(stream):
+        copies = [run.to(device, non_blocking=True) for run in arena.buffers]
+    if stream is not None:
+        stream.synchronize()
+    assert [(len(copy), int(copy.min()), int(copy.max())) for copy in copies] == [(PAGE, 3, 3), (3 * PAGE, 4, 4)]
+    arena.close()
+    assert not any(run.is_pinned() for run in arena.buffers)
+
+
+class Refusing:
+    """The GPU's own runtime, which is asked for an impossible segment after the first."""
+
+    def __init__(self) -> None:
+        self.own: Any = torch.cuda.cudart()
+        self.asked: list[int] = []
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> Any:  # noqa: N802
+        self.asked.append(address)
+        # No bytes are an invalid value, which the runtime also keeps as its last error.
+        return self.own.cudaHostRegister(address, size if len(self.asked) == 1 else 0, flags)
+
+    def cudaHostUnregister(self, address: int) -> Any:  # noqa: N802
+        return self.own.cudaHostUnregister(address)
+
+
+@needs_gpu
+def test_after_a_refusal_of_the_runtime_kernels_and_copies_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = Refusing()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(module, "SEGMENT", 2 * PAGE)
+    with caplog.at_level(logging.WARNING, logger="openm6"):
+        arena = PinnedArena([PAGE] * 4, pin=True)
+    assert "ulimit -l" in caplog.text and len(runtime.asked) == 2
+    assert [run.is_pinned() for run in arena.buffers] == [True, True, False, False]
+    arena.buffers[3].fill_(7)
+    assert int(arena.buffers[3].to(GPU, non_blocking=True).sum()) == 7 * PAGE
+    arena.close()

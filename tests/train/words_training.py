@@ -49,7 +49,7 @@ class WordModel(nn.Module):
         self.backbone = Backbone(config)
 
     def forward(self, words: Tensor) -> tuple[Tensor, list[RouterStats]]:
-        hidden, loads = self.backbone(self.embedding(words), causal_meta(*words.shape))
+        hidden, loads = self.backbone(self.embedding(words), causal_meta(*words.shape, device=words.device))
         return F.linear(hidden, self.embedding.weight), loads
 
 
@@ -70,9 +70,11 @@ class WordBatch:
 class WordsTraining(TrainingTask):
     """Each row counts up in steps of its own; the next number is to be predicted."""
 
-    def __init__(self, config: BackboneConfig, spoilt: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, config: BackboneConfig, spoilt: tuple[int, ...] = (), device: torch.device | None = None
+    ) -> None:
         torch.manual_seed(3)
-        self.words = WordModel(config)
+        self.words = WordModel(config).to(device or torch.device("cpu"))
         self.model: nn.Module = self.words
         self.spoilt, self.first = spoilt, 0
 
@@ -91,8 +93,9 @@ class WordsTraining(TrainingTask):
         self.first = cursor["next"]
 
     def loss(self, batch: WordBatch) -> StepResult:
-        logits, loads = self.words(batch.words[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.words[:, 1:].flatten())
+        words = batch.words.to(self.words.embedding.weight.device)
+        logits, loads = self.words(words[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten())
         if batch.index + 1 in self.spoilt:
             loss = loss * float("nan")
         return StepResult(loss + side_loss(loads), {"loss/words": loss}, loads)
