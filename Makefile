@@ -1,5 +1,7 @@
 # make demo: train and judge the small model on the data in the package, two cores, some minutes
 # make test, make check: what every change must pass
+# make test-gpu: the tests that need a GPU; make bench-gpu PART=1 (then 2): the measurements that docs/benchmarks.md lacks
+# GPU_PYTHON names an interpreter that has all packages, where none can be installed: make test-gpu GPU_PYTHON=python3
 # make test-torch: the tests with the oldest and the newest supported torch, each in an environment of its own
 # PYTHON names the interpreter for the environment, e.g. make PYTHON=python3.12 demo; WORKERS, processes for the tests
 
@@ -8,15 +10,28 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
+GPU_PYTHON ?= $(BIN)/python
+GPU_READY := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.ready-dev)
+PART ?= 1
+OUT ?= gpu
+ONLY ?=
+
 TORCH_VERSIONS ?= 2.11.0 2.15.0
 
-.PHONY: demo test test-torch check format clean
+.PHONY: demo test test-gpu bench-gpu test-torch check format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/openm6 demo
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# One process: several would share the memory of the GPU, and compile the same kernels at once.
+test-gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m pytest -m gpu --durations=0 --durations-min=1 --continue-on-collection-errors
+
+bench-gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m benchmarks gpu --part $(PART) --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
 test-torch: $(TORCH_VERSIONS:%=test-torch-%)
 
