@@ -84,6 +84,14 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return output
 
 
+def matmul_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Write x · weightᵀ to `out`, M N, in out's dtype."""
+    if use_onednn(x, weight) or x.dtype != out.dtype:
+        out.copy_(matmul(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
 def matmul_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """Add x · weightᵀ to `out`, M N, in out's dtype."""
     if use_onednn(x, weight) or x.dtype != out.dtype:

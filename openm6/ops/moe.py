@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6 import kernels
-from openm6.ops.matmul import ROWS, autocast_dtype, check_experts, idle, matmul, matmul_dtype, pad_rows
+from openm6.ops.matmul import ROWS, autocast_dtype, check_experts, idle, matmul, matmul_dtype, matmul_into, pad_rows
 
 Backend = Literal["permute", "fused", "per_expert"]
 
@@ -363,40 +363,40 @@ class _PerExpertMlp(torch.autograd.Function):
         rows = x.to(dtype).index_select(0, source)  # N D -> P D
         row_gate = x.new_zeros(len(rows), 1)
         row_gate[slot, 0] = gate
-        outputs, products = [], []
+        outputs = x.new_empty(rows.shape)
+        products = x.new_empty(len(rows), up.shape[2])
         for own, first, second in zip(rows_of, up.unbind(), down.unbind(), strict=True):
-            both = matmul(rows[own], first.t()).to(x.dtype)  # P_e D -> P_e 2F
-            a, b = both.chunk(2, dim=-1)
+            matmul_into(products[own], rows[own], first.t())  # P_e D -> P_e 2F
+            a, b = products[own].chunk(2, dim=-1)
             hidden = F.silu(a).mul_(b).mul_(row_gate[own])
-            outputs.append(matmul(hidden.to(dtype), second.t()))  # P_e F -> P_e D
-            products.append(both)
-        ctx.save_for_backward(rows, row_gate, up, down, source, slot, *products)
+            matmul_into(outputs[own], hidden.to(dtype), second.t())  # P_e F -> P_e D
+        ctx.save_for_backward(rows, row_gate, up, down, source, slot, products)
         ctx.rows_of = rows_of
-        return sum_rows_reference(torch.cat(outputs).to(x.dtype), slot)  # P D -> N D
+        return sum_rows_reference(outputs, slot)  # P D -> N D
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, row_gate, up, down, source, slot, *products = ctx.saved_tensors
+        rows, row_gate, up, down, source, slot, products = ctx.saved_tensors
         dtype, full = rows.dtype, gradient.dtype
         sent = gradient.to(dtype).index_select(0, source)  # N D -> P D
         d_up, d_down = torch.empty_like(up, dtype=full), torch.empty_like(down, dtype=full)
         d_gate = torch.empty_like(row_gate[:, 0])
-        d_rows = []
-        for e, (own, both) in enumerate(zip(ctx.rows_of, products, strict=True)):
-            a, b = both.chunk(2, dim=-1)
+        d_rows = torch.empty_like(rows, dtype=full)
+        for e, own in enumerate(ctx.rows_of):
+            a, b = products[own].chunk(2, dim=-1)
             silu = F.silu(a)
             d_hidden = matmul(sent[own], down[e]).to(full)  # P_e D -> P_e F
             part = d_hidden * silu
             torch.linalg.vecdot(part, b, out=d_gate[own])
-            d_both = torch.empty_like(both)
+            d_both = torch.empty_like(products[own])
             d_a, d_b = d_both.chunk(2, dim=-1)
             torch.mul(part, row_gate[own], out=d_b)
             d_hidden.mul_(row_gate[own])
             hidden = silu.mul_(b).mul_(row_gate[own])
-            d_down[e] = matmul(hidden.to(dtype).t(), sent[own].t())  # F D
+            matmul_into(d_down[e], hidden.to(dtype).t(), sent[own].t())  # F D
             torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(b), a, grad_input=d_a)
             d_both = d_both.to(dtype)
-            d_up[e] = matmul(rows[own].t(), d_both.t())  # D 2F
-            d_rows.append(matmul(d_both, up[e]))  # P_e 2F -> P_e D
-        d_x = sum_rows_reference(torch.cat(d_rows).to(full), slot)
+            matmul_into(d_up[e], rows[own].t(), d_both.t())  # D 2F
+            matmul_into(d_rows[own], d_both, up[e])  # P_e 2F -> P_e D
+        d_x = sum_rows_reference(d_rows, slot)
         return d_x, d_gate[slot], d_up, d_down, None, None, None
