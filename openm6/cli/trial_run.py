@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from openm6.core.device import process_memory, resolve_device
+from openm6.core.device import process_memory, resolve_device, usable_cores
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.files import replace_text
 from openm6.core.lru_cache import LRUCache
@@ -115,8 +115,13 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
     total, active = training.omni.count_parameters()
     start_seconds = time.perf_counter() - began
     # Compute the first batches once: after the first epoch most codes of images and audio clips are cached.
-    start = training.packer.state()
-    for _ in islice(training.batches(), STEPS + checked.loop.prefetch + 1):
+    start, cached_batches = training.packer.state(), STEPS + checked.loop.prefetch + 1
+    caches = [
+        cache for modality in training.modalities.values() for cache in vars(modality).values()
+        if isinstance(cache, LRUCache)
+    ]  # fmt: skip
+    before = [(cache.lookups, cache.misses, cache.seconds) for cache in caches]
+    for _ in islice(training.batches(), cached_batches):
         pass
     training.restore(start)
     clock = Clock()
@@ -135,6 +140,15 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
         save_seconds=training.finish_began - clock.last_step,
         evaluations=training.evaluations,
         report_seconds=time.perf_counter() - training.finish_began - sum(x for _, x in training.evaluations),
+        # On a GPU, batches are made while it computes.
+        cache_uses=[]
+        if on_gpu
+        else [
+            (cache.lookups - lookups, cache.misses - misses, cache.seconds - seconds)
+            for cache, (lookups, misses, seconds) in zip(caches, before, strict=True)
+        ],
+        cached_batches=cached_batches,
+        cores=usable_cores(),
         memory_peak=torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM"),
     )
     replace_text(run.path / TRIAL_FILE, trial.model_dump_json())

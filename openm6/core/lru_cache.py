@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
@@ -19,6 +20,8 @@ class LRUCache(Generic[V]):
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
+        # Of `get_or_compute`: calls, those that had to compute, and the seconds of these.
+        self.lookups, self.misses, self.seconds = 0, 0, 0.0
         self.entries: OrderedDict[Hashable, V] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,7 +47,13 @@ class LRUCache(Generic[V]):
     def get_or_compute(self, key: Hashable, compute: Callable[[], V]) -> V:
         """Return the entry under `key`; compute and keep it if there is none."""
         found = self.get(key)
-        return self.put(key, compute()) if found is None else found
+        self.lookups += 1
+        if found is not None:
+            return found
+        began = time.perf_counter()
+        value = compute()
+        self.misses, self.seconds = self.misses + 1, self.seconds + time.perf_counter() - began
+        return self.put(key, value)
 
 
 def _size(value: Any) -> int:

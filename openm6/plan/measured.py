@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -33,7 +34,8 @@ class TrialRun(Config):
 
     steps, minutes: of the whole run; save_every: its steps from checkpoint to checkpoint; held_out_seconds: 0 if the
     recipe does without; evaluations: fraction of the records and seconds of each, none if the recipe does without;
-    report_seconds: what follows the last step beside checkpoint and evaluation.
+    report_seconds: what follows the last step beside checkpoint and evaluation. cache_uses: lookups, misses and seconds
+    of each cache of codes while `cached_batches` batches were made; cores: among which this work is divided.
     """
 
     name: str
@@ -50,6 +52,9 @@ class TrialRun(Config):
     evaluations: list[tuple[float, float]]
     report_seconds: float
     memory_peak: int | None
+    cache_uses: list[tuple[int, int, float]] = []
+    cached_batches: int = 1
+    cores: int = 1
 
 
 @dataclass(frozen=True)
@@ -118,22 +123,57 @@ def whole_evaluation(parts: Sequence[tuple[float, float]]) -> float:
     return last + (1.0 - large) * rate
 
 
+def caching_seconds(trial: TrialRun, steps: int) -> float:
+    """Mean seconds of a step in which images and recordings are coded for the first time.
+
+    The measured steps find all codes in the caches. Of n lookups of K different entries, drawn at random,
+    K (1 − exp(−n/K)) miss; K follows from the lookups and misses of the trial.
+    """
+    total = 0.0
+    for lookups, misses, seconds in trial.cache_uses:
+        if misses:
+            expected = steps * lookups / trial.cached_batches
+            total += seconds / misses * expected * _missed(expected / _distinct(lookups, misses))
+    return total / steps / trial.cores
+
+
+def _missed(x: float) -> float:
+    """Fraction of lookups that miss, of x times as many lookups as there are entries: (1 − exp(−x)) / x."""
+    return -math.expm1(-x) / x if x > 0 else 1.0
+
+
+def _distinct(lookups: int, misses: int) -> float:
+    """Number of entries, of which so many lookups missed so many; without a hit, infinitely many."""
+    if misses >= lookups:
+        return math.inf
+    low, high = 0.0, lookups / misses  # of lookups per entry: _missed(x) < 1/x
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _missed(middle) > misses / lookups else (low, middle)
+    return lookups / high
+
+
 def extrapolate(
     trial: TrialRun, steps: MeasuredSteps, tokens: float | None, days: float | None, energy: EnergyConfig
 ) -> dict[str, Any]:
     """The plan of the whole run, as `openm6 plan --json` writes it."""
-    if tokens is not None:
-        count = max(1, round(tokens / trial.step_tokens))
-    elif days is not None:
-        count = max(1, int(days * SECONDS_PER_DAY / steps.seconds))
-    else:  # the recipe is checked: it has steps or minutes
-        count = trial.steps or max(1, int(TIME_FOR_STEPS * (trial.minutes or 0.0) * 60 / steps.seconds))
+    # The recipe is checked: it has steps or minutes.
+    limit = days * SECONDS_PER_DAY if days is not None else TIME_FOR_STEPS * (trial.minutes or 0.0) * 60
+    step_seconds = steps.seconds
+    for _ in range(5):  # the longer a run, the shorter its mean step
+        if tokens is not None:
+            count = max(1, round(tokens / trial.step_tokens))
+        elif days is None and trial.steps:
+            count = trial.steps
+        else:
+            count = max(1, int(limit / step_seconds))
+        step_seconds = steps.seconds + caching_seconds(trial, count)
     saves = -(-count // trial.save_every)
     evaluations = count // trial.held_out_every if trial.held_out_every else 0
     evaluation = whole_evaluation(trial.evaluations) if trial.evaluations else 0.0
     seconds = {
         "start": trial.start_seconds,
-        "steps": count * steps.seconds,
+        "steps": count * step_seconds,
         "held_out": evaluations * trial.held_out_seconds,
         "checkpoints": saves * trial.save_seconds,
         "evaluation": evaluation + trial.report_seconds,
@@ -149,12 +189,12 @@ def extrapolate(
         "machine": trial.machine,
         "parameters": trial.parameters,
         "measured_steps": steps.count,
-        "step_seconds": steps.seconds,
-        "step_joules": steps.joules,
+        "step_seconds": step_seconds,
+        "step_joules": steps.joules / steps.seconds * step_seconds,
         "step_tokens": trial.step_tokens,
         "steps": count,
         "tokens": trained,
-        "tokens_per_day": trial.step_tokens / steps.seconds * SECONDS_PER_DAY,
+        "tokens_per_day": trial.step_tokens / step_seconds * SECONDS_PER_DAY,
         "seconds": {**seconds, "total": total},
         "days": total / SECONDS_PER_DAY,
         "memory_peak_bytes": max(peaks, default=None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from openm6.plan.measured import (
     WARMUP_STEPS,
     MeasuredSteps,
     TrialRun,
+    caching_seconds,
     extrapolate,
     measured_steps,
     plan_measured,
@@ -178,8 +180,40 @@ def test_a_trial_trains_saves_and_evaluates(
     trial, steps = TrialRun.model_validate_json((run.path / TRIAL_FILE).read_text()), measured_steps(run)
     assert steps.count == STEPS - WARMUP_STEPS - 1 and steps.seconds > 0
     assert trial.minutes == 5.6 and trial.steps is None and trial.step_tokens == 256
+    assert trial.cached_batches == STEPS + 3 and trial.cores >= 1 and trial.cache_uses
     assert trial.save_seconds and trial.held_out_seconds and trial.report_seconds > 0
     assert [fraction for fraction, _ in trial.evaluations] == [0.05, 0.25]
     assert answers == [1, 5]
     assert all(seconds > 0 for _, seconds in trial.evaluations)
     assert (tmp_path / "report.json").is_file()
+
+
+def test_seconds_of_first_codes_follow_from_the_hits_of_the_trial() -> None:
+    """Lookups drawn at random from 300 entries: those of 60 batches foretell the misses of 400."""
+    rng = random.Random(0)
+    per_batch, trial_batches, steps, cost = 10, 60, 400, 0.004
+    seen: set[int] = set()
+    misses = []
+    for _ in range(steps):
+        drawn = [rng.randrange(300) for _ in range(per_batch)]
+        misses.append(len(set(drawn) - seen))
+        seen |= set(drawn)
+    uses = [(per_batch * trial_batches, sum(misses[:trial_batches]), cost * sum(misses[:trial_batches])), (50, 0, 0.0)]
+    trial = TRIAL.model_copy(update={"cache_uses": uses, "cached_batches": trial_batches, "cores": 2})
+    assert caching_seconds(trial, steps) == pytest.approx(cost * sum(misses) / steps / 2, rel=0.1)
+    assert caching_seconds(trial, 10 * steps) == pytest.approx(cost * 300 / (10 * steps) / 2, rel=0.1)
+
+
+def test_lookups_that_never_hit_cost_as_much_in_every_step() -> None:
+    trial = TRIAL.model_copy(update={"cache_uses": [(100, 100, 2.0)], "cached_batches": 10})
+    assert caching_seconds(trial, 5) == caching_seconds(trial, 5000) == pytest.approx(0.2)
+
+
+def test_a_run_of_minutes_has_fewer_steps_while_caches_fill() -> None:
+    steps = MeasuredSteps(30, 0.1, 1.0, None, "estimate")
+    trial = TRIAL.model_copy(
+        update={"steps": None, "minutes": 1.0, "cache_uses": [(100, 100, 1.0)], "cached_batches": 10}
+    )
+    plan = extrapolate(trial, steps, None, None, EnergyConfig())
+    assert plan["step_seconds"] == pytest.approx(0.2) and plan["step_joules"] == pytest.approx(2.0)
+    assert plan["steps"] == int(0.96 * 60 / 0.2) and plan["seconds"]["steps"] == pytest.approx(0.96 * 60, rel=0.01)
