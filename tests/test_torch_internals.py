@@ -33,8 +33,11 @@ INTERNALS = {
 }
 
 
+NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # public methods of the standard library
+
+
 def private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLE
 
 
 def private_names() -> Iterator[str]:
