@@ -83,9 +83,9 @@ def test_without_triton(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_compiler_is_tried(tmp_path):
+def test_a_missing_compiler_is_found_by_trying(tmp_path):
+    """That it works where there is one is shown by every test that compiles blocks."""
     ask = "print(compile_failure(torch.device('cpu')))"
-    assert in_new_process(ask) == "None"
     new = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "/no/compiler"}
     assert in_new_process(ask, **new).startswith("install a C compiler")
 
