@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := $(VENV)/bin
 
 GPU_PYTHON ?= $(BIN)/python
@@ -24,7 +24,7 @@ demo: $(VENV)/.ready
 	$(BIN)/openm6 demo
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # One process: several would share the memory of the GPU, and compile the same kernels at once.
 test-gpu: $(GPU_READY)
@@ -37,7 +37,7 @@ test-torch: $(TORCH_VERSIONS:%=test-torch-%)
 
 test-torch-%:
 	$(PYTHON) tools/make_venv.py $(VENV)-torch-$* 'torch==$*' -e '.[dev]'
-	OMP_NUM_THREADS=1 $(VENV)-torch-$*/bin/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(VENV)-torch-$*/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
