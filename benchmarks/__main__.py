@@ -11,7 +11,7 @@ from openm6.cli.group import HELP_OPTIONS, PlainGroup, make_app
 
 BENCHMARKS = (
     "train", "experts", "packing", "fp8", "serve", "generate", "plan", "offload", "rank", "simulate", "all-to-all",
-    "scaling", "reshard", "gpu",
+    "scaling", "reshard", "batches", "gpu",
 )  # fmt: skip
 
 
