@@ -21,8 +21,8 @@ State = dict[str, Any]  # of a parameter: `step`, `exp_avg` and `exp_avg_sq`
 class AdamW(torch.optim.Optimizer):
     """Update every parameter by its two moments.
 
-    On a GPU with Triton one kernel per tensor reads and writes each number once; what changes from step to step is on
-    the device, so that nothing waits. Elsewhere, without stochastic rounding, it is torch's own update to the bit.
+    On a GPU with Triton one kernel for all tensors reads and writes each number once, and nothing waits. Elsewhere,
+    without stochastic rounding, it is torch's own update to the bit.
     """
 
     def __init__(
@@ -95,19 +95,21 @@ class AdamW(torch.optim.Optimizer):
         return derive_seed(0, "rounding", step, index, *shard) % 2**31
 
     def _run_kernels(self, updated: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """One kernel per tensor; coefficients and seeds of all are copied to the device at once, and nothing waits."""
+        """One kernel for all tensors of the same dtypes; addresses, coefficients and seeds are sent to the device."""
         # Triton is optional.
         from openm6.kernels import optimizers  # noqa: PLC0415
 
-        rows = [coefficients(group, float(self.state[parameter]["step"])) for parameter, group in updated]
-        seeds = [self._seed(parameter) for parameter, _ in updated]
-        numbers, seed_of = (torch.tensor(one).to(updated[0][0].device, non_blocking=True) for one in (rows, seeds))
-        for index, (parameter, group) in enumerate(updated):
+        launches: dict[tuple[Any, ...], list[tuple[tuple[Tensor, ...], tuple[float, ...], int]]] = {}
+        for parameter, group in updated:
             weight, gradient, state = self._local(parameter)
-            optimizers.adamw_update(
-                weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"],
-                numbers[index], seed_of[index], group["betas"], group["eps"], self.stochastic,
-            )  # fmt: skip
+            tensors = weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"]
+            like = optimizers.alignment(tensors), weight.device, *(tensor.dtype for tensor in tensors)
+            numbers = coefficients(group, float(state["step"]))
+            launch = launches.setdefault((group["betas"], group["eps"], *like), [])
+            launch.append((tensors, numbers, self._seed(parameter)))
+        for (betas, epsilon, aligned, *_), rows in launches.items():
+            tensors_of, numbers_of, seeds = zip(*rows, strict=True)
+            optimizers.adamw_update(tensors_of, numbers_of, seeds, betas, epsilon, self.stochastic, aligned)
 
 
 def adamw_update(

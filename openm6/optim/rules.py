@@ -195,7 +195,13 @@ class FactoredRule(UpdateRule):
         active = active > 0
         adafactor.update_means(moments, row_sum / columns + TINY, column_sum / num_rows + TINY, active)
         inverse_row, inverse_column = yield from adafactor.inverse_roots(moments, spec)
-        squares = optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column)
+        momentum = None
+        if MOMENTUM in stored:
+            beta = self.config.betas[0]
+            inverse_row = inverse_row / _bias_correction(beta, stored[COUNT]).unsqueeze(-1)
+            bits = matrix_keys(matrices, args.key ^ MOMENTUM_KEY, spec.first, gradient.device)
+            momentum = optimizers.Momentum(stored[MOMENTUM], torch.where(active, 1 - beta, 0.0), bits)
+        squares = optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column, momentum)
         yield [squares]
         size = (squares / (num_rows * columns)).sqrt().clamp(min=1.0)
         rates = torch.where(active, args.lr / size, 0.0)
@@ -203,7 +209,9 @@ class FactoredRule(UpdateRule):
         keys = matrix_keys(matrices, args.key, spec.first, gradient.device)
         numbers = (usable, inverse_row, inverse_column, rates, decay, keys)
         blocks = (block_length(columns), low_precision.LEVELS, low_precision.SPARSE, low_precision.STEPS)
-        optimizers.adafactor_update(stored[WEIGHT], stored.get(EXPONENT), gradient, numbers, blocks, first_row)
+        optimizers.adafactor_update(
+            stored[WEIGHT], stored.get(EXPONENT), gradient, numbers, blocks, first_row, momentum
+        )  # fmt: skip
 
     def _update_part(self, stored: Slots, gradient: Tensor, args: UpdateArgs, first: int) -> RankSums[None]:
         """Update matrices E R C, which have index `first` and following in the parameter."""
@@ -242,16 +250,12 @@ class MomentumRule(FactoredRule):
     def slots(self, shape: Shape) -> list[Slot]:
         return [*super().slots(shape), Slot(MOMENTUM, shape, torch.bfloat16)]
 
-    def uses_kernels(self, gradient: Tensor, spec: ShardSpec) -> bool:
-        return False
-
     def direction(self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int) -> Tensor:
         before, beta = stored[MOMENTUM].float(), self.config.betas[0]
         mean = torch.where(active, before.lerp(gradient, 1 - beta), before)
         bits = _bits(gradient, args.key ^ MOMENTUM_KEY, first, args.spec)
         stored[MOMENTUM].copy_(round_to_bf16(mean, bits))
-        correction = 1 - beta ** stored[COUNT].clamp(min=1)
-        return mean / correction[:, None, None]
+        return mean / _bias_correction(beta, stored[COUNT])[:, None, None]
 
 
 class BlockRule(FactoredRule):
@@ -264,6 +268,11 @@ class BlockRule(FactoredRule):
         return [Slot(WEIGHT, shape, torch.int8), Slot(EXPONENT, (*shape[:-1], blocks), torch.int8)]
 
     def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
+        if kernels.available(stored[WEIGHT].device):
+            # Triton is optional.
+            from openm6.kernels import optimizers  # noqa: PLC0415
+
+            return optimizers.dequantize(stored[WEIGHT], stored[EXPONENT], dtype, low_precision.STEPS)
         levels, exponent = (_as_matrices(stored[name], name) for name in self.read_slots)
         weights = torch.empty(levels.shape, dtype=dtype, device=levels.device)
         for first, last in _chunks(levels):  # because products are in fp32 before they are rounded
@@ -293,6 +302,11 @@ RULES: dict[WeightPrecision, Callable[[OptimizerConfig], UpdateRule]] = {
 def update_rule(config: OptimizerConfig) -> UpdateRule:
     """Return the rule of `config.precision`."""
     return RULES[config.precision](config)
+
+
+def _bias_correction(beta: float, count: Tensor) -> Tensor:
+    """Return what a running mean that began at zero lacks of a mean, after `count` updates."""
+    return 1 - beta ** count.clamp(min=1)
 
 
 def _copy_or_zero(slot: Tensor, values: Tensor | None) -> None:

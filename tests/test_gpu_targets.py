@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for an H100 also where none is at hand: no spills, shared memory that exists."""
+"""Every Triton kernel compiles for A100, H100 and B200 where none is at hand: no spills, memory that exists."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "compile_for_hopper.py"
-SHARED_OF_A_MULTIPROCESSOR = 227 * 1024  # bytes that one block of an H100 may take
+SCRIPT = Path(__file__).parent / "compile_for_gpus.py"
+SHARED_OF_A_MULTIPROCESSOR = 163 * 1024  # bytes that one program may take on an A100; later ones have 227 KiB
+REGISTERS_OF_A_MULTIPROCESSOR = 65_536
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,19 +31,24 @@ def run(tmp_path: Path, *words: str | Path) -> str:
     return ran.stdout
 
 
-def test_every_kernel_compiles_for_an_h100(tmp_path):
+def test_every_kernel_compiles_for_each_gpu(tmp_path):
     found = json.loads(run(tmp_path, SCRIPT))
-    assert found["without a case"] == [], "give each a line in KERNELS of compile_for_hopper.py"
+    assert found["without a case"] == [], "give each a line in KERNELS of compile_for_gpus.py"
     for name, needs in found["kernels"].items():
         assert needs["stack"] == 0, f"{name} spills registers"
         assert needs["shared"] < SHARED_OF_A_MULTIPROCESSOR, f"{name} asks for too much shared memory"
-        if name not in ("count", "slot") and not name.endswith("uneven"):
+        if name.endswith("uneven"):  # widths that are no multiple of 16 work, but slowly
+            continue
+        # While one program waits for its loads, another computes.
+        registers = needs["registers"] * needs["threads"]
+        assert 2 * registers <= REGISTERS_OF_A_MULTIPROCESSOR, f"only one program of {name} fits a multiprocessor"
+        if not name.endswith((" count", " slot")):
             assert needs["wide"], f"{name} moves less than 16 bytes at a time"
 
 
 def test_a_kernel_without_a_case_is_found(tmp_path):
     program = """
-import compile_for_hopper as script
+import compile_for_gpus as script
 del script.KERNELS["gather"]
 print(script.without_case(script.kernels_of_the_package()))
 """
