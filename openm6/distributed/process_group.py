@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -91,6 +91,13 @@ class ProcessGroupContext:
     def all_reduce(self, numbers: Sequence[float]) -> list[float]:
         """Return each of a few plain numbers summed over the ranks."""
         return list(numbers)
+
+    def all_reduce_later(self, numbers: Sequence[float], use: Callable[[list[float]], None]) -> None:
+        """Call `use` with sums over the ranks that are not needed yet: at once, or when the next numbers are summed."""
+        use(list(numbers))
+
+    def finish_sums(self) -> None:
+        """Sum what still waits for the next sum."""
 
     def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""

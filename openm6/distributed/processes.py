@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -47,12 +48,25 @@ class DistributedContext(ProcessGroupContext):
         self.device = device
         self.layout: Layout | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._later: list[tuple[Sequence[float], Callable[[list[float]], None]]] = []
 
     def all_reduce(self, numbers: Sequence[float]) -> list[float]:
+        later, self._later = self._later, []
         # On the host, where the numbers are: a GPU would have to be waited for.
-        tensor = torch.tensor(list(numbers), dtype=torch.float64)
+        tensor = torch.tensor([*numbers, *(one for part, _ in later for one in part)], dtype=torch.float64)
         dist.all_reduce(tensor)
-        return tensor.tolist()
+        sums = iter(tensor.tolist())
+        own = list(islice(sums, len(numbers)))
+        for part, use in later:
+            use(list(islice(sums, len(part))))
+        return own
+
+    def all_reduce_later(self, numbers: Sequence[float], use: Callable[[list[float]], None]) -> None:
+        self._later.append((numbers, use))
+
+    def finish_sums(self) -> None:
+        if self._later:
+            self.all_reduce([])
 
     def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)

@@ -69,7 +69,7 @@ def adamw_kernel(
     """One block of elements of one tensor, in fp32.
 
     table: 7 T, four addresses, element counts, first blocks (ascending), seeds; numbers: T 4, rate, rate · decay,
-    1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ).
+    1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ). If the rate is NaN, nothing is written.
     """
     index = tl.arange(0, TENSORS)
     starts = tl.load(table + 5 * num_tensors + index, mask=index < num_tensors, other=2**62)
@@ -87,7 +87,7 @@ def adamw_kernel(
     rate, decay = tl.load(numbers + 4 * tensor), tl.load(numbers + 4 * tensor + 1)
     first_scale, second_scale = tl.load(numbers + 4 * tensor + 2), tl.load(numbers + 4 * tensor + 3)
     offset = (tl.program_id(0) - start) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < count
+    inside = offset < tl.multiple_of(tl.where(rate == rate, count, 0), ALIGNMENT)
     p = tl.load(parameter + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     g = tl.load(gradient + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     m = tl.load(first + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -104,9 +104,9 @@ def adamw_kernel(
 
 def adamw_update(
     tensors: Sequence[tuple[Tensor, ...]], numbers: Sequence[tuple[float, ...]], seeds: Sequence[int],
-    betas: tuple[float, float], epsilon: float, stochastic: bool, aligned: int,
+    betas: tuple[float, float], epsilon: float, stochastic: bool, aligned: int, skip: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Update parameters and moments in place, all in one launch; nothing waits.
+    """Update parameters and moments in place, all in one launch; nothing waits, and nothing changes if `skip` is NaN.
 
     tensors: T times parameter, gradient, first and second moment, contiguous, on one device, and of the same four
     dtypes and `alignment` for each parameter; numbers: T times the four that `adamw_kernel` reads.
@@ -119,8 +119,9 @@ def adamw_update(
     device = tensors[0][0].device
     # Gradients are in other places in every step, so the table is sent each time: some kilobytes.
     table = torch.tensor([*addresses, counts, blocks[:-1], list(seeds)]).to(device, non_blocking=True)
+    scalars = torch.tensor(numbers).to(device, non_blocking=True)
     adamw_kernel[(blocks[-1],)](
-        table, torch.tensor(numbers).to(device, non_blocking=True), len(tensors), *betas, epsilon,
+        table, scalars if skip is None else scalars + skip, len(tensors), *betas, epsilon,
         *(getattr(tl, str(one.dtype).removeprefix("torch.")) for one in tensors[0]),
         TENSORS=triton.next_power_of_2(len(tensors)), ALIGNMENT=aligned, BLOCK=BLOCK_ELEMENTS,
         STOCHASTIC=stochastic, num_warps=8,

@@ -45,6 +45,24 @@ class AdamW(torch.optim.Optimizer):
         self.state_dtype, self.stochastic, self.spec_of = state_dtype, stochastic, spec_of
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
+        # A number on the device: if it is NaN instead of 0, `step` changes nothing, but `uncount` must be called later.
+        self.skip: Tensor | None = None
+        self._counted: list[State] = []  # those whose step the last update counted on the host
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether an update can be left out by a number on the device, which the host has not read."""
+        plain = not self.stochastic and self.state_dtype is None
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return type(self) is AdamW and all(
+            (part.is_contiguous() and kernels.available(part.device)) or (part.is_cpu and plain)
+            for part in (self.spec_of(parameter).local(parameter) for parameter in parameters)
+        )
+
+    def uncount(self) -> None:
+        """Take back the count of the last update, which the device has left out."""
+        for state in self._counted:
+            state["step"] -= 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,7 +88,9 @@ class AdamW(torch.optim.Optimizer):
                     plain.append(parameter)
             if plain:
                 gradients = [parameter.grad for parameter in plain if parameter.grad is not None]
-                adamw_update(plain, gradients, [self.state[one] for one in plain], group)
+                found_inf = None if self.skip is None else self.skip.isnan().float()
+                adamw_update(plain, gradients, [self.state[one] for one in plain], group, found_inf)
+        self._counted = [self.state[parameter] for parameter, _ in in_kernel]
         if in_kernel:
             self._run_kernels(in_kernel)
         return loss
@@ -109,7 +129,9 @@ class AdamW(torch.optim.Optimizer):
             launch.append((tensors, numbers, self._seed(parameter)))
         for (betas, epsilon, aligned, *_), rows in launches.items():
             tensors_of, numbers_of, seeds = zip(*rows, strict=True)
-            optimizers.adamw_update(tensors_of, numbers_of, seeds, betas, epsilon, self.stochastic, aligned)
+            optimizers.adamw_update(
+                tensors_of, numbers_of, seeds, betas, epsilon, self.stochastic, aligned, self.skip
+            )  # fmt: skip
 
 
 def adamw_update(

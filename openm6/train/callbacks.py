@@ -72,6 +72,10 @@ class Callback:
     def before_step(self, step: int) -> None:
         """Act when the batch of step number `step` is there and nothing is computed yet."""
 
+    def needs_report(self, step: int) -> bool:
+        """Return whether `after_step` must be called before the next step begins; on a GPU it is then waited for."""
+        return True
+
     def after_step(self, report: StepReport) -> dict[str, float]:
         """Act when the step is done; return numbers that are averaged over the steps until the next log."""
         return {}
@@ -109,6 +113,9 @@ class MemoryCallback(Callback):
         # A forked process shares the latter with this one until it writes there.
         self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
 
+    def needs_report(self, step: int) -> bool:
+        return False
+
     def after_step(self, report: StepReport) -> dict[str, float]:
         if self._watch_swap and (swapped := process_memory("VmSwap") or 0) > MIN_SWAPPED:
             self._watch_swap = False
@@ -144,6 +151,9 @@ class HeldOutCallback(Callback):
         """Make the batches, so that an error in them is raised before the first step."""
         self._run = run
         self._batches = run.training.held_out_batches(self.config.batches)
+
+    def needs_report(self, step: int) -> bool:
+        return step % self.config.every == 0
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if report.step % self.config.every:
@@ -191,6 +201,9 @@ class StagesCallback(Callback):
                 self._switch(step - 1)
         run.train_step.lr_scale = lr_after_switch(step, self.switched_at, self.config)
 
+    def needs_report(self, step: int) -> bool:
+        return self.switched_at is None
+
     def after_step(self, report: StepReport) -> dict[str, float]:
         if report.applied:  # a skipped step is no evidence about the training
             self._clock.observe(report.loss)
@@ -221,6 +234,9 @@ class SpikeCallback(Callback):
 
     def __init__(self) -> None:
         self.count, self.mean, self.variance, self.seen = 0, 0.0, 0.0, 0
+
+    def needs_report(self, step: int) -> bool:
+        return False
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if self.observe(report.loss):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,6 +148,8 @@ class _Run:
         self.callbacks += [HeldOutCallback(config.held_out)] if config.held_out is not None else []
         self.callbacks += callbacks
         self.averager, self.progress = MetricAverager(), Progress()
+        self._spent = 0.0  # seconds of training that no report has accounted for
+        self._stopping = False
         self.workers: Workers | None = None
         self.saver = open_saver(training.ranks.layout)
         self.loggers: list[Logger] = []
@@ -161,6 +163,7 @@ class _Run:
             get_log().info(f"{run.path} holds no checkpoint yet: starting from the first step")
         if settings is not None:
             run.write_config(settings)
+        self._begun = self.progress.step  # the last step that has begun; on a GPU its report may be to come
         self.length = RunLength(config, run, training.ranks)
 
     def train(self) -> None:
@@ -177,26 +180,33 @@ class _Run:
                 stack.callback(logger.close)
             workers = number_of_workers(training, config, self.run)
             keep_freed_memory()
+            update: Callable[[Any, int, int | None], StepReport | None]
             if workers > 1:
                 self.workers = stack.enter_context(closing(Workers(training, self.train_step, config, workers)))
                 read, update = self.workers.read, self.workers.update
             else:
                 read = stack.enter_context(prefetch(training.batches(), config.prefetch))
-                update = self.train_step.update
+                update = self.train_step.update_ahead if self.train_step.runs_ahead else self.train_step.update
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
                 batch = read()
+                step = self._begun + 1
                 for callback in self.callbacks:
-                    callback.before_step(progress.step + 1)
-                report = update(batch, progress.step + 1, self.length.steps)
-                progress.cursor = batch.cursor
-                self._account(report, time.perf_counter() - began)
-                self._log(report)
+                    callback.before_step(step)
+                report = update(batch, step, self.length.steps)
+                self._begun, progress.cursor = step, batch.cursor
+                self._spent += time.perf_counter() - began
+                self._account(report)
+                if self._acts_after(step):
+                    self._catch_up()
                 if self._due(config.evaluate_every):
                     self._evaluate()
+                training.ranks.finish_sums()  # unless the step has
+                training.ranks.all_reduce_later([interrupt.requested], self._stop)
                 # The signal that any rank received, so that all stop after the same step; 0: none did.
-                requested = training.ranks.all_reduce([interrupt.requested])[0]
-                stopping = max(training.ranks.gather(interrupt.requested)) if requested else 0
+                stopping = max(training.ranks.gather(interrupt.requested)) if self._stopping else 0
+                if stopping:
+                    self._catch_up()
                 if self._due(config.save_every) or stopping:
                     self.save()
                 if stopping or self.length.reached(progress.step):
@@ -221,8 +231,28 @@ class _Run:
             ) from error
         return self.saved
 
-    def _account(self, report: StepReport, seconds: float) -> None:
-        """Count the step, and raise if the loss stays non-finite."""
+    def _acts_after(self, step: int) -> bool:
+        """Return whether anything acts on the run as it is after this step, so that its report must be there."""
+        config, steps = self.config, self.length.steps
+        due = any(every is not None and step % every == 0 for every in (config.evaluate_every, config.save_every))
+        ends = steps is None or step >= steps
+        return due or ends or any(callback.needs_report(step) for callback in self.callbacks)
+
+    def _catch_up(self) -> None:
+        """Wait for the report of the last step, if it is not there yet."""
+        began = time.perf_counter()
+        report = self.train_step.read_report()
+        self._spent += time.perf_counter() - began
+        self._account(report)
+
+    def _stop(self, requested: list[float]) -> None:
+        self._stopping = requested[0] > 0
+
+    def _account(self, report: StepReport | None) -> None:
+        """Count and log the step that is reported, if one is; raise if the loss stays non-finite."""
+        if report is None:
+            return
+        seconds, self._spent = self._spent, 0.0
         progress = self.progress
         progress.step = report.step
         progress.tokens += report.tokens
@@ -240,6 +270,7 @@ class _Run:
                 f"no finite loss in {progress.non_finite_in_a_row} steps up to step {report.step}: "
                 "lower loop.optimizer.learning_rate, or lengthen loop.schedule.warmup_steps"
             )
+        self._log(report)
 
     def _log(self, report: StepReport) -> None:
         progress = self.progress
@@ -247,6 +278,7 @@ class _Run:
             logger.step(progress.step, self.length.steps)
         if progress.step % self.config.log_every and not self.length.reached(progress.step):
             return
+        self.training.ranks.finish_sums()
         counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "seconds": progress.seconds}
         line = {"step": progress.step, **self.averager.compute(), **counts, "learning_rate": report.learning_rate}
         for callback in self.callbacks:
@@ -255,8 +287,9 @@ class _Run:
             logger.log(line)
 
     def _due(self, every: int | None) -> bool:
-        """Return True every so many steps and at the end; never for None."""
-        return every is not None and (self.progress.step % every == 0 or self.length.reached(self.progress.step))
+        """Return True every so many steps and at the end, once the report is there; never for None."""
+        step = self.progress.step
+        return every is not None and step == self._begun and (step % every == 0 or self.length.reached(step))
 
     def _evaluate(self) -> None:
         seed_everything(self.config.seed, "evaluate", self.progress.step)
@@ -269,6 +302,7 @@ class _Run:
         """Write a checkpoint of the run as it is now, unless there is one."""
         if self.saved is not None and step_of(self.saved) == self.progress.step:
             return
+        self.training.ranks.finish_sums()
         if self.workers is not None:
             self.workers.collect()
         self.progress.cursor = self.training.merge_cursors(self.training.ranks.gather(self.progress.cursor))

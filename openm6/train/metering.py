@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ class MeterCallback(Callback):
         self.tracker = EnergyTracker()
         self._before: dict[str, float] = {}  # joules of earlier processes of this run, by source
         self._seconds = 0.0  # of metering, in this process
+        self._in_flight = 0  # steps that have begun and are not reported yet
 
     def start(self, run: RunState) -> None:
         self._run = run
@@ -54,17 +55,26 @@ class MeterCallback(Callback):
         # Joules, tokens and seconds of training at the last log.
         self._logged = (self.tracker.joules, run.progress.tokens, run.progress.seconds)
 
+    def needs_report(self, step: int) -> bool:
+        return False
+
     def before_step(self, step: int) -> None:
         with self._timed():
-            # Joules and seconds of training when the step began.
-            self._step = (self._meter.joules().joules, self._run.progress.seconds)
+            if not self._in_flight:  # otherwise it counts from the report of the step before
+                self._since = (self._meter.joules().joules, self._run.progress.seconds)
+            self._in_flight += 1
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         with self._timed():
-            joules, seconds = self._step
-            spent, passed = self._read(joules), self._run.progress.seconds - seconds
-            self.tracker.add_step(self._run.training.stage, spent, report.tokens, passed, report.work)
-            self._update_between()
+            stage, (joules, seconds) = self._run.training.stage, self._since
+            self._in_flight -= 1
+            passed = self._run.progress.seconds - seconds
+
+            def add(spent: float) -> None:
+                self.tracker.add_step(stage, spent, report.tokens, passed, report.work)
+                self._update_between()
+
+            self._since = (self._read(joules, add), self._run.progress.seconds)
         return {}
 
     def totals(self) -> dict[str, Any]:
@@ -99,23 +109,29 @@ class MeterCallback(Callback):
         yield
         self._seconds += time.perf_counter() - began
 
-    def _read(self, since: float) -> float:
-        """Update the tracker's sums; return what all ranks spent since this one's sum was `since`."""
+    def _read(self, since: float, use: Callable[[float], None]) -> float:
+        """Update the tracker's sums, and call `use` with what all ranks spent since this one's sum was `since`.
+
+        Return this one's sum.
+        """
         own = self._meter.joules()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
-        spent, *now = self._run.training.ranks.all_reduce([own.joules - since, *numbers])
-        self.tracker.by_source = {
-            source: self._before.get(source, 0.0) + joules
-            for source, joules in zip(SOURCES, now, strict=True)
-            if joules or source in self._before or source in own.by_source
-        }
-        return spent
+
+        def update(sums: list[float]) -> None:
+            self.tracker.by_source = {
+                source: self._before.get(source, 0.0) + joules
+                for source, joules in zip(SOURCES, sums[1:], strict=True)
+                if joules or source in self._before or source in own.by_source
+            }
+            use(sums[0])
+
+        self._run.training.ranks.all_reduce_later([own.joules - since, *numbers], update)
+        return own.joules
 
     def _read_alone(self) -> None:
         """Read between steps, if this is the only process: ranks do not come here at the same time."""
         if self._run.training.ranks.size == 1:
-            self._read(0.0)
-            self._update_between()
+            self._read(0.0, lambda _: self._update_between())
 
     def _update_between(self) -> None:
         """Attribute what no step used to the time between steps."""

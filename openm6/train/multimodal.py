@@ -54,6 +54,8 @@ PART_TOKENS = 256  # fewer are not worth a worker, because each part costs some 
 class MultimodalTraining(TrainingTask):
     """Build modalities and model from a recipe and train them on its mixture."""
 
+    after_step_needs_loads_alone = True
+
     def __init__(
         self, recipe: MultimodalRecipe, run: RunFolder, device: torch.device, ranks: ProcessGroupContext | None = None
     ) -> None:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,15 @@ from openm6.energy.tracker import Work, WorkCount
 from openm6.kernels.probe import capabilities, compile_failure
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
+from openm6.optim.adamw import AdamW
 from openm6.optim.config import lr_multiplier
 from openm6.optim.registry import build_optimizer, default_groups, set_lr
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.pseudo_to_real import break_symmetry
 from openm6.train.training_task import Batch, StepResult, TrainingTask
+
+AHEAD = ("cuda",)  # types of devices that the host need not wait for
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class TrainStep:
         self.training, self.config = training, config
         self.ranks = training.ranks  # or the workers that share the steps of this process
         self.lr_scale = 1.0  # a callback's factor on the learning rate
+        self._unread: StepNumbers | None = None
         self._build()
         self.device = self.parameters[0].device
         self.precision = resolve_precision(config.precision, self.device)
@@ -123,21 +128,61 @@ class TrainStep:
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Train on one batch as step `step`, the first being 1."""
+        result, numbers = self._launch(batch, step, total)
+        report = numbers.read()
+        if report.applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ranks.barrier()
+        if report.applied and (self.ranks.is_main_process or not self.ranks.shares_memory):
+            self.training.after_step(result)
+        return report
+
+    def update_ahead(self, batch: Batch, step: int, total: int | None) -> StepReport | None:
+        """As `update`, but the device itself decides whether the step is applied, so that it is not waited for.
+
+        Return the report of the step before, if `read_report` has not returned it.
+        """
+        result, numbers = self._launch(batch, step, total)
+        before = self.read_report()  # the device has this step's passes to compute meanwhile
+        assert isinstance(self.optimizer, AdamW)
+        self.optimizer.skip = numbers.skip
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        applied = torch.isfinite(numbers.skip)
+        self.training.after_step(replace(result, loads=[replace(x, load=x.load * applied) for x in result.loads]))
+        self._unread = numbers
+        return before
+
+    def read_report(self) -> StepReport | None:
+        """Return the report of the last `update_ahead`, once; None if there is none."""
+        numbers, self._unread = self._unread, None
+        if numbers is None:
+            return None
+        report = numbers.read()
+        if not report.applied:
+            assert isinstance(self.optimizer, AdamW)
+            self.optimizer.uncount()
+        return report
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps can be run by `update_ahead`."""
+        possible = (
+            self.device.type in AHEAD and self.training.after_step_needs_loads_alone and not self.config.offloaded
+        )
+        return possible and isinstance(self.optimizer, AdamW) and self.optimizer.skips_on_device
+
+    def _launch(self, batch: Batch, step: int, total: int | None) -> tuple[StepResult, StepNumbers]:
+        """Run both passes; return their result and the numbers of the report on their way to the host."""
         ranks, schedule = self.ranks, self.config.schedule
         rate = self.config.optimizer.learning_rate * lr_multiplier(step, total, schedule) * self.lr_scale
         set_lr(self.optimizer, rate)
         own = (ranks.rank,) if ranks.shares_memory and ranks.rank else ()
         seed_everything(self.config.seed, "step", step, *own)
         result, norm = self._backward(batch, step, rate)
-        result, tokens = sum_over_ranks(result, batch.tokens, ranks)
-        report = make_report(step, tokens, rate, result, norm)
-        if report.applied:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        ranks.barrier()
-        if report.applied and (ranks.is_main_process or not ranks.shares_memory):
-            self.training.after_step(result)
-        return report
+        result, counts = sum_over_ranks(result, batch.tokens, ranks)
+        return result, StepNumbers(step, rate, result, counts, norm)
 
     def _backward(self, batch: Batch, step: int, rate: float) -> tuple[StepResult, Tensor]:
         """Run the forward and the backward pass and clip; return the result, and the gradient norm before clipping."""
@@ -190,47 +235,72 @@ class TrainStep:
         return norm
 
 
-def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) -> tuple[StepResult, int]:
-    """Return the sums over ranks of loss, metrics, router loads and work, and of the tokens, in one all-reduce."""
+def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) -> tuple[StepResult, Tensor]:
+    """Return the sums over ranks of loss, metrics, router loads and work, in one all-reduce.
+
+    The second of the two holds, in fp64, the tokens, and the numbers of `work` in their order.
+    """
+    counts = [float(tokens), *(value for named in result.work.values() for count in named.values() for value in count)]
+    # fp64, so that numbers of tokens stay whole numbers.
+    numbers = torch.tensor(counts, dtype=torch.float64)
     if ranks.size == 1:
-        return result, tokens
+        return result, numbers
     device = result.loss.device
     metrics = {name: torch.as_tensor(value, device=device) for name, value in result.metrics.items()}
     routed = [tensor for stats in result.loads for tensor in (stats.load, stats.dropped)]
-    counts = [float(tokens), *(value for named in result.work.values() for count in named.values() for value in count)]
-    # fp64, so that numbers of tokens stay whole numbers.
-    numbers = torch.tensor(counts, dtype=torch.float64, device=device)
+    numbers = numbers.to(device, non_blocking=True)
     tensors = [tensor.detach() for tensor in (result.loss, *metrics.values(), *routed, numbers)]
     flat = ranks.all_reduce_tensor(torch.cat([tensor.reshape(-1).double() for tensor in tensors]))
     parts = zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
     sums = (part.view_as(tensor).to(tensor.dtype) for part, tensor in parts)
     loss, summed = next(sums), {name: next(sums) for name in metrics}
     loads = [replace(stats, load=next(sums), dropped=next(sums)) for stats in result.loads]
-    left = iter(next(sums).tolist())
-    total = round(next(left))
-    work = {
-        kind: {name: WorkCount(round(next(left)), next(left)) for name in named} for kind, named in result.work.items()
-    }
-    return StepResult(loss, {**summed}, loads, work), total
+    return StepResult(loss, {**summed}, loads, result.work), next(sums)
 
 
-def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: Tensor) -> StepReport:
-    """Return the report of a step whose gradients have this norm; it is applied if its loss and norm are finite.
+class StepNumbers:
+    """The numbers of a step's report on their way to the host, in one copy, since each would wait for the device.
 
-    All scalars are fetched from the device in one transfer, since each transfer waits for the device.
+    `skip`, on the device, is 0 if the step's loss and gradient norm are finite, else NaN.
     """
-    plain = {name: float(value) for name, value in result.metrics.items() if not isinstance(value, Tensor)}
-    tensors = {name: value for name, value in result.metrics.items() if isinstance(value, Tensor)}
-    balance = [*(stats.load_cv for stats in result.loads), *(stats.dropped for stats in result.loads)]
-    scalars = [result.loss, norm, *balance, *tensors.values()]
-    loss, grad_norm, *rest = torch.stack(
-        [value.detach().to(norm.device, torch.float32).reshape(()) for value in scalars]
-    ).tolist()
-    applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    layers = len(result.loads)
-    metrics = {**plain, **dict(zip(tensors, rest[2 * layers :], strict=True))}
-    expert_load_cv, dropped = rest[:layers], rest[layers : 2 * layers]
-    return StepReport(step, tokens, loss, grad_norm, rate, applied, metrics, expert_load_cv, dropped, result.work)
+
+    def __init__(self, step: int, rate: float, result: StepResult, counts: Tensor, norm: Tensor) -> None:
+        """`counts` as of `sum_over_ranks`; `norm`: that of the gradients."""
+        self._step, self._rate, self._work = step, rate, result.work
+        self._layers, self._counts = len(result.loads), counts
+        self._metrics = dict(result.metrics)
+        loss, norm = result.loss.detach().to(norm.device, torch.float32), norm.detach().to(torch.float32)
+        self.skip = loss * 0 + norm * 0
+        balance = [*(stats.load_cv for stats in result.loads), *(stats.dropped for stats in result.loads)]
+        tensors = (value for value in result.metrics.values() if isinstance(value, Tensor))
+        scalars = [value.detach().to(norm.device, torch.float32).reshape(()) for value in (*balance, *tensors)]
+        numbers = torch.stack([loss.reshape(()), norm.reshape(()), *scalars]).double()
+        if counts.device == numbers.device:
+            numbers = torch.cat([numbers, counts])
+        self._numbers, self._event = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.current_stream(numbers.device).record_event()
+
+    def read(self) -> StepReport:
+        """Wait for the numbers, and return the report; a step is applied if its loss and norm are finite."""
+        if self._event is not None:
+            self._event.synchronize()
+        values = iter(self._numbers.tolist())
+        loss, grad_norm = next(values), next(values)
+        expert_load_cv, dropped = (list(islice(values, self._layers)) for _ in range(2))
+        metrics = {x: next(values) if isinstance(value, Tensor) else float(value) for x, value in self._metrics.items()}
+        left = iter(list(values) or self._counts.tolist())
+        tokens = round(next(left))
+        work = {
+            kind: {name: WorkCount(round(next(left)), next(left)) for name in named}
+            for kind, named in self._work.items()
+        }
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        return StepReport(
+            self._step, tokens, loss, grad_norm, self._rate, applied, metrics, expert_load_cv, dropped, work
+        )
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:

@@ -54,6 +54,8 @@ class TrainingTask:
     model: nn.Module
     ranks: ProcessGroupContext = ProcessGroupContext()  # the processes that train the same model
     max_parts: int = 1  # into how many parts, each worth a process, a batch may be split
+    # Whether `after_step` acts on nothing but `loads`, and not at all if they are zero, as those of a skipped step.
+    after_step_needs_loads_alone: bool = False
 
     def batches(self) -> Iterator[Batch]:
         """Yield batches without end, from where `restore` set the data."""

@@ -65,7 +65,10 @@ def test_adamw_equals_its_reference(device, monkeypatch, dtypes, stochastic, blo
 
 @pytest.mark.parametrize(("dtype", "stochastic"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_an_adamw_step_in_kernels_equals_one_in_torch(device, monkeypatch, dtype, stochastic):
-    """One launch per alignment: the kernel must find each parameter's tensors, size, numbers and seed."""
+    """One launch per alignment: the kernel must find each parameter's tensors, size, numbers and seed.
+
+    An update that the device leaves out changes nothing.
+    """
     runs, launches = [], []
     update = optimizers.adamw_update
     monkeypatch.setattr(optimizers, "adamw_update", lambda *args: (launches.append(len(args[0])), update(*args)))
@@ -77,12 +80,18 @@ def test_an_adamw_step_in_kernels_equals_one_in_torch(device, monkeypatch, dtype
         parameters = [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
         groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.1, "weight_decay": 0.0}]
         optimizer = AdamW(groups, lr=0.01, state_dtype=torch.float32, stochastic=stochastic)
+        assert optimizer.skips_on_device == in_kernel
         for _ in range(3):
             for parameter in parameters:
                 parameter.grad = torch.randn(parameter.shape).to(device, dtype)
+            optimizer.skip = torch.zeros((), device=device)
             optimizer.step()
+            if in_kernel:
+                optimizer.skip = optimizer.skip + float("nan")
+                optimizer.step()
+                optimizer.uncount()
         runs.append((parameters, [optimizer.state[parameter] for parameter in parameters]))
-    assert launches == [3, 4] * 3  # not aligned, and aligned
+    assert launches == [3, 4] * 6  # not aligned, and aligned
     close = 1e-5 if dtype == torch.float32 else 2**-7  # at most one step of bf16 apart
     for ours, theirs in zip(*(parameters for parameters, _ in runs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=close, atol=1e-6)

@@ -22,8 +22,10 @@ from openm6.core.run_folder import RunFolder
 from openm6.optim.config import ScheduleConfig, decay_start
 from openm6.train.config import LoopConfig
 from openm6.train.loop import RunLength, TrainResult, train
+from openm6.train.step import TrainStep
 from openm6.train.training_task import StepResult
 from tests.train.toy_training import ToyBatch, ToyTraining, assert_same_run, toy_config
+from tests.train.workers_training import Part, WorkersTraining, workers_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -310,3 +312,41 @@ def test_a_measured_run_repeats_exactly_as_a_given_one(tmp_path: Path) -> None:
     given = train(ToyTraining(), config.model_copy(update={"steps": steps}), RunFolder.open(tmp_path / "given"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (measured.checkpoint / name).read_bytes() == (given.checkpoint / name).read_bytes()
+
+
+class AheadTraining(WorkersTraining):
+    after_step_needs_loads_alone = True
+
+
+@pytest.mark.parametrize("spoilt", [-1, 1, 4, 12])
+def test_steps_whose_reports_come_late_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: int
+) -> None:
+    """As on a GPU: the device leaves out a step that is not finite; lines and checkpoints hold the same."""
+    config = workers_config(1).model_copy(update={"evaluate_every": 9})
+    train(AheadTraining(spoilt=spoilt), config, RunFolder.open(tmp_path / "waited"))
+    monkeypatch.setattr("openm6.train.step.AHEAD", ("cpu",))
+    late = []
+    monkeypatch.setattr(TrainStep, "update", None)
+    launched = TrainStep.update_ahead
+    monkeypatch.setattr(TrainStep, "update_ahead", lambda *given: late.append(launched(*given)) or late[-1])
+    with pytest.raises(Interrupted):
+        train(Stopping(step=15, spoilt=spoilt), config, RunFolder.open(tmp_path / "late"))
+    assert latest(tmp_path / "late").name == "step-15"
+    train(AheadTraining(spoilt=spoilt), config, RunFolder.open(tmp_path / "late"), resume=True)
+    # Steps 6, 9, 12, 15, 18 and 20 are waited for, as something acts on the run after them.
+    assert sum(report is not None for report in late) == 20 - 6
+    assert_same_run(tmp_path / "waited", tmp_path / "late")
+
+
+class Stopping(AheadTraining):
+    """Gets a signal in the middle of a step."""
+
+    def __init__(self, step: int, spoilt: int) -> None:
+        super().__init__(spoilt=spoilt)
+        self.step = step
+
+    def loss(self, batch: Part) -> StepResult:
+        if batch.cursor["next"] == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(batch)

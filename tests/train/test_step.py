@@ -16,7 +16,7 @@ from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExec
 from openm6.nn.moe import RouterStats
 from openm6.ops.matmul import matmul_dtype
 from openm6.train.config import LoopConfig
-from openm6.train.step import TrainStep, resolve_precision, seed_everything, sum_over_ranks
+from openm6.train.step import StepNumbers, TrainStep, resolve_precision, seed_everything, sum_over_ranks
 from openm6.train.training_task import StepResult
 from tests.train.toy_training import ToyTraining, toy_config
 from tests.train.words_training import WordsTraining, words_backbone
@@ -62,14 +62,15 @@ def test_everything_of_a_step_is_summed_over_ranks() -> None:
         "modality": {"text": WorkCount(2**24 + 1, 0.5), "image_out": WorkCount(0, 0.0)},
         "task": {"translation": WorkCount(3, 7.0)},
     }
-    result, tokens = sum_over_ranks(
+    result, counts = sum_over_ranks(
         StepResult(ones, {"loss/text": ones * 2, "plain": 3.0}, [stats], work), 2**24 + 1, TwoRanks()
     )
-    assert tokens == 2 * (2**24 + 1) and float(result.loss) == 2.0
-    assert {name: float(value) for name, value in result.metrics.items()} == {"loss/text": 4.0, "plain": 6.0}
-    assert result.loads[0].load.tolist() == [2.0, 6.0] and float(result.loads[0].dropped) == 0.5
-    assert result.work == {
-        "modality": {"text": WorkCount(tokens, 1.0), "image_out": WorkCount(0, 0.0)},
+    report = StepNumbers(1, 0.1, result, counts, ones).read()
+    assert report.tokens == 2 * (2**24 + 1) and report.loss == 2.0
+    assert report.metrics == {"loss/text": 4.0, "plain": 6.0}
+    assert result.loads[0].load.tolist() == [2.0, 6.0] and report.dropped == [0.5]
+    assert report.work == {
+        "modality": {"text": WorkCount(report.tokens, 1.0), "image_out": WorkCount(0, 0.0)},
         "task": {"translation": WorkCount(6, 14.0)},
     }
 
