@@ -11,7 +11,7 @@ from openm6.cli.group import HELP_OPTIONS, PlainGroup, make_app
 
 BENCHMARKS = (
     "train", "experts", "packing", "fp8", "serve", "generate", "plan", "offload", "rank", "simulate", "all-to-all",
-    "scaling", "reshard", "batches", "gpu",
+    "scaling", "reshard", "batches", "gpu", "own-data",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ app = make_app(Benchmarks)
 
 @app.callback()
 def start() -> None:
-    """Run a benchmark. It prints one JSON object with its baseline, within eight minutes, also if it is interrupted."""
+    """Run a benchmark: it prints one JSON object with its baseline, most within eight minutes, also if interrupted."""
 
 
 if __name__ == "__main__":

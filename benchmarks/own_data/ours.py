@@ -1,0 +1,286 @@
+"""OpenM6 as a user runs it: `data inspect`, `train` of the recipe as it is, predictions of all test records."""
+
+# Letters: N records, W windows, H steps ahead, Q quantiles, K classes
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.own_data.scores import SERIES_LEVELS, TABLE_LEVELS
+from benchmarks.own_data.series import Panel, Window
+from openm6.core.errors import DataError, OpenM6Error
+from openm6.data.records import Record
+from openm6.data.source import Source
+from openm6.data.windows import WindowsConfig
+from openm6.evaluate.answers import answer
+from openm6.evaluate.run import open_own_data, source_configs
+from openm6.inference.engine import score_candidates
+from openm6.inference.load import LoadedModel, load
+from openm6.inference.prefill import prefill_all, prompt_length
+from openm6.inference.sampling import MaskedSampling
+from openm6.modalities.numbers import Histogram
+from openm6.modalities.registry import source_segments, target_segment
+from openm6.models.description import TrainedTask
+from openm6.tasks.builders import hold_out
+from openm6.tasks.registry import TASKS
+from openm6.tasks.slots import Derived, Text
+from openm6.tasks.task import Example, Task
+
+LANGUAGE = "en"
+BATCH = 32
+CLASS_LEVELS = np.arange(0.005, 1.0, 0.01)  # of a number that stands for a class
+COMMAND = (sys.executable, "-m", "openm6")
+MAX_REASON = 240  # letters
+GRACE = 10.0  # seconds that a training has to end
+
+
+class FailedError(Exception):
+    """One sentence: why OpenM6 has no prediction for a set or a target."""
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A trained model, and how long it took."""
+
+    run: Path
+    seconds: float
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model, read when it is first needed."""
+        return load(self.run, "cpu")
+
+    @property
+    def trained_tasks(self) -> list[str]:
+        """The pairs of task and source, for the report."""
+        return [f"{one.task}/{one.source}" for one in self.loaded.description.trained_tasks]
+
+
+def train(data: Path, minutes: float, work: Path, command: Sequence[str] = COMMAND) -> Ours:
+    """Inspect the data, train the recipe that was written with this time, in processes of their own.
+
+    Raises:
+        FailedError: one of the commands failed; their output is in `work`.
+    """
+    recipe, run = work / "recipe.yaml", work / "run"
+    _call([*command, "data", "inspect", str(data), "--out", str(recipe)], work / "inspect.log")
+    began = time.monotonic()
+    settings = [f"loop.minutes={minutes:g}", "eval.at_end=false"]
+    _call([*command, "train", str(recipe), *settings, "--out", str(run)], work / "train.log")
+    return Ours(run, time.monotonic() - began)
+
+
+def _call(words: Sequence[str], log: Path) -> None:
+    with log.open("w") as stream, _process(words, stream.fileno()) as process:
+        status = process.wait()
+    if status != 0:
+        text = " ".join(log.read_text(errors="replace").split())
+        reason = re.split(r"\berror: ", text, flags=re.IGNORECASE)[-1][:MAX_REASON]
+        raise FailedError(f"`openm6 {words[len(COMMAND)]}` failed: {reason or 'it names no reason'}")
+
+
+@contextmanager
+def _process(words: Sequence[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a group of its own, which ends with the block."""
+    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def predict_numbers(ours: Ours, test: Path, target: str) -> np.ndarray:
+    """Return quantiles of a column for the rows of a table; NaN for rows that cannot be asked about.  # N Q
+
+    The trained task with the most inputs is asked, of those that predict a number.
+
+    Raises:
+        FailedError: no trained task predicts this column.
+    """
+    found = _number_answers(ours, test, target)
+    quantiles = np.full((len(found), len(TABLE_LEVELS)), np.nan)
+    for row, histogram in enumerate(found):
+        if histogram is not None:
+            quantiles[row] = [histogram.quantile(level)[0] for level in TABLE_LEVELS]
+    return quantiles
+
+
+def _number_answers(ours: Ours, test: Path, target: str) -> list[Histogram | None]:
+    reasons = []
+    for one in _by_inputs(ours, "numbers"):
+        task = TASKS[one.task]
+        pinned = replace(task, target=Derived("numbers", partial(hold_out, column=target), lambda *_: True))
+        records = _records(ours, one.source, test)
+        rows = [row for row, record in enumerate(records) if target in (record or {}).get("numbers", {})]
+        if not rows:
+            reasons.append(f"{target} is no number of source {one.source}")
+            continue
+        examples = {row: _example(pinned, _with_value(records[row] or {}, target)) for row in rows}
+        asked = {row: example for row, example in examples.items() if example is not None}
+        if asked:
+            answers = answer(ours.loaded, list(asked.values()), MaskedSampling())
+            by_row = dict(zip(asked, answers, strict=True))
+            return [found if isinstance(found := by_row.get(row), Histogram) else None for row in range(len(records))]
+        reasons.append(f"no record can be asked in {one.task}")
+    raise FailedError(f"no trained task predicts {target}: {'; '.join(dict.fromkeys(reasons)) or 'none is of numbers'}")
+
+
+def _with_value(record: Record, target: str) -> Record:
+    """The record with some value where the target is missing: only its distribution is asked for."""
+    value = record["numbers"][target]
+    return record if value is not None else {**record, "numbers": {**record["numbers"], target: 0.0}}
+
+
+def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str], truth: Sequence[str]) -> np.ndarray:
+    """Return probabilities of the classes for each record, by the likelihoods of their names.  # N K
+
+    A category that was taken for a number is predicted as one: the nearest class of each quantile counts.
+
+    Raises:
+        FailedError: no trained task predicts this column.
+    """
+    for one in _by_inputs(ours, "text"):
+        task = TASKS[one.task]
+        if not (isinstance(task.target, Text) and task.target.name == "label"):
+            continue
+        records = _records(ours, one.source, test)
+        labels = [str((record or {}).get("label")) for record in records]
+        # The label of the source may be another column.
+        if sum(own == true for own, true in zip(labels, truth, strict=True)) < len(truth) / 2:
+            continue
+        return _likelihoods(ours, task, records, classes)
+    try:
+        answers, values = _number_answers(ours, test, target), np.asarray([float(name) for name in classes])
+    except ValueError:
+        raise FailedError(f"no trained task predicts {target}") from None
+    found = np.full((len(answers), len(classes)), 1 / len(classes))
+    for row, histogram in enumerate(answers):
+        if histogram is not None:
+            quantiles = np.asarray([histogram.quantile(level)[0] for level in CLASS_LEVELS])
+            nearest = np.abs(quantiles[:, None] - values).argmin(1)
+            found[row] = (np.bincount(nearest, minlength=len(classes)) + 0.5) / (len(quantiles) + 0.5 * len(classes))
+    return found
+
+
+def _likelihoods(ours: Ours, task: Task, records: list[Record | None], classes: Sequence[str]) -> np.ndarray:
+    loaded = ours.loaded
+    candidates = [target_segment(task.target.part({"label": name}, LANGUAGE), loaded.modalities) for name in classes]
+    found = np.full((len(records), len(classes)), 1 / len(classes))
+    examples = {row: example for row, record in enumerate(records) if (example := _example(task, record)) is not None}
+    rows = list(examples)
+    for start in range(0, len(rows), BATCH):
+        few = rows[start : start + BATCH]
+        prompts = [source_segments(examples[row].source, loaded.modalities) for row in few]
+        cache = loaded.omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts)))
+        positions = prefill_all(loaded.omni, prompts, cache)
+        for slot, row in enumerate(few):
+            nll = np.asarray(score_candidates(loaded.omni, cache, slot, positions[slot], candidates))
+            odds = np.exp(nll.min() - nll)
+            found[row] = odds / odds.sum()
+    return found
+
+
+def _by_inputs(ours: Ours, output: str) -> list[TrainedTask]:
+    """The trained tasks with this output that are no forecasts, those with the most inputs first."""
+    fitting = [
+        one
+        for one in ours.loaded.description.trained_tasks
+        if TASKS[one.task].output_modality == output and "series" not in TASKS[one.task].inputs
+    ]
+    return sorted(fitting, key=lambda one: -len(TASKS[one.task].inputs))
+
+
+def _records(ours: Ours, name: str, test: Path) -> list[Record | None]:
+    """The test records in the order of their rows; None for one that cannot be read."""
+    configs = source_configs(ours.loaded.description.sources, str(ours.run))
+    source = open_own_data(str(test), {name: configs[name]})[name]
+    records = [_record(source, index) for index in range(len(source))]
+    if test.is_dir():
+        # A file of an image folder is named by its row.
+        return sorted(records, key=lambda record: int(Path(str((record or {})["id"])).stem))
+    return records
+
+
+def _record(source: Source, index: int) -> Record | None:
+    try:
+        return source[index]
+    except DataError:
+        return None
+
+
+def _example(task: Task, record: Record | None) -> Example | None:
+    """The record as an example; None if it lacks an input."""
+    if record is None:
+        return None
+    try:
+        return task.example({"label": "?", **record}, np.random.default_rng(0), language=LANGUAGE)
+    except OpenM6Error:
+        return None
+
+
+def forecast(ours: Ours, panel: Panel, table: Path) -> np.ndarray:
+    """Return quantiles of each forecast; steps beyond the trained horizon follow forecasts of those before.  # W H Q
+
+    Raises:
+        FailedError: no trained task forecasts these columns.
+    """
+    for one in ours.loaded.description.trained_tasks:
+        config = source_configs(ours.loaded.description.sources, str(ours.run))[one.source]
+        if isinstance(config, WindowsConfig) and TASKS[one.task].output_modality == "numbers":
+            if missing := [name for name in panel.targets if name not in config.columns]:
+                raise FailedError(f"the series of the recipe lack {', '.join(missing)}")
+            return _forecast(ours.loaded, one, config.model_copy(update={"path": str(table), "stride": 1}), panel)
+    raise FailedError("the recipe has no series")
+
+
+def _forecast(loaded: LoadedModel, trained: TrainedTask, config: WindowsConfig, panel: Panel) -> np.ndarray:
+    task, steps = TASKS[trained.task], panel.horizon.steps
+    found = np.full((len(panel.windows), steps, len(SERIES_LEVELS)), np.nan)
+    for start in range(0, steps, config.horizon):
+        ahead = min(config.horizon, steps - start)
+        block = config.model_copy(update={"horizon": ahead})
+        source = block.open_held_out(trained.source)
+        by_row = {source[index]["id"]: index for index in range(len(source))}
+        examples = {}
+        for index, window in enumerate(panel.windows):
+            first = panel.rows[window.group][window.origin + start - block.context]
+            number = by_row.get(f"{trained.source}/{int(first)}")
+            if number is not None:
+                examples[index] = _window_example(task, source[number], window, found[index, :start])
+        answers = answer(loaded, list(examples.values()), MaskedSampling())
+        for index, histogram in zip(examples, answers, strict=True):
+            if isinstance(histogram, Histogram):
+                quantiles = np.stack([histogram.quantile(level) for level in SERIES_LEVELS], 1)
+                found[index, start : start + ahead] = quantiles
+    return found
+
+
+def _window_example(task: Task, record: Record, window: Window, before: np.ndarray) -> Example:
+    """A window of one column, in whose context the steps forecast so far stand for the true ones."""
+    values = list(record["series"][window.column])
+    context = record["extra"]["context"]
+    for step, quantiles in enumerate(before[-context:]):
+        value = float(quantiles[len(SERIES_LEVELS) // 2])
+        values[context - min(len(before), context) + step] = None if np.isnan(value) else value
+    # Every step ahead is asked for, whether or not its true value is there.
+    asked = [value if value is not None else 0.0 for value in values[context:]]
+    own = {**record, "series": {window.column: [*values[:context], *asked]}}
+    return task.example(own, np.random.default_rng(0), language=LANGUAGE)
