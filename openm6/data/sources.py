@@ -14,6 +14,7 @@ from openm6.data.media import FolderConfig, TarConfig
 from openm6.data.parquet import DatasetsConfig, EmbeddedConfig, ParquetConfig
 from openm6.data.records import CANONICAL_KEYS, TEXT_KEYS, Record
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
+from openm6.data.synthetic import SyntheticSeriesConfig
 from openm6.data.text_tables import CsvConfig, JsonlConfig
 from openm6.data.windows import WindowsConfig
 
@@ -105,7 +106,8 @@ AnySourceConfig = Annotated[
     | TarConfig
     | DatasetsConfig
     | PairsConfig
-    | WindowsConfig,
+    | WindowsConfig
+    | SyntheticSeriesConfig,
     Field(discriminator="kind"),
 ]
 """The config of any kind of source; a new kind is one line here."""

@@ -166,7 +166,7 @@ class WindowSource(Source):
     """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
 
     `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets) and, if the table
-    has them, `start` and `group`.
+    has them, `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
     """
 
     def __init__(
@@ -245,7 +245,9 @@ class WindowsConfig(SourceConfig):
         described = {key: table.column(column) for key, column in named.items() if column is not None}
         length = self.context + self.horizon
         windows = []
-        for rows in self._groups(table) if split != "validation" else ():
+        times = self._times(table)
+        dated = self.time is not None and is_date(table.column(self.time)[0])
+        for rows in self._groups(table, times) if split != "validation" else ():
             border = len(rows) - round(len(rows) * test_fraction)
             first, last = (0, border) if split == "train" else (max(0, border - self.context), len(rows))
             for begin in range(first, last - length + 1, self.stride):
@@ -255,20 +257,27 @@ class WindowsConfig(SourceConfig):
                     continue
                 about = {key: str(cells[covered[0]]) for key, cells in described.items()}
                 # Targets of windows that start within one horizon overlap: they are no independent evidence.
+                if dated and times is not None:
+                    about["clock"] = (float(times[covered[0]]), float(np.median(np.diff(times[covered]))))
                 about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
                 windows.append((covered, about))
         if not windows and split == "train":
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
         return WindowSource(name, self, values, windows)
 
-    def _groups(self, table: Table) -> list[np.ndarray]:
+    def _times(self, table: Table) -> np.ndarray | None:
+        """The time of each row, None if the rows are in order as they are."""
+        if self.time is None:
+            return None
+        return np.asarray(parse_times(table.column(self.time), self.time, self.path, self.time_format))
+
+    def _groups(self, table: Table, times: np.ndarray | None) -> list[np.ndarray]:
         """Row numbers of each group in order of time."""
         groups: dict[Any, list[int]] = defaultdict(list)
         for row, value in enumerate(table.column(self.group) if self.group else [None] * len(table)):
             groups[value].append(row)
-        if self.time is None:
+        if times is None:
             return [np.array(rows) for rows in groups.values()]
-        times = parse_times(table.column(self.time), self.time, self.path, self.time_format)
         for rows in groups.values():
             if 1 < len({times[row] for row in rows}) <= len(rows) / 2:
                 raise DataError(

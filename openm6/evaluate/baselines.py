@@ -17,9 +17,11 @@ from openm6.evaluate.answers import build_examples
 from openm6.evaluate.formatting import words
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.inference.load import LoadedModel
+from openm6.modalities.histogram import BINS, LIMIT
 from openm6.modalities.interface import Segment
-from openm6.modalities.numbers import BINS, LIMIT
+from openm6.modalities.numbers import Numbers
 from openm6.modalities.registry import Modalities, target_segment
+from openm6.modalities.series import squashed
 from openm6.tasks.task import Example, Task
 
 MAX_TRAINING_EXAMPLES = 400
@@ -62,17 +64,24 @@ class AnswerFrequencies(TargetPrior):
 class ValueFrequencies(TargetPrior):
     """Numbers: a histogram of each column's training values over the bins of the number head."""
 
-    def __init__(self, examples: list[Example], targets: list[Segment]) -> None:
+    def __init__(self, examples: list[Example], numbers: Numbers) -> None:
+        self.numbers = numbers
         self.counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(BINS))
-        for example, target in zip(examples, targets, strict=True):
-            self.counts[target_column(example)] += np.bincount(_bins(target), minlength=BINS)
+        for example in examples:
+            self.counts[target_column(example)] += np.bincount(self._bins(example), minlength=BINS)
 
     def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         found = []
-        for example, target in zip(examples, targets, strict=True):
+        for example in examples:
             smoothed = self.counts[target_column(example)] + PSEUDO_COUNT / 4  # 160 bins would swamp few values
-            found.append(-np.log2(smoothed[_bins(target)] / smoothed.sum()).sum())
+            found.append(-np.log2(smoothed[self._bins(example)] / smoothed.sum()).sum())
         return np.asarray(found)
+
+    def _bins(self, example: Example) -> np.ndarray:
+        """Bin of each observed value, on the scale of its column."""
+        loc, scale = self.numbers.scale(target_column(example))
+        values = squashed((truths(example) - loc) / scale)
+        return ((values + LIMIT) * (BINS / (2 * LIMIT))).astype(int).clip(0, BINS - 1)
 
 
 class CodeFrequencies(TargetPrior):
@@ -111,12 +120,6 @@ def _lookup(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return table[np.arange(positions)[:, None], np.arange(groups), codes]
 
 
-def _bins(target: Segment) -> np.ndarray:
-    """Bin of each observed value."""
-    values = target.arrays["values"][target.arrays["observed"]]
-    return ((values + LIMIT) * (BINS / (2 * LIMIT))).astype(int).clip(0, BINS - 1)
-
-
 def target_column(example: Example) -> str:
     """The column that a numbers example predicts."""
     return next(iter(example.answer)) if isinstance(example.answer, dict) else example.answer.name
@@ -138,7 +141,7 @@ def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loade
     if task.output_modality == "text":
         return AnswerFrequencies(examples)
     if task.output_modality == "numbers":
-        return ValueFrequencies(examples, targets)
+        return ValueFrequencies(examples, loaded.numbers)
     modality = loaded.image if task.output_modality == "image" else loaded.audio
     return CodeFrequencies(targets, modality.codec.config.codebook_size)
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from openm6.evaluate.formatting import plain, short_count, words
 from openm6.evaluate.results import true_values
-from openm6.modalities.numbers import Histogram, NumberSeries
+from openm6.modalities.histogram import Histogram
+from openm6.modalities.series import NumberSeries
 
 MAX_POINTS = 90
 MAX_VALUES = 6

@@ -30,9 +30,10 @@ from openm6.evaluate.metrics import METRICS, is_percent, metric_title, same_text
 from openm6.evaluate.results import EvalReport, RunFacts, Sample, TaskResult
 from openm6.evaluate.summary import answered, card
 from openm6.modalities.audio import RATE
+from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import Histogram, NumberSeries
 from openm6.modalities.registry import MODALITIES
+from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import TASKS
 

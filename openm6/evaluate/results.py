@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from openm6.evaluate.energy import EnergyAccount
+from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import Histogram, NumberSeries
+from openm6.modalities.series import NumberSeries
 
 Answer = str | Image.Image | np.ndarray | Histogram
 """The output of a model: text, an image, 16 kHz samples, or distributions of numbers."""

@@ -18,8 +18,9 @@ from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport, Sample, TaskResult
+from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Cuttable, Part
-from openm6.modalities.numbers import Histogram, NumberSeries
+from openm6.modalities.series import NumberSeries
 
 FILE = "evaluation.json"
 REPORTS = ("report.json", "report.html", "README.md")  # what `write_report` writes
@@ -76,7 +77,7 @@ def _encode(value: Any) -> Any:
         return {_TAG: "array", "content": stream.getvalue()}
     if isinstance(value, Histogram):
         scale = np.stack([value.loc, value.scale], axis=1)
-        return {_TAG: "Histogram", "probability": value.probability, "scale": scale}
+        return {_TAG: "Histogram", "probability": value.probability, "scale": scale, "log": value.log}
     return value.item()  # a number of NumPy
 
 

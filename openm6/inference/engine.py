@@ -29,10 +29,12 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt, passes_of, prefill_all, prompt_length, run_block
 from openm6.inference.sampling import Sampling
 from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.numbers import Histogram, NumbersOut
+from openm6.modalities.numbers import NumbersOut
 from openm6.modalities.pool import POOL, pooled
 from openm6.modalities.registry import source_segments
+from openm6.modalities.series import SeriesOut
 from openm6.models.omni import Omni
 from openm6.nn.cache import SlotCache, SlotReader
 from openm6.ops.sequence import SequenceMeta
@@ -83,9 +85,10 @@ def predict_distributions(omni: Omni, prompts: list[Prompt], targets: list[Segme
     cache = omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts), default=0))
     positions = prefill_all(omni, prompts, cache)
     answers: dict[int, Histogram] = {}
-    # The rows of a pass have equally many queries.
-    for length in sorted({len(target) for target in targets}):
-        rows = [row for row, target in enumerate(targets) if len(target) == length]
+    # The rows of a pass have equally many queries of one kind.
+    sizes = [(target.kind, len(target)) for target in targets]
+    for size in sorted(set(sizes)):
+        rows = [row for row, found in enumerate(sizes) if found == size]
         starts, queries = [positions[row] for row in rows], [targets[row] for row in rows]
         answers |= zip(rows, predict_numbers(omni, cache, rows, starts, queries), strict=True)
     return [answers[row] for row in range(len(prompts))]
@@ -99,21 +102,14 @@ def predict_numbers(
 
     `positions` are those after the prompts.
     """
-    adapter = omni.adapter("numbers_out")
-    assert isinstance(adapter, NumbersOut)
+    adapter = omni.adapter(targets[0].kind)
     arrays = {
         name: torch.from_numpy(np.concatenate([target.arrays[name] for target in targets])).to(omni.device)
         for name in targets[0].arrays
     }
     hidden = run_block(omni, cache, list(slots), positions, targets[0], arrays)  # B T D
-    logits = adapter.logits(hidden.flatten(0, 1)).float()  # B*T P bins
-    probability = logits.softmax(-1).unflatten(0, hidden.shape[:2]).flatten(1, 2)
-    answers = []
-    for row, target in zip(probability.cpu().numpy(), targets, strict=True):
-        observed = target.arrays["observed"]  # T P
-        scale = np.repeat(target.arrays["scale"], observed.shape[1], axis=0)  # T*P 2
-        answers.append(Histogram(row[observed.reshape(-1)], scale[observed.reshape(-1)]))
-    return answers
+    assert isinstance(adapter, (NumbersOut, SeriesOut))
+    return adapter.histograms(hidden, arrays)
 
 
 @torch.inference_mode()

@@ -12,8 +12,8 @@ from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import Audio, read_audio
 from openm6.modalities.image import Image, read_image
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import MODALITIES
+from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import join_texts
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task

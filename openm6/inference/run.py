@@ -21,7 +21,6 @@ from openm6.inference.sampling import Decoding
 from openm6.modalities.audio import RATE
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
-from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments
 
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".flac", ".ogg")}
@@ -92,7 +91,7 @@ def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> 
     name = question.target_column() if question.series is None else question.series.name
     # A target needs values; these are only asked for.
     value = loaded.numbers.scale(name)[0]
-    raw = {name: value} if question.series is None else NumberSeries(name, [value] * question.ahead)
+    raw = {name: value} if question.series is None else question.series.to_forecast(question.ahead)
     histogram = predict_distributions(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
     low, high = histogram.interval(0.8)
     found = {"mean": histogram.mean(), "median": histogram.median(), "low_80": low, "high_80": high}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -19,9 +20,11 @@ from openm6.modalities.audio import MAX_SECONDS, Audio
 from openm6.modalities.image import MAX_PIXELS, Image
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
+from openm6.modalities.series import SeriesStats
 from openm6.modalities.text import Text
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
+NO_SERIES: Mapping[str, SeriesStats] = MappingProxyType({})
 PromptAttention = Literal["bidirectional", "block"]
 
 
@@ -77,7 +80,9 @@ class ModalitiesConfig(Config):
     )
 
 
-def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales) -> Modalities:
+def build_modalities(
+    config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales, series: Mapping[str, SeriesStats] = NO_SERIES
+) -> Modalities:
     """The four modalities of one model.
 
     Raises:
@@ -98,7 +103,7 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
         text=text,
         image=Image(image_codec, image.side, image.max_patches, image.max_pixels),
         audio=Audio(audio_codec, audio.seconds, audio.max_seconds),
-        numbers=Numbers(text, scales),
+        numbers=Numbers(text, scales, series),
     )
     modalities.prompt_attention = config.prompt_attention
     return modalities

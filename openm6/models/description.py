@@ -9,6 +9,7 @@ from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
+from openm6.modalities.series import SeriesStats
 from openm6.modalities.text import read_tokenizer
 from openm6.models.config import BackboneConfig
 from openm6.models.omni import Omni
@@ -29,13 +30,14 @@ class TrainedTask(Config):
 
 
 class CheckpointConfig(Config):
-    """Sizes, modalities, the scales of number columns, and the trained tasks."""
+    """Sizes, modalities, the scales of number columns, periods and logarithms of series, and the trained tasks."""
 
     format: int = FORMAT
     preset: str = ""
     backbone: BackboneConfig
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]
+    series: dict[str, SeriesStats] = {}
     trained_tasks: list[TrainedTask]
     embedding: PoolConfig | None = None  # None: no trained task makes embeddings
     sources: dict[str, Any] = {}  # where the records came from, as in the recipe
@@ -68,5 +70,7 @@ def build_model(
 
     `meta_matrices` as in `Backbone`.
     """
-    modalities = build_modalities(description.modalities, read_tokenizer(tokenizer, where), description.scales)
+    modalities = build_modalities(
+        description.modalities, read_tokenizer(tokenizer, where), description.scales, description.series
+    )
     return Omni(description.backbone, modalities, description.embedding, meta_matrices), modalities

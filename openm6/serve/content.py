@@ -21,7 +21,7 @@ from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import RATE
 from openm6.modalities.image import Image, read_image, to_square
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError, check_limit
 from openm6.tasks.registry import TASKS

@@ -16,8 +16,8 @@ from openm6.core.errors import DataError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments
+from openm6.modalities.series import NumberSeries
 
 
 class QueueFullError(OpenM6Error):
@@ -78,17 +78,17 @@ class CodesRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class NumbersRequest(Request):
-    """Distributions as output: of `columns`, or of `ahead` steps of the column `series`."""
+    """Distributions as output: of `columns`, or of the `ahead` steps after `series`."""
 
     output: ClassVar[str] = "numbers"
     columns: tuple[str, ...] = ()
-    series: str | None = None
+    series: NumberSeries | None = None
     ahead: int = 8
 
     @property
     def name(self) -> str:
         """The first column that is predicted."""
-        return self.series or self.columns[0]
+        return self.series.name if self.series else self.columns[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +210,8 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
             options = {"mask_span": request.span, "seconds": request.duration}
             return [loaded.audio.target(request.source, options=options)]
         # Steps and columns to predict are marked by any value that is not missing.
-        case NumbersRequest(series=str(name)):
-            return [loaded.numbers.target(NumberSeries(name, [loaded.numbers.scale(name)[0]] * request.ahead))]
+        case NumbersRequest(series=NumberSeries() as past):
+            return [loaded.numbers.target(past.to_forecast(request.ahead))]
         case NumbersRequest():
             return [loaded.numbers.target({name: loaded.numbers.scale(name)[0] for name in request.columns})]
         case RankRequest():

@@ -15,7 +15,7 @@ import numpy as np
 from openm6.modalities.audio import random_span, random_speed
 from openm6.modalities.image import random_box
 from openm6.modalities.interface import Cuttable, Part
-from openm6.modalities.numbers import NumberSeries, fit_scale
+from openm6.modalities.series import NumberSeries, SeriesStats, fit_scale
 from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record, as_text, localised, observed
 
@@ -103,8 +103,11 @@ def split_series(record: Record, context: Context) -> Built:
     name = names[int(context.rng.integers(len(names)))]
     values = record["series"][name]
     start = len(values) - record["extra"]["horizon"]
-    past, future = (Part("numbers", NumberSeries(name, part)) for part in (values[:start], values[start:]))
-    return Built({"series": past}, future)
+    past, extra = values[:start], record["extra"]
+    stats = SeriesStats(extra["period"], extra["log"]) if "period" in extra else None
+    series = NumberSeries(name, past, clock=extra.get("clock"), stats=stats)
+    future = NumberSeries(name, values[start:], past, series.clock, stats)
+    return Built({"series": Part("numbers", series)}, Part("numbers", future))
 
 
 def ask_column(record: Record, context: Context) -> Built:

@@ -38,6 +38,7 @@ from openm6.nn.moe import TokenDispatcher
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
+    fit_all_series,
     fit_scales,
     open_packer,
     pack_held_out,
@@ -285,6 +286,7 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> Checkpoin
         backbone=build_backbone(recipe.model),
         modalities=recipe.modalities.model_copy(update={"text": text}),
         scales=fit_scales(sources.values()),
+        series=fit_all_series(sources.values()),
         embedding=recipe.pooling,
         trained_tasks=trained_tasks(recipe, sources),
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},

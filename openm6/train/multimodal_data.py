@@ -24,8 +24,9 @@ from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.modalities.batch import Batch as PackedBatch
-from openm6.modalities.numbers import Scales, fit_scale
+from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
+from openm6.modalities.series import SeriesStats, fit_scale, fit_series
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
 from openm6.tasks.registry import TASKS
@@ -34,6 +35,7 @@ from openm6.train.recipe import MultimodalRecipe
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
+SERIES_WINDOWS = 200  # windows of a source in which a period is looked for
 SAMPLED = 20  # records of a source in which each task looks for its fields
 SEARCHED = 2_000  # records in which a task looks that found nothing in those
 COUNTED = 100  # records of a source in which words are counted
@@ -93,6 +95,15 @@ def fit_scales(sources: Iterable[Source]) -> Scales:
         for name, values in (*listed.items(), *(record.get("series") or {}).items()):
             columns.setdefault(name, []).extend(np.nan if v is None else float(v) for v in values)
     return {name: fit_scale(np.asarray(values)) for name, values in sorted(columns.items())}
+
+
+def fit_all_series(sources: Iterable[Source]) -> dict[str, SeriesStats]:
+    """Return period and logarithm of every column that is read over time, from training windows alone."""
+    windows: dict[str, list[np.ndarray]] = {}
+    for record in (record for source in sources for record in _readable(source, SERIES_WINDOWS)):
+        for name, values in (record.get("series") or {}).items():
+            windows.setdefault(name, []).append(np.asarray([np.nan if v is None else v for v in values], float))
+    return {name: fit_series(found) for name, found in sorted(windows.items())}
 
 
 def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> None:

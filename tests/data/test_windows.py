@@ -36,7 +36,9 @@ def test_a_window_in_order_of_time(table):
     windows = open_windows(path=table, **SHAPE)
     record = windows[0]
     assert record["series"] == {"a": [0, 1, 2, 3, 4, 5], "b": [0, 10, 20, None, 40, 50]}
-    assert record["extra"] == {"context": 4, "horizon": 2, "start": "2024-01-01", "block": "/0"}
+    assert record["extra"] == {"context": 4, "horizon": 2, "start": "2024-01-01", "block": "/0"} | {
+        "clock": (1704067200.0, 86400.0)
+    }
     blocks = [window["extra"]["block"] for window in windows]
     assert blocks == [f"/{n // 2}" for n in range(len(windows))], "targets of two neighbours overlap"
     assert windows[1]["series"]["a"][0] == 1

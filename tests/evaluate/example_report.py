@@ -12,8 +12,9 @@ from PIL import Image
 
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import Answer, EvalReport, RunFacts, Sample, TaskResult
+from openm6.modalities.histogram import BINS, LIMIT, Histogram
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
+from openm6.modalities.series import NumberSeries
 
 EVIL = "</p><script>alert('1')</script><img src=x onerror=\"alert(2)\"> & 中文\x00\ud800"
 

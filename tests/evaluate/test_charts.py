@@ -17,7 +17,7 @@ from openm6.evaluate.charts import (
     ticks,
     value_charts,
 )
-from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.series import NumberSeries
 from tests.evaluate.example_report import histogram
 
 

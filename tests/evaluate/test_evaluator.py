@@ -18,7 +18,7 @@ from openm6.evaluate.evaluator import EvalConfig, evaluate_task, evaluate_tasks,
 from openm6.evaluate.likelihood import sequence_nll
 from openm6.evaluate.results import EvalReport, TaskResult
 from openm6.inference.sampling import MaskedSampling
-from openm6.modalities.numbers import Histogram
+from openm6.modalities.histogram import Histogram
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource

@@ -20,9 +20,10 @@ from openm6.evaluate.metrics import (
     score,
     truths,
 )
+from openm6.modalities.histogram import BINS, LIMIT, Histogram
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
+from openm6.modalities.series import NumberSeries
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from tests.data.sample_images import png

@@ -29,8 +29,8 @@ from openm6.evaluate.report import (
     write_report,
 )
 from openm6.evaluate.results import EvalReport, Sample
+from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import Histogram
 from openm6.modalities.text import MASK_CHARACTER
 from tests.evaluate import example_report as example
 

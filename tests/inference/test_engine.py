@@ -13,8 +13,8 @@ from openm6.inference.engine import embed, predict_distributions, score_candidat
 from openm6.inference.prefill import Prompt, passes_of, prefill
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import PromptAttention, source_segments
+from openm6.modalities.series import NumberSeries
 from tests.data.sample_images import png, wav
 from tests.inference.reference import hidden_states
 from tests.small_model import embedding_model, loaded, modalities
@@ -61,8 +61,9 @@ def test_only_what_is_asked_for_is_answered() -> None:
 def uncached(prompt: Prompt, segment: Segment) -> np.ndarray:
     """Probabilities of the bins from one pass over prompt and queries."""
     hidden = hidden_states(MODEL, prompt, segment)
-    probability = MODEL.omni.adapter("numbers_out").logits(hidden).softmax(-1)  # type: ignore[operator]
-    return probability.flatten(0, 1).numpy()[segment.arrays["observed"].reshape(-1)]
+    arrays = {name: torch.from_numpy(array) for name, array in segment.arrays.items()}
+    (found,) = MODEL.omni.adapter(segment.kind).histograms(hidden[None], arrays)  # type: ignore[operator]
+    return found.probability
 
 
 @pytest.mark.parametrize("row", range(3))

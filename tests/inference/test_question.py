@@ -17,8 +17,8 @@ from openm6.inference.question import (
     prompt_parts,
 )
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import MODALITIES
+from openm6.modalities.series import NumberSeries
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
 from openm6.train.run import read_recipe, recipe_path

@@ -15,8 +15,8 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import Histogram
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openm6.modalities.numbers import fit_scale
+from openm6.modalities.series import fit_scale
 from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.builders import couplets, mask_words
 from openm6.tasks.registry import TASKS

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.series import NumberSeries
 from openm6.serve.content import AudioFormat, ImageFormat, Message, parts_of_messages
 from openm6.serve.errors import BadRequestError, check_limit
 from openm6.serve.requests import CodesRequest, NumbersRequest, Request, TextRequest
@@ -154,7 +154,7 @@ def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens
 
 def _numbers_request(settings: NumbersSettings, parts: tuple[Part, ...]) -> NumbersRequest:
     """The predicted column is removed from the inputs."""
-    series = [part.raw.name for part in parts if isinstance(part.raw, NumberSeries)]
+    series = [part.raw for part in parts if isinstance(part.raw, NumberSeries)]
     if settings.column is None and series:
         return NumbersRequest(parts=parts, series=series[-1], ahead=settings.ahead)
     rows = [part.raw for part in parts if isinstance(part.raw, dict)]

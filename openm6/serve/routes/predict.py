@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.series import NumberSeries
 from openm6.serve.content import Series, part_prompt
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
@@ -56,7 +56,7 @@ async def predict(body: PredictionBody, call: ThisCall) -> Predictions:
     if body.series is not None:
         series = NumberSeries(body.series.name, body.series.values)
         parts = part_prompt("time_series_forecasting", Part("numbers", series))
-        requests = [(0, NumbersRequest(parts=parts, series=series.name, ahead=body.ahead))]
+        requests = [(0, NumbersRequest(parts=parts, series=series, ahead=body.ahead))]
     else:
         requests = [
             (index, request)

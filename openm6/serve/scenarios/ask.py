@@ -14,7 +14,7 @@ from openm6.data.parquet import EMBEDDED_MARK, EmbeddedConfig
 from openm6.data.records import Record
 from openm6.data.sources import Split, open_sources
 from openm6.modalities.interface import Part
-from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.series import NumberSeries
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request, TextRequest
 from openm6.serve.scenarios.scenario import PROMPTED, InputKind, Language, Scenario
@@ -50,7 +50,7 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
     if scenario.output == "numbers":
         series = scenario.kind_of("series")
         if series is not None:
-            return NumbersRequest(parts=parts, series=values[series]["name"], ahead=scenario.ahead)
+            return NumbersRequest(parts=parts, series=_series(values[series]), ahead=scenario.ahead)
         return NumbersRequest(parts=parts, columns=(column,))
     if scenario.output == "ranking":
         return RankRequest(parts=parts, candidates=tuple(values[str(scenario.kind_of("candidates"))]))
@@ -77,10 +77,14 @@ def _part(scenario: Scenario, name: str, values: Values) -> Part:
         span = scenario.kind_of("span")
         return Part("audio", value, {"mask_span": tuple(values[span])} if span else {})
     if kind == "series":
-        return Part("numbers", NumberSeries(value["name"], list(value["values"])))
+        return Part("numbers", _series(value))
     if kind == "numbers":
         return Part("numbers", {column: x for column, x in value.items() if column != scenario.column})
     return Part("text", value)
+
+
+def _series(value: Mapping[str, Any]) -> NumberSeries:
+    return NumberSeries(value["name"], list(value["values"]))
 
 
 def _is_valid(kind: InputKind, value: Any) -> bool:

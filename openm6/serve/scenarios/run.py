@@ -17,7 +17,7 @@ from openm6.checkpoint.folder import latest
 from openm6.core.errors import OpenM6Error
 from openm6.core.files import replace_text
 from openm6.inference.load import load
-from openm6.modalities.numbers import Histogram
+from openm6.modalities.histogram import Histogram
 from openm6.models.description import MODEL_FILE, read_description
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine

@@ -1,0 +1,377 @@
+"""Series: values of one column over time in, distributions of later steps out; a patch of steps is one token.
+
+All is measured within the window that is given, so that a series can go on beyond whatever was seen before: values by
+the window's own location and scale, later steps by their distance to simple forecasts (`simple_forecasts`), which the
+head weighs, in units of the window's typical change from step to step or from season to season.
+"""
+
+# Letters: N tokens, P steps of a patch, C steps of the past, H of the future, K simple forecasts, T features of a time,
+# M features of a step, W features of a window, D hidden size, B bins, Q frequencies
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, one_hot_bins, smooth_bins
+from openm6.modalities.interface import Adapter, Arrays
+
+PATCH = 8
+FREQUENCIES = 16
+# Small on purpose: large ones memorize (arXiv 2203.05556 and its authors' later advice).
+FREQUENCY_STD = 0.3
+FORECASTS = 8
+# A sine and a cosine of the time of the day, of the week, of the month and of the year, in seconds.
+CYCLES = (86_400.0, 7 * 86_400.0, 30.436875 * 86_400.0, 365.2425 * 86_400.0)
+TIMES = 2 * len(CYCLES)
+WINDOW = 4  # features of a window: location and scale against the column's, typical change, number of steps
+PAST_FEATURES = 2 + 2 + TIMES
+FUTURE_FEATURES = 2 * FORECASTS + 1 + TIMES
+# A typical change is at least this fraction of the scale of the window.
+MIN_CHANGE = 0.02
+# Of the slope of a trend, each further step.
+DAMPING = 0.95
+# In the training loss, of the distance to the location: the histogram alone would learn to lie beside it.
+DISTANCE_WEIGHT = 0.5
+# A lag is a period if the changes of a series correlate as much with those so many steps before.
+MIN_CORRELATION = 0.3
+# The logarithm is taken if the changes grow with the level by at least this power.
+MIN_GROWTH = 0.5
+MIN_WINDOWS_STEPS = 16
+
+
+@dataclass(frozen=True)
+class SeriesStats:
+    """What the training windows of a column have in common: steps of a season (1: none), and whether logs are taken."""
+
+    period: int = 1
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class NumberSeries:
+    """Values of one column over time; None or NaN where nothing was observed.
+
+    A series to forecast has its `past`. `clock` holds the time of the first value (of the first of the past, if there
+    is one) and the length of a step, in seconds; None if they are unknown. `stats` are those of the column if None.
+    """
+
+    name: str
+    values: list[float | None]
+    past: Sequence[float | None] = ()
+    clock: tuple[float, float] | None = None
+    stats: SeriesStats | None = None
+
+    def to_forecast(self, ahead: int) -> NumberSeries:
+        """The steps after these as a target; its values are only asked for, so any will do."""
+        return NumberSeries(self.name, [1.0] * ahead, self.values, self.clock, self.stats)
+
+
+def fit_scale(values: np.ndarray) -> tuple[float, float]:
+    """Location (median) and scale (interquartile range / 1.349, the normal's sigma) of the observed values."""
+    seen = values[np.isfinite(values)]
+    if not len(seen):
+        return 0.0, 1.0
+    low, middle, high = np.quantile(seen, (0.25, 0.5, 0.75))
+    scale = (high - low) / 1.349 or float(seen.std()) or abs(float(middle)) or 1.0
+    return float(middle), float(scale)
+
+
+def fit_series(windows: Sequence[np.ndarray]) -> SeriesStats:
+    """Period and transformation of a column from windows of it, NaN where nothing was observed."""
+    filled = [fill_gaps(window) for window in windows if np.isfinite(window).sum() >= MIN_WINDOWS_STEPS]
+    if not filled:
+        return SeriesStats()
+    log = all((window > 0).all() for window in filled) and _growth(filled) >= MIN_GROWTH
+    return SeriesStats(_period([np.log(window) for window in filled] if log else filled), log)
+
+
+def _growth(windows: list[np.ndarray]) -> float:
+    """The power p in `typical change ~ level ** p` over halves of windows: 1 for growth in percent."""
+    halves = [half for window in windows for half in np.array_split(window, 2)]
+    change = np.array([np.abs(np.diff(half)).mean() for half in halves])
+    level = np.log([np.median(half) for half in halves])
+    kept = change > 0
+    if kept.sum() < 2 or np.ptp(level[kept]) < 0.2:
+        return 0.0
+    return float(np.polyfit(level[kept], np.log(change[kept]), 1)[0])
+
+
+def _period(windows: list[np.ndarray]) -> int:
+    """The lag at which changes correlate most, 1 if none does enough; of multiples of a lag, the shortest."""
+    longest = min(map(len, windows)) // 2
+    total, norm = np.zeros(longest + 1), 0.0
+    for window in windows:
+        change = np.diff(window)
+        change = change - change.mean()
+        spread = float(change @ change)
+        if spread > 0:
+            total += [change[lag:] @ change[: len(change) - lag] / spread * len(change) / (len(change) - lag)
+                      for lag in range(longest + 1)]  # fmt: skip
+            norm += 1
+    correlation = total / max(norm, 1.0)
+    peaks = [
+        lag for lag in range(2, longest)
+        if correlation[lag] >= max(MIN_CORRELATION, correlation[lag - 1], correlation[lag + 1])
+    ]  # fmt: skip
+    best = max((correlation[lag] for lag in peaks), default=0.0)
+    return next((lag for lag in peaks if correlation[lag] >= 0.9 * best), 1)
+
+
+def fill_gaps(values: np.ndarray) -> np.ndarray:
+    """Missing steps on the line between their neighbours; all 0 if nothing was observed."""
+    seen = np.isfinite(values)
+    if seen.all():
+        return values
+    steps = np.arange(len(values))
+    return np.interp(steps, steps[seen], values[seen]) if seen.any() else np.zeros(len(values))
+
+
+@dataclass(frozen=True)
+class Window:
+    """The past of a series in its own units: x = loc + scale * z, or exp of that if `log`."""
+
+    z: np.ndarray  # C, without gaps
+    loc: float
+    scale: float
+    change: float  # typical change of z, from season to season if that is smaller than from step to step
+    log: bool
+    period: int
+
+    @classmethod
+    def of(cls, past: np.ndarray, stats: SeriesStats, column: tuple[float, float]) -> Window:
+        """Measured on C observed or missing values; without any, by the scale of the column."""
+        seen = past[np.isfinite(past)]
+        log = stats.log and bool((seen > 0).all())
+        if not len(seen):
+            loc, scale = column
+            if log:
+                loc, scale = math.log(max(loc, 1e-9)), min(scale / max(loc, 1e-9), 1.0)
+            return cls(np.zeros(len(past)), loc, scale, 1.0, log, 1)
+        x = np.log(past) if log else past
+        seen = x[np.isfinite(x)]
+        loc, scale = fit_scale(seen)
+        if np.ptp(seen) == 0:
+            scale = 0.1 if log else column[1]
+        z = (fill_gaps(x) - loc) / scale
+        period = stats.period if 1 < stats.period <= len(z) // 2 else 1
+        lags = {1, period} & set(range(1, len(z)))
+        change = min((float(np.abs(z[lag:] - z[:-lag]).mean()) for lag in lags), default=1.0)
+        return cls(z, loc, scale, max(change, MIN_CHANGE), log, period)
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Values in the units of the window; NaN stays, and so becomes what has no logarithm.  # X -> X"""
+        if self.log:
+            values = np.log(np.where(values > 0, values, np.nan))
+        return (values - self.loc) / self.scale
+
+
+def simple_forecasts(window: Window, horizon: int) -> np.ndarray:
+    """What simple methods forecast, in units of the window: the head weighs them for each step.  # -> H K
+
+    Last value; mean of the last season; mean of all; damped trend; last season, plain and moved by its drift; season
+    and trend; the same with the last deviation from them, which fades.
+    """
+    z, period = window.z, window.period
+    length, step = len(z), np.arange(1, horizon + 1)
+    if not length:
+        return np.zeros((horizon, FORECASTS))
+    recent = period if period > 1 else min(length, PATCH)
+    level = z[-recent:].mean()
+    before = z[-2 * recent : -recent]
+    drift = (level - before.mean()) / recent if len(before) == recent else (z[-1] - z[0]) / max(1, length - 1)
+    damped = drift * np.cumsum(DAMPING**step)
+    phase = (step - 1) % period
+    last_season = z[length - period :][phase]
+    profile, rest = _profile(z, period, drift)
+    smooth = level + drift * ((recent - 1) / 2 + step) + profile[(length + step - 1) % period]
+    own = float(rest[1:] @ rest[:-1] / max(rest[:-1] @ rest[:-1], 1e-12)) if length > 2 else 0.0
+    fading = smooth + rest[-1] * np.clip(own, 0.0, 0.98) ** step
+    plain = np.full(horizon, 1.0)
+    return np.stack([
+        plain * z[-1], plain * level, plain * z.mean(), z[-1] + damped, last_season,
+        last_season + drift * period * ((step - 1) // period + 1), smooth, fading,
+    ], 1)  # fmt: skip
+
+
+def _profile(z: np.ndarray, period: int, drift: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean deviation of each phase from the level of its season, and what the last season's fit leaves.  # C -> p, C"""
+    length = len(z)
+    step = np.arange(length)
+    seasons = length // period
+    if period == 1:
+        profile = np.zeros(1)
+    else:
+        whole = z[length - seasons * period :].reshape(seasons, period)
+        slope = drift * (np.arange(period) - (period - 1) / 2)
+        deviation = (whole - whole.mean(1, keepdims=True) - slope).mean(0)
+        profile = np.roll(deviation, (length - seasons * period) % period)
+    recent = period if period > 1 else min(length, PATCH)
+    trend = z[-recent:].mean() + drift * (step - (length - 1) + (recent - 1) / 2)
+    return profile, z - trend - profile[step % period]
+
+
+def time_features(clock: tuple[float, float] | None, first: int, count: int) -> np.ndarray:
+    """Where in the day, week, month and year each step lies; 0 if unknown or shorter than a step.  # -> X T"""
+    if clock is None:
+        return np.zeros((count, TIMES))
+    start, length = clock
+    seconds = start + length * (first + np.arange(count))
+    angle = 2 * np.pi * seconds[:, None] / np.asarray(CYCLES)
+    seen = np.asarray(CYCLES) >= 2 * length
+    return np.concatenate([np.sin(angle) * seen, np.cos(angle) * seen], 1)
+
+
+def past_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, float]) -> Arrays:
+    """Features of a series as input, cut into patches from its end, so that the last one is full.  # -> N P M, N W"""
+    values = _floats(series.values)
+    window = Window.of(values, stats, column)
+    count = len(values)
+    lagged = np.zeros((count, 2))
+    for place, lag in enumerate((1, window.period)):
+        lagged[lag:, place] = np.arcsinh((window.z[lag:] - window.z[:-lag]) / window.change)
+    observed = np.isfinite(values)
+    steps = np.concatenate(
+        [np.where(observed, squashed(window.z), 0)[:, None], observed[:, None], lagged * observed[:, None],
+         time_features(series.clock, 0, count)], 1,
+    )  # fmt: skip
+    patches = max(1, -(-count // PATCH))
+    features = np.zeros((patches * PATCH, PAST_FEATURES), np.float32)
+    features[len(features) - count :] = steps
+    return {
+        "steps": features.reshape(patches, PATCH, PAST_FEATURES),
+        "window": np.tile(_window_features(window, values, column), (patches, 1)),
+    }
+
+
+def future_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, float]) -> Arrays:
+    """Features of the steps to forecast, and what was observed there.  # -> N P M, N W, N P …"""
+    values, past = _floats(series.values), _floats(series.past)
+    window = Window.of(past, stats, column)
+    count = len(values)
+    patches = max(1, -(-count // PATCH))
+    forecasts = simple_forecasts(window, patches * PATCH)  # H K
+    middle = forecasts.mean(1, keepdims=True)
+    length = np.log1p(np.arange(len(forecasts)) / max(window.period, PATCH))[:, None]
+    times = time_features(series.clock, len(past), len(forecasts))
+    steps = np.concatenate([squashed(forecasts), np.arcsinh((forecasts - middle) / window.change), length, times], 1)
+    truth = np.full(len(forecasts), np.nan)
+    truth[:count] = values
+    z = window.scaled(truth)
+    observed = np.isfinite(z)
+    # log of dt/dz, t being the value on the scale of the column: so that likelihoods compare with those of others.
+    off = np.clip((np.where(observed, truth, column[0]) - column[0]) / column[1], -math.sinh(LIMIT), math.sinh(LIMIT))
+    inner = np.where(observed, truth, 1.0) if window.log else 1.0
+    unit = np.log(window.scale * inner / column[1] / np.sqrt(1 + off**2))
+    return {
+        "steps": steps.astype(np.float32).reshape(patches, PATCH, FUTURE_FEATURES),
+        "window": np.tile(_window_features(window, past, column), (patches, 1)),
+        "forecasts": forecasts.astype(np.float32).reshape(patches, PATCH, FORECASTS),
+        "values": np.where(observed, z, 0).astype(np.float32).reshape(patches, PATCH),
+        "observed": observed.reshape(patches, PATCH),
+        "log_unit": np.where(observed, unit, 0).astype(np.float32).reshape(patches, PATCH),
+        "change": np.full(patches, window.change, np.float32),
+        "units": np.tile(np.asarray([window.loc, window.scale, window.log], np.float64), (patches, 1)),
+    }
+
+
+def squashed(values: np.ndarray) -> np.ndarray:
+    """asinh, within the limits."""
+    return np.clip(np.arcsinh(values), -LIMIT, LIMIT)
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    return np.asarray([math.nan if value is None else value for value in values], float)
+
+
+def _window_features(window: Window, values: np.ndarray, column: tuple[float, float]) -> np.ndarray:
+    loc, scale = fit_scale(values)
+    features = [(loc - column[0]) / column[1], math.log(scale / column[1]), math.log(window.change), len(values) / 64]
+    return squashed(np.asarray(features)).astype(np.float32)
+
+
+class SeriesIn(Adapter):
+    """Periodic and plain features of the steps of a patch and of its window; the model adds the name's words."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.empty(FREQUENCIES))
+        self.inner = nn.Linear(PATCH * (PAST_FEATURES + 2 * FREQUENCIES) + WINDOW, hidden_size)
+        self.outer = nn.Linear(hidden_size, hidden_size)
+        nn.init.normal_(self.frequencies, std=FREQUENCY_STD)
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        steps = arrays["steps"].to(self.frequencies.dtype)  # N P M
+        angle = 2 * math.pi * steps[..., :1] * self.frequencies  # N P Q
+        waves = torch.cat((angle.sin(), angle.cos()), -1) * steps[..., 1:2]
+        features = torch.cat((steps.flatten(1), waves.flatten(1), arrays["window"].to(steps.dtype)), -1)
+        return self.outer(F.silu(self.inner(features)))
+
+
+class SeriesOut(Adapter):
+    """A query for the next PATCH steps; the head weighs the simple forecasts and predicts a histogram around them.
+
+    Of a step with location a = Σ w_k · forecast_k the histogram is over t = asinh((z - a) / change).
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.features = nn.Linear(PATCH * FUTURE_FEATURES + WINDOW, hidden_size)
+        self.outer = nn.Linear(hidden_size, hidden_size)
+        self.inner = nn.Linear(hidden_size, hidden_size)
+        self.step = nn.Linear(FUTURE_FEATURES, hidden_size)
+        self.place = nn.Parameter(torch.empty(PATCH, hidden_size))
+        self.bins = nn.Linear(hidden_size, BINS)
+        self.weights = nn.Linear(hidden_size, FORECASTS)
+        nn.init.normal_(self.place, std=0.02)
+        nn.init.normal_(self.weights.weight, std=0.02)
+        nn.init.zeros_(self.weights.bias)
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        steps = arrays["steps"].to(self.place.dtype)
+        return self.outer(F.silu(self.features(torch.cat((steps.flatten(1), arrays["window"].to(steps.dtype)), -1))))
+
+    def distribution(self, hidden: Tensor, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the bins of each step, and the location they are around.  # N D -> N P B, N P"""
+        steps = arrays["steps"].to(hidden.dtype)
+        inner = F.silu(self.inner(hidden)[:, None] + self.step(steps) + self.place)  # N P D
+        weight = self.weights(inner).float().softmax(-1)  # N P K
+        return self.bins(inner).float().log_softmax(-1), (weight * arrays["forecasts"]).sum(-1)
+
+    def histograms(self, hidden: Tensor, arrays: dict[str, Tensor]) -> list[Histogram]:
+        """The distributions of the observed steps of each row, in the column's units.  # B T D, B*T … -> B"""
+        log_probability, location = self.distribution(hidden.flatten(0, 1), arrays)
+        units, change = arrays["units"].double(), arrays["change"].double()  # N 3, N
+        loc = units[:, :1] + units[:, 1:2] * location  # N P
+        scale = torch.stack([loc, (units[:, 1] * change)[:, None].expand_as(loc)], -1)  # N P 2
+        found = (log_probability.exp(), scale, arrays["observed"])
+        rows = (array.flatten(0, 1).unflatten(0, (len(hidden), -1)).cpu().numpy() for array in found)
+        logs = arrays["units"][:, 2].reshape(len(hidden), -1)[:, 0].bool().tolist()
+        return [Histogram(p[seen], scale[seen], log) for p, scale, seen, log in zip(*rows, logs, strict=True)]
+
+    def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        nll, _ = self._expected(hidden, arrays, one_hot_bins)
+        return ((nll + arrays["log_unit"]) * arrays["observed"]).sum(-1)
+
+    def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        count = arrays["observed"].sum(-1).clamp(min=1)
+        nll, distance = self._expected(hidden, arrays, smooth_bins)
+        return ((nll + DISTANCE_WEIGHT * distance) * arrays["observed"]).sum(-1) / count
+
+    def _expected(
+        self, hidden: Tensor, arrays: dict[str, Tensor], bins_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """-log p(z) of each step up to the width of a bin, and |t|, its distance to the location.  # -> N P, N P"""
+        log_probability, location = self.distribution(hidden, arrays)
+        change = arrays["change"][:, None]
+        off = (arrays["values"] - location) / change
+        t = off.asinh()
+        target = bins_of(t.clamp(-LIMIT, LIMIT))  # N P B
+        log_slope = change.log() + 0.5 * torch.log1p(off.square())  # of dz/dt
+        return -(log_probability * target).sum(-1) + log_slope, t.abs()

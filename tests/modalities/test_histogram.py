@@ -1,0 +1,97 @@
+"""Histograms of predicted numbers against direct computation, and the bins that a value falls into."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, one_hot_bins, smooth_bins
+
+
+def test_smooth_bins_are_distributions_around_the_value() -> None:
+    values = torch.tensor([[-LIMIT, -4.49, -1.0, 0.0, 0.013, 2.7, 4.49, LIMIT]])
+    mass = smooth_bins(values)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(1, 8))
+    borders = torch.linspace(-LIMIT, LIMIT, BINS + 1)
+    middles = (borders[:-1] + borders[1:]) / 2
+    inner = slice(2, 6)  # at the ends half of the mass is cut off
+    torch.testing.assert_close((mass * middles).sum(-1)[:, inner], values[:, inner], rtol=0, atol=2e-3)
+    # A value between two bins may lie in either.
+    assert ((mass.argmax(-1) - one_hot_bins(values).argmax(-1)).abs() <= 1).all()
+
+
+def test_one_hot_bins_at_the_edges() -> None:
+    width = 2 * LIMIT / BINS
+    values = torch.tensor([[-LIMIT, -LIMIT + width / 2, -LIMIT + 1.5 * width, -1e-6, 1e-6, LIMIT - 1e-4, LIMIT]])
+    assert one_hot_bins(values).argmax(-1).tolist() == [[0, 0, 1, BINS // 2 - 1, BINS // 2, BINS - 1, BINS - 1]]
+    assert torch.equal(one_hot_bins(values).sum(-1), torch.ones(1, 7))
+
+
+def sampled(histogram: Histogram, count: int) -> np.ndarray:
+    """Many draws of the first distribution, by cell and place in it, not by quantiles."""
+    rng = np.random.default_rng(0)
+    cell = rng.choice(BINS, count, p=histogram.probability[0] / histogram.probability[0].sum())
+    squashed = histogram.borders[cell] + rng.random(count) * (histogram.borders[1] - histogram.borders[0])
+    return histogram.loc[0] + histogram.scale[0] * np.sinh(squashed)
+
+
+@pytest.fixture(scope="module")
+def histogram() -> Histogram:
+    """Two humps, the right one heavier."""
+    middles = np.linspace(-LIMIT, LIMIT, BINS + 1)[:-1] + LIMIT / BINS
+    shape = np.exp(-0.5 * ((middles + 0.8) / 0.2) ** 2) + 2 * np.exp(-0.5 * ((middles - 0.9) / 0.3) ** 2)
+    return Histogram((shape / shape.sum())[None], np.array([[10.0, 3.0]]))
+
+
+def test_a_histogram_against_many_draws(histogram: Histogram) -> None:
+    draws = sampled(histogram, 400_000)
+    assert histogram.mean()[0] == pytest.approx(draws.mean(), abs=0.03)
+    assert histogram.median()[0] == pytest.approx(np.median(draws), abs=0.03)
+    for share in (0.05, 0.3, 0.7, 0.95):
+        assert histogram.quantile(share)[0] == pytest.approx(np.quantile(draws, share), abs=0.05)
+    low, high = histogram.interval(0.8)
+    assert ((draws >= low) & (draws <= high)).mean() == pytest.approx(0.8, abs=0.005)
+
+
+@pytest.mark.parametrize("truth", [2.0, 8.0, 11.0, 25.0])
+def test_crps_against_its_definition(histogram: Histogram, truth: float) -> None:
+    """CRPS = E|X - y| - E|X - X'| / 2."""
+    draws = sampled(histogram, 100_000)
+    ordered = np.sort(draws)
+    rank = np.arange(len(ordered))
+    spread = 2 * np.mean(ordered * (2 * rank + 1 - len(ordered)) / len(ordered))
+    direct = np.abs(draws - truth).mean() - spread / 2
+    assert histogram.crps(np.array([truth]))[0] == pytest.approx(direct, rel=0.02)
+
+
+def test_a_certain_histogram() -> None:
+    probability = np.zeros((1, BINS))
+    probability[0, BINS // 2] = 1
+    sure = Histogram(probability, np.array([[5.0, 2.0]]))
+    width = 2 * np.sinh(2 * LIMIT / BINS)
+    for found in (sure.mean(), sure.median(), *sure.interval(0.98)):
+        assert 5.0 <= found[0] <= 5.0 + width
+    assert sure.crps(np.array([5.05]))[0] < width
+
+
+def test_rows_do_not_mix() -> None:
+    probability = np.zeros((2, BINS))
+    probability[0, 10], probability[1, 150] = 1, 1
+    both = Histogram(probability, np.array([[0.0, 1.0], [100.0, 2.0]]))
+    for row in (0, 1):
+        alone = Histogram(probability[row : row + 1], np.array([[0.0, 1.0], [100.0, 2.0]])[row : row + 1])
+        assert both.median()[row] == alone.median()[0] and both.mean()[row] == alone.mean()[0]
+        assert both.crps(np.array([1.0, 99.0]))[row] == pytest.approx(alone.crps([1.0, 99.0][row])[0])
+
+
+def test_a_histogram_of_logarithms(histogram: Histogram) -> None:
+    log = Histogram(histogram.probability, np.array([[2.0, 0.3]]), log=True)
+    plain = Histogram(histogram.probability, np.array([[2.0, 0.3]]))
+    for fraction in (0.05, 0.5, 0.95):
+        assert log.quantile(fraction)[0] == pytest.approx(np.exp(plain.quantile(fraction)[0]))
+    draws = np.exp(sampled(plain, 400_000))
+    assert log.mean()[0] == pytest.approx(draws.mean(), rel=0.01)
+    # Outer bins whose exp has no meaning must not decide the mean.
+    spread = Histogram(np.full((1, BINS), 1 / BINS) * 1e-4 + histogram.probability, np.array([[2.0, 1.0]]), log=True)
+    assert np.isfinite(spread.mean()[0]) and spread.mean()[0] < 100
