@@ -21,12 +21,16 @@ from openm6.data.table import Table, TableConfig, UnreadableRowError
 from openm6.data.windows import WindowsConfig
 from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
+from openm6.modalities.series import fit_series
 from openm6.tasks.registry import TASKS
 
 SAMPLE = 500  # rows of the sample, at equal distances
 DECODED = 200  # images and audio clips opened
 MAX_PROBLEMS = 20
-CONTEXT, HORIZON = 32, 8
+# Of a window: steps without a season; with one, seasons of the context; a series has at least so many horizons.
+CONTEXT, HORIZON, SEASONS, HORIZONS = 32, 8, 3, 10
+MAX_HORIZON = 24
+WINDOWS = 50  # read for the season of a series
 MIN_SERIES = 40  # rows from which a series is proposed
 TIME_NAMES = frozenset(
     {"time", "date", "datetime", "timestamp", "day", "week", "month", "quarter", "year", "hour", "t"}
@@ -191,14 +195,10 @@ def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> li
 
 def _open(report: DatasetReport, config: SourceConfig, splits: Sequence[Split]) -> dict[Split, Source]:
     """The splits that open, with the number of their records noted."""
-
-    def no_neighbour(name: str) -> Source:
-        raise DataError(f"there is no other source {name!r} here")
-
     opened = {}
     for split in splits:
         try:
-            opened[split] = config.open(report.name, split, no_neighbour)
+            opened[split] = config.open(report.name, split, _no_neighbour)
         except DataError as error:
             if split == "train":
                 report.add_problem(report.path, error)
@@ -251,14 +251,33 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     length = len(cells) // count
     if length < MIN_SERIES:
         return None
-    horizon = min(HORIZON, length // 20)
-    config = WindowsConfig(
-        path=rows.path, columns=numbers, time=time, group=group, context=CONTEXT * horizon // HORIZON, horizon=horizon
-    )
+    config = WindowsConfig(path=rows.path, columns=numbers, time=time, group=group, context=1, horizon=1)
+    context, horizon = _window_shape(config, length)
+    config = config.model_copy(update={"context": context, "horizon": horizon})
     series = DatasetReport(f"{rows.name}_series", rows.path, config.kind, rows=rows.rows, sampled=rows.rows)
     series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}
     series.tasks = ["time_series_forecasting"] if "train" in _open(series, config, ("train", "test")) else []
     return series
+
+
+def _window_shape(config: WindowsConfig, length: int) -> tuple[int, int]:
+    """Context and horizon for series of so many rows: a season ahead from three of them, if there is one."""
+    whole = config.model_copy(update={"context": length // 2, "horizon": length // 4, "test_fraction": 0.0})
+    try:
+        records = _read(DatasetReport("", "", ""), whole.open("series", "train", _no_neighbour))
+    except DataError:  # reported when the windows are opened
+        records = []
+    windows = [np.array([np.nan if v is None else v for v in values], float)
+               for record in records[:WINDOWS] for values in record["series"].values()]  # fmt: skip
+    period = fit_series(windows).period
+    longest = max(2, length // HORIZONS)
+    horizon = min(period if 4 <= period <= MAX_HORIZON else HORIZON, longest)
+    context = max(CONTEXT * horizon // HORIZON if period == 1 else 0, SEASONS * period, CONTEXT)
+    return min(context, length // 2 - horizon), horizon
+
+
+def _no_neighbour(name: str) -> Source:
+    raise DataError(f"there is no other source {name!r} here")
 
 
 def _may_be_time(column: Column) -> bool:

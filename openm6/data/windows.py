@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from openm6.core.errors import DataError
 from openm6.data.media import table_config
@@ -187,13 +187,15 @@ class WindowSource(Source):
         broken = np.argwhere(np.isinf(values))
         if len(broken):
             row, column = broken[0]
-            where = f"row {rows[row]}, column {config.columns[column]!r} of {config.path}"
+            where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
             raise DataError(f"{self.name}, {where}: not a finite number")
         series = {
             column: [None if np.isnan(value) else float(value) for value in values[:, index]]
-            for index, column in enumerate(config.columns)
+            for index, column in enumerate(config.numbers)
         }
         extra = {"context": config.context, "horizon": config.horizon, **about}
+        if len(config.numbers) > len(config.columns):
+            extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
         return {"id": f"{self.name}/{int(rows[0])}", "series": series, "extra": extra}
 
 
@@ -207,6 +209,8 @@ class WindowsConfig(SourceConfig):
     kind: Literal["windows"] = "windows"
     path: str
     columns: list[str]
+    past_covariates: list[str] = []  # number columns that are seen beside the past of those to forecast
+    known_covariates: list[str] = []  # those whose later values are known, too: prices, holidays
     time: str | None = None  # the column to sort by; the order of the table if not set
     time_format: str | None = None  # such as "%m/%d/%Y", for dates that can be read in two ways
     group: str | None = None  # one series per value of this column; windows never cross groups
@@ -215,18 +219,18 @@ class WindowsConfig(SourceConfig):
     stride: int = Field(default=1, ge=1)
     test_fraction: float = Field(default=0.2, ge=0.0, le=0.9)
 
-    @field_validator("columns")
-    @classmethod
-    def _some(cls, columns: list[str]) -> list[str]:
-        if not columns or len(set(columns)) != len(columns):
-            raise ValueError("columns must name at least one column, each once")
-        return columns
-
     @model_validator(mode="after")
-    def _format_has_a_column(self) -> WindowsConfig:
+    def _columns_once(self) -> WindowsConfig:
+        if not self.columns or len(set(self.numbers)) != len(self.numbers):
+            raise ValueError("columns must name at least one column, each once, and no covariate")
         if self.time_format is not None and self.time is None:
             raise ValueError("time_format describes the column `time`: name that column, too")
         return self
+
+    @property
+    def numbers(self) -> list[str]:
+        """All columns of numbers."""
+        return [*self.columns, *self.past_covariates, *self.known_covariates]
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         return self._source(name, split, self.test_fraction)
@@ -237,9 +241,9 @@ class WindowsConfig(SourceConfig):
 
     def _source(self, name: str, split: Split, test_fraction: float) -> Source:
         table = table_config(self.path).load(self.path)
-        needed = list(dict.fromkeys([*self.columns, *filter(None, (self.time, self.group))]))
+        needed = list(dict.fromkeys([*self.numbers, *filter(None, (self.time, self.group))]))
         table.read(needed)
-        columns = [[_number(cell, column) for cell in table.column(column)] for column in self.columns]
+        columns = [[_number(cell, column) for cell in table.column(column)] for column in self.numbers]
         values = np.array(columns).T  # R C
         named = {"start": self.time, "group": self.group}
         described = {key: table.column(column) for key, column in named.items() if column is not None}
@@ -253,9 +257,9 @@ class WindowsConfig(SourceConfig):
             for begin in range(first, last - length + 1, self.stride):
                 covered = rows[begin : begin + length]
                 # Without a value there is nothing to forecast.
-                if np.isnan(values[covered[self.context :]]).all():
+                if np.isnan(values[covered[self.context :], : len(self.columns)]).all():
                     continue
-                about = {key: str(cells[covered[0]]) for key, cells in described.items()}
+                about: dict[str, Any] = {key: str(cells[covered[0]]) for key, cells in described.items()}
                 # Targets of windows that start within one horizon overlap: they are no independent evidence.
                 if dated and times is not None:
                     about["clock"] = (float(times[covered[0]]), float(np.median(np.diff(times[covered]))))

@@ -54,9 +54,9 @@ class Numbers(Modality):
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Tokens of a mapping of columns (missing values allowed: None or NaN) or of a NumberSeries."""
         if isinstance(raw, NumberSeries):
-            arrays = past_arrays(self._checked(raw), self._stats(raw), self.scale(raw.name))
+            parts = [self._past(series) for series in (raw, *raw.beside)]
+            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             kind, length = "series_in", len(arrays["steps"])
-            arrays["name_ids"] = self._names([raw.name] * length)
         else:
             arrays, kind = self._arrays(raw), "numbers_in"
             length = len(arrays["values"])
@@ -78,6 +78,10 @@ class Numbers(Modality):
             arrays, kind = self._arrays(raw), "numbers_out"
             length, learn = len(arrays["values"]), arrays["observed"]
         return Segment(kind, arrays, line(length), length, np.asarray(learn), "block")
+
+    def _past(self, series: NumberSeries) -> Arrays:
+        arrays = past_arrays(self._checked(series), self._stats(series), self.scale(series.name))
+        return {**arrays, "name_ids": self._names([series.name] * len(arrays["steps"]))}
 
     def _checked(self, series: NumberSeries) -> NumberSeries:
         """The series with its values as numbers; DataError for a value that is none."""

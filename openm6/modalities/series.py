@@ -60,13 +60,15 @@ class NumberSeries:
 
     A series to forecast has its `past`. `clock` holds the time of the first value (of the first of the past, if there
     is one) and the length of a step, in seconds; None if they are unknown. `stats` are those of the column if None.
+    Covariates stand `beside` a past: their values begin at the same time, and those of known ones last longer.
     """
 
     name: str
-    values: list[float | None]
+    values: Sequence[float | None]
     past: Sequence[float | None] = ()
     clock: tuple[float, float] | None = None
     stats: SeriesStats | None = None
+    beside: Sequence[NumberSeries] = ()
 
     def to_forecast(self, ahead: int) -> NumberSeries:
         """The steps after these as a target; its values are only asked for, so any will do."""

@@ -99,14 +99,19 @@ def hold_out(record: Record, context: Context, column: str | None = None) -> Bui
 
 def split_series(record: Record, context: Context) -> Built:
     """The context of a window and the steps to forecast, of one column if there are several."""
-    names = sorted(record["series"])
+    extra, found = record["extra"], record["series"]
+    known = extra.get("known_covariates", ())
+    covariates = [*extra.get("past_covariates", ()), *known]
+    names = sorted(set(found) - set(covariates))
     name = names[int(context.rng.integers(len(names)))]
-    values = record["series"][name]
-    start = len(values) - record["extra"]["horizon"]
-    past, extra = values[:start], record["extra"]
+    values = found[name]
+    start = len(values) - extra["horizon"]
+    past, clock = values[:start], extra.get("clock")
     stats = SeriesStats(extra["period"], extra["log"]) if "period" in extra else None
-    series = NumberSeries(name, past, clock=extra.get("clock"), stats=stats)
-    future = NumberSeries(name, values[start:], past, series.clock, stats)
+    beside = [NumberSeries(other, found[other] if other in known else found[other][:start], clock=clock)
+              for other in covariates]  # fmt: skip
+    series = NumberSeries(name, past, clock=clock, stats=stats, beside=beside)
+    future = NumberSeries(name, values[start:], past, clock, stats)
     return Built({"series": Part("numbers", series)}, Part("numbers", future))
 
 
