@@ -17,6 +17,7 @@ from openm6.data.propose import Column, column_of, propose_fields, propose_tasks
 from openm6.data.records import Record
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
+from openm6.data.synthetic import SyntheticSeriesConfig
 from openm6.data.table import Table, TableConfig, UnreadableRowError
 from openm6.data.windows import WindowsConfig
 from openm6.modalities.audio import read_audio
@@ -30,6 +31,9 @@ MAX_PROBLEMS = 20
 # Of a window: steps without a season; with one, seasons of the context; a series has at least so many horizons.
 CONTEXT, HORIZON, SEASONS, HORIZONS = 32, 8, 3, 10
 MAX_HORIZON = 24
+# Artificial series: the name of the source, its shortest context, windows from which it has no larger part than the
+# user's series, and the largest part.
+ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
 WINDOWS = 50  # read for the season of a series
 MIN_SERIES = 40  # rows from which a series is proposed
 TIME_NAMES = frozenset(
@@ -90,16 +94,38 @@ def inspect_path(path: str) -> Inspection:
     """Inspect a table, or a folder of tables, images or audio clips; DataError if nothing at the path can be read."""
     reports = _inspect_all(path)
     usable = {report.name: report for report in reports if report.tasks}
+    sources = {name: report.source for name, report in usable.items()}
+    mixture: list[dict[str, Any]] = [{"source": name, "task": task} for name, x in usable.items() for task in x.tasks]
+    series = [report for report in usable.values() if report.tasks == ["time_series_forecasting"]]
+    if made := _artificial_series(series):
+        sources[ARTIFICIAL], part = made
+        mixture.append(part)
     # The smallest model, these sources, their tasks, ten minutes.
     recipe = {
         "kind": "multimodal",
         "model": {"preset": "nano"},
-        "sources": {name: report.source for name, report in usable.items()},
-        "mixture": [{"source": name, "task": task} for name, report in usable.items() for task in report.tasks],
+        "sources": sources,
+        "mixture": mixture,
         "loop": {"steps": "auto", "minutes": 10},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
     return Inspection(path, reports, text if usable else None)
+
+
+def _artificial_series(reports: list[DatasetReport]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """A source of artificial series beside the user's, and its part of the mixture: the more, the fewer windows.
+
+    Few windows alone are learned by heart within minutes, and intervals become far too narrow.
+    """
+    if not reports:
+        return None
+    context, horizon = (max(report.source[key] for report in reports) for key in ("context", "horizon"))
+    context = max(context, 2 * MIN_CONTEXT)
+    source = SyntheticSeriesConfig(context=context, horizon=horizon).model_dump(exclude_defaults=True)
+    weight = sum(min(MAX_ARTIFICIAL, max(1.0, ENOUGH_WINDOWS / max(1, report.train))) for report in reports)
+    kind = SyntheticSeriesConfig.model_fields["kind"].default
+    part = {"source": ARTIFICIAL, "task": "time_series_forecasting", "weight": round(weight, 1)}
+    return {"kind": kind, **source}, part
 
 
 def _inspect_all(path: str) -> list[DatasetReport]:
@@ -255,7 +281,8 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     context, horizon = _window_shape(config, length)
     config = config.model_copy(update={"context": context, "horizon": horizon})
     series = DatasetReport(f"{rows.name}_series", rows.path, config.kind, rows=rows.rows, sampled=rows.rows)
-    series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}
+    described = {key: value for key, value in config.model_dump(exclude_none=True).items() if value != []}
+    series.source = {"kind": config.kind, **described}
     series.tasks = ["time_series_forecasting"] if "train" in _open(series, config, ("train", "test")) else []
     return series
 

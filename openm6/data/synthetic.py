@@ -112,14 +112,14 @@ def _noise(rng: np.random.Generator, length: int) -> np.ndarray:
 
 def _trend(rng: np.random.Generator, step: np.ndarray) -> np.ndarray:
     """A line, bent or saturating with some chance.  # L -> L"""
-    share = step / len(step)
+    fraction = step / len(step)
     slope = rng.normal(0, 3)
     kind = rng.random()
     if kind < 0.5:
-        return slope * share
+        return slope * fraction
     if kind < 0.8:
-        return slope * share + rng.normal(0, 3) * np.maximum(share - rng.random(), 0)
-    return slope * (1 - np.exp(-share * rng.uniform(1, 5)))
+        return slope * fraction + rng.normal(0, 3) * np.maximum(fraction - rng.random(), 0)
+    return slope * (1 - np.exp(-fraction * rng.uniform(1, 5)))
 
 
 def _season(rng: np.random.Generator, step: np.ndarray, period: int) -> np.ndarray:

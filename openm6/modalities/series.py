@@ -112,9 +112,9 @@ def _period(windows: list[np.ndarray]) -> int:
     for window in windows:
         change = np.diff(window)
         change = change - change.mean()
-        spread = float(change @ change)
-        if spread > 0:
-            total += [change[lag:] @ change[: len(change) - lag] / spread * len(change) / (len(change) - lag)
+        energy = float(change @ change)
+        if energy > 0:
+            total += [change[lag:] @ change[: len(change) - lag] / energy * len(change) / (len(change) - lag)
                       for lag in range(longest + 1)]  # fmt: skip
             norm += 1
     correlation = total / max(norm, 1.0)
@@ -236,8 +236,8 @@ def past_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, f
     window = Window.of(values, stats, column)
     count = len(values)
     lagged = np.zeros((count, 2))
-    for place, lag in enumerate((1, window.period)):
-        lagged[lag:, place] = np.arcsinh((window.z[lag:] - window.z[:-lag]) / window.change)
+    for column_index, lag in enumerate((1, window.period)):
+        lagged[lag:, column_index] = np.arcsinh((window.z[lag:] - window.z[:-lag]) / window.change)
     observed = np.isfinite(values)
     steps = np.concatenate(
         [np.where(observed, squashed(window.z), 0)[:, None], observed[:, None], lagged * observed[:, None],
@@ -328,21 +328,21 @@ class SeriesOut(Adapter):
         self.outer = nn.Linear(hidden_size, hidden_size)
         self.inner = nn.Linear(hidden_size, hidden_size)
         self.step = nn.Linear(FUTURE_FEATURES, hidden_size)
-        self.place = nn.Parameter(torch.empty(PATCH, hidden_size))
+        self.step_embedding = nn.Parameter(torch.empty(PATCH, hidden_size))
         self.bins = nn.Linear(hidden_size, BINS)
         self.weights = nn.Linear(hidden_size, FORECASTS)
-        nn.init.normal_(self.place, std=0.02)
+        nn.init.normal_(self.step_embedding, std=0.02)
         nn.init.normal_(self.weights.weight, std=0.02)
         nn.init.zeros_(self.weights.bias)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        steps = arrays["steps"].to(self.place.dtype)
+        steps = arrays["steps"].to(self.step_embedding.dtype)
         return self.outer(F.silu(self.features(torch.cat((steps.flatten(1), arrays["window"].to(steps.dtype)), -1))))
 
     def distribution(self, hidden: Tensor, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the bins of each step, and the location they are around.  # N D -> N P B, N P"""
         steps = arrays["steps"].to(hidden.dtype)
-        inner = F.silu(self.inner(hidden)[:, None] + self.step(steps) + self.place)  # N P D
+        inner = F.silu(self.inner(hidden)[:, None] + self.step(steps) + self.step_embedding)  # N P D
         weight = self.weights(inner).float().softmax(-1)  # N P K
         return self.bins(inner).float().log_softmax(-1), (weight * arrays["forecasts"]).sum(-1)
 

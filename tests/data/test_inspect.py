@@ -153,13 +153,13 @@ def test_a_series_of_months(tmp_path):
     inspection = inspect_path(str(tmp_path / "air.csv"))
     assert tasks_of(inspection, "air") == [] and tasks_of(inspection, "air_series") == ["time_series_forecasting"]
     source = recipe_of(inspection).sources["air_series"]
-    assert (source.columns, source.time, source.context, source.horizon) == (["Passengers"], "Month", 28, 7)
+    assert (source.columns, source.time, source.context, source.horizon) == (["Passengers"], "Month", 32, 8)
 
 
 def test_a_series_counted_by_a_number(tmp_path):
     (tmp_path / "x.csv").write_text("t,load\n" + "".join(f"{n},{n % 7}\n" for n in range(200)))
     source = recipe_of(inspect_path(str(tmp_path / "x.csv"))).sources["x_series"]
-    assert (source.columns, source.time, source.context, source.horizon) == (["load"], "t", 32, 8)
+    assert (source.columns, source.time, source.context, source.horizon) == (["load"], "t", 32, 7)
 
 
 def test_several_series_in_one_table_are_told_apart(tmp_path):
@@ -167,7 +167,7 @@ def test_several_series_in_one_table_are_told_apart(tmp_path):
     (tmp_path / "x.csv").write_text("store,date,sales\n" + "\n".join(rows) + "\n")
     inspection = inspect_path(str(tmp_path / "x.csv"))
     source = recipe_of(inspection).sources["x_series"]
-    assert (source.columns, source.time, source.group, source.horizon) == (["sales"], "date", "store", 5)
+    assert (source.columns, source.time, source.group, source.horizon) == (["sales"], "date", "store", 8)
     assert inspection.datasets[0].unused == []
 
 
