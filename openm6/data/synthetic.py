@@ -1,4 +1,4 @@
-"""Series made by chance: trends, seasons, smooth processes, regimes; a model that has seen many forecasts new ones."""
+"""Artificial series of trends, seasons, smooth processes and regimes: a model that saw many forecasts new ones."""
 
 # Letters: L steps of a series
 

@@ -15,6 +15,8 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.data.windows import FORMATS, WindowsConfig, is_date, parse_times
+from openm6.tasks.registry import TASKS
+from openm6.tasks.slots import Context
 
 
 def open_windows(split: str = "train", **settings: object) -> Source:
@@ -30,6 +32,20 @@ def table(tmp_path):
 
 
 SHAPE = {"columns": ["a", "b"], "time": "day", "context": 4, "horizon": 2}
+
+
+def test_covariates_stand_beside_the_past_and_known_ones_go_on(table):
+    windows = open_windows(path=table, **{**SHAPE, "columns": ["a"]}, known_covariates=["b"])
+    built = TASKS["time_series_forecasting"].build(windows[0], Context("en", np.random.default_rng(0)))
+    (past,) = (part.raw for part in built.inputs.values())
+    assert (past.name, past.values) == ("a", [0, 1, 2, 3]) and past.clock == (1704067200.0, 86400.0)
+    assert [(other.name, other.values) for other in past.beside] == [("b", [0, 10, 20, None, 40, 50])]
+    assert (built.target.raw.values, built.target.raw.past) == ([4, 5], [0, 1, 2, 3])
+    windows = open_windows(path=table, **{**SHAPE, "columns": ["a"]}, past_covariates=["b"])
+    built = TASKS["time_series_forecasting"].build(windows[0], Context("en", np.random.default_rng(0)))
+    assert built.inputs["series"].raw.beside[0].values == [0, 10, 20, None]
+    with pytest.raises(ValueError, match="each once"):
+        open_windows(path=table, **SHAPE, known_covariates=["b"])
 
 
 def test_a_window_in_order_of_time(table):

@@ -17,6 +17,7 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
+from openm6.modalities.series import NumberSeries
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
@@ -59,7 +60,7 @@ def requests() -> list[Request]:
             sampling=MaskedSampling(steps=2),
         ),
         NumbersRequest(parts=say("a small apple"), columns=("mass", "length")),
-        NumbersRequest(parts=say("an apple"), series="mass", ahead=5),
+        NumbersRequest(parts=say("an apple"), series=NumberSeries("mass", [3.0, 4.0, None, 5.0]), ahead=5),
         RankRequest(parts=(Part("audio", wav()),), candidates=("zero", "seven apples")),
         EmbedRequest(parts=say("What is this?")),
         TextRequest(parts=say("x"), sampling=warm, client="a"),
