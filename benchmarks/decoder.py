@@ -89,7 +89,7 @@ def _parts(
     router, experts = moe.router, moe.experts
     x = torch.randn_like(model.embedding(ids))
     rotary = rotary_table(meta.positions, config.rope_theta, config.sections)
-    mask = choose_mask(meta, None, x, config.head_dim)
+    mask = choose_mask(meta, None, x)
 
     ready = torch.compile if x.is_cuda else _as_it_is  # as the blocks of a step are
 

@@ -30,6 +30,11 @@ def test_the_command_is_one_that_the_program_understands() -> None:
     assert str(context.params["trained"]) == SERVICE["volumes"][0].split(":")[1]
 
 
+def test_a_container_is_healthy_while_its_engine_is_ready_and_can_compile() -> None:
+    assert "/ready" in DOCKERFILE.split("HEALTHCHECK")[1].splitlines()[1]
+    assert "gcc libc6-dev" in DOCKERFILE and "TRITON_CACHE_DIR=/tmp/" in DOCKERFILE and "/tmp:exec" in SERVICE["tmpfs"]
+
+
 def test_what_is_copied_and_installed_exists() -> None:
     for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE):
         for name in shlex.split(line)[:-1]:
@@ -41,4 +46,9 @@ def test_what_is_copied_and_installed_exists() -> None:
 def test_the_service_is_closed_to_the_world() -> None:
     assert all(port.startswith("127.0.0.1:") for port in SERVICE["ports"])
     assert "OPENM6_API_KEYS" in SERVICE["environment"]
-    assert SERVICE["read_only"] and SERVICE["cap_drop"] == ["ALL"] and "USER openm6" in DOCKERFILE
+    assert (
+        SERVICE["read_only"]
+        and SERVICE["restart"] == "unless-stopped"
+        and SERVICE["cap_drop"] == ["ALL"]
+        and "USER openm6" in DOCKERFILE
+    )

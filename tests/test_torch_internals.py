@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import Shard
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from tests.distributed.fleet import Fleet
 
@@ -28,6 +29,7 @@ INTERNALS = {
     "torch.cpu._is_amx_tile_supported",
     "torch.cpu._is_avx512_bf16_supported",
     "torch.nn.modules.conv._ConvNd",
+    "torch.utils.checkpoint._StopRecomputationError",
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
     "DeviceMesh._flatten",
 }
@@ -68,6 +70,21 @@ def test_the_compiler_has_backends_by_name_and_its_errors() -> None:
     assert callable(torch._dynamo.lookup_backend("inductor"))
     assert issubclass(torch._dynamo.exc.TorchDynamoException, Exception)
     assert issubclass(torch._dynamo.exc.FailOnRecompileLimitHit, Exception)
+
+
+def test_recomputation_ends_by_an_error_once_it_has_all_tensors() -> None:
+    """Which is no failure of the block that is recomputed."""
+    ends, x = [], torch.ones(2, requires_grad=True)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x.sin() + 1
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert ends == [_StopRecomputationError]
 
 
 def test_lists_of_tensors_change_in_place() -> None:

@@ -72,7 +72,6 @@ def kernel_failure(device: torch.device) -> str | None:
     """Launch a kernel and check its result; return why that does not work, None if it does."""
     if not INSTALLED:
         return "Triton is not installed (pip install triton; there is none for Windows)"
-    use_writable_cache()
     return failure_of(functools.partial(_check_kernel, device))
 
 
@@ -84,7 +83,6 @@ def compile_failure(device: torch.device) -> str | None:
     """
     if device.type == "cuda" and (reason := capabilities(device).no_kernels):
         return reason  # the compiler writes Triton kernels
-    use_writable_cache()
     return failure_of(functools.partial(_check_compiler, device))
 
 
@@ -93,10 +91,11 @@ def failure_of(trial: Callable[[], bool]) -> str | None:
 
     Raises:
         torch.AcceleratorError: the GPU itself failed; nothing runs on it any more.
+        torch.OutOfMemoryError: this is no failure of kernels or of the compiler.
     """
     try:
         return None if trial() else "a first small kernel returned a wrong result"
-    except torch.AcceleratorError:
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         # What the compiler raises is wrapped in exceptions of torch.
@@ -126,6 +125,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_kernel(device: torch.device) -> bool:
+    use_writable_cache()
     # Triton is optional.
     from openm6.kernels.cross_entropy import cross_entropy_with_gradient  # noqa: PLC0415
 
@@ -136,6 +136,8 @@ def _check_kernel(device: torch.device) -> bool:
 
 
 def _check_compiler(device: torch.device) -> bool:
+    use_writable_cache()
+
     def gate(x: torch.Tensor) -> torch.Tensor:
         return (F.silu(x) * x).sum()
 

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from openm6 import kernels
 from openm6.models.config import BackboneConfig
-from openm6.nn.attention import Mask, flex_works
+from openm6.nn.attention import Mask
 from openm6.nn.block import Context, TransformerBlock, build_block
 from openm6.nn.cache import SlotCache, TokenCache
 from openm6.nn.executor import LayerExecutor
 from openm6.nn.layers import RMSNorm
 from openm6.nn.moe import Router, RouterStats
 from openm6.ops.attention import query_blocks
-from openm6.ops.matmul import autocast_dtype
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import BLOCK, CausalMask, SequenceMeta, additive_mask, block_mask, visible
 
@@ -91,7 +90,7 @@ class Backbone(nn.Module):
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
             return Context(
                 rotary=rotary_table(meta.positions, self.config.rope_theta, self.config.sections),
-                mask=choose_mask(meta, cache, x, self.config.head_dim),
+                mask=choose_mask(meta, cache, x),
                 valid=meta.valid,
                 cache=cache,
                 dispatcher=self.executor.dispatcher,
@@ -159,7 +158,7 @@ def side_loss(stats: list[RouterStats]) -> Tensor | float:
     return sum((found.side_loss for found in stats), start=0.0)
 
 
-def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor, head_dim: int) -> Mask:
+def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask:
     """The rule in the form that is fastest here: query blocks or FlexAttention for whole rows, else a dense mask."""
     keys = meta if cache is None else cache.extend(meta)
     if keys is meta and x.is_cpu:
@@ -167,7 +166,7 @@ def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor, head_di
     if keys is meta and x.is_cuda and meta.causal:
         return CausalMask()
     whole = cache is None and x.is_cuda and meta.length % BLOCK == 0
-    if whole and kernels.available(x.device) and flex_works(x.device, autocast_dtype(x), head_dim):
+    if whole and kernels.available(x.device):
         return block_mask(meta)
     mask = visible(meta, keys)
     return additive_mask(mask, x.dtype) if x.is_cpu else mask

@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 from openm6.core.log import get_log
 from openm6.kernels.probe import failure_of
@@ -21,7 +21,7 @@ from openm6.nn.layers import fill_normal
 from openm6.ops.attention import QueryBlocks, attend_query_blocks
 from openm6.ops.matmul import linear
 from openm6.ops.pointwise import rms_norm, rotate
-from openm6.ops.sequence import BLOCK, CausalMask, block_mask, causal_meta, visible
+from openm6.ops.sequence import CausalMask
 
 Mask = Tensor | QueryBlocks | BlockMask | CausalMask
 
@@ -85,8 +85,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return attend_query_blocks(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
     if isinstance(mask, BlockMask):
-        flex: Any = flex_attention if torch.compiler.is_compiling() else _flex()
-        answer = flex(query, key, value, block_mask=mask, enable_gqa=True)
+        if torch.compiler.is_compiling():
+            answer: Any = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+        else:
+            answer = _flex()(query, key, value, mask)
     else:
         causal, given = (True, None) if isinstance(mask, CausalMask) else (False, mask)
         grouped = query.shape[1] != key.shape[1]
@@ -94,29 +96,46 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     return answer.transpose(1, 2)
 
 
-@functools.cache
-def _flex() -> Callable[..., Tensor]:
-    """Return FlexAttention compiled, without which it is slow; on first use, because importing must cost nothing."""
-    return torch.compile(flex_attention)
+class FlexAttention:
+    """FlexAttention compiled, without which it is slow; dense attention for shapes with which it has failed.
+
+    The first pass of a shape also runs backwards, for itself: torch compiles that pass when it first runs, where a
+    failure would end a training step.
+    """
+
+    def __init__(self) -> None:
+        self.works: dict[tuple[object, ...], bool] = {}  # by shapes, dtype and whether there is a gradient
+        self._run: Any = torch.compile(flex_attention)
+        self._dense: tuple[BlockMask | None, Tensor] = (None, torch.empty(0))  # of the layers of one pass
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        """B H S d, B G T d twice -> B H S d."""
+        learns = torch.is_grad_enabled() and query.requires_grad
+        shape = query.shape, key.shape, query.device, query.dtype, learns
+        if shape not in self.works:
+            reason = failure_of(functools.partial(self._prove, query, key, value, mask, learns))
+            if reason is not None and all(self.works.values()):
+                get_log().warning(
+                    f"attention takes dense masks, which need more memory: FlexAttention failed ({reason})"
+                )
+            self.works[shape] = reason is None
+        if self.works[shape]:
+            answer: Tensor = self._run(query, key, value, block_mask=mask, enable_gqa=True)
+            return answer
+        if self._dense[0] is not mask:
+            self._dense = mask, create_mask(mask.mask_mod, len(query), 1, *mask.seq_lengths, device=str(query.device))
+        return F.scaled_dot_product_attention(query, key, value, self._dense[1], enable_gqa=True)
+
+    def _prove(self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, learns: bool) -> bool:
+        # Recomputation counts the tensors that a layer keeps; these are not its own.
+        with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+            parts = [part.detach().requires_grad_(learns) for part in (query, key, value)]
+            answer = self._run(*parts, block_mask=mask, enable_gqa=True)
+            if learns:
+                with torch.autocast(query.device.type, enabled=False):  # as in a step
+                    torch.autograd.grad(answer, parts, torch.zeros_like(answer))
+        return True
 
 
-@functools.cache
-def flex_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Try FlexAttention and its gradient once against a dense mask; log why it fails if it does."""
-    reason = failure_of(functools.partial(_check_flex, device, dtype, head_dim))
-    if reason is not None:
-        get_log().warning(f"attention uses dense masks, which take more memory: FlexAttention failed ({reason})")
-    return reason is None
-
-
-def _check_flex(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    # Outside of what surrounds the first call: evaluation without gradients, autocast.
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        meta = causal_meta(1, BLOCK, device=device)
-        parts = [torch.linspace(-1, 1, BLOCK * 2 * head_dim, device=device, dtype=dtype) for _ in range(3)]
-        query, key, value = (part.view(1, BLOCK, 2, head_dim).requires_grad_() for part in parts)
-        found = []
-        for mask in (block_mask(meta), visible(meta, meta)):
-            answer = attend(query, key, value, mask)
-            found.append((answer, *torch.autograd.grad(answer.square().sum(), (query, key, value))))
-        return all(torch.allclose(ours, theirs, rtol=0.1, atol=0.1) for ours, theirs in zip(*found, strict=True))
+# One for the process, made on first use, because importing must cost nothing.
+_flex = functools.cache(FlexAttention)

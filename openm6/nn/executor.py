@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from openm6.core.log import get_log
+from openm6.kernels.probe import first_line
 from openm6.nn.block import BlockOutput, Context, TransformerBlock
 from openm6.nn.moe import MoE, RouterStats, TokenDispatcher
 from openm6.ops.matmul import autocast_dtype, capture_precision
@@ -61,8 +63,12 @@ class CompiledExecutor(LayerExecutor):
     """One compiled graph for all layers of a kind; what is not training (decoding, evaluation) runs uncompiled.
 
     The graph takes a layer's weights and the masks of a batch as inputs, so neither another layer nor another
-    packing compiles again; `compilations` counts, so that tests can check this. Experts are compiled in bf16 alone, and
-    if the compiler fails, all blocks run uncompiled from then on: `broken`.
+    packing compiles again; `compilations` counts, so that tests can check this. Experts are compiled in bf16 alone.
+
+    Each kind of layer, shape and dtype first runs forwards and backwards for itself, because torch compiles a backward
+    pass when it first runs, where a failure would end the step. Where that fails for any reason, and for all that comes
+    new afterwards, blocks run uncompiled: `broken`. What `works` stays compiled, because a recomputed layer must run
+    as it did in the forward pass.
     """
 
     def __init__(self, dispatcher: TokenDispatcher | None = None, backend: str = "inductor") -> None:
@@ -70,6 +76,7 @@ class CompiledExecutor(LayerExecutor):
         self.backend = backend
         self.compilations = 0
         self.broken = False
+        self.works: dict[tuple[object, ...], bool] = {}
         # The layer's index stays outside: as an input it would be compiled in, once per layer.
         self._run = torch.compile(
             lambda block, x, context: block(x, context, 0), backend=self._compile, fullgraph=True, dynamic=False
@@ -78,26 +85,50 @@ class CompiledExecutor(LayerExecutor):
     def run_block(self, block: TransformerBlock, x: Tensor, context: Context, layer: int) -> BlockOutput:
         # In any other dtype than bf16, the grouped product of experts asks for counts on the host.
         waits = isinstance(block.mlp, MoE) and autocast_dtype(x) != torch.bfloat16
-        if self.broken or not block.training or context.cache is not None or waits:
+        if not block.training or context.cache is not None or waits:
             return super().run_block(block, x, context, layer)
+        key = type(block.mlp), x.shape, x.dtype, x.requires_grad, autocast_dtype(x), type(context.mask)
         try:
+            if key not in self.works and not self.broken:
+                self._prove(block, x, context)
+            if self.works.setdefault(key, not self.broken):
+                y, stats = self._run(block, x, context)
+                return y, None if stats is None else replace(stats, layer=layer)
+        except (torch.OutOfMemoryError, torch.AcceleratorError, _StopRecomputationError):
+            raise
+        except Exception as error:
+            self.works[key], self.broken = False, True
+            warn_of_failed_compiler(error, "loop.compile=false")
+        return super().run_block(block, x, context, layer)
+
+    def _prove(self, block: TransformerBlock, x: Tensor, context: Context) -> None:
+        """Run a block forwards and backwards, and discard the gradients."""
+        x = x.detach().requires_grad_(x.requires_grad)
+        # Recomputation counts the tensors that a layer keeps; these are not its own.
+        with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
             y, stats = self._run(block, x, context)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            self.broken = True
-            # What the backend raised comes wrapped.
-            cause = getattr(error, "inner_exception", error)
-            reason = str(cause).strip().partition("\n")[0]
-            get_log().warning(
-                f"the compiler failed ({type(cause).__name__}: {reason}), so the blocks run uncompiled and slower; "
-                f"loop.compile=false does not try"
-            )
-            return super().run_block(block, x, context, layer)
-        return y, None if stats is None else replace(stats, layer=layer)
+        outputs = [output for output in (y, stats and stats.side_loss) if output is not None and output.requires_grad]
+        inputs = [leaf for leaf in (x, *block.parameters()) if leaf.requires_grad]
+        slopes = [torch.zeros_like(output) for output in outputs]
+        # A step's backward pass runs outside of autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            if outputs:
+                torch.autograd.grad(outputs, inputs, slopes, allow_unused=True)
 
     def _compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         self.compilations += 1
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
         return compiled
+
+
+def warn_of_failed_compiler(error: Exception, setting: str) -> None:
+    """Name a failure of compiled blocks in one sentence; with `setting` they are not tried."""
+    # What the backend raised comes wrapped.
+    cause = getattr(error, "inner_exception", error)
+    get_log().warning(
+        f"the compiler failed ({type(cause).__name__}: {first_line(cause)}), so the blocks run uncompiled and slower; "
+        f"{setting} does not try"
+    )
 
 
 class CheckpointedExecutor(LayerExecutor):

@@ -6,8 +6,9 @@ gradient is known."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.func import functional_call
 from openm6.core.seeds import derive_seed
 from openm6.distributed.process_group import LayerWeights
 from openm6.nn.block import BlockOutput, Context, TransformerBlock
-from openm6.nn.executor import LayerExecutor, MakeContext
+from openm6.nn.executor import LayerExecutor, MakeContext, warn_of_failed_compiler
 from openm6.nn.moe import RouterStats, TokenDispatcher
 from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import Use, WeightStore
@@ -26,7 +27,9 @@ from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import UpdateArgs, UpdateRule
 
 Key = TypeVar("Key", str, int)
+Result = TypeVar("Result")
 Gradients = dict[int, Tensor]  # of parameters, by their id
+RunBlock = Callable[[TransformerBlock, dict[str, Tensor], Tensor, Context, int], BlockOutput]
 Part = tuple[slice, Context, Tensor]  # of a batch: its rows, their context, their fraction of the valid tokens
 
 
@@ -53,9 +56,9 @@ class OffloadedExecutor(LayerExecutor):
         self.blocks, self.layer_groups = list(blocks), tuple(layer_groups)
         self.store, self.rule, self.config, self.weights = store, rule, config, weights
         self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the group that was gathered last
-        compiled = config.compile and not weights.sharded  # a compiler does not trace collectives
+        self._compiled = config.compile and not weights.sharded  # a compiler does not trace collectives
         # Compiled as a function of (weights, tokens): weights in another buffer do not compile it again.
-        self._run_block = torch.compile(run_block) if compiled else run_block
+        self._run_block: RunBlock = torch.compile(run_block) if self._compiled else run_block
         self._step: tuple[int, float, float, int] | None = None  # number, learning rate, weight decay, seed
         size, layers = config.activation_checkpointing_every, range(len(self.blocks))
         self._spans = [tuple(layers[first : first + size]) for first in range(0, len(layers), size)]
@@ -110,11 +113,12 @@ class OffloadedExecutor(LayerExecutor):
         """B S D -> B S D and, of a sparse layer, the router's statistics; without a graph."""
         group = self.layer_groups[layer]
         block, weights = self.blocks[layer], self._open(group, x)
-        outputs = [
+
+        def forward(rows: slice, context: Context, _: Tensor, run: RunBlock) -> BlockOutput:
             # Only a cache needs the layer's index; otherwise it is 0, so that one compiled block serves all layers.
-            self._run_block(block, weights, x[rows], context, 0 if context.cache is None else layer)
-            for rows, context, _ in parts
-        ]
+            return run(block, weights, x[rows], context, 0 if context.cache is None else layer)
+
+        outputs = [self._attempt(partial(forward, *part)) for part in parts]
         self.store.close(group)
         stats = [(one, fraction) for (_, one), (_, _, fraction) in zip(outputs, parts, strict=True) if one is not None]
         y = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
@@ -134,15 +138,19 @@ class OffloadedExecutor(LayerExecutor):
             )
         weights = {name: weight.detach().requires_grad_() for name, weight in self._open(group, x).items()}
         own = self._own_parameters(layer)
-        gradients: list[Tensor] = []
-        for rows, context, fraction in parts:
+
+        def backward(rows: slice, context: Context, fraction: Tensor, run: RunBlock) -> tuple[Tensor, ...]:
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
-                y, stats = self._run_block(self.blocks[layer], weights, part, context, 0)
+                y, stats = run(self.blocks[layer], weights, part, context, 0)
             results, slopes = [y], [gradient[rows].to(y.dtype)]
             if stats is not None and side is not None and stats.side_loss.requires_grad:
                 results, slopes = [y, stats.side_loss], [*slopes, side * fraction]
-            found = torch.autograd.grad(results, [part, *weights.values(), *own], slopes, allow_unused=True)
+            return torch.autograd.grad(results, [part, *weights.values(), *own], slopes, allow_unused=True)
+
+        gradients: list[Tensor] = []
+        for one in parts:
+            found = self._attempt(partial(backward, *one))
             gradients.append(found[0])
             _add(self._gradients.setdefault(group, {}), weights, found[1 : 1 + len(weights)])
             _add(own_gradients, map(id, own), found[1 + len(weights) :])
@@ -151,6 +159,19 @@ class OffloadedExecutor(LayerExecutor):
             self._update(group)
         self.store.close(group, changed)
         return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+    def _attempt(self, work: Callable[[RunBlock], Result]) -> Result:
+        """Return `work` with compiled blocks or, from their first failure on, with plain ones; it may run twice."""
+        try:
+            return work(self._run_block)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            if not self._compiled:
+                raise
+            warn_of_failed_compiler(error, "loop.offload.compile=false")
+        self._compiled, self._run_block = False, run_block
+        return work(run_block)
 
     def _open(self, group: int, x: Tensor) -> dict[str, Tensor]:
         """The group's weights in the dtype of computation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,6 +57,8 @@ def test_a_wrong_result_is_a_failure():
 def test_a_gpu_that_failed_is_no_missing_kernel():
     with pytest.raises(torch.AcceleratorError):
         fails(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(torch.OutOfMemoryError):
+        fails(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def in_new_process(code: str, **environment: str) -> str:
@@ -109,6 +112,20 @@ def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv(CACHE, "/chosen")
     probe.use_writable_cache()
     assert os.environ[CACHE] == "/chosen"
+
+
+def test_without_any_folder_that_can_be_written(monkeypatch, tmp_path):
+    """Neither the home nor one for temporary files, as in a container that is read-only."""
+    monkeypatch.delenv(CACHE, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(probe, "INSTALLED", True)
+    nowhere = Mock(side_effect=FileNotFoundError(2, "No usable temporary directory found"))
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    compile_failure.cache_clear()
+    for reason in (kernel_failure(CPU), compile_failure(CPU)):
+        assert reason is not None and "No usable temporary directory found" in reason
+    compile_failure.cache_clear()
 
 
 @pytest.mark.parametrize(

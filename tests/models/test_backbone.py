@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from openm6.checkpoint.save import named_tensors
-from openm6.core.log import get_log
 from openm6.models.backbone import Backbone, choose_mask, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
-from openm6.nn.attention import flex_works
 from openm6.nn.cache import SlotReader, SlotWriter
 from openm6.nn.moe import RouterStats
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, visible
@@ -252,26 +249,14 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_where_flex_attention_fails_a_gpu_takes_a_dense_mask(monkeypatch, works):
+def test_a_gpu_without_kernels_takes_a_dense_mask(monkeypatch, works):
     """What is asked of an embedding on a GPU: its device and dtype."""
-    monkeypatch.setattr("openm6.models.backbone.kernels.available", lambda device: True)
-    monkeypatch.setattr("openm6.models.backbone.flex_works", lambda device, dtype, head_dim: works)
+    monkeypatch.setattr("openm6.models.backbone.kernels.available", lambda device: works)
     device = torch.device("cuda", 0)
     x = SimpleNamespace(is_cpu=False, is_cuda=True, device=device, dtype=torch.float32)
     meta = join([causal_meta(1, 100), padding_meta(1, 28)])
-    mask = choose_mask(meta, None, x, 64)
+    mask = choose_mask(meta, None, x)
     if works:
         assert isinstance(mask, BlockMask)
     else:
         assert mask.dtype == torch.bool and torch.equal(mask, visible(meta, meta))
-
-
-def test_flex_attention_is_tried_with_its_gradient(caplog):
-    """A processor has no gradient for it: the trial fails with the compiler's reason, and says so once."""
-    with caplog.at_level(logging.WARNING, logger=get_log().name):
-        found = [flex_works(torch.device("cpu"), torch.float32, 16) for _ in range(2)]
-    if found == [False, False]:
-        (line,) = caplog.messages
-        assert line.startswith("attention uses dense masks, which take more memory: FlexAttention failed (")
-    else:
-        assert found == [True, True] and not caplog.messages

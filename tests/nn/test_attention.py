@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from openm6.nn.attention import Attention, QKNorm, attend
+from openm6.core.log import get_log
+from openm6.nn import attention
+from openm6.nn.attention import Attention, FlexAttention, QKNorm, attend
 from openm6.nn.config import AttentionConfig
 from openm6.ops.pointwise import rotary_table, rotate
-from openm6.ops.sequence import CausalMask, additive_mask, causal_meta, visible
+from openm6.ops.sequence import CausalMask, additive_mask, block_mask, causal_meta, join, visible
+from tests.sequences import padding_meta
 
 CONFIG = AttentionConfig(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
 
@@ -75,3 +79,33 @@ def test_the_causal_mask_is_the_rule_of_a_causal_layout():
     meta = causal_meta(2, 7)
     expected = attend(query, key, value, visible(meta, meta))
     torch.testing.assert_close(attend(query, key, value, CausalMask()), expected)
+
+
+@pytest.mark.parametrize("fails", ["backward", "later"])
+def test_flex_attention_that_fails_becomes_dense_attention(fails, monkeypatch, caplog):
+    """A CPU has no gradient for it, which the first pass of a shape finds out; here a later shape fails as well."""
+    flex = FlexAttention()
+    monkeypatch.setattr(attention, "_flex", lambda: flex)
+    meta = join([causal_meta(1, 200), padding_meta(1, 56)])
+    if fails == "later":
+        run = flex._run
+
+        def failing(query: Tensor, *rest: Tensor, **named: object) -> Tensor:
+            if len(query) == 2:
+                raise RuntimeError("out of resource: shared memory")
+            return run(query, *rest, **named)
+
+        monkeypatch.setattr(flex, "_run", failing)
+    with caplog.at_level(logging.WARNING, logger=get_log().name):
+        for rows in (1, 2, 2):
+            parts = [torch.randn(rows, 256, heads, 16, requires_grad=fails == "backward") for heads in (4, 2, 2)]
+            many = type(meta)(*(part.expand(rows, *part.shape[1:]) for part in meta.parts()))
+            found, expected = (attend(*parts, mask) for mask in (block_mask(many), visible(many, many)))
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+            if fails == "backward":
+                torch.testing.assert_close(
+                    torch.autograd.grad(found.sum(), parts), torch.autograd.grad(expected.sum(), parts)
+                )
+    assert list(flex.works.values()) == [fails == "later", False]
+    (line,) = caplog.messages
+    assert line.startswith("attention takes dense masks, which need more memory: FlexAttention failed (")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from openm6.core.log import get_log
 from openm6.models.backbone import Backbone
@@ -55,6 +59,12 @@ def gradients(backbone: Backbone, meta: SequenceMeta, device: torch.device = CPU
     )
     assert [load.layer for load in loads] == [1, 3]
     return [hidden, *(gradient for gradient in found if gradient is not None)]
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """torch counts the graphs of a function, whoever compiled them."""
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -142,6 +152,72 @@ def test_a_compiler_that_fails_is_named_once_and_blocks_run_uncompiled(dense_mas
     (record,) = caplog.records
     assert "Failed to find C compiler" in record.message and "loop.compile=false" in record.message
     assert "\n" not in record.message
+
+
+def backend(made: list[str], fails_on: str, at: int) -> Any:
+    """A backend without a compiler whose graph number `at` fails: to be made or to run, forwards or backwards."""
+
+    def compiler(direction: str) -> Any:
+        def compile_graph(graph: Any, inputs: Any) -> Any:
+            made.append(direction)
+            fails = made.count(direction) == at
+            if fails and fails_on == f"compile {direction}":
+                raise RuntimeError("Failed to find C compiler.\nmore")
+
+            def run(*arguments: Any) -> Any:
+                if fails and fails_on == f"run {direction}":
+                    raise RuntimeError("Triton Error [CUDA]: out of resource")
+                return graph(*arguments)
+
+            return make_boxed_func(run)
+
+        return compile_graph
+
+    return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+
+
+@on_each_device
+@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("fails_on", ["compile forward", "compile backward", "run forward", "run backward"])
+def test_a_block_that_fails_anywhere_runs_uncompiled(fails_on, at, device, dense_mask, monkeypatch, caplog):
+    """The graph of the sparse layers, or one of a later shape; the first two layers are computed again."""
+    backbone, made = model(top_k=4).to(device), []
+    metas = [packings(32)[0], packings(48)[0]]
+    plain = [gradients(backbone, meta, device) for meta in metas]
+    run = CompiledExecutor()
+    failing = backend(made, fails_on, at)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: failing)
+    backbone.executor = CheckpointedExecutor(run, 2)
+    with caplog.at_level(logging.WARNING, logger=get_log().name):
+        found = [gradients(backbone, meta, device) for meta in metas]
+    for ours, theirs in zip([*found[0], *found[1]], [*plain[0], *plain[1]], strict=True):
+        assert (ours - theirs).float().norm() <= 0.05 * theirs.float().norm()
+    assert run.broken and len(made) > at - 1 and all(parameter.grad is None for parameter in backbone.parameters())
+    (record,) = caplog.records
+    assert ("out of resource" if "run" in fails_on else "Failed to find C compiler") in record.message
+
+
+def test_memory_that_runs_out_is_no_failure_of_the_compiler(dense_mask, monkeypatch):
+    backbone, run = model(), CompiledExecutor(backend="aot_eager")
+    backbone.executor = run
+    monkeypatch.setattr(run, "_run", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(backbone, packings()[0])
+    assert not run.broken
+
+
+@pytest.mark.slow
+def test_fp32_blocks_under_inductor(dense_mask):
+    """As on a GPU without bf16: experts, which would ask for counts, stay uncompiled, all else is compiled."""
+    backbone, run, meta = model().float(), CompiledExecutor(), packings()[1]
+    results = []
+    for backbone.executor in (LayerExecutor(), run):
+        x = torch.linspace(-1, 1, 2 * 32 * 32).view(2, 32, 32).requires_grad_()
+        hidden, _ = backbone(x, meta)
+        results.append([hidden, *torch.autograd.grad(hidden.square().sum(), [x, *backbone.parameters()])])
+    for compiled, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+    assert run.compilations == 1 and not run.broken
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -18,6 +18,7 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.models.config import BackboneConfig
 from openm6.offload.config import OffloadConfig
+from openm6.offload.executor import run_block
 from openm6.offload.streams import Streams
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
@@ -129,6 +130,38 @@ def test_on_its_device_offloaded_is_resident_in_half_precision(
     assert_same(on_device, run(compile=compiles))
     assert_same(on_device, run(compile=compiles, num_gpu_layers=1, buffers=3, activation_storage="host"))
     assert on_device[0] == pytest.approx(run()[0], rel=0.02)
+
+
+class NoGradient(torch.autograd.Function):
+    """The value as it is; its backward pass fails, as one of a compiled block that cannot be launched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("Triton Error [CUDA]: out of resource\nmore")
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_compiled_blocks_that_fail_run_uncompiled(
+    fails: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a step, which goes on to the bit as without a compiler, and says so once."""
+
+    def failing(block: Any, weights: Any, x: Tensor, context: Any, layer: int) -> Any:
+        if fails == "forward":
+            raise RuntimeError("Triton Error [CUDA]: out of resource\nmore")
+        y, stats = run_block(block, weights, x, context, layer)
+        return NoGradient.apply(y), stats
+
+    monkeypatch.setattr(torch, "compile", lambda block: failing)
+    changes = {"gradient_accumulation_steps": 2, "activation_checkpointing_every": 2}
+    found = offloaded_run(PLAIN, config_of(compile=True, **changes))
+    assert_same(offloaded_run(PLAIN, config_of(**changes)), found)
+    (line,) = [message for message in caplog.messages if message.startswith("the compiler failed")]
+    assert "out of resource" in line and "loop.offload.compile=false" in line and "\n" not in line
 
 
 LAYOUTS = [

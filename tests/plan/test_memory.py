@@ -115,7 +115,7 @@ def block_of(config: BackboneConfig, batch: Batch) -> tuple[TransformerBlock, Co
     x = torch.zeros(meta.batch, meta.length, config.hidden_size)
     context = Context(
         rotary=rotary_table(meta.positions, config.rope_theta, config.sections),
-        mask=choose_mask(meta, None, x, config.head_dim),
+        mask=choose_mask(meta, None, x),
         valid=meta.valid,
         cache=None,
         dispatcher=TokenDispatcher(),

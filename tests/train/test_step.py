@@ -12,14 +12,16 @@ from pydantic import ValidationError
 from openm6.core.errors import ConfigError
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import WorkCount
+from openm6.kernels.probe import Capabilities
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.nn.moe import RouterStats
 from openm6.ops.matmul import matmul_dtype
+from openm6.ops.sequence import additive_mask, visible
 from openm6.train.config import LoopConfig
 from openm6.train.step import StepNumbers, TrainStep, resolve_precision, seed_everything, sum_over_ranks
 from openm6.train.training_task import StepResult
 from tests.train.toy_training import ToyTraining, toy_config
-from tests.train.words_training import WordsTraining, words_backbone
+from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 
 def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
@@ -131,6 +133,27 @@ def test_without_a_compiler_blocks_run_uncompiled_with_one_sentence(monkeypatch,
     TrainStep(training, LoopConfig(compile=True)).choose_execution(1024)
     assert type(training.backbone.executor) is LayerExecutor
     assert caplog.messages == ["blocks are not compiled, so slower: install a C compiler"]
+
+
+def test_on_a_gpu_without_bf16_experts_train_uncompiled(monkeypatch):
+    """A T4: its precision is fp32, in which the experts' product asks for counts, and all else is compiled."""
+    t4 = Capabilities(torch.device("cuda", 0), "Tesla T4", (7, 5), False, None)
+    monkeypatch.setattr("openm6.train.step.capabilities", lambda device: t4)
+    precision = resolve_precision("auto", t4.device)
+    eager = torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: eager)
+    monkeypatch.setattr("openm6.train.step.compile_failure", lambda device: None)
+    # Masks as on a GPU.
+    masks = lambda meta, dtype: additive_mask(visible(meta, meta), dtype)  # noqa: E731
+    monkeypatch.setattr("openm6.models.backbone.query_blocks", masks)
+    losses = []
+    for compiled in (False, True):
+        training = WordsTraining(words_backbone())
+        step = TrainStep(training, words_config(precision=precision, compile=compiled))
+        losses.append([step.update(training.batch(number), number, 10).loss for number in (1, 2, 3)])
+    executor = training.backbone.executor
+    assert precision == "fp32" and executor.compilations == 1 and not executor.broken
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_choice_of_others_stands():
