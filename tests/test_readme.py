@@ -78,6 +78,7 @@ def check_evaluation(
     json_path: Path | None,
     settings: list[str],
     device: str,
+    num_gpu_layers: int | None,
 ) -> None:
     apply_overrides({"eval": {}}, settings)
     known = {f"{component['task']}/{component['source']}" for component in demo_mixture()} | set(TASKS)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openm6.cli.group import write_json
-from openm6.cli.train import Device, Trained
+from openm6.cli.train import Device, NumGpuLayers, Trained
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
@@ -31,6 +31,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Table or folder with other records.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     scenarios: Annotated[bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")] = False,
+    num_gpu_layers: NumGpuLayers = None,
     device: Device = "auto",
 ) -> None:
     """Evaluate a trained model on held-out records.
@@ -40,8 +41,8 @@ def evaluate(
     All records: openm6 evaluate runs/demo eval.records=1000 eval.answers=1000
     """
     if scenarios:
-        if tasks is not None or data is not None or settings:
-            raise ConfigError("--scenarios runs examples of its own: leave --tasks, --data and settings out")
+        if tasks is not None or data is not None or num_gpu_layers is not None or settings:
+            raise ConfigError("--scenarios runs examples of its own: leave all options but --json and --device out")
         # torch takes seconds to import
         from openm6.serve.scenarios.run import results_table, run_scenarios
 
@@ -52,7 +53,9 @@ def evaluate(
     from openm6.evaluate.summary import print_table
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
-    report = evaluate_model(trained, names, data, json_path, settings or [], device=device)
+    report = evaluate_model(
+        trained, names, data, json_path, settings or [], device=device, num_gpu_layers=num_gpu_layers
+    )
     print_table(report, Console())
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from openm6.cli.group import print_result
-from openm6.cli.train import Device, Trained
+from openm6.cli.train import Device, NumGpuLayers, Trained
 
 
 def generate(
@@ -39,9 +39,7 @@ def generate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the decoding.")] = 0,
-    num_gpu_layers: Annotated[
-        int | None, typer.Option(min=0, help="Layers that stay on the device; the others are offloaded.")
-    ] = None,
+    num_gpu_layers: NumGpuLayers = None,
     device: Device = "auto",
 ) -> None:
     """Generate text, an image, audio or numbers with a trained model.

@@ -15,6 +15,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume from the latest c
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute; auto: a GPU if there is one.")
 ]
+NumGpuLayers = Annotated[
+    int | None, typer.Option(min=0, help="Layers that stay on the device; the others are offloaded.")
+]
 Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")]
 
 

@@ -61,12 +61,13 @@ def evaluate(
     on_result: Callable[[TaskResult], None] = lambda result: None,
     loaded: LoadedModel | None = None,
     device: str = "auto",
+    num_gpu_layers: int | None = None,
 ) -> EvalReport:
     """Evaluate a run or checkpoint; `settings` such as `eval.answers=300` override those of its recipe.
 
-    `loaded` is its model if that is in memory already; else it is read from `path` to `device`, see `load`. `data`
-    names a table or folder whose records replace every test split (`open_own_data`); baselines are then fitted to it,
-    too, which only makes them harder to beat.
+    `loaded` is its model if that is in memory already; else it is read from `path`, see `load` for `device` and
+    `num_gpu_layers`. `data` names a table or folder whose records replace every test split (`open_own_data`); baselines
+    are then fitted to it, too, which only makes them harder to beat.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -75,7 +76,7 @@ def evaluate(
     """
     if json_path is not None:
         check_writable(json_path, "--json")
-    loaded = loaded or load(path, device)
+    loaded = loaded or load(path, device, num_gpu_layers)
     description = loaded.description
     trained_tasks = chosen_tasks(description, tasks)
     values = apply_overrides({"eval": description.eval}, settings or [])

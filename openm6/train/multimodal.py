@@ -214,7 +214,8 @@ class MultimodalTraining(TrainingTask):
         listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
         get_log().info(f"epochs of each source and task: {listed}")
         if not (at_end if at_end != "auto" else not self.recipe.loop.offloaded):
-            get_log().info(f"not evaluated, as eval.at_end is false; openm6 evaluate {run.path} does it")
+            offloaded = " --num-gpu-layers 0" if self.recipe.loop.offloaded else ""
+            get_log().info(f"not evaluated, as eval.at_end is false; openm6 evaluate {run.path}{offloaded} does it")
             return
         checkpoint, reported = last_checkpoint(run)
         if reported:

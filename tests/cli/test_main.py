@@ -117,6 +117,18 @@ def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) 
     assert shown.stdout == f"{call[0]} is done\n"
 
 
+def test_an_evaluation_takes_a_model_that_does_not_fit_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Called(monkeypatch)
+    assert runner.invoke(app, ["evaluate", "runs/x", "--num-gpu-layers", "0", "--device", "cpu"]).exit_code == 0
+    assert called.calls[0] == (
+        "evaluate",
+        (Path("runs/x"), None, None, None, []),
+        {"device": "cpu", "num_gpu_layers": 0},
+    )
+    refused = runner.invoke(app, ["evaluate", "runs/x", "--num-gpu-layers", "0", "--scenarios"])
+    assert refused.exit_code == 1 and "leave all options but --json and --device out" in refused.stderr
+
+
 def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called(monkeypatch)
     monkeypatch.setattr("openm6.inference.question.Question", partial(called.call, "question"))
@@ -158,7 +170,7 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     assert (name, words, named) == (
         "evaluate",
         (Path("runs/x"), ["a", "b"], None, Path("s.json"), []),
-        {"device": "auto"},
+        {"device": "auto", "num_gpu_layers": None},
     )
     assert (show, shown_words[0]) == ("print_table", "evaluate is done")
 
