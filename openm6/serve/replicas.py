@@ -15,6 +15,7 @@ from ray import serve as ray_serve
 
 from openm6.core.config import Config, apply_overrides
 from openm6.core.config import build as build_config
+from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.inference.load import check, load
 from openm6.serve.app import create_app
@@ -30,7 +31,7 @@ class ReplicaConfig(Config):
     min_replicas, max_replicas: the range of autoscaling; equal numbers switch it off
     target_ongoing_requests: per replica; Ray queues requests above twice as many
     max_queued_requests: requests that may wait in Ray before more are answered with 503
-    cpus, gpus: what one replica occupies; by default a whole GPU if there is one
+    cpus, gpus: what one replica occupies; gpus by default: 1 if there is a GPU and --device does not exclude it
     """
 
     min_replicas: int = Field(default=1, ge=1, le=1024)
@@ -38,7 +39,7 @@ class ReplicaConfig(Config):
     target_ongoing_requests: float = Field(default=8.0, gt=0)
     max_queued_requests: int = Field(default=256, ge=1)
     cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default_factory=lambda: float(torch.cuda.is_available()), ge=0)
+    gpus: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _in_order(self) -> ReplicaConfig:
@@ -60,13 +61,17 @@ def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_ser
         autoscaling_config=None if is_fixed else scaling,
         max_ongoing_requests=max(1, round(2 * replicas.target_ongoing_requests)),
         max_queued_requests=replicas.max_queued_requests,
-        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus or 0.0},
     )
     return replicated(ray_serve.ingress(build)()).bind()
 
 
 def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: ReplicaConfig) -> None:
     """Start the replicas, on this machine or on its cluster; return when they answer."""
+    device = config.engine.device
+    if replicas.gpus is None:
+        has_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        replicas = replicas.model_copy(update={"gpus": float(has_gpu)})
     ray_serve.start(http_options={"host": config.host, "port": config.port})
     ray_serve.run(deployment(build, replicas), name=APPLICATION, route_prefix="/")
 
@@ -88,6 +93,8 @@ def serve_replicas(
         CheckpointError: there is no model there.
         ConfigError: an unknown setting, or one out of range.
     """
+    if config.engine.device.startswith("cuda:"):
+        raise ConfigError("Ray assigns each replica its own GPU: use --device cuda, without a number")
     replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")
     check(trained)  # an error is raised here, not in every replica
     run_replicas(partial(app_of, trained.resolve(), config, name or trained.resolve().name), config, replicas)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from fastapi import FastAPI
 from pydantic import ValidationError
 
@@ -17,11 +15,10 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'open
 
 from ray import serve  # noqa: E402
 
-from openm6.core.errors import CheckpointError  # noqa: E402
 from openm6.serve.app import create_app  # noqa: E402
 from openm6.serve.config import EngineConfig, ServeConfig  # noqa: E402
 from openm6.serve.engine import Engine  # noqa: E402
-from openm6.serve.replicas import APPLICATION, ReplicaConfig, deployment, run_replicas, serve_replicas  # noqa: E402
+from openm6.serve.replicas import APPLICATION, ReplicaConfig, deployment, run_replicas  # noqa: E402
 from tests.small_model import loaded  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -102,15 +99,3 @@ def test_autoscaling_keeps_to_its_bounds() -> None:
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 4)
     with pytest.raises(ValidationError, match="must not exceed"):
         ReplicaConfig(min_replicas=3, max_replicas=1)
-
-
-def test_a_replica_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there, gpus in ((True, 1.0), (False, 0.0)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert ReplicaConfig().gpus == gpus and ReplicaConfig(gpus=0.5).gpus == 0.5
-
-
-def test_the_driver_loads_no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("openm6.serve.replicas.load", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(CheckpointError, match="no run or checkpoint"):
-        serve_replicas(tmp_path / "nowhere", ServeConfig())
