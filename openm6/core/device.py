@@ -17,6 +17,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's mallo
 KEPT = 64 * 2**20  # bytes of free memory on top of the heap that are not returned to the system
 PROCESSES = Path("/proc")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # read when a GPU's memory is first used
+MAPS_MEMORY = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of CUDA's driver
 ON_HEAP = 32 * 2**20  # blocks up to this size come from the heap, the most that glibc allows
 
 
@@ -44,8 +46,27 @@ def resolve_device(name: str = "auto") -> torch.device:
         index = int(rank)
     if index >= (count := torch.cuda.device_count()):
         raise ConfigError(f"there is no cuda:{index}: torch sees {count} GPUs here, from cuda:0 on")
+    # Batches differ in their numbers of tokens, which would fragment memory in pieces of fixed size.
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS) and _maps_memory(index):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _maps_memory(index: int) -> bool:
+    """Whether a GPU maps memory piece by piece, which some virtual GPUs and Windows do not."""
+    found = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(found), MAPS_MEMORY, index)
+        return not failed and bool(found.value)
+    return False
+
+
+def check_alive(device: torch.device) -> None:
+    """Raise torch.AcceleratorError if a GPU has failed: whatever it is asked from then on fails as well."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def usable_cores() -> int:

@@ -8,15 +8,20 @@ hundreds of launches of a few microseconds each, a replay is one.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from openm6.core.device import check_alive
+from openm6.core.log import get_log
 from openm6.inference.decode import DecodeStep, Precision, TextHead
 from openm6.inference.sampling import Sampling, filter_logits, gumbel
+from openm6.kernels.probe import first_line
 
 SamplingMode = Literal["greedy", "unfiltered", "filtered"]
 # Rows of a pass from which on a product's bits do not depend on how many more there are (measured, MKL).
@@ -52,8 +57,9 @@ class DecodeBatch:
     """A decode batch: slots 0 to n-1 of a cache are active; the last sequence moves into the slot of one that ends.
 
     On a GPU passes are replayed, unless layers are offloaded, which a graph cannot wait for; sizes are rounded up to a
-    few, each captured when it first occurs. A graph holds addresses: of the cache, of the state, of its own outputs,
-    all of which stay where they are. Its sizes are constants, so they are its key.
+    few, each captured by `capture` or when it first occurs. A graph holds addresses: of the cache, of the state, of the
+    outputs, all of which stay where they are. Its sizes are constants, so they are its key. Sizes beyond `max_graphs`
+    run as they are.
 
     `batch_invariant` pads every pass to whole multiples of 16 rows and runs all experts; a graph is padded to the
     largest number of rows. Padding rows write to slots that are not in use; their state is set again when a sequence
@@ -67,13 +73,15 @@ class DecodeBatch:
         max_model_len: int,
         precision: Precision = "float32",
         batch_invariant: bool = False,
+        max_graphs: int = 128,
     ) -> None:
         self.text_head, self.capacity, self.batch_invariant = text_head, max_num_seqs, batch_invariant
-        self.graphed = text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
+        self.max_graphs = max_graphs
+        self.graphed = max_graphs > 0 and text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
         slots = self._padded(max_num_seqs)
         self.cache = text_head.backbone.new_cache(slots, max_model_len)
         self.decode_step = DecodeStep(text_head, self.cache, precision, batch_invariant and not self.graphed)
-        self.graphs: dict[tuple[int, int, SamplingMode], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.graphs: dict[tuple[int, int, SamplingMode], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.graphed else None
         self.rows: list[DecodeSequence] = []
         device = self.cache.keys.device
@@ -81,6 +89,9 @@ class DecodeBatch:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(7)
         )
         self.temperature, self.top_p = (torch.zeros(slots, device=device) for _ in range(2))
+        # What graphs write: the tokens and the logits of a pass.
+        self.sampled = torch.zeros(slots if self.graphed else 0, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(len(self.sampled), len(text_head.head), device=device)
 
     @property
     def free(self) -> int:
@@ -185,17 +196,43 @@ class DecodeBatch:
         noise = gumbel(self.seed[:batch], self.draw[:batch], logits.shape[-1])
         return torch.where(temperature > 0, scores + noise, logits).argmax(-1)
 
-    def _replay(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
-        """As `_run`, with a graph of at least so many keys."""
-        longest = min(self.cache.capacity, next((size for size in KEYS if size >= longest), self.cache.capacity))
-        key = (batch, longest, mode)
-        if key not in self.graphs:
-            self.graphs[key] = self._captured(*key)
-        graph, sampled, logits = self.graphs[key]
-        graph.replay()
-        return sampled, logits
+    def capture(self) -> None:
+        """Capture the passes of all sizes, the shortest first; on a CPU, and for offloaded layers, there are none."""
+        if not self.graphed:
+            return
+        began = time.perf_counter()
+        batches = dict.fromkeys(map(self._padded, range(1, self.capacity + 1)))
+        lengths = sorted({min(size, self.cache.capacity) for size in (*KEYS, self.cache.capacity)})
+        with torch.inference_mode():
+            for longest, batch, mode in product(lengths, batches, get_args(SamplingMode)):
+                self._graph(batch, longest, mode)
+        seconds = time.perf_counter() - began
+        get_log().info(f"{len(self.graphs)} passes of up to {max(batches)} texts captured in {seconds:.1f} s")
 
-    def _captured(self, batch: int, longest: int, mode: SamplingMode) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _replay(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
+        """As `_run`, with a graph of at least so many keys if there is one."""
+        longest = min(self.cache.capacity, next((size for size in KEYS if size >= longest), self.cache.capacity))
+        graph = self._graph(batch, longest, mode)
+        if graph is None:
+            with sdpa_kernel(ATTENTION):
+                return self._run(batch, longest, mode)
+        graph.replay()
+        return self.sampled[:batch], self.logits[:batch]
+
+    def _graph(self, batch: int, longest: int, mode: SamplingMode) -> torch.cuda.CUDAGraph | None:
+        """Return the graph of a pass, captured now if need be; None if there is no room, or capturing failed."""
+        key = batch, longest, mode
+        if key not in self.graphs and len(self.graphs) < self.max_graphs:
+            try:
+                self.graphs[key] = self._captured(*key)
+            except Exception as error:
+                self.max_graphs = len(self.graphs)
+                check_alive(self.token.device)
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                get_log().warning(f"a decoding pass could not be captured ({reason}), so it runs as it is, and slower")
+        return self.graphs.get(key)
+
+    def _captured(self, batch: int, longest: int, mode: SamplingMode) -> torch.cuda.CUDAGraph:
         """Run the pass a few times on a side stream, as libraries set themselves up when first called, then record it.
 
         The state is restored each time; what the passes wrote into the cache is written again by the next one.
@@ -206,12 +243,17 @@ class DecodeBatch:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), sdpa_kernel(ATTENTION):
             for _ in range(3):
-                self._run(batch, longest, mode)
-                for part, old in zip(state, before, strict=True):
-                    part.copy_(old)
+                try:
+                    self._run(batch, longest, mode)
+                finally:
+                    for part, old in zip(state, before, strict=True):
+                        part.copy_(old)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
         with recording, sdpa_kernel(ATTENTION):
             sampled, logits = self._run(batch, longest, mode)
-        return graph, sampled, logits
+            # Outputs of its own would keep their memory, as many times as there are graphs.
+            self.sampled[:batch].copy_(sampled)
+            self.logits[:batch].copy_(logits)
+        return graph

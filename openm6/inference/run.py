@@ -18,6 +18,7 @@ from openm6.inference.load import LoadedModel, load
 from openm6.inference.masked import decode_masked
 from openm6.inference.question import Question, prompt_parts
 from openm6.inference.sampling import Decoding
+from openm6.kernels.probe import capabilities
 from openm6.modalities.audio import RATE
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
@@ -50,7 +51,11 @@ def generate(
             raise ConfigError(f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}")
     if out is not None:
         check_writable(out, "--out")
-    return answer_question(load(path, device, num_gpu_layers), question, decoding, out)
+    loaded = load(path, device, num_gpu_layers)
+    if loaded.omni.device.type == "cuda" and capabilities(loaded.omni.device).bf16:
+        loaded.omni.round_weights()
+        get_log().info("weights in bfloat16, as of a server on this GPU")
+    return answer_question(loaded, question, decoding, out)
 
 
 def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding, out: Path | None) -> str:

@@ -17,7 +17,7 @@ from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone, Refill
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import TokenCache
-from openm6.nn.moe import RouterStats
+from openm6.nn.moe import Router, RouterStats
 from openm6.ops.matmul import autocast_dtype
 from openm6.ops.sequence import SequenceMeta
 
@@ -54,6 +54,16 @@ class Omni(nn.Module):
         if embedding is not None:
             adapters[POOL] = PoolAdapter(config.hidden_size, embedding)
         self.adapters = nn.ModuleDict(adapters)
+
+    def round_weights(self) -> None:
+        """Round all weights to bf16, except the balance bias of routers.
+
+        It is small against the scores; rounded, it would choose other experts.
+        """
+        biases = [(module, module.bias) for module in self.modules() if isinstance(module, Router)]
+        self.to(torch.bfloat16)
+        for router, bias in biases:
+            router.bias = bias
 
     def adapter(self, kind: str) -> Adapter:
         """The adapter of one kind of token."""

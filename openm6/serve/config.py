@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from openm6.core.config import Config
 from openm6.inference.decode import Precision
+from openm6.kernels.probe import capabilities
 
 # A name, not an address: its last part is not a number.
 HOST = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])")
@@ -43,10 +46,12 @@ class EngineConfig(Config):
     max_num_seqs: texts decoded side by side; max_model_len: tokens of prompt and answer together, for each of them
     max_num_media: images and audio decoded side by side
     max_num_single_pass: requests answered in one pass each (numbers, ranks, embeddings) per tick
-    batch_invariant: batch-invariant shapes, so that a request gets the same bits alone or among others
+    batch_invariant: batch-invariant shapes, so that a request gets the same bits alone or among others; auto: on a CPU
     max_num_batched_tokens: prompt tokens read per tick, at least one prompt
     max_queued_tokens: tokens of work that may wait before more is refused
     prefix_cache_bytes: size of the prefix cache
+    weights: auto is bfloat16 on a GPU that multiplies it fast, else float32
+    max_cuda_graphs: decoding passes recorded at the start, on a GPU; what has no graph runs as it is, 0: all
     num_gpu_layers: layers that stay on the device; the others are offloaded
     """
 
@@ -55,11 +60,12 @@ class EngineConfig(Config):
     max_num_media: int = Field(default=8, ge=1, le=256)
     max_num_single_pass: int = Field(default=4, ge=1)
     max_num_batched_tokens: int = Field(default=1024, ge=1)
-    batch_invariant: bool = True
+    batch_invariant: bool | Literal["auto"] = "auto"
     max_queued_tokens: int = Field(default=32_768, ge=1)
     prefix_cache_bytes: int = Field(default=64 * 2**20, ge=0)
     device: str = "auto"  # or cpu, cuda, cuda:N
-    weights: Precision = "float32"
+    weights: Precision | Literal["auto"] = "auto"
+    max_cuda_graphs: int = Field(default=128, ge=0)
     num_gpu_layers: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
@@ -67,6 +73,16 @@ class EngineConfig(Config):
         if self.num_gpu_layers is not None and self.weights == "int8":
             raise ValueError("weights=int8 keeps its copies on the device: leave out num_gpu_layers, or take bfloat16")
         return self
+
+    def precision(self, device: torch.device) -> Precision:
+        """Return the precision of the weights on a device."""
+        if self.weights != "auto":
+            return self.weights
+        return "bfloat16" if device.type == "cuda" and capabilities(device).bf16 else "float32"
+
+    def is_invariant(self, device: torch.device) -> bool:
+        """Whether shapes on a device are batch-invariant."""
+        return device.type != "cuda" if self.batch_invariant == "auto" else self.batch_invariant
 
 
 class ServeConfig(Config):

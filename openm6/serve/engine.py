@@ -20,12 +20,10 @@ from heapq import merge
 from itertools import count, groupby
 from operator import itemgetter
 
-import torch
-
 from openm6.core.log import get_log
 from openm6.energy.meter import open_meter
 from openm6.inference.load import LoadedModel
-from openm6.nn.moe import Router
+from openm6.kernels.probe import first_line
 from openm6.serve.config import EngineConfig
 from openm6.serve.requests import (
     Answer,
@@ -137,13 +135,15 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
         self.loaded, self.config = loaded, config or EngineConfig()
-        if self.config.weights == "bfloat16":
-            # The balance bias of routers stays in fp32: it is small against the scores, and rounded it would choose
-            # other experts.
-            biases = [(module, module.bias) for module in loaded.omni.modules() if isinstance(module, Router)]
-            loaded.omni.to(torch.bfloat16)
-            for router, bias in biases:
-                router.bias = bias
+        device = loaded.omni.device
+        precision, invariant = self.config.precision(device), self.config.is_invariant(device)
+        if precision == "bfloat16":
+            loaded.omni.round_weights()
+        if device.type == "cuda":
+            bits = (
+                "has the same bits alone and among others" if invariant else "may differ in its last bits among others"
+            )
+            get_log().info(f"weights in {precision}; a request {bits} (engine.weights, engine.batch_invariant)")
         self.meter = open_meter()
         self.queue = FairQueue(self.config.max_queued_tokens)
         self._changed = threading.Condition()
@@ -156,7 +156,11 @@ class Engine:
         self._speed = 1000.0  # tokens of work per second, for Retry-After
 
     def __enter__(self) -> Engine:
-        worker = Worker(self.loaded, self.config, self.meter)
+        try:
+            worker = Worker(self.loaded, self.config, self.meter)
+        except BaseException as error:
+            self.failure = f"the engine cannot start ({type(error).__name__}: {first_line(error)})"
+            raise
         self._thread = threading.Thread(target=self._run, args=(worker,), name="engine", daemon=True)
         self._running = True
         self._thread.start()
@@ -231,8 +235,7 @@ class Engine:
                 self._hand_over(worker)
         except BaseException as error:
             get_log().exception("the engine stopped")
-            first_line = (str(error).splitlines() or [""])[0]
-            self.failure = f"the engine stopped ({type(error).__name__}: {first_line}): start the server again"
+            self.failure = f"the engine stopped ({type(error).__name__}: {first_line(error)}): start the server again"
         finally:
             self._running = False
             with self._changed:

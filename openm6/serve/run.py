@@ -7,7 +7,6 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def serve(
     Raises:
         CheckpointError: there is no model there.
         ConfigError: the address cannot be used.
-        EngineError: the engine failed, and the server ended with it.
+        EngineError: the engine could not start, or failed, and the server ended with it.
     """
     with bind(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
@@ -76,8 +75,13 @@ def serve(
         get_log().info(f"serving {trained} on {address}/docs")
         if getattr(app.state, "playground", False):
             get_log().info(f"playground on {address}{PLAYGROUND}")
-        with suppress(KeyboardInterrupt):
+        try:
             server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass
+        except SystemExit:  # of uvicorn, if the engine cannot start
+            if engine.failure is None:
+                raise
     if engine.failure is not None:
         raise EngineError(engine.failure)
 

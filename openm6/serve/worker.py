@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 
+from openm6.core.device import check_alive
 from openm6.core.errors import OpenM6Error
 from openm6.core.log import get_log
 from openm6.energy.meter import Meter
@@ -143,8 +144,13 @@ class Worker:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig, meter: Meter) -> None:
         self.loaded, self.config = loaded, config
-        head = TextHead.of(loaded.omni, loaded.text)
-        self.text = DecodeBatch(head, config.max_num_seqs, config.max_model_len, config.weights, config.batch_invariant)
+        head, device = TextHead.of(loaded.omni, loaded.text), loaded.omni.device
+        self.batch_invariant = config.is_invariant(device)
+        self.text = DecodeBatch(
+            head, config.max_num_seqs, config.max_model_len, config.precision(device), self.batch_invariant,
+            config.max_cuda_graphs,
+        )  # fmt: skip
+        self.text.capture()
         self.slots = loaded.omni.backbone.new_cache(config.max_num_media + 1, config.max_model_len)
         self.scratch_slot = config.max_num_media
         self.free_slots = list(range(config.max_num_media))
@@ -191,7 +197,7 @@ class Worker:
         if self.masked:
             first = self.masked[0]  # it waits longest
             alike = [state for state in self.masked if state.like == first.like]
-            group = [first] if self.config.batch_invariant else alike
+            group = [first] if self.batch_invariant else alike
             self._run(partial(self._step_masked, group), [state.key for state in group])
         if self.text.rows:
             self._run(self._step_text, [row.key for row in self.text.rows])
@@ -222,6 +228,8 @@ class Worker:
         except Exception:
             get_log().exception("a step failed")
             self._fail(handles, EngineUnavailableError(FAILED))
+            # cuBLAS and Triton report a lost device by errors of their own.
+            check_alive(self.loaded.omni.device)
         self.energy.add(handles, time.monotonic() - began)
 
     def _fail(self, handles: list[RequestHandle], error: OpenM6Error) -> None:
@@ -236,7 +244,7 @@ class Worker:
         elif not isinstance(request, TextRequest):
             self.passes += 1
             self._answer_at_once(handle)
-        elif self.config.batch_invariant:
+        elif self.batch_invariant:
             self._read_text(handle)
         else:
             self.unread.append(handle)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from openm6.core import device
 from openm6.core.device import free_host_bytes, process_memory, resolve_device
 from openm6.core.errors import ConfigError
+from tests.devices import needs_gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +84,43 @@ def test_only_one_file_asks_for_the_device():
     }
     # The server's replicas only count the GPUs that each is to be given, without opening one.
     assert asking == {"openm6/core/device.py", "openm6/serve/replicas.py"}
+
+
+def test_only_the_probe_looks_for_triton_and_for_the_kind_of_gpu():
+    """Whether kernels run is found by one trial; a package that is installed need not work."""
+    for word in ('"triton"', "get_device_capability"):
+        asking = [
+            path.relative_to(ROOT).as_posix()
+            for folder in ("openm6", "tools")
+            for path in (ROOT / folder).rglob("*.py")
+            if word in path.read_text(encoding="utf-8")
+        ]
+        assert asking == ["openm6/kernels/probe.py"], word
+
+
+@pytest.mark.parametrize(
+    ("given", "maps", "expected"),
+    [({}, True, "expandable_segments:True"), ({}, False, None), ({"PYTORCH_CUDA_ALLOC_CONF": "a:b"}, True, None)],
+)
+def test_memory_of_a_gpu_grows_in_place(eight_gpus, monkeypatch, given, maps, expected):
+    monkeypatch.setattr(device, "_maps_memory", lambda index: maps)
+    monkeypatch.setattr(os, "environ", dict(given))
+    resolve_device("cpu")
+    assert os.environ == given
+    resolve_device("cuda:6")
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected and os.environ.items() >= given.items()
+
+
+@needs_gpu
+def test_memory_of_this_gpu_grows_in_place():
+    code = (
+        "import torch; from openm6.core.device import _maps_memory, resolve_device; device = resolve_device(); "
+        "kept = torch.ones(9, device=device); "
+        "print(_maps_memory(device.index) == any(one['is_expandable'] for one in torch.cuda.memory_snapshot()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in device.ALLOCATOR_SETTINGS}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_memory_is_read_from_the_system(tmp_path, monkeypatch):

@@ -3,13 +3,11 @@ without a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from openm6.inference import engine
@@ -22,6 +20,7 @@ from openm6.inference.sampling import Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from tests.inference.reference import write_reference
+from tests.inference.test_decode_graphs import Recording
 from tests.small_model import demo_sources, loaded, modalities
 
 SAMPLINGS = (
@@ -134,18 +133,6 @@ def test_marks_are_never_generated(prompts: list[Prompt], mark: str) -> None:
     assert found[0] == found[1] == found[2]
 
 
-@dataclass
-class PlayedGraph:
-    """A pass that is recorded: it runs again when it is replayed, and its outputs stay where they are."""
-
-    run: Callable[[], tuple[Tensor, Tensor]]
-    outputs: tuple[Tensor, Tensor]
-
-    def replay(self) -> None:
-        for kept, new in zip(self.outputs, self.run(), strict=True):
-            kept.copy_(new)
-
-
 def test_replayed_passes_of_few_sizes_are_those_that_run(
     model: LoadedModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,11 +140,9 @@ def test_replayed_passes_of_few_sizes_are_those_that_run(
     expected = run_all(model, prompts, 8, False)
     sizes = set()
 
-    def captured(batch: DecodeBatch, *size: Any) -> tuple[PlayedGraph, Tensor, Tensor]:
+    def captured(batch: DecodeBatch, *size: Any) -> Recording:
         sizes.add(size)
-        vocabulary = len(batch.text_head.head)
-        outputs = torch.zeros(size[0], dtype=torch.int64), torch.zeros(size[0], vocabulary)
-        return PlayedGraph(lambda: batch._run(*size), outputs), *outputs
+        return Recording(batch, *size)
 
     monkeypatch.setattr(DecodeBatch, "_captured", captured)
     monkeypatch.setattr(DecodeBatch, "graphed", property(lambda self: True, lambda self, found: None), raising=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from openm6.core.log import get_log
 from openm6.inference.decode import Precision, TextHead
 from openm6.inference.decode_batch import ATTENTION, BATCHES, DecodeBatch
 from openm6.inference.sampling import Sampling
@@ -29,19 +31,15 @@ class Recording:
 
     def __init__(self, batch: DecodeBatch, batch_size: int, longest: int, mode: Any) -> None:
         self.run = lambda: batch._run(batch_size, longest, mode)
-        self.outputs = (
-            torch.zeros(batch_size, dtype=torch.int64),
-            torch.zeros(batch_size, len(batch.text_head.head)),
-        )
+        self.outputs = batch.sampled[:batch_size], batch.logits[:batch_size]
 
     def replay(self) -> None:
         for fixed, new in zip(self.outputs, self.run(), strict=True):
             fixed.copy_(new)
 
 
-def recorded(batch: DecodeBatch, *size: Any) -> tuple[Any, Tensor, Tensor]:
-    recording = Recording(batch, *size)
-    return (recording, *recording.outputs)
+def recorded(batch: DecodeBatch, *size: Any) -> Recording:
+    return Recording(batch, *size)
 
 
 def text_head(device: torch.device, dtype: torch.dtype) -> TextHead:
@@ -63,7 +61,18 @@ def opened(head: TextHead, rows: int, precision: Precision, replays: bool) -> De
     for row in range(rows):
         sampling = Sampling(max_tokens=STEPS - row % 2, temperature=0.8 if row % 3 == 0 else 0.0, seed=row)
         batch.add(row, sampling, 0, row % VOCABULARY)
-    batch.graphed = replays
+    return graphed(batch) if replays else ungraphed(batch)
+
+
+def graphed(batch: DecodeBatch) -> DecodeBatch:
+    """The batch as on a GPU, where it has places for the outputs of graphs."""
+    batch.graphed = True
+    batch.sampled, batch.logits = torch.zeros_like(batch.token), batch.logits.new_zeros(len(batch.token), VOCABULARY)
+    return batch
+
+
+def ungraphed(batch: DecodeBatch) -> DecodeBatch:
+    batch.graphed = False
     return batch
 
 
@@ -96,3 +105,63 @@ def test_replayed_is_run(
     for row, (tokens, nll) in found.items():
         assert len(tokens) == STEPS - row % 2 and nll == pytest.approx(expected[row][1], rel=1e-3, abs=1e-3)
     assert len({tuple(tokens) for tokens, _ in found.values()}) >= min(rows, 8) // 2, "the texts must differ"
+
+
+@on_each_device
+def test_all_sizes_are_captured_before_the_first_text(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For 1, 8 and 16 texts, 128 and 200 keys, three ways to sample; later nothing is captured any more."""
+    if device == CPU:
+        monkeypatch.setattr(DecodeBatch, "_captured", recorded)
+    caplog.set_level(logging.INFO, get_log().name)
+    batch = graphed(DecodeBatch(text_head(device, torch.float32), 16, 200))
+    before = [part.clone() for part in (batch.token, batch.position, batch.length, batch.draw)]
+    batch.capture()
+    modes = ("greedy", "unfiltered", "filtered")
+    assert set(batch.graphs) == {(rows, keys, mode) for rows in (1, 8, 16) for keys in (128, 200) for mode in modes}
+    assert all(map(torch.equal, before, (batch.token, batch.position, batch.length, batch.draw)))
+    (line,) = caplog.messages
+    assert line.startswith("18 passes of up to 16 texts captured in ")
+    monkeypatch.setattr(DecodeBatch, "_captured", lambda *_: pytest.fail("captured while texts wait"))
+    for row in range(10):
+        batch.add(row, Sampling(max_tokens=STEPS, temperature=row % 2, seed=row), 0, row)
+    assert len(written(batch)) == 10
+
+
+@on_each_device
+@pytest.mark.parametrize("limit", [0, 4])
+def test_sizes_beyond_the_limit_run_as_they_are(
+    limit: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == CPU:
+        monkeypatch.setattr(DecodeBatch, "_captured", recorded)
+    batch = DecodeBatch(text_head(device, torch.float32), 8, 200, max_graphs=limit)
+    assert not batch.graphed or limit
+    batch = graphed(batch)
+    batch.capture()
+    assert len(batch.graphs) == limit
+    for row in range(8):
+        batch.add(row, Sampling(max_tokens=STEPS, temperature=0.5, top_k=4, seed=row), 0, row)
+    assert len(written(batch)) == 8 and len(batch.graphs) == limit
+
+
+def test_a_pass_that_cannot_be_captured_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lost device is no such failure."""
+
+    def failing(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    batch = opened(text_head(CPU, torch.float32), 3, "float32", replays=True)
+    monkeypatch.setattr(batch, "_captured", failing)
+    batch.capture()
+    assert len(written(batch)) == 3 and not batch.graphs
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "not permitted when stream is capturing), so it runs as it is" in line
+    batch.max_graphs = 1
+    lost = Mock(side_effect=torch.AcceleratorError("CUDA error: an illegal memory access"))
+    monkeypatch.setattr("openm6.inference.decode_batch.check_alive", lost)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        batch.capture()

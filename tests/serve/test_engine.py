@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.kernels.probe import Capabilities
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
@@ -36,6 +38,7 @@ from openm6.serve.requests import (
 from openm6.serve.run import read_serve_config
 from openm6.serve.worker import EnergyAttribution, RequestHandle, Worker, follow
 from tests.data.sample_images import png, wav
+from tests.devices import CPU, GPU, needs_gpu
 from tests.serve.alone import answer_alone
 from tests.small_model import embedding_model, loaded
 
@@ -319,6 +322,50 @@ def test_in_bfloat16_the_router_chooses_as_it_was_balanced() -> None:
     for router, bias in zip(routers, biases, strict=True):
         assert router.bias is not None and torch.equal(router.bias, bias)
         assert router.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("bf16", "weights"), [(True, "bfloat16"), (False, "float32")])
+def test_the_defaults_on_a_gpu_are_fast_and_logged(
+    bf16: bool, weights: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU they are exact, and nothing needs to be said."""
+    caplog.set_level("INFO", "openm6")
+    exact, model = EngineConfig(), loaded()
+    assert exact.precision(CPU) == "float32" and exact.is_invariant(CPU)
+    Engine(model, exact)
+    assert not caplog.messages and model.omni.text.embedding.weight.dtype == torch.float32
+    found = Capabilities(GPU, "a GPU", (9, 0) if bf16 else (7, 5), bf16, None)
+    monkeypatch.setattr("openm6.serve.config.capabilities", lambda device: found)
+    monkeypatch.setattr(type(model.omni), "device", GPU)
+    assert exact.precision(GPU) == weights and not exact.is_invariant(GPU)
+    Engine(model, exact)
+    assert model.omni.text.embedding.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    (line,) = caplog.messages
+    assert line.startswith(f"weights in {weights}; a request may differ in its last bits among others")
+    chosen = EngineConfig(weights="float32", batch_invariant=True)
+    assert chosen.precision(GPU) == "float32" and chosen.is_invariant(GPU)
+
+
+@needs_gpu
+def test_on_a_gpu_passes_are_captured_before_the_first_request() -> None:
+    model = loaded(3)
+    model.omni.to(GPU)
+    with Engine(model, EngineConfig(max_num_seqs=2, max_model_len=64)) as engine:
+        assert model.omni.text.embedding.weight.dtype == torch.bfloat16
+        answer = engine.ask_and_wait(TextRequest(parts=say("draw"), sampling=Sampling(max_tokens=3)))
+    assert isinstance(answer.value, str)
+
+
+def test_a_failed_step_on_a_lost_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of cuBLAS and of Triton have no class of their own: the device is asked."""
+    with Engine(loaded(), EngineConfig(max_num_seqs=1, max_model_len=256)) as engine:
+        monkeypatch.setattr("openm6.serve.worker.prefill", Mock(side_effect=RuntimeError("CUBLAS_STATUS_FAILED")))
+        lost = Mock(side_effect=torch.AcceleratorError("CUDA error: an illegal memory access"))
+        monkeypatch.setattr("openm6.serve.worker.check_alive", lost)
+        with pytest.raises(EngineUnavailableError):
+            engine.ask_and_wait(TextRequest(parts=say("a")))
+        engine._thread.join()
+        assert not engine.ready and "illegal memory access" in str(engine.failure)
 
 
 def test_after_the_end_nothing_is_taken(model: LoadedModel) -> None:

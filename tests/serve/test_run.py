@@ -96,6 +96,19 @@ def test_a_lost_device_ends_the_server_with_a_sentence(
     assert said[0][0] == 503 and "the engine stopped" in said[0][1]
 
 
+def test_an_engine_that_cannot_start_is_an_error(
+    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HTTP server ends by itself then, and would leave an exit code of 0."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore")
+
+    monkeypatch.setattr("openm6.serve.engine.Worker", full)
+    with pytest.raises(EngineError, match=r"the engine cannot start \(OutOfMemoryError: .*80 GiB\)$"):
+        serve(Path("runs/x"), config())
+
+
 def test_a_taken_port_is_said_before_anything_is_loaded(
     log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
