@@ -22,8 +22,9 @@ from openm6.nn.layers import RMSNorm
 from openm6.nn.moe import Router, RouterStats
 from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table
-from openm6.ops.sequence import BLOCK, CausalMask, SequenceMeta, additive_mask, block_mask, visible
+from openm6.ops.sequence import CausalMask, SequenceMeta, additive_mask, block_mask, visible
 
+DENSE_PAIRS = 4 * 1024**2  # of queries and keys, whose dense mask and scores take no memory to speak of
 Refill = Callable[[nn.Module, nn.Module], None]  # fills a new module of the same form with an old one's weights
 
 
@@ -165,7 +166,9 @@ def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask
         return query_blocks(meta, x.dtype)
     if keys is meta and x.is_cuda and meta.causal:
         return CausalMask()
-    whole = cache is None and x.is_cuda and meta.length % BLOCK == 0
+    # Evaluation has rows of many lengths, for each of which FlexAttention would be compiled.
+    small = not torch.is_grad_enabled() and meta.batch * meta.length**2 <= DENSE_PAIRS
+    whole = cache is None and x.is_cuda and not small
     if whole and kernels.available(x.device):
         return block_mask(meta)
     mask = visible(meta, keys)

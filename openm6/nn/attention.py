@@ -85,10 +85,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return attend_query_blocks(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
     if isinstance(mask, BlockMask):
+        length = query.shape[2]
+        if missing := mask.seq_lengths[0] - length:  # the mask has whole blocks
+            query, key, value = (F.pad(part, (0, 0, 0, missing)) for part in (query, key, value))
         if torch.compiler.is_compiling():
             answer: Any = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
         else:
             answer = _flex()(query, key, value, mask)
+        answer = answer[:, :, :length]
     else:
         causal, given = (True, None) if isinstance(mask, CausalMask) else (False, mask)
         grouped = query.shape[1] != key.shape[1]

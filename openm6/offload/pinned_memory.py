@@ -43,6 +43,9 @@ class PinnedArena:
         self.close = weakref.finalize(self, lambda: [runtime.cudaHostUnregister(address) for address in registered])
         if runtime is None:
             return
+        if sys.platform == "linux":
+            # A fork would copy all pinned pages at once, or move the pages that the GPU writes to out of this process.
+            memory.madvise(mmap.MADV_DONTFORK)
         for start, size in segments(sizes, SEGMENT):
             # The first touch claims the pages; an untouched mapping is pinned far more slowly.
             whole[start : start + size : mmap.PAGESIZE].zero_()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -114,12 +115,24 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
+def pad_to_multiple(meta: SequenceMeta, multiple: int) -> SequenceMeta:
+    """Return rows that end with padding, so that their length is a multiple."""
+    missing = -meta.length % multiple
+    if not missing:
+        return meta
+    example, order, private, positions = meta.parts()
+    example = F.pad(example, (0, missing), value=PADDING)
+    order, private = (F.pad(part, (0, missing)) for part in (order, private))
+    return SequenceMeta(example, order, private, F.pad(positions, (0, 0, 0, missing)))
+
+
 def block_mask(meta: SequenceMeta, block: int = BLOCK) -> BlockMask:
-    """Return FlexAttention's mask of whole rows, whose length is a multiple of `block`.
+    """Return FlexAttention's mask of whole rows, padded to a multiple of `block`.
 
     Blocks that are empty are skipped, and full ones need no rule. `create_block_mask` would evaluate the rule on all
     pairs of tokens; this reads each token once.
     """
+    meta = pad_to_multiple(meta, block)
     example, order, private, _ = meta.parts()
 
     def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

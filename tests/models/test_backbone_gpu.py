@@ -18,12 +18,12 @@ pytestmark = [
 ]
 
 
-def meta() -> SequenceMeta:
-    """512 tokens: a source, words and a private image, then a text, then padding."""
+def meta(padding: int = 28) -> SequenceMeta:
+    """512 tokens: a source, words and a private image, then a text, then 28 of padding."""
     order = torch.tensor([[0] * 50 + list(range(1, 31)) + [31] * 48], dtype=torch.int32).expand(2, 128)
     private = torch.tensor([[0] * 80 + [1] * 48], dtype=torch.int32).expand(2, 128)
     image = SequenceMeta(torch.ones_like(order), order, private, torch.randint(0, 30, (2, 128, 3)))
-    return join([image, causal_meta(2, 356), padding_meta(2, 28)])
+    return join([image, causal_meta(2, 356), padding_meta(2, padding)])
 
 
 def gradients(model: Backbone, x: Tensor, where: SequenceMeta, upstream: Tensor) -> list[Tensor]:
@@ -36,10 +36,11 @@ def gradients(model: Backbone, x: Tensor, where: SequenceMeta, upstream: Tensor)
 
 
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 0.05)])
-def test_gpu_agrees_with_cpu(autocast, tolerance):
+@pytest.mark.parametrize("padding", [28, 3])  # rows of whole blocks of FlexAttention, or padded to them
+def test_gpu_agrees_with_cpu(autocast, tolerance, padding):
     torch.manual_seed(0)
-    model, where = Backbone(preset("nano").backbone), meta()
-    x, upstream = torch.randn(2, 512, 192), torch.randn(2, 512, 192)
+    model, where = Backbone(preset("nano").backbone), meta(padding)
+    x, upstream = torch.randn(2, where.length, 192), torch.randn(2, where.length, 192)
     here = gradients(model, x, where, upstream)
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
         there = gradients(model.cuda(), x.cuda(), where.to("cuda"), upstream.cuda())

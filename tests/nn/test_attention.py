@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from openm6.core.log import get_log
 from openm6.nn import attention
@@ -71,6 +72,20 @@ def test_without_qk_norm_queries_keep_their_length():
     x, mask, norms = torch.randn(1, 6, 24), visible(meta, meta), QKNorm(8)
     norms.reset_parameters()
     assert not torch.allclose(layer(x, None, table, mask, None, 0), layer(x, norms, table, mask, None, 0))
+
+
+def test_rows_of_any_length_are_padded_to_whole_blocks(monkeypatch):
+    """The forward pass alone, which is all that a CPU has."""
+    compiled = torch.compile(flex_attention, backend="aot_eager")
+    run = lambda query, key, value, mask: compiled(query, key, value, block_mask=mask, enable_gqa=True)  # noqa: E731
+    monkeypatch.setattr("openm6.nn.attention._flex", lambda: run)
+    torch.manual_seed(0)
+    meta = join([causal_meta(2, 9), padding_meta(2, 4), causal_meta(2, 6)])
+    query, key, value = torch.randn(2, 19, 4, 16), torch.randn(2, 19, 2, 16), torch.randn(2, 19, 2, 16)
+    ours, theirs = (attend(query, key, value, mask) for mask in (block_mask(meta), visible(meta, meta)))
+    # Padding, which nothing reads, also attends to what was added.
+    torch.testing.assert_close(ours[meta.valid], theirs[meta.valid])
+    assert ours.shape == theirs.shape and ours.isfinite().all()
 
 
 def test_the_causal_mask_is_the_rule_of_a_causal_layout():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,16 +17,19 @@ from openm6.checkpoint.folder import latest, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
+from openm6.models.backbone import choose_mask
 from openm6.models.config import BackboneConfig
+from openm6.nn import attention
 from openm6.offload.config import OffloadConfig
-from openm6.offload.executor import run_block
+from openm6.offload.executor import _row_parts, run_block
 from openm6.offload.streams import Streams
+from openm6.ops.sequence import CausalMask, causal_meta
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.step import TrainStep
-from tests.devices import CPU, on_each_device
+from tests.devices import CPU, GPU, on_each_device
 from tests.offload.strict_streams import WatchedStreams, late_streams
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
@@ -230,6 +234,30 @@ def breaks_off(*given: Any) -> None:
 def test_micro_batches_add_up_to_the_batch() -> None:
     whole, parts = (offloaded_run(PLAIN, config_of(16, gradient_accumulation_steps=count)) for count in (1, 3))
     assert parts[0] == pytest.approx(whole[0], rel=1e-4)
+
+
+def test_micro_batches_of_causal_rows_need_no_mask() -> None:
+    """What is asked of an embedding on a GPU."""
+    x: Any = SimpleNamespace(is_cpu=False, is_cuda=True, device=GPU, dtype=torch.float32)
+    parts = _row_parts(causal_meta(5, 8), 3)
+    assert sum(part.batch for _, part in parts) == 5
+    assert all(isinstance(choose_mask(part, None, x), CausalMask) for _, part in parts)
+
+
+@on_each_device
+def test_the_blocks_of_micro_batches_get_the_mask_of_their_device(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    attend = attention.attend
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        seen.append(type(mask).__name__)
+        return attend(query, key, value, mask)
+
+    monkeypatch.setattr(attention, "attend", watched)
+    offloaded_run(PLAIN, config_of(2, gradient_accumulation_steps=2), device=device)
+    assert set(seen) == {"QueryBlocks" if device == CPU else "CausalMask"}
 
 
 def test_a_set_is_fetched_once_for_all_micro_batches_and_a_shared_one_once_a_pass() -> None:

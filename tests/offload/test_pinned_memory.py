@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +63,34 @@ def test_where_little_may_be_pinned_the_rest_works_unpinned(
     assert int(arena.buffers[3].sum()) == 7 * PAGE
     arena.close()
     assert not runtime.pinned
+
+
+def flags_of(address: int) -> list[str]:
+    """Flags of the mapping at an address, as `man 5 proc` lists them."""
+    found: list[str] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(one, 16) for one in first.split("-"))
+            inside = start <= address < end
+        elif first == "VmFlags:" and inside:
+            found = rest
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="flags of Linux")
+@pytest.mark.parametrize("pin", [False, True])
+def test_memory_may_have_huge_pages_and_no_fork_copies_what_is_pinned(
+    pin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(allowed=9))
+    arena = PinnedArena([PAGE] * 4, pin)
+    found = flags_of(arena.buffers[0].data_ptr())
+    assert ("dc" in found) == pin  # not copied on fork
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in found
+    assert "sh" not in found  # shared memory would have small pages
+    arena.close()
 
 
 def test_memory_that_is_let_go_is_not_left_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

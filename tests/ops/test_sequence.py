@@ -15,6 +15,7 @@ from openm6.ops.sequence import (
     block_mask,
     causal_meta,
     join,
+    pad_to_multiple,
     visible,
 )
 from tests.sequences import narrow, padding_meta
@@ -97,6 +98,15 @@ def test_block_mask_lists_the_blocks():
     meta = random_meta(2, 160, 3)
     some, _ = block_kinds(meta, block=8)
     assert torch.equal(block_mask(meta, block=8).to_dense()[:, 0].bool(), some)
+
+
+def test_padded_rows_see_what_they_saw():
+    meta = random_meta(2, 13, 3)
+    padded = pad_to_multiple(meta, 8)
+    assert padded.length == 16 and pad_to_multiple(padded, 8) is padded
+    mask = visible(padded, padded)
+    assert torch.equal(mask[..., :13, :13], visible(meta, meta))
+    assert mask.any(-1).all() and not padded.valid[:, 13:].any()
 
 
 def test_additive_mask_is_the_boolean_mask_in_logs():
