@@ -15,11 +15,13 @@ from torch import Tensor
 
 from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.checkpoint.load import is_sharded, load_model
+from openm6.checkpoint.sharded import Staging
 from openm6.core.errors import CheckpointError
 from openm6.core.run_folder import RunFolder
 from openm6.inference.load import load
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
+from tests.devices import CPU, on_each_device
 from tests.distributed.fleet import Fleet
 from tests.distributed.recording_training import Records, run_steps
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
@@ -66,6 +68,29 @@ def wait_for(folder: Path, step: int) -> Path:
 def together(parts: list[Records]) -> Records:
     """The records of all ranks, in their order, by step."""
     return {step: [record for part in parts for record in part[step]] for step in parts[0]}
+
+
+@on_each_device
+def test_copies_for_a_checkpoint_use_the_same_memory_again(device: torch.device) -> None:
+    """Of any shape and dtype; the tensors may change as soon as the copies are there."""
+    staging = Staging()
+    tensors = {
+        "matrix": torch.randn(300, 50, device=device).t(),
+        "half": torch.randn(7, device=device).bfloat16(),
+        "count": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4, device=device),
+    }
+    before, addresses = {name: tensor.clone().cpu() for name, tensor in tensors.items()}, []
+    for _ in range(2):
+        copies = staging.copy(tensors)
+        addresses.append(copies["matrix"].data_ptr())
+        for tensor in tensors.values():
+            tensor.add_(1)
+        assert all(torch.equal(copies[name], expected) and copies[name].is_cpu for name, expected in before.items())
+        assert copies["matrix"].is_pinned() == (device != CPU)
+        before = {name: tensor.clone().cpu() for name, tensor in tensors.items()}
+    assert addresses[0] == addresses[1]
+    assert staging.copy({"other": tensors["half"]})["other"].tolist() == before["half"].tolist()
 
 
 MESHES: list[list[tuple[str, Axes]]] = [
