@@ -65,49 +65,42 @@ class _AttendQueryBlocks(torch.autograd.Function):
     """Keep each block's attention weights, which are few if rows hold several examples.
 
     The M query heads of one key head are one taller matrix: its rows are (query, head) pairs. Blocks are many and
-    small, so each takes as few calls as possible: three forwards, five backwards.
+    small, so all key heads of a block are one batch and each block takes few calls: three forwards, five backwards.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: QueryBlocks) -> Tensor:
         group, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
-        biases = [block.bias.to(query.dtype).repeat_interleave(group, 0) for block in mask.blocks]  # Q·M K
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
         queries, keys, values = _by_head(query, group), _by_head(key, 1), _by_head(value, 1)
-        outputs = output.view(-1, len(keys), group, query.shape[-1])  # N G M d
+        outputs = torch.empty_like(queries)  # G N·M d
         kept = []
-        for head, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-            for block, bias in zip(mask.blocks, biases, strict=True):
-                seen = slice(block.first, block.last)
-                rows = q[block.start * group : block.stop * group]
-                logits = torch.addmm(bias, rows, k[seen].t(), alpha=scale)
-                weight = logits.softmax(-1).to(v.dtype)
-                outputs[block.start : block.stop, head] = (weight @ v[seen]).view(-1, group, q.shape[-1])
-                kept.append(weight)
+        for block in mask.blocks:
+            seen, rows = slice(block.first, block.last), slice(block.start * group, block.stop * group)
+            bias = block.bias.to(query.dtype).repeat_interleave(group, 0)  # Q·M K
+            logits = torch.baddbmm(bias, queries[:, rows], keys[:, seen].mT, alpha=scale)  # G Q·M K
+            weight = torch.softmax(logits, -1, out=logits)
+            torch.bmm(weight, values[:, seen], out=outputs[:, rows])
+            kept.append(weight)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.mask = mask
-        return output
+        return _by_token(outputs, query)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
         group, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
         queries, keys, values = _by_head(query, group), _by_head(key, 1), _by_head(value, 1)
+        upstreams = _by_head(gradient, group)
         d_query, d_key, d_value = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        weights = iter(kept)
-        for q, k, v, g, dq, dk, dv in zip(
-            queries, keys, values, _by_head(gradient, group), d_query, d_key, d_value, strict=True
-        ):
-            for block in ctx.mask.blocks:
-                seen, rows = slice(block.first, block.last), slice(block.start * group, block.stop * group)
-                weight, upstream = next(weights), g[rows]
-                dv[seen].addmm_(weight.t(), upstream)
-                # softmax: d_logit = weight · (d_weight − Σ weight · d_weight)
-                d_weight = (upstream @ v[seen].t()).float()
-                d_logit = torch._softmax_backward_data(d_weight, weight.float(), -1, torch.float32)
-                d_logit = d_logit.to(q.dtype)
-                dk[seen].addmm_(d_logit.t(), q[rows], alpha=scale)
-                torch.mm(d_logit, k[seen], out=dq[rows])
+        for block, weight in zip(ctx.mask.blocks, kept, strict=True):
+            seen, rows = slice(block.first, block.last), slice(block.start * group, block.stop * group)
+            upstream = upstreams[:, rows]
+            d_value[:, seen].baddbmm_(weight.mT, upstream)
+            # softmax: d_logit = weight · (d_weight − Σ weight · d_weight)
+            d_weight = torch.bmm(upstream, values[:, seen].mT).float()
+            d_logit = torch._softmax_backward_data(d_weight, weight.float(), -1, torch.float32).to(query.dtype)
+            d_key[:, seen].baddbmm_(d_logit.mT, queries[:, rows], alpha=scale)
+            torch.bmm(d_logit, keys[:, seen], out=d_query[:, rows])
         d_query.mul_(scale)
         return _by_token(d_query, query), _by_token(d_key, key), _by_token(d_value, value), None
 

@@ -20,6 +20,8 @@ from openm6.ops.matmul import cast_alike, matmul, matmul_add, matmul_dtype, pad_
 
 # Of one chunk. Each chunk reads and writes the weight's gradient once more, so they should be few and large.
 MAX_LOGITS = 2**27
+# On a CPU the passes over a chunk should find it in the cache.
+CPU_ROWS, CPU_LOGITS = 256, 2**20
 
 
 def linear_cross_entropy(
@@ -31,6 +33,8 @@ def linear_cross_entropy(
     exist at once.
     """
     rows, head = cast_alike(hidden, weight)
+    if rows.is_cpu:
+        max_logits = min(max_logits, max(CPU_LOGITS, CPU_ROWS * len(head)))
     chunks = -(-len(rows) * len(head) // max_logits)
     if rows.is_cpu and (extra := pad_rows(len(rows), matmul_dtype(rows)) - len(rows)):
         # Tokens without weight.
@@ -50,9 +54,11 @@ def cross_entropy_with_gradient(logits: Tensor, label: Tensor, weight: Tensor) -
         return cross_entropy.cross_entropy_with_gradient(logits, label, weight)
     log_probability = logits.float().log_softmax(-1)
     nll = -log_probability.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-    gradient = log_probability.exp_()
+    gradient = torch.exp(log_probability, out=logits if logits.dtype == log_probability.dtype else log_probability)
     gradient.scatter_add_(-1, label.unsqueeze(-1), torch.full_like(nll, -1.0).unsqueeze(-1))
-    logits.copy_(gradient.mul_(weight.float().unsqueeze(-1)))
+    gradient.mul_(weight.float().unsqueeze(-1))
+    if gradient is not logits:
+        logits.copy_(gradient)
     return nll
 
 
