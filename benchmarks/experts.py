@@ -11,7 +11,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.baseline import build_layer, missing_baseline
+from benchmarks.baseline import build_layer, choose_experts, missing_baseline
 from benchmarks.candidate import Part, backward_of, products_of
 from benchmarks.decoder import as_trained, layer_figures, our_layer
 from benchmarks.harness import (
@@ -88,15 +88,17 @@ def _compare_with_baseline(report: Report, sizes: Sizes, baseline: str, x: Tenso
     candidates["ours"], candidates["ours products"] = our_layer(config, x)
     note = "disabled by --baseline none" if baseline == "none" else missing_baseline()
     if note is None:
-        candidates["baseline"], candidates["baseline products"] = _baseline_layer(sizes, x)
-        note = "Qwen3MoeSparseMoeBlock with grouped_mm experts"
+        report["baseline_experts"] = chosen = choose_experts(sizes, x.device)
+        experts = chosen["experts_implementation"]
+        candidates["baseline"], candidates["baseline products"] = _baseline_layer(sizes, x, experts)
+        note = f"Qwen3MoeSparseMoeBlock of {chosen['version']} with {experts} experts, its fastest here"
     report["baseline_note"] = note
     alternate(candidates, 20, 3, report.deadline, x.device, timings)
 
 
-def _baseline_layer(sizes: Sizes, x: Tensor) -> tuple[Part, Part]:
+def _baseline_layer(sizes: Sizes, x: Tensor, experts: str) -> tuple[Part, Part]:
     """Return a pass of the baseline's layer, and of its products alone."""
-    layer = build_layer(sizes, x.device)
+    layer = build_layer(sizes, x.device, experts)
     up, down = layer.experts.gate_up_proj.transpose(1, 2), layer.experts.down_proj.transpose(1, 2)
     config = sizes.backbone.experts
     assert config is not None

@@ -215,8 +215,9 @@ def speed_row(found: Found, device: str) -> Table:
     """As in the sections `train` and `experts`: tokens per second of both sides."""
     name = _at(found, ["config", "name"]) or OPEN
     sides = [number(found, who, "tokens_per_second") for who in ("ours", "baseline")]
-    header = ["sizes", "machine", "OpenM6, tokens/s", "baseline, tokens/s", "ratio", "ratio with the same library"]
-    return [header, [f"`{name}`", device, *sides, number(found, "ratio", form=".2f"), ""]]
+    header = ["sizes", "machine", "OpenM6, tokens/s", "baseline, tokens/s", "ratio", "libraries"]
+    libraries = "; ".join(f"{who}: {library}" for who, library in (_at(found, ["libraries"]) or {}).items())
+    return [header, [f"`{name}`", device, *sides, number(found, "ratio", form=".2f"), libraries]]
 
 
 def step_table(found: Found, device: str) -> Table:

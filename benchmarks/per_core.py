@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Deadline, Timing, alternate
-from openm6.core.device import usable_cores
+from openm6.core.device import keep_freed_memory, usable_cores
 
 Steps = Mapping[str, Callable[[], object]]
 MAX_VARIATION = 1.15  # median over fastest; above, a ratio says more about the machine than about the candidates
@@ -74,6 +74,8 @@ def _work(
     if sys.platform == "linux":
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     torch.set_num_threads(1)
+    # As a training run does; it helps all candidates.
+    keep_freed_memory()
     steps, deadline = open_steps(*settings), Deadline(seconds)
     alternate(steps, 0, WARMUP, deadline)
     for number in range(repeats):

@@ -9,13 +9,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.baseline import baseline_candidate, baseline_variants, missing_baseline
+from benchmarks.baseline import (
+    EXPERT_LIBRARIES,
+    baseline_candidate,
+    baseline_variants,
+    choose_experts,
+    missing_baseline,
+)
 from benchmarks.candidate import Candidate, take_turns, time_parts
 from benchmarks.decoder import our_candidate
 from benchmarks.harness import Baseline, Deadline, Json, Report, SizesName, TimeLimit, Timing, device_name, speed_ratio
 from benchmarks.per_core import Steps, ratio, time_per_core, variation
 from benchmarks.sizes import Sizes, check_baseline, choose_sizes, default_name, peak_tflops
-from openm6.core.device import resolve_device
+from openm6.core.device import keep_freed_memory, resolve_device
 from openm6.core.errors import ConfigError
 from openm6.ops.matmul import has_bf16, onednn_is_faster
 
@@ -68,7 +74,10 @@ def _on_gpu(report: Report, sizes: Sizes, device: torch.device, baseline: str) -
     for who in ("ours", "baseline"):
         report.later(who, partial(_figures, who, candidates, parts, sizes, device))
     report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["baseline"]))
-    report["baseline_note"] = _open_candidates(candidates, sizes, device, baseline)
+    experts = _choose_baseline(report, sizes, device, baseline)
+    theirs = EXPERT_LIBRARIES.get(experts or "", "cuBLAS")
+    report["libraries"] = {"ours": "cuBLAS, experts CUTLASS", "baseline": f"cuBLAS, experts {theirs}"}
+    _open_candidates(candidates, sizes, device, experts)
     take_turns(candidates, device, 4, 8, report.deadline)
     for who, candidate in candidates.items():
         parts[who] = time_parts(candidate, device, report.deadline)
@@ -76,8 +85,10 @@ def _on_gpu(report: Report, sizes: Sizes, device: torch.device, baseline: str) -
 
 def _on_cores(report: Report, sizes: Sizes, baseline: str, precisions: list[str]) -> None:
     """Measure each precision for an equal part of the time, then the parts of a step in fp32 in one thread."""
-    note = "disabled by --baseline none" if baseline == "none" else missing_baseline()
-    report["baseline_note"] = note or "transformers' Qwen3-MoE, not compiled, the fastest of its settings"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    experts = _choose_baseline(report, sizes, torch.device("cpu"), baseline)
     # Of fp32; in bf16 torch itself calls oneDNN.
     usual = "MKL" if torch.backends.mkl.is_available() else "the BLAS of this torch"
     report["libraries"] = {"ours": "oneDNN" if onednn_is_faster() else usual, "baseline": usual}
@@ -88,12 +99,10 @@ def _on_cores(report: Report, sizes: Sizes, baseline: str, precisions: list[str]
     report["breakdown_ms"] = breakdown
     for left, precision in zip(range(len(precisions), 0, -1), precisions, strict=True):
         part = Deadline(report.deadline.left * PARTS_FRACTION / left)
-        report["cores"] = time_per_core(open_steps, (sizes, precision, note is None), ROUNDS, part, timings[precision])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+        report["cores"] = time_per_core(open_steps, (sizes, precision, experts), ROUNDS, part, timings[precision])
     try:
         candidates: dict[str, Candidate] = {}
-        _open_candidates(candidates, sizes, torch.device("cpu"), baseline)
+        _open_candidates(candidates, sizes, torch.device("cpu"), experts)
         take_turns(candidates, torch.device("cpu"), 1, 3, report.deadline)
         for who, candidate in candidates.items():
             breakdown[who] = time_parts(candidate, torch.device("cpu"), report.deadline)
@@ -101,11 +110,22 @@ def _on_cores(report: Report, sizes: Sizes, baseline: str, precisions: list[str]
         torch.set_num_threads(threads)
 
 
-def open_steps(sizes: Sizes, precision: str, with_baseline: bool) -> Steps:
-    """Return a step of ours and one of each setting of the baseline, on a CPU."""
+def _choose_baseline(report: Report, sizes: Sizes, device: torch.device, baseline: str) -> str | None:
+    """Return the experts implementation of the baseline, with what was tried in the report; None: no baseline."""
+    report["baseline_note"] = note = "disabled by --baseline none" if baseline == "none" else missing_baseline()
+    if note is not None:
+        return None
+    report["baseline_experts"] = chosen = choose_experts(sizes, device)
+    name, compiled = chosen["experts_implementation"], "compiled" if device.type == "cuda" else "not compiled"
+    report["baseline_note"] = f"Qwen3-MoE of {chosen['version']}, {compiled}, {name} experts, its fastest here"
+    return str(name)
+
+
+def open_steps(sizes: Sizes, precision: str, experts: str | None) -> Steps:
+    """Return a step of ours and, with their `experts` implementation, of each setting of the baseline, on a CPU."""
     cpu = torch.device("cpu")
     steps = {"ours": our_candidate(sizes, cpu, precision == "bf16").step}
-    return {**steps, **(baseline_variants(sizes, precision) if with_baseline else {})}
+    return {**steps, **(baseline_variants(sizes, precision, experts) if experts else {})}
 
 
 def _compared(timings: Mapping[str, Timing], sizes: Sizes) -> dict[str, Any] | None:
@@ -127,19 +147,14 @@ def _compared(timings: Mapping[str, Timing], sizes: Sizes) -> dict[str, Any] | N
     return found
 
 
-def _open_candidates(candidates: dict[str, Candidate], sizes: Sizes, device: torch.device, baseline: str) -> str:
-    """Add both models, on a GPU in host memory until their turn; return a note on the baseline."""
+def _open_candidates(candidates: dict[str, Candidate], sizes: Sizes, device: torch.device, experts: str | None) -> None:
+    """Add both models, on a GPU in host memory until their turn."""
     away = torch.device("cpu")
     candidates["ours"] = our_candidate(sizes, device)
-    candidates["ours"].move(away if device.type == "cuda" else device)
-    note = "disabled by --baseline none" if baseline == "none" else missing_baseline()
-    if note is None:
-        # Uncompiled on a CPU: see docs/benchmarks.md.
-        compiled = device.type == "cuda"
-        candidates["baseline"] = baseline_candidate(sizes, device, compiled)
-        candidates["baseline"].move(away if device.type == "cuda" else device)
-        note = f"transformers' Qwen3-MoE, {'compiled' if compiled else 'not compiled'}, grouped_mm experts"
-    return note
+    candidates["ours"].move(away)
+    if experts is not None:
+        candidates["baseline"] = baseline_candidate(sizes, device, experts)
+        candidates["baseline"].move(away)
 
 
 def _figures(

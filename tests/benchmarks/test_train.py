@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from benchmarks import baseline as baseline_module
 from benchmarks import train as bench
-from benchmarks.baseline import baseline_candidate
+from benchmarks.baseline import baseline_candidate, choose_experts
 from benchmarks.decoder import our_candidate
 from benchmarks.harness import Deadline, Timing
 from benchmarks.per_core import ratio
@@ -53,13 +54,22 @@ def test_there_is_no_ratio_of_times_that_vary():
 
 
 def test_the_baseline_in_bf16_has_two_settings(monkeypatch):
-    steps = bench.open_steps(TINY, "bf16", True)
+    steps = bench.open_steps(TINY, "bf16", "grouped_mm")
     assert set(steps) == {"ours", "baseline, autocast", "baseline, weights in bf16"}
     for step in steps.values():
         first = step()
         assert [step() for _ in range(3)][-1] < first
     with pytest.raises(ConfigError, match="auto, fp32 or bf16"):
         bench.bench_train("cpu", "none", None, None, "fp16")
+
+
+def test_the_baseline_takes_its_fastest_experts_and_says_why_not_others(monkeypatch):
+    monkeypatch.setattr(baseline_module, "MAX_COPIED", 0)
+    found = choose_experts(TINY, CPU)
+    times = found["milliseconds_per_layer"]
+    assert set(times) == {"eager", "grouped_mm"} and found["experts_implementation"] == min(times, key=times.get)
+    assert {"batched_mm", "deepgemm", "sonicmoe"} <= set(found["unusable"])
+    assert "GiB of weights" in found["unusable"]["batched_mm"]
 
 
 def test_an_unknown_baseline_is_refused():
@@ -69,7 +79,7 @@ def test_an_unknown_baseline_is_refused():
 
 def test_both_train_the_same_model():
     """The baseline's weights in our decoder give the baseline's loss, side losses aside."""
-    baseline = baseline_candidate(TINY, CPU, compiled=False).model
+    baseline = baseline_candidate(TINY, CPU, "eager").model
     ours = our_candidate(TINY, CPU).model
     weights = import_qwen(baseline.state_dict(), baseline.config.to_dict())
     ours.backbone.load_state_dict(weights.backbone)
