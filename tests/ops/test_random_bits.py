@@ -27,3 +27,9 @@ def test_numbers_are_uniform_and_belong_to_their_seed_and_draw() -> None:
     torch.testing.assert_close(found.var(1), torch.full((4,), 1 / 12), rtol=0, atol=0.01)
     assert len(found[:, 0].unique()) == 4
     assert torch.equal(uniform(seeds[2:3], draws[2:3], 7)[0], found[2, :7])
+
+
+def test_the_largest_number_is_below_one() -> None:
+    """All 24 bits of this one are set: rounded to 1, it would be infinite noise."""
+    found = uniform(torch.tensor([31]), torch.tensor([0]), 1_467_006)[0]
+    assert float(found.max()) == float(found[-1]) == 1 - 2.0**-24
