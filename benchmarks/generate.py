@@ -1,13 +1,17 @@
-"""Benchmark `generate`: masked parallel and autoregressive decoding of image codes by the same backbone."""
+"""Benchmark `generate`: masked parallel and autoregressive decoding of image codes by the same backbone.
+
+Both have default settings, a cached prompt and the same precision, and both are timed with and without guidance.
+"""
 
 # Shapes: B rows, N positions, G codes per position, D hidden size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 from benchmarks.harness import Json, Report, Timing, alternate, device_name
@@ -15,7 +19,7 @@ from openm6.core.device import resolve_device
 from openm6.inference.decode import DecodeStep, TextHead
 from openm6.inference.masked import MaskedDecodeState, masked_step
 from openm6.inference.prefill import prefill
-from openm6.inference.sampling import MaskedSampling
+from openm6.inference.sampling import MaskedSampling, draw_from
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities, source_segments
@@ -25,17 +29,7 @@ from openm6.models.presets import PRESETS
 
 WORDS = "draw a small red boat with a green sail under a blue sky"
 SECONDS = 150.0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Preset, codec of 256 positions, steps of masked parallel decoding, guidance of both methods."""
-
-    preset: str = "nano"
-    codec: str = "image-256"
-    steps: int = 8
-    guidance: float = 2.0
-    repeats: int = 3
+REPEATS = 5
 
 
 class Autoregressive:
@@ -82,12 +76,13 @@ class Autoregressive:
             logits = self.adapter.group_logits(states, drawn.expand(len(states), -1), group).float()
             if guidance > 0:
                 logits = logits[:1] + guidance * (logits[:1] - logits[1:])
-            drawn[:, group] = logits.argmax(-1)
+            drawn[:, group] = draw_from(logits, torch.rand(1, device=logits.device))
         return drawn
 
 
 def bench_generate(
     json_path: Json = None,
+    preset: Annotated[str, typer.Option("--preset", help="Size of the backbone.")] = "nano",
 ) -> None:
     """Decode an image of 256 positions by masked parallel and by autoregressive decoding.
 
@@ -95,22 +90,22 @@ def bench_generate(
     Example: python -m benchmarks generate --json generate.json
     """
     with Report(json_path, SECONDS) as report:
-        compare(Setting(), report)
+        compare(preset, "image-256", report)
 
 
-def compare(setting: Setting, report: Report) -> None:
+def compare(preset: str, codec: str, report: Report) -> None:
     """Add the results of both methods to the report."""
     device = resolve_device()
-    omni, modalities = _model(setting, device)
+    omni, modalities = _model(preset, codec, device)
     image, text = modalities["image"], modalities["text"]
     assert isinstance(text, Text)
     prompt = source_segments([Part("text", WORDS)], modalities)
     blank = image.blank()
     capacity = -(-(sum(map(len, prompt)) + len(blank) + 1) // 64) * 64
     slots = omni.backbone.new_cache(1, capacity)
-    sampling = MaskedSampling(steps=setting.steps, guidance=setting.guidance, temperature=0.0)
+    default, unguided = MaskedSampling(), MaskedSampling(guidance=0.0)
 
-    def masked() -> Tensor:
+    def masked(sampling: MaskedSampling) -> Tensor:
         position, _ = prefill(omni, prompt, slots, 0)
         state = MaskedDecodeState(None, blank, sampling, 0, position, device)
         while not masked_step(omni, slots, [state]):
@@ -120,8 +115,10 @@ def compare(setting: Setting, report: Report) -> None:
     way = Autoregressive(omni, text, len(blank), capacity)
     like = {"positions": torch.from_numpy(blank.arrays["positions"]).to(device)}
     candidates = {
-        "masked_parallel": masked,
-        "autoregressive": lambda: way.draw(prompt, like, setting.guidance),
+        "masked_parallel": partial(masked, default),
+        "autoregressive": partial(way.draw, prompt, like, default.guidance),
+        "masked_parallel_unguided": partial(masked, unguided),
+        "autoregressive_unguided": partial(way.draw, prompt, like, 0.0),
     }
     timings: dict[str, Timing] = {}
     report.update(
@@ -129,30 +126,33 @@ def compare(setting: Setting, report: Report) -> None:
             "benchmark": "generate",
             "device": device_name(device),
             "torch": torch.__version__,
-            "preset": setting.preset,
+            "precision": str(omni.text.embedding.weight.dtype).removeprefix("torch."),
+            "preset": preset,
             "positions": len(blank),
             "codes": len(blank) * way.adapter.groups,
-            "steps": setting.steps,
-            "guidance": setting.guidance,
+            "steps": default.steps,
+            "guidance": default.guidance,
+            "passes": default.passes,
         }
     )
     report.later("seconds", lambda: {name: one.summary() for name, one in timings.items() if one.seconds})
-    report.later("autoregressive_over_masked", lambda: _ratio(timings))
-    alternate(candidates, setting.repeats, 1, report.deadline, device, timings)
+    for suffix in ("", "_unguided"):
+        report.later(f"autoregressive_over_masked{suffix}", partial(_ratio, timings, suffix))
+    alternate(candidates, REPEATS, 1, report.deadline, device, timings)
 
 
-def _ratio(timings: dict[str, Timing]) -> float | None:
-    slow, fast = timings.get("autoregressive"), timings.get("masked_parallel")
+def _ratio(timings: dict[str, Timing], suffix: str) -> float | None:
+    slow, fast = timings.get(f"autoregressive{suffix}"), timings.get(f"masked_parallel{suffix}")
     return slow.median / fast.median if slow and fast and slow.seconds and fast.seconds else None
 
 
-def _model(setting: Setting, device: torch.device) -> tuple[Omni, Any]:
+def _model(preset: str, codec: str, device: torch.device) -> tuple[Omni, Any]:
     """Return an untrained model: time does not depend on the weights."""
-    preset = PRESETS[setting.preset]
-    values = {"image": {"codec": setting.codec}}
     modalities = build_modalities(
-        ModalitiesConfig.model_validate(values), train_tokenizer([WORDS], 320), {"x": (0.0, 1.0)}
+        ModalitiesConfig.model_validate({"image": {"codec": codec}}),
+        train_tokenizer([WORDS], 320),
+        {"x": (0.0, 1.0)},
     )
     torch.manual_seed(0)
-    omni = Omni(preset.backbone, modalities).eval().requires_grad_(False).to(device)
+    omni = Omni(PRESETS[preset].backbone, modalities).eval().requires_grad_(False).to(device)
     return (omni.to(torch.bfloat16) if device.type == "cuda" else omni), modalities

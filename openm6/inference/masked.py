@@ -3,10 +3,13 @@
 MaskGIT's decoding (arXiv 2202.04200, section 3.2): all masked positions are predicted at once, the most confident are
 kept, the others are predicted again; classifier-free guidance grows over the steps. Positions whose codes are given
 stay as they are, so inpainting is the same loop.
+
+A step runs the block of codes after the cached prompt, some steps without it as well, and the head on masked positions
+alone. How many these are follows from the step, so the device is not asked for it.
 """
 
-# Shapes: B targets, R rows (B, and one more for each that is guided), N positions, G codes of a position, C codebook
-# size, D hidden size
+# Shapes: B targets, R rows (B, and one more for each that runs without its prompt), N positions, M masked positions of
+# all targets, G codes of a position, C codebook size, D hidden size
 
 from __future__ import annotations
 
@@ -18,15 +21,20 @@ import torch
 from torch import Tensor
 
 from openm6.inference.prefill import Prompt, prefill_all, prompt_length, run_block
-from openm6.inference.sampling import MaskedSampling, gumbel
+from openm6.inference.sampling import MaskedSampling, draw_from, gumbel
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
 from openm6.nn.cache import SlotCache
+from openm6.ops.random_bits import uniform
 
 
 class MaskedDecodeState:
-    """Codes being decoded on a device. `slot` holds the prompt (None: there is none), `position` follows it."""
+    """Codes being decoded on a device. `slot` holds the prompt (None: there is none), `position` follows it.
+
+    `remaining` positions are masked. `unprompted` are the hidden states of the last pass without the prompt (N D), None
+    before the first one.
+    """
 
     def __init__(
         self, key: Any, target: Segment, sampling: MaskedSampling, slot: int | None, position: int, device: torch.device
@@ -34,8 +42,9 @@ class MaskedDecodeState:
         self.key, self.target, self.sampling, self.slot, self.position = key, target, sampling, slot, position
         self.unknown = torch.from_numpy(target.arrays["is_masked"]).to(device)  # N
         self.codes = torch.from_numpy(target.arrays["codes"]).to(device).masked_fill(self.unknown[:, None], 0)  # N G
-        self.first_unknown = int(self.unknown.sum())
+        self.first_unknown = self.remaining = int(target.arrays["is_masked"].sum())
         self.step = self.draws = 0
+        self.unprompted: Tensor | None = None
 
     @property
     def progress(self) -> float:
@@ -72,11 +81,11 @@ def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -
         state.step += 1
     codes = torch.stack([state.codes for state in states])  # B N G
     unknown = torch.stack([state.unknown for state in states])  # B N
-    guided = [row for row, state in enumerate(states) if state.sampling.guidance > 0]
-    # With each prompt, then without it for those that are guided.
-    rows = [*range(len(states)), *guided]
-    slots = [state.slot for state in states] + [None] * len(guided)
-    starts = [state.position for state in states] + [0] * len(guided)
+    unprompted = [row for row, state in enumerate(states) if state.sampling.runs_unprompted(state.step)]
+    # With each prompt, then without it.
+    rows = [*range(len(states)), *unprompted]
+    slots = [state.slot for state in states] + [None] * len(unprompted)
+    starts = [state.position for state in states] + [0] * len(unprompted)
     # States of one size have the same grid, but may differ in the embeddings of its cells.
     positions = np.concatenate([states[row].target.arrays["positions"] for row in rows])
     flat = codes[rows].flatten(0, 1)
@@ -87,69 +96,74 @@ def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -
         "positions": torch.from_numpy(positions).to(codes.device),
     }
     hidden = run_block(omni, cache, slots, starts, states[0].target, arrays)  # R N D
-    sampled, confidence = _sample(omni, states, guided, hidden, codes)
-    codes = torch.where(unknown[..., None], sampled, codes)
-    unknown = _still_unknown(states, confidence, unknown)
-    left = unknown.any(1).tolist()
+    for row, found in zip(unprompted, hidden[len(states) :], strict=True):
+        states[row].unprompted = found
+    # The masked positions are sorted to the front.
+    masked = sum(state.remaining for state in states)
+    index = unknown.flatten().to(torch.int8).argsort(descending=True, stable=True)[:masked]  # M
+    sampled, confidence = _sample(omni, states, hidden[: len(states)], index)
+    codes.view(-1, codes.shape[-1]).index_copy_(0, index, sampled)
+    order = confidence.new_zeros(unknown.numel()).index_copy_(0, index, confidence).view_as(unknown)
+    unknown = _still_unknown(states, order, unknown)
     for state, own, mask in zip(states, codes, unknown, strict=True):
         state.codes, state.unknown = own, mask
-    return [state for state, more in zip(states, left, strict=True) if not more]
+    return [state for state in states if not state.remaining]
 
 
-def _sample(
-    omni: Omni, states: list[MaskedDecodeState], guided: list[int], hidden: Tensor, codes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A code for each group of each position in turn, and its log-probability.  # -> B N G, B N"""
+def _sample(omni: Omni, states: list[MaskedDecodeState], hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """A code for each group of each masked position in turn, and its log-probability.  # B N D, M -> M G, M"""
     adapter = omni.adapter(states[0].target.kind)
     assert isinstance(adapter, CodesAdapter)
-    batch, positions, groups = codes.shape
-    index = torch.tensor(guided, dtype=torch.int64, device=codes.device)
-    rows = torch.cat([torch.arange(batch, device=codes.device), index])
-    scale = _column([states[row].sampling.guidance * states[row].progress for row in guided], codes)
-    temperature = _column([state.sampling.temperature for state in states], codes)
-    sampled = torch.zeros_like(codes)
-    confidence = torch.zeros(batch, positions, device=codes.device)
-    for group in range(groups):
-        logits = adapter.group_logits(hidden.flatten(0, 1), sampled[rows].flatten(0, 1), group)
-        logits = logits.float().unflatten(0, (len(rows), positions))  # R N C
-        own, without = logits[:batch], logits[batch:]
-        if guided:
-            own = own.index_copy(0, index, own[index] + scale * (own[index] - without))
-        scores = own / torch.where(temperature > 0, temperature, 1.0)
+    branches = [hidden]
+    if any(state.unprompted is not None for state in states):
+        # For states without guidance the difference is zero.
+        pairs = zip(states, hidden, strict=True)
+        branches.append(torch.stack([own if state.unprompted is None else state.unprompted for state, own in pairs]))
+    both = torch.cat([branch.flatten(0, 1)[index] for branch in branches])  # M D, or 2M D
+    scale = _per_position([state.sampling.guidance * state.progress for state in states], hidden)[index]  # M 1
+    temperature = _per_position([state.sampling.temperature for state in states], hidden)[index]
+    sampled = torch.zeros(len(index), adapter.groups, dtype=torch.int64, device=hidden.device)
+    confidence = torch.zeros(len(index), device=hidden.device)
+    for group in range(adapter.groups):
+        logits = adapter.group_logits(both, sampled.repeat(len(branches), 1), group).float()
+        own = logits[: len(index)]  # M C
+        if len(branches) > 1:
+            own = own + scale * (own - logits[len(index) :])
+        code = own.argmax(-1)
         if any(state.sampling.temperature > 0 for state in states):
-            noise = _noise(states, codes.device, positions, own.shape[-1])
-            scores = torch.where(temperature > 0, scores + noise, own)
+            quantile = uniform(*_seeds(states, hidden.device), hidden.shape[1]).flatten()[index]
+            drawn = draw_from(own / torch.where(temperature > 0, temperature, 1.0), quantile)
+            code = torch.where(temperature[:, 0] > 0, drawn, code)
         for state in states:
             state.draws += state.sampling.temperature > 0
-        sampled[..., group] = scores.argmax(-1)
-        confidence += own.log_softmax(-1).gather(-1, sampled[..., group, None])[..., 0]
+        sampled[:, group] = code
+        confidence += own.log_softmax(-1).gather(-1, code[:, None])[:, 0]
     return sampled, confidence
 
 
 def _still_unknown(states: list[MaskedDecodeState], confidence: Tensor, unknown: Tensor) -> Tensor:
     """Which positions stay masked after this step.  # B N, B N -> B N"""
-    noise = _noise(states, unknown.device, unknown.shape[1])
+    noise = gumbel(*_seeds(states, unknown.device), unknown.shape[1])
     for state in states:
         state.draws += 1
-    scale = _column([state.sampling.noise * (1 - state.progress) for state in states], confidence)[..., 0]
+        # Every step settles at least one.
+        left = math.floor(state.first_unknown * math.cos(math.pi / 2 * state.progress))
+        state.remaining = min(left, state.remaining - 1) if state.step < state.sampling.steps else 0
+    scale = torch.tensor([state.sampling.noise * (1 - state.progress) for state in states], device=unknown.device)
     at_random = torch.tensor([state.sampling.order == "random" for state in states], device=unknown.device)
-    order = torch.where(at_random[:, None], noise, confidence + scale * noise)
-    left = [
-        math.floor(state.first_unknown * math.cos(math.pi / 2 * state.progress)) * (state.step < state.sampling.steps)
-        for state in states
-    ]
-    # The positions of the lowest confidence stay masked; every step settles at least one.
+    order = torch.where(at_random[:, None], noise, confidence + scale[:, None] * noise)
+    # The positions of the lowest confidence stay masked.
     rank = order.masked_fill(~unknown, float("inf")).argsort(-1).argsort(-1)
-    most = (unknown.sum(1) - 1).clamp(min=0)
-    return unknown & (rank < torch.minimum(torch.tensor(left, device=unknown.device), most)[:, None])
+    remaining = torch.tensor([state.remaining for state in states], device=unknown.device)
+    return unknown & (rank < remaining[:, None])
 
 
-def _noise(states: list[MaskedDecodeState], device: torch.device, *shape: int) -> Tensor:
-    """Gumbel noise of the next draw of each state.  # -> B *shape"""
+def _seeds(states: list[MaskedDecodeState], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Seed and index of the next draw of each state.  # B, B"""
     seeds = torch.tensor([state.sampling.seed for state in states], device=device)
-    return gumbel(seeds, torch.tensor([state.draws for state in states], device=device), *shape)
+    return seeds, torch.tensor([state.draws for state in states], device=device)
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
-    """One value per row, broadcast over positions and codes.  # B 1 1"""
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
+def _per_position(values: list[float], hidden: Tensor) -> Tensor:
+    """One value per target, repeated for its positions.  # B N D -> B*N 1"""
+    return torch.tensor(values, device=hidden.device).repeat_interleave(hidden.shape[1])[:, None]

@@ -28,15 +28,27 @@ class Sampling(Config):
 class MaskedSampling(Config):
     """How codes are decoded in parallel.
 
-    `guidance` 0 leaves the unconditional pass out; `noise` is added to the confidences, less of it with every step.
+    The pass without the prompt, for guidance, runs in every `unprompted_every`-th step, counted back from the last one;
+    the steps between use its last hidden states, those before the first one go unguided, and with `guidance` 0 there is
+    none. `noise` is added to the confidences, less of it with every step.
     """
 
     steps: int = Field(default=8, ge=1, le=256)
     guidance: float = Field(default=2.0, ge=0)
+    unprompted_every: int = Field(default=2, ge=1)
     temperature: float = Field(default=1.0, ge=0)
     noise: float = Field(default=2.0, ge=0)
     order: Literal["confidence", "random"] = "confidence"
     seed: int = 0
+
+    def runs_unprompted(self, step: int) -> bool:
+        """Whether a step, the first of which is 1, includes the pass without the prompt."""
+        return self.guidance > 0 and (self.steps - step) % self.unprompted_every == 0
+
+    @property
+    def passes(self) -> int:
+        """Passes over the codes, with and without the prompt."""
+        return self.steps + sum(map(self.runs_unprompted, range(1, self.steps + 1)))
 
 
 class Decoding(Config):
@@ -62,6 +74,12 @@ def gumbel(seed: Tensor, draw: Tensor, *shape: int) -> Tensor:
     """
     noise = uniform(seed, draw, math.prod(shape))
     return -(-noise.log_()).log_().view(len(seed), *shape)
+
+
+def draw_from(scores: Tensor, quantile: Tensor) -> Tensor:
+    """Draw from the softmax of scores, by one number in (0, 1) for each row.  # B V, B -> B"""
+    mass = scores.softmax(-1).cumsum(-1)
+    return torch.searchsorted(mass, quantile[:, None] * mass[:, -1:])[:, 0]
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -175,8 +175,7 @@ class PreparedRequest:
         if isinstance(self.request, TextRequest):
             generated = self.request.sampling.max_tokens
         if isinstance(self.request, CodesRequest):
-            sampling = self.request.sampling
-            generated *= sampling.steps * (2 if sampling.guidance > 0 else 1)
+            generated *= self.request.sampling.passes
         return self.prompt_length + generated
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from benchmarks import generate
 from benchmarks.baseline_qwen import QwenBaseline
-from benchmarks.generate import Setting, compare
 from benchmarks.harness import Report
 from benchmarks.serve import (
     ServeSetting,
@@ -120,9 +120,10 @@ def test_prompts_wait_for_their_moment() -> None:
     assert all(seen.last[number] >= seen.first[number] for number in seen.first) and seen.tokens == 20
 
 
-def test_what_bench_generate_prints() -> None:
+def test_what_bench_generate_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "REPEATS", 1)
     with Report(None, 60) as report:
-        compare(Setting(steps=2, repeats=1), report)
+        generate.compare("nano", "image-64", report)
     found = report.found
-    assert found["positions"] == 256 and found["codes"] >= 256
-    assert found["autoregressive_over_masked"] > 0
+    assert found["positions"] == 64 and found["codes"] >= 64 and found["passes"] == 12
+    assert found["autoregressive_over_masked"] > 0 and found["autoregressive_over_masked_unguided"] > 0

@@ -1,6 +1,6 @@
 """The decoders without a cache and without batches: the whole sequence again for each token and each step.
 
-Slow and short, they are what the engine is compared with. The engine draws by the same rule, `gumbel`.
+Slow and short, they are what the engine is compared with. The engine draws by the same rules, `gumbel` and `draw_from`.
 """
 
 # Shapes: N positions, G codes of a position, V vocabulary
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt
-from openm6.inference.sampling import MaskedSampling, Sampling, filter_logits, gumbel
+from openm6.inference.sampling import MaskedSampling, Sampling, draw_from, filter_logits, gumbel
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Segment, line
+from openm6.ops.random_bits import uniform
 
 
 def hidden_states(model: LoadedModel, prompt: Prompt, target: Segment) -> Tensor:
@@ -59,7 +60,7 @@ def decode_masked_reference(model: LoadedModel, prompt: Prompt, target: Segment,
     assert isinstance(adapter, CodesAdapter)
     unknown = torch.from_numpy(target.arrays["is_masked"])
     codes = torch.from_numpy(target.arrays["codes"]).masked_fill(unknown[:, None], 0)
-    first, draws = int(unknown.sum()), 0
+    first, draws, unprompted = int(unknown.sum()), 0, None
     for step in range(1, sampling.steps + 1):
         share = step / sampling.steps
         arrays = {
@@ -69,16 +70,20 @@ def decode_masked_reference(model: LoadedModel, prompt: Prompt, target: Segment,
             "is_masked": unknown.numpy(),
         }
         target = Segment(target.kind, arrays, target.grid, target.span, unknown.numpy(), "block", target.moves)
-        states = [hidden_states(model, found, target) for found in (prompt, [])]
+        hidden = hidden_states(model, prompt, target)
+        if sampling.guidance > 0 and (sampling.steps - step) % sampling.unprompted_every == 0:
+            unprompted = hidden_states(model, [], target)
         drawn, confidence = torch.zeros_like(codes), torch.zeros(len(codes))
         for group in range(codes.shape[1]):
-            logits, without = (adapter.group_logits(found, drawn, group).float() for found in states)
-            logits = logits + sampling.guidance * share * (logits - without)
-            scores = logits
+            logits = adapter.group_logits(hidden, drawn, group).float()
+            if unprompted is not None:
+                without = adapter.group_logits(unprompted, drawn, group).float()
+                logits = logits + sampling.guidance * share * (logits - without)
+            drawn[:, group] = logits.argmax(-1)
             if sampling.temperature > 0:
-                scores = logits / sampling.temperature + noise(sampling.seed, draws, *logits.shape)
+                quantile = uniform(torch.tensor([sampling.seed]), torch.tensor([draws]), len(codes))[0]
+                drawn[:, group] = draw_from(logits / sampling.temperature, quantile)
                 draws += 1
-            drawn[:, group] = scores.argmax(-1)
             confidence += logits.log_softmax(-1).gather(-1, drawn[:, group, None])[:, 0]
         codes = torch.where(unknown[:, None], drawn, codes)
         order = noise(sampling.seed, draws, len(codes))

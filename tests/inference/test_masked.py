@@ -107,9 +107,9 @@ def test_the_true_codes_of_a_mask_are_never_used(
 
 
 SETTINGS = (
-    MaskedSampling(steps=4, guidance=2.0, seed=1),
+    MaskedSampling(steps=4, guidance=2.0, unprompted_every=3, seed=1),
     MaskedSampling(steps=3, guidance=0.0, seed=2),
-    MaskedSampling(steps=6, guidance=1.0, temperature=0.0, order="random", seed=3),
+    MaskedSampling(steps=6, guidance=1.0, unprompted_every=1, temperature=0.0, order="random", seed=3),
     MaskedSampling(steps=2, guidance=2.0, temperature=0.5, seed=4),
 )
 
@@ -144,22 +144,47 @@ def test_row_i_draws_from_seed_plus_i(model: LoadedModel, prompts: list[Prompt],
         assert torch.equal(decode_masked(model.omni, [prompts[row]], [targets[row]], own)[0], batch[row])
 
 
-def test_without_guidance_there_is_no_empty_prompt(
-    model: LoadedModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"guidance": 0.0}, [2] * 5),
+        ({"unprompted_every": 1}, [4] * 5),
+        ({"unprompted_every": 2}, [4, 2, 4, 2, 4]),
+        ({"unprompted_every": 3}, [2, 4, 2, 2, 4]),
+        ({"unprompted_every": 9}, [2, 2, 2, 2, 4]),
+    ],
+)
+def test_the_pass_without_the_prompt_runs_in_every_nth_step_and_in_the_last(
+    model: LoadedModel, prompts: list[Prompt], settings: Any, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Watch(monkeypatch)
-    blanks = [model.image.blank() for _ in prompts]
-    decode_masked(model.omni, prompts, blanks, MaskedSampling(steps=2, guidance=0.0))
-    assert set(watch.rows) == {len(prompts)}
-    decode_masked(model.omni, prompts, blanks, MaskedSampling(steps=2, guidance=1.0))
-    assert watch.rows[-1] == 2 * len(prompts)
+    watch, sampling = Watch(monkeypatch), MaskedSampling(steps=5, **settings)
+    decode_masked(model.omni, prompts[:2], [model.image.blank()] * 2, sampling)
+    assert watch.rows == rows
+    assert sampling.passes * 2 == sum(rows)
+
+
+def test_the_head_runs_on_masked_positions_alone(
+    model: LoadedModel, prompts: list[Prompt], targets: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, adapter, heads = Watch(monkeypatch), model.omni.adapter("image_out"), list[int]()
+    group_logits = adapter.group_logits
+
+    def counted(hidden: Tensor, *rest: Any) -> Tensor:
+        heads.append(len(hidden))
+        return group_logits(hidden, *rest)
+
+    monkeypatch.setattr(adapter, "group_logits", counted)
+    decode_masked(model.omni, prompts, targets, MaskedSampling(steps=4, unprompted_every=1))
+    masked_positions = [int(sum(unknown.sum() for unknown in passed.values())) for passed in watch.unknown]
+    assert heads == [2 * count for count in masked_positions for _ in range(adapter.groups)]
 
 
 def test_guidance_towards_an_empty_prompt_changes_nothing(model: LoadedModel) -> None:
     """With the empty prompt on both sides, s + g (s - s) = s."""
     blank = [model.image.blank()]
     without, guided = (
-        decode_masked(model.omni, [[]], blank, MaskedSampling(steps=3, guidance=guidance)) for guidance in (0.0, 3.0)
+        decode_masked(model.omni, [[]], blank, MaskedSampling(steps=3, guidance=guidance, unprompted_every=1))
+        for guidance in (0.0, 3.0)
     )
     assert torch.equal(without, guided)
 

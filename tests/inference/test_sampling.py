@@ -1,11 +1,11 @@
-"""Filters of scores, and noise that belongs to a row."""
+"""Draws, filters of scores, and noise that belongs to a row."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from openm6.inference.sampling import filter_logits, gumbel
+from openm6.inference.sampling import draw_from, filter_logits, gumbel
 
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]])
 COUNT = 4000
@@ -26,8 +26,16 @@ def drawn(scores: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_probabilities(temperature: float) -> None:
-    found = drawn(SCORES / temperature)
-    torch.testing.assert_close(found, (SCORES[0] / temperature).softmax(-1), rtol=0, atol=0.03)
+    scores = SCORES / temperature
+    by_quantile = torch.bincount(draw_from(scores.expand(COUNT, -1), torch.rand(COUNT)), minlength=5) / COUNT
+    for found in (drawn(scores), by_quantile):
+        torch.testing.assert_close(found, scores[0].softmax(-1), rtol=0, atol=0.03)
+
+
+def test_a_draw_is_where_the_cumulative_probability_reaches_the_quantile() -> None:
+    scores = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(4, -1)
+    found = draw_from(scores, torch.tensor([2.0**-25, 0.499, 0.501, 1 - 2.0**-24]))
+    assert found.tolist() == [1, 1, 3, 3], "codes of probability 0 are never drawn"
 
 
 def test_top_k_leaves_k() -> None:
