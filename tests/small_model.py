@@ -124,6 +124,9 @@ def demo_sources(split: str = "train") -> dict[str, Source]:
     """All embedded data as the demo uses it, pairs and windows among it, and questions asked about flags."""
     asked = {"kind": "pairs", "left": "countries", "right": "questions", "key": "text_en"}
     more = {"asked": asked, "countries": {"kind": "embedded", "name": "countries"}}
+    fields = {"image": "image", "text_en": "text_en", "tags_en": "tags_en", "categories": ["label"]}
+    paths = {"path": "embedded:shop-train", "test_path": "embedded:shop-test"}
+    more["goods"] = {"kind": "parquet", **paths, "fields": fields, "limit": 60}
     more |= {name: {"kind": "embedded", "name": name, "limit": 60} for name in ("shop", "machines", "audio_events")}
     configs = {**demo_configs(), **source_configs(more, "more")}
     return open_sources(configs, "train" if split == "train" else "test")

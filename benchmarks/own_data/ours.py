@@ -30,12 +30,13 @@ from openm6.inference.engine import score_candidates
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.prefill import prefill_all, prompt_length
 from openm6.inference.sampling import MaskedSampling
-from openm6.modalities.numbers import Histogram
+from openm6.modalities.histogram import Histogram
+from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments, target_segment
 from openm6.models.description import TrainedTask
-from openm6.tasks.builders import hold_out
+from openm6.tasks.builders import hold_out, hold_out_category, hold_out_number
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import Derived, Text
+from openm6.tasks.slots import SHORT, Derived, Text
 from openm6.tasks.task import Example, Task
 
 LANGUAGE = "en"
@@ -127,7 +128,8 @@ def _number_answers(ours: Ours, test: Path, target: str) -> list[Histogram | Non
     reasons = []
     for one in _by_inputs(ours, "numbers"):
         task = TASKS[one.task]
-        pinned = replace(task, target=Derived("numbers", partial(hold_out, column=target), lambda *_: True))
+        build = hold_out_number if task.optional else hold_out
+        pinned = replace(task, target=Derived("numbers", partial(build, column=target), lambda *_: True))
         records = _records(ours, one.source, test)
         rows = [row for row, record in enumerate(records) if target in (record or {}).get("numbers", {})]
         if not rows:
@@ -149,6 +151,13 @@ def _with_value(record: Record, target: str) -> Record:
     return record if value is not None else {**record, "numbers": {**record["numbers"], target: 0.0}}
 
 
+def _with_category(record: Record, target: str) -> Record:
+    """The record with the target unknown, so that its true value cannot show."""
+    true = record["categories"][target]
+    kept = {key: value for key, value in record.items() if true is None or value != true}  # a text may be the label
+    return {**kept, "label": "?", "categories": {**record["categories"], target: "?"}}
+
+
 def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     """Return probabilities of the classes for each record, by the likelihoods of their names.  # N K
 
@@ -158,10 +167,13 @@ def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str],
         FailedError: no trained task predicts this column.
     """
     for one in _by_inputs(ours, "text"):
-        task = TASKS[one.task]
+        task, records = TASKS[one.task], _records(ours, one.source, test)
+        if task.optional and any(target in (record or {}).get("categories", {}) for record in records):
+            pinned = Derived("text", partial(hold_out_category, column=target), lambda *_: True)
+            asked = [record and _with_category(record, target) for record in records]
+            return _likelihoods(ours, replace(task, target=pinned), asked, classes)
         if not (isinstance(task.target, Text) and task.target.name == "label"):
             continue
-        records = _records(ours, one.source, test)
         labels = [str((record or {}).get("label")) for record in records]
         # The label of the source may be another column.
         if sum(own == true for own, true in zip(labels, truth, strict=True)) < len(truth) / 2:
@@ -182,7 +194,8 @@ def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str],
 
 def _likelihoods(ours: Ours, task: Task, records: list[Record | None], classes: Sequence[str]) -> np.ndarray:
     loaded = ours.loaded
-    candidates = [target_segment(task.target.part({"label": name}, LANGUAGE), loaded.modalities) for name in classes]
+    parts = [Part("text", name, {"max_tokens": SHORT}) for name in classes]
+    candidates = [target_segment(part, loaded.modalities) for part in parts]
     found = np.full((len(records), len(classes)), 1 / len(classes))
     examples = {row: example for row, record in enumerate(records) if (example := _example(task, record)) is not None}
     rows = list(examples)

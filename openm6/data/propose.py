@@ -156,6 +156,7 @@ NAMED_KEYS = {"question": "question", "answer": "answer", "tags": "tags_en", "ke
 TEXT_AND_LABEL = {"en": ("text_en", "label"), "zh": ("text_zh", "label_zh")}
 LONG_TEXT = 80  # letters from which a text is worth continuing
 MAX_LABELS = 50  # up to so many, labels are categories; more are names
+MIN_COLUMNS = 2.5  # from which a record is predicted column by column; an image with its label has two
 MIN_RECORDS_FRACTION = 0.5  # of the sample must be able to pose a task
 
 
@@ -194,7 +195,16 @@ def propose_fields(columns: Sequence[Column]) -> Fields | None:
         if "image" in picked and label in picked:
             picked.setdefault(text, picked[label])
     numbers = [column.name for column in columns if column.kind == "number"]
-    return Fields(**picked, numbers=numbers or None)
+    categories = [column.name for column in columns if column.kind == "category"]
+    return Fields(**picked, numbers=numbers or None, categories=categories or None)
+
+
+def _inputs(record: Record) -> int:
+    """Columns of a record that hold anything, an image, a recording and a text among them."""
+    media = sum(key in record for key in ("image", "audio", "tags_en", "tags_zh"))
+    text = any(record.get(x) not in (None, record.get(y)) for x, y in TEXT_AND_LABEL.values())
+    columns = [*(record.get("numbers") or {}).values(), *(record.get("categories") or {}).values()]
+    return media + text + sum(value is not None for value in columns)
 
 
 def propose_tasks(records: Sequence[Record]) -> list[str]:
@@ -211,6 +221,10 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
     else:
         names += ["audio_classification", "audio_regression"]
     names += ["tabular_classification", "tabular_regression", "text_regression"]
+    # All columns are predicted from all others, instead of some from one kind.
+    if statistics.fmean([_inputs(record) for record in records] or [0]) >= MIN_COLUMNS:
+        names = [name for name in names if not name.startswith("tabular") and not name.endswith("regression")]
+        names += ["record_classification", "record_regression"]
     if not keys & {"image", "audio"}:
         labelled = [str(label).lower() in text.lower() for text, label in both if label and text is not None]
         # To copy a word is not to learn it.

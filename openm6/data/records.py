@@ -20,14 +20,14 @@ Record = dict[str, Any]
 
 `id`, `source`, `license`: str · `image`, `audio`: bytes of a PNG, JPEG, FLAC, Ogg, … file, not yet decoded ·
 `text_en`, `text_zh`, `label`, `label_zh`, `question`, `answer`: str · `tags_en`, `tags_zh`: list[str] ·
-`numbers`: dict[str, float | None] (None = missing) ·
+`numbers`: dict[str, float | None] (None = missing) · `categories`: dict[str, str | None] ·
 `series`: dict[str, list[float | None]] · `extra`: dict of anything else.
 """
 
 TEXT_KEYS = ("id", "source", "license", "text_en", "text_zh", "label", "label_zh", "question", "answer")
 LIST_KEYS = ("tags_en", "tags_zh")
 COLUMN_KEYS = (*TEXT_KEYS, *LIST_KEYS, "image", "audio")
-CANONICAL_KEYS = (*COLUMN_KEYS, "numbers", "series", "extra")
+CANONICAL_KEYS = (*COLUMN_KEYS, "numbers", "categories", "series", "extra")
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
@@ -146,6 +146,12 @@ def as_numbers(value: Any, column: str) -> dict[str, float | None] | None:
     return {str(name): as_number(number, f"{column}.{name}") for name, number in found.items()}
 
 
+def as_categories(value: Any, column: str) -> dict[str, str | None] | None:
+    """A cell that maps names to texts (a dict, or JSON text of one)."""
+    found = as_mapping(value, column, "must map names to texts, such as {'colour': 'red'}")
+    return None if found is None else {str(k): as_text(text, f"{column}.{k}") for k, text in found.items()}
+
+
 def as_series(value: Any, column: str) -> dict[str, list[float | None]] | None:
     """A cell that maps names to lists of numbers (a dict, or JSON text of one)."""
     error = "must map names to lists of numbers, such as {'price': [3.5, 4]}"
@@ -203,6 +209,7 @@ class Fields(Config):
     question: str | None = None
     answer: str | None = None
     numbers: list[str] | None = None
+    categories: list[str] | None = None
     extra: list[str] | None = None
 
 
@@ -225,21 +232,29 @@ class RowReader:
             "image": lambda value, column: as_bytes(value, column, MAX_IMAGE_BYTES, open_file),
             "audio": lambda value, column: as_bytes(value, column, MAX_AUDIO_BYTES, open_file),
             "numbers": as_numbers,
+            "categories": as_categories,
             "series": as_series,
             "extra": lambda value, column: as_mapping(value, column) or None,
         }
         self.single = {key: (column, convert[key]) for key, column in named.items()}  # keys that one column fills
         self._numbers = list(fields.numbers or ()) if fields else []
+        self._categories = list(fields.categories or ()) if fields else []
         self._extra = list(fields.extra or ()) if fields else []
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
         # Of each column that is read, the keys that it fills; a column of `extra` fills a key of its own name.
         self.columns: dict[str, list[str]] = {}
         numbers = [*self._numbers, *(PAIRED_COLUMNS if self._paired else ())]
-        fills = [*named.items(), *(("numbers", name) for name in numbers), *((name, name) for name in self._extra)]
+        fills = [
+            *named.items(),
+            *(("numbers", name) for name in numbers),
+            *(("categories", name) for name in self._categories),
+            *((name, name) for name in self._extra),
+        ]
         for key, column in fills:
             self.columns.setdefault(column, []).append(key)
         check_columns(self.columns, columns, where)
-        if not set(named) - {"id", "source", "license"} and not self._numbers and not self._paired:
+        filled = [*self._numbers, *self._categories, *(set(named) - {"id", "source", "license"})]
+        if not filled and not self._paired:
             listing = ", ".join(repr(str(column)) for column in list(columns)[:12])
             raise DataError(
                 f"{where}: no column fills a record: add `fields:`, such as text_en: … (columns: {listing})"
@@ -254,6 +269,8 @@ class RowReader:
                 record[key] = value
         if self._numbers:
             record["numbers"] = {name: as_number(row.get(name), name) for name in self._numbers}
+        if self._categories:
+            record["categories"] = {name: as_text(row.get(name), name) for name in self._categories}
         if self._paired and (names := row.get("num_names")):
             values = row.get("num_values")
             if values is None or len(names) != len(values):

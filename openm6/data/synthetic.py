@@ -62,7 +62,8 @@ class SyntheticSeriesConfig(SourceConfig):
     seed: int = 0
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        return SyntheticSeriesSource(name, self, split, self.count if split == "train" else self.test_count)
+        count = {"train": self.count, "validation": 0, "test": self.test_count}[split]
+        return SyntheticSeriesSource(name, self, split, count)
 
 
 def draw_series(rng: np.random.Generator, length: int) -> tuple[np.ndarray, int, bool]:

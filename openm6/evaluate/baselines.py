@@ -39,17 +39,17 @@ class TargetPrior:
 
 
 class AnswerFrequencies(TargetPrior):
-    """Text: how often each answer occurs in the language of the prompt, add-half smoothed."""
+    """Text: how often each answer occurs in the language of the prompt and for its column, add-half smoothed."""
 
     def __init__(self, examples: list[Example]) -> None:
-        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for example in examples:
-            self.counts[example.language][example.answer] += 1
+            self.counts[example.language, example.column][example.answer] += 1
 
     def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         found = np.full(len(examples), np.inf)
         for row, example in enumerate(examples):
-            answer, counts = example.answer, self.counts[example.language]
+            answer, counts = example.answer, self.counts[example.language, example.column]
             if answer in counts:
                 # One class more than was seen: the probability of a new answer.
                 total = counts.total() + PSEUDO_COUNT * (len(counts) + 1)
@@ -58,7 +58,7 @@ class AnswerFrequencies(TargetPrior):
 
     def covers(self, examples: list[Example]) -> bool:
         """Whether every answer occurred in training: the task has a closed set of answers."""
-        return all(example.answer in self.counts[example.language] for example in examples)
+        return all(example.answer in self.counts[example.language, example.column] for example in examples)
 
 
 class ValueFrequencies(TargetPrior):
@@ -154,7 +154,7 @@ def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarr
     """
     compute = METRICS[metric].values
     if isinstance(prior, AnswerFrequencies) and compute is not None:
-        counts = [prior.counts[example.language] for example in scored.examples]
+        counts = [prior.counts[example.language, example.column] for example in scored.examples]
         answers = [max(found, key=found.__getitem__, default="") for found in counts]
         return compute(dataclasses.replace(scored, answers=list(answers)))
     if metric == "relative_crps":

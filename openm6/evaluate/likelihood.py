@@ -76,7 +76,7 @@ def sequence_nll(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
 
 
 def answer_entropy(examples: list[Example], prior: TargetPrior) -> float | None:
-    """Entropy in bits of the answers given the language; None unless they come from a closed set seen in training.
+    """Entropy in bits of the answers given language and column; None unless training has seen all of them.
 
     Counts underestimate it: (distinct answers - 1) / 2N nats are added for each language (Miller 1955), up to the
     entropy of equally frequent training answers.
@@ -84,10 +84,10 @@ def answer_entropy(examples: list[Example], prior: TargetPrior) -> float | None:
     if not isinstance(prior, AnswerFrequencies) or not prior.covers(examples):
         return None
     total = 0.0
-    for language in {example.language for example in examples}:
-        answers = Counter(example.answer for example in examples if example.language == language)
+    for group in {(example.language, example.column) for example in examples}:
+        answers = Counter(example.answer for example in examples if (example.language, example.column) == group)
         size = answers.total()
         counted = -sum(n / size * math.log2(n / size) for n in answers.values())
         missing = (len(answers) - 1) / (2 * size * math.log(2))
-        total += size * min(counted + missing, math.log2(len(prior.counts[language])))
+        total += size * min(counted + missing, math.log2(len(prior.counts[group])))
     return total / len(examples)

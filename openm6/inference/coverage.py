@@ -58,7 +58,11 @@ def assess(
     names = dict.fromkeys(component.task for component in description.trained_tasks)
     trained = [TASKS[name] for name in names if name in TASKS and not TASKS[name].contrastive]
     given = {part.modality for part in parts} - {"text"}
-    fitting = [task for task in trained if task.output_modality == target and inputs_of(task) == given]
+    fitting = [
+        task for task in trained
+        if task.output_modality == target
+        and (given <= inputs_of(task) if task.optional else given == inputs_of(task))
+    ]  # fmt: skip
     if not fitting:
         return _other_modalities(given, target, trained)
     words = set(words_of(" ".join(str(part.raw) for part in parts if part.modality == "text")))

@@ -17,7 +17,18 @@ from openm6.modalities.image import random_box
 from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.series import NumberSeries, SeriesStats, fit_scale
 from openm6.modalities.text import MASK_CHARACTER
-from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record, as_text, localised, observed
+from openm6.tasks.slots import (
+    MAX_TOKENS,
+    SHORT,
+    Built,
+    Context,
+    Derived,
+    Record,
+    as_text,
+    categories,
+    localised,
+    observed,
+)
 
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
 # The fraction of the words (in Chinese: characters) of a text that is masked, and the mean length of a masked run.
@@ -30,6 +41,8 @@ _COMMA = re.compile(r"[，,]")
 # Shorter series are not used. An anomaly moves one step by this many scales of the series.
 MIN_STEPS = 8
 ANOMALY_SCALES = 6.0
+# Of the columns, in the training examples that are not given all.
+KEPT_COLUMNS = (0.2, 1.0)
 # The bound in a question differs from the value by a fraction of it in this range.
 MARGIN = (0.1, 0.5)
 
@@ -95,6 +108,61 @@ def hold_out(record: Record, context: Context, column: str | None = None) -> Bui
         key=f"{column}={values[column]}",
         words={"column": column.replace("_", " ")},
     )
+
+
+def _shown(record: Record, context: Context, column: str, answer: str = "") -> dict[str, Part]:
+    """Numbers, categories and text of a record but for one column and for a text that holds the answer.
+
+    In half of the training examples only some of the columns are given, so that any number of them may be missing.
+    """
+    rng, language = context.rng, context.language
+    kept = float(rng.uniform(*KEPT_COLUMNS)) if context.train and rng.random() < 0.5 else 1.0
+
+    def others(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name != column and (kept == 1 or rng.random() < kept)}
+
+    numbers, named = others(observed(record)), others(categories(record))
+    text = _text(record, language)
+    parts = {"numbers": Part("numbers", numbers)} if numbers else {}
+    if named:
+        parts["categories"] = Part("text", "; ".join(f"{_words(name)}: {value}" for name, value in named.items()))
+    if text and not (answer and answer.lower() in text.lower()) and (kept == 1 or rng.random() < kept):
+        parts["text"] = Part("text", text)
+    return parts
+
+
+def _words(column: str) -> str:
+    return column.replace("_", " ")
+
+
+def _has_inputs(record: Record, language: str) -> bool:
+    """Whether a record holds more than a target, and prompts of this language suit its text, else its categories."""
+    others = sum(bool(record.get(key)) for key in ("image", "audio", f"text_{language}", f"tags_{language}"))
+    if others + len(observed(record)) + len(categories(record)) < 2:
+        return False
+    texts = {name: localised(record, "text", name) for name in YES_NO}
+    if any(texts.values()):
+        return bool(texts[language])
+    chinese = any("\u4e00" <= letter <= "\u9fff" for letter in "".join(categories(record).values()))
+    return chinese == (language == "zh")
+
+
+def hold_out_number(record: Record, context: Context, column: str | None = None) -> Built:
+    """One number, drawn each time unless it is named, and what else the record holds."""
+    values = observed(record)
+    column = column or sorted(values)[int(context.rng.integers(len(values)))]
+    target = Part("numbers", {column: values[column]})
+    key = f"{column}={values[column]}"
+    return Built(_shown(record, context, column), target, key, {"column": _words(column)})
+
+
+def hold_out_category(record: Record, context: Context, column: str | None = None) -> Built:
+    """One category, drawn each time unless it is named, and what else the record holds."""
+    values = categories(record)
+    column = column or sorted(values)[int(context.rng.integers(len(values)))]
+    answer = values[column]
+    target = Part("text", answer, {"max_tokens": SHORT})
+    return Built(_shown(record, context, column, answer), target, f"{column}={answer}", {"column": _words(column)})
 
 
 def split_series(record: Record, context: Context) -> Built:
@@ -195,6 +263,8 @@ SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_t
 NUMBER = Derived("numbers", hold_out, lambda record, _: observed(record))
 # The price, from all other columns.
 PRICE = Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record))
+ANY_NUMBER = Derived("numbers", hold_out_number, lambda record, lang: observed(record) and _has_inputs(record, lang))
+ANY_CATEGORY = Derived("text", hold_out_category, lambda record, lang: categories(record) and _has_inputs(record, lang))
 FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
 COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: observed(record))
 ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))

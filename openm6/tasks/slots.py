@@ -171,6 +171,11 @@ def observed(record: Record) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value is not None and not math.isnan(value)}
 
 
+def categories(record: Record) -> dict[str, str]:
+    """The category columns of a record that hold a value."""
+    return {name: value for name, value in (record.get("categories") or {}).items() if value}
+
+
 @dataclass(frozen=True)
 class Context:
     """What an example depends on besides its record."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from openm6.tasks.builders import ANOMALY, COLUMN_ANSWER, FUTURE, NUMBER
-from openm6.tasks.slots import LABEL, NUMBERS, TEXT, Derived, Numbers, Text
+from openm6.tasks.builders import ANOMALY, ANY_CATEGORY, ANY_NUMBER, COLUMN_ANSWER, FUTURE, NUMBER
+from openm6.tasks.slots import AUDIO, IMAGE, LABEL, NUMBERS, TEXT, Derived, Numbers, Text
 from openm6.tasks.task import Task
 
+ALL_INPUTS = {
+    "image": IMAGE,
+    "audio": AUDIO,
+    "text": Derived("text"),
+    "tags": Text("tags"),
+    "numbers": Derived("numbers"),
+    "categories": Derived("text"),
+}
 TASKS = {
     "tabular_classification": Task(
         summary="Name the class of a row of numbers",
@@ -24,6 +32,27 @@ TASKS = {
         inputs={"text": TEXT, "numbers": Numbers(min_columns=2)},
         target=NUMBER,
         prompts={"en": ("{text} {numbers} What is its {column}?",), "zh": ("{text} {numbers} {column}是多少？",)},
+    ),
+    "record_classification": Task(
+        summary="Predict a category from all else that a record holds",
+        inputs=ALL_INPUTS,
+        target=ANY_CATEGORY,
+        prompts={
+            "en": ("{image} {audio} {text} {tags} {numbers} {categories} What is its {column}?",),
+            "zh": ("{image} {audio} {text} {tags} {numbers} {categories} {column}是什么？",),
+        },
+        metrics=("exact_match",),
+        optional=True,
+    ),
+    "record_regression": Task(
+        summary="Predict a number from all else that a record holds",
+        inputs=ALL_INPUTS,
+        target=ANY_NUMBER,
+        prompts={
+            "en": ("{image} {audio} {text} {tags} {numbers} {categories} What is its {column}?",),
+            "zh": ("{image} {audio} {text} {tags} {numbers} {categories} {column}是多少？",),
+        },
+        optional=True,
     ),
     "time_series_forecasting": Task(
         summary="Forecast the next steps of a series",

@@ -36,12 +36,17 @@ def literal_texts(prompt: str) -> list[str]:
 
 
 def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str]) -> list[Part]:
-    """The prompt with each `{name}` replaced by its input or words; neighbouring texts become one.
+    """The prompt with each `{name}` replaced by its input, if there is one, or words; neighbouring texts become one.
 
     A text that is too long is cut in its inputs only, never in the words of the prompt.
     """
     parts: list[Part] = []
+    left_out = False
     for index, segment in enumerate(_NAME.split(prompt)):
+        segment = segment.removeprefix(" ") if left_out else segment
+        left_out = index % 2 == 1 and segment not in words and segment not in inputs
+        if left_out:
+            continue
         if index % 2 == 1 and segment not in words:
             part = inputs[segment]
         elif segment:
@@ -75,7 +80,8 @@ class Example:
     """A record as an example of a task. `answer` is the truth as metrics expect it; equal answers share a `key`.
 
     `prompt` holds the prompt's own words without any input: all that remains when the inputs are dropped. Examples
-    of one `block` depend on each other (windows that overlap), so a bootstrap draws them together.
+    of one `block` depend on each other (windows that overlap), so a bootstrap draws them together. `column` is the one
+    that a prompt asks for, if it names one.
     """
 
     task: str
@@ -87,6 +93,7 @@ class Example:
     record_id: str = ""
     prompt: str = ""
     block: str = ""
+    column: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +116,8 @@ class Task:
     needs_negatives: bool = False
     # Nothing is answered: the embeddings of inputs and target are aligned (InfoNCE).
     contrastive: bool = False
+    # A record needs one of the inputs; those that it lacks are left out of the prompt.
+    optional: bool = False
     # The target is the masked part of the input.
     is_inpainting: bool = False
     # Input modality: that of the first input that is not text, if there is one; and output modality.
@@ -123,7 +132,8 @@ class Task:
                     raise ConfigError(f"prompt {prompt!r} names {unknown or language}, not given")
         modalities = [slot.modality for slot in self.inputs.values() if slot.modality != "text"]
         derived = {
-            "input_modality": modalities[0] if modalities else "text",
+            # Of a record with whatever it holds, that of its columns.
+            "input_modality": "numbers" if self.optional else modalities[0] if modalities else "text",
             "output_modality": self.target.modality,
             "metrics": self.metrics or (RECALLS if self.contrastive else self.target.metrics()),
             "baseline": self.baseline or ("chance" if self.contrastive else BASELINES[self.target.modality]),
@@ -134,11 +144,13 @@ class Task:
     def languages(self, record: Record) -> list[str]:
         """Languages in which this record has an example; a spoken record is bound to the language it is spoken in."""
         spoken = (record.get("extra") or {}).get("spoken_language")
-        slots = [*self.inputs.values(), self.target]
+        needed = any if self.optional else all
         return [
             language
             for language in self.prompts
-            if all(slot.present(record, language) for slot in slots) and spoken in (None, language)
+            if self.target.present(record, language)
+            and needed(slot.present(record, language) for slot in self.inputs.values())
+            and spoken in (None, language)
         ]
 
     def build(self, record: Record, context: Context) -> Built:
@@ -150,6 +162,9 @@ class Task:
         inputs = {
             name: built.inputs[name] if name in built.inputs else slot.part(record, context.language)
             for name, slot in self.inputs.items()
+            if name in built.inputs
+            or not self.optional
+            or (slot.present(record, context.language) and not isinstance(slot, Derived))
         }
         return Built(inputs, built.target, built.key, built.words)
 
@@ -184,4 +199,5 @@ class Task:
             record_id=str(record.get("id", "")),
             prompt=without_inputs(prompt, built.words),
             block=str((record.get("extra") or {}).get("block", "")),
+            column=built.words.get("column", ""),
         )

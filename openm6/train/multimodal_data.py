@@ -83,7 +83,8 @@ def _texts(record: Record) -> Iterator[str]:
             yield record[key]
     for key in ("tags_en", "tags_zh"):
         yield ", ".join(record.get(key) or ())
-    for name in (*(record.get("numbers") or ()), *(record.get("series") or ())):
+    yield from filter(None, (record.get("categories") or {}).values())
+    for name in (*(record.get("numbers") or ()), *(record.get("categories") or ()), *(record.get("series") or ())):
         yield " " + name.replace("_", " ")
 
 

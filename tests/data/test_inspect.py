@@ -66,8 +66,9 @@ def test_a_shop_with_troubles(shop):
         "text_en": "title",
         "label": "category",
         "numbers": ["price", "rating"],
+        "categories": ["category", "seller"],
     }
-    assert found.unused == ["seller"]
+    assert found.unused == []
     assert (found.unreadable, found.broken) == (1, 4)
     reasons = " | ".join(found.problems)
     for wanted in ("7 cells where the header has 6", "no file '6.png'", "shop/5: the image", "'cheap'", "not UTF-8"):
@@ -76,8 +77,8 @@ def test_a_shop_with_troubles(shop):
         "image_categorization",
         "image_captioning",
         "text_to_image",
-        "image_regression",
-        "tabular_regression",
+        "record_classification",
+        "record_regression",
     } <= set(found.tasks)
     assert recipe_of(inspection).sources["shop"].kind == "csv"
     json.dumps(asdict(inspection))

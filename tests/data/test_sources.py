@@ -51,6 +51,8 @@ def settings(kind: str, folder: Path) -> dict[str, dict[str, object]]:
                 tar.addfile(member, io.BytesIO(row["text_en"].encode()))
     if kind == "datasets":
         pytest.importorskip("datasets").Dataset.from_list(ROWS).save_to_disk(path)
+    if kind == "synthetic_series":
+        return {"x": {"kind": kind, "count": 60, "test_count": 20}}
     if kind == "embedded":
         return {"x": {"kind": kind, "name": "iris"}}
     if kind == "pairs":
@@ -86,7 +88,7 @@ def test_every_config_survives_its_own_dump(kind, tmp_path):
     assert pickle.loads(pickle.dumps(recipe)) == recipe  # noqa: S301 - our own bytes
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"embedded", "pairs", "datasets"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"embedded", "pairs", "datasets", "synthetic_series"}))
 def test_nothing_at_the_path(kind, tmp_path):
     given = {"kind": kind, "path": str(tmp_path / "none"), **({"columns": ["a"]} if kind == "windows" else {})}
     with pytest.raises(OpenM6Error, match="none"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from openm6.modalities.interface import Part
 from openm6.modalities.series import fit_scale
 from openm6.modalities.text import MASK_CHARACTER
-from openm6.tasks.builders import couplets, mask_words
+from openm6.tasks.builders import couplets, hold_out_category, hold_out_number, mask_words
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import Context
 from tests.small_model import demo_sources
@@ -109,3 +110,48 @@ def test_a_text_with_holes_lacks_a_share_of_its_words_in_short_runs(language: st
         assert places == sorted(places), "what stays is the text, in its order"
         first_runs.add(len(kept[0]))
     assert count < 7 or len(first_runs) > 3
+
+
+RECORD = {
+    "id": "r",
+    "text_en": "a red cup",
+    "numbers": {"price": 4.0, "weight": 2.0, "rating": None},
+    "categories": {"colour": "red", "size": "big", "shop": None},
+}
+
+
+def test_any_column_is_predicted_from_all_else() -> None:
+    task = TASKS["record_regression"]
+    example = task.example(RECORD, np.random.default_rng(0))
+    (column,) = example.target.raw
+    shown = " ".join(str(part.raw) for part in example.source)
+    other = {"price": "weight", "weight": "price"}[column]
+    assert f"'{other}'" in shown and f"'{column}'" not in shown and "rating" not in shown
+    assert "a red cup" in shown and "colour: red; size: big" in shown and f"What is its {column}?" in shown
+    assert "  " not in "".join(str(part.raw) for part in example.source if part.modality == "text")
+
+
+def test_a_text_that_holds_the_answer_is_left_out() -> None:
+    colour = hold_out_category(RECORD, Context("en", np.random.default_rng(0)), "colour")
+    assert set(colour.inputs) == {"numbers", "categories"} and colour.inputs["categories"].raw == "size: big"
+    size = hold_out_category(RECORD, Context("en", np.random.default_rng(0)), "size")
+    assert set(size.inputs) == {"numbers", "categories", "text"} and size.target.raw == "big"
+    assert size.words == {"column": "size"} and size.key == "size=big"
+
+
+def test_in_training_columns_are_missing_in_half_of_the_examples() -> None:
+    many = {"id": "r", "numbers": {f"n{index}": float(index) for index in range(20)}}
+    rng = np.random.default_rng(0)
+    counts = [
+        len(hold_out_number(many, Context("en", rng, train=True)).inputs.get("numbers", Part("numbers", {})).raw)
+        for _ in range(400)
+    ]
+    assert 0.4 < np.mean(np.array(counts) == 19) < 0.65 and np.mean(np.array(counts) < 12) > 0.15
+    assert len(hold_out_number(many, Context("en", rng)).inputs["numbers"].raw) == 19
+
+
+def test_a_record_needs_more_than_the_answer() -> None:
+    for alone in ({"numbers": {"a": 1.0}}, {"categories": {"a": "x"}}, {"text_en": "x"}):
+        assert not TASKS["record_regression"].languages(alone) and not TASKS["record_classification"].languages(alone)
+    chinese = {"categories": {"a": "红", "b": "大"}}
+    assert TASKS["record_classification"].languages(chinese) == ["zh"]
