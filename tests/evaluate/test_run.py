@@ -59,6 +59,13 @@ def test_only_the_tasks_named(run: Path) -> None:
     ]
 
 
+def test_layer_by_layer_the_scores_are_the_same(run: Path) -> None:
+    """The matrices of a model that does not fit stay in its files."""
+    names, settings = ["tabular_regression"], ["eval.records=4", "eval.answers=2"]
+    whole, offloaded = (evaluate(run, names, settings=settings, num_gpu_layers=layers) for layers in (None, 0))
+    assert [result.to_json() for result in offloaded.results] == [result.to_json() for result in whole.results] != []
+
+
 def test_a_task_that_was_not_learned_gets_a_hint(run: Path) -> None:
     with pytest.raises(ConfigError, match="was not trained on task 'text_to_imag'; did you mean 'text_to_image'"):
         evaluate(run, ["text_to_imag"])

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
 from openm6.inference.load import load
+from openm6.kernels.probe import Capabilities
 from openm6.train.run import train_recipe
 from tests.data.sample_images import bomb, png, silence, wav
+from tests.devices import GPU
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 FAST = ["--set", "masked.steps=2", "--set", "text.max_tokens=6"]
@@ -55,6 +58,20 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask(run: Path, *words: str) -> Result:
     return CliRunner().invoke(app, ["generate", str(run), *FAST, *words])
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_on_a_gpu_weights_are_in_bf16_if_it_has_them(
+    bf16: bool, run: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = load(run), []
+    monkeypatch.setattr("openm6.inference.run.load", lambda *_: model)
+    monkeypatch.setattr("openm6.inference.run.answer_question", lambda loaded, *_: seen.append(loaded) or "yes")
+    monkeypatch.setattr(type(model.omni), "device", GPU)
+    found = Capabilities(GPU, "a GPU", (9, 0) if bf16 else (7, 5), bf16, None)
+    monkeypatch.setattr("openm6.inference.run.capabilities", lambda device: found)
+    assert ask(run, "--output", "text", "--text", "a").stdout == "yes\n"
+    assert seen == [model] and model.omni.text.embedding.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_text(run: Path, files: Path) -> None:
