@@ -13,6 +13,7 @@ import torch
 from openm6.core.errors import ConfigError
 from openm6.kernels import probe
 from openm6.kernels.probe import CACHE, Capabilities, capabilities, compile_failure, failure_of, kernel_failure
+from tests.triton_interpreter import need_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -73,7 +74,7 @@ def in_new_process(code: str, **environment: str) -> str:
 
 def test_the_launch_is_real():
     """Without a GPU it fails with Triton's own words; in the interpreter it succeeds on the CPU."""
-    pytest.importorskip("triton")
+    need_triton()
     launch = "print(kernel_failure(torch.device('cpu')))"
     assert in_new_process(launch, TRITON_INTERPRET="1") == "None"
     if not torch.cuda.is_available():

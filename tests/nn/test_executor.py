@@ -109,7 +109,7 @@ def test_block_masks_of_other_packings_compile_nothing_anew(monkeypatch):
                 backbone.executor = LayerExecutor()
                 theirs, _ = backbone(x, meta)
                 backbone.executor = run
-            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+            assert (ours - theirs).float().norm() <= 0.02 * theirs.float().norm()
     assert run.compilations == 2
 
 
@@ -216,7 +216,7 @@ def test_fp32_blocks_under_inductor(dense_mask):
         hidden, _ = backbone(x, meta)
         results.append([hidden, *torch.autograd.grad(hidden.square().sum(), [x, *backbone.parameters()])])
     for compiled, plain in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+        assert (compiled - plain).norm() <= 1e-4 * plain.norm()
     assert run.compilations == 1 and not run.broken
 
 
