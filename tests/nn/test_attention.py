@@ -115,7 +115,8 @@ def test_flex_attention_that_fails_becomes_dense_attention(fails, monkeypatch, c
         for rows in (1, 2, 2):
             parts = [torch.randn(rows, 230, heads, 16, requires_grad=fails == "backward") for heads in (4, 2, 2)]
             many = type(meta)(*(part.expand(rows, *part.shape[1:]) for part in meta.parts()))
-            found, expected = (attend(*parts, mask) for mask in (block_mask(many), visible(many, many)))
+            # Without the padding, of which the mask has more.
+            found, expected = (attend(*parts, mask)[:, :200] for mask in (block_mask(many), visible(many, many)))
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
             if fails == "backward":
                 torch.testing.assert_close(
