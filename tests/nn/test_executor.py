@@ -214,9 +214,9 @@ def test_fp32_blocks_under_inductor(dense_mask):
     for backbone.executor in (LayerExecutor(), run):
         x = torch.linspace(-1, 1, 2 * 32 * 32).view(2, 32, 32).requires_grad_()
         hidden, _ = backbone(x, meta)
-        results.append([hidden, *torch.autograd.grad(hidden.square().sum(), [x, *backbone.parameters()])])
+        results.append([hidden, *torch.autograd.grad((hidden * x.detach().cos()).sum(), [x, *backbone.parameters()])])
     for compiled, plain in zip(results[1], results[0], strict=True):
-        assert (compiled - plain).norm() <= 1e-4 * plain.norm()
+        assert (compiled - plain).norm() <= 1e-3 * plain.norm()
     assert run.compilations == 1 and not run.broken
 
 
