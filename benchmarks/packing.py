@@ -94,7 +94,7 @@ def bench_packing(
 def measure(report: Report, training: MultimodalTraining, device: torch.device) -> None:
     """Measure both streams in turn, after two warm-up rounds."""
     train_step, recipe = TrainStep(training, training.recipe.loop), training.recipe
-    report["rows"], report["length"] = recipe.packing.batch_size, recipe.packing.seq_len
+    report["rows"], report["length"] = recipe.packing.rows, recipe.packing.seq_len
     report["parameters"], report["active_parameters"] = training.omni.count_parameters()
     count = BATCHES[device.type]
     streams = {"packed": _packed(training, count), "dense_text": Stream(dense_text(training, count))}
@@ -126,7 +126,7 @@ def _packed(training: MultimodalTraining, count: int) -> Stream:
 
 def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
     """Return batches of causal rows of text without padding, with a loss on every token."""
-    rows, length = training.recipe.packing.batch_size, training.recipe.packing.seq_len
+    rows, length = training.recipe.packing.rows, training.recipe.packing.seq_len
     text = training.modalities["text"]
     assert isinstance(text, Text)
     sources = open_sources({name: EmbeddedConfig(name=name) for name in TEXTS}, "train")

@@ -16,6 +16,7 @@ from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.files import replace_text
 from openm6.core.lru_cache import LRUCache
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.evaluate.results import EvalReport
 from openm6.inference.load import LoadedModel
@@ -25,7 +26,7 @@ from openm6.train.callbacks import Callback
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.run import read_recipe, recipe_path
+from openm6.train.run import read_recipe, recipe_path, with_batch_size
 from openm6.train.step import StepReport
 
 # The trial evaluates one of 20 and one of 4 records: two parts, since not all work of an evaluation grows with them.
@@ -107,9 +108,9 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
     held_out = [f"loop.held_out.every={WARMUP_STEPS}"] if loop.held_out is not None else []
     checked, values = read_recipe(path, [*overrides, *TRIAL, *held_out])
     assert isinstance(checked, MultimodalRecipe)
-    run = RunFolder.open(folder)
+    run, device = RunFolder.open(folder), resolve_device(device_name)
+    checked, values = with_batch_size(checked, values, device, ProcessGroupContext())
     run.write_config(values)
-    device = resolve_device(device_name)
     on_gpu = device.type == "cuda"
     training = TrialTraining(checked, run, device)
     total, active = training.omni.count_parameters()

@@ -15,6 +15,7 @@ from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine, merge_counts
 from openm6.modalities.batch import Batch, PackedExample, collate, shortened
 
+DEFAULT_ROWS = 4  # of a batch
 ENOUGH = 200  # draws in a row without an example, before they are a reason to stop
 
 
@@ -26,22 +27,30 @@ class PackingConfig(Config):
     `auto`: one shard for one rank, one per row for several.
     """
 
-    batch_size: int = Field(default=4, ge=1)
+    # auto: on a GPU, as many as fit into its memory (train/recipe.py); on a CPU, DEFAULT_ROWS
+    batch_size: int | Literal["auto"] = "auto"
     seq_len: int = Field(default=512, ge=16)
     buffer_size: int = Field(default=8, ge=1)
     num_shards: int | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _shards_divide(self) -> PackingConfig:
-        if isinstance(self.num_shards, int) and (self.num_shards < 1 or self.batch_size % self.num_shards):
+        if self.rows < 1:
+            raise ValueError("batch_size must be at least 1, or auto")
+        if isinstance(self.num_shards, int) and (self.num_shards < 1 or self.rows % self.num_shards):
             raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of num_shards={self.num_shards}: change one of them"
+                f"batch_size={self.rows} must be a multiple of num_shards={self.num_shards}: change one of them"
             )
         return self
 
+    @property
+    def rows(self) -> int:
+        """The number of rows of a batch, over all ranks."""
+        return DEFAULT_ROWS if self.batch_size == "auto" else self.batch_size
+
     def shards_for(self, size: int) -> int:
         """The number of data shards of a run on `size` ranks; ConfigError if some rank would have none."""
-        automatic = self.batch_size if size > 1 else 1
+        automatic = self.rows if size > 1 else 1
         count = automatic if self.num_shards == "auto" else self.num_shards
         if count < size:
             raise ConfigError(
@@ -85,7 +94,7 @@ class Packer:
         """Continue from a position that `merge_cursors` put together; a number of shards that still fits is kept."""
         self._built.clear()
         count = state["num_shards"]
-        fits = count >= self.size and self.config.batch_size % count == 0
+        fits = count >= self.size and self.config.rows % count == 0
         self.sampler.set_shards(count if fits else self.config.shards_for(self.size), self.rank, self.size)
         self.sampler.restore(state)
         if self.rank == 0:  # which holds the counts of all ranks from now on
@@ -100,7 +109,7 @@ class Packer:
             yield replace(collate(rows, self.config.seq_len, self.state()), samples=samples)
 
     def _fill(self, shard: DataShard) -> list[list[tuple[SampleIndex, PackedExample]]]:
-        count = self.config.batch_size // self.sampler.num_shards
+        count = self.config.rows // self.sampler.num_shards
         rows: list[list[tuple[SampleIndex, PackedExample]]] = [[] for _ in range(count)]
         free = [self.config.seq_len] * count
         earlier, shard.buffer = shard.buffer, []

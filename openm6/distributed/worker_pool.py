@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import multiprocessing
@@ -23,6 +24,7 @@ from openm6.core.errors import OpenM6Error, TrainingError
 Work = Callable[[Connection], None]
 STOPS = tuple(one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP"))
 RESUME = "go on with --resume, or with loop.num_processes=1"
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 ALIGNMENT = 64  # bytes of a cache line, where wide loads begin
 
 
@@ -137,6 +139,8 @@ class WorkerPool:
 
 def _run(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
     """Run a worker. It must hold no other end of a pipe, or the others would not notice its end."""
+    # The system kills it when the first process ends, which it might not notice while it computes.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for end in ends:
         if end is not pipe:
             end.close()

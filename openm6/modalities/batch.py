@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from openm6.ops.sequence import PADDING, SequenceMeta
 
 # Tokens of a text that are left if it is cut to fit a row; less would hardly be an example.
 MIN_TEXT_TOKENS = 16
+ALIGNMENT = 64  # bytes from one tensor of a batch to the next, for wide loads
 # Cost of one learned token's head, in units of a token's cost in the backbone.
 HEAD_COST = 0.5
 
@@ -104,17 +108,6 @@ class TokenGroup:
     weight: Tensor
     learned: Tensor
 
-    def to(self, device: torch.device | str) -> TokenGroup:
-        arrays = {name: array.to(device, non_blocking=True) for name, array in self.arrays.items()}
-        rest = [part.to(device, non_blocking=True) for part in (self.example, self.weight, self.learned)]
-        return TokenGroup(self.index.to(device, non_blocking=True), arrays, *rest)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Between processes as arrays: torch would open a file for each tensor.
-        arrays = {name: array.numpy() for name, array in self.arrays.items()}
-        rest = [part.numpy() for part in (self.example, self.weight, self.learned)]
-        return _group_of_arrays, (self.index.numpy(), arrays, *rest)
-
 
 def _group_of_arrays(index: np.ndarray, arrays: Arrays, *rest: np.ndarray) -> TokenGroup:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -152,9 +145,94 @@ class Batch:
         return len(self.tasks)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        groups = {name: group.to(device) for name, group in self.groups.items()}
-        return replace(self, meta=self.meta.to(device), groups=groups)
+        """The same batch on another device, by one copy, for which a GPU is not waited for."""
+        device = torch.device(device)
+        if device == self.meta.example_id.device:
+            return self
+        blob, places = packed(self._tensors())
+        meta, groups = _of_tensors(views(moved(blob, device), places), self.meta.causal, self._keys())
+        return replace(self, meta=meta, groups=groups)
+
+    def _tensors(self) -> list[Tensor]:
+        groups = ((x.index, *x.arrays.values(), x.example, x.weight, x.learned) for x in self.groups.values())
+        return [*self.meta.parts(), *(tensor for group in groups for tensor in group)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """One array between processes, so that one copy moves it to a GPU; torch would open a file for each tensor."""
+        blob, places = packed(self._tensors())
+        rest = {key: value for key, value in vars(self).items() if key not in ("meta", "groups")}
+        return {"blob": blob.numpy(), "places": places, "causal": self.meta.causal, "keys": self._keys(), "rest": rest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = views(torch.from_numpy(state["blob"]), state["places"])
+        vars(self)["meta"], vars(self)["groups"] = _of_tensors(tensors, state["causal"], state["keys"])
+        vars(self).update(state["rest"])
+
+    def _keys(self) -> dict[str, list[str]]:
+        return {name: list(group.arrays) for name, group in self.groups.items()}
+
+
+def _of_tensors(
+    tensors: Iterable[Tensor], causal: bool, keys: dict[str, list[str]]
+) -> tuple[SequenceMeta, dict[str, TokenGroup]]:
+    """What `Batch._tensors` listed, together again; `keys` are those of each group's arrays."""
+    left = iter(tensors)
+    meta = SequenceMeta(*islice(left, 4), causal=causal)
+    return meta, {
+        name: TokenGroup(next(left), {key: next(left) for key in names}, *islice(left, 3))
+        for name, names in keys.items()
+    }
+
+
+Place = tuple[int, torch.dtype, tuple[int, ...]]  # first byte, type and shape of a tensor in a blob
+
+
+def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Place]]:
+    """All tensors as one of bytes, and their places in it; no copy if they are views of one already."""
+    places, size = [], 0
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1:
+        for tensor in tensors:
+            places.append((tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape)))
+        return torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage()), places
+    for tensor in tensors:
+        places.append((size, tensor.dtype, tuple(tensor.shape)))
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    blob = torch.empty(size, dtype=torch.uint8)
+    for view, tensor in zip(views(blob, places), tensors, strict=True):
+        view.copy_(tensor)
+    return blob, places
+
+
+def views(blob: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    """The tensors at these places of a blob, which share its memory."""
+    return [
+        blob[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, dtype, shape in places
+    ]
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches are copied to a GPU while it computes."""
+    return torch.cuda.Stream(device)
+
+
+def moved(blob: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device; what is enqueued on a GPU from now on waits for it, the host only if it is not pinned."""
+    if device.type != "cuda":
+        return blob.to(device, non_blocking=True)
+    stream, compute = copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copy = blob.to(device, non_blocking=True)
+    compute.wait_stream(stream)
+    copy.record_stream(compute)
+    return copy
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Return when the batches that were moved to a GPU are there, and what they were copied from may change."""
+    if device.type == "cuda":
+        copy_stream(device).record_event().synchronize()
 
 
 def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any] | None = None) -> Batch:

@@ -52,7 +52,7 @@ class PinnedArena:
             address = whole.data_ptr() + start
             code = int(runtime.cudaHostRegister(address, size, 0))
             if code != 0:
-                _forget_error()
+                forget_error()
                 soft = -1 if resource is None else resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
                 limit = f", limit {soft / 2**30:.3g} GiB" if soft >= 0 else ""  # it is negative if there is none
                 get_log().warning(
@@ -64,7 +64,7 @@ class PinnedArena:
             registered.append(address)
 
 
-def _forget_error() -> None:
+def forget_error() -> None:
     """Launch a kernel that takes the runtime's last error, which the next kernel would report as its own."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")

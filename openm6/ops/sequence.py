@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,14 +66,6 @@ class SequenceMeta:
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return example_id, attn_order, block_id, positions."""
         return self.example_id, self.attn_order, self.block_id, self.positions
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Between processes as arrays: torch would open a file for each tensor.
-        return _meta_of_arrays, (self.causal, *(part.numpy() for part in self.parts()))
-
-
-def _meta_of_arrays(causal: bool, *arrays: np.ndarray) -> SequenceMeta:
-    return SequenceMeta(*(torch.from_numpy(array) for array in arrays), causal=causal)
 
 
 def causal_meta(batch: int, length: int, start: int = 0, device: torch.device | str | None = None) -> SequenceMeta:

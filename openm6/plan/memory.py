@@ -17,6 +17,7 @@ CONTEXT = 2.0 * 2**30  # bytes of a GPU that the driver, the libraries and the a
 HALF, FULL = 2, 4  # bytes of an element in bf16 and in fp32
 ROW_ELEMENTS = 10.0  # of each row of an expert: its index, gate and position
 FRAGMENTATION = 1.25  # what the allocator's gaps and the buffers of products add to activations
+USED_FRACTION = 0.8  # of the free memory, by a batch that is chosen to fit: heads and adapters need some too
 MIN_TOKENS = 128  # tokens of a micro-batch
 WORKING_FRACTION = 0.25  # of a device's memory that one micro-batch of one layer may take
 
@@ -103,6 +104,13 @@ TIERS: dict[int, Tier] = {
     )
 }
 BY_OPTIMIZER = {"adamw": 16, "muon": 12, "adafactor": 8}
+
+
+def tokens_that_fit(config: BackboneConfig, parameters: float, tier: Tier, element: int, free: float) -> int:
+    """How many tokens a step may have that keeps all activations and takes USED_FRACTION of `free` bytes."""
+    elements = sum(activation_elements(config, layer) for layer in range(config.num_layers))
+    left = USED_FRACTION * free - parameters * tier.kept
+    return max(0, int(left / (FRAGMENTATION * element * elements)))
 
 
 @dataclass(frozen=True)

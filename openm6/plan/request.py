@@ -16,6 +16,7 @@ from openm6.plan.memory import TIERS
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 SEQ_LEN = 512  # tokens per row, by default
+ROWS = 4  # of a batch where a recipe names no number, as on a CPU
 BATCH = 16_384  # tokens per step of one device, by default
 
 
@@ -107,12 +108,12 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     bytes_ = 16 if precision is None else BYTES_PER_PARAMETER[precision]  # at 16 the optimizer decides
     offload = build(OffloadConfig, loop.get("offload") or {}, f"{name}: loop.offload")
     choice = build(ModelConfig, values.get("model") or {}, f"{name}: model")
-    seq_len = int(packing.get("seq_len", SEQ_LEN))
+    seq_len, rows = int(packing.get("seq_len", SEQ_LEN)), packing.get("batch_size", "auto")
     return Model(
         name=name,
         backbone=build_backbone(choice),
         vocabulary=text.get("vocab_size") or preset(choice.preset).vocab_size,
-        batch=int(packing.get("batch_size", 4)) * seq_len,
+        batch=(ROWS if rows == "auto" else int(rows)) * seq_len,
         seq_len=seq_len,
         optimizer=str(optimizer.get("name", "adamw")),
         adapters=True,

@@ -47,13 +47,15 @@ class LoopConfig(Config):
     save_every: int = Field(default=500, ge=1)
     keep_last: int = Field(default=2, ge=1)  # checkpoints kept
     prefetch: int = Field(default=2, ge=1)  # batches made ahead
+    # Processes that make them; auto: on a GPU one per core but one, at most 8, else 1. The batches do not depend on it.
+    num_data_workers: int | Literal["auto"] = "auto"
     # Processes that share a step on a CPU; auto: one per core. A run keeps the number, which decides the order of sums.
     num_processes: int | Literal["auto"] = "auto"
     max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run ends with an error
     energy: EnergyConfig = EnergyConfig()
     tensorboard: bool = True  # if the package is installed
 
-    @field_validator("steps", "num_processes", "activation_checkpointing")
+    @field_validator("steps", "num_processes", "num_data_workers", "activation_checkpointing")
     @classmethod
     def _not_too_small(cls, number: int | str, info: ValidationInfo) -> int | str:
         least = 0 if info.field_name == "activation_checkpointing" else 1

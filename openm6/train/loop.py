@@ -9,7 +9,8 @@ A step can be read in six files, in this order:
 5. `models/backbone.py`: the layers and their masks.
 6. `nn/block.py`: attention, and a dense or sparse MLP.
 
-`train/workers.py` (processes of one machine), `distributed/` (ranks) and `train/offloaded.py` are optional variants.
+`train/feed.py` has other processes make the batches. `train/workers.py` (processes of one machine), `distributed/`
+(ranks) and `train/offloaded.py` are optional variants.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ from openm6.train.callbacks import (
     StagesCallback,
 )
 from openm6.train.config import LOOP_SECTION, LoopConfig
+from openm6.train.feed import batches_ahead
 from openm6.train.metering import MeterCallback
 from openm6.train.metrics import Logger, MetricAverager, open_loggers
 from openm6.train.offloaded import open_train_step
 from openm6.train.step import StepReport, seed_everything
 from openm6.train.training_task import TrainingTask
-from openm6.train.workers import Workers, number_of_workers, prefetch
+from openm6.train.workers import Workers, number_of_workers
 
 # How `steps: auto` is measured.
 SKIPPED = 2  # first steps, slow because of caches, compilation and memory that is claimed
@@ -185,7 +187,7 @@ class _Run:
                 self.workers = stack.enter_context(closing(Workers(training, self.train_step, config, workers)))
                 read, update = self.workers.read, self.workers.update
             else:
-                read = stack.enter_context(prefetch(training.batches(), config.prefetch))
+                read = stack.enter_context(batches_ahead(training, config, self.train_step.device))
                 update = self.train_step.update_ahead if self.train_step.runs_ahead else self.train_step.update
             while not self.length.reached(progress.step):
                 began = time.perf_counter()

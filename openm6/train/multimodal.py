@@ -179,7 +179,7 @@ class MultimodalTraining(TrainingTask):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.recipe.packing.batch_size * self.recipe.packing.seq_len
+        return self.recipe.packing.rows * self.recipe.packing.seq_len
 
     def delink(self) -> dict[str, str]:
         """Copy the weights for each layer; a sharded model is built again, sharded as it was. Outputs stay the same.

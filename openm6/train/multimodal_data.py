@@ -195,7 +195,7 @@ def pack_held_out(
             "loop.held_out needs validation or test records and no source of the mixture has any: raise test_fraction, "
             "or leave it out"
         )
-    packing = recipe.packing.model_copy(update={"num_shards": recipe.packing.batch_size})
+    packing = recipe.packing.model_copy(update={"num_shards": recipe.packing.rows})
     present = recipe.model_copy(update={"mixture": mixture, "packing": packing})
     batches = open_packer(present, sources, modalities, ranks, broken=None).batches()
     return [next(batches) for _ in range(count)]

@@ -8,17 +8,20 @@ from pydantic import Field, field_validator, model_validator
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, nearest
-from openm6.data.packing import PackingConfig
+from openm6.data.packing import DEFAULT_ROWS, PackingConfig
 from openm6.data.quarantine import MAX_BROKEN
 from openm6.data.sources import AnySourceConfig
 from openm6.distributed.config import MeshShape, ParallelConfig
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
-from openm6.models.config import BackboneConfig
-from openm6.models.presets import ModelConfig, preset
+from openm6.models.config import BackboneConfig, count_parameters
+from openm6.models.presets import ModelConfig, build_backbone, preset
+from openm6.plan.memory import BY_OPTIMIZER, FULL, HALF, TIERS, tokens_that_fit
 from openm6.tasks.registry import TASKS, unknown_task
 from openm6.train.config import LoopConfig
+
+MAX_TOKENS = 2**16  # of a step whose size is chosen: a larger one hardly trains faster per token
 
 
 class MixtureComponent(Config):
@@ -79,9 +82,26 @@ class MultimodalRecipe(Config):
         return self.embedding or (PoolConfig() if contrastive else None)
 
 
+def fit_batch_size(recipe: MultimodalRecipe, free: float, ranks: int) -> int:
+    """Return how many rows a step of `ranks` equal GPUs with `free` bytes each has if `packing.batch_size` is auto.
+
+    The largest power of two per rank that fits by the memory model without activation checkpointing, each rank with
+    all weights; up to MAX_TOKENS of a step, and at least the rows of a CPU. An offloaded run has these.
+    """
+    least = DEFAULT_ROWS if ranks == 1 else max(DEFAULT_ROWS, ranks)
+    if recipe.loop.offloaded:
+        return least
+    config, seq_len = build_backbone(recipe.model), recipe.packing.seq_len
+    parameters = count_parameters(config).total + recipe.vocabulary * config.hidden_size
+    tier = TIERS[BY_OPTIMIZER[recipe.loop.optimizer.name]]
+    element = FULL if recipe.loop.precision == "fp32" else HALF
+    rows = min(tokens_that_fit(config, parameters, tier, element, free) // seq_len, MAX_TOKENS // ranks // seq_len)
+    return max(least, ranks * 2 ** max(0, rows.bit_length() - 1))
+
+
 def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfig) -> None:
     """Raise ConfigError if a recipe with a backbone of this config asks for what such a mesh cannot do."""
-    rows, loop, chunks = recipe.packing.batch_size, recipe.loop, recipe.parallel.ep_overlap_chunks
+    rows, loop, chunks = recipe.packing.rows, recipe.loop, recipe.parallel.ep_overlap_chunks
     experts = config.experts
     if rows < shape.size:
         raise ConfigError(f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it")

@@ -26,7 +26,7 @@ from openm6.train.codec import CodecRecipe, CodecTraining
 from openm6.train.image_codec import ImageCodecRecipe, ImageSubject
 from openm6.train.loop import TrainResult, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalTraining
-from openm6.train.recipe import MultimodalRecipe
+from openm6.train.recipe import MultimodalRecipe, fit_batch_size
 from openm6.train.training_task import TrainingTask
 
 Recipe = MultimodalRecipe | CodecRecipe
@@ -123,12 +123,29 @@ def train_recipe(
         _check_alike(ranks, values)
         run = RunFolder.open(run.path)
         get_log().info(str(capabilities(device)))
+        # A resumed run keeps its batches, also on another device.
+        if isinstance(checked, MultimodalRecipe) and not resume:
+            checked, values = with_batch_size(checked, values, device, ranks)
         training = TRAININGS[checked.kind][1](checked, run, device, ranks)
         settings = values if ranks.is_main_process and (path != run.config or overrides) else None
         result = train(training, checked.loop, run, resume, settings=settings)
         if isinstance(checked, MultimodalRecipe):
             get_log().info(_next_steps(checked, run.path))
     return result if ranks.is_main_process else None
+
+
+def with_batch_size(
+    recipe: MultimodalRecipe, values: dict[str, Any], device: torch.device, ranks: ProcessGroupContext
+) -> tuple[MultimodalRecipe, dict[str, Any]]:
+    """Return recipe and plain values with a number of rows, if `packing.batch_size` is auto and the device a GPU."""
+    if recipe.packing.batch_size != "auto" or device.type != "cuda":
+        return recipe, values
+    free = min(ranks.gather(torch.cuda.mem_get_info(device)[0]))
+    rows = fit_batch_size(recipe, free, ranks.size)
+    get_log().info(f"{rows} rows of {recipe.packing.seq_len} tokens fit into a step (packing.batch_size=auto)")
+    values = {**values, "packing": {**values.get("packing", {}), "batch_size": rows}}
+    packing = recipe.packing.model_copy(update={"batch_size": rows})
+    return recipe.model_copy(update={"packing": packing}), values
 
 
 def _next_steps(recipe: MultimodalRecipe, path: Path) -> str:

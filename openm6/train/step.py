@@ -269,11 +269,11 @@ class StepNumbers:
         self._step, self._rate, self._work = step, rate, result.work
         self._layers, self._counts = len(result.loads), counts
         self._metrics = dict(result.metrics)
-        loss, norm = result.loss.detach().to(norm.device, torch.float32), norm.detach().to(torch.float32)
+        loss, norm = result.loss.detach().float(), norm.detach().float()
         self.skip = loss * 0 + norm * 0
         balance = [*(stats.load_cv for stats in result.loads), *(stats.dropped for stats in result.loads)]
         tensors = (value for value in result.metrics.values() if isinstance(value, Tensor))
-        scalars = [value.detach().to(norm.device, torch.float32).reshape(()) for value in (*balance, *tensors)]
+        scalars = [value.detach().float().reshape(()) for value in (*balance, *tensors)]
         numbers = torch.stack([loss.reshape(()), norm.reshape(()), *scalars]).double()
         if counts.device == numbers.device:
             numbers = torch.cat([numbers, counts])

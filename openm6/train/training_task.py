@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
+from openm6.data.packing import Packer
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import Work
 from openm6.models.backbone import Backbone
@@ -47,12 +48,13 @@ class TrainingTask:
     """Base class of every kind of training; `model`, `batches`, `restore` and `loss` must be supplied.
 
     The loop seeds torch, numpy and random again from (seed, step) before each `loss`, so random numbers there repeat
-    exactly. `batches` runs in another thread: it must use generators of its own (`core.seeds`), never the global
-    ones, and must not touch the model.
+    exactly. `batches` runs in another process: it must not touch the model or a GPU, and where processes cannot be
+    forked it runs in a thread, so it must use generators of its own (`core.seeds`), never the global ones.
     """
 
     model: nn.Module
     ranks: ProcessGroupContext = ProcessGroupContext()  # the processes that train the same model
+    packer: Packer | None = None  # that `batches` comes from; several processes may then make its examples
     max_parts: int = 1  # into how many parts, each worth a process, a batch may be split
     # Whether `after_step` acts on nothing but `loads`, and not at all if they are zero, as those of a skipped step.
     after_step_needs_loads_alone: bool = False

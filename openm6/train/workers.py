@@ -1,4 +1,4 @@
-"""Work beside the loop's thread: batches made ahead, and data-parallel workers on the cores of one machine.
+"""Data-parallel workers on the cores of one machine.
 
 Workers are forked processes that share the weights and each step. A worker takes a part of the batch and runs the same
 train step as a process alone or a distributed rank. Only the sum over ranks differs: gradients are summed in shared
@@ -8,73 +8,28 @@ memory, each parameter's by the worker that owns it, always in the same order, a
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openm6.core.device import usable_cores
-from openm6.core.errors import ConfigError, OpenM6Error, TrainingError
+from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.worker_pool import WorkerPool, can_fork, share_model, shared_like
 from openm6.optim.sharding import assign_owners
 from openm6.train.config import LOOP_SECTION, LoopConfig
+from openm6.train.feed import BatchFeed
 from openm6.train.step import StepReport, TrainStep
 from openm6.train.training_task import Batch, TrainingTask
 
 COLLECT = "collect"
-JOIN_SECONDS = 5.0  # that a run waits at its end for a batch which is still being made
-ENDED = "the data ended before the run did: batches() must go on for ever"
-Item = TypeVar("Item")
 Value = TypeVar("Value")
-
-
-@contextmanager
-def prefetch(source: Iterator[Item], ahead: int) -> Iterator[Callable[[], Item]]:
-    """Enter with a function that returns the next item of `source`; a thread stays `ahead` items in front.
-
-    A failure of `source` is raised by the function, also when it is called again.
-    """
-    ready: queue.Queue[Item | BaseException] = queue.Queue()
-    allowed, stopping = threading.Semaphore(ahead), threading.Event()  # one permit per item that is not read yet
-
-    def fill() -> None:
-        # For this thread alone: two pools of OpenMP threads on the same cores would wait for each other.
-        torch.set_num_threads(1)
-        try:
-            while allowed.acquire() and not stopping.is_set():
-                ready.put(next(source))
-        except StopIteration:
-            ready.put(TrainingError(ENDED))
-        except BaseException as failure:  # raised where the item is asked for
-            ready.put(failure)
-
-    def read() -> Item:
-        item = ready.get()
-        if isinstance(item, BaseException):
-            ready.put(item)
-            raise item
-        allowed.release()
-        return item
-
-    thread = threading.Thread(target=fill, name="openm6-batches", daemon=True)
-    thread.start()
-    try:
-        yield read
-    finally:
-        stopping.set()
-        allowed.release()
-        thread.join(JOIN_SECONDS)  # a thread stuck in a slow read is left to end with the program
 
 
 def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder) -> int:
@@ -107,48 +62,35 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
 class Workers(ProcessGroupContext):
     """Forked processes as ranks of a train step: values pass through pipes to the first and back, gradients in memory.
 
-    One more process makes batches ahead and sends each worker its part: a thread would compete with the training for
-    its interpreter lock and its core.
+    Each reads its part of a batch from one `BatchFeed`.
     """
 
     shares_memory = True
 
     def __init__(self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, size: int) -> None:
         share_model(training.model)
-        self._training, self._train_step, self._ahead = training, train_step, config.prefetch
+        self._train_step, self._feed = train_step, BatchFeed(training, config, size)
         self.size, self._parameters = size, train_step.parameters
         self.owner = assign_owners([parameter.numel() for parameter in self._parameters], size)
         self._sent = [shared_like(self._parameters) for _ in range(size)]  # rank -> gradients for others
         self._threads = torch.get_num_threads()
-        pairs = [multiprocessing.Pipe(duplex=False) for _ in range(size)]
-        self._readers, self._writers = [reader for reader, _ in pairs], [writer for _, writer in pairs]
         train_step.ranks = self
         works = [partial(self._work, rank) for rank in range(1, size)]
         self._pipe: Connection | None = None  # of another process than the first, to it
-        self._pool = WorkerPool([*works, self._make_batches], service=1)
-        self._close_others(reader=0)
+        self._pool = WorkerPool([*works, *self._feed.works], service=len(self._feed.works))
+        self._feed.keep_reader(0)
         torch.set_num_threads(1)  # the other cores are in use
 
     def close(self) -> None:
         """End the other processes; the train step is that of one process again."""
         self._train_step.ranks = ProcessGroupContext()
         torch.set_num_threads(self._threads)
+        self._feed.close()
         self._pool.close()
 
     def read(self) -> Batch:
-        """Return this process's part of the next batch.
-
-        Raises:
-            OpenM6Error: the error that making it failed with.
-            TrainingError: the process that makes batches failed otherwise, or was killed.
-        """
-        try:
-            item: Batch | OpenM6Error = self._readers[self.rank].recv()
-        except EOFError:
-            raise TrainingError("the process that makes batches has ended: go on with --resume") from None
-        if isinstance(item, OpenM6Error):
-            raise item
-        return item
+        """Return this process's part of the next batch, as `BatchFeed.read` does."""
+        return self._feed.read(self.rank)
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Run `TrainStep.update` in all processes; `batch` is the part of this one."""
@@ -201,7 +143,7 @@ class Workers(ProcessGroupContext):
     def _work(self, rank: int, pipe: Connection) -> None:
         """Take part in every step, in a process of its own."""
         self.rank, self._pipe = rank, pipe
-        self._close_others(reader=rank)
+        self._feed.keep_reader(rank)
         while True:
             message = pipe.recv()
             if message != COLLECT:
@@ -213,34 +155,3 @@ class Workers(ProcessGroupContext):
                 for index, parameter in enumerate(self._parameters)
                 if self.owner[index] == rank and parameter in state
             })  # fmt: skip
-
-    def _make_batches(self, pipe: Connection) -> None:
-        """Make batches, in a process of its own, until nobody reads them; the first reader reports a failure."""
-
-        def send(waiting: queue.Queue[Any], writer: Connection) -> None:
-            try:
-                while True:
-                    writer.send(waiting.get())
-            except OSError:
-                os._exit(0)  # no reader is left
-
-        self._close_others(reader=None)
-        queues: list[queue.Queue[Any]] = [queue.Queue(self._ahead) for _ in self._writers]
-        for waiting, writer in zip(queues, self._writers, strict=True):
-            threading.Thread(target=send, args=(waiting, writer), daemon=True).start()
-        try:
-            for batch in self._training.batches():
-                for waiting, part in zip(queues, self._training.split(batch, len(queues)), strict=True):
-                    waiting.put(part)
-            queues[0].put(TrainingError(ENDED))
-        except OpenM6Error as error:
-            queues[0].put(error)
-        except Exception as error:
-            queues[0].put(TrainingError(f"making a batch failed: {type(error).__name__}: {error}"))
-        pipe.recv()  # until the pool is closed
-
-    def _close_others(self, reader: int | None) -> None:
-        """Close the ends of pipes that this process does not use: an open one hides that its owner has ended."""
-        unused = [end for index, end in enumerate(self._readers) if index != reader]
-        for end in [*unused, *(self._writers if reader is not None else ())]:
-            end.close()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from openm6.checkpoint.folder import step_folder
 from openm6.core.config import build
 from openm6.core.run_folder import RunFolder
+from openm6.modalities.batch import Batch
 from openm6.nn import moe
 from openm6.ops.sequence import visible
+from openm6.train.callbacks import MemoryCallback, SpikeCallback
 from openm6.train.loop import train
+from openm6.train.metering import MeterCallback
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.step import TrainStep
+from openm6.train.step import StepReport, TrainStep
 from tests.devices import CPU, on_each_device
 from tests.host_reads import HostReads
 from tests.train.tiny_recipe import tiny_recipe
@@ -28,6 +32,8 @@ from tests.train.tiny_recipe import tiny_recipe
 # Of a resumed run on a GPU, and of products in bf16 on a CPU: their sums have no fixed order. A CPU repeats fp32 to the
 # bit.
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+# Moves of what is on the device already: a load, unless the router of another stage sends it; torch's gradient norm.
+THERE_ALREADY = ("to(device) at openm6/nn/moe.py", "to(device) at openm6/distributed/process_group.py")
 
 
 def opened(folder: Path, device: torch.device, **loop: object) -> MultimodalTraining:
@@ -39,18 +45,22 @@ def opened(folder: Path, device: torch.device, **loop: object) -> MultimodalTrai
 
 
 @contextmanager
-def no_waiting(device: torch.device) -> Iterator[None]:
-    """Fail where the host waits for the device; on a CPU, where it would wait for a GPU."""
+def no_waiting(device: torch.device, allowed: str = "/") -> Iterator[dict[str, int]]:
+    """Fail where the host waits for the device; on a CPU, where it would wait for a GPU, but in the file `allowed`.
+
+    Its waits on a CPU are entered in the dictionary afterwards.
+    """
+    found: dict[str, int] = {}
     if device == CPU:
         with HostReads() as reads:
-            yield
-        # A load is on the device of the bias already, unless the router of another stage sends it.
-        waits = [found for found in reads.found if not found.startswith("to(device) at openm6/nn/moe.py")]
+            yield found
+        found |= {place: count for place, count in reads.found.items() if f" at {allowed}:" in place}
+        waits = [place for place in reads.found if place not in found and not place.startswith(THERE_ALREADY)]
         assert not waits, waits
         return
     torch.cuda.set_sync_debug_mode("error")
     try:
-        yield
+        yield found
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -89,6 +99,48 @@ def test_a_whole_loss_and_its_gradient_wait_for_nothing(
     with no_waiting(device):
         loss = run()
     assert loss.isfinite()
+
+
+@on_each_device
+def test_a_whole_step_waits_for_nothing(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the batch on the host to the optimizer and the callbacks; the report of the step before is there already."""
+    if device == CPU:
+        monkeypatch.setattr("openm6.models.backbone.choose_mask", lambda meta, *_: visible(meta, meta))
+        monkeypatch.setattr(moe, "choose_backend", lambda *_: "fused")
+        monkeypatch.setattr("openm6.train.step.AHEAD", ("cpu",))
+    settings = {"precision": "bf16", "compile": False, "activation_checkpointing": 0, "num_processes": 1}
+    training = opened(tmp_path, device, log_every=2, save_every=99, **settings)
+    work = training.attribution.work(next(training.batches()))
+    # What tasks cost is counted on the host, before the batch leaves it.
+    monkeypatch.setattr(training.attribution, "work", lambda _: work)
+    update, reads = TrainStep.update_ahead, []
+
+    def watched(train_step: TrainStep, batch: Batch, step: int, total: int | None) -> StepReport | None:
+        if step < 4:  # kernels are compiled, FlexAttention is tried, and moments are allocated
+            return update(train_step, batch, step, total)
+        with no_waiting(device, allowed="openm6/train/step.py") as found:
+            report = update(train_step, batch, step, total)
+        reads.append(found)
+        assert report is not None and report.step == step - 1
+        return report
+
+    monkeypatch.setattr(TrainStep, "update_ahead", watched)
+    for callback in (MeterCallback, SpikeCallback, MemoryCallback):
+        monkeypatch.setattr(callback, "after_step", watching(callback.after_step, device))
+    train(training, training.recipe.loop, RunFolder.open(tmp_path))
+    assert len(reads) == 3
+    if device == CPU:  # the numbers of the step before
+        assert all(sum(found.values()) == 1 and next(iter(found)).startswith("tolist") for found in reads), reads
+
+
+def watching(act: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`act`, which must wait for nothing."""
+
+    def watched(*given: Any) -> Any:
+        with no_waiting(device):
+            return act(*given)
+
+    return watched
 
 
 def test_a_wait_is_found_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

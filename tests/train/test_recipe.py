@@ -13,15 +13,18 @@ from tokenizers import Tokenizer
 from openm6.core.config import build
 from openm6.core.run_folder import RunFolder
 from openm6.data.sources import open_sources
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.text import train_tokenizer
 from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset
+from openm6.offload.config import OffloadConfig
 from openm6.plan.request import read_model
 from openm6.tasks.registry import TASKS
 from openm6.train import multimodal_data
 from openm6.train.multimodal import MultimodalTraining
-from openm6.train.recipe import MultimodalRecipe
-from openm6.train.run import SHIPPED, read_recipe, recipe_path
+from openm6.train.recipe import MAX_TOKENS, MultimodalRecipe, fit_batch_size
+from openm6.train.run import SHIPPED, read_recipe, recipe_path, with_batch_size
+from tests.devices import CPU, GPU
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 DEMO = read_recipe(recipe_path("demo"), [])[0]
@@ -98,3 +101,20 @@ def test_the_tokenizer_is_trained_at_that_size(
     values = tiny_recipe() | {"modalities": {"text": {"vocab_size": named}}}
     training = MultimodalTraining(build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu"))
     assert sizes == [expected] and training.description.modalities.text.vocab_size == expected
+
+
+def test_a_batch_grows_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In powers of two per rank; a number in the recipe stands, and on a CPU there are four rows."""
+    assert isinstance(DEMO, MultimodalRecipe)
+    rows = [fit_batch_size(DEMO, gib * 2**30, 1) for gib in (0.1, 4, 8, 16, 80)]
+    assert rows[0] == 4 and rows == sorted(rows) and rows[1] < rows[3] and rows[-1] * 512 == MAX_TOKENS
+    assert all(count.bit_count() == 1 for count in rows)
+    assert fit_batch_size(DEMO, 4 * 2**30, 3) == 3 * rows[1]
+    offloaded = DEMO.model_copy(update={"loop": DEMO.loop.model_copy(update={"offload": OffloadConfig()})})
+    assert fit_batch_size(offloaded, 80 * 2**30, 1) == 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 2**30, 80 * 2**30))
+    chosen, values = with_batch_size(DEMO, {"packing": {"seq_len": 512}}, GPU, ProcessGroupContext())
+    assert chosen.packing.rows == rows[-1] and values["packing"] == {"seq_len": 512, "batch_size": rows[-1]}
+    for recipe, device in ((DEMO, CPU), (chosen, GPU)):
+        assert with_batch_size(recipe, {}, device, ProcessGroupContext()) == (recipe, {})
+    assert DEMO.packing.rows == 4

@@ -1,15 +1,12 @@
-"""Batches made ahead; processes that share a step: the same training as one, exact resuming, nothing left behind."""
+"""Processes that share a step: the same training as one, exact resuming, nothing left behind."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from openm6.core.errors import ConfigError, DataError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.train.loop import train
 from openm6.train.step import TrainStep
-from openm6.train.workers import Workers, number_of_workers, prefetch
+from openm6.train.workers import Workers, number_of_workers
 from tests.train.toy_training import ToyTraining, assert_same_run, toy_config, untimed
 from tests.train.workers_training import WorkersTraining, workers_config
 
@@ -94,7 +91,7 @@ def start(folder: Path, workers: int) -> subprocess.Popen[str]:
 def test_a_killed_run_leaves_no_process_behind_and_resumes_exactly(tmp_path: Path, whole: dict[int, Path]) -> None:
     process = start(tmp_path, workers=2)
     others = children_of(process.pid)
-    assert len(others) == 2, "one worker and the data worker"
+    assert len(others) == 2, "one worker and the process that makes batches"
     process.kill()
     process.communicate(timeout=60)
     assert wait_until_gone(others)
@@ -159,62 +156,3 @@ def test_parameters_have_owners_evenly() -> None:
     training.model = torch.nn.ParameterList(torch.zeros(size) for size in (5, 1, 4, 2, 3))
     with closing(Workers(training, TrainStep(training, toy_config()), toy_config(), 2)) as workers:
         assert workers.owner == [0, 0, 1, 0, 1]
-
-
-def test_the_order_is_that_of_the_source() -> None:
-    with prefetch(itertools.count(), 3) as read:
-        assert [read() for _ in range(200)] == list(range(200))
-
-
-def test_no_more_is_made_than_asked_for_and_some_ahead() -> None:
-    made: list[int] = []
-    with prefetch((made.append(index) or index for index in itertools.count()), 2) as read:  # type: ignore[func-returns-value]
-        assert read() == 0
-    assert len(made) <= 1 + 2  # used, and waiting
-
-
-def test_the_thread_ends_with_the_reader() -> None:
-    before = threading.active_count()
-    with prefetch(itertools.count(), 1) as read:
-        read()
-        assert threading.active_count() == before + 1
-    assert threading.active_count() == before
-
-
-def test_a_thread_stuck_in_a_read_does_not_keep_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openm6.train.workers.JOIN_SECONDS", 0.1)
-    stuck, before = threading.Event(), set(threading.enumerate())
-
-    def source() -> Iterator[int]:
-        yield 1
-        stuck.wait()
-
-    with prefetch(source(), 2) as read:
-        assert read() == 1
-    (left,) = set(threading.enumerate()) - before
-    assert left.daemon  # it does not keep the program either
-    stuck.set()
-    left.join()
-
-
-def broken() -> itertools.chain[int]:
-    def tail():
-        raise DataError("row 7 is broken")
-        yield 0
-
-    return itertools.chain([1, 2], tail())
-
-
-def test_a_failure_comes_after_the_good_items_and_stays() -> None:
-    with prefetch(broken(), 5) as read:
-        assert [read(), read()] == [1, 2]
-        for _ in range(2):
-            with pytest.raises(DataError, match="row 7"):
-                read()
-
-
-def test_a_source_that_ends_is_an_error() -> None:
-    with prefetch(iter([1]), 2) as read:
-        read()
-        with pytest.raises(TrainingError, match="the data ended"):
-            read()
