@@ -35,6 +35,8 @@ class PinnedArena:
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # the system may have none
                 memory.madvise(mmap.MADV_HUGEPAGE)
+            # A forked process would keep the pages as they were, and what this one writes would be copies of them.
+            memory.madvise(mmap.MADV_DONTFORK)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.buffers = list(whole[: sum(sizes)].split(list(sizes)))
         runtime: Any = torch.cuda.cudart() if pin and sizes else None

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -38,7 +38,7 @@ from openm6.train.config import LoopConfig
 from openm6.train.training_task import Batch, TrainingTask
 
 CPU = torch.device("cpu")
-MAX_AUTO_WORKERS = 8  # of which each makes examples of some 100,000 tokens per second
+MAX_AUTO_WORKERS = 8  # that make examples: one process packs them, which limits what more would add
 SAMPLES_AHEAD = 16  # of each data shard, that other processes make examples of
 SLOT_BYTES = 2**24  # of the shared memory of a batch at least; untouched memory takes no space
 TOKEN_BYTES = 2**13  # per token; a batch that needs more passes through a pipe
@@ -96,7 +96,7 @@ def _checked(item: Any) -> Any:
     return item
 
 
-def number_of_workers(config: LoopConfig, device: torch.device) -> int:
+def number_of_data_workers(config: LoopConfig, device: torch.device) -> int:
     """Return how many processes make examples: on a CPU, which trains on all cores, the one that packs them is all."""
     if config.num_data_workers != "auto":
         return config.num_data_workers
@@ -117,7 +117,7 @@ class BatchFeed:
         self._training = training
         capacity = max(SLOT_BYTES, TOKEN_BYTES * -(-training.tokens_per_step // training.ranks.size))
         self._slots = [Slots(config.prefetch + 1, capacity, device) for _ in range(readers)]
-        workers = number_of_workers(config, device) if training.packer is not None else 1
+        workers = number_of_data_workers(config, device) if training.packer is not None else 1
         # Of each process that makes examples: the end of the one that packs them, and its own.
         self._pipes = [multiprocessing.Pipe() for _ in range(workers if workers > 1 else 0)]
         makers = [partial(self._make_examples, index) for index in range(len(self._pipes))]
@@ -269,6 +269,8 @@ class Slots:
 
     def close(self) -> None:
         """Let a GPU forget the memory."""
+        with suppress(RuntimeError):  # a GPU that is gone
+            wait_for_copies(self._device)
         for address, _ in self._pinned.values():
             if address:
                 torch.cuda.cudart().cudaHostUnregister(address)

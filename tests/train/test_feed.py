@@ -20,7 +20,7 @@ from openm6.core.errors import DataError, TrainingError
 from openm6.distributed.worker_pool import WorkerPool, can_fork, children
 from openm6.modalities.batch import Batch
 from openm6.train.config import LoopConfig
-from openm6.train.feed import BatchFeed, Slots, batches_ahead, number_of_workers
+from openm6.train.feed import BatchFeed, Slots, batches_ahead, number_of_data_workers
 from openm6.train.training_task import TrainingTask
 from tests.devices import CPU, GPU, needs_gpu
 from tests.train.test_on_device import opened
@@ -222,12 +222,12 @@ def test_memory_for_a_gpu_is_pinned_once_unless_batches_grow(monkeypatch: pytest
 def test_the_number_of_processes_follows_cores_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openm6.train.feed.usable_cores", lambda: 16)
     auto = LoopConfig()
-    assert number_of_workers(auto, CPU) == 1 and number_of_workers(auto, GPU) == 8
+    assert number_of_data_workers(auto, CPU) == 1 and number_of_data_workers(auto, GPU) == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert number_of_workers(auto, GPU) == 3
+    assert number_of_data_workers(auto, GPU) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert number_of_workers(auto, GPU) == 1
-    assert number_of_workers(LoopConfig(num_data_workers=5), CPU) == 5
+    assert number_of_data_workers(auto, GPU) == 1
+    assert number_of_data_workers(LoopConfig(num_data_workers=5), CPU) == 5
 
 
 def test_several_readers_get_their_parts() -> None:
