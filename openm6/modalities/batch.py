@@ -189,10 +189,11 @@ Place = tuple[int, torch.dtype, tuple[int, ...]]  # first byte, type and shape o
 
 def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Place]]:
     """All tensors as one of bytes, and their places in it; no copy if they are views of one already."""
-    places, size = [], 0
+    places: list[Place] = []
+    size = 0
     if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1:
         for tensor in tensors:
-            places.append((tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape)))
+            places.append((int(tensor.storage_offset()) * tensor.element_size(), tensor.dtype, tuple(tensor.shape)))
         return torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage()), places
     for tensor in tensors:
         places.append((size, tensor.dtype, tuple(tensor.shape)))

@@ -35,7 +35,8 @@ class PinnedArena:
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # the system may have none
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            # A forked process would keep the pages as they were, and what this one writes would be copies of them.
+            # A fork would copy all pinned pages at once, or move the pages that the GPU writes to out of this process,
+            # and keep a copy of what is written later.
             memory.madvise(mmap.MADV_DONTFORK)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.buffers = list(whole[: sum(sizes)].split(list(sizes)))
@@ -45,9 +46,6 @@ class PinnedArena:
         self.close = weakref.finalize(self, lambda: [runtime.cudaHostUnregister(address) for address in registered])
         if runtime is None:
             return
-        if sys.platform == "linux":
-            # A fork would copy all pinned pages at once, or move the pages that the GPU writes to out of this process.
-            memory.madvise(mmap.MADV_DONTFORK)
         for start, size in segments(sizes, SEGMENT):
             # The first touch claims the pages; an untouched mapping is pinned far more slowly.
             whole[start : start + size : mmap.PAGESIZE].zero_()

@@ -15,7 +15,7 @@ from openm6.codecs.registry import codec_scores
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.data.mixture import epochs_seen
-from openm6.data.packing import merge_cursors
+from openm6.data.packing import Packer, merge_cursors
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
@@ -55,6 +55,7 @@ PART_TOKENS = 256  # fewer are not worth a worker, because each part costs some 
 class MultimodalTraining(TrainingTask):
     """Build modalities and model from a recipe and train them on its mixture."""
 
+    packer: Packer
     after_step_needs_loads_alone = True
 
     def __init__(

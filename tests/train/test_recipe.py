@@ -106,10 +106,10 @@ def test_the_tokenizer_is_trained_at_that_size(
 def test_a_batch_grows_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In powers of two per rank; a number in the recipe stands, and on a CPU there are four rows."""
     assert isinstance(DEMO, MultimodalRecipe)
-    rows = [fit_batch_size(DEMO, gib * 2**30, 1) for gib in (0.1, 4, 8, 16, 80)]
+    rows = [fit_batch_size(DEMO, gib * 2**30, 1) for gib in (0.05, 0.5, 1, 2, 80)]
     assert rows[0] == 4 and rows == sorted(rows) and rows[1] < rows[3] and rows[-1] * 512 == MAX_TOKENS
     assert all(count.bit_count() == 1 for count in rows)
-    assert fit_batch_size(DEMO, 4 * 2**30, 3) == 3 * rows[1]
+    assert fit_batch_size(DEMO, 0.5 * 2**30, 3) == 3 * rows[1]
     offloaded = DEMO.model_copy(update={"loop": DEMO.loop.model_copy(update={"offload": OffloadConfig()})})
     assert fit_batch_size(offloaded, 80 * 2**30, 1) == 4
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 2**30, 80 * 2**30))
