@@ -149,8 +149,8 @@ class Batch:
         device = torch.device(device)
         if device == self.meta.example_id.device:
             return self
-        blob, places = packed(self._tensors())
-        meta, groups = _of_tensors(views(moved(blob, device), places), self.meta.causal, self._keys())
+        blob, specs = packed(self._tensors())
+        meta, groups = _of_tensors(views(moved(blob, device), specs), self.meta.causal, self._keys())
         return replace(self, meta=meta, groups=groups)
 
     def _tensors(self) -> list[Tensor]:
@@ -159,12 +159,12 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """One array between processes, so that one copy moves it to a GPU; torch would open a file for each tensor."""
-        blob, places = packed(self._tensors())
+        blob, specs = packed(self._tensors())
         rest = {key: value for key, value in vars(self).items() if key not in ("meta", "groups")}
-        return {"blob": blob.numpy(), "places": places, "causal": self.meta.causal, "keys": self._keys(), "rest": rest}
+        return {"blob": blob.numpy(), "specs": specs, "causal": self.meta.causal, "keys": self._keys(), "rest": rest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tensors = views(torch.from_numpy(state["blob"]), state["places"])
+        tensors = views(torch.from_numpy(state["blob"]), state["specs"])
         vars(self)["meta"], vars(self)["groups"] = _of_tensors(tensors, state["causal"], state["keys"])
         vars(self).update(state["rest"])
 
@@ -184,31 +184,30 @@ def _of_tensors(
     }
 
 
-Place = tuple[int, torch.dtype, tuple[int, ...]]  # first byte, type and shape of a tensor in a blob
+TensorSpec = tuple[int, torch.dtype, tuple[int, ...]]  # first byte, type and shape of a tensor in a blob
 
 
-def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Place]]:
-    """All tensors as one of bytes, and their places in it; no copy if they are views of one already."""
-    places: list[Place] = []
+def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[TensorSpec]]:
+    """All tensors as one of bytes, and where each is in it; no copy if they are views of one already."""
+    specs: list[TensorSpec] = []
     size = 0
     if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1:
         for tensor in tensors:
-            places.append((int(tensor.storage_offset()) * tensor.element_size(), tensor.dtype, tuple(tensor.shape)))
-        return torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage()), places
+            specs.append((int(tensor.storage_offset()) * tensor.element_size(), tensor.dtype, tuple(tensor.shape)))
+        return torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage()), specs
     for tensor in tensors:
-        places.append((size, tensor.dtype, tuple(tensor.shape)))
+        specs.append((size, tensor.dtype, tuple(tensor.shape)))
         size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     blob = torch.empty(size, dtype=torch.uint8)
-    for view, tensor in zip(views(blob, places), tensors, strict=True):
+    for view, tensor in zip(views(blob, specs), tensors, strict=True):
         view.copy_(tensor)
-    return blob, places
+    return blob, specs
 
 
-def views(blob: Tensor, places: Sequence[Place]) -> list[Tensor]:
-    """The tensors at these places of a blob, which share its memory."""
+def views(blob: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """The tensors of a blob, which share its memory."""
     return [
-        blob[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-        for start, dtype, shape in places
+        blob[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape) for start, dtype, shape in specs
     ]
 
 

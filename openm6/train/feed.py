@@ -120,8 +120,8 @@ class BatchFeed:
         workers = number_of_data_workers(config, device) if training.packer is not None else 1
         # Of each process that makes examples: the end of the one that packs them, and its own.
         self._pipes = [multiprocessing.Pipe() for _ in range(workers if workers > 1 else 0)]
-        makers = [partial(self._make_examples, index) for index in range(len(self._pipes))]
-        self.works: list[Work] = [self._pack, *makers]
+        producers = [partial(self._make_examples, index) for index in range(len(self._pipes))]
+        self.works: list[Work] = [self._pack, *producers]
 
     def keep_reader(self, rank: int) -> None:
         """Prepare this process to read the batches, or the parts, of `rank`."""
@@ -189,9 +189,9 @@ class ExamplesAhead(ExampleTransform):
     may have cached parts of it.
     """
 
-    def __init__(self, packer: Packer, makers: Sequence[Connection]) -> None:
+    def __init__(self, packer: Packer, workers: Sequence[Connection]) -> None:
         vars(self).update(vars(packer.transform))
-        self._makers = makers
+        self._workers = workers
         self._made: dict[int, PackedExample | OpenM6Error] = {}  # by global index of the sample
         self._ahead = MixtureSampler(self.sampler.components, self.sampler.seed)
         self._ahead.set_shards(self.sampler.num_shards, packer.rank, packer.size)
@@ -207,7 +207,7 @@ class ExamplesAhead(ExampleTransform):
         self._send_next(self._shard_of.pop(sample.global_index))
         try:
             while sample.global_index not in self._made:
-                index, made = self._maker(sample).recv()
+                index, made = self._worker_of(sample).recv()
                 self._made[index] = made
         except (EOFError, OSError):
             raise TrainingError("a process that makes examples has ended: go on with --resume") from None
@@ -219,10 +219,10 @@ class ExamplesAhead(ExampleTransform):
         self._send(sample)
 
     def _send(self, sample: SampleIndex) -> None:
-        self._maker(sample).send(sample)
+        self._worker_of(sample).send(sample)
 
-    def _maker(self, sample: SampleIndex) -> Connection:
-        return self._makers[sample.index % len(self._makers)]
+    def _worker_of(self, sample: SampleIndex) -> Connection:
+        return self._workers[sample.index % len(self._workers)]
 
 
 class Slots:
