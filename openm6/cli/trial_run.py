@@ -107,9 +107,9 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
     loop = whole.loop
     held_out = [f"loop.held_out.every={WARMUP_STEPS}"] if loop.held_out is not None else []
     checked, values = read_recipe(path, [*overrides, *TRIAL, *held_out])
-    assert isinstance(checked, MultimodalRecipe)
     run, device = RunFolder.open(folder), resolve_device(device_name)
     checked, values = with_batch_size(checked, values, device, ProcessGroupContext())
+    assert isinstance(checked, MultimodalRecipe)
     run.write_config(values)
     on_gpu = device.type == "cuda"
     training = TrialTraining(checked, run, device)

@@ -121,24 +121,24 @@ def train_recipe(
         if failure is not None:
             raise failure
         _check_alike(ranks, values)
+        checked, values = (checked, values) if resume else with_batch_size(checked, values, device, ranks)
         run = RunFolder.open(run.path)
         get_log().info(str(capabilities(device)))
-        # A resumed run keeps its batches, also on another device.
-        if isinstance(checked, MultimodalRecipe) and not resume:
-            checked, values = with_batch_size(checked, values, device, ranks)
         training = TRAININGS[checked.kind][1](checked, run, device, ranks)
         settings = values if ranks.is_main_process and (path != run.config or overrides) else None
         result = train(training, checked.loop, run, resume, settings=settings)
-        if isinstance(checked, MultimodalRecipe):
-            get_log().info(_next_steps(checked, run.path))
+        _log_next_steps(checked, run.path)
     return result if ranks.is_main_process else None
 
 
 def with_batch_size(
-    recipe: MultimodalRecipe, values: dict[str, Any], device: torch.device, ranks: ProcessGroupContext
-) -> tuple[MultimodalRecipe, dict[str, Any]]:
-    """Return recipe and plain values with a number of rows, if `packing.batch_size` is auto and the device a GPU."""
-    if recipe.packing.batch_size != "auto" or device.type != "cuda":
+    recipe: Recipe, values: dict[str, Any], device: torch.device, ranks: ProcessGroupContext
+) -> tuple[Recipe, dict[str, Any]]:
+    """Return recipe and plain values with a number of rows, if `packing.batch_size` is auto and the device a GPU.
+
+    Only for a new run: a resumed one keeps its batches, also on another device.
+    """
+    if not isinstance(recipe, MultimodalRecipe) or recipe.packing.batch_size != "auto" or device.type != "cuda":
         return recipe, values
     free = min(ranks.gather(torch.cuda.mem_get_info(device)[0]))
     rows = fit_batch_size(recipe, free, ranks.size)
@@ -148,15 +148,16 @@ def with_batch_size(
     return recipe.model_copy(update={"packing": packing}), values
 
 
-def _next_steps(recipe: MultimodalRecipe, path: Path) -> str:
-    """Return commands for the model that was trained."""
-    output, folder = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(path))
-    return (
-        "next:\n"
-        f"  openm6 evaluate {folder}\n"
-        f"  openm6 generate {folder} --text 'your question' --output {output}\n"
-        f"  openm6 serve {folder} --playground"
-    )
+def _log_next_steps(recipe: Recipe, path: Path) -> None:
+    """Log commands for the model that was trained."""
+    if isinstance(recipe, MultimodalRecipe):
+        output, folder = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(path))
+        get_log().info(
+            "next:\n"
+            f"  openm6 evaluate {folder}\n"
+            f"  openm6 generate {folder} --text 'your question' --output {output}\n"
+            f"  openm6 serve {folder} --playground"
+        )
 
 
 def _check_alike(ranks: ProcessGroupContext, values: dict[str, Any]) -> None:
