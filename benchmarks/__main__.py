@@ -10,8 +10,8 @@ import typer
 from openm6.cli.group import HELP_OPTIONS, PlainGroup, make_app
 
 BENCHMARKS = (
-    "train", "experts", "packing", "fp8", "serve", "generate", "plan", "offload", "rank", "simulate", "all-to-all",
-    "scaling", "reshard", "batches", "gpu", "own-data",
+    "train", "experts", "packing", "fp8", "serve", "decode", "generate", "plan", "offload", "rank", "simulate",
+    "all-to-all", "scaling", "reshard", "batches", "gpu", "own-data",
 )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ ALL_FILES = [*FILES, *sorted(BENCHMARKS.rglob("*.py"))]
 COMPUTED_NAMES = {
     "benchmarks/baseline_deepspeed.py": "packages of others, for a comparison",
     "benchmarks/__main__.py": "the list of benchmarks in its own file",
+    "benchmarks/decode.py": "packages of others, for a comparison",
 }
 MODULE = re.compile(r"openm6(?:\.\w+)+")
 ENTRY = re.compile(r"(openm6(?:\.\w+)+):\w+(?:\.\w+)*")  # an entry point: module:function

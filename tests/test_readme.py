@@ -79,6 +79,7 @@ def check_evaluation(
     settings: list[str],
     device: str,
     num_gpu_layers: int | None,
+    dtype: str,
 ) -> None:
     apply_overrides({"eval": {}}, settings)
     known = {f"{component['task']}/{component['source']}" for component in demo_mixture()} | set(TASKS)

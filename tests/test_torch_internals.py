@@ -24,10 +24,12 @@ INTERNALS = {
     "torch._foreach_copy_",
     "torch._foreach_mul_",
     "torch._softmax_backward_data",
+    "torch._int_mm",
     "torch._weight_int8pack_mm",
     "torch.ops.mkldnn._linear_pointwise",
     "torch.cpu._is_amx_tile_supported",
     "torch.cpu._is_avx512_bf16_supported",
+    "torch.cpu._is_vnni_supported",
     "torch.nn.modules.conv._ConvNd",
     "torch.utils.checkpoint._StopRecomputationError",
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
@@ -110,6 +112,12 @@ def test_products_of_weights_in_int8() -> None:
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_products_of_integers(rows: int) -> None:
+    x, weight = (torch.randint(-127, 128, (size, 64), dtype=torch.int8) for size in (rows, 32))
+    assert torch.equal(torch._int_mm(x, weight.t()).double(), F.linear(x.double(), weight.double()))
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_products_of_onednn() -> None:
     x, weight, bias = torch.randn(32, 64), torch.randn(16, 64), torch.randn(16)
@@ -117,7 +125,7 @@ def test_products_of_onednn() -> None:
     torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+@pytest.mark.parametrize("name", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported"])
 def test_instructions_of_the_processor(name: str) -> None:
     """The package takes a missing function for a missing instruction, so a rename would go unnoticed."""
     assert isinstance(getattr(torch.cpu, name)(), bool)

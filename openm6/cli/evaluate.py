@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openm6.cli.group import write_json
-from openm6.cli.train import Device, NumGpuLayers, Trained
+from openm6.cli.train import Device, Dtype, NumGpuLayers, Trained
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
@@ -33,6 +33,7 @@ def evaluate(
     scenarios: Annotated[bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")] = False,
     num_gpu_layers: NumGpuLayers = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Evaluate a trained model on held-out records.
 
@@ -46,7 +47,7 @@ def evaluate(
         # torch takes seconds to import
         from openm6.serve.scenarios.run import results_table, run_scenarios
 
-        Console().print(results_table(run_scenarios(trained, json_path, device)))
+        Console().print(results_table(run_scenarios(trained, json_path, device, dtype)))
         return
     # torch takes seconds to import
     from openm6.evaluate.run import evaluate as evaluate_model
@@ -54,7 +55,7 @@ def evaluate(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
     report = evaluate_model(
-        trained, names, data, json_path, settings or [], device=device, num_gpu_layers=num_gpu_layers
+        trained, names, data, json_path, settings or [], device=device, num_gpu_layers=num_gpu_layers, dtype=dtype
     )
     print_table(report, Console())
 

@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from openm6.cli.group import print_result
-from openm6.cli.train import Device, NumGpuLayers, Trained
+from openm6.cli.train import Device, Dtype, NumGpuLayers, Trained
 
 
 def generate(
@@ -41,6 +41,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the decoding.")] = 0,
     num_gpu_layers: NumGpuLayers = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Generate text, an image, audio or numbers with a trained model.
 
@@ -66,4 +67,4 @@ def generate(
         language=language,
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
-    print_result(generate_answer(trained, question, settings, out, num_gpu_layers, device))
+    print_result(generate_answer(trained, question, settings, out, num_gpu_layers, device, dtype))

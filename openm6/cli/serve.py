@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli.train import Device, Trained
+from openm6.cli.train import Device, Dtype, Trained
 from openm6.core.errors import ConfigError
 
 
@@ -36,6 +36,7 @@ def serve(
         typer.Option(metavar="KEY=VALUE", help="With --ray: min_replicas, max_replicas, cpus, gpus, …"),
     ] = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Serve a trained model over HTTP, with routes that follow the OpenAI API.
 
@@ -46,8 +47,12 @@ def serve(
     if allow_host:
         settings.append(f"hosts={json.dumps(allow_host)}")
     # torch takes seconds to import, and the server's packages are an extra
+    from openm6.inference.load import precision_of
     from openm6.serve.run import read_serve_config
     from openm6.serve.run import serve as serve_api
+
+    precision = precision_of(dtype)
+    settings = [*settings, f"engine.weights={precision}"] if precision else settings
 
     config = read_serve_config(settings, keys)
     if ray:

@@ -18,6 +18,9 @@ Device = Annotated[
 NumGpuLayers = Annotated[
     int | None, typer.Option(min=0, help="Layers that stay on the device; the others are offloaded.")
 ]
+Dtype = Annotated[
+    str, typer.Option(metavar="auto|fp32|bf16|int8", help="Weights of the model; auto: by device, see docs/serving.md.")
+]
 Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")]
 
 

@@ -17,7 +17,7 @@ from openm6.data.table import TableConfig
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.evaluator import EvalConfig, evaluate_tasks
 from openm6.evaluate.results import EvalReport, TaskResult
-from openm6.inference.load import LoadedModel, load
+from openm6.inference.load import LoadedModel, load, precision_of
 from openm6.models.description import CheckpointConfig, TrainedTask
 
 
@@ -62,12 +62,13 @@ def evaluate(
     loaded: LoadedModel | None = None,
     device: str = "auto",
     num_gpu_layers: int | None = None,
+    dtype: str = "auto",
 ) -> EvalReport:
     """Evaluate a run or checkpoint; `settings` such as `eval.answers=300` override those of its recipe.
 
-    `loaded` is its model if that is in memory already; else it is read from `path`, see `load` for `device` and
-    `num_gpu_layers`. `data` names a table or folder whose records replace every test split (`open_own_data`); baselines
-    are then fitted to it, too, which only makes them harder to beat.
+    `loaded` is its model if that is in memory already; else it is read from `path`, see `load` for `device`,
+    `num_gpu_layers` and `dtype` (auto is fp32). `data` names a table or folder whose records replace every test split
+    (`open_own_data`); baselines are then fitted to it, too, which only makes them harder to beat.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -76,7 +77,7 @@ def evaluate(
     """
     if json_path is not None:
         check_writable(json_path, "--json")
-    loaded = loaded or load(path, device, num_gpu_layers)
+    loaded = loaded or load(path, device, num_gpu_layers, precision=precision_of(dtype))
     description = loaded.description
     trained_tasks = chosen_tasks(description, tasks)
     values = apply_overrides({"eval": description.eval}, settings or [])

@@ -2,9 +2,8 @@
 
 The same function as `Backbone.forward` with a cache, which is the reference in the tests, for one token per sequence.
 Nothing here waits for the device or allocates by what the rows hold, so that a CUDA graph can replay it; with the same
-number of rows, a row's bits do not depend on the others. Weights may be int8: decoding reads every weight for each
-token, and int8 has a quarter of the bytes of float32. The int8 copies lie beside the weights, which prompts, images
-and audio go on using.
+number of rows, a row's bits do not depend on the others. A step of few rows takes as long as its weights take to be
+read: only the experts that a row has chosen are read, and weights may be bf16 or int8 (see load.py).
 """
 
 # Shapes: B rows, T keys, D hidden size, H query heads, G key-value heads, M = H/G, d size of a head, E experts,
@@ -12,35 +11,27 @@ and audio go on using.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.core.errors import ConfigError
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
-from openm6.models.config import BackboneConfig
 from openm6.models.omni import Omni
-from openm6.nn.block import TransformerBlock
 from openm6.nn.cache import SlotCache
-from openm6.nn.config import ExpertsConfig
-from openm6.nn.layers import MLP, activate
-from openm6.nn.moe import MoE
-from openm6.ops.matmul import grouped_mm
+from openm6.nn.layers import activate
+from openm6.nn.moe import Experts, MoE
+from openm6.ops.int8 import Int8Weight
+from openm6.ops.matmul import grouped_mm, linear
 from openm6.ops.moe import choose_experts, dropless_permutation, permute, unpermute
 from openm6.ops.pointwise import rms_norm, rotary_table, rotate
 
 # Up to so many rows a GPU reads every expert's weights anyway, and multiplies all rows by all of them in less time.
 ALL_EXPERTS_ROWS = 170
-# On a CPU the multiplications count: if half of them are wasted both ways take as long, if three of four twice as long.
-ALL_EXPERTS_WASTE = 2
-
-Precision = Literal["float32", "bfloat16", "int8"]
+# Gathering the weights of chosen experts reads them, writes them and reads them again.
+GATHER_COST = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class TextHead:
 
     backbone: Backbone
     embedding: Tensor
-    head: Tensor
+    head: Tensor | Int8Weight
     end: int | None
     suppress_tokens: Tensor | None = None
 
@@ -62,7 +53,8 @@ class TextHead:
         weight = omni.text.embedding.weight
         token = torch.arange(text.vocab_size, device=weight.device)
         suppress_tokens = (token >= text.first_special) & (token != text.end)
-        return cls(omni.backbone, weight, weight, text.end, suppress_tokens)
+        head = weight if omni.text.int8_head is None else omni.text.int8_head
+        return cls(omni.backbone, weight, head, text.end, suppress_tokens)
 
 
 class DecodeStep:
@@ -71,17 +63,13 @@ class DecodeStep:
     `fixed` keeps every shape independent of what the rows hold.
     """
 
-    def __init__(
-        self, text_head: TextHead, cache: SlotCache, precision: Precision = "float32", fixed: bool = False
-    ) -> None:
-        self.text_head, self.cache = text_head, cache
+    def __init__(self, text_head: TextHead, cache: SlotCache, fixed: bool = False) -> None:
+        self.text_head, self.cache, self.fixed = text_head, cache, fixed
         self.backbone = text_head.backbone
         self.config = self.backbone.config
-        self.precision, self.fixed = precision, fixed
-        if self.backbone.executor.offloaded and precision == "int8":
-            raise ConfigError("int8 weights stay on the device: leave out num_gpu_layers, or take float32 or bfloat16")
-        self._layers: dict[tuple[int, Tensor], _Layer] = {}
-        self.head = matrix_of(text_head.head, precision)
+        heads = self.config.num_heads, self.config.num_kv_heads
+        norms = [block.qk_norm for block in self.backbone.blocks]
+        self.qk_norms = [None if norm is None else norm(*heads).detach() for norm in norms]  # H+G d
         position = torch.arange(cache.capacity + 1, device=cache.keys.device)[:, None].expand(-1, 3)
         cosine, sine = rotary_table(position[None], self.config.rope_theta, self.config.sections)
         self.cosine, self.sine = cosine[0], sine[0]  # C+1 1 d/2
@@ -92,7 +80,7 @@ class DecodeStep:
         `longest` bounds the keys of a row and must exceed every length.  # B, B, B -> B V
         """
         x = F.embedding(token, self.text_head.embedding)  # B D
-        logits = self.head(self.states(x, position, length, longest)).float()
+        logits = linear(self.states(x, position, length, longest), self.text_head.head).float()
         suppress_tokens = self.text_head.suppress_tokens
         return logits if suppress_tokens is None else logits.masked_fill_(suppress_tokens, float("-inf"))
 
@@ -104,12 +92,12 @@ class DecodeStep:
         hidden = torch.arange(longest, device=x.device) > length[:, None]  # B T
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, float("-inf"))
         mask = mask[:, None, None, :].expand(-1, -1, heads // kv_heads, -1)  # B 1 M T
-        for layer_index in range(self.config.num_layers):
-            layer = self._layer(layer_index)
-            qkv = layer.qkv(layer.block.attention_norm(x)).unflatten(-1, (-1, self.config.head_dim))  # B H+2G d
-            qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)
-            if layer.qk_norm is not None:
-                qk = rms_norm(qk, layer.qk_norm, self.config.norm_eps)
+        for layer_index, qk_norm in enumerate(self.qk_norms):
+            block = self.backbone.block(layer_index)
+            qkv = linear(block.attention_norm(x), block.attention.qkv).unflatten(-1, (-1, self.config.head_dim))
+            qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)  # B H+G d, B G d
+            if qk_norm is not None:
+                qk = rms_norm(qk, qk_norm, self.config.norm_eps)
             query, key = rotate(qk, cosine, sine).split([heads, kv_heads], dim=1)
             keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]  # S C G d
             keys.index_put_((slot, length), key.to(keys.dtype))
@@ -118,135 +106,87 @@ class DecodeStep:
             # The heads of a group become queries of one head: no copies of keys, and no slow path for groups.
             grouped = query.unflatten(1, (kv_heads, -1)).to(keys.dtype)  # B G M d
             attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-            x = x + layer.output(attended.flatten(1).to(x.dtype))
-            x = x + layer.mlp(layer.block.mlp_norm(x))
+            x = x + linear(attended.flatten(1).to(x.dtype), block.attention.output)
+            normal, mlp = block.mlp_norm(x), block.mlp
+            x = x + (decode_moe(normal, mlp, self.fixed) if isinstance(mlp, MoE) else mlp(normal))
         states: Tensor = self.backbone.final_norm(x)
         return states
 
-    def _layer(self, layer_index: int) -> _Layer:
-        """A layer on the weights that are on the device now; offloaded ones may be in one of several buffers."""
-        block = self.backbone.block(layer_index)
-        key = layer_index, block.attention.qkv
-        if key not in self._layers:
-            self._layers[key] = _Layer(block, self.config, self.precision, self.fixed)
-        return self._layers[key]
+
+def decode_moe(x: Tensor, moe: MoE, fixed: bool) -> Tensor:
+    """A mixture of experts for one token of each row; `fixed`: no shape depends on the choice of experts.  # B D"""
+    config, experts, shared = moe.experts.config, moe.experts, moe.shared_experts
+    logits = F.linear(x.float(), moe.router.weight.float())  # B E
+    prototypes = config.num_prototypes is not None
+    num_choices = config.experts_per_token
+    gate, chosen, _ = choose_experts(logits, moe.router.bias, num_choices, prototypes, config.norm_topk_prob)
+    # Sorting can be recorded in a graph if it is one kernel, in bfloat16 alone.
+    captured = experts.up.dtype == torch.bfloat16 if isinstance(experts.up, Tensor) else False
+    if x.is_cpu and (fixed or len(x) == 1):
+        y = _one_by_one(x, experts, gate, chosen)
+    elif not x.is_cpu and not fixed and reads_chosen_experts(len(x), config.num_experts, num_choices):
+        y = _gathered(x, experts, gate, chosen)
+    elif not x.is_cpu and (fixed or meets_all_experts(len(x), captured)):
+        y = _by_all(x, experts, gate, chosen)
+    else:
+        plan = dropless_permutation(chosen, config.num_experts)
+        hidden = activate(grouped_mm(permute(x, plan), experts.up, plan.counts), config.hidden_act)
+        y = unpermute(grouped_mm(hidden, experts.down, plan.counts), gate, plan)
+    return y if shared is None else y + shared(x)
 
 
-class _Layer:
-    """References to the weights of one layer, quantized if asked for."""
-
-    def __init__(self, block: TransformerBlock, config: BackboneConfig, precision: Precision, fixed: bool) -> None:
-        norms, mlp = block.qk_norm, block.mlp
-        self.block = block
-        self.qk_norm = None if norms is None else norms(config.num_heads, config.num_kv_heads).detach()  # H+G d
-        self.qkv = matrix_of(block.attention.qkv, precision)
-        self.output = matrix_of(block.attention.output, precision)
-        self.mlp = _Sparse(mlp, precision, fixed) if isinstance(mlp, MoE) else _dense(mlp, precision)
+def reads_chosen_experts(rows: int, experts: int, choices: int) -> bool:
+    """Whether a GPU gathers the weights of the chosen experts, which takes fewer bytes than to read all of them."""
+    return GATHER_COST * rows * choices < experts
 
 
-def _dense(part: MLP, precision: Precision) -> Matrix:
-    """A dense feed-forward network, or the shared experts."""
-    up, down = matrix_of(part.up, precision), matrix_of(part.down, precision)
-    return lambda x: down(activate(up(x), part.config.hidden_act))
+def meets_all_experts(rows: int, captured: bool) -> bool:
+    """Whether a GPU multiplies every row by all experts, or sorts rows by their own.
 
-
-class _Sparse:
-    """A mixture of experts: every expert on every row, or rows sorted by expert."""
-
-    def __init__(self, part: MoE, precision: Precision, fixed: bool) -> None:
-        experts, shared = part.experts, part.shared_experts
-        self.config: ExpertsConfig = experts.config
-        self.router, self.bias = part.router.weight.detach().float(), part.router.bias  # E D in fp32, E
-        stack = QuantizedStack if precision == "int8" else PlainStack
-        self.up, self.down = stack(experts.up.detach()), stack(experts.down.detach())  # E D P, E F D
-        self.shared = None if shared is None else _dense(shared, precision)
-        self.fixed = fixed
-        # Sorting can be recorded in a graph if it is one kernel, in bfloat16 alone.
-        self.captured = isinstance(self.up, PlainStack) and experts.up.dtype == torch.bfloat16
-
-    def __call__(self, x: Tensor) -> Tensor:
-        config = self.config
-        logits = F.linear(x.float(), self.router)  # B E
-        prototypes = config.num_prototypes is not None
-        gate, chosen, _ = choose_experts(logits, self.bias, config.experts_per_token, prototypes, config.norm_topk_prob)
-        by_all = self.fixed or meets_all_experts(
-            len(x), x.is_cuda, self.captured, config.num_experts, config.experts_per_token
-        )
-        if by_all:
-            y = self._by_all(x, gate, chosen)
-        else:
-            plan = dropless_permutation(chosen, config.num_experts)
-            hidden = activate(self.up.grouped(permute(x, plan), plan.counts), config.hidden_act)
-            y = unpermute(self.down.grouped(hidden, plan.counts), gate, plan)
-        return y if self.shared is None else y + self.shared(x)
-
-    def _by_all(self, x: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:
-        """Σ_e gate_e · E_e(x) with a gate of 0 for those not chosen: fixed shapes, no sorting."""
-        experts = self.config.num_experts
-        weight = torch.zeros(len(x), experts, device=x.device).scatter_(1, chosen, gate)  # B E
-        # E B D -> E B P -> E B F
-        hidden = activate(self.up.each(x.expand(experts, -1, -1)), self.config.hidden_act)
-        hidden = hidden * weight.t().unsqueeze(-1).to(x.dtype)
-        if isinstance(self.down, PlainStack):  # one product does the sum, too
-            return hidden.transpose(0, 1).flatten(1) @ self.down.weight.flatten(0, 1)  # B E·F -> B D
-        return self.down.each(hidden).sum(0)  # E B D -> B D
-
-
-def meets_all_experts(rows: int, on_gpu: bool, captured: bool, experts: int, choices: int) -> bool:
-    """Whether every row is multiplied by all experts, or rows are sorted by their own.
-
-    On a GPU a pass is recorded in a graph, which cannot wait for a count; sorting needs one unless it is `captured`.
+    A pass is recorded in a graph, which cannot wait for a count; sorting needs one unless it is `captured`.
     """
-    if on_gpu:
-        return not captured or rows <= ALL_EXPERTS_ROWS
-    return experts <= ALL_EXPERTS_WASTE * choices
+    return not captured or rows <= ALL_EXPERTS_ROWS
 
 
-class QuantizedMatrix:
-    """Each row of the weight as int8 and the scale that makes its largest entry 127."""
+def _one_by_one(x: Tensor, experts: Experts, gate: Tensor, chosen: Tensor) -> Tensor:
+    """One chosen expert after the other on all rows, with a gate of 0 for rows that did not choose it.
 
-    def __init__(self, weight: Tensor) -> None:
-        wide = weight.detach().float()
-        scale = wide.abs().amax(1).clamp(min=1e-12) / 127
-        self.rows = (wide / scale[:, None]).round().to(torch.int8).contiguous()  # O I
-        self.scale = scale.to(weight.dtype)  # O
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, self.rows, self.scale)
-
-
-class PlainStack:
-    """A matrix for each expert, E I O, as it is."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def each(self, x: Tensor) -> Tensor:
-        """Rows of every expert times its matrix.  # E B I -> E B O"""
-        return torch.bmm(x, self.weight)
-
-    def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Consecutive groups of rows, each times the matrix of its own expert.  # R I, E -> R O"""
-        return grouped_mm(rows, self.weight, counts)
+    Such a row adds an exact 0, so its bits do not depend on what the other rows have chosen.
+    """
+    weight = torch.zeros(len(x), experts.config.num_experts).scatter_(1, chosen, gate)  # B E
+    y = torch.zeros(x.shape)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        hidden = activate(linear(x, _matrix(experts.up, expert)), experts.config.hidden_act)  # B F
+        y.addcmul_(linear(hidden, _matrix(experts.down, expert)).float(), weight[:, expert : expert + 1])
+    return y.to(x.dtype)
 
 
-class QuantizedStack:
-    """As `PlainStack`, each matrix as int8 with a scale for each output."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.matrices = [QuantizedMatrix(matrix.t()) for matrix in weight]
-
-    def each(self, x: Tensor) -> Tensor:
-        return torch.stack([matrix(rows) for matrix, rows in zip(self.matrices, x.unbind(), strict=True)])
-
-    def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        parts = rows.split(counts.tolist())
-        return torch.cat([matrix(part) for matrix, part in zip(self.matrices, parts, strict=True) if len(part)])
+def _matrix(stack: Tensor | Int8Weight, expert: int) -> Tensor | Int8Weight:
+    """The matrix of one expert as `linear` takes it.  # -> O I"""
+    return stack[expert].t() if isinstance(stack, Tensor) else stack[expert]
 
 
-Matrix = Callable[[Tensor], Tensor]
+def _gathered(x: Tensor, experts: Experts, gate: Tensor, chosen: Tensor) -> Tensor:
+    """Each choice times a copy of its expert's matrices: fixed shapes, and only the chosen weights are read."""
+    index = chosen.flatten()  # B·K
+    up, down = (
+        stack[index] if isinstance(stack, Tensor) else stack[index].plain(x.dtype).mT
+        for stack in (experts.up, experts.down)
+    )  # B·K D P, B·K F D
+    rows = x.unsqueeze(1).expand(-1, chosen.shape[1], -1).reshape(len(index), 1, -1)  # B·K 1 D
+    hidden = activate(torch.bmm(rows, up), experts.config.hidden_act)
+    found = torch.bmm(hidden, down).view(*chosen.shape, -1)  # B K D
+    return (found * gate.unsqueeze(-1).to(x.dtype)).sum(1)
 
 
-def matrix_of(weight: Tensor, precision: Precision) -> Matrix:
-    """Return x -> x · weightᵀ for a weight O I; int8 keeps a quantized copy, the other precisions the weight itself."""
-    return QuantizedMatrix(weight) if precision == "int8" else partial(F.linear, weight=weight.detach())
+def _by_all(x: Tensor, experts: Experts, gate: Tensor, chosen: Tensor) -> Tensor:
+    """Σ_e gate_e · E_e(x) with a gate of 0 for those not chosen: fixed shapes, no sorting."""
+    up, down, count = experts.up, experts.down, experts.config.num_experts
+    weight = torch.zeros(len(x), count, device=x.device).scatter_(1, chosen, gate)  # B E
+    weight = weight.t().unsqueeze(-1).to(x.dtype)  # E B 1
+    if isinstance(up, Tensor):
+        hidden = activate(torch.bmm(x.expand(count, -1, -1), up), experts.config.hidden_act)  # E B F
+        # One product does the sum, too.
+        return (hidden * weight).transpose(0, 1).flatten(1) @ down.flatten(0, 1)  # B E·F -> B D
+    hidden = activate(torch.stack([up[expert].linear(x) for expert in range(count)]), experts.config.hidden_act)
+    return torch.stack([down[expert].linear(part) for expert, part in enumerate(hidden * weight)]).sum(0)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openm6.core.device import check_alive
 from openm6.core.log import get_log
-from openm6.inference.decode import DecodeStep, Precision, TextHead
+from openm6.inference.decode import DecodeStep, TextHead
 from openm6.inference.sampling import Sampling, filter_logits, gumbel
 from openm6.kernels.probe import first_line
 
@@ -71,7 +71,6 @@ class DecodeBatch:
         text_head: TextHead,
         max_num_seqs: int,
         max_model_len: int,
-        precision: Precision = "float32",
         batch_invariant: bool = False,
         max_graphs: int = 128,
     ) -> None:
@@ -80,7 +79,7 @@ class DecodeBatch:
         self.graphed = max_graphs > 0 and text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
         slots = self._padded(max_num_seqs)
         self.cache = text_head.backbone.new_cache(slots, max_model_len)
-        self.decode_step = DecodeStep(text_head, self.cache, precision, batch_invariant and not self.graphed)
+        self.decode_step = DecodeStep(text_head, self.cache, batch_invariant and not self.graphed)
         self.graphs: dict[tuple[int, int, SamplingMode], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.graphed else None
         self.rows: list[DecodeSequence] = []

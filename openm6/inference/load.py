@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
+from torch import nn
 
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
@@ -23,6 +24,15 @@ from openm6.modalities.registry import Modalities
 from openm6.modalities.text import Text
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model, read_description
 from openm6.models.omni import Omni
+from openm6.nn.attention import Attention
+from openm6.nn.layers import MLP
+from openm6.nn.moe import Experts
+from openm6.ops.int8 import Int8Weight
+
+Precision = Literal["float32", "bfloat16", "int8"]
+PRECISIONS: dict[str, Precision | None] = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+# What is quantized; embeddings, norms, routers and the adapters of modalities stay as they are.
+MATRICES: dict[type, tuple[str, str]] = {Attention: ("qkv", "output"), MLP: ("up", "down"), Experts: ("up", "down")}
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,68 @@ def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
     return read_description(texts[0], str(folder / MODEL_FILE)), texts[1]
 
 
+def precision_of(dtype: str) -> Precision | None:
+    """Return the precision of an option `--dtype`; None for `auto`.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    if dtype not in PRECISIONS:
+        raise ConfigError(f"no dtype is called {dtype!r}: choose {', '.join(PRECISIONS)}")
+    return PRECISIONS[dtype]
+
+
+def convert_weights(omni: Omni, precision: Precision) -> None:
+    """Convert a model in place, once, and log the memory of its weights.
+
+    int8 quantizes the matrices of the layers, and a copy of the embedding as the head.
+
+    Raises:
+        ConfigError: int8 with offloaded layers.
+    """
+    if precision == "bfloat16":
+        omni.round_weights()
+    elif precision == "int8" and omni.text.int8_head is None:
+        if omni.backbone.executor.offloaded:
+            raise ConfigError("int8 weights stay on the device: leave out num_gpu_layers, or take fp32 or bf16")
+        quantize(omni.backbone)
+        omni.text.int8_head = Int8Weight.of(omni.text.embedding.weight)
+    get_log().info(f"weights in {precision}: {weight_bytes(omni) / 2**20:,.1f} MiB")
+
+
+def quantize(network: nn.Module) -> None:
+    """Replace the matrices of layers by their weights in int8; modules that several layers share stay shared."""
+    for module in list(network.modules()):
+        for name in MATRICES.get(type(module), ()):
+            weight = getattr(module, name)  # of experts: E I O
+            delattr(module, name)
+            setattr(module, name, Int8Weight.of(weight.mT if isinstance(module, Experts) else weight))
+
+
+def weight_bytes(omni: Omni) -> int:
+    """Return the bytes of all weights on the device, quantized ones included."""
+    found = {tensor.data_ptr(): tensor.nbytes for tensor in [*omni.parameters(), *omni.buffers()] if not tensor.is_meta}
+    quantized = {
+        id(weight): weight.bytes
+        for module in omni.modules()
+        for weight in vars(module).values()
+        if isinstance(weight, Int8Weight)
+    }
+    return sum(found.values()) + sum(quantized.values())
+
+
 def load(
-    path: Path, device: torch.device | str = "auto", num_gpu_layers: int | None = None, host_copy: bool = True
+    path: Path,
+    device: torch.device | str = "auto",
+    num_gpu_layers: int | None = None,
+    host_copy: bool = True,
+    precision: Precision | None = None,
 ) -> LoadedModel:
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
     With `num_gpu_layers`, only so many layers stay on the device; the others are offloaded, see offloaded.py. Without
-    `host_copy` they stay in the files, and the model is never whole in memory.
+    `host_copy` they stay in the files, and the model is never whole in memory. `precision`: see `convert_weights`; None
+    keeps that of the checkpoint.
 
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
@@ -108,4 +173,6 @@ def load(
         load_model(folder, omni)
         omni.to(device)
     omni.eval().requires_grad_(False)
+    if precision is not None and precision != "float32":
+        convert_weights(omni, precision)
     return LoadedModel(omni, modalities, description, folder)

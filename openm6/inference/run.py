@@ -14,7 +14,7 @@ from openm6.core.files import check_writable, replace_bytes, replace_text
 from openm6.core.log import get_log
 from openm6.inference.coverage import assess
 from openm6.inference.engine import generate_scored, predict_distributions
-from openm6.inference.load import LoadedModel, load
+from openm6.inference.load import LoadedModel, convert_weights, load, precision_of
 from openm6.inference.masked import decode_masked
 from openm6.inference.question import Question, prompt_parts
 from openm6.inference.sampling import Decoding
@@ -34,10 +34,12 @@ def generate(
     out: Path | None = None,
     num_gpu_layers: int | None = None,
     device: str = "auto",
+    dtype: str = "auto",
 ) -> str:
     """Ask the model of a run or checkpoint; return the text to print, and write `out` if it is given.
 
-    Images and audio are always written, by default to answer.png or answer.wav. `num_gpu_layers`, `device`: see `load`.
+    Images and audio are always written, by default to answer.png or answer.wav. See `load` for the
+    last three.
 
     Raises:
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
@@ -51,10 +53,9 @@ def generate(
             raise ConfigError(f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}")
     if out is not None:
         check_writable(out, "--out")
-    loaded = load(path, device, num_gpu_layers)
-    if loaded.omni.device.type == "cuda" and capabilities(loaded.omni.device).bf16:
-        loaded.omni.round_weights()
-        get_log().info("weights in bfloat16, as of a server on this GPU")
+    loaded = load(path, device, num_gpu_layers, precision=precision_of(dtype))
+    if dtype == "auto" and loaded.omni.device.type == "cuda" and capabilities(loaded.omni.device).bf16:
+        convert_weights(loaded.omni, "bfloat16")
     return answer_question(loaded, question, decoding, out)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Cuttable, Modality, Options, Part, Rng, Segment, line
+from openm6.ops.int8 import Int8Weight
 from openm6.ops.losses import linear_cross_entropy
 
 # The character of a text that becomes the mask token.
@@ -228,13 +229,15 @@ class TextAdapter(Adapter):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        # A copy for inference in int8; tokens are embedded by the weights themselves.
+        self.int8_head: Int8Weight | None = None
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         return self.embedding(arrays["ids"])  # N -> N D
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the next token.  # N D -> N V"""
-        return F.linear(hidden, self.embedding.weight)
+        return F.linear(hidden, self.embedding.weight) if self.int8_head is None else self.int8_head.linear(hidden)
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), arrays["labels"], reduction="none")

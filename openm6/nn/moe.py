@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP, activate, fill_normal, first_width
+from openm6.ops.int8 import Int8Weight
 from openm6.ops.matmul import cast_alike, grouped_mm
 from openm6.ops.moe import (
     balance_loss,
@@ -156,6 +157,8 @@ class Experts(nn.Module):
         config, flat = self.config, x.flatten(0, 1)  # N D
         local = config.hidden_act == "swiglu" and config.capacity_factor is None and type(dispatcher) is TokenDispatcher
         backend = choose_backend(flat, config.experts_per_token, config.num_experts, local)
+        # Weights in int8 have grouped products only.
+        backend = "permute" if isinstance(self.up, Int8Weight) else backend
         if backend == "permute":
             return self._permuted(x, routing, valid.flatten(), dispatcher, shared)
         if backend == "per_expert":

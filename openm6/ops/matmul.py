@@ -26,11 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.core.errors import ConfigError
+from openm6.ops.int8 import Int8Weight
 
 HALF = torch.bfloat16
 _enabled: ContextVar[bool] = ContextVar("bf16_matmul", default=False)
 ROWS = 32  # fewer waste less on padding; more make fewer shapes, whose kernels take memory
 MIN_PRODUCT = 2**20  # multiplications: below, the overhead of oneDNN exceeds its gain
+MV_ROWS = 4  # up to so many rows are multiplied one by one in bf16
 MAX_EXPERTS = 1023  # of one `F.grouped_mm` on a GPU
 
 
@@ -67,13 +69,27 @@ def capture_precision(kind: str) -> Callable[[], AbstractContextManager[None]]:
     return restored
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
     """x · weightᵀ as `F.linear` computes it: ... K, N K -> ... N."""
+    if isinstance(weight, Int8Weight):
+        return weight.linear(x)
+    if x.dtype == HALF and x.is_cpu and torch.is_inference_mode_enabled() and not has_bf16():
+        return _half_linear(x, weight)
     # Not by whether a gradient is needed: a recomputed layer must have the same result.
     repeats = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()
     if repeats and _plain(x) and (matmul_dtype(x) == HALF or onednn_is_faster()):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
+
+
+def _half_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As `linear` on a CPU without bf16 instructions, where torch's product of several rows is three times as slow."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= MV_ROWS and weight.is_contiguous():
+        y = torch.stack([torch.mv(weight, row) for row in rows])
+    else:
+        y = F.linear(rows.float(), weight.float()).to(x.dtype)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -158,22 +174,24 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight
 
 
-def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_mm(rows: Tensor, weight: Tensor | Int8Weight, counts: Tensor) -> Tensor:
     """The first counts[0] rows times weight[0], the next counts[1] times weight[1], and so on: R D -> R F.
 
     weight is E D F; counts is E, its sum is R. D and F must be multiples of 16 bytes. Under autocast the product has
-    autocast's dtype, as `F.linear`'s.
+    autocast's dtype, as `F.linear`'s. In int8, weight is E F D.
     """
-    rows, weight = cast_alike(rows, weight)
+    if isinstance(weight, Int8Weight):
+        return weight.grouped(rows, counts)
+    rows, matrices = cast_alike(rows, weight)
     # On a GPU the kernel supports bf16 only; other dtypes are slow.
     if rows.is_cuda and rows.dtype != torch.bfloat16:
         groups = rows.split(counts.tolist())
-        return torch.cat([group @ matrix for group, matrix in zip(groups, weight.unbind(), strict=True)])
+        return torch.cat([group @ matrix for group, matrix in zip(groups, matrices.unbind(), strict=True)])
     ends = counts.cumsum(0).to(torch.int32)
-    check_experts(len(weight), rows.device)
+    check_experts(len(matrices), rows.device)
     if rows.is_cuda:
-        weight = _IdleWithoutGradient.apply(weight, counts)
-    return F.grouped_mm(rows, weight, offs=ends)
+        matrices = _IdleWithoutGradient.apply(matrices, counts)
+    return F.grouped_mm(rows, matrices, offs=ends)
 
 
 def check_experts(count: int, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: ... 2F -> ... F."""
-    if not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _SwiGlu.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -46,9 +46,17 @@ class _SwiGlu(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in fp32, returned in x's dtype; weight: D, or H D."""
     if x.is_cpu and not torch.compiler.is_compiling():
-        return _RmsNorm.apply(x, weight, eps)
+        if torch.is_grad_enabled():
+            return _RmsNorm.apply(x, weight, eps)
+        wide = x.float()
+        return (wide * _inverse_rms(wide, eps)).mul_(weight).to(x.dtype)
     normal = F.rms_norm(x.float(), (x.shape[-1],), eps=eps)
     return (normal * weight.float()).to(x.dtype)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -57,8 +65,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = _inverse_rms(wide, eps)
         normal = wide * inverse
         ctx.save_for_backward(normal, inverse, weight)
         ctx.dtype = x.dtype
@@ -94,7 +101,7 @@ def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) by their angles: B S H d -> B S H d, in x's dtype."""
     if not torch.compiler.is_compiling():
-        return _Rotate.apply(x, cosine, sine)
+        return _Rotate.apply(x, cosine, sine) if torch.is_grad_enabled() else _rotated(x, cosine, sine, 1.0)
     first, second = x.float().chunk(2, dim=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)
     return torch.cat(rotated, dim=-1).to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from openm6.core.config import Config
-from openm6.inference.decode import Precision
+from openm6.inference.load import Precision
 from openm6.kernels.probe import capabilities
 
 # A name, not an address: its last part is not a number.

@@ -22,7 +22,7 @@ from operator import itemgetter
 
 from openm6.core.log import get_log
 from openm6.energy.meter import open_meter
-from openm6.inference.load import LoadedModel
+from openm6.inference.load import LoadedModel, convert_weights
 from openm6.kernels.probe import first_line
 from openm6.serve.config import EngineConfig
 from openm6.serve.requests import (
@@ -137,8 +137,8 @@ class Engine:
         self.loaded, self.config = loaded, config or EngineConfig()
         device = loaded.omni.device
         precision, invariant = self.config.precision(device), self.config.is_invariant(device)
-        if precision == "bfloat16":
-            loaded.omni.round_weights()
+        if precision != "float32":
+            convert_weights(loaded.omni, precision)
         if device.type == "cuda":
             bits = (
                 "has the same bits alone and among others" if invariant else "may differ in its last bits among others"

@@ -147,9 +147,8 @@ class Worker:
         head, device = TextHead.of(loaded.omni, loaded.text), loaded.omni.device
         self.batch_invariant = config.is_invariant(device)
         self.text = DecodeBatch(
-            head, config.max_num_seqs, config.max_model_len, config.precision(device), self.batch_invariant,
-            config.max_cuda_graphs,
-        )  # fmt: skip
+            head, config.max_num_seqs, config.max_model_len, self.batch_invariant, config.max_cuda_graphs
+        )
         self.text.capture()
         self.slots = loaded.omni.backbone.new_cache(config.max_num_media + 1, config.max_model_len)
         self.scratch_slot = config.max_num_media

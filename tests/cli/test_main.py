@@ -123,7 +123,7 @@ def test_an_evaluation_takes_a_model_that_does_not_fit_on_the_device(monkeypatch
     assert called.calls[0] == (
         "evaluate",
         (Path("runs/x"), None, None, None, []),
-        {"device": "cpu", "num_gpu_layers": 0},
+        {"device": "cpu", "num_gpu_layers": 0, "dtype": "auto"},
     )
     refused = runner.invoke(app, ["evaluate", "runs/x", "--num-gpu-layers", "0", "--scenarios"])
     assert refused.exit_code == 1 and "leave all options but --json and --device out" in refused.stderr
@@ -151,7 +151,7 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls["parse_numbers"][0] == ("mass=3.5,length=",)
     assert ("parse_fractions", ("0,0,1,.5", 4, "--mask-box"), {}) in called.calls
     given = (Path("runs/x"), "question is done", "read_decoding is done", Path("o.png"))
-    assert calls["generate"] == ((*given, 2, "auto"), {})
+    assert calls["generate"] == ((*given, 2, "auto", "auto"), {})
     assert shown.stdout == "generate is done\n"
 
 
@@ -170,7 +170,7 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     assert (name, words, named) == (
         "evaluate",
         (Path("runs/x"), ["a", "b"], None, Path("s.json"), []),
-        {"device": "auto", "num_gpu_layers": None},
+        {"device": "auto", "num_gpu_layers": None, "dtype": "auto"},
     )
     assert (show, shown_words[0]) == ("print_table", "evaluate is done")
 

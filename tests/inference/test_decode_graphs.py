@@ -11,8 +11,9 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from openm6.core.log import get_log
-from openm6.inference.decode import Precision, TextHead
+from openm6.inference.decode import TextHead
 from openm6.inference.decode_batch import ATTENTION, BATCHES, DecodeBatch
+from openm6.inference.load import Precision, quantize
 from openm6.inference.sampling import Sampling
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
@@ -42,22 +43,26 @@ def recorded(batch: DecodeBatch, *size: Any) -> Recording:
     return Recording(batch, *size)
 
 
-def text_head(device: torch.device, dtype: torch.dtype) -> TextHead:
+def text_head(device: torch.device, precision: Precision) -> TextHead:
     torch.manual_seed(0)
     backbone = Backbone(CONFIG).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     embedding = torch.randn(VOCABULARY, 64).to(device, dtype)
-    return TextHead(backbone.to(device, dtype), embedding, embedding, None)
+    backbone.to(device, dtype)
+    if precision == "int8":
+        quantize(backbone)
+    return TextHead(backbone, embedding, embedding, None)
 
 
-def opened(head: TextHead, rows: int, precision: Precision, replays: bool) -> DecodeBatch:
+def opened(head: TextHead, rows: int, replays: bool) -> DecodeBatch:
     """A batch of so many texts, each with a first token of its own, which replays its passes or runs them."""
     # A GPU has slots for a whole padded pass: the next larger of BATCHES.
     slots = next(size for size in BATCHES if size >= rows)
-    batch = DecodeBatch(head, slots, 64, precision)
+    batch = DecodeBatch(head, slots, 64)
     for row in range(rows):
         sampling = Sampling(max_tokens=STEPS - row % 2, temperature=0.8 if row % 3 == 0 else 0.0, seed=row)
         batch.add(row, sampling, 0, row % VOCABULARY)
@@ -96,8 +101,8 @@ def test_replayed_is_run(
     """Rows above 170 are sorted by expert in bf16; fp32 and int8 must not sort, which would wait for a count."""
     if device == CPU:
         monkeypatch.setattr(DecodeBatch, "_captured", recorded)
-    head = text_head(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    replayed, run = (opened(head, rows, precision, replays) for replays in (True, False))
+    head = text_head(device, precision)
+    replayed, run = (opened(head, rows, replays) for replays in (True, False))
     monkeypatch.setattr(run, "_padded", replayed._padded)  # the same shapes, and with them the same kernels
     found, expected = written(replayed), written(run)
     assert replayed.graphs and not run.graphs
@@ -115,7 +120,7 @@ def test_all_sizes_are_captured_before_the_first_text(
     if device == CPU:
         monkeypatch.setattr(DecodeBatch, "_captured", recorded)
     caplog.set_level(logging.INFO, get_log().name)
-    batch = graphed(DecodeBatch(text_head(device, torch.float32), 16, 200))
+    batch = graphed(DecodeBatch(text_head(device, "float32"), 16, 200))
     before = [part.clone() for part in (batch.token, batch.position, batch.length, batch.draw)]
     batch.capture()
     modes = ("greedy", "unfiltered", "filtered")
@@ -136,7 +141,7 @@ def test_sizes_beyond_the_limit_run_as_they_are(
 ) -> None:
     if device == CPU:
         monkeypatch.setattr(DecodeBatch, "_captured", recorded)
-    batch = DecodeBatch(text_head(device, torch.float32), 8, 200, max_graphs=limit)
+    batch = DecodeBatch(text_head(device, "float32"), 8, 200, max_graphs=limit)
     assert not batch.graphed or limit
     batch = graphed(batch)
     batch.capture()
@@ -154,7 +159,7 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is(
     def failing(*_: Any) -> None:
         raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    batch = opened(text_head(CPU, torch.float32), 3, "float32", replays=True)
+    batch = opened(text_head(CPU, "float32"), 3, replays=True)
     monkeypatch.setattr(batch, "_captured", failing)
     batch.capture()
     assert len(written(batch)) == 3 and not batch.graphs

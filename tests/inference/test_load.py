@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from openm6.checkpoint.folder import STATE_FILE
-from openm6.core.errors import CheckpointError
-from openm6.inference.load import check
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.inference.engine import generate_texts
+from openm6.inference.load import check, convert_weights, precision_of, weight_bytes
+from openm6.inference.sampling import Sampling
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_segments
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
 from tests.small_model import loaded
 
@@ -25,3 +29,25 @@ def test_a_checkpoint_is_looked_at_without_its_weights(tmp_path: Path) -> None:
     (folder / MODEL_FILE).write_text(loaded().description.to_json(), encoding="utf-8")
     (folder / TOKENIZER_FILE).write_text("{}")
     check(folder)  # there are no weights at all
+
+
+def test_weights_in_int8_take_less_memory_and_write_the_same_texts() -> None:
+    """Alone as in a batch; prompts go through the same weights."""
+    plain, model = loaded(5), loaded(5)
+    before = weight_bytes(model.omni)
+    convert_weights(model.omni, "int8")
+    convert_weights(model.omni, "int8")  # does nothing again
+    assert weight_bytes(model.omni) < 0.92 * before, "most of this small model are adapters and the embedding"
+    prompts = [source_segments([Part("text", words)], model.modalities) for words in ("draw the digit", "x", "a dog")]
+    found = generate_texts(model, prompts, Sampling(max_tokens=8))
+    assert found == [generate_texts(model, [prompt], Sampling(max_tokens=8))[0] for prompt in prompts]
+    # The tokens of an untrained model are nearly equally likely.
+    first = Sampling(max_tokens=1)
+    pairs = zip(generate_texts(model, prompts, first), generate_texts(plain, prompts, first), strict=True)
+    assert sum(one == other for one, other in pairs) >= 2
+
+
+def test_names_of_dtypes() -> None:
+    assert [precision_of(name) for name in ("auto", "bf16", "int8")] == [None, "bfloat16", "int8"]
+    with pytest.raises(ConfigError, match="choose auto, fp32, bf16, int8"):
+        precision_of("int4")

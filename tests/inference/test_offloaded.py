@@ -17,7 +17,7 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.decode import TextHead
 from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.engine import generate_texts
-from openm6.inference.load import LoadedModel, load
+from openm6.inference.load import LoadedModel, convert_weights, load
 from openm6.inference.masked import decode_masked
 from openm6.inference.offloaded import BUFFERS, OffloadedInference, place_offloaded
 from openm6.inference.prefill import prefill
@@ -132,7 +132,7 @@ def test_what_cannot_be_streamed_is_one_sentence(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "sparse")
     model = load(folder, torch.device("cpu"), 1)
     with pytest.raises(ConfigError, match="int8"):
-        DecodeBatch(TextHead.of(model.omni, model.text), 1, 64, "int8")
+        convert_weights(model.omni, "int8")
 
 
 def cut_over_ranks(folder: Path) -> None:

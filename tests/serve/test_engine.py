@@ -340,7 +340,8 @@ def test_the_defaults_on_a_gpu_are_fast_and_logged(
     assert exact.precision(GPU) == weights and not exact.is_invariant(GPU)
     Engine(model, exact)
     assert model.omni.text.embedding.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
-    (line,) = caplog.messages
+    *converted, line = caplog.messages
+    assert len(converted) == bf16, "the memory of converted weights"
     assert line.startswith(f"weights in {weights}; a request may differ in its last bits among others")
     chosen = EngineConfig(weights="float32", batch_invariant=True)
     assert chosen.precision(GPU) == "float32" and chosen.is_invariant(GPU)

@@ -16,7 +16,7 @@ from rich.table import Table
 from openm6.checkpoint.folder import latest
 from openm6.core.errors import OpenM6Error
 from openm6.core.files import replace_text
-from openm6.inference.load import load
+from openm6.inference.load import load, precision_of
 from openm6.modalities.histogram import Histogram
 from openm6.models.description import MODEL_FILE, read_description
 from openm6.serve.config import EngineConfig
@@ -80,12 +80,14 @@ class ExampleResult:
     seconds: float
 
 
-def run_scenarios(trained: Path, json_path: Path | None = None, device: str = "auto") -> list[ExampleResult]:
+def run_scenarios(
+    trained: Path, json_path: Path | None = None, device: str = "auto", dtype: str = "auto"
+) -> list[ExampleResult]:
     """Run the examples of all scenarios, in both languages; raise CheckpointError if there is no model.
 
     With `json_path` the number of examples in each state is written there, and then each of them.
     """
-    with Engine(load(trained, device), ONE_AT_A_TIME) as engine:
+    with Engine(load(trained, device, precision=precision_of(dtype)), ONE_AT_A_TIME) as engine:
         pairs = product(read_library().scenarios.values(), LANGUAGES)
         results = [run_example(engine, scenario, language) for scenario, language in pairs]
     if json_path is not None:

@@ -48,7 +48,7 @@ def test_an_example_is_answered(name: str) -> None:
 
 
 def test_an_untrained_model_answers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openm6.serve.scenarios.run.load", lambda *_: loaded(trained_tasks=()))
+    monkeypatch.setattr("openm6.serve.scenarios.run.load", lambda *_, **__: loaded(trained_tasks=()))
     tried = run_scenarios(tmp_path, tmp_path / "tried.json")
     assert len(tried) == 2 * len(LIBRARY.scenarios)
     assert {one.state for one in tried} == {"untrained"}
