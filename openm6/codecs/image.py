@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from openm6.codecs.base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
 from openm6.core.errors import DataError
-from openm6.ops.matmul import matmul, use_onednn
 
 STEM = 4  # pixels folded into channels before the first convolution, which makes the codec fast on a CPU
 
@@ -40,31 +39,14 @@ class ImageCodecConfig(QuantizerConfig):
         return STEM * 2 ** (len(self.widths) - 1)
 
 
-class Convolution(nn.Conv2d):
-    """A matrix product over each position's neighbourhood if one image is encoded: on a CPU, torch arranges the weights
-    of a convolution again in each call, which is half of its time for a small image.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        alone = len(x) == 1 and not torch.is_grad_enabled()
-        if not (alone and use_onednn(x.flatten(2)[0].t(), self.weight.flatten(1))):
-            return super().forward(x)
-        size, margin = self.kernel_size[0], self.kernel_size[0] // 2
-        padded = F.pad(x[0].permute(1, 2, 0), (0, 0, margin, margin, margin, margin))  # h w C
-        around = padded.unfold(0, size, 1).unfold(1, size, 1).permute(0, 1, 3, 4, 2)  # h w k k C
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # C' k k C -> C' k·k·C
-        rows = matmul(around.reshape(x[0, 0].numel(), -1), weight, self.bias)  # h·w C'
-        return rows.t().reshape(1, -1, *x.shape[2:])
-
-
 class Residual(nn.Module):
     """Adds two convolutions to its input; the last begins at zero, so that a fresh network is near linear."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first_norm, self.second_norm = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
-        self.first = Convolution(width, width, 3, padding=1)
-        self.second = Convolution(width, width, 3, padding=1)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
         for parameter in self.second.parameters():
             nn.init.zeros_(parameter)
 
@@ -74,7 +56,7 @@ class Residual(nn.Module):
 
 
 def _output(width: int, channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(8, width), nn.SiLU(), Convolution(width, channels, 3, padding=1)]
+    return [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)]
 
 
 class ImageCodec(Codec):
@@ -86,17 +68,17 @@ class ImageCodec(Codec):
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
         self.config, widths = config, config.widths
-        layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), Convolution(3 * STEM**2, widths[0], 3, padding=1)]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, widths[0], 3, padding=1)]
         for scale, width in enumerate(widths):
             if scale:
-                layers += [nn.PixelUnshuffle(2), Convolution(4 * widths[scale - 1], width, 1)]
+                layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[scale - 1], width, 1)]
             layers += [Residual(width) for _ in range(config.encoder_blocks[scale])]
         self.encoder = nn.Sequential(*layers, *_output(widths[-1], config.vector_size))  # B 3 H W -> B C h w
-        layers = [Convolution(config.vector_size, widths[-1], 3, padding=1)]
+        layers = [nn.Conv2d(config.vector_size, widths[-1], 3, padding=1)]
         for scale, width in reversed(list(enumerate(widths))):
             layers += [Residual(width) for _ in range(config.decoder_blocks[scale])]
             if scale:
-                layers += [Convolution(width, 4 * widths[scale - 1], 1), nn.PixelShuffle(2)]
+                layers += [nn.Conv2d(width, 4 * widths[scale - 1], 1), nn.PixelShuffle(2)]
         layers += [*_output(widths[0], 3 * STEM**2), nn.PixelShuffle(STEM)]
         self.decoder = nn.Sequential(*layers)  # B C h w -> B 3 H W
         self.quantizer = GroupedQuantizer(config)

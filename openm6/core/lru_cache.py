@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
@@ -50,10 +51,16 @@ class LRUCache(Generic[V]):
         self.lookups += 1
         if found is not None:
             return found
-        began = time.perf_counter()
-        value = compute()
-        self.misses, self.seconds = self.misses + 1, self.seconds + time.perf_counter() - began
+        with self.timed(misses=1):
+            value = compute()
         return self.put(key, value)
+
+    @contextmanager
+    def timed(self, misses: int = 0) -> Iterator[None]:
+        """Count the time within as that of computing entries, and so many misses."""
+        began = time.perf_counter()
+        yield
+        self.misses, self.seconds = self.misses + misses, self.seconds + time.perf_counter() - began
 
 
 def _size(value: Any) -> int:

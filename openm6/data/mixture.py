@@ -7,6 +7,7 @@ and no record is lost or seen twice when a run resumes on another number of rank
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -76,6 +77,7 @@ class MixtureSampler:
         self.components = tuple(components)
         self.seed = seed
         self._bounds = np.cumsum([component.weight for component in components]).tolist()
+        self._lengths = [len(component.source) for component in components]
         self._cursor = [(0, 0) for _ in components]  # epoch, offset
         self._orders: dict[int, np.ndarray] = {}  # of the current epoch, by component
         self.global_index = 0  # of the next sample
@@ -90,9 +92,9 @@ class MixtureSampler:
     def draw(self) -> SampleIndex:
         """The next sample of the whole sequence."""
         point = uniform(self.seed, self.global_index) * self._bounds[-1]
-        component = next(index for index, bound in enumerate(self._bounds) if point < bound)
+        component = bisect(self._bounds, point)
         epoch, offset = self._cursor[component]
-        length = len(self.components[component].source)
+        length = self._lengths[component]
         if component not in self._orders:
             seed = mix(self.seed, text_hash(self.components[component].key))
             self._orders[component] = permutation(length, seed, epoch)

@@ -14,6 +14,7 @@ from openm6.data.mixture import DataShard, MixtureSampler, SampleIndex, merge
 from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine, merge_counts
 from openm6.modalities.batch import Batch, PackedExample, collate, shortened
+from openm6.modalities.codes import encode_together
 
 DEFAULT_ROWS = 4  # of a batch
 ENOUGH = 200  # draws in a row without an example, before they are a reason to stop
@@ -103,7 +104,8 @@ class Packer:
     def batches(self) -> Iterator[Batch]:
         """An endless stream of this rank's part of each packed batch."""
         while True:
-            filled = [self._fill(shard) for shard in self.sampler.shards]
+            with encode_together():
+                filled = [self._fill(shard) for shard in self.sampler.shards]
             rows = [[example for _, example in row] for rows in filled for row in rows]
             samples = [sample for rows in filled for row in rows for sample, _ in row]
             yield replace(collate(rows, self.config.seq_len, self.state()), samples=samples)

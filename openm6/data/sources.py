@@ -31,8 +31,8 @@ class PairSource(Source):
         self.name = name
         self._left = left
         self._right = right
-        self._left_keys = CANONICAL_KEYS if config.left_keys is None else config.left_keys
-        self._right_keys = CANONICAL_KEYS if config.right_keys is None else config.right_keys
+        self._left_keys = frozenset(CANONICAL_KEYS if config.left_keys is None else config.left_keys)
+        self._right_keys = frozenset(CANONICAL_KEYS if config.right_keys is None else config.right_keys)
         self._seed = text_hash(name)
         self._partners: dict[Any, list[int]] = defaultdict(list)
         for index, value in enumerate(right.values(config.key)):
@@ -59,9 +59,9 @@ class PairSource(Source):
         taken = {key: right[key] for key in right if key in self._right_keys}
         taken |= {key: left[key] for key in left if key in self._left_keys}
         for key in _JOINED:
-            both = dict.fromkeys(str(side[key]) for side in (left, right) if key in side)
-            if both:
-                taken[key] = " + ".join(both)
+            first, second = left.get(key, right.get(key)), right.get(key, left.get(key))
+            if first is not None:
+                taken[key] = str(first) if first == second else f"{first} + {second}"
         extra = {**right.get("extra", {}), **left.get("extra", {})}
         return {**taken, "extra": extra} if extra else taken
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -49,15 +50,7 @@ def read_audio(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     _check_duration(len(samples) / rate, max_seconds)
     if not np.isfinite(samples).all():
         raise DataError("the audio holds values that are not finite: export it again")
-    return np.clip(resample(torch.from_numpy(samples), rate, RATE).numpy(), -1, 1)
-
-
-def duration(raw: Any) -> float:
-    """Seconds of an audio clip that `read_audio` accepts; of a file, as stated in its header."""
-    if isinstance(raw, np.ndarray):
-        return len(raw) / RATE
-    with soundfile.SoundFile(io.BytesIO(raw)) as file:
-        return float(file.frames / file.samplerate)
+    return np.clip(resample(samples, rate, RATE), -1, 1)
 
 
 def _check_duration(seconds: float, max_seconds: float) -> None:
@@ -108,7 +101,8 @@ class Audio(CodesModality):
         self.hop = codec.config.samples_per_position
         self.num_mels = codec.config.num_mels
         self.patch_size = FRAMES * self.num_mels
-        self.code_cache, self.mel_cache = (LRUCache[np.ndarray](CACHE_BYTES) for _ in range(2))
+        self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES)
+        self.code_cache, self._sample_cache = (LRUCache[np.ndarray](CACHE_BYTES // 2) for _ in range(2))
         # Entries of a few bytes: a bound on their number.
         self.duration_cache = LRUCache[np.ndarray](2**20)
 
@@ -120,33 +114,41 @@ class Audio(CodesModality):
         seconds, mask_span = options.get("seconds"), options.get("mask_span")
         if mask_span is not None:
             seconds = seconds or self.seconds
-        speed = options.get("speed", 1.0)
-
-        @torch.no_grad()
-        def compute() -> np.ndarray:
-            samples = self._samples(raw, seconds, speed)
-            whole = np.pad(samples, (0, -len(samples) % (self.hop // 4)))
-            return self.codec.mels(torch.from_numpy(whole)[None])[0].numpy()
-
-        frames = self.mel_cache.get_or_compute(key_of(raw, seconds, speed), compute)  # F M
+        frames = self._frames(raw, seconds, options.get("speed", 1.0))
         # The source of an inpainted part must keep time with it.
         if rng is not None and mask_span is None:
             frames = _augmented(frames, rng)
         count = -(-len(frames) // FRAMES)
-        padded = np.full((count * FRAMES, self.num_mels), frames.min(), np.float32)
-        padded[: len(frames)] = frames
+        if len(frames) % FRAMES:
+            silence = np.full((count * FRAMES - len(frames), self.num_mels), frames.min(), np.float32)
+            frames = np.concatenate([frames, silence])
         truncated = seconds is not None and self.is_longer(raw, seconds)
         grid = audio_grid(count, FRAMES * RATE // 100)
-        return self._source(padded.reshape(count, -1), span_mask(mask_span, count), grid, truncated)
+        mask = None if mask_span is None else span_mask(mask_span, count)
+        return self._source(frames.reshape(count, -1), mask, grid, truncated)
 
-    def _samples(self, raw: Any, seconds: float | None, speed: float) -> np.ndarray:
-        samples = read_audio(raw, self.max_seconds)
-        if speed != 1.0:
-            samples = resample(torch.from_numpy(samples), round(RATE * speed), RATE).numpy()
-        if seconds is None:
-            return samples
-        length = self.length(seconds) * self.hop
-        return np.pad(samples[:length], (0, max(0, length - len(samples))))
+    def _frames(self, raw: Any, seconds: float | None, speed: float) -> np.ndarray:
+        """Log-mels of the audio, cut or padded to `seconds`; cached without the silence at the end.  # F M"""
+        hop = self.codec.config.hop
+
+        def compute() -> np.ndarray:
+            samples = self._samples(raw, speed)
+            length = self.length(seconds) * self.hop if seconds else len(samples) + -len(samples) % hop
+            with torch.no_grad():
+                frames = self.codec.mels(torch.from_numpy(_fitted(samples, length))[None])[0].numpy()
+            # A frame reads samples beyond its own.
+            heard = -(-(len(samples) + self.codec.config.window) // hop)
+            return frames[:heard].copy()
+
+        key = key_of(raw)
+        frames = self.mel_cache.get_or_compute(key and (key, seconds, speed), compute)
+        missing = self.length(seconds) * self.hop // hop - len(frames) if seconds else 0
+        return np.concatenate([frames, np.full((missing, self.num_mels), frames[-1:])]) if missing else frames
+
+    def _samples(self, raw: Any, speed: float) -> np.ndarray:
+        """The audio at a speed; as it is recorded, it is cached.  # S"""
+        samples = self._sample_cache.get_or_compute(key_of(raw), lambda: read_audio(raw, self.max_seconds))
+        return samples if speed == 1.0 else resample(samples, round(RATE * speed), RATE)
 
     def length(self, seconds: float | None) -> int:
         """Return the number of positions of a generated recording."""
@@ -154,7 +156,7 @@ class Audio(CodesModality):
 
     def is_longer(self, raw: Any, seconds: float | None = None) -> bool:
         """Whether a recording, at its own speed, has a position of 40 ms or more beyond `seconds`: it is lost."""
-        known = self.duration_cache.get_or_compute(key_of(raw), lambda: np.asarray(duration(raw)))
+        known = self.duration_cache.get_or_compute(key_of(raw), lambda: np.asarray(len(self._samples(raw, 1.0)) / RATE))
         return float(known) >= (self.length(seconds) + 1) * self.hop / RATE
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
@@ -165,11 +167,12 @@ class Audio(CodesModality):
         speed = options.get("speed", 1.0)
         if rng is not None and "speed" not in options:
             speed = random_speed(rng)
-        seconds, mask_span = options.get("seconds"), options.get("mask_span")
-        codes = self.encode(raw, seconds, speed)
-        region = None if mask_span is None else span_mask(mask_span, len(codes))
-        grid = audio_grid(len(codes), self.hop)
-        return self._target(codes, grid, region, options, rng, self.is_longer(raw, seconds))
+        seconds, mask_span = options.get("seconds") or self.seconds, options.get("mask_span")
+        length = self.length(seconds)
+        region = None if mask_span is None else span_mask(mask_span, length)
+        segment, fill = self._target(audio_grid(length, self.hop), region, options, rng, self.is_longer(raw, seconds))
+        self._pass_codes(*self._read(raw, seconds, speed), fill)
+        return segment
 
     def blank(self, seconds: float | None = None) -> Segment:
         """Return a target of which every position is masked."""
@@ -177,17 +180,21 @@ class Audio(CodesModality):
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
         """Codes of the audio, cut or padded with silence; cached by the bytes of the file.  # T G"""
-        seconds = seconds or self.seconds
+        return self._encode(*self._read(raw, seconds or self.seconds, speed))
 
-        def compute() -> np.ndarray:
-            codes = self.codec.encode(torch.from_numpy(self._samples(raw, seconds, speed))[None])[0]
-            return codes.numpy().astype(np.int16)
-
-        return self.code_cache.get_or_compute(key_of(raw, seconds, speed), compute)
+    def _read(self, raw: Any, seconds: float, speed: float) -> tuple[Hashable, Callable[[], np.ndarray]]:
+        """The key of some seconds of audio at a speed, and the function that reads its samples."""
+        key, length = key_of(raw), self.length(seconds) * self.hop
+        return key and (key, seconds, speed), lambda: _fitted(self._samples(raw, speed), length)
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """Samples at 16 kHz of one sequence of codes.  # T G -> S"""
         return self.codec.decode(codes.cpu()[None])[0].numpy()
+
+
+def _fitted(samples: np.ndarray, length: int) -> np.ndarray:
+    """The samples, cut or followed by silence.  # S -> length"""
+    return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
 
 def span_mask(mask_span: tuple[float, float] | None, count: int) -> np.ndarray:
@@ -213,26 +220,32 @@ def random_speed(rng: np.random.Generator) -> float:
 def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Imitate other speakers and microphones: stretch mels and time, change level, start and a few bands.  # F M"""
     count, mels = frames.shape
-    warp = rng.uniform(0.85, 1.18)
-    tempo = rng.uniform(0.8, 1.25)
-    rows = np.clip(np.arange(max(1, int(count / tempo))) * tempo, 0, count - 1)
-    columns = np.clip(np.arange(mels) * warp, 0, mels - 1)
-    changed = _sampled(_sampled(frames, rows).T, columns).T
-    changed = changed + rng.normal(0, 0.25) + rng.normal(0, 0.08, changed.shape)
-    changed = changed + np.linspace(rng.normal(0, 0.3), rng.normal(0, 0.3), mels)
-    silence = np.full((int(rng.integers(0, 12)), mels), changed.min())
-    changed = np.concatenate([silence, changed])
+    warp, tempo = rng.uniform(0.85, 1.18), rng.uniform(0.8, 1.25)
+    rows = np.minimum(np.arange(max(1, int(count / tempo))) * tempo, count - 1)
+    columns = np.minimum(np.arange(mels) * warp, mels - 1)
+    stretched = _sampled(_sampled(frames.astype(np.float64), rows, 0), columns, 1)
+    stretched += rng.normal(0, 0.25)
+    stretched += rng.normal(0, 0.08, stretched.shape)
+    stretched += np.linspace(rng.normal(0, 0.3), rng.normal(0, 0.3), mels)
+    silence = int(rng.integers(0, 12))
+    changed = np.empty((silence + len(stretched), mels))
+    changed[:silence], changed[silence:] = stretched.min(), stretched
     # SpecAugment, arXiv 1904.08779
     for axis, max_width in ((0, 12), (1, 14)):
         width = int(rng.integers(0, max_width))
         start = int(rng.integers(0, max(1, changed.shape[axis] - width)))
-        np.moveaxis(changed, axis, 0)[start : start + width] = changed.mean()
+        here = slice(start, start + width)
+        changed[here if axis == 0 else (slice(None), here)] = changed.mean()
     return changed.astype(np.float32)
 
 
-def _sampled(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Rows of `values` at fractional positions, linear in between.  # F M, R -> R M"""
-    below = np.floor(positions).astype(int)
-    above = np.minimum(below + 1, len(values) - 1)
-    weight = (positions - below)[:, None]
-    return values[below] * (1 - weight) + values[above] * weight
+def _sampled(values: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
+    """Rows (axis 0) or columns (axis 1) of `values` at fractional positions, linear in between.  # F M -> R M or F R"""
+    below = positions.astype(int)
+    above = np.minimum(below + 1, values.shape[axis] - 1)
+    weight = positions - below
+    weight = weight if axis else weight[:, None]
+    found = values.take(below, axis)
+    found *= 1 - weight
+    found += values.take(above, axis) * weight
+    return found

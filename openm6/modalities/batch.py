@@ -27,21 +27,29 @@ ALIGNMENT = 64  # bytes from one tensor of a batch to the next, for wide loads
 HEAD_COST = 0.5
 
 
+# Of a segment: the order of its first token, 1 if orders count up, its block or 0, and its position.
+SegmentRule = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class PackedExample:
-    """One example as N tokens: its segments in order, and the integers of the sequence rule for each token."""
+    """One example as `length` tokens: its segments in order, and the sequence rule of each one."""
 
     segments: list[Segment]
-    attn_order: np.ndarray  # N
-    block_id: np.ndarray  # N
-    positions: np.ndarray  # N 3
+    rules: list[SegmentRule]
+    length: int
     task: str = ""
     weight: float = 1.0
     # Segments of the first side of a pair; 0: not a pair.
     left: int = 0
 
     def __len__(self) -> int:
-        return len(self.attn_order)
+        return self.length
+
+    @property
+    def meta(self) -> SequenceMeta:
+        """The sequence rule of each token, as one row."""
+        return collate([[self]], self.length).meta
 
     @property
     def truncated(self) -> bool:
@@ -49,39 +57,46 @@ class PackedExample:
         return any(segment.truncated for segment in self.segments)
 
 
+def _token_rules(segments: list[Segment], rules: list[SegmentRule]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Order, block and position of each token of the segments.  # N, N, N 3"""
+    lengths = np.asarray([len(segment.grid) for segment in segments], np.int64)
+    order, step, block, position = np.asarray(rules, np.int32).reshape(-1, 4).T
+    moves = np.asarray([segment.moves for segment in segments], np.int32).reshape(-1, 3) * position[:, None]
+    # Of each token within its segment.
+    index = np.arange(lengths.sum(), dtype=np.int32) - np.repeat((lengths.cumsum() - lengths).astype(np.int32), lengths)
+    attn_order = np.repeat(order, lengths) + np.repeat(step, lengths) * index
+    grids = np.concatenate([np.empty((0, 3), np.int32), *(segment.grid for segment in segments)])
+    return attn_order, np.repeat(block, lengths), (grids + np.repeat(moves, lengths, 0)).astype(np.int32, copy=False)
+
+
 def build_sequence(segments: list[Segment], task: str = "", weight: float = 1.0, position: int = 0) -> PackedExample:
     """Sources first (order 0, or one order per part), then targets: causal ones count up, blocks are hidden.
 
     `position` is that of the first token, for segments that continue others.
     """
-    length = sum(map(len, segments))
-    attn_order, block_id = np.zeros(length, np.int32), np.zeros(length, np.int32)
-    positions = np.empty((length, 3), np.int32)
-    start = order = block = 0
+    rules: list[SegmentRule] = []
+    length = order = blocks = 0
     for segment in segments:
-        here = slice(start, start + len(segment))
-        start = here.stop
-        if segment.placement == "causal":
-            attn_order[here] = np.arange(order + 1, order + 1 + len(segment))
-            order += len(segment)
-        elif segment.placement != "source":
+        size, placement = len(segment.grid), segment.placement
+        if placement == "causal":
+            rules.append((order + 1, 1, 0, position))
+            order += size
+        elif placement == "source":
+            rules.append((0, 0, 0, position))
+        else:
             order += 1
-            attn_order[here] = order
-        if segment.placement == "block":
-            block += 1
-            block_id[here] = block
-        positions[here] = segment.grid + np.multiply(position, segment.moves)
+            blocks += placement == "block"
+            rules.append((order, 0, blocks if placement == "block" else 0, position))
         position += segment.span
-    return PackedExample(segments, attn_order, block_id, positions, task, weight)
+        length += size
+    return PackedExample(segments, rules, length, task, weight)
 
 
 def build_pair(left: list[Segment], right: list[Segment], task: str = "", weight: float = 1.0) -> PackedExample:
     """Two sides that never attend to each other: both of order 0, a block each, both from position 0."""
     first, second = build_sequence(left), build_sequence(right)
-    block_id = np.repeat(np.asarray([1, 2], np.int32), [len(first), len(second)])
-    attn_order = np.concatenate([first.attn_order, second.attn_order])
-    positions = np.concatenate([first.positions, second.positions])
-    return PackedExample([*left, *right], attn_order, block_id, positions, task, weight, len(left))
+    rules = [(order, step, side, at) for side, one in ((1, first), (2, second)) for order, step, _, at in one.rules]
+    return PackedExample([*left, *right], rules, len(first) + len(second), task, weight, len(left))
 
 
 def shortened(sequence: PackedExample, length: int) -> PackedExample:
@@ -237,40 +252,37 @@ def wait_for_copies(device: torch.device) -> None:
 
 def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any] | None = None) -> Batch:
     """Rows of whole examples, padded to `length` tokens, as one batch."""
-    example_id = np.full((len(rows), length), PADDING, np.int32)
-    attn_order, block_id = np.zeros_like(example_id), np.zeros_like(example_id)
-    positions = np.zeros((len(rows), length, 3), np.int32)
-    # Of each kind: its segments, with the index of the first token, the example, and the weights of the tokens.
-    found: dict[str, list[tuple[Segment, int, int, np.ndarray]]] = {}
-    tasks: list[str] = []
-    tokens = 0
-    for row, sequences in enumerate(rows):
-        start = 0
-        for index, sequence in enumerate(sequences):
-            here = slice(start, start + len(sequence))
-            example_id[row, here] = index
-            attn_order[row, here], block_id[row, here] = sequence.attn_order, sequence.block_id
-            positions[row, here] = sequence.positions
-            learned = max(1, sum(int(segment.learn.sum()) for segment in sequence.segments))
-            for segment in sequence.segments:
-                if len(segment):
-                    weight = segment.learn.astype(np.float32) * np.float32(sequence.weight / learned)
-                    first = row * length + start
-                    found.setdefault(segment.kind, []).append((segment, first, len(tasks), weight))
-                start += len(segment)
-            tasks.append(sequence.task)
-        tokens += start
-    meta = SequenceMeta(*map(torch.from_numpy, (example_id, attn_order, block_id, positions)))
-    groups = {kind: _gather(segments) for kind, segments in sorted(found.items())}
-    return Batch(meta, groups, tokens, tasks, cursor or {})
-
-
-def _gather(found: list[tuple[Segment, int, int, np.ndarray]]) -> TokenGroup:
-    arrays = {name: np.concatenate([segment.arrays[name] for segment, *_ in found]) for name in found[0][0].arrays}
-    index = np.concatenate([np.arange(start, start + len(segment)) for segment, start, _, _ in found])
-    example = np.repeat([example for _, _, example, _ in found], [len(segment) for segment, *_ in found])
-    weight = np.concatenate([weight for *_, weight in found])
-    return _group_of_arrays(index, arrays, example, weight, np.flatnonzero(weight))
+    examples = [example for row in rows for example in row]
+    segments = [segment for example in examples for segment in example.segments]
+    sizes = [example.length for example in examples]
+    # Of each token: its example, and its index in the flattened rows.
+    example = np.repeat(np.arange(len(examples)), sizes)
+    used = [sum(example.length for example in row) for row in rows]
+    index = np.arange(len(example)) + np.repeat(np.arange(len(rows)) * length - np.cumsum(used) + used, used)
+    in_row = np.asarray([number for row in rows for number in range(len(row))], np.int32)
+    attn_order, block_id, positions = _token_rules(segments, [rule for example in examples for rule in example.rules])
+    meta = [np.full((len(rows), length), PADDING, np.int32), *(np.zeros((len(rows), length), np.int32) for _ in "ab")]
+    meta.append(np.zeros((len(rows), length, 3), np.int32))
+    for part, values in zip(meta, (in_row[example], attn_order, block_id, positions), strict=True):
+        part.reshape(-1, *part.shape[2:])[index] = values
+    learn = np.concatenate([np.zeros(0, bool), *(segment.learn for segment in segments)])
+    learned = np.bincount(example, learn, minlength=len(examples)).tolist()
+    weights = [example.weight / max(1.0, count) for example, count in zip(examples, learned, strict=True)]
+    weight = learn * np.asarray(weights, np.float32)[example]
+    present = [segment for segment in segments if len(segment.grid)]
+    kinds: dict[str, list[Segment]] = {}
+    for segment in present:
+        kinds.setdefault(segment.kind, []).append(segment)
+    numbers = {kind: number for number, kind in enumerate(sorted(kinds))}
+    kind_of = np.repeat([numbers[one.kind] for one in present], [len(one.grid) for one in present])
+    groups = {}
+    for kind, number in numbers.items():
+        found, here = kinds[kind], np.flatnonzero(kind_of == number)
+        arrays = {name: np.concatenate([segment.arrays[name] for segment in found]) for name in found[0].arrays}
+        own = weight[here]
+        groups[kind] = _group_of_arrays(index[here], arrays, example[here], own, np.flatnonzero(own))
+    tasks = [example.task for example in examples]
+    return Batch(SequenceMeta(*map(torch.from_numpy, meta)), groups, len(example), tasks, cursor or {})
 
 
 def count(batch: Batch) -> Counts:
@@ -285,15 +297,15 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     Examples attend only to themselves, so their row changes nothing but the order of sums. Rows end with less than
     `ROWS` positions of padding, so that their lengths, and with them the shapes of products, occur again.
     """
-    example_of = torch.full((batch.meta.example_id.numel(),), -1)  # R*S -> example
-    cost = torch.zeros(batch.num_examples)
+    example_of = np.full(batch.meta.example_id.numel(), -1)  # R*S -> example
+    cost = np.zeros(batch.num_examples)
     for group in batch.groups.values():
-        example_of[group.index] = group.example
-        learned = (group.weight > 0).to(cost.dtype)
-        cost.index_add_(0, group.example, 1 + HEAD_COST * learned)
-    owner = torch.tensor([*_divide(cost.tolist(), parts), -1])[example_of]  # R*S -> part; padding has none
+        example = group.example.numpy()
+        example_of[group.index.numpy()] = example
+        cost += np.bincount(example, 1 + HEAD_COST * (group.weight.numpy() > 0), minlength=len(cost))
+    owner = np.asarray([*_divide(cost.tolist(), parts), -1])[example_of]  # R*S -> part; padding has none
     held = count(batch)
-    divided = [_part_of(batch, (owner == part).nonzero()[:, 0], held) for part in range(parts)]
+    divided = [_part_of(batch, np.flatnonzero(owner == part), held) for part in range(parts)]
     return [replace(divided[0], cursor=batch.cursor), *divided[1:]]
 
 
@@ -306,22 +318,27 @@ def _divide(cost: list[float], parts: int) -> list[int]:
     return owner
 
 
-def _part_of(batch: Batch, tokens: Tensor, whole: Counts) -> Batch:
+def _part_of(batch: Batch, tokens: np.ndarray, whole: Counts) -> Batch:
     """The tokens with the indices `tokens` of the flattened rows as one row, padded to a multiple of `ROWS`."""
-    rows = batch.meta
-    padding = -len(tokens) % ROWS
-    flat = [part.flatten(0, 1)[tokens] for part in rows.parts()]
+    rows, count = batch.meta, len(tokens)
+    flat = [part.flatten(0, 1).numpy()[tokens] for part in rows.parts()]
     # Examples are numbered within their row, so two rows use the same numbers.
-    flat[0] = flat[0] * rows.batch + (tokens // rows.length).to(flat[0].dtype)
-    meta = SequenceMeta(*(torch.cat([part, part.new_zeros(padding, *part.shape[1:])])[None] for part in flat))
-    meta.example_id[:, len(tokens) :] = PADDING
-    moved = torch.full((rows.batch * rows.length,), -1)
-    moved[tokens] = torch.arange(len(tokens))
+    flat[0] = flat[0] * rows.batch + (tokens // rows.length).astype(flat[0].dtype)
+    padded = [np.zeros((1, count + -count % ROWS, *part.shape[1:]), part.dtype) for part in flat]
+    padded[0][:] = PADDING
+    for part, values in zip(padded, flat, strict=True):
+        part[0, :count] = values
+    moved = np.full(rows.batch * rows.length, -1)
+    moved[tokens] = np.arange(count)
     groups = {}
     for name, group in batch.groups.items():
-        here = (moved[group.index] >= 0).nonzero()[:, 0]
+        index = moved[group.index.numpy()]
+        here = np.flatnonzero(index >= 0)
         if len(here):
-            arrays = {key: array[here] for key, array in group.arrays.items()}
-            index, weight = moved[group.index[here]], group.weight[here]
-            groups[name] = TokenGroup(index, arrays, group.example[here], weight, weight.nonzero()[:, 0])
-    return replace(batch, meta=meta, groups=groups, tokens=len(tokens), cursor={}, whole=whole)
+            arrays = {key: array.numpy()[here] for key, array in group.arrays.items()}
+            weight = group.weight.numpy()[here]
+            groups[name] = _group_of_arrays(
+                index[here], arrays, group.example.numpy()[here], weight, np.flatnonzero(weight)
+            )
+    meta = SequenceMeta(*map(torch.from_numpy, padded))
+    return replace(batch, meta=meta, groups=groups, tokens=count, cursor={}, whole=whole)

@@ -11,6 +11,9 @@ p(c_1 … c_G | h) = Π_g p(c_g | h, c_<g), so that a position is drawn from one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.codecs.base import Codec
+from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import content_key
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Rng, Segment
 from openm6.ops.losses import grouped_cross_entropy
@@ -35,13 +39,57 @@ SMOOTHING = 0.1
 WRONG_FRACTION = 0.05
 # Numbers in the state of one group of the head.
 BOTTLENECK = 64
-# Of the codes and of the mels of files, so that an image that is used in every epoch goes through the codec once.
+# Of the codes, and of what is read, of files: an image that is used in every epoch goes through the codec once.
 CACHE_BYTES = 64 * 2**20
+# Images or recordings that the codec encodes at once, and that wait for it.
+GROUP, WAITING = 8, 32
+_file_keys = LRUCache[tuple[bytes, bytes]](2**24)
 
 
-def key_of(raw: Any, *settings: float | None) -> bytes | None:
-    """The key of a file and the settings that it is read with; None if it is not a file."""
-    return content_key(raw) + repr(settings).encode() if isinstance(raw, bytes) else None
+def key_of(raw: Any) -> bytes | None:
+    """The key of a file by its content; None if it is not a file."""
+    # Python keeps the hash of bytes, so that the next lookup of the same object reads none of them.
+    return _file_keys.get_or_compute(raw, lambda: (raw, content_key(raw)))[1] if isinstance(raw, bytes) else None
+
+
+class CodesToCome:
+    """Inputs whose codes are computed together: the codec takes half as long for eight at once as for one by one."""
+
+    def __init__(self) -> None:
+        # By modality and key: the input, and what to do with its codes.
+        self.waiting: dict[tuple[CodesModality, Hashable], tuple[np.ndarray, list[Callable[[np.ndarray], None]]]] = {}
+
+    def encode(self) -> None:
+        """Encode all that waits, and pass the codes on."""
+        alike: dict[tuple[CodesModality, tuple[int, ...]], list[Hashable]] = {}
+        for (modality, key), (values, _) in self.waiting.items():
+            alike.setdefault((modality, values.shape), []).append(key)
+        groups = [(one, keys[n : n + GROUP]) for (one, _), keys in alike.items() for n in range(0, len(keys), GROUP)]
+        for modality, group in groups:
+            inputs = [self.waiting[modality, key][0] for key in group]
+            with modality.code_cache.timed():
+                # Never alone: kernels for one round differently, and codes must not depend on what is beside them.
+                found = modality.encode_values(inputs if len(inputs) > 1 else inputs * 2)
+            for key, codes in zip(group, found, strict=False):
+                modality.code_cache.put(None if isinstance(key, int) else key, codes.copy())
+                for use in self.waiting[modality, key][1]:
+                    use(codes)
+        self.waiting.clear()
+
+
+_codes_to_come: ContextVar[CodesToCome | None] = ContextVar("codes_to_come", default=None)
+
+
+@contextmanager
+def encode_together() -> Iterator[None]:
+    """Within it the codes of targets may be missing; at its end they are there."""
+    codes = CodesToCome()
+    token = _codes_to_come.set(codes)
+    try:
+        yield
+    finally:
+        _codes_to_come.reset(token)
+        codes.encode()
 
 
 class TokenGrid(NamedTuple):
@@ -85,7 +133,9 @@ def sample_mask(height: int, width: int, rng: Rng) -> np.ndarray:
         return np.ones(positions, bool)
     if draw < RANDOM_FRACTION:
         count = max(1, round(positions * math.cos(math.pi / 2 * rng.random())))
-        return np.isin(np.arange(positions), rng.permutation(positions)[:count])
+        mask = np.zeros(positions, bool)
+        mask[rng.permutation(positions)[:count]] = True
+        return mask
     inside = random_rectangle(height, width, rng)
     mask = inside if draw < RANDOM_FRACTION + ALL_FRACTION + INSIDE_FRACTION else ~inside
     # A rectangle may fill a tiny grid.
@@ -107,26 +157,53 @@ class CodesModality(Modality):
     """Patches in, masked codes of a codec out: what images and audio share."""
 
     codec: Codec
+    code_cache: LRUCache[np.ndarray]
     # Numbers in a patch.
     patch_size: int
 
-    def _source(self, patches: np.ndarray, is_masked: np.ndarray, grid: TokenGrid, truncated: bool = False) -> Segment:
-        """Patches as input tokens; masked ones are zero.  # N F, N"""
-        patches = np.where(is_masked[:, None], 0, patches).astype(np.float32)
-        arrays = {"patches": patches, "is_masked": is_masked, "positions": grid.positions}
+    def _source(
+        self, patches: np.ndarray, is_masked: np.ndarray | None, grid: TokenGrid, truncated: bool = False
+    ) -> Segment:
+        """Patches as input tokens; masked ones become zero.  # N F, N"""
         learn = np.zeros(len(patches), bool)
+        if is_masked is not None:
+            patches = np.where(is_masked[:, None], np.float32(0), patches)
+        mask = learn if is_masked is None else is_masked
+        arrays = {"patches": patches, "is_masked": mask, "positions": grid.positions}
         return Segment(f"{self.name}_in", arrays, grid.cells, grid.span, learn, moves=OWN_ORIGIN, truncated=truncated)
+
+    def encode_values(self, values: list[np.ndarray]) -> np.ndarray:
+        """Codes of inputs of one shape, as the codec takes them.  # B N G"""
+        return self.codec.encode(torch.from_numpy(np.stack(values))).flatten(1, -2).numpy().astype(np.int16)
+
+    def _encode(self, key: Hashable, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Codes of what `read` returns, from the cache if they are there.  # N G"""
+        return self.code_cache.get_or_compute(key, lambda: self.encode_values([read()])[0])
+
+    def _pass_codes(self, key: Hashable, read: Callable[[], np.ndarray], use: Callable[[np.ndarray], None]) -> None:
+        """Call `use` with the codes of what `read` returns: now, or at the end of `encode_together`."""
+        together = _codes_to_come.get()
+        if together is None or key in self.code_cache.entries:
+            use(self._encode(key, read))
+            return
+        self.code_cache.lookups += 1
+        key = len(together.waiting) if key is None else key
+        if (self, key) not in together.waiting:
+            with self.code_cache.timed(misses=1):
+                together.waiting[self, key] = (read(), [])
+        together.waiting[self, key][1].append(use)
+        if len(together.waiting) >= WAITING:
+            together.encode()
 
     def _target(
         self,
-        codes: np.ndarray,
         grid: TokenGrid,
         region: np.ndarray | None = None,
         options: Options = NO_OPTIONS,
         rng: Rng = None,
         truncated: bool = False,
-    ) -> Segment:
-        """Codes as target tokens, masked by the training pattern, or in `region` alone.  # N G
+    ) -> tuple[Segment, Callable[[np.ndarray], None]]:
+        """Target tokens, masked by the training pattern, or in `region` alone, and what fills in their codes, N G.
 
         `mask_context` masks the codes around the region as well; without a generator only those in it carry a loss.
         Training masks the context of half the examples, so that the model also inpaints from the source image or audio
@@ -138,18 +215,28 @@ class CodesModality(Modality):
             mask_context = (rng is not None and rng.random() < 0.5) or options.get("mask_context")
             mask = np.ones_like(region) if mask_context else region
             learn = region if rng is None else mask
-        shown = codes.astype(np.int64)
+        codes, shown = (np.empty((len(mask), self.codec.config.groups), np.int64) for _ in range(2))
+        wrong: np.ndarray | None = None
         if rng is not None:
-            wrong = ~mask & (rng.random(len(codes)) < WRONG_FRACTION)
-            shown[wrong] = rng.integers(0, self.codec.config.codebook_size, shown[wrong].shape)
-            learn = learn | wrong
-        arrays = {"codes": codes.astype(np.int64), "shown": shown, "is_masked": mask, "positions": grid.positions}
+            is_wrong = ~mask & (rng.random(len(mask)) < WRONG_FRACTION)
+            if is_wrong.any():
+                learn = learn | is_wrong
+                wrong = rng.integers(0, self.codec.config.codebook_size, (int(is_wrong.sum()), codes.shape[1]))
+
+        def fill(found: np.ndarray) -> None:
+            codes[:] = shown[:] = found
+            if wrong is not None:
+                shown[is_wrong] = wrong
+
+        arrays = {"codes": codes, "shown": shown, "is_masked": mask, "positions": grid.positions}
         kind = f"{self.name}_out"
-        return Segment(kind, arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN, truncated)
+        return Segment(kind, arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN, truncated), fill
 
     def _blank(self, grid: TokenGrid) -> Segment:
         """A target of which every position is masked."""
-        return self._target(np.zeros((len(grid.cells), self.codec.config.groups), np.int64), grid)
+        segment, fill = self._target(grid)
+        fill(np.zeros((), np.int64))
+        return segment
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(hidden_size)

@@ -8,6 +8,7 @@ import functools
 import io
 import math
 import warnings
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -102,6 +103,10 @@ def pixels(image: PIL.Image.Image | np.ndarray) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 127.5 - 1
 
 
+# The value of each level of brightness.
+LEVELS = pixels(np.arange(256))
+
+
 @functools.lru_cache(256)
 def image_grid(down: int, across: int) -> TokenGrid:
     """The grid of `down` × `across` tokens, row by row, at one moment: middles, also as fractions of the sides."""
@@ -128,14 +133,16 @@ class Image(CodesModality):
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
         mask_box = options.get("mask_box")
-        values = pixels(self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw)))
+        values = self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw))
+        contrast = np.float32(1)
         # An inpainted region must keep its position.
         if rng is not None and mask_box is None:
-            values = _shifted(values, rng)
+            values = _moved(values, rng)
+            contrast = np.float32(rng.uniform(0.85, 1.1))
         down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
-        patches = values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4)
-        mask = box_mask(mask_box, down, across)
-        return self._source(patches.reshape(down * across, -1), mask, image_grid(down, across))
+        patches = values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
+        mask = None if mask_box is None else box_mask(mask_box, down, across)
+        return self._source((LEVELS * contrast)[patches], mask, image_grid(down, across))
 
     def _fit(self, raw: Any) -> np.ndarray:
         """An image resized to whole patches within the budget; small ones keep their size.  # H W 3"""
@@ -151,7 +158,9 @@ class Image(CodesModality):
         """Codes of the image, masked by the training pattern, or, with `mask_box`, in the box alone."""
         mask_box = options.get("mask_box")
         region = None if mask_box is None else box_mask(_squared(mask_box), *self.target_grid.shape)
-        return self._target(self.encode(raw), self.target_grid, region, options, rng)
+        segment, fill = self._target(self.target_grid, region, options, rng)
+        self._pass_codes(key_of(raw), partial(self._read, raw), fill)
+        return segment
 
     def blank(self) -> Segment:
         """A target of which every position is masked."""
@@ -159,14 +168,12 @@ class Image(CodesModality):
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of an image squared to `side`; cached by the bytes of the file.  # N G"""
+        return self._encode(key_of(raw), partial(self._read, raw))
 
-        @torch.no_grad()
-        def compute() -> np.ndarray:
-            square = to_square(read_image(raw, self.max_pixels, self.side**2), self.side)
-            codes = self.codec.encode(torch.from_numpy(pixels(square)).permute(2, 0, 1)[None])  # 1 3 H W -> 1 h w G
-            return codes[0].flatten(0, 1).numpy().astype(np.int16)
-
-        return self.code_cache.get_or_compute(key_of(raw), compute)
+    def _read(self, raw: Any) -> np.ndarray:
+        """The values of an image squared to `side`.  # 3 H W"""
+        square = to_square(read_image(raw, self.max_pixels, self.side**2), self.side)
+        return np.moveaxis(pixels(square), 2, 0)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> PIL.Image.Image:
@@ -211,10 +218,10 @@ def random_box(rng: np.random.Generator, grid: int = 8) -> tuple[float, float, f
     return (columns.min() / grid, rows.min() / grid, (columns.max() + 1) / grid, (rows.max() + 1) / grid)
 
 
-def _shifted(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Training augmentation: moved by up to 1/16 of the side, edges repeated; contrast changed a little."""
+def _moved(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The image moved by up to 1/16 of its height, edges repeated, as augmentation.  # H W 3"""
     reach = max(1, values.shape[0] // 16)
-    down, across = rng.integers(-reach, reach + 1, 2)
-    padded = np.pad(values, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-    moved = padded[reach + down :, reach + across :][: values.shape[0], : values.shape[1]]
-    return moved * np.float32(rng.uniform(0.85, 1.1))
+    moves = rng.integers(-reach, reach + 1, 2).tolist()
+    for axis, move in enumerate(moves):
+        values = values.take(np.arange(move, move + values.shape[axis]), axis, mode="clip")
+    return values

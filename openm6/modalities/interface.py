@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,8 +24,7 @@ ALONG: Moves = (1, 1, 1)
 OWN_ORIGIN: Moves = (1, 0, 0)
 
 
-@dataclass(frozen=True)
-class Cuttable:
+class Cuttable(NamedTuple):
     """A span of a text, in characters or tokens, that may lose its end (with `keep_end`: its start)."""
 
     start: int
@@ -68,6 +68,7 @@ class Part:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@functools.lru_cache(256)
 def line(length: int) -> np.ndarray:
     """The grid of a run of tokens in time: one offset on all three axes, as for text.  # N 3"""
     return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1)

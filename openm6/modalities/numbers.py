@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.core.errors import DataError, nearest
+from openm6.core.lru_cache import LRUCache
 from openm6.modalities.histogram import BINS, Histogram, one_hot_bins, smooth_bins
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Rng, Segment, line
 from openm6.modalities.series import (
@@ -33,6 +34,9 @@ from openm6.modalities.series import (
     squashed,
 )
 from openm6.modalities.text import Text
+
+# Of the features of rows.
+CACHE_BYTES = 2**23
 
 Scales = dict[str, tuple[float, float]]
 
@@ -49,6 +53,8 @@ class Numbers(Modality):
         self.text = text
         self.scales = scales
         self.series = series
+        # Rows come back in every epoch.
+        self._cache = LRUCache[Arrays](CACHE_BYTES)
         self._name_ids = functools.lru_cache(4096)(lambda name: text.encode(" " + name.replace("_", " "))[:8])
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
@@ -98,6 +104,14 @@ class Numbers(Modality):
     def _arrays(self, raw: Any) -> Arrays:
         if not isinstance(raw, Mapping) or not raw:
             raise DataError("numbers were expected as {column: value} or a series, and at least one of them")
+        compute = functools.partial(self._features, raw)
+        try:
+            return dict(self._cache.get_or_compute(tuple(raw.items()), compute))
+        # A value that has no hash is no number, either.
+        except TypeError:
+            return compute()
+
+    def _features(self, raw: Mapping[str, Any]) -> Arrays:
         scale = np.asarray([self.scale(name) for name in raw])  # N 2
         values = np.asarray([math.nan if value is None else _number(name, value) for name, value in raw.items()])
         observed = np.isfinite(values)

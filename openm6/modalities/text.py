@@ -98,9 +98,8 @@ class Text(Modality):
 
         What is longer is cut within `cuttable` (spans of characters; default: anywhere), the longest first.
         """
-        part = Part("text", _checked(raw), dict(options))
-        segment_of = self._cached_source if len(part.raw) <= CACHED_LENGTH else self._source
-        return segment_of(part.raw, cuttable_in(part))
+        segment_of = self._cached_source if len(_checked(raw)) <= CACHED_LENGTH else self._source
+        return segment_of(raw, cuttable_in(raw, options))
 
     def _source(self, text: str, spans: tuple[Cuttable, ...]) -> Segment:
         ids, offsets = self._encode_with_offsets(text)
@@ -154,6 +153,8 @@ class Text(Modality):
 def _checked(raw: Any) -> str:
     if not isinstance(raw, str):
         raise DataError(f"text was expected, not {type(raw).__name__}: map a text column to this field")
+    if raw.isascii():
+        return raw
     try:
         raw.encode()
     except UnicodeEncodeError as error:
@@ -165,14 +166,15 @@ def _checked(raw: Any) -> str:
 def join_texts(first: Part, second: Part) -> Part:
     """Two texts as one, which may be cut where each of them may be."""
     shift = len(first.raw)
-    moved = (Cuttable(span.start + shift, span.stop + shift, span.keep_end) for span in cuttable_in(second))
-    return Part("text", first.raw + second.raw, {"cuttable": (*cuttable_in(first), *moved)})
+    spans = cuttable_in(second.raw, second.options)
+    moved = [Cuttable(span.start + shift, span.stop + shift, span.keep_end) for span in spans]
+    return Part("text", first.raw + second.raw, {"cuttable": (*cuttable_in(first.raw, first.options), *moved)})
 
 
-def cuttable_in(part: Part) -> tuple[Cuttable, ...]:
+def cuttable_in(text: str, options: Options) -> tuple[Cuttable, ...]:
     """Where a text may be cut, in characters: anywhere unless its options set it."""
-    whole = Cuttable(0, len(part.raw))
-    return tuple(part.options.get("cuttable", (whole,)))
+    spans = options.get("cuttable")
+    return (Cuttable(0, len(text)),) if spans is None else tuple(spans)
 
 
 def fit(segments: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segment]:

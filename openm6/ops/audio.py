@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,26 +76,25 @@ def log_mel(magnitudes: Tensor, filters: Tensor) -> Tensor:
     return (magnitudes @ filters).clamp(min=FLOOR).log()
 
 
-def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
+def resample(samples: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
     """Return the audio at `new_rate`.  # S -> S·new/old, rounded up
 
     The signal is padded with silence at its end, so that the spectrum's wrap-around falls there.
     """
     if old_rate == new_rate:
         return samples
-    length = samples.shape[-1]
+    length = len(samples)
     target_length = -(-length * new_rate // old_rate)
     # A whole number of old periods must be a whole number of new ones, or the pitch would shift.
     unit = old_rate // math.gcd(old_rate, new_rate)
     padded = smooth(-(-(length + old_rate // 20) // unit)) * unit
     count = padded * new_rate // old_rate
-    values = torch.fft.rfft(samples.double(), n=padded)
-    kept = min(values.shape[-1], count // 2 + 1)
-    out = torch.zeros(count // 2 + 1, dtype=values.dtype)
-    out[:kept] = values[:kept]
-    return (torch.fft.irfft(out, n=count) * (count / padded))[:target_length].to(samples.dtype)
+    # NumPy keeps the plans of its transforms, which torch makes again in each call.
+    values = np.fft.rfft(samples.astype(np.float64), padded)[: count // 2 + 1]
+    return (np.fft.irfft(values, count) * (count / padded))[:target_length].astype(samples.dtype)
 
 
+@functools.lru_cache(4096)
 def smooth(number: int) -> int:
     """Return the least product of 2, 3 and 5 that is not below a number: a transform of this length is fast."""
     exponents = range(number.bit_length() + 1)

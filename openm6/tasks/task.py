@@ -5,6 +5,7 @@ A task is data. Its modalities, metrics and baseline follow from the slots of it
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,12 @@ def literal_texts(prompt: str) -> list[str]:
     return [text for text in _NAME.split(prompt)[::2] if text]
 
 
+@functools.lru_cache(1024)
+def _split(prompt: str) -> tuple[str, ...]:
+    """Texts and names of a prompt in turn."""
+    return tuple(_NAME.split(prompt))
+
+
 def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str]) -> list[Part]:
     """The prompt with each `{name}` replaced by its input, if there is one, or words; neighbouring texts become one.
 
@@ -42,7 +49,7 @@ def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str
     """
     parts: list[Part] = []
     left_out = False
-    for index, segment in enumerate(_NAME.split(prompt)):
+    for index, segment in enumerate(_split(prompt)):
         segment = segment.removeprefix(" ") if left_out else segment
         left_out = index % 2 == 1 and segment not in words and segment not in inputs
         if left_out:
@@ -62,7 +69,8 @@ def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str
 
 def without_inputs(prompt: str, words: Mapping[str, str]) -> str:
     """The words of a prompt with its inputs left out; the name of the target column stays."""
-    return " ".join(_NAME.sub(lambda name: words.get(name[1], " "), prompt).split())
+    segments = enumerate(_split(prompt))
+    return " ".join("".join(words.get(one, " ") if index % 2 else one for index, one in segments).split())
 
 
 def words_of(text: str) -> list[str]:

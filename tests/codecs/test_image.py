@@ -6,9 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from openm6.codecs.image import Convolution, ImageCodec, ImageCodecConfig
+from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.core.errors import DataError
-from openm6.ops import matmul
 
 TINY = ImageCodecConfig(groups=2, levels=(8, 5), widths=(16, 24), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
 
@@ -71,12 +70,3 @@ def test_scales_must_agree() -> None:
         ImageCodecConfig(widths=(16, 32), encoder_blocks=(1,), decoder_blocks=(1, 1))
     with pytest.raises(ValidationError, match="multiples of 8"):
         ImageCodecConfig(widths=(20,), encoder_blocks=(1,), decoder_blocks=(1,))
-
-
-def test_one_image_alone_has_the_convolutions_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "onednn_is_faster", torch.backends.mkldnn.is_available)
-    monkeypatch.setattr(matmul, "MIN_PRODUCT", 1)
-    for size in (1, 3):
-        layer, x = Convolution(8, 16, size, padding=size // 2), torch.randn(1, 8, 6, 10)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), layer(torch.cat([x, x]))[:1], rtol=1e-5, atol=1e-5)

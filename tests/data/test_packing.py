@@ -190,9 +190,9 @@ def test_a_shortened_example_is_laid_out_as_one_of_that_text(tmp_path: Path) -> 
     assert isinstance(text, Text)
     read = text.decode(cut.segments[0].arrays["ids"].tolist())
     assert read.startswith("word word") and read.endswith("?")
-    assert cut.attn_order.tolist() == [0] * len(cut.segments[0]) + list(range(1, 1 + len(cut.segments[1])))
-    assert cut.positions[:, 0].tolist() == list(range(64))
-    assert shortened(made[1], len(made[1])).positions.tolist() == made[1].positions.tolist()
+    assert cut.meta.attn_order[0].tolist() == [0] * len(cut.segments[0]) + list(range(1, 1 + len(cut.segments[1])))
+    assert cut.meta.positions[0][:, 0].tolist() == list(range(64))
+    assert shortened(made[1], len(made[1])).meta.positions[0].tolist() == made[1].meta.positions[0].tolist()
 
 
 def test_both_sides_of_a_pair_are_cut() -> None:
@@ -200,7 +200,11 @@ def test_both_sides_of_a_pair_are_cut() -> None:
     whole = example_of(record, "image_text_retrieval")
     cut = shortened(whole, 100)
     assert whole.left and len(whole) > 200 and len(cut) == 100
-    assert cut.left == whole.left and set(cut.attn_order.tolist()) == {0} and set(cut.block_id.tolist()) == {1, 2}
+    assert (
+        cut.left == whole.left
+        and set(cut.meta.attn_order[0].tolist()) == {0}
+        and set(cut.meta.block_id[0].tolist()) == {1, 2}
+    )
 
 
 def example_of(record: dict, task: str = "question_answering") -> PackedExample:

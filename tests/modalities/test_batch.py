@@ -25,11 +25,11 @@ def test_sources_causal_text_and_blocks() -> None:
     grid, learned = image_grid(2, 2).cells, np.ones(4, bool)
     square = Segment("c", {"number": np.arange(4)}, grid, 2, learned, "block", OWN_ORIGIN)
     found = build_sequence([segment(2), segment(1), segment(3, "causal"), square, segment(2, "block")])
-    assert found.attn_order.tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
-    assert found.block_id.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
-    assert found.positions[:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert found.positions[6:10].tolist() == [[6, 8, 8], [6, 8, 24], [6, 24, 8], [6, 24, 24]]
-    assert found.positions[10].tolist() == [8, 8, 8], "an image moves on by its longer side"
+    assert found.meta.attn_order[0].tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
+    assert found.meta.block_id[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert found.meta.positions[0][:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.meta.positions[0][6:10].tolist() == [[6, 8, 8], [6, 8, 24], [6, 24, 8], [6, 24, 24]]
+    assert found.meta.positions[0][10].tolist() == [8, 8, 8], "an image moves on by its longer side"
     assert len(found) == 12
 
 
@@ -37,9 +37,9 @@ def test_parts_see_themselves_and_what_stands_before_them() -> None:
     found = build_sequence(
         [segment(2, "part"), segment(1, "part"), segment(2, "causal"), segment(2, "block")], position=3
     )
-    assert found.attn_order.tolist() == [1, 1, 2, 3, 4, 5, 5]
-    assert found.block_id.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert found.positions[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert found.meta.attn_order[0].tolist() == [1, 1, 2, 3, 4, 5, 5]
+    assert found.meta.block_id[0].tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert found.meta.positions[0][:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
     alone, pair = build_sequence([segment(2, "part")]), [segment(2, "part"), segment(1, "part")]
     rows = collate([[alone, build_sequence(pair)]], 5)
     seen = visible(rows.meta, rows.meta)[0, 0]
@@ -47,7 +47,7 @@ def test_parts_see_themselves_and_what_stands_before_them() -> None:
 
 
 def test_text_stands_on_one_place_on_all_axes() -> None:
-    assert (build_sequence([segment(5)]).positions == np.arange(5)[:, None]).all()
+    assert (build_sequence([segment(5)]).meta.positions[0] == np.arange(5)[:, None]).all()
 
 
 def test_an_empty_piece_changes_nothing() -> None:
@@ -55,8 +55,8 @@ def test_an_empty_piece_changes_nothing() -> None:
         build_sequence([segment(2), segment(0), segment(2, "causal")]),
         build_sequence([segment(2), segment(2, "causal")]),
     )
-    assert np.array_equal(with_it.attn_order, without.attn_order) and np.array_equal(
-        with_it.positions, without.positions
+    assert np.array_equal(with_it.meta.attn_order[0], without.meta.attn_order[0]) and np.array_equal(
+        with_it.meta.positions[0], without.meta.positions[0]
     )
 
 

@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.codecs.registry import load_codec
+from openm6.core.errors import DataError
 from openm6.modalities.audio import audio_grid
 from openm6.modalities.codes import (
+    GROUP,
     SMOOTHING,
     CodesAdapter,
     FourierPositionEmbedding,
+    encode_together,
     random_rectangle,
     sample_mask,
 )
-from openm6.modalities.image import image_grid
+from openm6.modalities.image import Image, image_grid, read_image
 from openm6.ops.quantize import cell_values, pack, unpack
 from tests.data.sample_images import png
 from tests.small_model import modalities
@@ -92,6 +95,22 @@ def test_without_a_generator_nothing_wrong_is_shown() -> None:
     target = IMAGE.target(png(), options={"mask_box": (0.0, 0.0, 0.5, 1.0)})
     assert np.array_equal(target.arrays["shown"], target.arrays["codes"])
     assert np.array_equal(target.learn, target.arrays["is_masked"]) and 0 < target.learn.mean() < 1
+
+
+def test_codes_computed_together_are_those_computed_alone() -> None:
+    fresh = Image(IMAGE.codec, IMAGE.side, IMAGE.max_patches)
+    # One of them twice, and one that is no file.
+    inputs = [png(f"hsl({30 * index}, 100%, 50%)") for index in range(GROUP + 2)]
+    inputs += [inputs[0], np.asarray(read_image(inputs[1]))]
+    with encode_together():
+        targets = [fresh.target(raw, np.random.default_rng(index)) for index, raw in enumerate(inputs)]
+        with pytest.raises(DataError):
+            fresh.target(b"no image", np.random.default_rng(0))
+    alone = [IMAGE.target(raw, np.random.default_rng(index)) for index, raw in enumerate(inputs)]
+    for one, other in zip(targets, alone, strict=True):
+        assert all(np.array_equal(one.arrays[name], other.arrays[name]) for name in ("codes", "shown", "is_masked"))
+    cache = fresh.code_cache
+    assert (cache.lookups, cache.misses, len(cache.entries)) == (GROUP + 5, GROUP + 3, GROUP + 2)
 
 
 def all_logits(adapter: CodesAdapter, hidden: Tensor, codes: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image)
     source, wanted = image.source(raw), image.target(raw)
     words = Segment("text", {}, line(7), 7, np.zeros(7, bool))
     laid = build_sequence([words, source, words, wanted])
-    patches, codes = laid.positions[7 : 7 + len(source)], laid.positions[-len(wanted) :]
+    patches, codes = laid.meta.positions[0][7 : 7 + len(source)], laid.meta.positions[0][-len(wanted) :]
     assert len(patches) == len(codes) == 64  # the shipped codec has one place for each patch
     assert np.array_equal(patches[:, 1:], codes[:, 1:])
     assert (codes[:, 0] > patches[:, 0]).all()

@@ -36,7 +36,7 @@ def test_the_sides_of_a_pair_do_not_attend_to_each_other() -> None:
     half = sum(map(len, left))
     assert seen[:half, :half].all() and seen[half:, half:].all()
     assert not seen[:half, half:].any() and not seen[half:, :half].any()
-    assert (pair.positions[half:] == alone.positions).all() and (pair.attn_order == 0).all()
+    assert (pair.meta.positions[0][half:] == alone.meta.positions[0]).all() and (pair.meta.attn_order[0] == 0).all()
 
 
 def test_the_loss_is_the_mean_of_both_directions() -> None:
@@ -72,7 +72,7 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
 
 def test_the_pool_token_attends_to_all_parts() -> None:
     segments = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("block"))
-    order = build_sequence(pooled(segments)).attn_order
+    order = build_sequence(pooled(segments)).meta.attn_order[0]
     assert order[-1] > order[-2] > order[0], "and no part attends to what pools it"
     assert pooled([])[0].placement == "source"
 

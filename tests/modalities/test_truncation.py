@@ -96,7 +96,7 @@ def test_stretches_of_characters_become_their_tokens(text: Text, words: str) -> 
         join_texts(Part("text", "Before:\n", {"cuttable": ()}), Part("text", words)),
         Part("text", "\nAfter", {"cuttable": ()}),
     )
-    assert [joined.raw[one.start : one.stop] for one in cuttable_in(joined)] == [words]
+    assert [joined.raw[one.start : one.stop] for one in cuttable_in(joined.raw, joined.options)] == [words]
     tokens = text.source(joined.raw, options=joined.options)
     assert tokens.arrays["ids"].tolist() == text.encode(joined.raw)
     (one,) = tokens.cuttable

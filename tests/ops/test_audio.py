@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,8 +64,8 @@ def test_silence_is_the_floor() -> None:
     assert torch.allclose(log_mel(torch.zeros(1, 2, 33), filters), torch.tensor(math.log(FLOOR)))
 
 
-def sine(rate: int, pitch: float, seconds: float = 0.5) -> torch.Tensor:
-    return torch.sin(2 * math.pi * pitch * torch.arange(round(rate * seconds)) / rate)
+def sine(rate: int, pitch: float, seconds: float = 0.5) -> np.ndarray:
+    return np.sin(2 * math.pi * pitch * np.arange(round(rate * seconds)) / rate).astype(np.float32)
 
 
 @pytest.mark.parametrize(("old", "new"), [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (16_000, 22_050)])
@@ -73,23 +74,23 @@ def test_a_sine_stays_the_same_sine(old: int, new: int, pitch: float) -> None:
     found, wanted = resample(sine(old, pitch), old, new), sine(new, pitch)
     assert found.shape == wanted.shape
     inner = slice(new // 20, -new // 20)  # an abrupt start and end ring
-    assert float((found - wanted)[inner].abs().max()) < 0.02
+    assert np.abs((found - wanted)[inner]).max() < 0.02 and found.dtype == np.float32
 
 
 def test_what_the_new_rate_cannot_hold_is_removed() -> None:
     mixed = sine(48_000, 440.0) + sine(48_000, 12_000.0)
     found = resample(mixed, 48_000, 16_000)[800:-800]
-    assert float((found - sine(16_000, 440.0)[800:-800]).abs().max()) < 0.05
+    assert np.abs(found - sine(16_000, 440.0)[800:-800]).max() < 0.05
 
 
 def test_the_same_rate_changes_nothing() -> None:
-    samples = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(resample(samples, 16_000, 16_000), samples)
+    samples = np.random.default_rng(0).normal(size=100)
+    assert np.array_equal(resample(samples, 16_000, 16_000), samples)
 
 
 @pytest.mark.parametrize(("length", "old", "wanted"), [(1, 8000, 2), (100, 44_100, 37), (1, 48_000, 1)])
 def test_lengths_are_rounded_up(length: int, old: int, wanted: int) -> None:
-    assert len(resample(torch.ones(length), old, 16_000)) == wanted
+    assert len(resample(np.ones(length, np.float32), old, 16_000)) == wanted
 
 
 def test_lengths_of_transforms_have_small_factors() -> None:
