@@ -23,6 +23,7 @@ MAX_LAGS = 48
 MAX_ROWS = 30_000  # of boosting
 HELD_OUT = 0.2  # of the training windows, for the quantiles of residuals
 HARMONICS = 3
+LOG_FLOOR = 0.05  # of the median
 NO_ETS = "ETS is left out: statsmodels is not installed"
 
 
@@ -150,7 +151,7 @@ def _naive_errors(values: np.ndarray, season: int, steps: int) -> np.ndarray:
 class Lags:
     """Windows of one column as regression: lags and the phase of the season, relative to the last value.
 
-    In logs if all training values are positive, else in units of the series' deviation.
+    In logs if all training values are well above zero, else in units of the series' deviation.
     """
 
     def __init__(self, panel: Panel, column: str) -> None:
@@ -159,7 +160,8 @@ class Lags:
         shortest = min(map(len, train))
         lags = max(self.steps, 2 * self.season if self.season <= MAX_LAGS // 2 else MAX_LAGS)
         self.lags = max(2, min(lags, MAX_LAGS, shortest // 3))
-        self.log = all((values > 0).all() for values in train)
+        # A value near zero would be an outlier in logs.
+        self.log = all(values.min() > LOG_FLOOR * np.median(values) > 0 for values in train)
         self.scale = float(np.mean([values.std() for values in train])) or 1.0
         rows = [
             (self.features(values[:origin]), self.change(values[: origin + self.steps], origin))
