@@ -295,5 +295,7 @@ def _window_example(task: Task, record: Record, window: Window, before: np.ndarr
         values[context - min(len(before), context) + step] = None if np.isnan(value) else value
     # Every step ahead is asked for, whether or not its true value is there.
     asked = [value if value is not None else 0.0 for value in values[context:]]
-    own = {**record, "series": {window.column: [*values[:context], *asked]}}
+    covariates = [*record["extra"].get("past_covariates", ()), *record["extra"].get("known_covariates", ())]
+    beside = {name: record["series"][name] for name in covariates}
+    own = {**record, "series": {**beside, window.column: [*values[:context], *asked]}}
     return task.example(own, np.random.default_rng(0), language=LANGUAGE)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ OURS = "openm6"
 Better = Literal["lower", "higher"]
 # Of a metric with a goal, neither more nor less is better.
 COVERAGE_GOAL = (0.75, 0.85)
+MAX_WORSE = 0.05  # of a column against boosting
 
 
 @dataclass(frozen=True)
@@ -194,14 +196,46 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
             if one["kind"] == kind:
                 lines += _rows(one)
         lines.append("")
-    lines += ["### Wins and losses", "", "| kind | records | wins | ties | losses |", "|---|---|---|---|---|"]
+    lines += [
+        "### Wins and losses",
+        "",
+        "| kind | sets | wins | ties | losses | goals reached |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind, unseen in sorted({(one["kind"], one["unseen"]) for one in reports}):
         own = [one for one in reports if (one["kind"], one["unseen"]) == (kind, unseen)]
         results = [result for one in own for result in headlines(one)]
-        which = "unseen" if unseen else "development"
         counts = " | ".join(str(results.count(result)) for result in ("win", "tie", "loss"))
-        lines.append(f"| {kind} | {which} | {counts} |")
+        lines.append(f"| {kind} | {len(own)} {'unseen' if unseen else 'development'} | {counts} | {goals(kind, own)} |")
     return "\n".join(lines) + "\n"
+
+
+def goals(kind: str, reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return how far sets of one kind reach the goals: a failed set reaches none."""
+    scores = [score for one in reports for score in one["scores"]]
+    if kind == "series":
+        errors = [score.get("against", {}) for score in scores if score["metric"] == "MAE"]
+        naive = sum(one.get("seasonal naive", {}).get("advantage", -1) > 0 for one in errors)
+        best = sum(bool(one) and min(other["advantage"] for other in one.values()) > 0 for one in errors)
+        coverage = [score["values"].get(OURS, 0.0) for score in scores if score["metric"] == "80 % coverage"]
+        inside = sum(COVERAGE_GOAL[0] <= value <= COVERAGE_GOAL[1] for value in coverage)
+        return f"below seasonal naive {naive}, below all {best}, coverage of 75–85 % {inside}, of {len(reports)}"
+    if kind == "table":
+        columns = [score for score in scores if score["metric"] == "relative CRPS"]
+        single = [score for score in columns if not score["target"].startswith("mean of")]
+        found = [score.get("against", {}).get("boosting", {}).get("advantage", -1.0) for score in single]
+        mean = 100 * float(np.mean(found)) if found else math.nan
+        worse = sum(advantage < -MAX_WORSE for advantage in found)
+        return f"{mean:+.1f} % against boosting, {worse} of {len(found)} columns more than 5 % worse"
+    rows = [
+        score for score in scores if score["metric"] in ("accuracy", "relative CRPS") and "mean" not in score["target"]
+    ]
+    against = [score.get("against", {}) for score in rows]
+    if kind == "image":
+        reached = sum(one.get("CNN", {}).get("advantage", -1) >= 0 for one in against)
+        return f"at least the CNN {reached} of {len(reports)}"
+    reached = sum(bool(one) and min(other["advantage"] for other in one.values()) > 0 for one in against)
+    return f"ahead of every single input {reached} of {len(reports)}"
 
 
 def headlines(one: Mapping[str, Any]) -> list[str]:
@@ -266,10 +300,10 @@ def _value(score: Mapping[str, Any], method: str) -> str:
     if method not in score["values"]:
         return "–"
     low, high = score["intervals"][method]
-    scale, digits = (100, 1) if score["percent"] else (1, 3)
-    return f"{_short(score, method)} ({scale * low:.{digits}f} to {scale * high:.{digits}f})"
+    scale = 100 if score["percent"] else 1
+    return f"{_short(score, method)} ({scale * low:.3g} to {scale * high:.3g})"
 
 
 def _short(score: Mapping[str, Any], method: str) -> str:
     value = score["values"][method]
-    return f"{100 * value:.1f} %" if score["percent"] else f"{value:.4g}"
+    return f"{100 * value:.3g} %" if score["percent"] else f"{value:.4g}"

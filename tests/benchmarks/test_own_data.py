@@ -43,7 +43,7 @@ from benchmarks.own_data.tables import (
 )
 from openm6.core.errors import ConfigError, DataError
 from openm6.data.inspect import inspect_path
-from openm6.modalities.numbers import BINS, Histogram
+from openm6.modalities.histogram import BINS, Histogram
 from openm6.train.run import train_recipe
 
 MINUTE = 60.0
@@ -318,6 +318,6 @@ def test_a_failed_command_is_a_loss_with_its_reason(tmp_path: Path) -> None:
     data = OwnData("tiny", "series", "a test", "none", lambda _: frame, ("sales",), monthly())
     report = run_one(data, 0.05, tmp_path, None, failing)
     assert report["failure"] == "`openm6 data` failed: nothing can be read"
-    assert "| series | development | 0 | 0 | 1 |" in markdown([report])
+    assert "| series | 1 development | 0 | 0 | 1 | below seasonal naive 0, below all 0, coverage" in markdown([report])
     with pytest.raises(FailedError):
         failing(tmp_path, 0.05, tmp_path)
