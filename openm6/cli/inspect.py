@@ -66,6 +66,12 @@ def _print_data_set(data_set: DatasetReport, console: Console) -> None:
     )
     if data_set.columns:
         console.print(_columns(data_set))
+    if codes := [column.name for column in data_set.columns if column.coded]:
+        hint = (
+            f"whole numbers read as categories: {', '.join(codes)}. To predict one as a number, move it from "
+            "`categories` to `numbers` in the recipe"
+        )
+        console.print(Text(hint), soft_wrap=True)
     if data_set.unused:
         console.print(Text(f"unused columns: {', '.join(data_set.unused)}"))
     if data_set.unreadable + data_set.broken:
@@ -83,7 +89,8 @@ def _print_data_set(data_set: DatasetReport, console: Console) -> None:
 def _columns(data_set: DatasetReport) -> Table:
     table = Table("column", "type", "missing", "distinct", "examples", box=None)
     for column in data_set.columns:
-        kind = f"{column.kind} ({column.language})" if column.language else column.kind
+        note = "whole numbers" if column.coded else column.language
+        kind = f"{column.kind} ({note})" if note else column.kind
         # Text, not str: rich would read square brackets in a user's data as its own markup.
         cells = (column.name, kind, str(column.missing), str(column.distinct), column.summary)
         table.add_row(*(Text(cell) for cell in cells))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -203,7 +203,8 @@ def _columns(table: Table, report: DatasetReport) -> list[Column]:
         report.broken += len(reasons)
         for reason in reasons:
             report.add_problem("", reason)
-    return [column_of(name, [row.get(name) for row in rows]) for name in table.names]
+    columns = [column_of(name, [row.get(name) for row in rows]) for name in table.names]
+    return [replace(x, summary=f"{x.summary} ({unit})") if (unit := table.units.get(x.name)) else x for x in columns]
 
 
 def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> list[Record]:
@@ -260,7 +261,7 @@ def _read(report: DatasetReport, source: Source) -> list[Record]:
 def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     """The same table as windows over time, if it has a column of times, numbers, and enough rows per series."""
     time = next((column.name for column in rows.columns if _may_be_time(column)), None)
-    numbers = [column.name for column in rows.columns if column.kind == "number" and column.name != time]
+    numbers = [x.name for x in rows.columns if (x.kind == "number" or x.coded) and x.name != time]
     if time is None or not numbers:
         return None
     cells = table.column(time)
@@ -274,8 +275,9 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
                 break
         else:
             return None
+    numbers = [name for name in numbers if name != group]
     length = len(cells) // count
-    if length < MIN_SERIES:
+    if length < MIN_SERIES or not numbers:
         return None
     config = WindowsConfig(path=rows.path, columns=numbers, time=time, group=group, context=1, horizon=1)
     context, horizon = _window_shape(config, length)

@@ -39,6 +39,8 @@ Language = Literal["en", "zh"]
 MIN_AGREEING = 0.9
 MAX_CATEGORIES = 50
 MAX_CATEGORY_LETTERS = 40
+# Whole numbers stand for categories: 0 or 1 and on, at most so many, each of them in so many cells on average.
+MAX_CODES, MIN_REPEATED = 7, 8
 IDENTIFIER_NAMES = frozenset({"id", "key", "uuid", "guid", "index", "idx", "row"})
 CATEGORY_NAMES = ("label", "class", "category", "target", "species", "kind", "type", "genre", "digit")
 # Endings of names, and first bytes.
@@ -57,10 +59,15 @@ class Column:
 
     name: str
     kind: Kind
-    language: Language | None  # of categories and free text
+    language: Language | None  # of categories and free text; none of categories that are whole numbers
     missing: int  # cells of the sample
     distinct: int
     summary: str  # one line for a person
+
+    @property
+    def coded(self) -> bool:
+        """Whether whole numbers are read as categories."""
+        return self.kind == "category" and self.language is None
 
 
 def column_of(name: str, cells: Sequence[Any]) -> Column:
@@ -69,7 +76,8 @@ def column_of(name: str, cells: Sequence[Any]) -> Column:
     kind = _kind(name, filled)
     texts = [str(cell) for cell in filled if isinstance(cell, (str, int, float, bool))]
     language: Language | None = None
-    if kind in ("category", "free text"):
+    coded = kind == "category" and name.lower() not in CATEGORY_NAMES and all(map(_is_number, filled))
+    if kind in ("category", "free text") and not coded:
         chinese, latin = (sum(len(letters.findall(text)) for text in texts) for letters in (_CHINESE, _LATIN))
         language = "zh" if chinese > latin / 2 else "en"
     distinct = len(filled) if kind in _MEDIA else len({str(cell) for cell in filled})
@@ -95,10 +103,11 @@ def _kind(name: str, cells: Sequence[Any]) -> Kind:
     if unique and name in IDENTIFIER_NAMES:
         return "identifier"
     if agrees("number"):
-        # Numbers stand for classes if the name says so and there are few whole ones.
-        whole = all(float(text) == int(float(text)) for text in texts if _is_number(text))
-        coded = whole and name in CATEGORY_NAMES and len(distinct) <= MAX_CATEGORIES
-        return "category" if coded else "number"
+        # Numbers stand for classes if there are few whole ones, and the name says so or they repeat.
+        values = {float(text) for text in texts if _is_number(text)}
+        whole = all(value == int(value) for value in values)
+        named = name in CATEGORY_NAMES and len(distinct) <= MAX_CATEGORIES
+        return "category" if whole and (named or _are_codes(values, len(texts), len(distinct))) else "number"
     spaced = any(" " in text.strip() or _CHINESE.search(text) for text in texts)
     with_digits = sum(any(letter.isdigit() for letter in text) for text in texts)
     if unique and len(texts) >= 10 and not spaced and with_digits > len(texts) / 2:
@@ -106,6 +115,13 @@ def _kind(name: str, cells: Sequence[Any]) -> Kind:
     few = len(distinct) <= max(2, min(MAX_CATEGORIES, 0.4 * len(texts)))
     short = statistics.median(len(text) for text in texts) <= MAX_CATEGORY_LETTERS
     return "category" if few and short and not (unique and len(texts) > 2) else "free text"
+
+
+def _are_codes(values: set[float], cells: int, distinct: int) -> bool:
+    """Whether whole numbers count from 0 or 1 (or are -1 and 1) without large gaps, and each repeats often."""
+    if not 2 <= len(values) == distinct <= MAX_CODES or cells < MIN_REPEATED * distinct:
+        return False
+    return values == {-1, 1} or (min(values) in (0, 1) and max(values) <= MAX_CODES)
 
 
 def _fits(kind: Kind, cell: Any) -> bool:
@@ -188,6 +204,10 @@ def propose_fields(columns: Sequence[Column]) -> Fields | None:
         taken = set(picked.values())
         pick(text, "free text", language, TEXT_NAMES)
         pick(label, "category", language, CATEGORY_NAMES)
+    # Numbered classes are a label if an image, an audio clip or a text has no other.
+    if picked.keys() & {"image", "audio", "text_en", "text_zh"} and not picked.keys() & {"label", "label_zh"}:
+        taken = set(picked.values())
+        pick("label", "category")
     for text, label in TEXT_AND_LABEL.values():
         # An audio clip's transcript is its label, and an image's label is a text to draw it from.
         if "audio" in picked and text in picked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,7 @@ class Table(ABC):
 
     where: str
     names: list[str]
+    units: Mapping[str, str] = MappingProxyType({})  # that stand beside the numbers of some columns
     unreadable: Sequence[str] = ()  # why some rows cannot be parsed, if that shows on opening
 
     @abstractmethod

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import mmap
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +20,8 @@ import pyarrow.csv as pa_csv
 from pydantic import Field, field_validator
 
 from openm6.core.errors import DataError
+from openm6.core.log import get_log
+from openm6.data.number_formats import NumberFormat, number_format
 from openm6.data.records import decode_utf8, unless_broken
 from openm6.data.storage import first_line, is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
@@ -26,24 +30,20 @@ SEPARATORS = (",", ";", "\t", "|")  # the first of those that fit equally well i
 SAMPLE_BYTES = 1 << 20  # from which the separator is detected
 SAMPLE_ROWS = 50
 BLOCK_BYTES = 16 << 20  # the longest row that can be read, the header included
-UTF8, LATIN = "utf-8", "latin-1"
+UTF8, LATIN, WINDOWS, UTF16 = "utf-8", "latin-1", "cp1252", "utf-16"
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x19\x1b-\x1f\x7f]")  # bytes of no text in one byte per letter
 
-# By decimal mark: numbers with decimals, and whole numbers in groups of three that the other mark separates.
-_OTHER_MARK = {".": ",", ",": "."}
-_DECIMAL = {
-    mark: re.compile(rf"[+-]?(\d+|\d{{1,3}}(\{other}\d{{3}})+)\{mark}\d+") for mark, other in _OTHER_MARK.items()
-}
-_GROUPED = {mark: re.compile(rf"[+-]?[1-9]\d{{0,2}}(\{other}\d{{3}})+") for mark, other in _OTHER_MARK.items()}
+_UNUSUAL = rb"[^0-9.eE+-]|\..*\."  # in a cell: not a number as Python writes it
 
 
-def sample_rows(path: str, separator: str) -> Iterator[list[str]]:
-    """The first rows of a CSV, the header among them, with each byte as one letter (Latin-1)."""
+def sample_rows(path: str, separator: str, encoding: str = UTF8) -> Iterator[list[str]]:
+    """The first rows of a CSV, the header among them; UTF-8 with each byte as one letter (Latin-1)."""
     with open_binary(path) as file:
         sample = file.read(SAMPLE_BYTES)
         # A header of very many columns.
         if b"\n" not in sample and b"\r" not in sample:
             sample += file.read(BLOCK_BYTES - SAMPLE_BYTES)
-    text = sample.decode(LATIN).removeprefix("\xef\xbb\xbf")
+    text = sample.decode(LATIN if encoding == UTF8 else encoding, "ignore").removeprefix("\xef\xbb\xbf")
     if len(sample) >= SAMPLE_BYTES:
         text = text[: text.rfind("\n") + 1] or text
     try:
@@ -52,7 +52,7 @@ def sample_rows(path: str, separator: str) -> Iterator[list[str]]:
         return
 
 
-def sniff_separator(path: str) -> str:
+def sniff_separator(path: str, encoding: str = UTF8) -> str:
     """The separator that cuts the header into several cells and most of the next rows into as many.
 
     A comma if none does: the table has one column.
@@ -60,7 +60,7 @@ def sniff_separator(path: str) -> str:
 
     def fit(separator: str) -> tuple[float, int]:
         """The fraction of rows as wide as the header, then the width; zero for one column."""
-        header, *others = [row for row in sample_rows(path, separator) if row] or [[]]
+        header, *others = [row for row in sample_rows(path, separator, encoding) if row] or [[]]
         alike = sum(len(row) == len(header) for row in others)
         return ((1 + alike) / (1 + len(others)), len(header)) if len(header) > 1 else (0.0, 0)
 
@@ -75,25 +75,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def decimal_mark(cells: Iterable[str | None], column: str, where: str) -> str:
-    """`,` if the numbers of a column are written 3,5, and `.` otherwise.
-
-    Raises:
-        DataError: some numbers have a comma and some a point, or 1,234 may be a thousand or little more than one.
-    """
-    numbers = [cell.strip() for cell in cells if cell]
-    grouped = {number for number in numbers if _GROUPED["."].fullmatch(number)}
-    comma = any(_DECIMAL[","].fullmatch(number) for number in numbers if number not in grouped)
-    if not grouped and not comma:
-        return "."
-    if not comma or any(_DECIMAL["."].fullmatch(number) for number in numbers):
-        raise DataError(
-            f"{where}: numbers of column {column!r} can be read in two ways (is 1,234 a thousand?): "
-            'add decimal: "," or decimal: "." to the source'
-        )
-    return ","
-
-
 class CsvTable(ArrowTable):
     """Cells as bytes, decoded when asked for, so that a cell that is not UTF-8 breaks its own row only."""
 
@@ -101,10 +82,10 @@ class CsvTable(ArrowTable):
         self.where = only_file(path, config.endings, "CSV")
         self._config = config
         self._encoding = _encoding(self.where)
-        self._separator = config.separator or sniff_separator(self.where)
+        self._separator = config.separator or sniff_separator(self.where, self._encoding)
         self._skipped, self.names = (0, config.columns) if config.columns else self._header()
         self.unreadable: list[str] = []  # rows with a wrong number of cells come after the good ones
-        self.decimals: dict[str, str] = {}  # the decimal mark of columns whose numbers are not written as 3.5
+        self._formats: dict[str, NumberFormat] = {}  # of columns whose numbers are not written as 3.5
 
     def __len__(self) -> int:
         return super().__len__() + len(self.unreadable)
@@ -134,11 +115,13 @@ class CsvTable(ArrowTable):
         # Without `fields`, any column may hold numbers.
         fields = self._config.fields
         for name in columns if fields is None else fields.numbers or ():
-            if self._config.decimal == "," or pc.any(pc.match_substring(self.arrow.column(name), b",")).as_py():
-                cells = self.column(name)
-                filled = (cell.replace(",", "") for cell in cells if cell and cell.strip())
-                if fields is not None or all(map(_is_number, filled)):
-                    self.decimals[name] = self._config.decimal or decimal_mark(cells, name, self.where)
+            decimal, unusual = self._config.decimal, pc.match_substring_regex(self.arrow.column(name), _UNUSUAL)
+            if decimal is None and not pc.any(unusual).as_py():
+                continue
+            form = number_format(self.column(name), name, self.where, decimal, certain=fields is not None)
+            if form is not None:
+                self._formats[name] = form
+        self.units = {name: form.unit for name, form in self._formats.items() if form.unit}
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
         if row >= self.arrow.num_rows:
@@ -152,12 +135,14 @@ class CsvTable(ArrowTable):
 
     def _header(self) -> tuple[int, list[str]]:
         """The number of rows up to the header, and the names of the columns."""
-        rows = sample_rows(self.where, self._separator)
+        rows = sample_rows(self.where, self._separator, self._encoding)
         count, header = next(((n, row) for n, row in enumerate(rows, 1) if row), (0, []))
         if not header:
             raise DataError(f"{self.where} cannot be read as CSV: its first line holds no names of columns")
         try:
-            names = [name.encode(LATIN).decode(UTF8) for name in header]
+            names = header
+            if self._encoding in (UTF8, LATIN):
+                names = [name.encode(LATIN).decode(UTF8) for name in header]
         except UnicodeDecodeError:
             raise DataError(
                 f"the first line of {self.where} is not UTF-8: if it is a CSV, save it again as UTF-8"
@@ -179,35 +164,68 @@ class CsvTable(ArrowTable):
         return "skip"
 
     def _text(self, column: str, cell: str) -> str:
-        """A cell as it is, but a number as Python writes it, if the column has another decimal mark or groups."""
-        mark, number = self.decimals.get(column), cell.strip()
-        if mark is not None and (_DECIMAL[mark].fullmatch(number) or _GROUPED[mark].fullmatch(number)):
-            return number.replace(_OTHER_MARK[mark], "").replace(mark, ".")
-        return cell
+        """A cell as it is, but a number as Python writes it, if the column writes numbers in another way."""
+        form = self._formats.get(column)
+        return cell if form is None else form.plain(cell)
 
     def _bytes(self, cell: bytes) -> bytes:
-        """A cell as it stands in the file; Arrow keeps it in UTF-8, whatever the encoding of the file."""
-        return cell if self._encoding == UTF8 else cell.decode(UTF8).encode(self._encoding)
+        """The UTF-8 of a cell, or what stands for it in the file; Arrow keeps its letters in UTF-8."""
+        return cell.decode(UTF8).encode(LATIN) if self._encoding == LATIN else cell
 
 
 def _encoding(path: str) -> str:
-    """UTF-8, or Latin-1 if some byte is not: it reads any byte as a letter, and writes it back unchanged.
+    """UTF-8; UTF-16 if the file begins with its mark; else Windows-1252 or, for broken rows in UTF-8, Latin-1.
 
-    Arrow cannot hand over a row with a wrong number of cells whose bytes are not what was announced.
+    Latin-1 reads any byte as a letter, and writes it back unchanged: Arrow cannot hand over a row with a wrong number
+    of cells whose bytes are not what was announced.
     """
     try:
-        with io.TextIOWrapper(open_binary(path), UTF8) as text:
-            while text.read(BLOCK_BYTES):
-                pass
-    except UnicodeDecodeError:
-        return LATIN
+        with open_binary(path) as file:
+            marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if _decodes(path, UTF16 if marked else UTF8):
+            return UTF16 if marked else UTF8
+        with open_binary(path) as file:
+            windows = all(map(_may_be_windows, file))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    return UTF8
+    if windows:
+        _warn_of_windows(path)
+    return WINDOWS if windows else LATIN
+
+
+def _decodes(path: str, encoding: str) -> bool:
+    try:
+        with io.TextIOWrapper(open_binary(path), encoding) as text:
+            while text.read(BLOCK_BYTES):
+                pass
+    except UnicodeError:
+        return False
+    return True
+
+
+def _may_be_windows(line: bytes) -> bool:
+    """Whether a line may be in Windows-1252: text in it, and not in UTF-8 beyond ASCII."""
+    if _CONTROL.search(line) is not None:
+        return False
+    if line.isascii():
+        return True
+    for encoding, fits in ((UTF8, False), (WINDOWS, True)):
+        try:
+            line.decode(encoding)
+            return fits
+        except UnicodeDecodeError:
+            continue
+    return False
+
+
+@cache
+def _warn_of_windows(path: str) -> None:
+    """Log once per file."""
+    get_log().warning(f"{path} is not UTF-8 and is read as Windows-1252: if letters look wrong, save it as UTF-8")
 
 
 class CsvConfig(TableConfig):
-    """CSV, UTF-8, with a header line unless `columns` names the columns."""
+    """CSV with a header line unless `columns` names the columns."""
 
     endings: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
 

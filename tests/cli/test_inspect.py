@@ -27,6 +27,17 @@ def test_a_table_with_a_broken_row(tmp_path: Path) -> None:
     assert recipe["sources"]["shop"]["kind"] == "csv"
 
 
+def test_whole_numbers_as_categories(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("size;smoker;price\n" + "".join(f"{n * 7 % 31};{n % 2};${n * 1500:,}.00\n" for n in range(60)))
+    shown = runner.invoke(app, ["data", "inspect", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "category (whole numbers)" in shown.stdout and "mean 4.425e+04 ($)" in shown.stdout
+    assert "smoker. To predict one as a number, move it from `categories` to `numbers`" in shown.stdout
+    recipe = yaml.safe_load(shown.stdout.partition("openm6 train my.yaml trains:\n")[2])
+    assert recipe["sources"]["x"]["fields"] == {"numbers": ["size", "price"], "categories": ["smoker"]}
+
+
 def test_the_recipe_is_written_once(tmp_path: Path) -> None:
     data, out = tmp_path / "x.csv", tmp_path / "my.yaml"
     data.write_text("text,label\n" + "".join(f"words of number {n},{'ab'[n % 2]}\n" for n in range(30)))
@@ -42,7 +53,7 @@ def test_the_recipe_is_written_once(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         (b"\x8c\xff\n\x00\xfe,\x80\n", "the first line of .* is not UTF-8"),
-        (b"title\n" + b"caf\xe9\n" * 9, "row 0: column 'title' is not UTF-8 at byte 3"),
+        ("\ufefftitle\n".encode() + b"caf\xe9\n" * 9, "row 0: column 'title' is not UTF-8 at byte 3"),
         (b"title,price\n", "no cell holds anything that can be read"),
         (b'title\n""\n', "no cell holds anything"),
     ],

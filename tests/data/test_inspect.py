@@ -43,7 +43,7 @@ def shop(tmp_path: Path) -> Path:
     lines = ["photo,title,price,rating,category,seller"]
     for number in range(40):
         price = "cheap" if number == 7 else "NaN" if number == 8 else str(number)
-        lines.append(f"{number}.png,a fine thing no {number},{price},{number % 5},{'ab'[number % 2]}-ware,Jo")
+        lines.append(f"{number}.png,a fine thing no {number},{price},{number % 5},{'ab'[number % 2]}-ware,Jö")
     lines.append("1.png,too,many,cells,in,this,line")
     (tmp_path / "shop.csv").write_bytes("\n".join(lines).encode() + b"\n2.png,\xff\xfe,1,1,a-ware,Jo\n")
     return tmp_path / "shop.csv"
@@ -57,7 +57,7 @@ def test_a_shop_with_troubles(shop):
         "photo": "image",
         "title": "free text",
         "price": "number",
-        "rating": "number",
+        "rating": "category",
         "category": "category",
         "seller": "category",
     }
@@ -65,8 +65,8 @@ def test_a_shop_with_troubles(shop):
         "image": "photo",
         "text_en": "title",
         "label": "category",
-        "numbers": ["price", "rating"],
-        "categories": ["category", "seller"],
+        "numbers": ["price"],
+        "categories": ["rating", "category", "seller"],
     }
     assert found.unused == []
     assert (found.unreadable, found.broken) == (1, 4)

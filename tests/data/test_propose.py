@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.data.propose import column_of, unused_columns
+from openm6.data.propose import column_of, propose_fields, unused_columns
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
 from openm6.data.text_tables import CsvConfig
@@ -29,6 +29,17 @@ TITLES = ["a red cup", "two blue plates", "the last green bowl", "one fork", "a 
         ("price", [1, 2, 2.5, float("nan")], "number"),
         ("colour", ["red", "blue", "red", "blue", "red"], "category"),
         ("label", [0, 1, 0, 2] * 5, "category"),
+        ("sex", ["1", "2", "1", "NA"] * 10, "category"),
+        ("survived", [1, 0] * 8, "category"),
+        ("survived", [1, 0] * 7, "number"),
+        ("sign", [-1.0, 1.0] * 10, "category"),
+        ("stars", [1, 2, 3, 4, 5] * 8, "category"),
+        ("rooms", list(range(1, 10)) * 20, "number"),
+        ("cylinders", [4, 6, 8, 12] * 20, "number"),
+        ("share", [0.0, 0.5, 1.0] * 20, "number"),
+        ("year", [2007, 2008, 2009] * 20, "number"),
+        ("open", [True, False] * 10, "category"),
+        ("open", ["yes", "no", "yes"] * 10, "category"),
         ("title", TITLES, "free text"),
         ("id", [3, 1, 2], "identifier"),
         ("sku", [f"AB-{number}" for number in range(20)], "identifier"),
@@ -56,6 +67,19 @@ def test_languages():
     assert column_of("t", ["一只红色的杯子", "两个蓝色的盘子，很大"]).language == "zh"
     assert column_of("t", TITLES).language == "en"
     assert column_of("price", [1, 2]).language is None
+
+
+def test_whole_numbers_as_categories() -> None:
+    columns = [column_of("sex", [1, 2] * 20), column_of("age", list(range(40)))]
+    assert [column.coded for column in columns] == [True, False]
+    fields = propose_fields(columns)
+    assert fields is not None and (fields.categories, fields.numbers, fields.label) == (["sex"], ["age"], None)
+    # Classes of texts may be numbered, too, but names come first.
+    texts = column_of("review", [f"{title} of shelf {shelf}" for shelf in range(8) for title in TITLES])
+    fields = propose_fields([*columns, texts])
+    assert fields is not None and fields.label == "sex"
+    fields = propose_fields([*columns, texts, column_of("colour", ["red", "blue"] * 20)])
+    assert fields is not None and fields.label == "colour"
 
 
 def test_years_of_eight_digits_are_numbers_and_half_broken_columns_are_text():

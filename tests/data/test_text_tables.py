@@ -35,7 +35,7 @@ def test_quotes_breaks_and_a_byte_order_mark(tmp_path):
 
 def test_broken_rows_are_broken_alone(tmp_path):
     path = tmp_path / "shop.csv"
-    path.write_bytes(b"title,price\nok,1\n\xff\xfe,2\nmany,3,4\nwords,cheap\nlast,5\n")
+    path.write_bytes(b"title,price\nok,1\n\xff\xfe,2\nmany,3,4\nwords,cheap\nl\xc3\xa4st,5\n")
     source = open_csv(path)
     assert len(source) == 5
     reasons = []
@@ -77,7 +77,7 @@ def test_separator_and_identical_rows_after_a_hash_split(tmp_path):
     "content, reason",
     [
         (b"", "cannot be read as CSV"),
-        (b"caf\xe9,price\na,b\n", "the first line of .*shop.csv is not UTF-8: if it is a CSV, save it again"),
+        (b"caf\xe9,price\na,\xc3\xa4\n", "the first line of .*shop.csv is not UTF-8: if it is a CSV, save it again"),
         (b"title,title\na,b\n", "two columns called 'title'"),
         (b"name,price\n", "'title'"),
     ],
@@ -142,12 +142,61 @@ def test_a_decimal_comma_is_read(tmp_path):
         source[4]
 
 
-@pytest.mark.parametrize("prices", [("1,234", "2,500"), ("3,5", "3.5"), ("1,234", "999"), ("1,234,567", "3.5")])
+@pytest.mark.parametrize("prices", [("1,234", "2,500"), ("3,5", "3.5"), ("1,234", "999"), ("1,234 EUR", "2 EUR")])
 def test_numbers_of_two_readings_are_refused_until_told(tmp_path, prices):
     path = tmp_path / "shop.csv"
     path.write_text("title;price\n" + "".join(f"x;{price}\n" for price in prices))
     with pytest.raises(DataError, match="shop.csv: numbers of column 'price' can be read in two ways .*add decimal"):
         open_csv(path)
+
+
+@pytest.mark.parametrize(
+    ("prices", "values"),
+    [
+        (("1,234,567", "3.5"), [1234567, 3.5]),
+        (("1,234.5", "1,234"), [1234.5, 1234]),
+        (("3,5", "1.234"), [3.5, 1234]),
+        (("1.234.567", "5"), [1234567, 5]),
+        (("12 %", "3.5%", "NA", "4"), [12, 3.5, None, 4]),
+        (("$1,234.50", "-$3", "$ 12"), [1234.5, -3, 12]),
+        (("$1,234", "$3"), [1234, 3]),
+        (("3.50 EUR", "1200.00 EUR"), [3.5, 1200]),
+        (("3,50 €", "1.200,00 €"), [3.5, 1200]),
+        (("1\u202f234,5", "12 345 678", "1'000"), [1234.5, 12345678, 1000]),
+        (("1e-3", " 2 ", "1,5"), [0.001, 2, 1.5]),
+    ],
+)
+def test_numbers_as_people_write_them(tmp_path, prices, values):
+    path = tmp_path / "shop.csv"
+    path.write_text("title;price\n" + "".join(f"x;{price}\n" for price in prices))
+    source = open_csv(path)
+    assert [source[n]["numbers"]["price"] for n in range(len(values))] == values
+    # Without fields, the column must be one of numbers.
+    table = load_table(str(path))
+    cells = [table.row(row, ["price"])["price"] for row in range(len(values))]
+    assert [None if value is None else float(cell) for cell, value in zip(cells, values, strict=True)] == values
+
+
+def test_a_column_of_several_units_is_not_one_of_numbers(tmp_path):
+    path = tmp_path / "shop.csv"
+    path.write_text("title;price\n" + "a;$3\nb;3 EUR\nc;12 %\n" * 5)
+    assert load_table(str(path)).row(0, ["price"])["price"] == "$3"
+    with pytest.raises(DataError, match="3 EUR"):
+        open_csv(path)[1]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-8-sig"])
+def test_other_encodings(tmp_path, encoding, caplog):
+    path = tmp_path / "shop.csv"
+    path.write_bytes("Größe;title\n3,5;café\n4;déjà vu\nx;y;z\n".encode(encoding))
+    caplog.set_level("WARNING", "openm6")
+    source = open_csv(path, fields=Fields(text_en="title", numbers=["Größe"]))
+    open_csv(path, fields=Fields(text_en="title"))
+    assert source[1]["text_en"] == "déjà vu" and [source[n]["numbers"]["Größe"] for n in range(2)] == [3.5, 4.0]
+    with pytest.raises(DataError, match="3 cells where the header has 2"):
+        source[2]
+    assert len(caplog.messages) == (encoding in ("cp1252", "latin-1"))
+    assert all("is read as Windows-1252" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(("decimal", "values"), [(",", [1.234, 1234.0, 3.5, 12.0]), (".", [1234.0, 1.234, 3.5, 12.0])])
