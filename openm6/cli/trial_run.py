@@ -17,7 +17,7 @@ from openm6.core.files import replace_text
 from openm6.core.lru_cache import LRUCache
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
-from openm6.evaluate.evaluator import EvalConfig
+from openm6.evaluate.evaluator import LEAST, EvalConfig
 from openm6.evaluate.results import EvalReport
 from openm6.inference.load import LoadedModel
 from openm6.modalities.batch import Batch
@@ -67,8 +67,9 @@ class TrialTraining(MultimodalTraining):
         super().finish(run)
 
     def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[EvalReport, float]:
-        whole = self.recipe.eval
-        for divisor in DIVISORS if whole.answers >= MIN_ANSWERS else (1,):
+        # If the time decides, the smallest evaluation; `eval.seconds` may come on top.
+        whole = self.recipe.eval.limited(LEAST)
+        for divisor in DIVISORS if int(whole.answers) >= MIN_ANSWERS else (1,):
             part = part_of(whole, divisor)
             self.description = self.description.model_copy(update={"eval": part.model_dump(mode="json")})
             # Forget the codes of images and audio, or the second evaluation would find those of the first.
@@ -78,7 +79,7 @@ class TrialTraining(MultimodalTraining):
                         setattr(modality, name, LRUCache(cache.max_bytes))
             began = time.perf_counter()
             result = super()._evaluate(run, checkpoint)
-            self.evaluations.append((part.answers / whole.answers, time.perf_counter() - began))
+            self.evaluations.append((int(part.answers) / int(whole.answers), time.perf_counter() - began))
         return result
 
     def _loaded(self, checkpoint: Path) -> LoadedModel:
@@ -89,7 +90,7 @@ class TrialTraining(MultimodalTraining):
 def part_of(config: EvalConfig, divisor: int) -> EvalConfig:
     """An evaluation of one of `divisor` records."""
     counts = {"records": config.records, "answers": config.answers, "drawn": config.drawn}
-    update = {name: -(-count // divisor) for name, count in counts.items()}
+    update = {name: -(-int(count) // divisor) for name, count in counts.items()}
     return config.model_copy(update={**update, "records": max(2, update["records"])})
 
 

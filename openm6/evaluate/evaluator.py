@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from openm6.evaluate.baselines import (
 )
 from openm6.evaluate.formatting import words
 from openm6.evaluate.knn import fit_knn
-from openm6.evaluate.likelihood import answer_entropy, likelihoods
+from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nll
 from openm6.evaluate.metrics import METRICS, Scored, all_metrics, relative_crps
 from openm6.evaluate.results import EvalReport, Interval, Sample, TaskResult, bootstrap_interval
 from openm6.evaluate.retrieval import evaluate_retrieval
@@ -54,16 +54,27 @@ class EvalConfig(Config):
     # Whether a run is evaluated when it has been trained; auto: unless its weights are offloaded, which takes long.
     at_end: bool | Literal["auto"] = "auto"
     # Test records per task for the information gain; of them, those answered in text or numbers, and those answered in
-    # images or audio.
-    records: int = Field(default=160, ge=2)
-    answers: int = Field(default=60, ge=1)
-    drawn: int = Field(default=20, ge=1)
+    # images or audio. auto: all, or as many of them as take `seconds`, but no fewer than LEAST.
+    records: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    answers: PositiveInt | Literal["auto"] = "auto"
+    drawn: PositiveInt | Literal["auto"] = "auto"
+    # For all tasks together.
+    seconds: float = Field(default=60.0, ge=0.0)
     decoding: MaskedSampling = MaskedSampling()
     # Samples kept for the report.
     samples: int = Field(default=6, ge=0)
     # Parallel processes on a CPU; auto: one per core. They change no result.
     num_processes: PositiveInt | Literal["auto"] = "auto"
     seed: int = 0
+
+    def limited(self, counts: Mapping[str, int]) -> EvalConfig:
+        """With these numbers of records, answers and drawn for those that are auto."""
+        return self.model_copy(update={name: n for name, n in counts.items() if getattr(self, name) == "auto"})
+
+
+# The smallest numbers of an evaluation, and how many records show how long one takes.
+LEAST = {"records": 160, "answers": 60, "drawn": 20}
+TIMED = {"records": 16, "answers": 16, "drawn": 4}
 
 
 def evaluate_tasks(
@@ -82,10 +93,13 @@ def evaluate_tasks(
         task = task_named(trained_task.task)
         if task.contrastive:
             return evaluate_retrieval(loaded, trained_task, test[trained_task.source], config.seed)
-        examples, sequences = select_examples(task, test[trained_task.source], config, loaded.modalities)
+        source = test[trained_task.source]
+        limits = fit_limits(loaded, task, source, config, config.seconds * workers / len(trained_tasks))
+        examples, sequences = select_examples(task, source, limits, loaded.modalities)
         if not examples:
             return None
-        return evaluate_task(loaded, trained_task, examples, sequences, train[trained_task.source], config)
+        result = evaluate_task(loaded, trained_task, examples, sequences, train[trained_task.source], limits)
+        return replace(result, left_out=max(0, len(source) - int(limits.records)))
 
     workers = num_workers(len(trained_tasks), config, loaded.omni.device)
     # Tasks that generate images or audio are slow. They come first, so that all processes end together.
@@ -100,6 +114,29 @@ def evaluate_tasks(
         on_result(result)
     ordered = [results[index] for index in sorted(results)]
     return EvalReport(ordered, time.perf_counter() - began, str(loaded.checkpoint))
+
+
+def fit_limits(loaded: LoadedModel, task: Task, source: Source, config: EvalConfig, seconds: float) -> EvalConfig:
+    """The numbers of records for one task: all of a source if that takes so many seconds at most, else fewer.
+
+    A few records show how long one takes; half of the time is for the information gain, half for answers.
+    """
+    kind: Literal["drawn", "answers"] = "drawn" if task.output_modality in ("image", "audio") else "answers"
+    if len(source) <= LEAST[kind] or not {getattr(config, kind), config.records} & {"auto"}:
+        return config.limited(dict.fromkeys(LEAST, len(source)) if len(source) > 1 else LEAST)
+    began = time.perf_counter()
+    timed = config.model_copy(update={"records": TIMED["records"]})
+    examples, sequences = select_examples(task, source, timed, loaded.modalities)
+    if not examples:
+        return config.limited(LEAST)
+    # With and without the inputs.
+    sequence_nll(loaded.omni, [*sequences, *sequences])
+    scored = time.perf_counter()
+    answer(loaded, examples[: TIMED[kind]], config.decoding)
+    each = {"records": (scored - began) / len(examples)}
+    each[kind] = (time.perf_counter() - scored) / min(len(examples), TIMED[kind])
+    fitting = {name: max(LEAST[name], int(seconds / 2 / cost)) for name, cost in each.items()}
+    return config.limited({**LEAST, **{name: min(count, len(source)) for name, count in fitting.items()}})
 
 
 def num_workers(tasks: int, config: EvalConfig, device: torch.device) -> int:
@@ -136,8 +173,9 @@ def select_examples(
     task: Task, source: Source, config: EvalConfig, modalities: Modalities
 ) -> tuple[list[Example], list[PackedExample]]:
     """Up to `records` test records, evenly spaced, as examples of the task and as tokens, without broken ones."""
+    count = len(source) if config.records == "auto" else config.records
     examples, sequences, errors = build_examples(
-        task, source, config.records, (config.seed, task.name), lambda example: example_sequence(example, modalities)
+        task, source, count, (config.seed, task.name), lambda example: example_sequence(example, modalities)
     )
     broken = [error for error in errors if not isinstance(error, MissingFieldError)]
     for error in broken:
@@ -162,7 +200,8 @@ def evaluate_task(
     prior = fit_prior(task, train_examples, train_targets, loaded)
     found = likelihoods(loaded, examples, sequences, trained_task.source, prior)
     has_codes = task.output_modality in ("image", "audio")
-    chosen = evenly_spaced(len(examples), config.drawn if has_codes else config.answers)
+    most = config.drawn if has_codes else config.answers
+    chosen = evenly_spaced(len(examples), len(examples) if most == "auto" else most)
     answered = [examples[row] for row in chosen]
     scored = Scored(answered, answer(loaded, answered, config.decoding))
     baseline_name = words(task.baseline)

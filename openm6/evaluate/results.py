@@ -67,6 +67,7 @@ class TaskResult:
     `value` is the task's first metric and `baseline` the same metric for the stated baseline; `advantage_interval`
     is of their difference over the same records, positive if the model is better. `information_gain` is the mean
     over records of log2 p(y | x) - log2 p(y | null input) in bits; `null_predictor` names what predicts the latter.
+    Of the test records, `left_out` were not evaluated, to save time, and of the others `answered` were answered.
     `answer_entropy` is the entropy of the test answers given the language, if they come from a closed set: no gain
     can exceed it by more than sampling error.
     """
@@ -87,6 +88,7 @@ class TaskResult:
     null_predictor: str
     records: int
     answered: int
+    left_out: int = 0
     answer_entropy: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
@@ -125,6 +127,7 @@ class TaskResult:
             "answer_entropy": self.answer_entropy,
             "n": self.records,
             "n_answered": self.answered,
+            "n_left_out": self.left_out,
             "metrics": self.metrics,
         }
 

@@ -61,7 +61,7 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
     None if no test record fits.
     """
     task = task_named(trained_task.task)
-    modalities, searches, records = loaded.modalities, [], 0
+    modalities, searches, records, left_out = loaded.modalities, [], 0, 0
     for language in LANGUAGES:
         examples, _, _ = build_examples(
             task, test, MAX_GALLERY, (seed, task.name), lambda x: source_segments([x.target], modalities), language
@@ -69,6 +69,7 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
         if len({example.key for example in examples}) > 1:
             searches += both_directions(loaded, task, examples, language)
             records += len(examples)
+            left_out += max(0, len(test) - MAX_GALLERY)
     if not searches:
         return None
     recalls = {search.name: search.recalls() for search in searches}
@@ -97,6 +98,7 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
         null_predictor="any test record alike",
         records=records,
         answered=records,
+        left_out=left_out,
         metrics=metrics,
     )
 

@@ -16,11 +16,13 @@ from openm6.evaluate.results import EvalReport, RunFacts, TaskResult
 
 # Width in characters below which the table leaves columns out.
 WIDE = 120
+MAX_LISTED = 4  # tasks without answers to all records
 
 
 def answered(result: TaskResult) -> str:
     """How many of the test records were answered: `60 of 372`, or `60` if all were."""
-    return str(result.records) if result.answered == result.records else f"{result.answered} of {result.records}"
+    total = result.records + result.left_out
+    return str(total) if result.answered == total else f"{result.answered} of {total}"
 
 
 def result_line(result: TaskResult) -> str:
@@ -67,8 +69,14 @@ def print_table(report: EvalReport, console: Console) -> None:
     console.print(table)
     significant = sum(result.uses_inputs for result in report.results)
     better = sum(result.beats_baseline for result in report.results)
-    partial = any(result.answered < result.records for result in report.results)
-    more = " More records are answered with eval.answers=N eval.drawn=N." if partial else ""
+    partial = [f"{x.name} {answered(x)}" for x in report.results if x.answered < x.records + x.left_out]
+    more = ""
+    if partial:
+        listed = ", ".join(partial[:MAX_LISTED]) + (" and others" if len(partial) > MAX_LISTED else "")
+        more = (
+            f" Not all test records were answered, to save time: {listed}. eval.seconds=N allows more, and "
+            "eval.records=N eval.answers=N eval.drawn=N set the numbers."
+        )
     totals = (
         f"{significant} of {len(report.results)} tasks have a significant information gain (95 % interval above 0 "
         f"bits); {better} beat their baseline in both score and information. Evaluated in {duration(report.seconds)}: "
@@ -89,7 +97,7 @@ def card(report: EvalReport, facts: RunFacts) -> str:
         )
     rows = [
         f"| {_inline(result.name)} | {metric_title(result.metric)} | {score(result.metric, result.value)} "
-        f"| {score(result.metric, result.baseline)} |"
+        f"| {score(result.metric, result.baseline)} | {answered(result)} |"
         for result in report.results
     ]
     parts = [
@@ -99,7 +107,7 @@ def card(report: EvalReport, facts: RunFacts) -> str:
         f"{count(facts.tokens)} tokens in {duration(facts.seconds)}.",
         "## Scores",
         "Scores on test records; `report.html` shows answers.",
-        "\n".join(["| task | metric | score | baseline |", "|---|---|---|---|", *rows]) if rows else "",
+        "\n".join(["| task | metric | score | baseline | records |", "|---|---|---|---|---|", *rows]) if rows else "",
         "## Energy",
         energy,
         "## Limits",

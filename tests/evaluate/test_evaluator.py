@@ -162,6 +162,24 @@ def test_more_records_on_request() -> None:
     assert 20 <= found.records <= 30
 
 
+def test_all_records_that_the_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = demo_sources("test")["penguins"]
+    several = ListSource("penguins", [source[index % len(source)] for index in range(90)])
+    test = {**demo_sources("test"), "penguins": several}
+    task = [TrainedTask(task="tabular_regression", source="penguins")]
+
+    def result(**settings: Any) -> TaskResult:
+        config = EvalConfig(samples=1, num_processes=1, **settings)
+        return evaluate_tasks(loaded(4), task, demo_sources(), test, config).results[0]
+
+    assert (found := result(seconds=1000.0)).answered == found.records == 90 and not found.left_out
+    # Without time, the smallest evaluation, which has all of fewer records.
+    monkeypatch.setattr("openm6.evaluate.evaluator.LEAST", {"records": 50, "answers": 20, "drawn": 5})
+    found = result(seconds=0.0)
+    assert (found.answered, found.records, found.left_out) == (20, 50, 40)
+    assert result(seconds=0.0, records=12, answers=90).answered == 12
+
+
 def test_a_task_without_test_records_is_left_out() -> None:
     test = {**demo_sources("test"), "digits": ListSource("digits", [])}
     found = evaluate_tasks(loaded(), TRAINED_TASKS[:2], demo_sources(), test, CONFIG)

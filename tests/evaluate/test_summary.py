@@ -24,11 +24,13 @@ def test_one_row_a_task_with_score_baseline_and_bits() -> None:
     row = next(line for line in text.splitlines() if "image_classification/things" in line)
     assert row.split() == ["image_classification/things", "image", "→", "text", "exact", "match", "62.5", "%",
                            "25.0", "%", "+1.00", "+0.50", "…", "+1.50", "20", "of", "40"]  # fmt: skip
-    assert sum("/things" in line for line in text.splitlines()) == len(report.results)
+    table = text.partition("tasks have")[0]
+    assert sum("/things" in line for line in table.splitlines()) == len(report.results)
     flat = " ".join(text.split())
     assert "6 of 8 tasks have a significant information gain" in flat and "runs/x/step-9" in flat
     assert "2 beat their baseline in both score and information" in flat
-    assert "More records are answered with eval.answers=N" in flat
+    assert "Not all test records were answered, to save time: image_classification/things 20 of 40, " in flat
+    assert "and others. eval.seconds=N allows more" in flat
 
 
 def test_a_line_of_the_log_says_how_sure_it_is() -> None:
@@ -43,6 +45,12 @@ def test_all_records_answered_needs_no_hint() -> None:
     task = dataclasses.replace(example.results()[0], answered=40)
     text = printed(EvalReport([task], 2.0, "x"))
     assert "eval.answers" not in text and " 40" in text
+
+
+def test_records_that_were_not_evaluated_are_counted() -> None:
+    task = dataclasses.replace(example.results()[0], records=60, answered=60, left_out=377)
+    text = " ".join(printed(EvalReport([task], 2.0, "x"), width=80).split())
+    assert "to save time: image_classification/things 60 of 437." in text and task.to_json()["n_left_out"] == 377
 
 
 def test_square_brackets_in_names_are_no_markup() -> None:
