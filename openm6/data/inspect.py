@@ -13,7 +13,14 @@ import yaml
 
 from openm6.core.errors import DataError
 from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
-from openm6.data.propose import Column, column_of, propose_fields, propose_tasks, unused_columns
+from openm6.data.propose import (
+    Column,
+    column_of,
+    propose_fields,
+    propose_images,
+    propose_tasks,
+    unused_columns,
+)
 from openm6.data.records import Record
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
@@ -34,6 +41,8 @@ MAX_HORIZON = 24
 # Artificial series: the name of the source, its shortest context, windows from which it has no larger part than the
 # user's series, and the largest part.
 ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
+LABELS_OF_IMAGES = frozenset({"image_categorization", "image_classification"})
+OPENED = 50  # images whose colours are compared
 WINDOWS = 50  # read for the season of a series
 MIN_SERIES = 40  # rows from which a series is proposed
 TIME_NAMES = frozenset(
@@ -60,6 +69,7 @@ class DatasetReport:
     problems: list[str] = field(default_factory=list)  # the first MAX_PROBLEMS
     tasks: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)  # settings to read them with, if only labels are learned
 
     @property
     def broken_fraction(self) -> float:
@@ -104,12 +114,21 @@ def inspect_path(path: str) -> Inspection:
     recipe = {
         "kind": "multimodal",
         "model": {"preset": "nano"},
+        **_image_settings(list(usable.values())),
         "sources": sources,
         "mixture": mixture,
         "loop": {"steps": "auto", "minutes": 10},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
     return Inspection(path, reports, text if usable else None)
+
+
+def _image_settings(reports: list[DatasetReport]) -> dict[str, Any]:
+    """The section of a recipe that only labels images: how they are read."""
+    if not reports or not all(report.images for report in reports):
+        return {}
+    common = {name: value for name, value in reports[0].images.items() if all(name in x.images for x in reports)}
+    return {"modalities": {"image": common}}
 
 
 def _artificial_series(reports: list[DatasetReport]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -215,6 +234,8 @@ def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> li
     sources = _open(report, config, get_args(Split) if named else ("train", "test"))
     records = [record for split in ("train", "test") if split in sources for record in _read(report, sources[split])]
     report.tasks = propose_tasks(records)
+    if report.tasks and set(report.tasks) <= LABELS_OF_IMAGES:
+        report.images = propose_images(records[:OPENED])
     if "train" in sources:
         report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])
     return records

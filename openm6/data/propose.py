@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 
 from openm6.core.errors import DataError
 from openm6.data.prepare import with_negatives
@@ -26,6 +27,7 @@ from openm6.data.records import (
 )
 from openm6.data.source import Source, split_named
 from openm6.data.windows import is_date
+from openm6.modalities.image import read_image
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import Context
 from openm6.tasks.task import Task
@@ -256,6 +258,26 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
         names += ["translation"] if {"text_en", "text_zh"} <= keys else []
     posable = {name: sum(bool(TASKS[name].languages(record)) for record in records) for name in names}
     return [name for name in names if records and posable[name] / len(records) >= MIN_RECORDS_FRACTION]
+
+
+MIN_PATCHES = 16  # to which small images are enlarged
+MIN_CHROMA = 10.0  # of 255: mean difference of the largest and smallest of red, green and blue, in images in colour
+# Labels of which a mirrored image may be none: numbers, letters, directions.
+_ONE_HANDED = re.compile(r"\d|\b(\w|left|right|\w*clockwise)\b", re.IGNORECASE)
+
+
+def is_coloured(image: PIL.Image.Image) -> bool:
+    """Whether an image has colours, as photos have, and most scans of letters and digits have not."""
+    levels = np.asarray(image.resize((16, 16)), np.float32)
+    return bool((levels.max(-1) - levels.min(-1)).mean() > MIN_CHROMA)
+
+
+def propose_images(records: Sequence[Record]) -> dict[str, Any]:
+    """Settings of `modalities.image` for records of images that can be read; mirrored ones if they are in colour."""
+    labels = {str(record[key]) for record in records for key in ("label", "label_zh") if record.get(key)}
+    coloured = [is_coloured(read_image(record["image"])) for record in records if "image" in record]
+    mirrored = statistics.fmean(coloured or [0]) > 0.5 and not any(map(_ONE_HANDED.search, labels))
+    return {"min_patches": MIN_PATCHES, **({"flips": True} if mirrored else {})}
 
 
 POSED = 3  # records that each task is posed on; every prompt of a task shows all inputs

@@ -9,15 +9,17 @@ import io
 import math
 import warnings
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import PIL.Image
 import torch
 from PIL import ImageOps, UnidentifiedImageError
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from openm6.codecs.image import ImageCodec
+from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
@@ -116,18 +118,38 @@ def image_grid(down: int, across: int) -> TokenGrid:
     return TokenGrid(np.stack([np.zeros_like(rows), *middles], axis=1), positions, (down, across))
 
 
+class ImageConfig(Config):
+    """`codec` is a shipped name or a file; generated images are squares of `side` pixels.
+
+    An image that is read becomes `min_patches` to `max_patches` patches of 8 x 8 pixels, enlarged or shrunk to that.
+    `flips`: half of the training images are mirrored, which letters and digits do not allow.
+    """
+
+    codec: str = "image-64"
+    side: int = Field(default=64, ge=8, le=4096)
+    min_patches: int = Field(default=0, ge=0)  # 0: small images keep their size
+    max_patches: int = Field(default=64, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=64)
+    flips: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_patches > self.max_patches:
+            raise ValueError(f"min_patches={self.min_patches} is above max_patches={self.max_patches}: lower it")
+        return self
+
+
 class Image(CodesModality):
     """An image as patches in, at its own aspect up to a budget of tokens, and a square of `side` pixels out."""
 
     name: ClassVar[str] = "image"
     patch_size = PATCH * PATCH * 3
 
-    def __init__(self, codec: ImageCodec, side: int = 64, max_patches: int = 64, max_pixels: int = MAX_PIXELS) -> None:
-        self.codec = codec
+    def __init__(self, codec: ImageCodec, config: ImageConfig) -> None:
+        side = config.side
+        self.codec, self.config, self.max_pixels = codec, config, config.max_pixels
         self.side = side
         self.target_grid = image_grid(side // codec.config.stride, side // codec.config.stride)
-        self.max_patches = max_patches
-        self.max_pixels = max_pixels
         self.code_cache, self._pixel_cache = (LRUCache[np.ndarray](CACHE_BYTES) for _ in range(2))
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
@@ -138,6 +160,8 @@ class Image(CodesModality):
         # An inpainted region must keep its position.
         if rng is not None and mask_box is None:
             values = _moved(values, rng)
+            if self.config.flips and rng.random() < 0.5:
+                values = values[:, ::-1]
             contrast = np.float32(rng.uniform(0.85, 1.1))
         down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
         patches = values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
@@ -145,12 +169,13 @@ class Image(CodesModality):
         return self._source((LEVELS * contrast)[patches], mask, image_grid(down, across))
 
     def _fit(self, raw: Any) -> np.ndarray:
-        """An image resized to whole patches within the budget; small ones keep their size.  # H W 3"""
-        image = read_image(raw, self.max_pixels, self.max_patches * PATCH**2)
+        """An image resized to whole patches within the limits on their number.  # H W 3"""
+        image = read_image(raw, self.max_pixels, self.config.max_patches * PATCH**2)
         down, across = image.height / PATCH, image.width / PATCH
-        scale = min(1.0, (self.max_patches / max(down * across, 1e-9)) ** 0.5)
-        rows = min(max(1, round(down * scale)), self.max_patches)
-        columns = min(max(1, round(across * scale)), self.max_patches // rows)
+        count = max(down * across, 1e-9)
+        scale = (min(max(count, self.config.min_patches), self.config.max_patches) / count) ** 0.5
+        rows = min(max(1, round(down * scale)), self.config.max_patches)
+        columns = min(max(1, round(across * scale)), self.config.max_patches // rows)
         size = (columns * PATCH, rows * PATCH)
         return np.asarray(image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC))
 

@@ -17,7 +17,7 @@ from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
 from openm6.modalities.audio import MAX_SECONDS, Audio
-from openm6.modalities.image import MAX_PIXELS, Image
+from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.series import SeriesStats
@@ -47,15 +47,6 @@ class TextConfig(Config):
     vocab_size: int | None = Field(default=None, ge=320, le=1_000_000)
     tokenizer: str | None = None
     max_tokens: int = Field(default=2048, ge=1)
-
-
-class ImageConfig(Config):
-    """`codec` is a shipped name or a file; generated images are squares of `side` pixels."""
-
-    codec: str = "image-64"
-    side: int = Field(default=64, ge=8, le=4096)
-    max_patches: int = Field(default=64, ge=1)
-    max_pixels: int = Field(default=MAX_PIXELS, ge=64)
 
 
 class AudioConfig(Config):
@@ -98,10 +89,10 @@ def build_modalities(
             f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "
             f"{image_codec.config.stride}"
         )
-    text, image, audio = Text(tokenizer, config.text.max_tokens), config.image, config.audio
+    text, audio = Text(tokenizer, config.text.max_tokens), config.audio
     modalities = Modalities(
         text=text,
-        image=Image(image_codec, image.side, image.max_patches, image.max_pixels),
+        image=Image(image_codec, config.image),
         audio=Audio(audio_codec, audio.seconds, audio.max_seconds),
         numbers=Numbers(text, scales, series),
     )

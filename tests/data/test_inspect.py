@@ -129,6 +129,20 @@ def test_a_folder_of_images(tmp_path):
     recipe_of(inspection)
 
 
+@pytest.mark.parametrize(
+    ("colour", "labels", "flips"),
+    [("red", ("cat", "dog"), True), ("grey", ("cat", "dog"), None), ("red", ("turn left", "stop"), None)],
+)
+def test_how_images_are_read_follows_from_their_colours_and_labels(tmp_path, colour, labels, flips):
+    for label in labels:
+        (tmp_path / label).mkdir()
+        for number in range(10):
+            (tmp_path / label / f"{number}.png").write_bytes(png(colour))
+    recipe = yaml.safe_load(inspect_path(str(tmp_path)).usable_recipe())
+    image = recipe["modalities"]["image"]
+    assert image.get("flips") == flips and image["min_patches"] == 16
+
+
 def test_audio_clips_and_their_words(tmp_path):
     rows = [{"clip": f"{number}.wav", "sentence": f"word number {number} is said"} for number in range(12)]
     for row in rows:

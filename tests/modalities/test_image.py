@@ -9,12 +9,14 @@ import PIL.Image
 import pytest
 import torch
 
-from openm6.core.errors import DataError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError, DataError
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.codes import FourierPositionEmbedding, PatchAdapter
 from openm6.modalities.image import (
     PATCH,
     Image,
+    ImageConfig,
     box_mask,
     pixels,
     random_box,
@@ -105,7 +107,7 @@ def test_damaged_files_never_raise_anything_else() -> None:
 def test_patches_keep_within_the_budget_and_near_the_aspect(image: Image, size: tuple[int, int]) -> None:
     tokens = image.source(PIL.Image.new("RGB", size))
     down, across = (len(np.unique(tokens.arrays["positions"][:, axis])) for axis in (0, 1))
-    assert len(tokens) == down * across <= image.max_patches
+    assert len(tokens) == down * across <= image.config.max_patches
     assert tokens.span == max(down, across)
     wanted, found = size[0] / size[1], across / down
     if 1 / 8 <= wanted <= 8 and min(size) >= 2 * PATCH:
@@ -199,6 +201,46 @@ def test_augmentation_moves_and_keeps_the_size(image: Image) -> None:
     plain, moved = image.source(values), image.source(values, np.random.default_rng(1))
     assert plain.arrays["patches"].shape == moved.arrays["patches"].shape
     assert not np.array_equal(plain.arrays["patches"], moved.arrays["patches"])
+
+
+def noise(*size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def with_settings(image: Image, **settings: object) -> Image:
+    return Image(image.codec, ImageConfig.model_validate(settings))
+
+
+def test_small_images_are_enlarged_to_a_number_of_patches(image: Image) -> None:
+    large = with_settings(image, min_patches=16, max_patches=36)
+    found = [len(large.source(noise(*size))) for size in ((8, 8), (32, 32), (48, 48), (200, 200), (8, 32))]
+    assert found == [16, 16, 36, 36, 16]
+    assert len(image.source(noise(1, 8))) == 1, "without the setting a small image keeps its size"
+    with pytest.raises(ConfigError, match="min_patches=9 is above max_patches=4"):
+        build(ImageConfig, {"min_patches": 9, "max_patches": 4}, "modalities.image")
+
+
+def test_augmentation_follows_the_generator_and_leaves_masked_images_alone(image: Image) -> None:
+    one, values = with_settings(image, flips=True), noise(32, 48)
+
+    def patches(seed: int | None, options: dict[str, object] | None = None) -> np.ndarray:
+        rng = None if seed is None else np.random.default_rng(seed)
+        return one.source(values, rng, options or {}).arrays["patches"]
+
+    assert np.array_equal(patches(1), patches(1)) and not np.array_equal(patches(1), patches(2))
+    assert np.array_equal(patches(None), image.source(values).arrays["patches"])
+    hole = {"mask_box": (0.0, 0.0, 0.5, 0.5)}
+    assert np.array_equal(patches(1, hole), patches(None, hole))
+
+
+def test_half_of_the_images_are_mirrored_only_if_allowed(image: Image) -> None:
+    values = np.zeros((32, 32, 3), np.uint8)
+    values[:, 16:] = 255
+    for flips, rate in ((False, 0.0), (True, 0.5)):
+        one = with_settings(image, flips=flips)
+        rng = np.random.default_rng(0)
+        firsts = [one.source(values, rng).arrays["patches"][0].mean() for _ in range(60)]
+        assert np.mean(np.array(firsts) > 0) == pytest.approx(rate, abs=0.15)
 
 
 def test_a_file_seen_before_gives_the_same_codes(image: Image) -> None:
