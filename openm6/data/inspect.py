@@ -42,7 +42,6 @@ MAX_HORIZON = 24
 # user's series, and the largest part.
 ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
 LABELS_OF_IMAGES = frozenset({"image_categorization", "image_classification"})
-OPENED = 50  # images whose colours are compared
 WINDOWS = 50  # read for the season of a series
 MIN_SERIES = 40  # rows from which a series is proposed
 TIME_NAMES = frozenset(
@@ -235,7 +234,7 @@ def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> li
     records = [record for split in ("train", "test") if split in sources for record in _read(report, sources[split])]
     report.tasks = propose_tasks(records)
     if report.tasks and set(report.tasks) <= LABELS_OF_IMAGES:
-        report.images = propose_images(records[:OPENED])
+        report.images = propose_images(records)
     if "train" in sources:
         report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])
     return records
