@@ -209,7 +209,8 @@ def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[TensorSpec]]:
     if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1:
         for tensor in tensors:
             specs.append((int(tensor.storage_offset()) * tensor.element_size(), tensor.dtype, tuple(tensor.shape)))
-        return torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage()), specs
+        storage = tensors[0].untyped_storage()
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), specs
     for tensor in tensors:
         specs.append((size, tensor.dtype, tuple(tensor.shape)))
         size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
@@ -235,7 +236,7 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
 def moved(blob: Tensor, device: torch.device) -> Tensor:
     """A copy on a device; what is enqueued on a GPU from now on waits for it, the host only if it is not pinned."""
     if device.type != "cuda":
-        return blob.to(device, non_blocking=True)
+        return blob.to(device)
     stream, compute = copy_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
         copy = blob.to(device, non_blocking=True)

@@ -33,6 +33,7 @@ from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform
 from openm6.distributed.worker_pool import ALIGNMENT, Work, WorkerPool, can_fork
 from openm6.modalities.batch import PackedExample, wait_for_copies
+from openm6.modalities.codes import encode_together
 from openm6.offload.pinned_memory import forget_error
 from openm6.train.config import LoopConfig
 from openm6.train.training_task import Batch, TrainingTask
@@ -40,6 +41,7 @@ from openm6.train.training_task import Batch, TrainingTask
 CPU = torch.device("cpu")
 MAX_AUTO_WORKERS = 8  # that make examples: one process packs them, which limits what more would add
 SAMPLES_AHEAD = 16  # of each data shard, that other processes make examples of
+UNANSWERED = 64  # samples sent to one of them: more might fill its pipe while it waits to send an example itself
 SLOT_BYTES = 2**24  # of the shared memory of a batch at least; untouched memory takes no space
 TOKEN_BYTES = 2**13  # per token; a batch that needs more passes through a pipe
 ENDED = TrainingError("the data ended before the run did: batches() must go on for ever")
@@ -168,7 +170,8 @@ class BatchFeed:
             sample = own.recv()
             made: PackedExample | OpenM6Error
             try:
-                made = transform(sample)
+                with encode_together():  # codes are rounded as in the process that packs
+                    made = transform(sample)
             except OpenM6Error as error:
                 made = error
             except Exception as error:
@@ -192,6 +195,8 @@ class ExamplesAhead(ExampleTransform):
     def __init__(self, packer: Packer, workers: Sequence[Connection]) -> None:
         vars(self).update(vars(packer.transform))
         self._workers = workers
+        self._waiting = [deque[SampleIndex]() for _ in workers]  # samples to be sent to each
+        self._unanswered = [0] * len(workers)
         self._made: dict[int, PackedExample | OpenM6Error] = {}  # by global index of the sample
         self._ahead = MixtureSampler(self.sampler.components, self.sampler.seed)
         self._ahead.set_shards(self.sampler.num_shards, packer.rank, packer.size)
@@ -204,11 +209,10 @@ class ExamplesAhead(ExampleTransform):
                 self._send_next(shard)
 
     def __call__(self, sample: SampleIndex) -> PackedExample:
-        self._send_next(self._shard_of.pop(sample.global_index))
         try:
+            self._send_next(self._shard_of.pop(sample.global_index))
             while sample.global_index not in self._made:
-                index, made = self._worker_of(sample).recv()
-                self._made[index] = made
+                self._receive(self._worker_of(sample))
         except (EOFError, OSError):
             raise TrainingError("a process that makes examples has ended: go on with --resume") from None
         return _checked(self._made.pop(sample.global_index))
@@ -219,10 +223,23 @@ class ExamplesAhead(ExampleTransform):
         self._send(sample)
 
     def _send(self, sample: SampleIndex) -> None:
-        self._worker_of(sample).send(sample)
+        worker = self._worker_of(sample)
+        self._waiting[worker].append(sample)
+        self._send_waiting(worker)
 
-    def _worker_of(self, sample: SampleIndex) -> Connection:
-        return self._workers[sample.index % len(self._workers)]
+    def _send_waiting(self, worker: int) -> None:
+        while self._waiting[worker] and self._unanswered[worker] < UNANSWERED:
+            self._workers[worker].send(self._waiting[worker].popleft())
+            self._unanswered[worker] += 1
+
+    def _receive(self, worker: int) -> None:
+        index, made = self._workers[worker].recv()
+        self._made[index] = made
+        self._unanswered[worker] -= 1
+        self._send_waiting(worker)
+
+    def _worker_of(self, sample: SampleIndex) -> int:
+        return sample.index % len(self._workers)
 
 
 class Slots:

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from openm6.core.errors import DataError, TrainingError
 from openm6.distributed.worker_pool import WorkerPool, can_fork, children
-from openm6.modalities.batch import Batch
+from openm6.modalities.batch import Batch, packed
+from openm6.modalities.codes import CodesModality
 from openm6.train.config import LoopConfig
 from openm6.train.feed import BatchFeed, Slots, batches_ahead, number_of_data_workers
 from openm6.train.training_task import TrainingTask
@@ -120,8 +121,12 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 @pytest.mark.parametrize("shards", ["auto", 2])
-def test_batches_do_not_depend_on_the_number_of_processes(tmp_path: Path, shards: Any) -> None:
-    """Also after a restart in the middle, with samples in the buffers."""
+def test_batches_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a restart in the middle, with samples in the buffers, and if kernels round one image differently."""
+    encode = CodesModality.encode_values
+    monkeypatch.setattr(CodesModality, "encode_values", lambda *given: encode(*given) * (len(given[1]) > 1))
     alone, together = (opened(tmp_path / name, CPU, num_data_workers=workers) for name, workers in (("a", 1), ("b", 3)))
     for training in (alone, together):
         training.packer.config = training.packer.config.model_copy(update={"num_shards": shards})
@@ -143,6 +148,15 @@ def test_a_lost_maker_of_examples_is_reported(tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="a process that makes examples has ended: go on with --resume"):
             for _ in range(99):
                 read()
+
+
+def test_many_samples_ahead_do_not_block_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the pipe of a process holds that waits to send an example."""
+    monkeypatch.setattr("openm6.train.feed.SAMPLES_AHEAD", 1500)
+    training = opened(tmp_path, CPU, num_data_workers=2)
+    expected = next(opened(tmp_path / "alone", CPU).batches())
+    with batches_ahead(training, training.recipe.loop, CPU) as read:
+        assert same(read(), expected)
 
 
 class Moves(TorchFunctionMode):
@@ -168,6 +182,7 @@ def test_a_batch_is_one_array_between_processes_and_one_copy_to_a_device(tmp_pat
         moved = received.to("meta")
     assert moves.count == 1 and moved.groups.keys() == batch.groups.keys()
     assert received.to("cpu") is received
+    assert packed(moved._tensors())[0].is_meta, "it is one array there, too"
 
 
 def test_a_slot_is_used_again_only_when_its_batch_has_been_read(tmp_path: Path) -> None:
