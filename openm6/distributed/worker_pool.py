@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -148,14 +149,16 @@ def _run(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
         signal.signal(number, signal.SIG_IGN)
     # OpenMP's threads do not survive a fork: waiting for a second one would never end.
     torch.set_num_threads(1)
-    try:
-        work(pipe)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the first process is gone or has closed the pool
-    except OpenM6Error as error:
-        pipe.send(error)
-    except BaseException as error:  # raised again where it is gathered
-        pipe.send(TrainingError(f"a worker process failed: {type(error).__name__}: {error}"))
+    gone = (EOFError, BrokenPipeError, ConnectionResetError)  # the first process, or the pool is closed
+    with suppress(*gone):
+        try:
+            work(pipe)
+        except gone:
+            pass
+        except OpenM6Error as error:  # raised again where it is gathered
+            pipe.send(error)
+        except BaseException as error:
+            pipe.send(TrainingError(f"a worker process failed: {type(error).__name__}: {error}"))
 
 
 def shared_like(tensors: Sequence[Tensor]) -> list[Tensor]:
