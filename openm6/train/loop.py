@@ -114,11 +114,11 @@ def train(
             else "raise loop.activation_checkpointing, make batches smaller, or add loop.offload"
         )
         raise TrainingError(
-            f"the GPU's memory ran out in step {done.step + 1}: {remedy}, then go on with --resume"
+            f"the GPU's memory ran out in step {state.begun + 1}: {remedy}, then go on with --resume"
         ) from error
     except torch.AcceleratorError as error:
         raise TrainingError(
-            f"the GPU failed in step {done.step + 1} ({str(error).splitlines()[0]}): what was saved is whole, "
+            f"the GPU failed in step {state.begun + 1} ({str(error).splitlines()[0]}): what was saved is whole, "
             "go on with --resume"
         ) from error
     training.ranks.close()
@@ -165,7 +165,7 @@ class _Run:
             get_log().info(f"{run.path} holds no checkpoint yet: starting from the first step")
         if settings is not None:
             run.write_config(settings)
-        self._begun = self.progress.step  # the last step that has begun; on a GPU its report may be to come
+        self.begun = self.progress.step  # the last step that has begun; on a GPU its report may be to come
         self.length = RunLength(config, run, training.ranks)
 
     def train(self) -> None:
@@ -192,11 +192,11 @@ class _Run:
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
                 batch = read()
-                step = self._begun + 1
+                step = self.begun + 1
                 for callback in self.callbacks:
                     callback.before_step(step)
                 report = update(batch, step, self.length.steps)
-                self._begun, progress.cursor = step, batch.cursor
+                self.begun, progress.cursor = step, batch.cursor
                 self._spent += time.perf_counter() - began
                 self._account(report)
                 if self._acts_after(step):
@@ -291,7 +291,7 @@ class _Run:
     def _due(self, every: int | None) -> bool:
         """Return True every so many steps and at the end, once the report is there; never for None."""
         step = self.progress.step
-        return every is not None and step == self._begun and (step % every == 0 or self.length.reached(step))
+        return every is not None and step == self.begun and (step % every == 0 or self.length.reached(step))
 
     def _evaluate(self) -> None:
         seed_everything(self.config.seed, "evaluate", self.progress.step)

@@ -121,11 +121,11 @@ def train_recipe(
         if failure is not None:
             raise failure
         _check_alike(ranks, values)
-        checked, values = (checked, values) if resume else with_batch_size(checked, values, device, ranks)
-        run = RunFolder.open(run.path)
+        written = values if path == run.config else None
+        checked, values = (checked, values) if resume and written else with_batch_size(checked, values, device, ranks)
         get_log().info(str(capabilities(device)))
-        training = TRAININGS[checked.kind][1](checked, run, device, ranks)
-        settings = values if ranks.is_main_process and (path != run.config or overrides) else None
+        training = TRAININGS[checked.kind][1](checked, RunFolder.open(run.path), device, ranks)
+        settings = values if ranks.is_main_process and (values is not written or overrides) else None
         result = train(training, checked.loop, run, resume, settings=settings)
         _log_next_steps(checked, run.path)
     return result if ranks.is_main_process else None
@@ -136,7 +136,7 @@ def with_batch_size(
 ) -> tuple[Recipe, dict[str, Any]]:
     """Return recipe and plain values with a number of rows, if `packing.batch_size` is auto and the device a GPU.
 
-    Only for a new run: a resumed one keeps its batches, also on another device.
+    Only for a new run, or one restarted before it had settings: a resumed one keeps its batches, also on another device.
     """
     if not isinstance(recipe, MultimodalRecipe) or recipe.packing.batch_size != "auto" or device.type != "cuda":
         return recipe, values

@@ -339,6 +339,20 @@ def test_steps_whose_reports_come_late_are_the_same(
     assert_same_run(tmp_path / "waited", tmp_path / "late")
 
 
+def test_a_failure_names_its_step_although_the_report_before_is_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(AheadTraining):
+        def loss(self, batch: Part) -> StepResult:
+            if batch.cursor["next"] == 4:
+                raise torch.OutOfMemoryError("full")
+            return super().loss(batch)
+
+    monkeypatch.setattr("openm6.train.step.AHEAD", ("cpu",))
+    with pytest.raises(TrainingError, match="memory ran out in step 4: "):
+        train(Full(), workers_config(1), RunFolder.open(tmp_path))
+
+
 class Stopping(AheadTraining):
     """Gets a signal in the middle of a step."""
 

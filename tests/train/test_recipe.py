@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from openm6.tasks.registry import TASKS
 from openm6.train import multimodal_data
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MAX_TOKENS, MultimodalRecipe, fit_batch_size
-from openm6.train.run import SHIPPED, read_recipe, recipe_path, with_batch_size
+from openm6.train.run import SHIPPED, TRAININGS, read_recipe, recipe_path, train_recipe, with_batch_size
 from tests.devices import CPU, GPU
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
+from tests.train.words_training import WordsTraining, words_backbone
 
 DEMO = read_recipe(recipe_path("demo"), [])[0]
 
@@ -118,3 +120,19 @@ def test_a_batch_grows_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch)
     for recipe, device in ((DEMO, CPU), (chosen, GPU)):
         assert with_batch_size(recipe, {}, device, ProcessGroupContext()) == (recipe, {})
     assert DEMO.packing.rows == 4
+
+
+def test_rows_are_chosen_once_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a launcher restarts a run that has no settings yet, or a run begins with a config.yaml that is there."""
+    written: list[Any] = []
+    monkeypatch.setitem(TRAININGS, "multimodal", (MultimodalRecipe, lambda *_: WordsTraining(words_backbone())))
+    monkeypatch.setattr("openm6.train.run.train", lambda *_, settings: written.append(settings))
+    monkeypatch.setattr("openm6.train.run.with_batch_size", lambda recipe, values, *_: (recipe, {**values, "rows": 6}))
+    path, run = write_recipe(tmp_path, tiny_recipe()), RunFolder.open(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train_recipe(path, out=run.path, device_name="cpu")
+    run.write_config(tiny_recipe())
+    train_recipe(path, out=run.path, device_name="cpu")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    train_recipe(str(run.config), out=run.path, device_name="cpu")
+    assert [settings and settings["rows"] for settings in written] == [6, None, 6]
