@@ -43,7 +43,7 @@ def evaluate(
     """
     if scenarios:
         if tasks is not None or data is not None or num_gpu_layers is not None or settings:
-            raise ConfigError("--scenarios runs examples of its own: leave all options but --json and --device out")
+            raise ConfigError("--scenarios runs examples of its own: leave all but --json, --device and --dtype out")
         # torch takes seconds to import
         from openm6.serve.scenarios.run import results_table, run_scenarios
 

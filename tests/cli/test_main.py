@@ -126,7 +126,7 @@ def test_an_evaluation_takes_a_model_that_does_not_fit_on_the_device(monkeypatch
         {"device": "cpu", "num_gpu_layers": 0, "dtype": "auto"},
     )
     refused = runner.invoke(app, ["evaluate", "runs/x", "--num-gpu-layers", "0", "--scenarios"])
-    assert refused.exit_code == 1 and "leave all options but --json and --device out" in refused.stderr
+    assert refused.exit_code == 1 and "leave all but --json, --device and --dtype out" in refused.stderr
 
 
 def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ def run_scenarios(
 
     With `json_path` the number of examples in each state is written there, and then each of them.
     """
-    with Engine(load(trained, device, precision=precision_of(dtype)), ONE_AT_A_TIME) as engine:
+    config = ONE_AT_A_TIME.model_copy(update={"weights": precision_of(dtype) or "auto"})
+    with Engine(load(trained, device), config) as engine:
         pairs = product(read_library().scenarios.values(), LANGUAGES)
         results = [run_example(engine, scenario, language) for scenario, language in pairs]
     if json_path is not None:

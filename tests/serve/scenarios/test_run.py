@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from openm6.inference.load import LoadedModel
 from openm6.models.description import TrainedTask
+from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
 from openm6.serve.scenarios.run import (
     ONE_AT_A_TIME,
@@ -56,6 +58,23 @@ def test_an_untrained_model_answers_nothing(tmp_path: Path, monkeypatch: pytest.
     found = json.loads((tmp_path / "tried.json").read_text(encoding="utf-8"))
     assert (found["answered"], found["untrained"], found["failed"]) == (0, len(tried), 0)
     assert found["examples"] == [asdict(one) for one in tried]
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("auto", "auto"), ("fp32", "float32"), ("bf16", "bfloat16")])
+def test_the_engine_keeps_the_dtype_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, weights: str
+) -> None:
+    """On a GPU it would else convert the weights to bf16."""
+    found: list[EngineConfig] = []
+
+    def engine(model: LoadedModel, config: EngineConfig) -> Engine:
+        found.append(config)
+        return Engine(model, config)
+
+    monkeypatch.setattr("openm6.serve.scenarios.run.load", lambda *_: loaded(trained_tasks=()))
+    monkeypatch.setattr("openm6.serve.scenarios.run.Engine", engine)
+    run_scenarios(tmp_path, dtype=dtype)
+    assert [config.weights for config in found] == [weights]
 
 
 def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
