@@ -42,7 +42,8 @@ MAX_HORIZON = 24
 # user's series, and the largest part.
 ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
 LABELS_OF_IMAGES = frozenset({"image_categorization", "image_classification"})
-WINDOWS = 50  # read for the season of a series
+# Read for the season of a series: windows, of at most so many rows.
+WINDOWS, MAX_ROWS = 50, 1536
 MIN_SERIES = 40  # rows from which a series is proposed
 TIME_NAMES = frozenset(
     {"time", "date", "datetime", "timestamp", "day", "week", "month", "quarter", "year", "hour", "t"}
@@ -311,7 +312,9 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
 
 def _window_shape(config: WindowsConfig, length: int) -> tuple[int, int]:
     """Context and horizon for series of so many rows: a season ahead from three of them, if there is one."""
-    whole = config.model_copy(update={"context": length // 2, "horizon": length // 4, "test_fraction": 0.0})
+    rows = min(length * 3 // 4, MAX_ROWS)
+    shape = {"context": rows - rows // 3, "horizon": rows // 3, "stride": max(1, (length - rows) // WINDOWS)}
+    whole = config.model_copy(update={**shape, "test_fraction": 0.0})
     try:
         records = _read(DatasetReport("", "", ""), whole.open("series", "train", _no_neighbour))
     except DataError:  # reported when the windows are opened

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openm6.core.seeds import derive_seed, numpy_generator
 from openm6.data.records import Record
@@ -61,6 +61,12 @@ class SyntheticSeriesConfig(SourceConfig):
     test_count: int = Field(default=200, ge=0)
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _contexts_in_order(self) -> SyntheticSeriesConfig:
+        if self.min_context > self.context:
+            raise ValueError(f"min_context {self.min_context} exceeds context {self.context}: change either")
+        return self
+
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         count = {"train": self.count, "validation": 0, "test": self.test_count}[split]
         return SyntheticSeriesSource(name, self, split, count)
@@ -89,8 +95,9 @@ def draw_series(rng: np.random.Generator, length: int) -> tuple[np.ndarray, int,
         values = np.exp(values / max(values.std(), 1e-6) * rng.uniform(0.05, 0.8))
     values = values * 10 ** rng.uniform(-2, 4) + (0.0 if log else rng.normal(0, 100))
     if rng.random() < GAPS:
-        values = np.where(rng.random(length) < rng.uniform(0.02, 0.3), np.nan, values)
-        values[0] = 0.0 if np.isnan(values).all() else values[0]
+        missing = rng.random(length) < rng.uniform(0.02, 0.3)
+        missing[-1] = False  # something is to be forecast
+        values = np.where(missing, np.nan, values)
     return values, period, log
 
 

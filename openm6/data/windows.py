@@ -170,12 +170,18 @@ class WindowSource(Source):
     """
 
     def __init__(
-        self, name: str, config: WindowsConfig, values: np.ndarray, windows: list[tuple[np.ndarray, dict[str, Any]]]
+        self,
+        name: str,
+        config: WindowsConfig,
+        values: np.ndarray,
+        windows: list[tuple[np.ndarray, dict[str, Any]]],
+        seconds: np.ndarray | None,
     ) -> None:
         self.name = name
         self._config = config
         self._values = values  # R C, NaN if missing, infinite if the cell could not be read
         self._windows = windows  # of each window its rows of the table, L, and what `extra` says of them
+        self._seconds = seconds  # R, None if the times are unknown or no dates
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -194,6 +200,9 @@ class WindowSource(Source):
             for index, column in enumerate(config.numbers)
         }
         extra = {"context": config.context, "horizon": config.horizon, **about}
+        if self._seconds is not None:
+            times = self._seconds[rows]
+            extra["clock"] = (float(times[0]), float(np.median(np.diff(times))))
         if len(config.numbers) > len(config.columns):
             extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
         return {"id": f"{self.name}/{int(rows[0])}", "series": series, "extra": extra}
@@ -250,7 +259,7 @@ class WindowsConfig(SourceConfig):
         length = self.context + self.horizon
         windows = []
         times = self._times(table)
-        dated = self.time is not None and is_date(table.column(self.time)[0])
+        dated = self.time_format is not None or any(map(is_date, described.get("start", ())[:1]))
         for rows in self._groups(table, times) if split != "validation" else ():
             border = len(rows) - round(len(rows) * test_fraction)
             first, last = (0, border) if split == "train" else (max(0, border - self.context), len(rows))
@@ -259,15 +268,13 @@ class WindowsConfig(SourceConfig):
                 # Without a value there is nothing to forecast.
                 if np.isnan(values[covered[self.context :], : len(self.columns)]).all():
                     continue
-                about: dict[str, Any] = {key: str(cells[covered[0]]) for key, cells in described.items()}
+                about = {key: str(cells[covered[0]]) for key, cells in described.items()}
                 # Targets of windows that start within one horizon overlap: they are no independent evidence.
-                if dated and times is not None:
-                    about["clock"] = (float(times[covered[0]]), float(np.median(np.diff(times[covered]))))
                 about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
                 windows.append((covered, about))
         if not windows and split == "train":
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
-        return WindowSource(name, self, values, windows)
+        return WindowSource(name, self, values, windows, times if dated else None)
 
     def _times(self, table: Table) -> np.ndarray | None:
         """The time of each row, None if the rows are in order as they are."""

@@ -116,11 +116,12 @@ def _sample(omni: Omni, states: list[MaskedDecodeState], hidden: Tensor, index: 
     assert isinstance(adapter, CodesAdapter)
     branches = [hidden]
     if any(state.unprompted is not None for state in states):
-        # For states without guidance the difference is zero.
+        # States without guidance have a scale of zero.
         pairs = zip(states, hidden, strict=True)
         branches.append(torch.stack([own if state.unprompted is None else state.unprompted for state, own in pairs]))
     both = torch.cat([branch.flatten(0, 1)[index] for branch in branches])  # M D, or 2M D
-    scale = _per_position([state.sampling.guidance * state.progress for state in states], hidden)[index]  # M 1
+    guidance = [0.0 if state.unprompted is None else state.sampling.guidance * state.progress for state in states]
+    scale = _per_position(guidance, hidden)[index]  # M 1
     temperature = _per_position([state.sampling.temperature for state in states], hidden)[index]
     sampled = torch.zeros(len(index), adapter.groups, dtype=torch.int64, device=hidden.device)
     confidence = torch.zeros(len(index), device=hidden.device)

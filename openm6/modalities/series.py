@@ -41,6 +41,7 @@ DAMPING = 0.95
 DISTANCE_WEIGHT = 0.5
 # A lag is a period if the changes of a series correlate as much with those so many steps before.
 MIN_CORRELATION = 0.3
+MIN_ENERGY = 1e-20  # of these changes, against the values
 # The logarithm is taken if the changes grow with the level by at least this power.
 MIN_GROWTH = 0.5
 MIN_WINDOWS_STEPS = 16
@@ -81,7 +82,9 @@ def fit_scale(values: np.ndarray) -> tuple[float, float]:
     if not len(seen):
         return 0.0, 1.0
     low, middle, high = np.quantile(seen, (0.25, 0.5, 0.75))
-    scale = (high - low) / 1.349 or float(seen.std()) or abs(float(middle)) or 1.0
+    # Of equal values, the standard deviation is not always an exact 0.
+    deviation = float(seen.std()) if np.ptp(seen) > 0 else 0.0
+    scale = (high - low) / 1.349 or deviation or abs(float(middle)) or 1.0
     return float(middle), float(scale)
 
 
@@ -113,7 +116,8 @@ def _period(windows: list[np.ndarray]) -> int:
         change = np.diff(window)
         change = change - change.mean()
         energy = float(change @ change)
-        if energy > 0:
+        # The changes of a line differ by rounding alone.
+        if energy > MIN_ENERGY * float(window @ window):
             total += [change[lag:] @ change[: len(change) - lag] / energy * len(change) / (len(change) - lag)
                       for lag in range(longest + 1)]  # fmt: skip
             norm += 1
@@ -168,10 +172,11 @@ class Window:
         return cls(z, loc, scale, max(change, MIN_CHANGE), log, period)
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
-        """Values in the units of the window; NaN stays, and so becomes what has no logarithm.  # X -> X"""
-        if self.log:
-            values = np.log(np.where(values > 0, values, np.nan))
-        return (values - self.loc) / self.scale
+        """Values in the units of the window; NaN stays, and what has no logarithm lies at the lower end.  # X -> X"""
+        if not self.log:
+            return (values - self.loc) / self.scale
+        z = (np.log(np.where(values > 0, values, 1.0)) - self.loc) / self.scale
+        return np.where(values <= 0, -math.sinh(LIMIT), np.where(np.isnan(values), np.nan, z))
 
 
 def simple_forecasts(window: Window, horizon: int) -> np.ndarray:
@@ -269,7 +274,7 @@ def future_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float,
     observed = np.isfinite(z)
     # log of dt/dz, t being the value on the scale of the column: so that likelihoods compare with those of others.
     off = np.clip((np.where(observed, truth, column[0]) - column[0]) / column[1], -math.sinh(LIMIT), math.sinh(LIMIT))
-    inner = np.where(observed, truth, 1.0) if window.log else 1.0
+    inner = np.where(observed & (truth > 0), truth, math.exp(min(window.loc, 700.0))) if window.log else 1.0
     unit = np.log(window.scale * inner / column[1] / np.sqrt(1 + off**2))
     return {
         "steps": steps.astype(np.float32).reshape(patches, PATCH, FUTURE_FEATURES),

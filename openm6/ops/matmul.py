@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
 def _half_linear(x: Tensor, weight: Tensor) -> Tensor:
     """As `linear` on a CPU without bf16 instructions, where torch's product of several rows is three times as slow."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= MV_ROWS and weight.is_contiguous():
+    if 0 < len(rows) <= MV_ROWS and weight.is_contiguous():
         y = torch.stack([torch.mv(weight, row) for row in rows])
     else:
         y = F.linear(rows.float(), weight.float()).to(x.dtype)

@@ -166,14 +166,16 @@ def hold_out_category(record: Record, context: Context, column: str | None = Non
 
 
 def split_series(record: Record, context: Context) -> Built:
-    """The context of a window and the steps to forecast, of one column if there are several."""
+    """The context of a window and the steps to forecast, of one column with later values if there are several."""
     extra, found = record["extra"], record["series"]
+    horizon = extra["horizon"]
     known = extra.get("known_covariates", ())
     covariates = [*extra.get("past_covariates", ()), *known]
-    names = sorted(set(found) - set(covariates))
+    columns = sorted(set(found) - set(covariates))
+    names = [name for name in columns if any(value is not None for value in found[name][-horizon:])] or columns
     name = names[int(context.rng.integers(len(names)))]
     values = found[name]
-    start = len(values) - extra["horizon"]
+    start = len(values) - horizon
     past, clock = values[:start], extra.get("clock")
     stats = SeriesStats(extra["period"], extra["log"]) if "period" in extra else None
     beside = [NumberSeries(other, found[other] if other in known else found[other][:start], clock=clock)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -180,6 +181,14 @@ def test_a_series_counted_by_a_number(tmp_path):
     (tmp_path / "x.csv").write_text("t,load\n" + "".join(f"{n},{n % 7}\n" for n in range(200)))
     source = recipe_of(inspect_path(str(tmp_path / "x.csv"))).sources["x_series"]
     assert (source.columns, source.time, source.context, source.horizon) == (["load"], "t", 32, 7)
+
+
+def test_the_season_of_a_long_series_is_found_in_a_part_of_it(tmp_path):
+    (tmp_path / "x.csv").write_text("t,load\n" + "".join(f"{n},{n % 12}\n" for n in range(20_000)))
+    began = time.process_time()
+    source = recipe_of(inspect_path(str(tmp_path / "x.csv"))).sources["x_series"]
+    assert (source.context, source.horizon) == (36, 12)
+    assert time.process_time() - began < 20, "not by all lags of all windows of half the length"
 
 
 def test_several_series_in_one_table_are_told_apart(tmp_path):

@@ -48,6 +48,23 @@ def test_covariates_stand_beside_the_past_and_known_ones_go_on(table):
         open_windows(path=table, **SHAPE, known_covariates=["b"])
 
 
+def test_a_column_without_later_values_is_not_asked_for(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n" + "".join(f"{n},{n if n < 8 else ''}\n" for n in range(12)))
+    windows = open_windows(path=str(tmp_path / "t.csv"), columns=["a", "b"], context=8, horizon=4, test_fraction=0)
+    task, rng = TASKS["time_series_forecasting"], np.random.default_rng(0)
+    assert {task.build(windows[0], Context("en", rng)).target.raw.name for _ in range(9)} == {"a"}
+
+
+def test_dates_with_a_format_have_a_clock_and_an_empty_table_a_sentence(tmp_path):
+    (tmp_path / "t.csv").write_text("day,a\n" + "".join(f"{n + 1:02d}/01/99,{n}\n" for n in range(12)))
+    settings = {"columns": ["a"], "time": "day", "context": 4, "horizon": 2, "path": str(tmp_path / "t.csv")}
+    record = open_windows(**settings, time_format="%d/%m/%y")[0]
+    assert record["extra"]["clock"] == (datetime(1999, 1, 1, tzinfo=UTC).timestamp(), 86400.0)
+    (tmp_path / "t.csv").write_text("day,a\n")
+    with pytest.raises(DataError):
+        open_windows(**settings)
+
+
 def test_a_window_in_order_of_time(table):
     windows = open_windows(path=table, **SHAPE)
     record = windows[0]

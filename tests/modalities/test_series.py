@@ -53,6 +53,7 @@ def test_scales_are_robust() -> None:
     assert centre == pytest.approx(50, abs=0.3) and spread == pytest.approx(4, rel=0.05)
     assert fit_scale(np.array([])) == (0.0, 1.0)
     assert fit_scale(np.array([7.0, 7.0])) == (7.0, 7.0), "a constant column still has a spread above 0"
+    assert fit_scale(np.full(3, 0.1)) == (0.1, 0.1), "their standard deviation is 1e-17 by rounding"
     assert fit_scale(np.zeros(5))[1] > 0
     assert fit_scale(np.array([0.0] * 99 + [100.0]))[1] > 0
 
@@ -67,6 +68,7 @@ def test_period_and_logarithm_are_found() -> None:
     walks = rng.normal(size=(30, 60)).cumsum(1)
     assert fit_series(list(walks)) == SeriesStats()
     assert fit_series([]) == fit_series([np.full(40, np.nan)]) == fit_series([np.full(40, 3.0)]) == SeriesStats()
+    assert fit_series([1.1 + 0.3 * np.arange(100)]) == SeriesStats(), "the changes of a line differ by rounding alone"
 
 
 def test_some_simple_forecast_goes_on_with_trend_and_season_beyond_anything_seen() -> None:
@@ -184,6 +186,18 @@ def test_the_head_learns_which_simple_forecast_is_right() -> None:
         optimizer.step()
     after = errors()
     assert before[0] > 5 and after[0] < 0.5 and after[1] < 0.6 * before[1]
+
+
+def test_what_has_no_logarithm_is_forecast_too(numbers: Numbers) -> None:
+    """As many values are predicted as were observed, and none that is 0 or less makes a loss infinite."""
+    segment = numbers.target(NumberSeries("sales", [100.0, 0.0, -2.0, None], list(sales(40))))
+    assert segment.arrays["observed"][0].tolist() == [True] * 3 + [False] * 5
+    out, arrays, hidden = SeriesOut(16), tensors(segment.arrays), torch.randn(1, 16)
+    losses = torch.stack([out.nll(hidden, arrays), out.training_loss(hidden, arrays)])
+    assert losses.isfinite().all() and losses.max() < 100
+    with torch.no_grad():
+        (histogram,) = out.histograms(hidden[None], arrays)
+    assert np.isfinite(histogram.crps(np.array([100.0, 0.0, -2.0]))).all()
 
 
 def test_what_was_not_observed_does_not_show() -> None:

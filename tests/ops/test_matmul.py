@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from openm6.core.errors import ConfigError
 from openm6.ops import matmul as ops
+from openm6.ops.int8 import Int8Weight
 from openm6.ops.losses import (
     grouped_cross_entropy,
     linear_cross_entropy,
@@ -250,3 +251,9 @@ def test_the_product_asks_how_many_experts_a_gpu_takes():
             grouped_mm(rows, weight, counts)
         with pytest.raises(ConfigError, match="1024 experts"):
             moe_mlp_fused(rows, torch.empty(16, 1), torch.empty(16, 1, dtype=torch.int64), weight, weight)
+
+
+def test_no_rows_have_no_product() -> None:
+    with torch.inference_mode():
+        for weight in (torch.ones(3, 8, dtype=HALF), Int8Weight.of(torch.ones(3, 8))):
+            assert linear(torch.ones(2, 0, 8, dtype=HALF), weight).shape == (2, 0, 3)
