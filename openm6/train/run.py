@@ -136,7 +136,7 @@ def with_batch_size(
 ) -> tuple[Recipe, dict[str, Any]]:
     """Return recipe and plain values with a number of rows, if `packing.batch_size` is auto and the device a GPU.
 
-    Only for a new run, or one restarted before it had settings: a resumed one keeps its batches, also on another device.
+    Only for a new run, or one restarted before it had settings: else it keeps its batches, also on another device.
     """
     if not isinstance(recipe, MultimodalRecipe) or recipe.packing.batch_size != "auto" or device.type != "cuda":
         return recipe, values
