@@ -51,10 +51,11 @@ ENDED = TrainingError("the data ended before the run did: batches() must go on f
 def batches_ahead(training: TrainingTask, config: LoopConfig, device: torch.device) -> Iterator[Callable[[], Batch]]:
     """Enter with a function that returns the next batch, which is valid until the next call.
 
-    Other processes make `loop.prefetch` batches ahead. Where none can be forked, on other systems than Linux and
-    outside of the main thread, a thread does.
+    Other processes make `loop.prefetch` batches ahead. Where none can be forked, on other systems than Linux, outside
+    of the main thread and in a daemonic process, a thread does.
     """
-    if can_fork() and threading.current_thread() is threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread() and not multiprocessing.current_process().daemon
+    if can_fork() and is_main:
         feed = BatchFeed(training, config, device=device)
         with closing(WorkerPool(feed.works, service=len(feed.works))), closing(feed):
             feed.keep_reader(0)
