@@ -82,11 +82,17 @@ def _encode(value: Any) -> Any:
 
 
 _DECODERS: dict[Any, Callable[..., Any]] = {
-    **{found.__name__: found for found in (EvalReport, TaskResult, Sample, Part, Cuttable, NumberSeries, Histogram)},
+    **{found.__name__: found for found in (EvalReport, TaskResult, Sample, NumberSeries, Histogram)},
+    "Part": lambda modality, raw, options: Part(modality, raw, _options(options)),
     "bytes": lambda content: base64.b64decode(content),
     "image": lambda pixels: Image.fromarray(pixels),
     "array": lambda content: np.load(io.BytesIO(content), allow_pickle=False),
 }
+
+
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a part with the spans that may be cut, which JSON holds as lists."""
+    return options | {"cuttable": [Cuttable(*one) for one in options["cuttable"]]} if "cuttable" in options else options
 
 
 def _decode(values: dict[str, Any]) -> Any:

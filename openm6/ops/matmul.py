@@ -73,7 +73,7 @@ def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
     """x · weightᵀ as `F.linear` computes it: ... K, N K -> ... N."""
     if isinstance(weight, Int8Weight):
         return weight.linear(x)
-    if x.dtype == HALF and x.is_cpu and torch.is_inference_mode_enabled() and not has_bf16():
+    if x.dtype == HALF and x.is_cpu and not torch.is_grad_enabled() and not has_bf16():
         return _half_linear(x, weight)
     # Not by whether a gradient is needed: a recomputed layer must have the same result.
     repeats = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()

@@ -64,7 +64,7 @@ def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = 
             experts += part.num_experts * network
     total = count_parameters(config).total + vocabulary * config.hidden_size
     if adapters:  # in and out of the backbone, of images, audio and numbers together, with the shipped codecs
-        total += 4 * config.hidden_size**2 + 1937 * config.hidden_size + 520_880
+        total += 7 * config.hidden_size**2 + 2455 * config.hidden_size + 521_064
     return Weights(experts, total - experts)
 
 

@@ -65,7 +65,7 @@ def test_on_a_gpu_weights_are_in_bf16_if_it_has_them(
     bf16: bool, run: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, seen = load(run), []
-    monkeypatch.setattr("openm6.inference.run.load", lambda *_: model)
+    monkeypatch.setattr("openm6.inference.run.load", lambda *_, precision: model)
     monkeypatch.setattr("openm6.inference.run.answer_question", lambda loaded, *_: seen.append(loaded) or "yes")
     monkeypatch.setattr(type(model.omni), "device", GPU)
     found = Capabilities(GPU, "a GPU", (9, 0) if bf16 else (7, 5), bf16, None)
