@@ -73,10 +73,11 @@ def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
     """x · weightᵀ as `F.linear` computes it: ... K, N K -> ... N."""
     if isinstance(weight, Int8Weight):
         return weight.linear(x)
-    if x.dtype == HALF and x.is_cpu and not torch.is_grad_enabled() and not has_bf16():
+    compiling = torch.compiler.is_compiling()
+    if x.dtype == HALF and x.is_cpu and not (compiling or torch.is_grad_enabled() or has_bf16()):
         return _half_linear(x, weight)
     # Not by whether a gradient is needed: a recomputed layer must have the same result.
-    repeats = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()
+    repeats = (x.numel() // x.shape[-1]) % ROWS == 0 and not compiling
     if repeats and _plain(x) and (matmul_dtype(x) == HALF or onednn_is_faster()):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
