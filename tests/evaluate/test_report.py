@@ -296,7 +296,7 @@ def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
     assert set(task) == {
         "input_modality", "output_modality", "metric", "value", "value_ci", "baseline", "baseline_name", "better",
         "advantage_ci", "beats_baseline", "information_gain", "information_ci", "significant", "null_predictor",
-        "answer_entropy", "n", "n_answered", "metrics",
+        "answer_entropy", "n", "n_answered", "n_left_out", "metrics",
     }  # fmt: skip
     assert (task["input_modality"], task["output_modality"]) == ("text", "image")
     assert task["metrics"] == {"bits_per_code": 0.625, "knn_accuracy": 0.5}  # a float32 of numpy among them

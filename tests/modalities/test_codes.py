@@ -98,7 +98,7 @@ def test_without_a_generator_nothing_wrong_is_shown() -> None:
 
 
 def test_codes_computed_together_are_those_computed_alone() -> None:
-    fresh = Image(IMAGE.codec, IMAGE.side, IMAGE.max_patches)
+    fresh = Image(IMAGE.codec, IMAGE.config)
     # One of them twice, and one that is no file.
     inputs = [png(f"hsl({30 * index}, 100%, 50%)") for index in range(GROUP + 2)]
     inputs += [inputs[0], np.asarray(read_image(inputs[1]))]

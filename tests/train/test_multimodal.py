@@ -286,7 +286,7 @@ def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
 def test_a_source_that_is_broken_from_the_start_says_why(tmp_path: Path) -> None:
     """Not that the task does not suit it."""
     table = tmp_path / "table.csv"
-    table.write_bytes(b"text_en,label\n" + b"caf\xe9 and more,x\n" * 40)
+    table.write_bytes("text_en,label,été\n".encode() + b"caf\xe9 and more,x,y\n" * 40)
     recipe = tiny_recipe(2) | {
         "sources": {"mine": {"kind": "csv", "path": str(table)}},
         "mixture": [{"source": "mine", "task": "text_classification"}],
