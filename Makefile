@@ -3,6 +3,7 @@
 # make test-gpu: the tests that need a GPU; make bench-gpu PART=1 (then 2): the measurements that docs/benchmarks.md lacks
 # GPU_PYTHON names an interpreter that has all packages, where none can be installed: make test-gpu GPU_PYTHON=python3
 # make test-torch: the tests with the oldest and the newest supported torch, each in an environment of its own
+# make docs: the documentation site in build/site
 # PYTHON names the interpreter for the environment, e.g. make PYTHON=python3.12 demo; WORKERS, processes for the tests
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ ONLY ?=
 
 TORCH_VERSIONS ?= 2.11.0 2.15.0
 
-.PHONY: demo test test-gpu bench-gpu test-torch check format clean
+.PHONY: demo docs test test-gpu bench-gpu test-torch check format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/openm6 demo
@@ -43,6 +44,9 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.ready-dev
+	$(BIN)/python -m sphinx -b html -W --keep-going docs build/site
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
