@@ -15,7 +15,7 @@ from openm6.data.source import Source
 from openm6.modalities.batch import PackedExample, build_pair, build_sequence
 from openm6.modalities.interface import Part
 from openm6.modalities.pool import pooled
-from openm6.modalities.registry import Modalities, source_segments, target_segment
+from openm6.modalities.registry import Modalities, opened, source_segments, split_opening, target_segment
 from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example
@@ -52,6 +52,9 @@ def example_sequence(
     guided = example.target.modality in ("image", "audio")
     unconditional = rng is not None and guided and rng.random() < UNCONDITIONAL_FRACTION
     source = [] if unconditional else source_segments(example.source, modalities, rng)
+    if target.placement == "causal":
+        source, opening = split_opening(source)
+        target = opened(target, opening)
     return build_sequence([*source, target], example.task, weight)
 
 

@@ -55,6 +55,8 @@ def assess(
 
     `confidence` is the geometric mean probability of the tokens of a text that was answered.
     """
+    if description.base_model and target == "text" and all(part.modality == "text" for part in parts):
+        return Coverage()
     names = dict.fromkeys(component.task for component in description.trained_tasks)
     trained = [TASKS[name] for name in names if name in TASKS and not TASKS[name].contrastive]
     given = {part.modality for part in parts} - {"text"}

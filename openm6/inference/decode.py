@@ -20,13 +20,14 @@ from torch import Tensor
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
 from openm6.models.omni import Omni
+from openm6.nn.attention import normalise_heads
 from openm6.nn.cache import SlotCache
 from openm6.nn.layers import activate
 from openm6.nn.moe import Experts, MoE
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.matmul import grouped_mm, linear
 from openm6.ops.moe import choose_experts, dropless_permutation, permute, unpermute
-from openm6.ops.pointwise import rms_norm, rotary_table, rotate
+from openm6.ops.pointwise import rotary_table, rotate
 
 # Up to so many rows a GPU reads every expert's weights anyway, and multiplies all rows by all of them in less time.
 ALL_EXPERTS_ROWS = 170
@@ -50,10 +51,10 @@ class TextHead:
     @classmethod
     def of(cls, omni: Omni, text: Text) -> TextHead:
         """Return the text side of a multimodal model."""
-        weight = omni.text.embedding.weight
+        weight, quantized = omni.text.embedding.weight, omni.text.int8_head
         token = torch.arange(text.vocab_size, device=weight.device)
         suppress_tokens = (token >= text.first_special) & (token != text.end)
-        head = weight if omni.text.int8_head is None else omni.text.int8_head
+        head = omni.text.output_weight if quantized is None else quantized
         return cls(omni.backbone, weight, head, text.end, suppress_tokens)
 
 
@@ -66,12 +67,12 @@ class DecodeStep:
     def __init__(self, text_head: TextHead, cache: SlotCache, fixed: bool = False) -> None:
         self.text_head, self.cache, self.fixed = text_head, cache, fixed
         self.backbone = text_head.backbone
-        self.config = self.backbone.config
+        self.config, self.attention = self.backbone.config, self.backbone.config.attention
         heads = self.config.num_heads, self.config.num_kv_heads
         norms = [block.qk_norm for block in self.backbone.blocks]
         self.qk_norms = [None if norm is None else norm(*heads).detach() for norm in norms]  # H+G d
         position = torch.arange(cache.capacity + 1, device=cache.keys.device)[:, None].expand(-1, 3)
-        cosine, sine = rotary_table(position[None], self.config.rope_theta, self.config.sections)
+        cosine, sine = rotary_table(position[None], *self.config.rotary)
         self.cosine, self.sine = cosine[0], sine[0]  # C+1 1 d/2
 
     def __call__(self, token: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
@@ -94,10 +95,12 @@ class DecodeStep:
         mask = mask[:, None, None, :].expand(-1, -1, heads // kv_heads, -1)  # B 1 M T
         for layer_index, qk_norm in enumerate(self.qk_norms):
             block = self.backbone.block(layer_index)
-            qkv = linear(block.attention_norm(x), block.attention.qkv).unflatten(-1, (-1, self.config.head_dim))
+            qkv = linear(block.attention_norm(x), block.attention.qkv)
+            qkv = qkv if block.qkv_bias is None else qkv + block.qkv_bias
+            qkv = qkv.unflatten(-1, (-1, self.config.head_dim))
             qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)  # B H+G d, B G d
             if qk_norm is not None:
-                qk = rms_norm(qk, qk_norm, self.config.norm_eps)
+                qk = normalise_heads(qk, qk_norm, self.attention)
             query, key = rotate(qk, cosine, sine).split([heads, kv_heads], dim=1)
             keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]  # S C G d
             keys.index_put_((slot, length), key.to(keys.dtype))

@@ -33,7 +33,7 @@ from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumbersOut
 from openm6.modalities.pool import POOL, pooled
-from openm6.modalities.registry import source_segments
+from openm6.modalities.registry import source_segments, split_opening
 from openm6.modalities.series import SeriesOut
 from openm6.models.omni import Omni
 from openm6.nn.cache import SlotCache, SlotReader
@@ -66,12 +66,14 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
     size = min(BATCH, max(1, len(prompts)))
     batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, batch_invariant=one_size)
     waiting, found = list(range(len(prompts))), dict[int, GeneratedText]()
+    split = [split_opening(prompt) for prompt in prompts]
     while waiting or batch.rows:
         joining, waiting = waiting[: batch.free], waiting[batch.free :]
-        positions = prefill_all(loaded.omni, [prompts[index] for index in joining], batch.cache, batch.next_slot)
+        positions = prefill_all(loaded.omni, [split[index][0] for index in joining], batch.cache, batch.next_slot)
         for index, position in zip(joining, positions, strict=True):
             own = sampling.model_copy(update={"seed": sampling.seed + index})
-            batch.add(index, own, position, loaded.text.start)
+            opening = split[index][1]
+            batch.add(index, own, position, loaded.text.start if opening is None else opening)
         for row in batch.step():
             # Decoding leaves the end token out.
             text = loaded.text.decode(row.tokens)

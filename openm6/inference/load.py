@@ -120,7 +120,7 @@ def convert_weights(omni: Omni, precision: Precision) -> None:
         if omni.backbone.executor.offloaded:
             raise ConfigError("int8 weights stay on the device: leave out num_gpu_layers, or take fp32 or bf16")
         quantize(omni.backbone)
-        omni.text.int8_head = Int8Weight.of(omni.text.embedding.weight)
+        omni.text.int8_head = Int8Weight.of(omni.text.output_weight)
     get_log().info(f"weights in {precision}: {weight_bytes(omni) / 2**20:,.1f} MiB")
 
 

@@ -62,7 +62,7 @@ def units_of(prompt: Prompt) -> list[Unit]:
         for name, array in sorted([*segment.arrays.items(), ("grid", segment.grid)]):
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())
-        joined = units.pop().segments if units and segment.placement != "part" else []
+        joined = units.pop().segments if units and segment.placement == "source" else []
         units.append(Unit([*joined, segment], digest.digest()))
     return units
 

@@ -21,11 +21,11 @@ from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.series import SeriesStats
-from openm6.modalities.text import Text
+from openm6.modalities.text import ImportedText, Text, select_tokens
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
 NO_SERIES: Mapping[str, SeriesStats] = MappingProxyType({})
-PromptAttention = Literal["bidirectional", "block"]
+PromptAttention = Literal["bidirectional", "block", "causal"]
 
 
 class Modalities(dict[str, Modality]):
@@ -33,6 +33,7 @@ class Modalities(dict[str, Modality]):
 
     `bidirectional`: all tokens of a prompt attend to one another. `block`: those of a part (text, image, audio,
     numbers) attend to it and the parts before it, so its keys do not depend on what follows, and can be cached.
+    `causal`: as `block`, but each token of a text attends to those before it only, as in an imported decoder.
     """
 
     prompt_attention: PromptAttention = "bidirectional"
@@ -42,11 +43,15 @@ class Modalities(dict[str, Modality]):
 
 
 class TextConfig(Config):
-    """`vocab_size` tokens (default: the preset's) are learned from the mixture, unless `tokenizer` names a file."""
+    """`vocab_size` tokens (default: the preset's) are learned from the mixture, unless `tokenizer` names a file.
+
+    `imported` is written by `openm6 import`.
+    """
 
     vocab_size: int | None = Field(default=None, ge=320, le=1_000_000)
     tokenizer: str | None = None
     max_tokens: int = Field(default=2048, ge=1)
+    imported: ImportedText | None = None
 
 
 class AudioConfig(Config):
@@ -67,7 +72,8 @@ class ModalitiesConfig(Config):
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
     prompt_attention: PromptAttention = Field(
-        default="bidirectional", description="block: each part of a prompt attends to itself and those before it"
+        default="bidirectional",
+        description="block: each part of a prompt attends to itself and those before it; causal: and texts are causal",
     )
 
 
@@ -89,7 +95,7 @@ def build_modalities(
             f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "
             f"{image_codec.config.stride}"
         )
-    text, audio = Text(tokenizer, config.text.max_tokens), config.audio
+    text, audio = Text(tokenizer, config.text.max_tokens, config.text.imported), config.audio
     modalities = Modalities(
         text=text,
         image=Image(image_codec, config.image),
@@ -110,9 +116,36 @@ def source_segments(
         DataError: a part is broken or out of bounds.
     """
     segments = [modalities[part.modality].source(part.raw, rng, part.options) for part in parts]
-    if modalities.prompt_attention == "block":
-        segments = [replace(segment, placement="part") for segment in segments]
-    return segments
+    if modalities.prompt_attention == "bidirectional":
+        return segments
+    causal = modalities.prompt_attention == "causal"
+    text = modalities["text"]
+    if causal and isinstance(text, Text):
+        segments = text.with_bos(segments)
+    return [replace(one, placement="causal" if causal and one.kind == "text" else "part") for one in segments]
+
+
+def split_opening(prompt: list[Segment]) -> tuple[list[Segment], int | None]:
+    """A prompt without the token that opens the text after it: the last one of a causal text, else None.
+
+    A decoder continues a text from its last token; other prompts are answered by a text with a start token of its own.
+    """
+    if not prompt or prompt[-1].placement != "causal" or not len(prompt[-1]):
+        return prompt, None
+    last, length = prompt[-1], len(prompt[-1]) - 1
+    cuttable = tuple(one._replace(start=min(one.start, length), stop=min(one.stop, length)) for one in last.cuttable)
+    rest = select_tokens(last, np.arange(len(last)) < length, cuttable)
+    kept = [replace(rest, truncated=last.truncated)] if length else []
+    return [*prompt[:-1], *kept], int(last.arrays["ids"][-1])
+
+
+def opened(target: Segment, token: int | None) -> Segment:
+    """A target text that is opened by a token of its prompt instead of its own, see `split_opening`."""
+    if token is None or target.kind != "text":
+        return target
+    ids = target.arrays["ids"].copy()
+    ids[0] = token
+    return replace(target, arrays={**target.arrays, "ids": ids})
 
 
 def target_segment(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Segment:

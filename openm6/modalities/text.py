@@ -11,10 +11,13 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
+from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Cuttable, Modality, Options, Part, Rng, Segment, line
 from openm6.ops.int8 import Int8Weight
@@ -50,21 +53,42 @@ def read_tokenizer(text: str, where: str) -> Tokenizer:
         raise ConfigError(f"{where} is not a tokenizer.json: {error}") from None
 
 
+class ImportedText(Config):
+    """The text of an imported model: rows of its embedding, tokens around a text, and how messages become one.
+
+    bos: what its tokenizer puts before a text; eos: what closes an answer; chat_template: Jinja, as in Hugging Face's
+    tokenizer_config.json.
+    """
+
+    vocab_size: int = Field(gt=0)
+    bos: int | None = None
+    eos: int | None = None
+    tie_word_embeddings: bool = True
+    chat_template: str | None = None
+
+
 class Text(Modality):
     """Text through a tokenizer, and three special tokens: `start` opens a target text, `end` closes it, `mask` stands
-    for masked words. Their ids lie above the tokenizer's, so no text of a user contains one.
+    for masked words. Their ids lie above the tokenizer's, so no text of a user contains one; an imported model opens
+    and closes texts with tokens of its own.
     """
 
     name: ClassVar[str] = "text"
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 2048) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 2048, imported: ImportedText | None = None) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.imported = imported
         # Not the number of entries: another tokenizer may leave ids unused.
         self.first_special = max(tokenizer.get_vocab().values(), default=-1) + 1
         self.start, self.end, self.mask = (self.first_special + index for index in range(3))
         # A multiple of 64 keeps the rows of the embedding aligned for the matrix units.
         self.vocab_size = -(-(self.mask + 1) // 64) * 64
+        if imported is not None:
+            # Marks take rows of the embedding that the tokenizer does not use, or new ones.
+            self.vocab_size = imported.vocab_size if imported.vocab_size > self.mask else self.vocab_size
+            self.start = self.start if imported.bos is None else imported.bos
+            self.end = self.end if imported.eos is None else imported.eos
         # Prompts, labels and names of columns come back in every epoch; nobody changes the arrays of a segment.
         self._cached_source = functools.lru_cache(CACHED_TEXTS)(self._source)
         self._cached_target = functools.lru_cache(CACHED_TEXTS)(self._target)
@@ -91,7 +115,7 @@ class Text(Modality):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens and unused ids."""
-        return self.tokenizer.decode([token for token in ids if token < self.first_special])
+        return self.tokenizer.decode([token for token in ids if token < self.first_special and token != self.end])
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`raw` text as source tokens, at most `max_tokens`.
@@ -110,10 +134,7 @@ class Text(Modality):
             first = int(np.searchsorted(starts, span.start, "left"))
             last = int(np.searchsorted(stops, span.stop, "right"))
             cuttable.append(Cuttable(first, max(first, last), span.keep_end))
-        arrays = {"ids": np.asarray(ids, dtype=np.int64), "labels": np.full(len(ids), -1, np.int64)}
-        learn = np.zeros(len(ids), bool)
-        segment = Segment("text", arrays, line(len(ids)), len(ids), learn, cuttable=tuple(cuttable))
-        (segment,) = fit([segment], self.max_tokens)
+        (segment,) = fit([_source_of(ids, tuple(cuttable))], self.max_tokens)
         # The words that may not be cut may be longer than that.
         if len(segment) > self.max_tokens:
             segment = select_tokens(segment, np.arange(len(segment)) < self.max_tokens)
@@ -146,8 +167,26 @@ class Text(Modality):
         cuttable = (Cuttable(0, length),)
         return Segment("text", arrays, line(length), length, learn, "causal", cuttable=cuttable)
 
+    def with_bos(self, segments: list[Segment]) -> list[Segment]:
+        """The segments of a prompt with the token before them that the imported tokenizer puts before a text."""
+        bos = None if self.imported is None else self.imported.bos
+        first = segments[0] if segments and segments[0].kind == "text" else None
+        if bos is None or (first is not None and len(first) and first.arrays["ids"][0] == bos):
+            return segments
+        if first is None:
+            return [_source_of([bos], ()), *segments]
+        cuttable = tuple(Cuttable(span.start + 1, span.stop + 1, span.keep_end) for span in first.cuttable)
+        joined = _source_of([bos, *first.arrays["ids"].tolist()], cuttable)
+        return [replace(joined, truncated=first.truncated), *segments[1:]]
+
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
-        return {"text": TextAdapter(self.vocab_size, hidden_size)}
+        tied = self.imported is None or self.imported.tie_word_embeddings
+        return {"text": TextAdapter(self.vocab_size, hidden_size, tied)}
+
+
+def _source_of(ids: list[int], cuttable: tuple[Cuttable, ...]) -> Segment:
+    arrays = {"ids": np.asarray(ids, dtype=np.int64), "labels": np.full(len(ids), -1, np.int64)}
+    return Segment("text", arrays, line(len(ids)), len(ids), np.zeros(len(ids), bool), cuttable=cuttable)
 
 
 def _checked(raw: Any) -> str:
@@ -225,28 +264,34 @@ def select_tokens(segment: Segment, kept: np.ndarray, cuttable: tuple[Cuttable, 
 
 
 class TextAdapter(Adapter):
-    """Embedding and, tied to it, the output layer."""
+    """Embedding and output layer, which is the embedding itself unless they are not tied."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tied: bool = True) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self.head = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size).normal_(std=0.02))
         # A copy for inference in int8; tokens are embedded by the weights themselves.
         self.int8_head: Int8Weight | None = None
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The weight of the output layer.  # V D"""
+        return self.embedding.weight if self.head is None else self.head
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         return self.embedding(arrays["ids"])  # N -> N D
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the next token.  # N D -> N V"""
-        return F.linear(hidden, self.embedding.weight) if self.int8_head is None else self.int8_head.linear(hidden)
+        return F.linear(hidden, self.output_weight) if self.int8_head is None else self.int8_head.linear(hidden)
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), arrays["labels"], reduction="none")
 
     def weighted_loss(self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         # The logits of many tokens would be the largest tensor of a step: they are computed in chunks.
-        return linear_cross_entropy(hidden, self.embedding.weight, arrays["labels"], weight)
+        return linear_cross_entropy(hidden, self.output_weight, arrays["labels"], weight)
 
     def name_vectors(self, name_ids: Tensor) -> Tensor:
         """Mean embedding of the words of a name; -1 pads.  # N K -> N D"""

@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
             return Context(
-                rotary=rotary_table(meta.positions, self.config.rope_theta, self.config.sections),
+                rotary=rotary_table(meta.positions, *self.config.rotary),
                 mask=choose_mask(meta, cache, x),
                 valid=meta.valid,
                 cache=cache,

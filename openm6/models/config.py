@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from openm6.core.config import Config
-from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, matrices_of
+from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, QKNormKind, RopeScaling, matrices_of
 
 Stage = Literal["pseudo", "real"]
 
@@ -17,6 +17,7 @@ class BackboneConfig(Config):
     """A stack of `num_layers` layers; which of them hold experts, and which share their weights.
 
     moe_layer_freq: of `moe_layer_freq` layers the last holds experts, the others `dense`; `dense_layers` never do.
+    qk_norm: of queries and keys; "joint" normalises all heads together, as OLMoE does. qkv_bias: as in Qwen2.
     rope_sections: frequencies (half of head_dim) driven by time, height and width; default 6 : 5 : 5.
     sharing: layer -> index of the group whose weights it shares; "all" makes one group of all layers of a kind, a
         number n one of every n consecutive layers; None shares nothing.
@@ -32,10 +33,12 @@ class BackboneConfig(Config):
     experts: ExpertsConfig | None = None
     moe_layer_freq: int = Field(default=1, gt=0)
     dense_layers: tuple[int, ...] = ()
-    qk_norm: bool = True
+    qk_norm: QKNormKind = True
+    qkv_bias: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=1)
     rope_sections: tuple[int, int, int] | None = None
+    rope_scaling: RopeScaling | None = None
     sharing: tuple[int, ...] | int | Literal["all"] | None = None
     share_routers: bool = False
     initializer_range: float | None = Field(default=None, gt=0)
@@ -123,6 +126,15 @@ class BackboneConfig(Config):
         return self.head_dim // 2 - 2 * part, part, part
 
     @property
+    def rotary(self) -> tuple[float, tuple[int, int, int], tuple[float, ...] | None, float]:
+        """What `rotary_table` takes besides positions."""
+        scaling = self.rope_scaling
+        if scaling is None:
+            return self.rope_theta, self.sections, None, 1.0
+        divisors = scaling.divisors(self.rope_theta, self.head_dim // 2)
+        return self.rope_theta, self.sections, divisors, scaling.amplitude
+
+    @property
     def attention(self) -> AttentionConfig:
         return AttentionConfig.model_validate(self, from_attributes=True)
 
@@ -149,7 +161,9 @@ def count_parameters(config: BackboneConfig) -> ParameterCount:
     """Parameters of a backbone (no embedding, no head), from its config alone."""
     heads = 2 * (config.num_heads + config.num_kv_heads)  # of queries and outputs, keys and values
     attention = config.hidden_size * heads * config.head_dim
-    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    normalised = config.num_heads + config.num_kv_heads if config.qk_norm == "joint" else 2 * bool(config.qk_norm)
+    biases = (config.num_heads + 2 * config.num_kv_heads) * config.qkv_bias
+    norms = 2 * config.hidden_size + (normalised + biases) * config.head_dim
     total = active = config.hidden_size  # the final norm
     for layer, first in enumerate(config.shared_with):
         part = config.feed_forward(layer)

@@ -34,6 +34,7 @@ class CheckpointConfig(Config):
 
     format: int = FORMAT
     preset: str = ""
+    base_model: str = ""  # what its text was imported from
     backbone: BackboneConfig
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]

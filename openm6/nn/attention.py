@@ -27,12 +27,13 @@ Mask = Tensor | QueryBlocks | BlockMask | CausalMask
 
 
 class QKNorm(nn.Module):
-    """The learned weights of the RMSNorm of each query and each key head."""
+    """The learned weights of the RMSNorm of queries and keys: one head of each, or with `joint` all of them."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.empty(head_dim))
-        self.key = nn.Parameter(torch.empty(head_dim))
+        joint, self.head_dim = config.qk_norm == "joint", config.head_dim
+        self.query = nn.Parameter(torch.empty(self.head_dim * (config.num_heads if joint else 1)))
+        self.key = nn.Parameter(torch.empty(self.head_dim * (config.num_kv_heads if joint else 1)))
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.query)
@@ -40,7 +41,17 @@ class QKNorm(nn.Module):
 
     def forward(self, num_heads: int, num_kv_heads: int) -> Tensor:
         """One weight for each of the H + G heads, so that queries and keys are normalised in one pass: H+G d."""
-        return torch.cat([self.query.expand(num_heads, -1), self.key.expand(num_kv_heads, -1)])
+        query, key = (weight.view(-1, self.head_dim) for weight in (self.query, self.key))
+        return torch.cat([query.expand(num_heads, -1), key.expand(num_kv_heads, -1)])
+
+
+def normalise_heads(qk: Tensor, weight: Tensor, config: AttentionConfig) -> Tensor:
+    """RMSNorm of each head by itself, or of all query heads and of all key heads: ... H+G d."""
+    if config.qk_norm != "joint":
+        return rms_norm(qk, weight, config.norm_eps)
+    sizes = [config.num_heads, config.num_kv_heads]
+    pairs = zip(qk.split(sizes, -2), weight.split(sizes), strict=True)
+    return torch.cat([rms_norm(x.flatten(-2), w.flatten(), config.norm_eps).view_as(x) for x, w in pairs], -2)
 
 
 class Attention(nn.Module):
@@ -65,13 +76,16 @@ class Attention(nn.Module):
         mask: Mask,
         cache: TokenCache | None,
         layer: int,
+        qkv_bias: Tensor | None = None,
     ) -> Tensor:
         """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = linear(x, self.qkv).unflatten(-1, (-1, self.config.head_dim))  # B S D -> B S H+2G d
+        qkv = linear(x, self.qkv)
+        qkv = qkv if qkv_bias is None else qkv + qkv_bias.to(qkv.dtype)
+        qkv = qkv.unflatten(-1, (-1, self.config.head_dim))  # B S H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
         if qk_norm is not None:
-            qk = rms_norm(qk, qk_norm(heads, kv_heads), self.config.norm_eps)
+            qk = normalise_heads(qk, qk_norm(heads, kv_heads), self.config)
         query, key = rotate(qk, *rotary).split([heads, kv_heads], dim=2)
         if cache is not None:
             key, value = (part.to(query.dtype) for part in cache.write(layer, key, value))  # B T G d

@@ -37,14 +37,16 @@ class TransformerBlock(nn.Module):
     """A layer: x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)).
 
     Layers that share weights hold the same `attention` and the same `mlp` (of a mixture of experts, the same experts);
-    norms are each layer's own, and so is its router unless the config shares it.
+    norms and biases are each layer's own, and so is its router unless the config shares it.
     """
 
     def __init__(self, attention: Attention, mlp: MLP | MoE) -> None:
         super().__init__()
         config = attention.config
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.qk_norm = QKNorm(config.head_dim) if config.qk_norm else None
+        self.qk_norm = QKNorm(config) if config.qk_norm else None
+        size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv_bias = nn.Parameter(torch.empty(size)) if config.qkv_bias else None
         self.attention = attention
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = mlp
@@ -73,6 +75,8 @@ class TransformerBlock(nn.Module):
         for norm in (self.attention_norm, self.qk_norm, self.mlp_norm):
             if norm is not None:
                 norm.reset_parameters()
+        if self.qkv_bias is not None:
+            nn.init.zeros_(self.qkv_bias)
 
     def reset_matrices(self, deviation: float, output_deviation: float) -> None:
         for module in self.shareable().values():
@@ -81,7 +85,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context, layer: int) -> BlockOutput:
         """B S D -> B S D, and the router's statistics if the MLP has experts."""
         normal = self.attention_norm(x)
-        x = x + self.attention(normal, self.qk_norm, context.rotary, context.mask, context.cache, layer)
+        rotary, mask, cache = context.rotary, context.mask, context.cache
+        x = x + self.attention(normal, self.qk_norm, rotary, mask, cache, layer, self.qkv_bias)
         normal = self.mlp_norm(x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(normal), None

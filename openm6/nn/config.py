@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -9,6 +10,8 @@ from pydantic import Field, model_validator
 from openm6.core.config import Config
 
 Activation = Literal["swiglu", "gelu"]
+# True: each query and key head is normalised by itself; joint: all query heads together, and all key heads.
+QKNormKind = bool | Literal["joint"]
 
 
 def matrices_of(activation: Activation) -> int:
@@ -78,5 +81,48 @@ class AttentionConfig(Config):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    qk_norm: bool = True
+    qk_norm: QKNormKind = True
+    qkv_bias: bool = False
     norm_eps: float = 1e-6
+
+
+class RopeScaling(Config):
+    """Rotary positions stretched for a longer context; fields as in Hugging Face's `rope_parameters`.
+
+    linear: all frequencies are divided by `factor`. llama3: only those whose wavelength exceeds the original context
+    over `high_freq_factor`. yarn (2309.00071): a ramp between `beta_fast` and `beta_slow` turns, and longer vectors.
+    """
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(ge=1)
+    original_max_position_embeddings: int = Field(default=8192, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied with."""
+        default = 0.1 * math.log(self.factor) + 1 if self.rope_type == "yarn" else 1.0
+        return default if self.attention_factor is None else self.attention_factor
+
+    def divisors(self, theta: float, count: int) -> tuple[float, ...]:
+        """What each of `count` frequencies is divided by."""
+        if self.rope_type == "linear":
+            return (self.factor,) * count
+        context = self.original_max_position_embeddings
+        turns = [context / (2 * math.pi * theta ** (index / count)) for index in range(count)]
+        if self.rope_type == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            kept = [min(1.0, max(0.0, (turn - low) / (high - low))) for turn in turns]
+        else:
+            first, last = (
+                count * math.log(context / (2 * math.pi * beta)) / math.log(theta)
+                for beta in (self.beta_fast, self.beta_slow)
+            )
+            first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * count - 1)
+            width = max(last - first, 0.001)
+            kept = [1 - min(1.0, max(0.0, (index - first) / width)) for index in range(count)]
+        return tuple(1 / (part + (1 - part) / self.factor) for part in kept)

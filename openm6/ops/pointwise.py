@@ -83,19 +83,29 @@ class _RmsNorm(torch.autograd.Function):
         return d_x.to(ctx.dtype), d_weight, None
 
 
-def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor,
+    theta: float,
+    sections: tuple[int, int, int],
+    divisors: tuple[float, ...] | None = None,
+    amplitude: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles at each position, in fp32: B S 3 -> twice B S 1 d/2.
 
-    Frequencies go to the axes in turn, so that each axis has fast and slow ones, `sections` of them in all.
+    Frequencies go to the axes in turn, so that each axis has fast and slow ones, `sections` of them in all. For longer
+    contexts each is divided by its divisor, and the result multiplied by the amplitude.
     """
     half = sum(sections)
     exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     frequency = 1.0 / theta**exponent  # d/2
+    if divisors is not None:
+        frequency = frequency / torch.tensor(divisors, device=positions.device)
     # Stacked views, because an index from the host would make a GPU wait.
     along = positions.to(torch.float32).unbind(-1)
     turns = [along[axis] for turn in range(max(sections)) for axis in range(3) if turn < sections[axis]]
     angle = torch.stack(turns, dim=-1) * frequency  # B S d/2
-    return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+    cosine, sine = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+    return (cosine, sine) if amplitude == 1.0 else (cosine * amplitude, sine * amplitude)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

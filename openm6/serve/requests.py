@@ -16,7 +16,7 @@ from openm6.core.errors import DataError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.registry import source_segments
+from openm6.modalities.registry import opened, source_segments, split_opening
 from openm6.modalities.series import NumberSeries
 
 
@@ -150,11 +150,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request as tokens: the prompt and the targets (several segments if candidates are ranked, none for text)."""
+    """A request as tokens: the prompt and the targets (several segments if candidates are ranked, none for text).
+
+    `opening` opens a text instead of the start token, see `split_opening`.
+    """
 
     request: Request
     prompt: list[Segment]
     targets: list[Segment]
+    opening: int | None = None
 
     @cached_property
     def by_modality(self) -> dict[str, int]:
@@ -162,6 +166,8 @@ class PreparedRequest:
         found: Counter[str] = Counter()
         for segment in self.prompt:
             found[segment.kind.removesuffix("_in")] += len(segment)
+        if self.opening is not None:
+            found["text"] += 1
         return dict(found)
 
     @cached_property
@@ -182,11 +188,15 @@ class PreparedRequest:
 def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedRequest:
     """Return the tokens of a request; raise DataError if a part is broken, or `max_length` tokens are exceeded."""
     prompt = [segment for segment in source_segments(request.parts, loaded.modalities) if len(segment)]
-    prepared = PreparedRequest(request, prompt, _targets(request, loaded))
+    is_empty, opening = not prompt, None
+    if isinstance(request, TextRequest | RankRequest):
+        prompt, opening = split_opening(prompt)
+    targets = [opened(target, opening) for target in _targets(request, loaded)]
+    prepared = PreparedRequest(request, prompt, targets, opening)
     longest = max((len(segment) for segment in prepared.targets), default=0)
     if isinstance(request, TextRequest):
         longest = request.sampling.max_tokens
-    if not prompt and not isinstance(request, CodesRequest):
+    if is_empty and not isinstance(request, CodesRequest):
         raise DataError("the input is empty: add a text, an image, audio or numbers")
     if prepared.prompt_length + longest + 1 > max_length:
         raise DataError(

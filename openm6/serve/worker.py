@@ -289,7 +289,9 @@ class Worker:
         """Add a text whose prompt is in the next slot to the decode batch."""
         request, handle.cached = handle.prepared.request, cached
         assert isinstance(request, TextRequest)
-        self.text.add(handle, request.sampling, position, self.loaded.text.start, request.top)
+        opening = handle.prepared.opening
+        token = self.loaded.text.start if opening is None else opening
+        self.text.add(handle, request.sampling, position, token, request.top)
 
     def _step_text(self) -> None:
         """Generate one token of every text; decode those that end, have stop strings or are being read."""

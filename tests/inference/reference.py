@@ -19,6 +19,7 @@ from openm6.inference.sampling import MaskedSampling, Sampling, draw_from, filte
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Segment, line
+from openm6.modalities.registry import split_opening
 from openm6.ops.random_bits import uniform
 
 
@@ -36,7 +37,8 @@ def noise(seed: int, draw: int, *shape: int) -> Tensor:
 @torch.inference_mode()
 def write_reference(model: LoadedModel, prompt: Prompt, sampling: Sampling) -> str:
     """A text, token by token."""
-    text, ids = model.text, [model.text.start]
+    prompt, opening = split_opening(prompt)
+    text, ids = model.text, [model.text.start if opening is None else opening]
     token = torch.arange(text.vocab_size)
     suppressed = (token >= text.first_special) & (token != text.end)
     while len(ids) <= sampling.max_tokens and ids[-1] != text.end:

@@ -17,8 +17,10 @@ from openm6.inference.engine import generate_scored, generate_texts
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt, prefill
 from openm6.inference.sampling import Sampling
+from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_segments
+from openm6.modalities.registry import opened, source_segments, split_opening
+from tests.data.sample_images import png
 from tests.inference.reference import write_reference
 from tests.inference.test_decode_graphs import Recording
 from tests.small_model import demo_sources, loaded, modalities
@@ -88,6 +90,26 @@ def test_texts_are_those_of_the_model_without_a_cache(model: LoadedModel, ragged
     found = generate_texts(model, ragged, Sampling(max_tokens=STEPS))
     assert found == [write_reference(model, prompt, Sampling(max_tokens=STEPS)) for prompt in ragged]
     assert len(set(found)) > 2, "the prompts must matter"
+
+
+def test_a_causal_prompt_is_continued_from_its_last_token() -> None:
+    """Parts keep their keys whatever follows, and no start token stands between the prompt and the text."""
+    model = loaded(7, prompt_attention="causal")
+    image = Part("image", png("red", 40))
+    prompts = [
+        source_segments(parts, model.modalities)
+        for parts in ([Part("text", "draw the digit")], [image, Part("text", " What is")], [Part("text", "s")], [image])
+    ]
+    found = generate_texts(model, prompts, Sampling(max_tokens=STEPS))
+    assert found == [write_reference(model, prompt, Sampling(max_tokens=STEPS)) for prompt in prompts]
+    (segment,) = prompts[0]
+    rest, opening = split_opening(prompts[0])
+    assert opening == segment.arrays["ids"][-1] and len(rest[0]) == len(segment) - 1
+    assert split_opening(prompts[2]) == ([], model.text.encode("s")[0]) and split_opening(prompts[3])[1] is None
+    target = opened(model.text.target("seven"), opening)
+    assert target.arrays["ids"][0] == opening
+    order = build_sequence([*rest, target]).meta.attn_order[0].tolist()
+    assert order == sorted(set(order)), "strictly causal"
 
 
 def test_a_text_alone_equals_the_text_in_a_batch(

@@ -13,7 +13,7 @@ from openm6.inference.engine import embed, predict_distributions, score_candidat
 from openm6.inference.prefill import Prompt, passes_of, prefill
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.registry import PromptAttention, source_segments
+from openm6.modalities.registry import PromptAttention, opened, source_segments, split_opening
 from openm6.modalities.series import NumberSeries
 from tests.data.sample_images import png, wav
 from tests.inference.reference import hidden_states
@@ -82,7 +82,7 @@ def test_answers_are_in_the_columns_own_units() -> None:
 CANDIDATES = ("zero", "seven apples", "", "an image of something long", "zero")
 
 
-@pytest.mark.parametrize("prompt_attention", ["bidirectional", "block"])
+@pytest.mark.parametrize("prompt_attention", ["bidirectional", "block", "causal"])
 @pytest.mark.parametrize("row", [512, 20, 1])
 def test_candidates_have_the_likelihood_that_each_has_alone(
     prompt_attention: PromptAttention, row: int, monkeypatch: pytest.MonkeyPatch
@@ -90,7 +90,8 @@ def test_candidates_have_the_likelihood_that_each_has_alone(
     monkeypatch.setattr(engine, "ROW_TOKENS", row)
     model = loaded(prompt_attention=prompt_attention)
     prompt = source_segments([Part("image", png("red", 40)), Part("text", " What?")], model.modalities)
-    wanted = [model.text.target(words) for words in CANDIDATES]
+    prompt, opening = split_opening(prompt)
+    wanted = [opened(model.text.target(words), opening) for words in CANDIDATES]
     cache = model.omni.backbone.new_cache(2, 64)
     position, _ = prefill(model.omni, prompt, cache, 1)
     before = cache.take(1)

@@ -43,7 +43,7 @@ def test_attend_equals_softmax_written_out(additive):
 
 def test_layer_equals_its_parts():
     torch.manual_seed(1)
-    layer, norms = Attention(CONFIG), QKNorm(8)
+    layer, norms = Attention(CONFIG), QKNorm(CONFIG)
     layer.reset_parameters(0.3, 0.3)
     with torch.no_grad():
         norms.query.uniform_(0.5, 2)
@@ -69,7 +69,7 @@ def test_without_qk_norm_queries_keep_their_length():
     layer.reset_parameters(0.3, 0.3)
     meta = causal_meta(1, 6)
     table = rotary_table(meta.positions, 100.0, (2, 1, 1))
-    x, mask, norms = torch.randn(1, 6, 24), visible(meta, meta), QKNorm(8)
+    x, mask, norms = torch.randn(1, 6, 24), visible(meta, meta), QKNorm(CONFIG)
     norms.reset_parameters()
     assert not torch.allclose(layer(x, None, table, mask, None, 0), layer(x, norms, table, mask, None, 0))
 
