@@ -1,3 +1,29 @@
 """OpenM6: a sparse mixture-of-experts transformer with text, images, audio and numbers as inputs and outputs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openm6.core.errors import OpenM6Error
+
+if TYPE_CHECKING:
+    from openm6.api.model import OpenM6, load
+    from openm6.api.values import Audio, Distribution
+
 __version__ = "0.1.0"
+__all__ = ["Audio", "Distribution", "OpenM6", "OpenM6Error", "load"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'openm6' has no attribute {name!r}")
+    # torch takes seconds to import
+    from openm6.api import model  # noqa: PLC0415
+
+    return getattr(model, name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "__version__"]

@@ -32,7 +32,8 @@ LAYERS = {
     "plan": 60,
     "evaluate": 70,
     "train": 80,
-    "serve": 80,
+    "api": 85,
+    "serve": 90,
     "cli": 100,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

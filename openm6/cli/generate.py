@@ -49,8 +49,8 @@ def generate(
     Example: openm6 generate runs/demo --text "draw the digit seven" --output image --out seven.png
     """
     # torch takes seconds to import
+    from openm6.api.model import answer_question
     from openm6.inference.question import Question, parse_fractions, parse_numbers, parse_series
-    from openm6.inference.run import generate as generate_answer
     from openm6.inference.sampling import read_decoding
 
     question = Question(
@@ -67,4 +67,4 @@ def generate(
         language=language,
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
-    print_result(generate_answer(trained, question, settings, out, num_gpu_layers, device, dtype))
+    print_result(answer_question(trained, question, settings, out, num_gpu_layers, device, dtype))

@@ -11,15 +11,13 @@ from openm6.core.errors import DataError
 from openm6.core.seeds import numpy_generator
 from openm6.data.prepare import with_negatives
 from openm6.data.source import Source
-from openm6.evaluate.results import Answer
-from openm6.inference.engine import generate_texts, predict_distributions
+from openm6.inference.engine import generate_texts
 from openm6.inference.load import LoadedModel
-from openm6.inference.masked import decode_masked
+from openm6.inference.run import BATCH, Answer, decode_targets
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.registry import source_segments, target_segment
 from openm6.tasks.task import Example, Task
 
-BATCH = 32  # images, audio or rows of numbers decoded side by side
 Converted = TypeVar("Converted")
 
 
@@ -68,8 +66,7 @@ def answer(loaded: LoadedModel, examples: list[Example], sampling: MaskedSamplin
         parts, batch = [e.target for e in examples[start : start + BATCH]], prompts[start : start + BATCH]
         if modality == "numbers":
             targets = [target_segment(part, loaded.modalities) for part in parts]
-            found += predict_distributions(loaded.omni, batch, targets)
         else:
             targets = [codec.target(part.raw, options=part.options) for part in parts]
-            found += [codec.decode(codes) for codes in decode_masked(loaded.omni, batch, targets, sampling).cpu()]
+        found += decode_targets(loaded, batch, modality, targets, sampling)
     return found

@@ -15,8 +15,8 @@ from PIL import Image
 from openm6.core.errors import DataError
 from openm6.data.source import Source
 from openm6.evaluate.answers import evenly_spaced
-from openm6.evaluate.results import Answer
 from openm6.inference.load import LoadedModel
+from openm6.inference.run import Answer
 from openm6.modalities.audio import Audio, read_audio
 from openm6.modalities.image import read_image, to_square
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from openm6.evaluate.formatting import NO_BREAK, plain, words
 from openm6.evaluate.knn import KNNClassifier
-from openm6.evaluate.results import Answer, true_values
+from openm6.evaluate.results import true_values
+from openm6.inference.run import Answer
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import box_mask, pixels, read_image, to_square
 from openm6.tasks.task import Example

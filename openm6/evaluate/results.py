@@ -10,15 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from openm6.evaluate.energy import EnergyAccount
-from openm6.modalities.histogram import Histogram
+from openm6.inference.run import Answer
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
-
-Answer = str | Image.Image | np.ndarray | Histogram
-"""The output of a model: text, an image, 16 kHz samples, or distributions of numbers."""
 
 Interval = tuple[float, float]
 RESAMPLES = 2000

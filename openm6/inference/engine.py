@@ -16,7 +16,8 @@ embeddings take a single pass, below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 
 from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
-from openm6.inference.decode_batch import DecodeBatch
+from openm6.inference.decode_batch import DecodeBatch, DecodeSequence
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt, passes_of, prefill_all, prompt_length, run_block
 from openm6.inference.sampling import Sampling
@@ -35,6 +36,7 @@ from openm6.modalities.numbers import NumbersOut
 from openm6.modalities.pool import POOL, pooled
 from openm6.modalities.registry import source_segments, split_opening
 from openm6.modalities.series import SeriesOut
+from openm6.modalities.text import Text
 from openm6.models.omni import Omni
 from openm6.nn.cache import SlotCache, SlotReader
 from openm6.ops.sequence import SequenceMeta
@@ -43,6 +45,8 @@ from openm6.ops.sequence import SequenceMeta
 BATCH = 32
 # Bounds of a pass of candidates (one row) or embeddings.
 ROW_TOKENS, MAX_ROWS = 512, 4
+# Shown by the tokenizer for a character whose bytes are incomplete.
+PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
 
 class GeneratedText(NamedTuple):
@@ -80,6 +84,37 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
             found[row.key] = GeneratedText(text, confidence_of(row.nll, len(row.tokens)))
             batch.remove(row)
     return [found[index] for index in range(len(prompts))]
+
+
+def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+    """Yield the text that follows a prompt as it is generated; together it is that of `generate_texts`."""
+    text_head, one_size = TextHead.of(loaded.omni, loaded.text), loaded.omni.device.type == "cuda"
+    batch = DecodeBatch(text_head, 1, prompt_length(prompt) + sampling.max_tokens + 2, batch_invariant=one_size)
+    (position,) = prefill_all(loaded.omni, [prompt], batch.cache)
+    row, shown, ended = batch.add(0, sampling, position, loaded.text.start), "", False
+    while not ended:
+        ended = bool(batch.step())
+        text, _ = visible_text(loaded.text, row, (), ended)
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+
+
+def visible_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], ended: bool) -> tuple[str, bool]:
+    """Return what may be shown of a row's text, and whether a stop string has ended it.
+
+    Until it has ended, partial characters and what may become a stop string are left out.
+    """
+    tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] == text.end else row.tokens
+    written = text.decode(tokens)
+    found = [index for word in stop if (index := written.find(word)) >= 0]
+    if found:
+        return written[: min(found)], True
+    if ended:
+        return written, False
+    written = written.rstrip(PARTIAL)
+    begun = (size for word in stop for size in range(1, len(word)) if written.endswith(word[:size]))
+    return written[: len(written) - max(begun, default=0)], False
 
 
 def predict_distributions(omni: Omni, prompts: list[Prompt], targets: list[Segment]) -> list[Histogram]:
@@ -132,6 +167,36 @@ def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, can
         nll = omni.text.nll(hidden[0, group.index], group.arrays).float()
         found += nll.new_zeros(len(few)).index_add_(0, group.example, nll).tolist()
     return found
+
+
+@dataclass(frozen=True)
+class RankedText:
+    """A candidate and its place in the list; the score is its log-likelihood in nats, by default per token."""
+
+    index: int
+    candidate: str
+    log_likelihood: float
+    score: float
+
+
+def score_texts(loaded: LoadedModel, prompts: list[Prompt], candidates: list[Segment]) -> np.ndarray:
+    """Return the negative log-likelihood, in nats, of each candidate after each prompt.  # B, N -> B N"""
+    found = np.zeros((len(prompts), len(candidates)))
+    for start in range(0, len(prompts), BATCH):
+        few = prompts[start : start + BATCH]
+        cache = loaded.omni.backbone.new_cache(len(few), max(map(prompt_length, few)))
+        for slot, position in enumerate(prefill_all(loaded.omni, few, cache)):
+            found[start + slot] = score_candidates(loaded.omni, cache, slot, position, candidates)
+    return found
+
+
+def rank_texts(texts: Sequence[str], nll: Sequence[float], lengths: Sequence[int], normalise: bool) -> list[RankedText]:
+    """Return texts with their scores, the best first, from the nats and the number of tokens of each."""
+    found = [
+        RankedText(index, text, -total, -total / length if normalise else -total)
+        for index, (text, total, length) in enumerate(zip(texts, nll, lengths, strict=True))
+    ]
+    return sorted(found, key=lambda ranked: -ranked.score)
 
 
 def embed(loaded: LoadedModel, inputs: Sequence[list[Part]]) -> np.ndarray:

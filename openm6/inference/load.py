@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -96,11 +96,13 @@ def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
 
 
 def precision_of(dtype: str) -> Precision | None:
-    """Return the precision of an option `--dtype`; None for `auto`.
+    """Return the precision of an option `--dtype`, or of torch's name for it; None for `auto`.
 
     Raises:
         ConfigError: no such dtype.
     """
+    if dtype in get_args(Precision):
+        return cast(Precision, dtype)
     if dtype not in PRECISIONS:
         raise ConfigError(f"no dtype is called {dtype!r}: choose {', '.join(PRECISIONS)}")
     return PRECISIONS[dtype]

@@ -1,9 +1,10 @@
-"""A question to a model: what the command line accepts, and its prompt in the words of the trained tasks."""
+"""A question to a model: inputs and what is asked for, and its prompt in the words of the trained tasks."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,13 @@ class Question:
     `numbers` maps columns to values (None: missing); `column` is the number to predict; `series` with `ahead` asks for
     a forecast of so many steps. `language` is that of the prompt, if `text` is not one itself. `mask_box` (left, top,
     right, bottom as fractions of the sides) and `mask_span` (start, end as fractions of the length) ask for
-    inpainting: the image or audio is generated there and kept elsewhere.
+    inpainting: the image or audio is generated there and kept elsewhere. `image` and `audio` are paths or contents.
     """
 
     output: str
     text: str | None = None
-    image: Path | str | None = None
-    audio: Path | str | None = None
+    image: Path | str | bytes | None = None
+    audio: Path | str | bytes | None = None
     numbers: dict[str, float | None] | None = None
     series: NumberSeries | None = None
     column: str | None = None
@@ -47,24 +48,19 @@ class Question:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        for name in ("image", "audio"):
-            path = getattr(self, name)
-            if path is not None and not isinstance(path, str | Path):
-                raise ConfigError(f"{name} must be the path of a file, not {type(path).__name__}: save it first")
-            # The dataclass is frozen for its users.
-            object.__setattr__(self, name, None if path is None else Path(path))
         if self.output not in MODALITIES:
-            hint = ": --out names the file" if "." in self.output else ""
-            raise ConfigError(f"--output {self.output!r} is not one of {', '.join(MODALITIES)}{hint}")
+            hint = ": --out names the file" if "." in str(self.output) else ""
+            raise ConfigError(f"the output {self.output!r} is not one of {', '.join(MODALITIES)}{hint}")
         if self.language not in LANGUAGES:
-            raise ConfigError(f"--language {self.language!r} is not one of {', '.join(LANGUAGES)}")
-        if not any((self.text, self.image, self.audio, self.numbers, self.series)):
-            raise ConfigError("nothing is given: add --text, --image, --audio, --numbers or --series")
+            raise ConfigError(f"the language {self.language!r} is not one of {', '.join(LANGUAGES)}")
+        media = (self.image, self.audio)
+        if not any((self.text, self.numbers, self.series)) and media == (None, None):
+            raise ConfigError("nothing is given: add a text, an image, audio, numbers or a series")
         if self.mask_box is not None and (self.image is None or self.output != "image"):
-            raise ConfigError("--mask-box fills in an image: it needs --image and --output image")
+            raise ConfigError("a mask box fills in an image: it needs an image as input and as output")
         if self.mask_span is not None and (self.audio is None or self.output != "audio"):
-            raise ConfigError("--mask-span fills in an audio clip: it needs --audio and --output audio")
-        for name, mask in (("--mask-box", self.mask_box), ("--mask-span", self.mask_span)):
+            raise ConfigError("a mask span fills in an audio clip: it needs audio as input and as output")
+        for name, mask in (("the mask box", self.mask_box), ("the mask span", self.mask_span)):
             starts, ends = (mask[: len(mask) // 2], mask[len(mask) // 2 :]) if mask else ((), ())
             if not all(0 <= start < end <= 1 for start, end in zip(starts, ends, strict=True)):
                 raise ConfigError(f"{name} must be fractions between 0 and 1, each start below its end")
@@ -81,26 +77,29 @@ class Question:
         """
         missing = [name for name, value in (self.numbers or {}).items() if value is None]
         if self.column is None and len(missing) != 1:
-            raise ConfigError("the number to predict is not named: add --column NAME, or leave its value out, as NAME=")
+            raise ConfigError(
+                "the number to predict is not named: add --column (in Python, target), or give it without a value"
+            )
         return missing[0] if self.column is None else self.column
 
 
-def read_media(modality: Image | Audio, path: Path) -> bytes:
-    """Return the bytes of an image or recording that can be opened.
+def read_media(modality: Image | Audio, given: Path | str | bytes) -> bytes:
+    """Return the bytes of an image or recording, or those of the file at a path, if they can be opened.
 
     Raises:
         DataError: it is missing, broken, or over a bound; the sentence begins with its path.
     """
+    path = Path() if isinstance(given, bytes) else Path(given)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if not isinstance(given, bytes) and path.stat().st_size > MAX_FILE_BYTES:
             raise DataError(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, the most allowed: shrink or cut it")
-        content = path.read_bytes()
+        content = given if isinstance(given, bytes) else path.read_bytes()
         if isinstance(modality, Image):
             read_image(content, modality.max_pixels)
         else:
             read_audio(content, modality.max_seconds)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(str(error) if isinstance(given, bytes) else f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"no file at {path}: check the path") from None
     except OSError as error:
@@ -116,9 +115,9 @@ def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     """
     parts: list[Part] = []
     if question.image is not None:
-        parts.append(Part("image", read_media(loaded.image, Path(question.image)), {"mask_box": question.mask_box}))
+        parts.append(Part("image", read_media(loaded.image, question.image), {"mask_box": question.mask_box}))
     if question.audio is not None:
-        parts.append(Part("audio", read_media(loaded.audio, Path(question.audio)), {"mask_span": question.mask_span}))
+        parts.append(Part("audio", read_media(loaded.audio, question.audio), {"mask_span": question.mask_span}))
     # The column to predict is no input, and a text without other inputs must name it.
     has_column = question.output == "numbers" and (question.series is None or question.numbers is not None)
     column = question.target_column() if has_column else None
@@ -135,6 +134,28 @@ def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
         first, last = (Part("text", words, {"cuttable": ()}) for words in _trained_prompt(question, loaded))
         return [join_texts(join_texts(first, Part("text", question.text)), last)]
     return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
+
+
+def join_turns(turns: Iterable[list[Part]]) -> list[list[Part]]:
+    """Return the parts of each turn, neighbouring texts joined; every turn but the first begins with a new line."""
+    found: list[list[Part]] = []
+    for parts in turns:
+        if parts:
+            found.append(join_neighbours([Part("text", "\n"), *parts] if found else parts))
+    return found
+
+
+def join_neighbours(parts: list[Part]) -> list[Part]:
+    """Join neighbouring texts; a text after another modality begins with a blank, as in training."""
+    found: list[Part] = []
+    for part in parts:
+        if part.modality == "text" and found and found[-1].modality == "text":
+            found[-1] = Part("text", found[-1].raw + part.raw)
+        elif part.modality == "text" and found and not part.raw[:1].isspace():
+            found.append(Part("text", " " + part.raw))
+        else:
+            found.append(part)
+    return found
 
 
 def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str]:

@@ -1,106 +1,87 @@
-"""`openm6 generate`: one question, one answer, to a file or to the terminal."""
+"""Answers to questions and other prompts, decoded as one batch, and a note if the model was not trained for one."""
 
 from __future__ import annotations
 
-import io
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
+import numpy as np
 import PIL.Image
-import soundfile
 
-from openm6.core.errors import ConfigError
-from openm6.core.files import check_writable, replace_bytes, replace_text
 from openm6.core.log import get_log
 from openm6.inference.coverage import assess
 from openm6.inference.engine import generate_scored, predict_distributions
-from openm6.inference.load import LoadedModel, convert_weights, load, precision_of
+from openm6.inference.load import LoadedModel
 from openm6.inference.masked import decode_masked
+from openm6.inference.prefill import Prompt
 from openm6.inference.question import Question, prompt_parts
-from openm6.inference.sampling import Decoding
-from openm6.kernels.probe import capabilities
-from openm6.modalities.audio import RATE
-from openm6.modalities.image import Image
-from openm6.modalities.interface import Segment
+from openm6.inference.sampling import Decoding, MaskedSampling
+from openm6.modalities.histogram import Histogram
+from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import source_segments
 
-SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".flac", ".ogg")}
+# Images, audio or rows of numbers decoded side by side.
+BATCH = 32
+
+Answer = str | PIL.Image.Image | np.ndarray | Histogram
+"""The output of a model: text, an image, 16 kHz samples, or distributions of numbers."""
 
 
-def generate(
-    path: Path,
-    question: Question,
-    decoding: Decoding,
-    out: Path | None = None,
-    num_gpu_layers: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> str:
-    """Ask the model of a run or checkpoint; return the text to print, and write `out` if it is given.
-
-    Images and audio are always written, by default to answer.png or answer.wav. See `load` for the
-    last three.
+def answer_questions(loaded: LoadedModel, questions: Sequence[Question], decoding: Decoding) -> list[Answer]:
+    """Return the answers to questions, all of which ask for one modality; the one at i draws from seed + i.
 
     Raises:
-        CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
-        OutputError: the answer cannot be written; what the file held is still there.
+        ConfigError, DataError: a question or its files cannot be used.
     """
-    # Checked before any work is done.
-    if question.output in SUFFIXES:
-        suffixes = SUFFIXES[question.output]
-        out = out or Path(f"answer{suffixes[0]}")
-        if out.suffix.lower() not in suffixes:
-            raise ConfigError(f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}")
-    if out is not None:
-        check_writable(out, "--out")
-    loaded = load(path, device, num_gpu_layers, precision=precision_of(dtype))
-    if dtype == "auto" and loaded.omni.device.type == "cuda" and capabilities(loaded.omni.device).bf16:
-        convert_weights(loaded.omni, "bfloat16")
-    return answer_question(loaded, question, decoding, out)
+    parts = [prompt_parts(question, loaded) for question in questions]
+    asked = zip(questions, parts, strict=True)
+    targets = [target_of(question, prompt, loaded) for question, prompt in asked if question.output != "text"]
+    return answer_parts(loaded, parts, questions[0].output, targets, decoding)
 
 
-def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding, out: Path | None) -> str:
-    """Return the printed answer to a question and write its file; what the model was not trained for is logged."""
-    parts = prompt_parts(question, loaded)
-    prompt = source_segments(parts, loaded.modalities)
-    confidence = None
-    if question.output in SUFFIXES:
-        assert out is not None
-        modality = loaded.image if question.output == "image" else loaded.audio
-        target = modality.blank()
-        if question.is_inpainting:
-            (masked,) = (part for part in parts if part.modality == question.output)
-            target = modality.target(masked.raw, options=masked.options)
-        codes = decode_masked(loaded.omni, [prompt], [target], decoding.masked)[0].cpu()
-        buffer, suffix = io.BytesIO(), out.suffix.lower()
-        if isinstance(modality, Image):
-            modality.decode(codes).save(buffer, format=PIL.Image.registered_extensions()[suffix])
-        else:
-            soundfile.write(buffer, modality.decode(codes), RATE, format=suffix[1:])
-        replace_bytes(out, buffer.getvalue())
-        answer = f"wrote {out}"
-    else:
-        if question.output == "text":
-            answer, confidence = generate_scored(loaded, [prompt], decoding.text)[0]
-        else:
-            answer = _numbers(loaded, question, prompt)
-        if out is not None:
-            replace_text(out, answer + "\n")
-    found = assess(parts, question.output, loaded.description, confidence)
-    if not found.trained:
-        get_log().warning(found.en)
-    return answer
+def answer_parts(
+    loaded: LoadedModel, prompts: Sequence[Sequence[Part]], output: str, targets: Sequence[Segment], decoding: Decoding
+) -> list[Answer]:
+    """As `answer_questions`, of prompts as parts; `targets` are those of `target_of`, none for text."""
+    segments = [source_segments(parts, loaded.modalities) for parts in prompts]
+    found: list[Answer] = []
+    confidences: list[float | None] = [None] * len(prompts)
+    if output == "text":
+        for index, generated in enumerate(generate_scored(loaded, segments, decoding.text)):
+            found.append(generated.text)
+            confidences[index] = generated.confidence
+    for start in range(0, len(targets), BATCH):
+        sampling = decoding.masked.model_copy(update={"seed": decoding.masked.seed + start})
+        batch = slice(start, start + BATCH)
+        found += decode_targets(loaded, segments[batch], output, list(targets[batch]), sampling)
+    notes = [
+        assess(parts, output, loaded.description, confidence).en
+        for parts, confidence in zip(prompts, confidences, strict=True)
+    ]
+    for note in dict.fromkeys(filter(None, notes)):
+        get_log().warning(note)
+    return found
 
 
-def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> str:
-    """Distributions of the target column or of the steps ahead, as JSON."""
-    name = question.target_column() if question.series is None else question.series.name
-    # A target needs values; these are only asked for.
-    value = loaded.numbers.scale(name)[0]
-    raw = {name: value} if question.series is None else question.series.to_forecast(question.ahead)
-    histogram = predict_distributions(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
-    low, high = histogram.interval(0.8)
-    found = {"mean": histogram.mean(), "median": histogram.median(), "low_80": low, "high_80": high}
-    rounded = {key: [float(f"{value:.5g}") for value in values] for key, values in found.items()}
-    plain = {key: values[0] if len(values) == 1 else values for key, values in rounded.items()}
-    return json.dumps({name: plain}, ensure_ascii=False)
+def decode_targets(
+    loaded: LoadedModel, prompts: list[Prompt], modality: str, targets: list[Segment], sampling: MaskedSampling
+) -> list[Answer]:
+    """Return images, audio samples or distributions in answer to prompts, in one batch."""
+    if modality == "numbers":
+        return list(predict_distributions(loaded.omni, prompts, targets))
+    codec = loaded.image if modality == "image" else loaded.audio
+    return [codec.decode(codes) for codes in decode_masked(loaded.omni, prompts, targets, sampling).cpu()]
+
+
+def target_of(question: Question, parts: Sequence[Part], loaded: LoadedModel) -> Segment:
+    """Return what is decoded: all codes or those that are masked, a number, or the steps of a forecast."""
+    if question.output == "numbers":
+        name = question.target_column() if question.series is None else question.series.name
+        # A target needs values; these are only asked for.
+        value = loaded.numbers.scale(name)[0]
+        raw = {name: value} if question.series is None else question.series.to_forecast(question.ahead)
+        return loaded.numbers.target(raw)
+    modality = loaded.image if question.output == "image" else loaded.audio
+    if question.is_inpainting:
+        (masked,) = (part for part in parts if part.modality == question.output)
+        return modality.target(masked.raw, options=masked.options)
+    return modality.blank()

@@ -18,6 +18,7 @@ from PIL import ImageOps
 from pydantic import BaseModel, Field
 
 from openm6.inference.load import LoadedModel
+from openm6.inference.question import join_neighbours, join_turns
 from openm6.modalities.audio import RATE
 from openm6.modalities.image import Image, read_image, to_square
 from openm6.modalities.interface import Part
@@ -98,32 +99,17 @@ class Message(BaseModel):
 
 def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = False) -> tuple[Part, ...]:
     """Return the parts of all turns; texts of two turns are joined unless they stay `apart`. Raise as below."""
-    turns: list[list[Part]] = []
-    for index, message in enumerate(messages):
-        parts = _content_parts(message.content or "", limits, f"messages.{index}.content")
-        if parts:
-            turns.append([Part("text", "\n"), *parts] if turns else parts)
-    if not apart:
-        turns = [[part for turn in turns for part in turn]]
-    return _within_limits([part for turn in turns for part in join_texts(turn)], limits, "messages")
+    contents = (
+        _content_parts(message.content or "", limits, f"messages.{index}.content")
+        for index, message in enumerate(messages)
+    )
+    parts = [part for turn in join_turns(contents) for part in turn]
+    return _within_limits(parts if apart else join_neighbours(parts), limits, "messages")
 
 
 def parts_of_content(content: Content, limits: Limits, param: str) -> tuple[Part, ...]:
     """Return the parts of one turn, neighbouring texts joined; raise BadRequestError if one is broken or too much."""
-    return _within_limits(join_texts(_content_parts(content, limits, param)), limits, param)
-
-
-def join_texts(parts: list[Part]) -> list[Part]:
-    """Join neighbouring texts; a text after another modality begins with a blank, as in training."""
-    found: list[Part] = []
-    for part in parts:
-        if part.modality == "text" and found and found[-1].modality == "text":
-            found[-1] = Part("text", found[-1].raw + part.raw)
-        elif part.modality == "text" and found and not part.raw[:1].isspace():
-            found.append(Part("text", " " + part.raw))
-        else:
-            found.append(part)
-    return found
+    return _within_limits(join_neighbours(_content_parts(content, limits, param)), limits, param)
 
 
 def _content_parts(content: Content, limits: Limits, param: str) -> list[Part]:

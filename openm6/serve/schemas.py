@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from openm6.core.seeds import derive_seed
 from openm6.inference.coverage import Coverage, assess
+from openm6.inference.engine import rank_texts
 from openm6.modalities.histogram import Histogram
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import Answer, EmbedRequest, Request
@@ -132,11 +133,8 @@ def rank_candidates(
     texts: Sequence[str], value: list[tuple[float, int]], normalise: bool = True
 ) -> list[RankedCandidate]:
     """Return the candidates of a ranking, the best first; `value` holds nats and tokens of each."""
-    found = [
-        RankedCandidate(index=index, candidate=text, log_likelihood=-nll, score=-nll / length if normalise else -nll)
-        for index, (text, (nll, length)) in enumerate(zip(texts, value, strict=True))
-    ]
-    return sorted(found, key=lambda ranked: -ranked.score)
+    ranked = rank_texts(texts, [nll for nll, _ in value], [length for _, length in value], normalise)
+    return [RankedCandidate(**vars(one)) for one in ranked]
 
 
 def _rounded(values: np.ndarray) -> float | list[float]:

@@ -24,12 +24,11 @@ from openm6.core.log import get_log
 from openm6.energy.meter import Meter
 from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
-from openm6.inference.decode_batch import DecodeBatch, DecodeSequence
-from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates
+from openm6.inference.decode_batch import DecodeBatch
+from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates, visible_text
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import MaskedDecodeState, masked_step
 from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
-from openm6.modalities.text import Text
 from openm6.serve.config import EngineConfig
 from openm6.serve.requests import (
     Answer,
@@ -48,7 +47,6 @@ from openm6.serve.requests import (
 EXPIRED = "the deadline passed before the answer was there: ask for less, or again later"
 FAILED = "the engine failed on this request: report it with the server's log"
 LOST = "the engine stopped: ask again when the server has been started again"
-PARTIAL = "\N{REPLACEMENT CHARACTER}"  # shown by the tokenizer for a character whose bytes are incomplete
 
 
 @dataclass(eq=False)
@@ -381,20 +379,3 @@ class EnergyAttribution:
         for handle, seconds in self.seconds.items():
             handle.joules += counted * seconds / total
         self.seconds.clear()
-
-
-def visible_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], ended: bool) -> tuple[str, bool]:
-    """Return what may be shown of a row's text, and whether a stop string has ended it.
-
-    Until it has ended, partial characters and what may become a stop string are left out.
-    """
-    tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] == text.end else row.tokens
-    written = text.decode(tokens)
-    found = [index for word in stop if (index := written.find(word)) >= 0]
-    if found:
-        return written[: min(found)], True
-    if ended:
-        return written, False
-    written = written.rstrip(PARTIAL)
-    begun = (size for word in stop for size in range(1, len(word)) if written.endswith(word[:size]))
-    return written[: len(written) - max(begun, default=0)], False

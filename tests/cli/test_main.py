@@ -151,8 +151,8 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls["parse_numbers"][0] == ("mass=3.5,length=",)
     assert ("parse_fractions", ("0,0,1,.5", 4, "--mask-box"), {}) in called.calls
     given = (Path("runs/x"), "question is done", "read_decoding is done", Path("o.png"))
-    assert calls["generate"] == ((*given, 2, "auto", "auto"), {})
-    assert shown.stdout == "generate is done\n"
+    assert calls["answer_question"] == ((*given, 2, "auto", "auto"), {})
+    assert shown.stdout == "answer_question is done\n"
 
 
 def test_how_a_training_ended_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,9 +76,9 @@ def shown(question: Question) -> list[Any]:
         ({"output": "video", "text": "x"}, "'video' is not one of text, image, audio, numbers"),
         ({"output": "text"}, "nothing is given"),
         ({"output": "text", "text": ""}, "nothing is given"),
-        ({"output": "image", "text": "x", "mask_box": (0, 0, 1, 1)}, "--mask-box fills in an image"),
-        ({"output": "text", "image": Path("a"), "mask_box": (0, 0, 1, 1)}, "--mask-box fills in an image"),
-        ({"output": "audio", "text": "x", "mask_span": (0, 1)}, "--mask-span fills in an audio clip"),
+        ({"output": "image", "text": "x", "mask_box": (0, 0, 1, 1)}, "a mask box fills in an image"),
+        ({"output": "text", "image": Path("a"), "mask_box": (0, 0, 1, 1)}, "a mask box fills in an image"),
+        ({"output": "audio", "text": "x", "mask_span": (0, 1)}, "a mask span fills in an audio clip"),
         ({"output": "image", "image": Path("a"), "mask_box": (0.5, 0, 0.5, 1)}, "each start below its end"),
         ({"output": "image", "image": Path("a"), "mask_box": (0, 0, 1, 1.5)}, "between 0 and 1"),
         ({"output": "audio", "audio": Path("a"), "mask_span": (-0.1, 0.5)}, "between 0 and 1"),
@@ -214,12 +214,13 @@ def test_shares_that_are_not_numbers_are_refused() -> None:
         Question(output="image", image=Path("a"), mask_box=(float("nan"), 0.0, 1.0, 1.0))
 
 
-def test_a_path_may_be_a_string(image: Path) -> None:
+def test_an_image_is_a_path_or_bytes(image: Path) -> None:
     asked = Question(output="text", image=str(image))
-    assert asked.image == image
-    assert prompt_parts(asked, MODEL) == prompt_parts(Question(output="text", image=image), MODEL)
-    with pytest.raises(ConfigError, match="image must be the path of a file, not bytes"):
-        Question(output="text", image=png())  # type: ignore[arg-type]
+    parts = prompt_parts(asked, MODEL)
+    assert parts == prompt_parts(Question(output="text", image=image), MODEL)
+    assert parts == prompt_parts(Question(output="text", image=image.read_bytes()), MODEL)
+    with pytest.raises(DataError, match="^the image is broken"):
+        prompt_parts(Question(output="text", image=b""), MODEL)
 
 
 def test_words_as_columns() -> None:

@@ -10,9 +10,9 @@ import gradio
 from fastapi import FastAPI
 
 from openm6.core.errors import DataError, OpenM6Error
+from openm6.inference.question import join_neighbours
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
-from openm6.serve.content import join_texts
 from openm6.serve.middleware import PLAYGROUND, match_key
 from openm6.serve.playground.answers import FIGURES, show_answer
 from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, uploaded, values_in
@@ -202,7 +202,7 @@ class Page:
         text, number, uploads = (text or "").strip(), int(seed or 0), (("image", image), ("audio", audio))
         try:
             found = [Part(kind, uploaded(kind, path, self.server.limits, language)) for kind, path in uploads if path]
-            parts = tuple(join_texts([*found, Part("text", text)]) if text else found)
+            parts = tuple(join_neighbours([*found, Part("text", text)]) if text else found)
             if not parts:
                 raise DataError(WORDS["empty"].text(language))
             request: Request = TextRequest(parts=parts, sampling=Sampling(seed=number))

@@ -14,6 +14,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from openm6.api.model import OpenM6
 from openm6.cli.main import app
 from openm6.inference.load import load
 from openm6.kernels.probe import Capabilities
@@ -38,7 +39,7 @@ LOAD = functools.cache(load)
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openm6.inference.run.load", LOAD)
+    monkeypatch.setattr("openm6.api.model.load_checkpoint", LOAD)
 
 
 @pytest.fixture
@@ -65,11 +66,11 @@ def test_on_a_gpu_weights_are_in_bf16_if_it_has_them(
     bf16: bool, run: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, seen = load(run), []
-    monkeypatch.setattr("openm6.inference.run.load", lambda *_, precision: model)
-    monkeypatch.setattr("openm6.inference.run.answer_question", lambda loaded, *_: seen.append(loaded) or "yes")
+    monkeypatch.setattr("openm6.api.model.load_checkpoint", lambda *_, precision: model)
+    monkeypatch.setattr(OpenM6, "answer", lambda m6, *_: seen.append(m6.loaded) or ["yes"])
     monkeypatch.setattr(type(model.omni), "device", GPU)
     found = Capabilities(GPU, "a GPU", (9, 0) if bf16 else (7, 5), bf16, None)
-    monkeypatch.setattr("openm6.inference.run.capabilities", lambda device: found)
+    monkeypatch.setattr("openm6.api.model.capabilities", lambda device: found)
     assert ask(run, "--output", "text", "--text", "a").stdout == "yes\n"
     assert seen == [model] and model.omni.text.embedding.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
@@ -143,9 +144,9 @@ BAD = {
     "unknown wanted column": ("--text x --output numbers --column mass", "has no column 'mass'"),
     "unknown series": ("--series x=1,2 --output numbers", "has no column 'x'"),
     "no column": ("--text x --output numbers", "the number to predict is not named"),
-    "hole without image": ("--text x --mask-box 0,0,1,1 --output image", "it needs --image"),
+    "hole without image": ("--text x --mask-box 0,0,1,1 --output image", "it needs an image"),
     "hole of words": ("--image a.png --mask-box big --output image", "must be 4 numbers"),
-    "gap without audio": ("--text x --mask-span 0,1 --output audio", "it needs --audio"),
+    "gap without audio": ("--text x --mask-span 0,1 --output audio", "it needs audio"),
     "suffix of an image": ("--text x --output image --out x.bmp", "must end in one of .png"),
     "suffix of an audio clip": ("--text x --output audio --out x.mp3", "must end in one of .wav"),
     "no such folder": ("--text x --output image --out no/x.png", "there is no folder"),

@@ -1,0 +1,346 @@
+"""A trained model in Python: `load`, and the class `OpenM6` with what it can be asked for."""
+
+# Shapes: N inputs, E size of an embedding, H steps of a forecast, W and H pixels
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from openm6.api.values import (
+    Audio,
+    Distribution,
+    check_file,
+    media_bytes,
+    number_series,
+    parts_of_messages,
+    write_answer,
+)
+from openm6.core.config import build
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
+from openm6.inference.engine import embed as embed_parts
+from openm6.inference.load import LoadedModel, convert_weights, precision_of
+from openm6.inference.load import load as load_checkpoint
+from openm6.inference.question import Box, Question, prompt_parts
+from openm6.inference.run import Answer, answer_parts, answer_questions
+from openm6.inference.sampling import Decoding
+from openm6.kernels.probe import capabilities
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_segments
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Files of a checkpoint on the Hub; no format that could run code is ever fetched.
+HUB_FILES = ["*.json", "*.safetensors"]
+
+Output = str | Any
+"""An answer: a str, a PIL.Image.Image, an Audio or a Distribution."""
+
+
+def load(
+    name_or_path: str | Path,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
+    num_gpu_layers: int | None = None,
+) -> OpenM6:
+    """Load the model of a run's folder (its newest checkpoint), of a checkpoint's folder, or of a Hub id.
+
+    `device` is auto, cpu, cuda or cuda:N. `dtype` is auto (bfloat16 on a GPU that computes it, else float32), float32,
+    bfloat16 or int8. With `num_gpu_layers` the other layers are offloaded to host memory.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged.
+        ConfigError: no such device or dtype.
+
+    >>> m6 = load(run)
+    >>> m6
+    OpenM6('...step-2')
+    """
+    precision = precision_of(str(dtype).removeprefix("torch."))
+    loaded = load_checkpoint(_find(name_or_path), device, num_gpu_layers, precision=precision)
+    where = loaded.omni.device
+    if str(dtype) == "auto" and where.type == "cuda" and capabilities(where).bf16:
+        convert_weights(loaded.omni, "bfloat16")
+    return OpenM6(loaded)
+
+
+def answer_question(
+    path: Path,
+    question: Question,
+    decoding: Decoding,
+    out: Path | None = None,
+    num_gpu_layers: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> str:
+    """Ask the model of a run or checkpoint once; return the text to print, and write the answer to `out`.
+
+    An image or audio clip is always written, by default to answer.png or answer.wav.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
+        OutputError: the answer cannot be written; what the file held is still there.
+    """
+    # Checked before any work is done.
+    out = check_file(out, question.output)
+    (answer,) = load(path, device, dtype, num_gpu_layers).answer([question], decoding)
+    return write_answer(answer, out)
+
+
+def _find(name: str | Path) -> Path:
+    """The folder of a model; one on the Hub is fetched first."""
+    path, text = Path(name).expanduser(), str(name)
+    if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
+        return path
+    if not _HUB_ID.fullmatch(text):
+        raise CheckpointError(
+            f"there is no folder {text!r}, and no model of this name comes with OpenM6: name a run's folder, "
+            "such as runs/demo"
+        )
+    try:
+        # optional, and slow to import
+        from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
+    except ImportError:
+        reason = "pip install huggingface_hub to look for it on the Hub"
+    except (OSError, ValueError) as error:
+        reason = f"the Hub has none that can be fetched ({type(error).__name__})"
+    raise CheckpointError(f"there is no run or checkpoint at {text}, and {reason}: check the name")
+
+
+class _Settings(NamedTuple):
+    """Decoding settings by the names of transformers and diffusers; None is the default of `Decoding`."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    seed: int
+
+    def decoding(self) -> Decoding:
+        """Return them as the settings of the engine; raise ConfigError if one is out of range."""
+        text = {"max_tokens": self.max_new_tokens, "top_p": self.top_p, "top_k": self.top_k}
+        masked = {"steps": self.num_inference_steps, "guidance": self.guidance_scale}
+        both = {"temperature": self.temperature, "seed": self.seed}
+        given = {"text": text | both, "masked": masked | both}
+        set_ones = {name: {key: one for key, one in part.items() if one is not None} for name, part in given.items()}
+        return build(Decoding, set_ones, "decoding")
+
+
+class OpenM6:
+    """A model in memory; made by `openm6.load`. Images and audio clips are given as paths, bytes of files, Pillow
+    images, arrays or `Audio`; a list of inputs is answered as one batch, with a list.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+
+    def __repr__(self) -> str:
+        return f"OpenM6({str(self.loaded.checkpoint)!r})"
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        image: Any = None,
+        audio: Any = None,
+        numbers: Any = None,
+        series: Any = None,
+        output: str = "text",
+        target: str | None = None,
+        prediction_length: int = 8,
+        mask_box: Box | None = None,
+        mask_span: tuple[float, float] | None = None,
+        language: str = "en",
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        stream: bool = False,
+    ) -> Any:
+        """Return a str, an image (PIL), an `Audio` or a `Distribution`, as `output` asks: text, image, audio, numbers.
+
+        `numbers` maps columns to values; `target` names the one to predict, or its value is None. `series` maps a name
+        to values in time, of which the next `prediction_length` are forecast. `mask_box` (left, top, right, bottom)
+        and `mask_span` (start, end), as fractions, are what is generated of an image or clip. With `stream`, text
+        comes as an iterator of its parts. Answer i of a list draws from seed + i.
+
+        Raises:
+            ConfigError, DataError: the inputs do not fit together, or one cannot be read.
+
+        >>> m6.generate("draw the digit seven", output="image", num_inference_steps=2).size
+        (64, 64)
+        >>> len(m6.generate(image=["seven.png", "seven.png"], max_new_tokens=4))
+        2
+        """
+        given = {"prompt": prompt, "image": image, "audio": audio, "numbers": numbers, "series": series}
+        questions = [
+            _question(row, output, target, prediction_length, mask_box, mask_span, language) for row in _rows(given)
+        ]
+        settings = _Settings(
+            max_new_tokens, temperature, top_p, top_k, num_inference_steps, guidance_scale, seed
+        ).decoding()
+        is_batch = any(isinstance(value, list) for value in given.values())
+        if stream:
+            return self._stream([prompt_parts(one, self.loaded) for one in questions], output, settings, is_batch)
+        answers = self.answer(questions, settings)
+        return answers if is_batch else answers[0]
+
+    def answer(self, questions: Sequence[Question], decoding: Decoding) -> list[Any]:
+        """Return the answers to questions that ask for one modality, as `generate` does."""
+        if not questions:
+            return []
+        answers = answer_questions(self.loaded, questions, decoding)
+        return [_output(answer, question) for answer, question in zip(answers, questions, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        output: str = "text",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        stream: bool = False,
+    ) -> Any:
+        """Return the answer to a chat; a list of chats is answered as one batch. Settings are those of `generate`.
+
+        A message has a `role` and a `content`: a text, or a list of parts of type text, image, audio (with `path`, or
+        `image` or `audio` as an object), image_url or input_audio (as in OpenAI's API, without fetching), or numbers.
+
+        Raises:
+            ConfigError, DataError: an output or setting does not exist, or a part cannot be read.
+
+        >>> image, words = {"type": "image", "path": "seven.png"}, {"type": "text", "text": "What is this?"}
+        >>> isinstance(m6.chat([{"role": "user", "content": [image, words]}], max_new_tokens=4), str)
+        True
+        """
+        if output not in ("text", "image", "audio"):
+            raise ConfigError(f"a chat answers with text, image or audio, not {output!r}: numbers come from generate")
+        is_batch = bool(messages) and isinstance(messages[0], list)
+        chats = messages if is_batch else [messages]
+        prompts = [parts_of_messages(chat, self.loaded) for chat in chats]
+        settings = _Settings(
+            max_new_tokens, temperature, top_p, top_k, num_inference_steps, guidance_scale, seed
+        ).decoding()
+        if stream:
+            return self._stream(prompts, output, settings, is_batch)
+        codec = self.loaded.image if output == "image" else self.loaded.audio
+        targets = [] if output == "text" else [codec.blank() for _ in prompts]
+        found = [_output(one) for one in answer_parts(self.loaded, prompts, output, targets, settings)]
+        return found if is_batch else found[0]
+
+    def _stream(self, prompts: list[list[Part]], output: str, settings: Decoding, is_batch: bool) -> Iterator[str]:
+        if output != "text" or is_batch:
+            raise ConfigError("stream=True is for one answer in text: ask for output='text', and give no list")
+        return stream_text(self.loaded, source_segments(prompts[0], self.loaded.modalities), settings.text)
+
+    def embed(
+        self, text: str | list[str] | None = None, *, image: Any = None, audio: Any = None, numbers: Any = None
+    ) -> np.ndarray:
+        """Return the embedding, of length 1, of a text, image, audio clip, numbers, or several together.  # E, or N E
+
+        Scalar products are similarities. A list of inputs gives one row per input.
+
+        Raises:
+            ConfigError: the model was not trained to embed, or nothing is given.
+            DataError: an input cannot be read.
+
+        >>> embedder.embed(["a red apple", "a green pear"]).shape
+        (2, 16)
+        """
+        given = {"prompt": text, "image": image, "audio": audio, "numbers": numbers}
+        found = embed_parts(self.loaded, [self._input_parts(row) for row in _rows(given)])
+        return found if any(isinstance(value, list) for value in given.values()) else found[0]
+
+    def rank(
+        self, query: str | None, candidates: Sequence[str], *, image: Any = None, audio: Any = None,
+        numbers: Any = None, normalise: bool = True,
+    ) -> list[RankedText]:  # fmt: skip
+        """Return the candidates as (index, candidate, log_likelihood, score), the likeliest after the query first.
+
+        The score is the log-likelihood in nats, per token if `normalise`.
+
+        Raises:
+            ConfigError, DataError: nothing is given, or it cannot be read.
+
+        >>> best, worst = m6.rank("draw the digit", ["seven", "one"])
+        >>> best.score >= worst.score
+        True
+        """
+        if isinstance(candidates, str) or not candidates or not all(isinstance(one, str) for one in candidates):
+            raise ConfigError("candidates must be a list of at least one text")
+        parts = self._input_parts({"prompt": query, "image": image, "audio": audio, "numbers": numbers})
+        targets = [self.loaded.text.target(text) for text in candidates]
+        (nll,) = score_texts(self.loaded, [source_segments(parts, self.loaded.modalities)], targets)
+        return rank_texts(candidates, nll.tolist(), list(map(len, targets)), normalise)
+
+    def _input_parts(self, row: Mapping[str, Any]) -> list[Part]:
+        """The parts of inputs without the words of any task."""
+        image, audio = media_bytes(row["image"], "image"), media_bytes(row["audio"], "audio")
+        text, numbers = row["prompt"] or "", row["numbers"]
+        question = Question(output="text", text=text, numbers=numbers, image=image, audio=audio)
+        return [part for part in prompt_parts(question, self.loaded) if part.raw not in ("", " ")]
+
+
+def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """One mapping per input of a batch: lists are taken apart, all else is repeated.
+
+    Raises:
+        ConfigError: the lists differ in length.
+    """
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{length} of {name}" for name, length in lengths.items())
+        raise ConfigError(f"lists must be of one length, and there are {listed}")
+    count = next(iter(lengths.values()), 1)
+    return [{name: value[row] if name in lengths else value for name, value in given.items()} for row in range(count)]
+
+
+def _question(
+    row: dict[str, Any],
+    output: str,
+    target: str | None,
+    ahead: int,
+    mask_box: Box | None,
+    mask_span: tuple[float, float] | None,
+    language: str,
+) -> Question:
+    return Question(
+        output=output,
+        text=row["prompt"],
+        image=media_bytes(row["image"], "image"),
+        audio=media_bytes(row["audio"], "audio"),
+        numbers=row["numbers"],
+        series=number_series(row["series"]),
+        column=target,
+        ahead=ahead,
+        mask_box=mask_box,
+        mask_span=mask_span,
+        language=language,
+    )
+
+
+def _output(answer: Answer, question: Question | None = None) -> Any:
+    """An answer as it is returned."""
+    if isinstance(answer, np.ndarray):
+        return Audio(answer)
+    if isinstance(answer, str) or question is None or question.output != "numbers":
+        return answer
+    name = question.target_column() if question.series is None else question.series.name
+    return Distribution(name, answer, is_series=question.series is not None)  # type: ignore[arg-type]

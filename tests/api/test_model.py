@@ -1,0 +1,212 @@
+"""Loading and asking from Python: kinds of inputs and answers, batches, streams, and bad input in one sentence."""
+
+from __future__ import annotations
+
+import base64
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import soundfile
+import torch
+
+import openm6
+from openm6.api import model, values
+from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
+from tests.small_model import embedding_model
+
+FAST: dict[str, Any] = {"num_inference_steps": 2}
+IMPORT = (
+    "import sys, time; t = time.perf_counter(); import openm6; print(time.perf_counter() - t, 'torch' in sys.modules)"
+)
+
+
+def test_the_import_is_cheap() -> None:
+    """The bound is ten times what it takes here: what fails is an import of torch, pandas or pydantic."""
+    found = [subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True).stdout for _ in range(3)]
+    assert min(float(line.split()[0]) for line in found) < 0.15 and "True" not in "".join(found)
+
+
+def test_public_names_are_there() -> None:
+    assert all(getattr(openm6, name) is not None for name in openm6.__all__)
+    assert set(openm6.__all__) <= set(dir(openm6))
+    with pytest.raises(AttributeError, match="laod"):
+        openm6.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [model, values], ids=lambda module: module.__name__)
+def test_examples_of_docstrings_run(module: ModuleType, m6: openm6.OpenM6, run: Path, files: Path) -> None:
+    known = {"m6": m6, "run": run, "embedder": openm6.OpenM6(embedding_model())}
+    results = [
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found)
+        for found in doctest.DocTestFinder(exclude_empty=False).find(module, extraglobs=known)
+    ]
+    assert sum(one.attempted for one in results) > 3 and not any(one.failed for one in results)
+
+
+def test_public_methods_have_examples() -> None:
+    methods = [name for name, one in vars(openm6.OpenM6).items() if callable(one) and not name.startswith("_")]
+    without = [name for name in methods if ">>>" not in (getattr(openm6.OpenM6, name).__doc__ or "")]
+    assert without == ["answer"], "which takes the settings of the command line"
+
+
+def test_a_checkpoint_of_any_name_is_loaded(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copied"
+    copy.mkdir()
+    for file in (run / "checkpoints" / "step-2").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert openm6.load(copy, dtype=torch.bfloat16).loaded.omni.text.embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_model_on_the_hub_is_fetched(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *words, **named: asked.append((words, named)) or run
+    )
+    openm6.load("someone/model")
+    assert asked == [(("someone/model",), {"allow_patterns": ["*.json", "*.safetensors"]})]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("mini", "no model of this name comes with OpenM6"),
+        ("someone/nothing", "the Hub has none that can be fetched"),
+        (Path("nowhere"), "there is no run or checkpoint at nowhere"),
+        ("/nowhere/run", "there is no run or checkpoint at /nowhere/run"),
+    ],
+)
+def test_a_model_that_is_not_there(name: str | Path, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: Any, **named: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=sentence):
+        openm6.load(name)
+
+
+def test_every_kind_of_image_is_the_same_question(m6: openm6.OpenM6, files: Path) -> None:
+    image = PIL.Image.open("seven.png").convert("RGB")
+    kinds = ["seven.png", Path("seven.png"), (files / "seven.png").read_bytes(), image, np.asarray(image)]
+    answers = m6.generate(image=kinds, max_new_tokens=4)
+    assert len(answers) == 5 and len(set(answers)) == 1
+    assert m6.generate(image=image, max_new_tokens=4) == answers[0]
+
+
+def test_every_kind_of_audio_is_the_same_question(m6: openm6.OpenM6, files: Path) -> None:
+    samples, rate = soundfile.read("zero.wav")
+    clip = openm6.Audio(samples, rate)
+    answers = m6.generate(audio=["zero.wav", clip, {"array": samples, "sampling_rate": rate}], max_new_tokens=4)
+    assert len(set(answers)) == 1
+
+
+def test_a_batch_is_as_one_after_the_other(m6: openm6.OpenM6) -> None:
+    words = ["draw the digit seven", "say zero"]
+    assert m6.generate(words, max_new_tokens=6) == [m6.generate(word, max_new_tokens=6) for word in words]
+    first, second = m6.generate([words[0]] * 2, output="image", seed=3, **FAST)
+    assert np.array_equal(first, m6.generate(words[0], output="image", seed=3, **FAST))
+    assert np.array_equal(second, m6.generate(words[0], output="image", seed=4, **FAST))
+    assert m6.generate([]) == []
+
+
+def test_numbers(m6: openm6.OpenM6) -> None:
+    rows = [{"bill_length_mm": 40.0, "body_mass_g": None}, {"bill_length_mm": 50.0, "body_mass_g": None}]
+    first, second = m6.generate(numbers=rows, output="numbers")
+    assert first.name == "body_mass_g" and isinstance(first.mean, float) and first.median != second.median
+    low, high = first.interval(0.5)
+    assert low < first.median < high and "body_mass_g" in repr(first)
+    ahead = m6.generate(series={"body_mass_g": [4000, None, 4200]}, output="numbers", prediction_length=11)
+    assert ahead.mean.shape == ahead.quantile(0.9).shape == (11,)
+
+
+def test_a_streamed_text_is_the_text(m6: openm6.OpenM6) -> None:
+    chat = [{"role": "user", "content": "draw the digit seven"}]
+    whole = m6.chat(chat, max_new_tokens=12, temperature=1.0, seed=2)
+    assert "".join(m6.chat(chat, max_new_tokens=12, temperature=1.0, seed=2, stream=True)) == whole
+    assert "".join(m6.generate(chat[0]["content"], max_new_tokens=12, temperature=1.0, seed=2, stream=True)) == whole
+
+
+def test_parts_of_a_chat_in_all_forms(m6: openm6.OpenM6, files: Path) -> None:
+    data = base64.b64encode((files / "seven.png").read_bytes()).decode()
+    sound = base64.b64encode((files / "zero.wav").read_bytes()).decode()
+    forms = [
+        {"type": "image", "path": "seven.png"},
+        {"type": "image", "image": PIL.Image.open("seven.png")},
+        {"type": "image", "url": f"data:image/png;base64,{data}"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+    ]
+    chats = [[{"role": "user", "content": [form, {"type": "text", "text": "What is this?"}]}] for form in forms]
+    assert len(set(m6.chat(chats, max_new_tokens=4))) == 1
+    spoken = [{"type": "audio", "path": "zero.wav"}, {"type": "input_audio", "input_audio": {"data": sound}}]
+    assert len(set(m6.chat([[{"role": "user", "content": [form]}] for form in spoken], max_new_tokens=4))) == 1
+    row = {"type": "numbers", "numbers": {"body_mass_g": 4000}}
+    past = {"type": "numbers", "series": {"name": "body_mass_g", "values": [1.0, None]}}
+    assert m6.chat([{"role": "user", "content": [row, past]}], "image", **FAST).size == (64, 64)
+
+
+def test_candidates_are_ranked(m6: openm6.OpenM6) -> None:
+    found = m6.rank("draw the digit", ["seven", "a long text of many words"], normalise=False)
+    assert [one.log_likelihood for one in found] == sorted((one.score for one in found), reverse=True)
+    assert found[0].candidate == "seven" and found[0].index == 0
+
+
+def test_embeddings_of_what_belongs_together(files: Path) -> None:
+    embedder = openm6.OpenM6(embedding_model())
+    assert embedder.embed(image="seven.png").shape == (16,)
+    both = embedder.embed(["red", "blue"], image="seven.png", numbers={"price": 3.0})
+    np.testing.assert_allclose(np.linalg.norm(both, axis=1), 1, rtol=1e-5)
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def weight(m6: openm6.OpenM6) -> openm6.Distribution:
+    return m6.generate(numbers={"body_mass_g": None, "bill_length_mm": 40}, output="numbers")
+
+
+BAD = {
+    "no such output": (lambda m6: m6.generate("x", output="video"), "'video' is not one of text, image"),
+    "nothing": (lambda m6: m6.generate(), "nothing is given"),
+    "no file": (lambda m6: m6.generate(image="nowhere.png"), "no file at nowhere.png"),
+    "zero bytes": (lambda m6: m6.generate(image=b""), "the image is broken"),
+    "an empty file": (lambda m6: m6.generate(image="empty.png"), "empty.png: the image is broken"),
+    "a number as an image": (lambda m6: m6.generate(image=7), "int is no image"),
+    "an array of text": (lambda m6: m6.generate(audio=np.zeros(3)), "ndarray is no audio"),
+    "lists of two lengths": (lambda m6: m6.generate(["a", "b"], image=["x"]), "there are 2 of prompt, 1 of image"),
+    "a bad setting": (lambda m6: m6.generate("x", top_p=2), "text.top_p: Input should be less than or equal to 1"),
+    "a stream of images": (lambda m6: m6.generate("x", output="image", stream=True), "stream=True is for one answer"),
+    "a series without name": (lambda m6: m6.generate(series=[[1, 2]], output="numbers"), "given as its name"),
+    "an unknown column": (lambda m6: m6.generate(numbers={"mass": 1.0}), "has no column 'mass'"),
+    "a quantile": (lambda m6: weight(m6).quantile(2), "between 0 and 1"),
+    "a role": (lambda m6: m6.chat([{"role": "wizard", "content": "x"}]), "message 0 needs a role"),
+    "an empty chat": (lambda m6: m6.chat([]), "the chat is empty"),
+    "content of numbers": (lambda m6: m6.chat([{"role": "user", "content": 3}]), "the content of message 0"),
+    "a video": (lambda m6: m6.chat(user({"type": "video", "path": "x"})), "part 0 of message 0 is not understood"),
+    "a web page": (lambda m6: m6.chat(user({"type": "image", "url": "https://x"})), "nothing is fetched"),
+    "broken base64": (lambda m6: m6.chat(user({"type": "input_audio", "input_audio": "?"})), "not valid base64"),
+    "a chat of numbers": (lambda m6: m6.chat(user(), output="numbers"), "a chat answers with text, image or audio"),
+    "no embeddings": (lambda m6: m6.embed("x"), "this model makes no embeddings"),
+    "no candidates": (lambda m6: m6.rank("x", []), "candidates must be a list"),
+    "a clip as MP4": (lambda m6: openm6.Audio(np.zeros(3)).save("x.mp4"), "use .wav, .flac or .ogg"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case: str, m6: openm6.OpenM6, files: Path) -> None:
+    call, sentence = BAD[case]
+    with pytest.raises(OpenM6Error, match=sentence) as caught:
+        call(m6)
+    assert "\n" not in str(caught.value)
+    assert not list(files.glob("x.*"))
+
+
+def test_no_such_dtype(run: Path) -> None:
+    with pytest.raises(ConfigError, match="no dtype is called 'fp64'"):
+        openm6.load(run, dtype="fp64")
