@@ -40,6 +40,7 @@ HARMLESS = (
     "parse_series",
     "parse_fractions",
     "read_decoding",
+    "all_tasks",
 )  # functions that only read words
 
 

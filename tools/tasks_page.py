@@ -32,7 +32,7 @@ A task names the inputs, the target and the prompts of an example. Inputs and ta
 [record](own-data.md#record-keys). Modalities, metrics and baseline follow from them.
 
 - `openm6 tasks` prints a short form of the table below.
-- A [recipe](own-data.md#recipe) combines tasks with sources.
+- A [recipe](own-data.md#recipe) combines tasks with sources, and can define [own tasks](own-data.md#own-tasks).
 - `{name}` in a prompt stands for an input. Most tasks have several prompts, in English and in Chinese. Training \
 selects one at random, evaluation uses the first.
 - The first metric of a task is compared with the baseline.

@@ -21,10 +21,10 @@ def tasks() -> None:
     Example: openm6 tasks
     """
     # torch takes seconds to import
-    from openm6.tasks.registry import TASKS
+    from openm6.tasks.registry import all_tasks
 
     table = Table("task", "inputs", "output", "description", box=None)
-    for task in TASKS.values():
+    for task in all_tasks().values():
         table.add_row(task.name, task.input_modality, task.output_modality, task.summary)
     print_result(table)
 

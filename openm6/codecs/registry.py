@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,7 @@ from openm6.codecs.base import Codec
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError, ConfigError, nearest
+from openm6.core.extensions import installed
 
 CODECS: dict[str, tuple[type[Config], type[Codec]]] = {
     "image": (ImageCodecConfig, ImageCodec),
@@ -26,6 +29,11 @@ SHIPPED = Path(__file__).parent / "weights"
 def shipped_codecs() -> tuple[str, ...]:
     """Names of the trained codecs that came with the package."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
+
+
+def _installed_codecs() -> dict[str, Callable[[], Codec]]:
+    """What other packages add by entry points `openm6.codecs`: functions that return a codec."""
+    return installed("openm6.codecs", FunctionType)
 
 
 def save_codec(codec: Codec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
@@ -43,14 +51,18 @@ def load_codec(name_or_path: Path | str) -> Codec:
     """A codec in fp32 on the CPU, in evaluation mode, without gradients.
 
     Raises:
-        ConfigError: neither a shipped name nor a file.
+        ConfigError: neither a shipped or installed name nor a file.
         CheckpointError: the file is no codec, or its weights do not fit its config.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if "/" not in name and (shipped := SHIPPED / f"{name}.safetensors").is_file():
         path = shipped
     elif not path.is_file():
-        raise ConfigError(f"no codec {name!r}, neither as a file nor by name; {nearest(name, shipped_codecs())}")
+        added = _installed_codecs()
+        if name in added:
+            return added[name]().requires_grad_(False).eval()
+        known = (*shipped_codecs(), *added)
+        raise ConfigError(f"no codec {name!r}, neither as a file nor by name; {nearest(name, known)}")
     try:
         with safe_open(str(path), "pt") as file:
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))

@@ -98,7 +98,36 @@ def build(config_class: type[AnyConfig], values: dict[str, Any], where: str) -> 
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error)}") from None
+        raise ConfigError(f"{where}{_line_in(where, error)}: {_sentence(error)}") from None
+
+
+def _line_in(where: str, error: ValidationError) -> str:
+    """Return `, line N` of the first error of pydantic if `where` is the YAML file that holds its value, or nothing."""
+    first = error.errors()[0]
+    unknown = first["type"] == "unknown_key"
+    try:
+        node: Any = yaml.compose(Path(where).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    line = found = None
+    for key in [*first["loc"], *([first["ctx"]["key"]] if unknown else [])]:
+        found = None
+        if isinstance(node, yaml.MappingNode):
+            found = next((pair for pair in node.value if pair[0].value == str(key)), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            found = (node.value[key], node.value[key])
+        if found is not None:
+            line, node = found[0].start_mark.line + 1, found[1]
+    # Another value (or name of a key), or an unknown key that is not there, comes from the command line.
+    elsewhere = (
+        found is None if unknown else found is not None and first["input"] not in (_plain(node), first["loc"][-1])
+    )
+    return "" if line is None or elsewhere else f", line {line}"
+
+
+def _plain(node: yaml.Node) -> Any:
+    """Return the content of a node of YAML."""
+    return yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
 
 
 def _sentence(error: ValidationError) -> str:

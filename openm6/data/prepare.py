@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 
@@ -17,8 +18,8 @@ from openm6.modalities.interface import Part
 from openm6.modalities.pool import pooled
 from openm6.modalities.registry import Modalities, opened, source_segments, split_opening, target_segment
 from openm6.modalities.text import MASK_CHARACTER
-from openm6.tasks.registry import task_named
-from openm6.tasks.task import Example
+from openm6.tasks.registry import all_tasks, task_named
+from openm6.tasks.task import Example, Task
 
 # Of every task's examples: what the answer's likelihood is without its inputs must be learned to be measured.
 NULL_FRACTION = 0.1
@@ -42,7 +43,7 @@ def example_sequence(
     example: Example, modalities: Modalities, rng: np.random.Generator | None = None, weight: float = 1.0
 ) -> PackedExample:
     """The example as tokens; a generator means training. DataError if a part is broken or out of bounds."""
-    if task_named(example.task).contrastive:
+    if example.contrastive:
         # Each side is closed by the token that pools it.
         space = f"{sorted({part.modality for part in example.source})} {example.target.modality}"
         sides = (source_segments(parts, modalities, rng) for parts in (example.source, [example.target]))
@@ -77,18 +78,25 @@ class ExampleTransform:
     """A sample of the mixture as a packed example: a pure function of the run's seed and the sample."""
 
     def __init__(
-        self, sampler: MixtureSampler, modalities: Modalities, seed: int, loss_weights: dict[str, float]
+        self,
+        sampler: MixtureSampler,
+        modalities: Modalities,
+        seed: int,
+        loss_weights: dict[str, float],
+        tasks: Mapping[str, Task] | None = None,
     ) -> None:
         self.sampler = sampler
         self.modalities = modalities
         self.seed = seed
         self.loss_weights = loss_weights
+        known = all_tasks() if tasks is None else tasks
+        self.tasks = [task_named(component.task, known) for component in sampler.components]
 
     def __call__(self, sample: SampleIndex) -> PackedExample:
         """The example as tokens; DataError if the record is broken or lacks what its task needs."""
         component = self.sampler.components[sample.component]
         rng = numpy_generator(self.seed, component.key, sample.epoch, sample.index)
-        task = task_named(component.task)
+        task = self.tasks[sample.component]
         record = self.sampler.record(sample)
         if task.needs_negatives:
             record = with_negatives(record, component.source, rng)

@@ -217,15 +217,26 @@ class RowReader:
     """Turns one row (column → cell) into a record.
 
     Without `fields`, columns with canonical names are read (and `num_names` + `num_values` as numbers); with
-    `fields`, the columns named there, and `id` if the table has it.
+    `fields`, the columns named there, and `id` if the table has it. Of `task_fields`, those that the table has are
+    read besides, unless `fields` fills the key otherwise.
     """
 
-    def __init__(self, columns: Sequence[str], fields: Fields | None, open_file: OpenFile, where: str) -> None:
+    def __init__(
+        self,
+        columns: Sequence[str],
+        fields: Fields | None,
+        open_file: OpenFile,
+        where: str,
+        task_fields: Fields | None = None,
+    ) -> None:
         if fields is None:
             named = {key: key for key in CANONICAL_KEYS if key in columns}
         else:
             named = {key: column for key in COLUMN_KEYS if (column := getattr(fields, key, None)) is not None}
             named = ({"id": "id"} if "id" in columns else {}) | named
+        if task_fields is not None:
+            own = {key: getattr(task_fields, key) for key in ("image", "audio")}
+            named = {key: column for key, column in own.items() if column in columns} | named
         convert: dict[str, Callable[[Any, str], Any]] = {
             **dict.fromkeys(TEXT_KEYS, as_text),
             **dict.fromkeys(LIST_KEYS, as_list),
@@ -237,9 +248,9 @@ class RowReader:
             "extra": lambda value, column: as_mapping(value, column) or None,
         }
         self.single = {key: (column, convert[key]) for key, column in named.items()}  # keys that one column fills
-        self._numbers = list(fields.numbers or ()) if fields else []
-        self._categories = list(fields.categories or ()) if fields else []
-        self._extra = list(fields.extra or ()) if fields else []
+        self._numbers, self._categories, self._extra = (
+            listed_columns(key, fields, task_fields, columns) for key in ("numbers", "categories", "extra")
+        )
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
         # Of each column that is read, the keys that it fills; a column of `extra` fills a key of its own name.
         self.columns: dict[str, list[str]] = {}
@@ -254,6 +265,7 @@ class RowReader:
             self.columns.setdefault(column, []).append(key)
         check_columns(self.columns, columns, where)
         filled = [*self._numbers, *self._categories, *(set(named) - {"id", "source", "license"})]
+        filled += self._extra if task_fields is not None else []
         if not filled and not self._paired:
             listing = ", ".join(repr(str(column)) for column in list(columns)[:12])
             raise DataError(
@@ -268,17 +280,26 @@ class RowReader:
             if value is not None:
                 record[key] = value
         if self._numbers:
-            record["numbers"] = {name: as_number(row.get(name), name) for name in self._numbers}
+            numbers = {name: as_number(row.get(name), name) for name in self._numbers}
+            record["numbers"] = record.get("numbers", {}) | numbers
         if self._categories:
-            record["categories"] = {name: as_text(row.get(name), name) for name in self._categories}
+            named = {name: as_text(row.get(name), name) for name in self._categories}
+            record["categories"] = record.get("categories", {}) | named
         if self._paired and (names := row.get("num_names")):
             values = row.get("num_values")
             if values is None or len(names) != len(values):
                 raise DataError("columns 'num_names' and 'num_values' must be lists of one length")
             record["numbers"] = {k: as_number(v, f"num_values[{k}]") for k, v in zip(names, values, strict=True)}
         if self._extra:
-            record["extra"] = {name: plain(row.get(name)) for name in self._extra}
+            record["extra"] = record.get("extra", {}) | {name: plain(row.get(name)) for name in self._extra}
         return record
+
+
+def listed_columns(key: str, fields: Fields | None, task_fields: Fields | None, columns: Sequence[str]) -> list[str]:
+    """The columns that fill a key of several columns, each once."""
+    own = list(getattr(fields, key, None) or ())
+    more = getattr(task_fields, key, None) or ()
+    return [*own, *dict.fromkeys(name for name in more if name in columns and name not in own)]
 
 
 def check_columns(names: Iterable[str], columns: Sequence[str], where: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WrapValidator
 
 from openm6.core.errors import DataError, nearest
+from openm6.core.extensions import installed
 from openm6.core.seeds import mix, text_hash
 from openm6.data.media import FolderConfig, TarConfig
 from openm6.data.parquet import DatasetsConfig, EmbeddedConfig, ParquetConfig
@@ -97,6 +98,13 @@ class PairsConfig(SourceConfig):
         return PairSource(name, neighbour(self.left), neighbour(self.right), self)
 
 
+def _open_kind(values: Any, check: Callable[[Any], SourceConfig]) -> SourceConfig:
+    """The config of a built-in kind, or of one that an installed package adds by an entry point of its name."""
+    kind = values.get("kind") if isinstance(values, dict) else None
+    added = installed("openm6.sources", SourceConfig).get(kind) if isinstance(kind, str) else None
+    return check(values) if added is None else added.model_validate(values)
+
+
 AnySourceConfig = Annotated[
     EmbeddedConfig
     | ParquetConfig
@@ -109,8 +117,9 @@ AnySourceConfig = Annotated[
     | WindowsConfig
     | SyntheticSeriesConfig,
     Field(discriminator="kind"),
+    WrapValidator(_open_kind),
 ]
-"""The config of any kind of source; a new kind is one line here."""
+"""The config of any kind of source; a new kind is one line here, or an entry point `openm6.sources`."""
 
 
 def open_sources(configs: Mapping[str, SourceConfig], split: Split) -> dict[str, Source]:

@@ -125,6 +125,7 @@ class TableConfig(SourceConfig):
 
     path: str
     fields: Fields | None = None
+    task_fields: Fields | None = None  # columns that own tasks name, read if they are there; set by the recipe
     split: str | None = None  # the column that holds train or test; `split` if the table has one
     test_path: str | None = None  # a second table with the test rows; `path` is then all training
     test_fraction: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash, if neither is set
@@ -154,7 +155,7 @@ class TableConfig(SourceConfig):
 
     def _source(self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray]) -> Source:
         table = self.load(path)
-        reader = RowReader(table.names, self.fields, partial(read_beside, path), path)
+        reader = RowReader(table.names, self.fields, partial(read_beside, path), path, self.task_fields)
         split_column = self._split_column(table.names)
         needed = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names)))}
         table.read(sorted(needed))

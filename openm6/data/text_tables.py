@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from openm6.core.errors import DataError
 from openm6.core.log import get_log
 from openm6.data.number_formats import NumberFormat, number_format
-from openm6.data.records import decode_utf8, unless_broken
+from openm6.data.records import decode_utf8, listed_columns, unless_broken
 from openm6.data.storage import first_line, is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
 
@@ -114,7 +114,7 @@ class CsvTable(ArrowTable):
             raise DataError(f"no row of {self.where} fits: {self.unreadable[0]}; check the header and `separator`")
         # Without `fields`, any column may hold numbers.
         fields = self._config.fields
-        for name in columns if fields is None else fields.numbers or ():
+        for name in columns if fields is None else listed_columns("numbers", fields, self._config.task_fields, columns):
             decimal, unusual = self._config.decimal, pc.match_substring_regex(self.arrow.column(name), _UNUSUAL)
             if decimal is None and not pc.any(unusual).as_py():
                 continue

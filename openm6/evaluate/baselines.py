@@ -15,7 +15,7 @@ import numpy as np
 from openm6.data.source import Source
 from openm6.evaluate.answers import build_examples
 from openm6.evaluate.formatting import words
-from openm6.evaluate.metrics import METRICS, Scored, truths
+from openm6.evaluate.metrics import Scored, known_metrics, truths
 from openm6.inference.load import LoadedModel
 from openm6.modalities.histogram import BINS, LIMIT
 from openm6.modalities.interface import Segment
@@ -150,13 +150,15 @@ def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarr
     """A metric of the baseline for each record; None if the task has no baseline.  # N
 
     Text: the most frequent training answer of the language. Codes: their training frequencies by position. Numbers:
-    the error of the reference predictions, which is the unit of `relative_crps`.
+    the error of the reference predictions, `mae`, which is the unit of `relative_crps`.
     """
-    compute = METRICS[metric].values
+    compute = known_metrics()[metric].values
     if isinstance(prior, AnswerFrequencies) and compute is not None:
         counts = [prior.counts[example.language, example.column] for example in scored.examples]
         answers = [max(found, key=found.__getitem__, default="") for found in counts]
         return compute(dataclasses.replace(scored, answers=list(answers)))
+    if metric == "mae":
+        return scored.reference_errors()
     if metric == "relative_crps":
         errors = scored.reference_errors()
         return errors / max(float(errors.mean()), 1e-9)

@@ -34,7 +34,7 @@ from openm6.evaluate.baselines import (
 from openm6.evaluate.formatting import words
 from openm6.evaluate.knn import fit_knn
 from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nll
-from openm6.evaluate.metrics import METRICS, Scored, all_metrics, relative_crps
+from openm6.evaluate.metrics import Scored, all_metrics, known_metrics, relative_crps
 from openm6.evaluate.results import EvalReport, Interval, Sample, TaskResult, bootstrap_interval
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference.load import LoadedModel
@@ -42,7 +42,6 @@ from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.registry import Modalities
 from openm6.models.description import TrainedTask
-from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example, Task
 
 Result = TypeVar("Result")
@@ -90,7 +89,7 @@ def evaluate_tasks(
 
     def evaluated(index: int) -> TaskResult | None:
         trained_task = trained_tasks[index]
-        task = task_named(trained_task.task)
+        task = loaded.task(trained_task.task)
         if task.contrastive:
             return evaluate_retrieval(loaded, trained_task, test[trained_task.source], config.seed)
         source = test[trained_task.source]
@@ -103,7 +102,7 @@ def evaluate_tasks(
 
     workers = num_workers(len(trained_tasks), config, loaded.omni.device)
     # Tasks that generate images or audio are slow. They come first, so that all processes end together.
-    fast = [task_named(one.task).output_modality in ("text", "numbers") for one in trained_tasks]
+    fast = [loaded.task(one.task).output_modality in ("text", "numbers") for one in trained_tasks]
     results: dict[int, TaskResult] = {}
     for index, result in parallel_map(evaluated, sorted(range(len(fast)), key=fast.__getitem__), workers):
         if result is None:
@@ -195,7 +194,7 @@ def evaluate_task(
     config: EvalConfig,
 ) -> TaskResult:
     """Information gain over all examples; metrics and samples over those that are answered."""
-    task = task_named(trained_task.task)
+    task = loaded.task(trained_task.task)
     train_examples, train_targets = training_examples(task, train, config.seed, loaded.modalities)
     prior = fit_prior(task, train_examples, train_targets, loaded)
     found = likelihoods(loaded, examples, sequences, trained_task.source, prior)
@@ -213,7 +212,7 @@ def evaluate_task(
         chosen_sequences = [sequences[row] for row in chosen]
         scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
     values = all_metrics(task.metrics, scored) | against_others
-    metric, better = task.metrics[0], METRICS[task.metrics[0]].better
+    metric, better = task.metrics[0], known_metrics()[task.metrics[0]].better
     baseline = baseline_values(metric, scored, prior)
     advantage = values[metric] - baseline if baseline is not None else np.full(len(answered), np.nan)
 
@@ -236,6 +235,7 @@ def evaluate_task(
         information_interval=interval(found.gain, examples),
         null_predictor=found.null_predictor,
         answer_entropy=answer_entropy(examples, prior),
+        summary=task.summary,
         records=len(examples),
         answered=len(answered),
         metrics={name: float(of_each.mean()) for name, of_each in values.items()},

@@ -13,12 +13,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from openm6.core.extensions import installed
 from openm6.evaluate.formatting import NO_BREAK, plain, words
 from openm6.evaluate.knn import KNNClassifier
 from openm6.evaluate.results import true_values
 from openm6.inference.run import Answer
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import box_mask, pixels, read_image, to_square
+from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 
 
@@ -164,20 +166,35 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 
+def known_metrics() -> dict[str, Metric]:
+    """All metrics by name, those of the entry points `openm6.metrics` among them."""
+    return {**installed("openm6.metrics", Metric), **METRICS}
+
+
+def metrics_for(modality: str) -> list[str]:
+    """Names of the metrics of tasks with targets of a modality, and of all installed ones."""
+    tasks = [task for task in TASKS.values() if task.output_modality == modality]
+    own = {name for task in tasks if not task.contrastive and not task.is_inpainting for name in task.metrics}
+    return [*sorted(own), *installed("openm6.metrics", Metric)]
+
+
 def all_metrics(names: tuple[str, ...], scored: Scored) -> dict[str, np.ndarray]:
     """Every named metric that applies, for each example."""
-    found = {name: compute(scored) for name in names if (compute := METRICS[name].values) is not None}
+    known = known_metrics()
+    found = {name: compute(scored) for name in names if (compute := known[name].values) is not None}
     return {name: values for name, values in found.items() if values is not None}
 
 
 def is_percent(metric: str) -> bool:
     """Whether a metric is reported in per cent."""
-    return METRICS[metric].percent if metric in METRICS else "recall_at_" in metric or "chance_at_" in metric
+    known = known_metrics()
+    return known[metric].percent if metric in known else "recall_at_" in metric or "chance_at_" in metric
 
 
 def metric_title(metric: str) -> str:
     """A metric's name for a person."""
-    return METRICS[metric].title if metric in METRICS else words(metric)
+    known = known_metrics()
+    return known[metric].title if metric in known else words(metric)
 
 
 def score(metric: str, value: float) -> str:

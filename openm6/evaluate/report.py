@@ -26,7 +26,7 @@ from openm6.evaluate.charts import bar, finite_mean, forecast_chart, history, va
 from openm6.evaluate.energy import Lines, read_lines
 from openm6.evaluate.formatting import count, duration, plain, short_count, signed, significance, words
 from openm6.evaluate.media import Media, MediaBudget
-from openm6.evaluate.metrics import METRICS, is_percent, metric_title, same_text, score
+from openm6.evaluate.metrics import is_percent, known_metrics, metric_title, same_text, score
 from openm6.evaluate.results import EvalReport, RunFacts, Sample, TaskResult
 from openm6.evaluate.summary import answered, card
 from openm6.modalities.audio import RATE
@@ -35,7 +35,6 @@ from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import MASK_CHARACTER
-from openm6.tasks.registry import TASKS
 
 MAX_SAMPLES, MAX_PARTS, MAX_COLUMNS = 6, 8, 10
 MAX_CHARACTERS = 260
@@ -134,7 +133,7 @@ def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str
         "gpt3_caveat": GPT3_CAVEAT,
         "codecs": {name: codec_rows(scores) for name, scores in facts.codecs.items()},
         "codec_measures": CODEC_MEASURES,
-        "metrics": [metric for name, metric in METRICS.items() if name in used],
+        "metrics": [metric for name, metric in known_metrics().items() if name in used],
     }
 
 
@@ -151,7 +150,7 @@ def _card(index: int, result: TaskResult) -> dict[str, Any]:
         "result": result,
         "link": f"task-{index}",
         "bar": bar(result.value, result.baseline, whole) if drawn else None,
-        "summary": TASKS[result.task].summary if result.task in TASKS else "",
+        "summary": result.summary,
     }
 
 

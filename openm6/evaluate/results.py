@@ -86,6 +86,7 @@ class TaskResult:
     answered: int
     left_out: int = 0
     answer_entropy: float | None = None
+    summary: str = ""  # of the task
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
 

@@ -16,7 +16,6 @@ from openm6.inference.engine import embed
 from openm6.inference.load import LoadedModel
 from openm6.modalities.registry import source_segments
 from openm6.models.description import TrainedTask
-from openm6.tasks.registry import task_named
 from openm6.tasks.task import LANGUAGES, Example, Task
 
 RANKS = (1, 5)
@@ -60,7 +59,7 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
 
     None if no test record fits.
     """
-    task = task_named(trained_task.task)
+    task = loaded.task(trained_task.task)
     modalities, searches, records, left_out = loaded.modalities, [], 0, 0
     for language in LANGUAGES:
         examples, _, _ = build_examples(
@@ -99,6 +98,7 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
         records=records,
         answered=records,
         left_out=left_out,
+        summary=task.summary,
         metrics=metrics,
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig
-from openm6.tasks.registry import TASKS
+from openm6.tasks.registry import all_tasks
 from openm6.tasks.task import Task, word_count, words_of
 
 # Geometric mean probability of an answer's tokens; below it, an answer to free text is not trusted.
@@ -58,7 +58,8 @@ def assess(
     if description.base_model and target == "text" and all(part.modality == "text" for part in parts):
         return Coverage()
     names = dict.fromkeys(component.task for component in description.trained_tasks)
-    trained = [TASKS[name] for name in names if name in TASKS and not TASKS[name].contrastive]
+    known = all_tasks(description.tasks)
+    trained = [known[name] for name in names if name in known and not known[name].contrastive]
     given = {part.modality for part in parts} - {"text"}
     fitting = [
         task for task in trained
@@ -75,12 +76,12 @@ def assess(
         return _other_words(fitting)
     length = word_count(parts)
     ranges = [component.words for component in description.trained_tasks if component.task in free_text]
-    known = [found for found in ranges if found is not None]
+    recorded = [found for found in ranges if found is not None]
     # A task whose lengths were not recorded takes any.
-    if len(known) == len(ranges) and not any(
-        low / LENGTH_RATIO <= length <= high * LENGTH_RATIO for low, high in known
+    if len(recorded) == len(ranges) and not any(
+        low / LENGTH_RATIO <= length <= high * LENGTH_RATIO for low, high in recorded
     ):
-        shortest, longest = min(low for low, _ in known), max(high for _, high in known)
+        shortest, longest = min(low for low, _ in recorded), max(high for _, high in recorded)
         return Coverage(
             f"not trained: the question has {length} words, and this model answers texts of {shortest} to "
             f"{longest} words, which must contain the answer",
@@ -127,7 +128,7 @@ def _other_words(fitting: list[Task]) -> Coverage:
     listed = {}
     for language in ("en", "zh"):
         prompts = [task.prompts[language][0] for task in fitting if language in task.prompts]
-        shown = dict.fromkeys(prompts or [task.prompts["en"][0] for task in fitting])
+        shown = dict.fromkeys(prompts or [next(iter(task.prompts.values()))[0] for task in fitting])
         listed[language] = ", ".join(repr(_SLOT.sub("…", prompt).strip()) for prompt in list(shown)[:MAX_LISTED])
     return Coverage(
         f"not trained: no prompt of this model has such words; it was trained on {listed['en']}",

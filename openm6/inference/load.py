@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -28,6 +30,8 @@ from openm6.nn.attention import Attention
 from openm6.nn.layers import MLP
 from openm6.nn.moe import Experts
 from openm6.ops.int8 import Int8Weight
+from openm6.tasks.registry import all_tasks
+from openm6.tasks.task import Task
 
 Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS: dict[str, Precision | None] = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -43,6 +47,17 @@ class LoadedModel:
     modalities: Modalities
     description: CheckpointConfig
     checkpoint: Path
+
+    @cached_property
+    def tasks(self) -> Mapping[str, Task]:
+        """All tasks by name, the model's own ones among them."""
+        return all_tasks(self.description.tasks)
+
+    def task(self, name: str) -> Task:
+        """Return the task of this name; raise ConfigError if it is of a package that is not installed here."""
+        if name not in self.tasks:
+            raise ConfigError(f"task {name!r} of {self.checkpoint} comes from a package: install it, or choose others")
+        return self.tasks[name]
 
     @property
     def pool(self) -> PoolAdapter:

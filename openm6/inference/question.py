@@ -16,7 +16,6 @@ from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import join_texts
-from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
 
 # Of an image or recording, far above their own bounds.
@@ -161,9 +160,11 @@ def join_neighbours(parts: list[Part]) -> list[Part]:
 def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str]:
     """The words before and after the input in the first prompt of the first trained task that fits."""
     for component in loaded.description.trained_tasks:
-        task = TASKS.get(component.task)
+        task = loaded.tasks.get(component.task)
         if task is not None and _fits(task, question):
-            before, after = re.split(r"\{(?!column)\w+\}", task.prompts[question.language][0], maxsplit=1)
+            # An own task may have prompts in other languages alone.
+            prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
+            before, after = re.split(r"\{(?!column)\w+\}", prompts[0], maxsplit=1)
             column = question.target_column().replace("_", " ") if "{column}" in after else ""
             return before, after.replace("{column}", column)
     return "", ""
@@ -177,7 +178,6 @@ def _fits(task: Task, question: Question) -> bool:
         and task.output_modality == question.output
         and len(task.inputs) == 1
         and not task.contrastive
-        and question.language in task.prompts
         and task.is_inpainting == question.is_inpainting
         and ("series" in task.inputs) == (question.series is not None)
     )

@@ -40,6 +40,7 @@ class CheckpointConfig(Config):
     scales: dict[str, tuple[float, float]]
     series: dict[str, SeriesStats] = {}
     trained_tasks: list[TrainedTask]
+    tasks: dict[str, Any] = {}  # own ones among them, as in the recipe
     embedding: PoolConfig | None = None  # None: no trained task makes embeddings
     sources: dict[str, Any] = {}  # where the records came from, as in the recipe
     eval: dict[str, Any] = {}  # how to evaluate it, as in the recipe

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated
 
 from fastapi import Depends
@@ -19,7 +19,7 @@ from openm6.serve.engine import Engine, cancel_all
 from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher
 from openm6.serve.requests import Answer, EngineUnavailableError, Request
-from openm6.serve.scenarios.scenario import Scores
+from openm6.serve.scenarios.scenario import ScenarioLibrary, Scores, library_of
 from openm6.serve.worker import RequestHandle
 
 POLL_SECONDS = 0.25  # between checks whether the client is still connected
@@ -69,6 +69,11 @@ class Server:
     @property
     def loaded(self) -> LoadedModel:
         return self.engine.loaded
+
+    @cached_property
+    def library(self) -> ScenarioLibrary:
+        """The scenarios, those of the model's own tasks among them."""
+        return library_of(self.loaded.description)
 
     @property
     def limits(self) -> Limits:

@@ -1,27 +1,63 @@
-"""The built-in tasks by name. A new one is an entry in the file of its subject."""
+"""Tasks by name: the built-in ones, those of installed packages, and own ones of a recipe or a checkpoint.
+
+A new built-in task is an entry in the file of its subject.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
+from openm6.core.config import build
 from openm6.core.errors import ConfigError, nearest
+from openm6.core.extensions import installed
 from openm6.core.files import renamed
 from openm6.tasks import audio, design, image, shop, tables, text
+from openm6.tasks.own import TaskConfig
 from openm6.tasks.task import Task
 
 SUBJECTS = (text, image, design, audio, tables, shop)
 TASKS = {name: replace(task, name=name) for subject in SUBJECTS for name, task in subject.TASKS.items()}
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-def unknown_task(name: str) -> str:
-    """The sentence about a name that no task has: its new name, or the nearest."""
+@functools.cache
+def _installed() -> Mapping[str, Task]:
+    """The built-in tasks, and those of the entry points `openm6.tasks`, which cannot replace them."""
+    found = {name: replace(task, name=name) for name, task in installed("openm6.tasks", Task).items()}
+    return MappingProxyType({**found, **TASKS})
+
+
+def all_tasks(own: Mapping[str, Any] = NONE) -> Mapping[str, Task]:
+    """All tasks by name; `own` are those of a recipe or a checkpoint, as configs or as plain values.
+
+    Raises:
+        ConfigError: an own task is broken.
+    """
+    if not own:
+        return _installed()
+    plain = {name: config for name, config in own.items() if not isinstance(config, TaskConfig)}
+    built = {name: build(TaskConfig, values, f"task {name}") for name, values in plain.items()}
+    return {**_installed(), **{name: config.task(name) for name, config in {**own, **built}.items()}}
+
+
+def unknown_task(name: str, known: Mapping[str, Task] = NONE) -> str:
+    """The sentence about a name that no task has: its new name, or the nearest of the known ones."""
     if new := renamed("task").get(name):
         return f"the task {name!r} was renamed to {new!r}"
-    return f"no task is called {name!r}; {nearest(name, sorted(TASKS))}"
+    return f"no task is called {name!r}; {nearest(name, sorted(known or all_tasks()))}"
 
 
-def task_named(name: str) -> Task:
-    """The task of this name; ConfigError, with the nearest name, if there is none."""
-    if name not in TASKS:
-        raise ConfigError(unknown_task(name))
-    return TASKS[name]
+def task_named(name: str, known: Mapping[str, Task] = NONE) -> Task:
+    """The task of this name among the known ones (by default all but own ones).
+
+    Raises:
+        ConfigError: there is none; the sentence has the nearest name.
+    """
+    known = known or all_tasks()
+    if name not in known:
+        raise ConfigError(unknown_task(name, known))
+    return known[name]

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from openm6.core.errors import ConfigError, MissingFieldError
+from openm6.core.errors import ConfigError, MissingFieldError, nearest
 from openm6.modalities.interface import Part
 from openm6.modalities.text import join_texts
 from openm6.tasks.slots import Built, Context, Derived, Record, Slot
 
 LANGUAGES = ("en", "zh")
 _NAME = re.compile(r"\{(\w+)\}")  # of an input, in a prompt
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 _WORD = re.compile(r"[a-z0-9]+|[\u3400-\u9fff]")
 RECALLS = ("recall_at_1", "recall_at_5")
 # By the modality of the target.
@@ -87,6 +88,8 @@ def word_count(parts: Iterable[Part]) -> int:
 class Example:
     """A record as an example of a task. `answer` is the truth as metrics expect it; equal answers share a `key`.
 
+    A `contrastive` example is a pair of which nothing is answered.
+
     `prompt` holds the prompt's own words without any input: all that remains when the inputs are dropped. Examples
     of one `block` depend on each other (windows that overlap), so a bootstrap draws them together. `column` is the one
     that a prompt asks for, if it names one.
@@ -102,11 +105,12 @@ class Example:
     prompt: str = ""
     block: str = ""
     column: str = ""
+    contrastive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Inputs by their names in the prompts, a target, and prompts by language.
+    """Inputs by their names in the prompts, a target, and prompts by language (`en`, `zh`, …).
 
     A target that depends on the same random decision as some inputs is `Derived` and builds both. Metrics and baseline
     are those of the target unless they are set.
@@ -135,9 +139,14 @@ class Task:
     def __post_init__(self) -> None:
         for language, prompts in self.prompts.items():
             for prompt in prompts:
-                unknown = set(_NAME.findall(prompt)) - set(self.inputs) - {"column"}
-                if language not in LANGUAGES or unknown:
-                    raise ConfigError(f"prompt {prompt!r} names {unknown or language}, not given")
+                if not _LANGUAGE.fullmatch(language):
+                    raise ConfigError(f"prompts are by language, as en, zh or de; {language!r} is no code of one")
+                known = [*self.inputs, "column"]
+                unknown = next((name for name in _NAME.findall(prompt) if name not in known), None)
+                if unknown is not None:
+                    raise ConfigError(
+                        f"the prompt {prompt!r} names no input by {{{unknown}}}; {nearest(unknown, known)}"
+                    )
         modalities = [slot.modality for slot in self.inputs.values() if slot.modality != "text"]
         derived = {
             # Of a record with whatever it holds, that of its columns.
@@ -208,4 +217,5 @@ class Task:
             prompt=without_inputs(prompt, built.words),
             block=str((record.get("extra") or {}).get("block", "")),
             column=built.words.get("column", ""),
+            contrastive=self.contrastive,
         )

@@ -283,6 +283,7 @@ class MultimodalTraining(TrainingTask):
 def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> CheckpointConfig:
     """Return the description of the model for checkpoints; `sources` are those of the mixture."""
     text = recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})
+    used = dict.fromkeys(component.task for component in recipe.mixture if component.task in recipe.tasks)
     return CheckpointConfig(
         preset=recipe.model.preset,
         backbone=build_backbone(recipe.model),
@@ -291,6 +292,7 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> Checkpoin
         series=fit_all_series(sources.values()),
         embedding=recipe.pooling,
         trained_tasks=trained_tasks(recipe, sources),
+        tasks={name: recipe.tasks[name].model_dump(mode="json") for name in used},
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
         eval=recipe.eval.model_dump(mode="json"),
     )

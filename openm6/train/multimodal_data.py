@@ -29,8 +29,7 @@ from openm6.modalities.registry import Modalities
 from openm6.modalities.series import SeriesStats, fit_scale, fit_series
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
-from openm6.tasks.registry import TASKS
-from openm6.tasks.task import LANGUAGES, Task, literal_texts, word_count
+from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
@@ -64,8 +63,8 @@ def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: Ru
     if named is None:
         get_log().info("learning a tokenizer from the sources")
         prompts = [
-            text for component in recipe.mixture for language in LANGUAGES
-            for prompt in TASKS[component.task].prompts.get(language, ())
+            text for component in recipe.mixture for prompts in recipe.task(component.task).prompts.values()
+            for prompt in prompts
             for text in literal_texts(prompt)
         ]  # fmt: skip
         words = (text for s in sources.values() for record in _readable(s, SCANNED) for text in _texts(record))
@@ -115,7 +114,7 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
         ConfigError: a task finds nothing that it needs in its source.
     """
     for name in dict.fromkeys(component.source for component in recipe.mixture):
-        source, tasks = sources[name], [TASKS[part.task] for part in recipe.mixture if part.source == name]
+        source, tasks = sources[name], [recipe.task(one.task) for one in recipe.mixture if one.source == name]
         records = list(_readable(source, SAMPLED))
         if not records:
             broken = [record for _, record in _sampled(source, SAMPLED)]
@@ -143,7 +142,7 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
 def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[TrainedTask]:
     """Return the tasks of the mixture with the lengths of their texts: much shorter ones were not trained on."""
     return [
-        TrainedTask(task=x.task, source=x.source, words=words_read(TASKS[x.task], sources[x.source]))
+        TrainedTask(task=x.task, source=x.source, words=words_read(recipe.task(x.task), sources[x.source]))
         for x in recipe.mixture
     ]
 
@@ -171,7 +170,8 @@ def open_packer(
     """Return what packs this rank's rows of the mixture; broken records are written to the file `broken`, if named."""
     seed = recipe.loop.seed
     components = [Component(source=sources[x.source], task=x.task, weight=x.weight) for x in recipe.mixture]
-    transform = ExampleTransform(MixtureSampler(components, seed), modalities, seed, recipe.loss_weights)
+    sampler = MixtureSampler(components, seed)
+    transform = ExampleTransform(sampler, modalities, seed, recipe.loss_weights, recipe.known_tasks)
     return Packer(transform, recipe.packing, Quarantine(broken, recipe.max_broken), ranks.rank, ranks.size)
 
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, nearest
 from openm6.data.packing import DEFAULT_ROWS, PackingConfig
 from openm6.data.quarantine import MAX_BROKEN
-from openm6.data.sources import AnySourceConfig
+from openm6.data.records import Fields
+from openm6.data.source import SourceConfig
+from openm6.data.sources import AnySourceConfig, PairsConfig
+from openm6.data.table import TableConfig
 from openm6.distributed.config import MeshShape, ParallelConfig
 from openm6.evaluate.evaluator import EvalConfig
+from openm6.evaluate.metrics import metrics_for
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import ModelConfig, build_backbone, preset
 from openm6.plan.memory import BY_OPTIMIZER, FULL, HALF, TIERS, tokens_that_fit
-from openm6.tasks.registry import TASKS, unknown_task
+from openm6.tasks.own import TaskConfig
+from openm6.tasks.registry import all_tasks, unknown_task
+from openm6.tasks.task import Task
 from openm6.train.config import LoopConfig
 
 MAX_TOKENS = 2**16  # of a step whose size is chosen: a larger one hardly trains faster per token
@@ -31,13 +41,6 @@ class MixtureComponent(Config):
     task: str
     weight: float = Field(default=1.0, gt=0)
 
-    @field_validator("task")
-    @classmethod
-    def _known(cls, task: str) -> str:
-        if task not in TASKS:
-            raise ValueError(unknown_task(task))
-        return task
-
 
 class MultimodalRecipe(Config):
     """What `openm6 train` reads when `kind` is `multimodal`."""
@@ -45,6 +48,7 @@ class MultimodalRecipe(Config):
     kind: Literal["multimodal"] = "multimodal"
     model: ModelConfig = ModelConfig()
     modalities: ModalitiesConfig = ModalitiesConfig()
+    tasks: dict[str, TaskConfig] = {}  # own ones, besides those that `openm6 tasks` lists
     sources: dict[str, AnySourceConfig]
     mixture: list[MixtureComponent] = Field(min_length=1)
     embedding: PoolConfig | None = None  # None: the default one if a task is contrastive, else none
@@ -54,6 +58,43 @@ class MultimodalRecipe(Config):
     loop: LoopConfig = LoopConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _are_new(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        for name, config in tasks.items():
+            if not re.fullmatch("[a-z][a-z0-9_]*", name):
+                raise _error_at((name,), f"a task cannot be called {name!r}: use a-z, 0-9 and _", name)
+            if name in all_tasks():
+                raise _error_at((name,), f"there is a task {name!r} already: choose another name", name)
+            known = metrics_for(config.task(name).output_modality)
+            for index, metric in enumerate(config.metrics):
+                if metric not in known:
+                    message = f"no metric of this target is called {metric!r}; {nearest(metric, known)}"
+                    raise _error_at((name, "metrics", index), message, metric)
+        return tasks
+
+    @field_validator("mixture")
+    @classmethod
+    def _are_known(cls, mixture: list[MixtureComponent], info: ValidationInfo) -> list[MixtureComponent]:
+        known = all_tasks(info.data.get("tasks", {}))
+        for index, component in enumerate(mixture):
+            if component.task not in known and "tasks" in info.data:
+                raise _error_at((index, "task"), unknown_task(component.task, known), component.task)
+        return mixture
+
+    @model_validator(mode="after")
+    def _read_columns(self) -> MultimodalRecipe:
+        """Let each table read the columns that own tasks name; a checkpoint keeps them in its sources."""
+        sources = dict(self.sources)
+        for component in self.mixture:
+            if component.task in self.tasks:
+                columns = self.tasks[component.task].columns()
+                for name in _tables_of(component.source, self.sources):
+                    sources[name] = _with_columns(sources[name], columns)
+        # The config is frozen for its users.
+        self.__dict__["sources"] = sources
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> MultimodalRecipe:
@@ -78,8 +119,42 @@ class MultimodalRecipe(Config):
     @property
     def pooling(self) -> PoolConfig | None:
         """Return how the model pools embeddings, if any task of the mixture trains it."""
-        contrastive = any(TASKS[component.task].contrastive for component in self.mixture)
+        contrastive = any(self.task(component.task).contrastive for component in self.mixture)
         return self.embedding or (PoolConfig() if contrastive else None)
+
+    @cached_property
+    def known_tasks(self) -> Mapping[str, Task]:
+        """All tasks by name, own ones among them."""
+        return all_tasks(self.tasks)
+
+    def task(self, name: str) -> Task:
+        """Return a task of the mixture."""
+        return self.known_tasks[name]
+
+
+def _error_at(path: tuple[str | int, ...], message: str, given: str) -> ValidationError:
+    """Return an error of a validator at a place within its field."""
+    details = InitErrorDetails(type=PydanticCustomError("value", "{said}", {"said": message}), loc=path, input=given)
+    return ValidationError.from_exception_data("recipe", [details])
+
+
+def _tables_of(source: str, sources: Mapping[str, SourceConfig]) -> list[str]:
+    """The tables whose records a source of this name reads, both sides of pairs."""
+    config = sources.get(source)
+    if isinstance(config, PairsConfig):
+        return [name for side in (config.left, config.right) if side != source for name in _tables_of(side, sources)]
+    return [source] if isinstance(config, TableConfig) else []
+
+
+def _with_columns(config: AnySourceConfig, columns: Mapping[str, Any]) -> AnySourceConfig:
+    """The table with more columns for own tasks."""
+    assert isinstance(config, TableConfig)
+    known = config.task_fields.model_dump(exclude_none=True) if config.task_fields is not None else {}
+    merged = {
+        key: list(dict.fromkeys([*known.get(key, ()), *found])) if isinstance(found, list) else known.get(key, found)
+        for key, found in columns.items()
+    }
+    return config.model_copy(update={"task_fields": Fields(**{**known, **merged})})
 
 
 def fit_batch_size(recipe: MultimodalRecipe, free: float, ranks: int) -> int:

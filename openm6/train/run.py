@@ -20,7 +20,6 @@ from openm6.core.run_folder import RunFolder
 from openm6.distributed.config import ParallelConfig
 from openm6.distributed.process_group import ProcessGroupContext, launched, restarted
 from openm6.kernels.probe import capabilities
-from openm6.tasks.registry import TASKS
 from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
 from openm6.train.codec import CodecRecipe, CodecTraining
 from openm6.train.image_codec import ImageCodecRecipe, ImageSubject
@@ -151,7 +150,7 @@ def with_batch_size(
 def _log_next_steps(recipe: Recipe, path: Path) -> None:
     """Log commands for the model that was trained."""
     if isinstance(recipe, MultimodalRecipe):
-        output, folder = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(path))
+        output, folder = recipe.task(recipe.mixture[0].task).output_modality, shlex.quote(str(path))
         get_log().info(
             "next:\n"
             f"  openm6 evaluate {folder}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS
 from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES
-from openm6.tasks.registry import SUBJECTS, TASKS, task_named
+from openm6.tasks.registry import SUBJECTS, TASKS, all_tasks, task_named
 from openm6.tasks.slots import IMAGE
 from openm6.tasks.task import LANGUAGES, Example, Task
 from tests.small_model import demo_sources, modalities
@@ -28,6 +29,23 @@ BASELINES = {
     "chance": {"image", "audio"},
 }
 LOOKED_AT = 40  # records of a source
+# Own tasks of a recipe, one for each output modality.
+OWN: dict[str, Any] = {
+    "own_text": {
+        "inputs": {"photo": "image"},
+        "target": {"category": "label"},
+        "prompts": ("{photo} What?", "{photo} 什么？"),
+    },
+    "own_numbers": {
+        "inputs": {"row": {"numbers": ["bill_length_mm"]}, "species": {"text": "label"}},
+        "target": {"number": "body_mass_g"},
+        "prompts": ("{row} {species} Mass?", "{row}{species}体重？"),
+    },
+    "own_image": {"inputs": {"label": "text"}, "target": "image", "prompts": ("a {label}", "一个{label}")},
+    "own_audio": {"inputs": {"label": "text"}, "target": "audio", "prompts": ("say {label}!", "读{label}！")},
+}
+OWN = {name: {**one, "prompts": dict(zip(LANGUAGES, one["prompts"], strict=True))} for name, one in OWN.items()}
+EVERY = {**TASKS, **{name: all_tasks(OWN)[name] for name in OWN}}
 
 
 def sources_of(task: Task) -> list[Source]:
@@ -77,7 +95,7 @@ def test_a_mistyped_name_gets_a_hint() -> None:
         task_named("image_clasification")
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_prompts_metrics_and_baseline_exist(task: Task) -> None:
     assert set(task.prompts) == set(LANGUAGES) and all(task.prompts.values())
     assert task.metrics and set(task.metrics) <= set(METRICS)
@@ -89,7 +107,7 @@ def test_prompts_metrics_and_baseline_exist(task: Task) -> None:
             assert prompt.count(f"{{{name}}}") == 1, "an input that no prompt shows is lost"
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_a_real_record_becomes_an_example(task: Task) -> None:
     examples = examples_of(task)
     assert examples, "no embedded record has what this task needs"
@@ -104,20 +122,20 @@ def test_a_real_record_becomes_an_example(task: Task) -> None:
         assert sequence.segments[-1].learn.any()
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_an_example_follows_from_record_and_generator(task: Task) -> None:
     for record in records_of(task):
         first, second = (task.example(record, np.random.default_rng(5), train=True) for _ in range(2))
         assert first == second
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_an_empty_record_is_refused(task: Task) -> None:
     with pytest.raises(MissingFieldError, match=f"'r1' lacks a field that task {task.name} needs"):
         task.example({"id": "r1"}, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_what_is_wanted_is_not_among_what_is_given(task: Task) -> None:
     """Neither the very part, nor the wanted column among the given numbers."""
     for _, example in examples_of(task):
@@ -131,7 +149,7 @@ def test_what_is_wanted_is_not_among_what_is_given(task: Task) -> None:
                     assert column not in part.raw and part.raw
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_holes_and_gaps_are_the_same_in_both(task: Task) -> None:
     for _, example in examples_of(task):
         for name in ("mask_box", "mask_span"):
@@ -140,7 +158,7 @@ def test_holes_and_gaps_are_the_same_in_both(task: Task) -> None:
                 assert given == [example.target.options]
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_a_spoken_record_is_posed_in_the_language_it_is_spoken_in(task: Task) -> None:
     for source in sources_of(task):
         for index in range(0, LOOKED_AT, 4):
@@ -150,7 +168,7 @@ def test_a_spoken_record_is_posed_in_the_language_it_is_spoken_in(task: Task) ->
                 assert set(task.languages(record)) <= {spoken}
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", EVERY.values(), ids=EVERY)
 def test_words_are_of_the_language_of_the_example(task: Task) -> None:
     def chinese(words: str) -> bool:
         return any("\u4e00" <= letter <= "\u9fff" for letter in words)

@@ -18,7 +18,7 @@ from openm6.serve.playground.answers import FIGURES, show_answer
 from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, uploaded, values_in
 from openm6.serve.requests import CodesRequest, Request, TextRequest
 from openm6.serve.scenarios.ask import example_fits, scenario_request
-from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, read_library, readiness
+from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, readiness
 from openm6.serve.server import Server
 
 MAX_GALLERY = 24
@@ -59,7 +59,7 @@ class Page:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.library = read_library()
+        self.library = server.library
         # Components whose label changes with the language, each with the key of its words.
         self.labels: list[tuple[gradio.components.Component | gradio.Tab, str]] = []
 

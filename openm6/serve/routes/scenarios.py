@@ -28,7 +28,7 @@ from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request
 from openm6.serve.scenarios.ask import example_fits, example_values, scenario_request
-from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, read_library, readiness
+from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, readiness
 from openm6.serve.schemas import (
     CoveredReply,
     Distribution,
@@ -40,7 +40,6 @@ from openm6.serve.schemas import (
 )
 from openm6.serve.server import Server, ThisCall, ThisServer
 
-LIBRARY = read_library()
 COVERAGE = 0.8
 MISSING: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No scenario has this name."}}
 
@@ -120,13 +119,13 @@ class ScenarioAnswer(CoveredReply):
 @router.get("", responses={401: DOCUMENTED[401]})
 async def list_all(server: ThisServer) -> ScenarioList:
     """All scenarios, and which of them this model can do."""
-    return ScenarioList(data=[ScenarioEntry(**_entry(server, scenario)) for scenario in LIBRARY.scenarios.values()])
+    return ScenarioList(data=[ScenarioEntry(**_entry(server, one)) for one in server.library.scenarios.values()])
 
 
 @router.get("/{name}", responses={400: DOCUMENTED[400], 401: DOCUMENTED[401], **MISSING})
 async def one(name: Name, server: ThisServer) -> OneScenario:
     """One scenario, with its examples."""
-    scenario = _named(name)
+    scenario = _named(server, name)
     examples = await asyncio.to_thread(_examples, server, scenario)
     return OneScenario(**_entry(server, scenario), examples=examples)
 
@@ -134,7 +133,7 @@ async def one(name: Name, server: ThisServer) -> OneScenario:
 @router.post("/{name}", responses={**DOCUMENTED, **MISSING})
 async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnswer:
     """Answers by a scenario; one whose tasks the model lacks returns 400 and names the recipe that trains them."""
-    scenario, loaded = _named(name), call.server.loaded
+    scenario, loaded = _named(call.server, name), call.server.loaded
     able = readiness(scenario, loaded.description)
     if not able.trained:
         raise ConfigError(f"scenario {scenario.name} {able.text()}: train it, or choose another scenario")
@@ -158,8 +157,8 @@ async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnsw
     return reply.with_coverage([request], answers, loaded.description, body.language)
 
 
-def _named(name: str) -> Scenario:
-    found = LIBRARY.scenarios.get(name)
+def _named(server: Server, name: str) -> Scenario:
+    found = server.library.scenarios.get(name)
     if found is None:
         raise HTTPException(404, f"no scenario is called {name!r}: GET /v1/scenarios lists them")
     return found
@@ -171,7 +170,7 @@ def _entry(server: Server, scenario: Scenario) -> dict[str, Any]:
     return {
         **scenario.model_dump(include={"title", "summary", "output", "prompt", "tasks", "recipe"}),
         "id": scenario.name,
-        "domain": LIBRARY.domain_of[scenario.name],
+        "domain": server.library.domain_of[scenario.name],
         "inputs": [
             ScenarioInput(name=name, kind=given.kind, title=given.label) for name, given in scenario.inputs.items()
         ],

@@ -149,8 +149,10 @@ def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:
 def example_fits(scenario: Scenario, language: Language, description: CheckpointConfig) -> bool:
     """Whether a model was trained on such inputs as the example holds: its columns, and data of the package.
 
-    A checkpoint that does not name its sources passes.
+    A checkpoint that does not name its sources passes; a scenario without examples does not.
     """
+    if not scenario.examples:
+        return False
     tasks = description.trained_tasks
     known = _package_data(description, {trained_task.source for trained_task in tasks})
     used = {trained_task.source for trained_task in tasks if trained_task.task in scenario.tasks}

@@ -28,6 +28,7 @@ from openm6.serve.scenarios.scenario import (
     Readiness,
     Scenario,
     ScenarioLibrary,
+    library_of,
     read_library,
     read_scores,
     readiness,
@@ -39,9 +40,10 @@ ONE_AT_A_TIME = EngineConfig(max_num_seqs=1, max_num_media=1, max_model_len=4096
 
 def list_scenarios(trained: Path | None = None, language: Language = "en") -> Table:
     """Return a table with one row per scenario; for a run, which are ready. Raise CheckpointError if it is none."""
-    library, last = read_library(), "recipe" if trained is None else "state"
+    last = "recipe" if trained is None else "state"
     table = Table("scenario", "domain", "inputs", "output", "what it does", last, box=None)
-    for scenario, able in _listed(library, trained):
+    library, found = _listed(trained)
+    for scenario, able in found:
         domain = library.domains[library.domain_of[scenario.name]].title.text(language)
         takes = ", ".join(dict.fromkeys(declared.kind for declared in scenario.inputs.values()))
         state = able.text(language) if able is not None else scenario.recipe
@@ -51,8 +53,9 @@ def list_scenarios(trained: Path | None = None, language: Language = "en") -> Ta
 
 def scenarios_json(trained: Path | None = None) -> str:
     """Return every field of each scenario as JSON; with a run, also `ready`, `needs` and `state`. Raise as above."""
-    library, found = read_library(), []
-    for scenario, able in _listed(library, trained):
+    library, listed = _listed(trained)
+    found = []
+    for scenario, able in listed:
         entry = {"domain": library.domain_of[scenario.name], **scenario.model_dump(mode="json")}
         if able is not None:
             entry |= {"ready": able.ready, "needs": list(able.missing), "state": able.text()}
@@ -60,13 +63,15 @@ def scenarios_json(trained: Path | None = None) -> str:
     return json.dumps({"scenarios": found}, ensure_ascii=False, indent=1)
 
 
-def _listed(library: ScenarioLibrary, trained: Path | None) -> list[tuple[Scenario, Readiness | None]]:
+def _listed(trained: Path | None) -> tuple[ScenarioLibrary, list[tuple[Scenario, Readiness | None]]]:
     """All scenarios, each with its readiness by the checkpoint and the report of a run if one is named."""
     if trained is None:
-        return [(scenario, None) for scenario in library.scenarios.values()]
+        library = read_library()
+        return library, [(scenario, None) for scenario in library.scenarios.values()]
     path = latest(trained) / MODEL_FILE
     description, scores = read_description(path.read_text(encoding="utf-8"), str(path)), read_scores(path.parent)
-    return [(scenario, readiness(scenario, description, scores)) for scenario in library.scenarios.values()]
+    library = library_of(description)
+    return library, [(scenario, readiness(scenario, description, scores)) for scenario in library.scenarios.values()]
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ def run_scenarios(
     """
     config = ONE_AT_A_TIME.model_copy(update={"weights": precision_of(dtype) or "auto"})
     with Engine(load(trained, device), config) as engine:
-        pairs = product(read_library().scenarios.values(), LANGUAGES)
+        scenarios = library_of(engine.loaded.description).scenarios.values()
+        pairs = product((scenario for scenario in scenarios if scenario.examples), LANGUAGES)
         results = [run_example(engine, scenario, language) for scenario, language in pairs]
     if json_path is not None:
         states = Counter(result.state for result in results)

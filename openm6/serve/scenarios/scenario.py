@@ -10,12 +10,13 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from openm6.core.config import Config, build, read_yaml
 from openm6.core.errors import ConfigError
@@ -23,7 +24,10 @@ from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding
 from openm6.models.description import CheckpointConfig
-from openm6.tasks.registry import TASKS, unknown_task
+from openm6.tasks.own import Number
+from openm6.tasks.registry import all_tasks, unknown_task
+from openm6.tasks.slots import MAX_TOKENS
+from openm6.tasks.task import Task
 
 FOLDER = Path(__file__).parent / "library"
 
@@ -75,7 +79,7 @@ class Scenario(Config):
     prompt: the words of a trained task; `{name}` is the slot of an input, `{column}` the column that is predicted
     ahead: steps of a series that are forecast; column: the column that is predicted
     tasks: what a model must have been trained on; recipe: the shipped one that trains it
-    examples: inputs to try, for each language; images and audio are named as `data#id` (see ask.py)
+    examples: inputs to try, for each language, or none; images and audio are named as `data#id` (see ask.py)
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -93,10 +97,11 @@ class Scenario(Config):
 
     @field_validator("tasks")
     @classmethod
-    def _known(cls, tasks: list[str]) -> list[str]:
+    def _known(cls, tasks: list[str], info: ValidationInfo) -> list[str]:
+        known = (info.context or {}).get("tasks") or all_tasks()
         for task in tasks:
-            if task not in TASKS:
-                raise ValueError(unknown_task(task))
+            if task not in known:
+                raise ValueError(unknown_task(task, known))
         return tasks
 
     @model_validator(mode="after")
@@ -106,7 +111,7 @@ class Scenario(Config):
             named = set(SLOT.findall(self.prompt.text(language))) - {"column"}
             if named != prompted:
                 raise ValueError(f"the {language} prompt must name {sorted(prompted)}, not {sorted(named)}")
-            if set(self.examples.get(language, {})) != set(self.inputs):
+            if self.examples and set(self.examples.get(language, {})) != set(self.inputs):
                 raise ValueError(f"the {language} example must give {sorted(self.inputs)}")
         kinds = {declared.kind for declared in self.inputs.values()}
         if (self.output == "numbers" and "series" not in kinds) != (self.column is not None):
@@ -147,6 +152,39 @@ def read_library(folder: Path = FOLDER) -> ScenarioLibrary:
     if count > 1:
         raise ConfigError(f"two scenarios in {folder} are called {name!r}: rename one")
     return ScenarioLibrary(domains)
+
+
+def library_of(description: CheckpointConfig) -> ScenarioLibrary:
+    """Return the scenarios of the package and, as one more domain, one for each own task of a model."""
+    library = read_library()
+    known = all_tasks(description.tasks)
+    own = [_own_scenario(known[name], known) for name in description.tasks]
+    if not own:
+        return library
+    domain = Domain(title=Bilingual(en="Own tasks", zh="自定义任务"), scenarios=own)
+    return ScenarioLibrary({**library.domains, "own": domain})
+
+
+def _own_scenario(task: Task, known: Mapping[str, Task]) -> Scenario:
+    """The scenario of an own task: its inputs, its first prompts, its target; without examples."""
+    prompts = {language: found[0] for language, found in task.prompts.items()}
+    first = next(iter(prompts.values()))
+    values = {
+        "name": task.name,
+        "title": {"en": task.summary, "zh": task.summary},
+        "summary": {"en": task.summary, "zh": task.summary},
+        "inputs": {
+            name: {"kind": slot.modality, "title": {"en": name, "zh": name}} for name, slot in task.inputs.items()
+        },
+        "output": task.output_modality,
+        "prompt": {language: prompts.get(language, first) for language in LANGUAGES},
+        "column": task.target.name if isinstance(task.target, Number) else None,
+        "decoding": {"text": {"max_tokens": getattr(task.target, "max_tokens", MAX_TOKENS)}},
+        "tasks": [task.name],
+        "recipe": "config.yaml",
+        "examples": {},
+    }
+    return Scenario.model_validate(values, context={"tasks": known})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import gradio
 
 from openm6.models.description import CheckpointConfig
 from openm6.serve.playground.page import Page
-from openm6.serve.scenarios.scenario import Scenario, Score, Scores
+from openm6.serve.scenarios.scenario import Scenario, Score, Scores, read_library
 from openm6.serve.server import Server
 from tests.serve.scenarios.test_ask import EMOJI, OWN, trained
 from tests.small_model import loaded
@@ -23,7 +23,7 @@ from tests.small_model import loaded
 
 def page(description: CheckpointConfig, scores: Scores | None = None) -> Page:
     model = replace(loaded(), description=description)
-    return Page(cast(Server, SimpleNamespace(loaded=model, scores=scores or {})))
+    return Page(cast(Server, SimpleNamespace(loaded=model, library=read_library(), scores=scores or {})))
 
 
 def best(page: Page) -> Scenario:

@@ -1,0 +1,33 @@
+"""Entry points: what other installed packages add to a registry."""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from openm6.core.log import get_log
+
+Group = Literal["openm6.tasks", "openm6.sources", "openm6.metrics", "openm6.codecs"]
+
+
+@functools.cache
+def installed(group: Group, kind: type) -> dict[str, Any]:
+    """Return the entry points of a group that are of a kind, or subclasses of it, by name.
+
+    One that fails to load, or is of another kind, is left out with a warning: it must not stop what does not need it.
+    """
+    found = {}
+    for point in entry_points(group=group):
+        package = point.dist.name if point.dist is not None else point.value
+        try:
+            value = point.load()
+        # Whatever a foreign package raises on import.
+        except Exception as error:
+            get_log().warning(f"{point.name!r} of {group} in package {package} does not load ({error}): update it")
+            continue
+        if isinstance(value, kind) or (isinstance(value, type) and issubclass(value, kind)):
+            found[point.name] = value
+        else:
+            get_log().warning(f"{point.name!r} of {group} in package {package} is no {kind.__name__}: update it")
+    return found
