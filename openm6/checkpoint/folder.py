@@ -107,9 +107,11 @@ def latest(path: Path | str) -> Path:
     return found[-1]
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the last `keep` complete checkpoints."""
+def prune(checkpoints: Path, keep: int, kept: int | None = None) -> None:
+    """Remove all but the last `keep` complete checkpoints, and that of the step `kept`."""
     for folder in list_checkpoints(checkpoints)[:-keep]:
+        if step_of(folder) == kept:
+            continue
         # Without its state a folder counts as incomplete: a crash half way through the removal does no harm.
         (folder / STATE_FILE).unlink()
         shutil.rmtree(folder)

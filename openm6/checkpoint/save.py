@@ -54,10 +54,11 @@ class Snapshot:
     shards: Iterable[Shard] = ()  # offloaded layers, which the model does not hold, made one at a time
     num_shards: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)  # more of them, which no module holds
+    kept: int | None = None  # the step of an earlier checkpoint that is not to be removed
 
 
 def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
-    """Write `checkpoints/step-N` and remove all but the last `keep`.
+    """Write `checkpoints/step-N` and remove all but the last `keep` and the one that the snapshot keeps.
 
     Raises:
         CheckpointError: the disk is full or not writable; the temporary folder is gone then, and earlier checkpoints
@@ -115,7 +116,7 @@ def commit(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
         shutil.rmtree(target)  # a broken or older one of the same step
     os.rename(partial, target)
     sync(checkpoints)
-    prune(checkpoints, keep)
+    prune(checkpoints, keep, snapshot.kept)
     return target
 
 

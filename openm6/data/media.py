@@ -91,17 +91,21 @@ class FolderConfig(SourceConfig):
     language: Literal["en", "zh"] = "en"  # of the captions
     # By a stable hash of the name, without train/ and test/.
     test_fraction: float = Field(default=0.1, ge=0.0, le=0.9)
+    validation_fraction: float = Field(default=0.0, ge=0.0, le=0.5)  # of the training files, if no folder holds any
     limit: int | None = Field(default=None, ge=1)
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         root, files = self._files(name)
         named = [split_of(file) for file in files]
         if "train" in named and ("test" in named or "validation" in named):
-            chosen = present_split(split, named)
+            divided = split == "test" or "validation" in named
+            chosen, test_fraction = present_split(split, named) if divided else "train", 0.0
             files = [file for file, side in zip(files, named, strict=True) if side == chosen]
         else:
-            rows = rows_by_hash([file.as_posix() for file in files], self.test_fraction, split)
-            files = [files[row] for row in rows]
+            divided, test_fraction = False, self.test_fraction
+        if not divided:
+            names = [file.as_posix() for file in files]
+            files = [files[row] for row in rows_by_hash(names, test_fraction, split, self.validation_fraction)]
         return self._source(name, root, files[: self.limit])
 
     def open_held_out(self, name: str) -> Source:

@@ -80,15 +80,17 @@ def hash_fraction(key: str) -> float:
     return text_hash(key) / 2**64
 
 
-def rows_by_hash(keys: Sequence[Any], test_fraction: float, split: Split) -> np.ndarray:
+def rows_by_hash(
+    keys: Sequence[Any], test_fraction: float, split: Split, validation_fraction: float = 0.0
+) -> np.ndarray:
     """Row numbers of one split: equal keys are on the same side, also when rows are added later.
 
-    A hash separates only training from testing; no row is for validation.
+    `validation_fraction` is that of the rows that are not for testing.
     """
-    if split == "validation":
-        return np.zeros(0, dtype=np.int64)
-    test = np.fromiter((hash_fraction(str(key)) < test_fraction for key in keys), dtype=bool, count=len(keys))
-    return np.flatnonzero(test if split == "test" else ~test)
+    fractions = np.fromiter((hash_fraction(str(key)) for key in keys), dtype=float, count=len(keys))
+    border = test_fraction + validation_fraction * (1 - test_fraction)
+    first, end = {"test": (0.0, test_fraction), "validation": (test_fraction, border), "train": (border, 2.0)}[split]
+    return np.flatnonzero((fractions >= first) & (fractions < end))
 
 
 def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:

@@ -129,6 +129,7 @@ class TableConfig(SourceConfig):
     split: str | None = None  # the column that holds train or test; `split` if the table has one
     test_path: str | None = None  # a second table with the test rows; `path` is then all training
     test_fraction: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash, if neither is set
+    validation_fraction: float = Field(default=0.0, ge=0.0, le=0.5)  # of the training rows, if no column marks any
     test_by: str | None = None  # rows with equal values here stay on one side (a speaker, a patient)
     limit: int | None = Field(default=None, ge=1)  # at most so many records of a split, the first ones
 
@@ -172,12 +173,19 @@ class TableConfig(SourceConfig):
         return self.test_by or own or ("id" if "id" in names else None)
 
     def _rows(self, table: Table, split: Split) -> np.ndarray:
-        if self.test_path is not None:
-            return np.arange(0 if split == "validation" else len(table))
+        rows, test_fraction = np.arange(len(table)), 0.0
         split_column = self._split_column(table.names)
-        if split_column is not None:
-            return rows_by_word(table.column(split_column), split, table.where)
+        if self.test_path is not None:
+            if split == "test":
+                return rows
+        elif split_column is not None:
+            words = table.column(split_column)
+            if split == "test" or len(rows_by_word(words, "validation", table.where)):
+                return rows_by_word(words, split, table.where)
+            rows = rows_by_word(words, "train", table.where)
+        else:
+            test_fraction = self.test_fraction
         column = self._hash_column(table.names)
         cells = [None] * len(table) if column is None else table.column(column)
-        keys = [row if cell is None else cell for row, cell in enumerate(cells)]
-        return rows_by_hash(keys, self.test_fraction, split)
+        keys = [row if cells[row] is None else cells[row] for row in rows]
+        return rows[rows_by_hash(keys, test_fraction, split, self.validation_fraction)]

@@ -227,6 +227,7 @@ class WindowsConfig(SourceConfig):
     horizon: int = Field(default=8, ge=1, le=65536)
     stride: int = Field(default=1, ge=1)
     test_fraction: float = Field(default=0.2, ge=0.0, le=0.9)
+    validation_fraction: float = Field(default=0.0, ge=0.0, le=0.5)  # of the training rows, the last ones
 
     @model_validator(mode="after")
     def _columns_once(self) -> WindowsConfig:
@@ -242,13 +243,13 @@ class WindowsConfig(SourceConfig):
         return [*self.columns, *self.past_covariates, *self.known_covariates]
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        return self._source(name, split, self.test_fraction)
+        return self._source(name, split)
 
     def open_held_out(self, name: str) -> Source:
         """The windows of all rows."""
-        return self._source(name, "train", 0.0)
+        return self.model_copy(update={"test_fraction": 0.0, "validation_fraction": 0.0})._source(name, "train")
 
-    def _source(self, name: str, split: Split, test_fraction: float) -> Source:
+    def _source(self, name: str, split: Split) -> Source:
         table = table_config(self.path).load(self.path)
         needed = list(dict.fromkeys([*self.numbers, *filter(None, (self.time, self.group))]))
         table.read(needed)
@@ -260,10 +261,12 @@ class WindowsConfig(SourceConfig):
         windows = []
         times = self._times(table)
         dated = self.time_format is not None or any(map(is_date, described.get("start", ())[:1]))
-        for rows in self._groups(table, times) if split != "validation" else ():
-            border = len(rows) - round(len(rows) * test_fraction)
-            first, last = (0, border) if split == "train" else (max(0, border - self.context), len(rows))
-            for begin in range(first, last - length + 1, self.stride):
+        for rows in self._groups(table, times):
+            tested = len(rows) - round(len(rows) * self.test_fraction)
+            validated = tested - round(tested * self.validation_fraction)
+            borders = {"train": (0, validated), "validation": (validated, tested), "test": (tested, len(rows))}
+            first, last = borders[split]
+            for begin in range(max(0, first - (split != "train") * self.context), last - length + 1, self.stride):
                 covered = rows[begin : begin + length]
                 # Without a value there is nothing to forecast.
                 if np.isnan(values[covered[self.context :], : len(self.columns)]).all():

@@ -60,12 +60,16 @@ def write_report(run: RunFolder, report: EvalReport, facts: RunFacts) -> None:
 
 
 def report_json(report: EvalReport, facts: RunFacts) -> str:
-    """Training and results as JSON: `seconds` of training, `params`, `tokens`, `steps`, `tasks`, `codecs`, `energy`."""
+    """Training and results as JSON: `seconds` of training, `params`, `tokens`, `steps`, `tasks`, `codecs`, `energy`.
+
+    `weights_of_step` is the step whose weights the model has, if it is not the last.
+    """
     content = {
         "seconds": facts.seconds,
         "params": {"total": facts.total_parameters, "active": facts.active_parameters},
         "tokens": facts.tokens,
         "steps": facts.steps,
+        "weights_of_step": facts.weights_of_step,
         "tasks": {result.name: result.to_json() for result in report.results},
         "codecs": facts.codecs,
         "energy": facts.energy.to_json() if facts.energy is not None else None,

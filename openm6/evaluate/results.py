@@ -151,3 +151,17 @@ class RunFacts:
     seconds: float  # of training
     codecs: dict[str, dict[str, float]]  # scores of the codecs used, by name
     energy: EnergyAccount | None = None  # None: the run was not metered
+    weights_of_step: int | None = None  # the one with the lowest held-out loss; None: the last
+    held_out_loss: float | None = None  # theirs
+    stopped_at: int | None = None  # the step after which the held-out loss had not fallen for long
+
+    @property
+    def weights(self) -> str:
+        """Which weights were chosen by the held-out loss, and why training ended early, if it did; else empty."""
+        sentences = []
+        if self.stopped_at is not None:
+            sentences.append(f"Training ended early: the held-out loss no longer fell at step {self.stopped_at:,}.")
+        if self.weights_of_step is not None and self.held_out_loss is not None:
+            lowest = f"whose held-out loss was the lowest, {self.held_out_loss:.4g}"
+            sentences.append(f"The weights are those of step {self.weights_of_step:,}, {lowest}.")
+        return " ".join(sentences)

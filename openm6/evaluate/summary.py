@@ -104,7 +104,7 @@ def card(report: EvalReport, facts: RunFacts) -> str:
         f"# {_inline(facts.name)}",
         f"A model of OpenM6, preset `{_inline(facts.preset)}`: {count(facts.total_parameters)} parameters, "
         f"{count(facts.active_parameters)} active per token. Trained for {count(facts.steps)} steps on "
-        f"{count(facts.tokens)} tokens in {duration(facts.seconds)}.",
+        f"{count(facts.tokens)} tokens in {duration(facts.seconds)}. {facts.weights}".rstrip(),
         "## Scores",
         "Scores on test records; `report.html` shows answers.",
         "\n".join(["| task | metric | score | baseline | records |", "|---|---|---|---|---|", *rows]) if rows else "",

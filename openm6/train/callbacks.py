@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.worker_pool import children, handled_stops
 from openm6.train.config import LOOP_SECTION, HeldOutConfig, LoopConfig, StagesConfig
+from openm6.train.length import RunLength
 from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything
 from openm6.train.training_task import TrainingTask
@@ -48,6 +49,7 @@ class RunState(Protocol):
     run: RunFolder
     train_step: TrainStep
     progress: Progress
+    length: RunLength
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is now."""
@@ -135,33 +137,69 @@ class MemoryCallback(Callback):
         return {} if peak is None else {"memory_start": self._start, "memory_peak": peak}
 
 
-class HeldOutCallback(Callback):
-    """Log the mean loss over the same few batches of held-out records every `every` steps.
+@dataclass
+class Best:
+    """The lowest held-out loss of a run so far; goes into checkpoints as it is."""
 
-    It has no state: the batches follow from the seed, and every step seeds its own draws, so a run with it takes the
-    same steps as one without.
+    loss: float | None = None
+    step: int | None = None
+    since: int = 0  # losses since then
+    stopped_at: int | None = None  # the step after which there were too many of them
+    loaded: int | None = None  # the step whose weights the run went back to at its end
+
+
+class HeldOutCallback(Callback):
+    """Log the mean loss over the same few batches of held-out records every `every` steps, and find the lowest.
+
+    The batches follow from the seed, and every step seeds its own draws, so a run with it takes the same steps as one
+    without, unless it is stopped early. With `load_best_model_at_end` the last step has a loss, too.
     """
 
     name = "held_out"
 
     def __init__(self, config: HeldOutConfig) -> None:
-        self.config = config
+        self.config, self.best = config, Best()
+
+    def load_state(self, run: RunState, state: dict[str, Any]) -> None:
+        self.best = Best(**state)
 
     def start(self, run: RunState) -> None:
         """Make the batches, so that an error in them is raised before the first step."""
         self._run = run
-        self._batches = run.training.held_out_batches(self.config.batches)
+        chosen = run.config.early_stopping_patience is not None or run.config.load_best_model_at_end
+        self._batches = run.training.held_out_batches(self.config.batches, chosen)
+        if self.best.stopped_at is not None and run.config.early_stopping_patience is not None:
+            run.length.decay_from(self.best.stopped_at)
 
     def needs_report(self, step: int) -> bool:
         return step % self.config.every == 0
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        if report.step % self.config.every:
+        run, step = self._run, report.step
+        if step % self.config.every and not (run.config.load_best_model_at_end and run.length.reached(step)):
             return {}
-        seed_everything(self._run.config.seed, "held out")
-        with self._run.train_step.evaluation():
-            found = self._run.training.held_out_loss(self._batches)
+        seed_everything(run.config.seed, "held out")
+        with run.train_step.evaluation():
+            found = run.training.held_out_loss(self._batches)
+        self._compare(found["loss"], step)
         return {f"{HELD_OUT_PREFIX}{name}": value for name, value in found.items()}
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self.best)
+
+    def _compare(self, loss: float, step: int) -> None:
+        """Note the lowest loss; if there was none for long, the run's learning rate decays from this step on."""
+        best, patience = self.best, self._run.config.early_stopping_patience
+        if math.isfinite(loss) and (best.loss is None or loss < best.loss):
+            best.loss, best.step, best.since = loss, step, 0
+            return
+        best.since += 1
+        if patience is not None and best.since >= patience and self._run.length.decay_from(step):
+            best.stopped_at = step
+            get_log().info(
+                f"held-out loss {loss:.4f} after step {step}, and the lowest, {best.loss or math.nan:.4f}, was that of "
+                f"step {best.step}: the learning rate decays now, and the run ends after step {self._run.length.steps}"
+            )
 
 
 class StagesCallback(Callback):

@@ -44,6 +44,9 @@ class LoopConfig(Config):
     log_every: int = Field(default=10, ge=1)
     evaluate_every: int | None = Field(default=None, ge=1)
     held_out: HeldOutConfig | None = None  # the loss on records that are never trained on
+    # Held-out losses in a row that are not the lowest, after which the learning rate decays and the run ends.
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    load_best_model_at_end: bool = False  # the weights with the lowest held-out loss, kept as a checkpoint
     save_every: int = Field(default=500, ge=1)
     keep_last: int = Field(default=2, ge=1)  # checkpoints kept
     prefetch: int = Field(default=2, ge=1)  # batches made ahead
@@ -83,6 +86,11 @@ class LoopConfig(Config):
             raise ValueError(
                 "offload and a precision below fp32 have an update rule of their own, with adamw for embeddings "
                 f"and norms: take optimizer.name={self.optimizer.name} out"
+            )
+        if (self.early_stopping_patience or self.load_best_model_at_end) and (self.held_out is None or self.stages):
+            raise ValueError(
+                "early_stopping_patience and load_best_model_at_end need the loss on held-out records of a run without "
+                "stages: add e.g. held_out: {every: 50}, and take stages out"
             )
         if self.steps == "auto" and self.minutes is None:
             raise ValueError("steps: auto needs minutes: add e.g. minutes: 8")

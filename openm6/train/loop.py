@@ -15,7 +15,6 @@ A step can be read in six files, in this order:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_of
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_folder, step_of
 from openm6.checkpoint.load import load_training_tensors, open_saver
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
@@ -34,9 +33,8 @@ from openm6.core.device import keep_freed_memory
 from openm6.core.errors import CheckpointError, Interrupted, OpenM6Error, TrainingError
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
-from openm6.distributed.process_group import ProcessGroupContext
-from openm6.optim.config import decay_start
 from openm6.train.callbacks import (
+    Best,
     Callback,
     HeldOutCallback,
     Interrupt,
@@ -45,20 +43,15 @@ from openm6.train.callbacks import (
     SpikeCallback,
     StagesCallback,
 )
-from openm6.train.config import LOOP_SECTION, LoopConfig
+from openm6.train.config import LoopConfig
 from openm6.train.feed import batches_ahead
+from openm6.train.length import RunLength
 from openm6.train.metering import MeterCallback
 from openm6.train.metrics import Logger, MetricAverager, open_loggers
 from openm6.train.offloaded import open_train_step
 from openm6.train.step import StepReport, seed_everything
 from openm6.train.training_task import TrainingTask
 from openm6.train.workers import Workers, number_of_workers
-
-# How `steps: auto` is measured.
-SKIPPED = 2  # first steps, slow because of caches, compilation and memory that is claimed
-MEASURED_FRACTION = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
-MIN_MEASURED = 5  # steps
-TIME_FOR_STEPS = 0.96  # the rest is for evaluating and saving
 
 
 @dataclass(frozen=True)
@@ -147,7 +140,8 @@ class _Run:
         self.train_step = open_train_step(training, config, run.checkpoints)
         self.callbacks: list[Callback] = [MeterCallback(), MemoryCallback(), SpikeCallback()]
         self.callbacks += [StagesCallback(config.stages)] if config.stages is not None else []
-        self.callbacks += [HeldOutCallback(config.held_out)] if config.held_out is not None else []
+        self.held_out = HeldOutCallback(config.held_out) if config.held_out is not None else None
+        self.callbacks += [self.held_out] if self.held_out is not None else []
         self.callbacks += callbacks
         self.averager, self.progress = MetricAverager(), Progress()
         self._spent = 0.0  # seconds of training that no report has accounted for
@@ -209,7 +203,11 @@ class _Run:
                 stopping = max(training.ranks.gather(interrupt.requested)) if self._stopping else 0
                 if stopping:
                     self._catch_up()
-                if self._due(config.save_every) or stopping:
+                ends = self.length.reached(progress.step)
+                best = self._best()
+                is_best = best is not None and best.step == progress.step
+                # The last step is saved later if it gets the best weights.
+                if is_best or stopping or (self._due(config.save_every) and not (ends and best)):
                     self.save()
                 if stopping or self.length.reached(progress.step):
                     self.saver.finish()
@@ -217,6 +215,26 @@ class _Run:
                     raise Interrupted(
                         f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume", stopping
                     )
+        self.workers = None
+        self._load_best()
+
+    def _best(self) -> Best | None:
+        """Return the lowest held-out loss so far, if there is one and the run is to end with its weights."""
+        best = self.held_out.best if self.held_out is not None and self.config.load_best_model_at_end else None
+        return best if best is not None and best.step is not None else None
+
+    def _load_best(self) -> None:
+        """Load the weights with the lowest held-out loss and save them as those of the last step."""
+        best, step = self._best(), self.progress.step
+        if best is None or best.step is None or best.step == step:
+            return
+        folder = step_folder(self.run.checkpoints, best.step)
+        self.train_step.load(folder)
+        self.training.load_state({**read_state(folder)["task"], **load_training_tensors(folder)})
+        get_log().info(f"the weights are those of step {best.step}, whose held-out loss is the lowest: {best.loss:.4f}")
+        best.step, best.loaded, self.saved = step, best.step, None
+        self.save()
+        self.saver.finish()
 
     def finish(self) -> Path:
         """Evaluate and report, and return the last checkpoint; if that fails, nothing of the training is lost."""
@@ -328,7 +346,11 @@ class _Run:
         }
         step, files = self.train_step, self.training.files()
         moments = optimizer_state_dict(step.optimizer, model)
-        return Snapshot(self.progress.step, model, moments, state, tensors, files, step.shards(), step.num_shards)
+        best = self._best()
+        return Snapshot(
+            self.progress.step, model, moments, state, tensors, files, step.shards(), step.num_shards,
+            kept=None if best is None else best.step,
+        )  # fmt: skip
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)
@@ -357,41 +379,3 @@ class _Run:
         self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
         self.training.restore(self.progress.cursor)
         get_log().info(f"resumed from {folder}")
-
-
-class RunLength:
-    """The number of steps of a run; None until it is known.
-
-    A measured number goes into the run's config.yaml, and from then on counts as a configured one: a run resumed or
-    repeated with that file takes exactly the same steps.
-    """
-
-    def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
-        self._config, self._run, self._ranks = config, run, ranks or ProcessGroupContext()
-        self._spent: list[float] = []  # seconds of each step
-        written = run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
-        self.steps: int | None = written if isinstance(written, int) else None
-
-    def reached(self, step: int) -> bool:
-        return self.steps is not None and step >= self.steps
-
-    def observe(self, step: int, seconds: float) -> None:
-        """Record how long step `step` took; fix the length once enough is known."""
-        if self.steps is not None or self._config.minutes is None:
-            return
-        self._spent.append(self._ranks.broadcast_object(seconds))  # all ranks must come to the same number
-        measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
-        enough = len(measured) >= MIN_MEASURED and spent >= budget * MEASURED_FRACTION
-        slow = len(measured) >= 1 and spent >= budget / 2  # too slow to be measured well
-        if not (enough or slow):
-            return
-        recent = measured[len(measured) // 2 :]  # the first ones fill caches that the later ones find filled
-        left = budget * TIME_FOR_STEPS - spent
-        total = step + max(0, math.floor(left / (sum(recent) / len(recent))))
-        # The steps so far were taken at the full rate: the decay must not start before them, or a repeated run differs.
-        while decay_start(total, self._config.schedule) < step:
-            total += 1
-        self.steps = total
-        if self._ranks.is_main_process:
-            self._run.set_config(LOOP_SECTION, "steps", total)
-        get_log().info(f"{total} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}")

@@ -136,16 +136,17 @@ class MultimodalTraining(TrainingTask):
         loss = loss + sum((weight.reshape(-1)[:0].sum() for weight in self.optional_parameters()), start=0.0)
         return StepResult(loss, metrics, loads, work)
 
-    def held_out_batches(self, count: int) -> list[Batch]:
-        return pack_held_out(self.recipe, self.modalities, self.ranks, count)
+    def held_out_batches(self, count: int, choosing: bool = False) -> list[Batch]:
+        return pack_held_out(self.recipe, self.modalities, self.ranks, count, choosing)
 
     def held_out_loss(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Return the training loss of other records: `loss` as it is minimised, and means over learned tokens by kind.
 
-        The routers' side losses are left out.
+        By task it is the mean over examples, of each over its learned tokens. The routers' side losses are left out.
         """
-        kinds = list(self.omni.adapters)
+        kinds, tasks = list(self.omni.adapters), sorted({component.task for component in self.recipe.mixture})
         nll, learned = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+        sums, posed = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0.0)
         total, examples = 0.0, 0
         for batch in batches:
             losses, _ = self.omni.compute_loss(batch.to(self.omni.device), as_trained=True)
@@ -155,10 +156,16 @@ class MultimodalTraining(TrainingTask):
                 nll[kind] += float(part.nll.sum())
                 learned[kind] += len(part.nll)
                 total += float(part.total)
+                loss = (part.nll * part.weight).tolist()
+                for example, value in zip(part.example.tolist(), loss, strict=True):
+                    sums[batch.tasks[example]] += value
             examples += batch.num_examples
-        total, count, *sums = self.ranks.all_reduce([total, examples, *nll.values(), *learned.values()])
-        means = zip(kinds, sums[: len(kinds)], sums[len(kinds) :], strict=True)
-        return {"loss": total / max(1.0, count), **{kind: one / n for kind, one, n in means if n}}
+            for task in batch.tasks:
+                posed[task] += 1
+        numbers = [total, examples, *nll.values(), *sums.values(), *learned.values(), *posed.values()]
+        total, count, *rest = self.ranks.all_reduce(numbers)
+        means = zip([*kinds, *tasks], rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True)
+        return {"loss": total / max(1.0, count), **{name: one / n for name, one, n in means if n}}
 
     def optional_parameters(self) -> list[nn.Parameter]:
         return list(self.omni.adapters.parameters()) if self.ranks.wrapped else []
@@ -210,7 +217,8 @@ class MultimodalTraining(TrainingTask):
         at_end = self.recipe.eval.at_end
         if not self.ranks.is_main_process:
             return
-        progress = read_state(latest(run.path))["progress"]
+        state = read_state(latest(run.path))
+        progress, best = state["progress"], state["callbacks"].get("held_out") or {}
         seen = epochs_seen(progress["cursor"]["mixture"])
         listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
         get_log().info(f"epochs of each source and task: {listed}")
@@ -226,7 +234,7 @@ class MultimodalTraining(TrainingTask):
         report, joules = kept or self._evaluate(run, checkpoint)
         if kept is None:
             save_evaluation(run, report, joules)
-        self._report(run, progress, report, joules)
+        self._report(run, progress, best, report, joules)
         drop_evaluation(run)
 
     def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[EvalReport, float]:
@@ -256,7 +264,9 @@ class MultimodalTraining(TrainingTask):
         omni.backbone.executor.dispatcher = TokenDispatcher()
         return LoadedModel(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 
-    def _report(self, run: RunFolder, progress: dict[str, Any], report: EvalReport, joules: float) -> None:
+    def _report(
+        self, run: RunFolder, progress: dict[str, Any], best: dict[str, Any], report: EvalReport, joules: float
+    ) -> None:
         set_aside = summary_of_records(progress["cursor"]["quarantine"])
         if set_aside:
             get_log().info(f"{set_aside}; see {run.quarantine}" if run.quarantine.is_file() else set_aside)
@@ -272,6 +282,9 @@ class MultimodalTraining(TrainingTask):
             seconds=float(progress["seconds"]),
             codecs={name: codec_scores(name) for name in (modalities.image.codec, modalities.audio.codec)},
             energy=read_account(run, evaluation=joules),
+            weights_of_step=best.get("loaded"),
+            held_out_loss=best.get("loss"),
+            stopped_at=best.get("stopped_at"),
         )
         write_report(run, report, facts)
         get_log().info(f"wrote {run.path / 'report.html'}")

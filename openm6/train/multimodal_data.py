@@ -176,20 +176,28 @@ def open_packer(
 
 
 def pack_held_out(
-    recipe: MultimodalRecipe, modalities: Modalities, ranks: ProcessGroupContext, count: int
+    recipe: MultimodalRecipe, modalities: Modalities, ranks: ProcessGroupContext, count: int, choosing: bool = False
 ) -> list[PackedBatch]:
     """Return this rank's rows of the first `count` batches of the mixture over its test records.
 
-    A source with validation records supplies those instead; tasks whose source has neither are left out. Each row is a
-    data shard, so that rows do not depend on the number of ranks.
+    A source with validation records supplies those instead; tasks whose source has neither are left out. If the loss
+    is for `choosing` a model, it is over validation records alone: what is chosen by test records looks too good on
+    them. Each row is a data shard, so that rows do not depend on the number of ranks.
 
     Raises:
         ConfigError: no source has validation or test records.
         TrainingError: too many of them are broken.
     """
-    validation, test = open_sources(recipe.sources, "validation"), open_sources(recipe.sources, "test")
-    sources = {name: source if len(source) else test[name] for name, source in validation.items()}
+    sources = open_sources(recipe.sources, "validation")
+    if not choosing:
+        test = open_sources(recipe.sources, "test")
+        sources = {name: source if len(source) else test[name] for name, source in sources.items()}
     mixture = [component for component in recipe.mixture if len(sources[component.source])]
+    if not mixture and choosing:
+        raise ConfigError(
+            "loop.early_stopping_patience and load_best_model_at_end need validation records and no source of the "
+            "mixture has any: add validation_fraction: 0.1 to a source, or leave them out"
+        )
     if not mixture:
         raise ConfigError(
             "loop.held_out needs validation or test records and no source of the mixture has any: raise test_fraction, "

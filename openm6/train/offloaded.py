@@ -188,7 +188,9 @@ class OffloadedTrainStep(TrainStep):
             self.offload,
             available(self.device, self.offload, self._checkpoints),
             value_bytes=HALF if resolve_precision(self.config.precision, self.device) == "bf16" else FULL,
-            checkpoints=0 if self._checkpoints is None else self.config.keep_last + 1,
+            checkpoints=0
+            if self._checkpoints is None
+            else self.config.keep_last + 1 + self.config.load_best_model_at_end,
             gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
         )
 

@@ -124,8 +124,8 @@ class TrainingTask:
         """Return scores of the model as it is now, called in evaluation mode without gradients; empty: none."""
         return {}
 
-    def held_out_batches(self, count: int) -> list[Any]:
-        """Return batches of records that are never trained on, always the same ones.
+    def held_out_batches(self, count: int, choosing: bool = False) -> list[Any]:
+        """Return batches of records that are never trained on, always the same ones; no test records if `choosing`.
 
         Raises:
             ConfigError: this kind of training has none, or its data holds none.

@@ -29,6 +29,7 @@ from openm6.evaluate.report import (
     write_report,
 )
 from openm6.evaluate.results import EvalReport, Sample
+from openm6.evaluate.summary import card
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
 from openm6.modalities.text import MASK_CHARACTER
@@ -242,6 +243,15 @@ def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
     assert "No curves" in text and "No task was evaluated." in text
 
 
+def test_weights_that_were_chosen_and_an_early_end_are_reported(tmp_path: Path) -> None:
+    facts = dataclasses.replace(example.facts(), weights_of_step=1500, held_out_loss=2.125, stopped_at=1800)
+    html = report_html(example.run_folder(tmp_path), EvalReport([], 0.0, "none"), facts)
+    for text in (html, card(EvalReport([], 0.0, "none"), facts)):
+        assert "Training ended early: the held-out loss no longer fell at step 1,800." in text
+        assert "The weights are those of step 1,500, whose held-out loss was the lowest, 2.125." in text
+    assert "held-out" not in card(EvalReport([], 0.0, "none"), example.facts())
+
+
 @pytest.mark.filterwarnings("error")
 def test_lines_of_metrics_without_a_speed_make_no_warning(tmp_path: Path) -> None:
     run = example.run_folder(tmp_path)
@@ -288,7 +298,7 @@ def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
     run = example.run_folder(tmp_path)
     write_report(run, example.eval_report(), example.facts())
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert set(content) == {"seconds", "params", "tokens", "steps", "tasks", "codecs", "energy"}
+    assert set(content) == {"seconds", "params", "tokens", "steps", "weights_of_step", "tasks", "codecs", "energy"}
     assert content["params"] == {"total": 5_123_456, "active": 2_034_567}
     assert (content["seconds"], content["tokens"], content["steps"]) == (391.0, 3_512_000, 2140)
     task = content["tasks"]["text_to_image/things"]

@@ -150,7 +150,7 @@ def test_a_kind_of_training_without_it_says_so(tmp_path: Path) -> None:
 class StrayTraining(ToyTraining):
     """The model is sound, yet its loss on other records and its scores are not finite."""
 
-    def held_out_batches(self, count: int) -> list[Any]:
+    def held_out_batches(self, count: int, choosing: bool = False) -> list[Any]:
         return []
 
     def held_out_loss(self, batches: Any) -> dict[str, float]:
