@@ -41,7 +41,8 @@ MAX_HORIZON = 24
 # Artificial series: the name of the source, its shortest context, windows from which it has no larger part than the
 # user's series, and the largest part.
 ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
-LABELS_OF_IMAGES = frozenset({"image_categorization", "image_classification"})
+# Weights beside predictions of columns, which need most of the time.
+WEIGHTS_BESIDE = {"text_to_image": 0.2, "image_captioning": 0.2}
 # Read for the season of a series: windows, of at most so many rows.
 WINDOWS, MAX_ROWS = 50, 1536
 MIN_SERIES = 40  # rows from which a series is proposed
@@ -69,7 +70,7 @@ class DatasetReport:
     problems: list[str] = field(default_factory=list)  # the first MAX_PROBLEMS
     tasks: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Any] = field(default_factory=dict)  # settings to read them with, if only labels are learned
+    images: dict[str, Any] = field(default_factory=dict)  # settings to read them with
 
     @property
     def broken_fraction(self) -> float:
@@ -105,7 +106,7 @@ def inspect_path(path: str) -> Inspection:
     reports = _inspect_all(path)
     usable = {report.name: report for report in reports if report.tasks}
     sources = {name: report.source for name, report in usable.items()}
-    mixture: list[dict[str, Any]] = [{"source": name, "task": task} for name, x in usable.items() for task in x.tasks]
+    mixture = [part for report in usable.values() for part in _parts(report)]
     series = [report for report in usable.values() if report.tasks == ["time_series_forecasting"]]
     if made := _artificial_series(series):
         sources[ARTIFICIAL], part = made
@@ -124,11 +125,19 @@ def inspect_path(path: str) -> Inspection:
 
 
 def _image_settings(reports: list[DatasetReport]) -> dict[str, Any]:
-    """The section of a recipe that only labels images: how they are read."""
-    if not reports or not all(report.images for report in reports):
+    """The section of a recipe about how images are read, as far as sources agree."""
+    found = [report.images for report in reports if report.images]
+    if not found:
         return {}
-    common = {name: value for name, value in reports[0].images.items() if all(name in x.images for x in reports)}
+    common = {name: value for name, value in found[0].items() if all(name in images for images in found)}
     return {"modalities": {"image": common}}
+
+
+def _parts(report: DatasetReport) -> list[dict[str, Any]]:
+    """The mixture's parts of one source."""
+    beside = WEIGHTS_BESIDE if any(name.startswith("record_") for name in report.tasks) else {}
+    weights = {name: {"weight": beside[name]} if name in beside else {} for name in report.tasks}
+    return [{"source": report.name, "task": name, **weight} for name, weight in weights.items()]
 
 
 def _artificial_series(reports: list[DatasetReport]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -234,7 +243,7 @@ def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> li
     sources = _open(report, config, get_args(Split) if named else ("train", "test"))
     records = [record for split in ("train", "test") if split in sources for record in _read(report, sources[split])]
     report.tasks = propose_tasks(records)
-    if report.tasks and set(report.tasks) <= LABELS_OF_IMAGES:
+    if any("image" in TASKS[name].inputs for name in report.tasks) and any("image" in record for record in records):
         report.images = propose_images(records)
     if "train" in sources:
         report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])

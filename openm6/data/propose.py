@@ -260,11 +260,15 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
     return [name for name in names if records and posable[name] / len(records) >= MIN_RECORDS_FRACTION]
 
 
-MIN_PATCHES = 16  # to which small images are enlarged
 OPENED = 50  # about so many images are opened for their colours
 MIN_CHROMA = 10.0  # of 255: mean difference of the largest and smallest of red, green and blue, in images in colour
-# Labels of which a mirrored image may be none: numbers, letters, directions.
-_ONE_HANDED = re.compile(r"\d|\b(\w|left|right|\w*clockwise)\b", re.IGNORECASE)
+# Of 16 x 16 pixels: small images are enlarged to so many, large ones reduced.
+MIN_PATCHES, MAX_PATCHES = 4, 16
+# Labels that a mirrored image may not have: numbers and letters.
+_WRITTEN = re.compile(r"\d|\b(\w|zero|one|two|three|four|five|six|seven|eight|nine)\b", re.IGNORECASE)
+_SIDES = {"left": "right", "right": "left", "左": "右", "右": "左", "clockwise": "anticlockwise",
+          "anticlockwise": "clockwise", "counterclockwise": "clockwise"}  # fmt: skip
+_SIDE = re.compile(r"\b(?:left|right|(?:anti|counter)?clockwise)\b|左|右")
 
 
 def is_coloured(image: PIL.Image.Image) -> bool:
@@ -273,15 +277,26 @@ def is_coloured(image: PIL.Image.Image) -> bool:
     return bool((levels.max(-1) - levels.min(-1)).mean() > MIN_CHROMA)
 
 
+def _may_be_mirrored(records: Sequence[Record]) -> bool:
+    """Whether no label is a number, a letter or the mirror image of another, and no text names a side."""
+    named = [[record.get("label"), record.get("label_zh"), *(record.get("categories") or {}).values()]
+             for record in records]  # fmt: skip
+    labels = {str(label).lower() for values in named for label in values if label}
+    mirrored = {_SIDE.sub(lambda side: _SIDES[side[0]], label) for label in labels if _SIDE.search(label)}
+    texts = [str(record.get(key) or "").lower() for record in records for key in ("text_en", "text_zh", "question")]
+    sides = [text for text in texts if text not in labels and _SIDE.search(text)]
+    return not (any(map(_WRITTEN.search, labels)) or mirrored & labels or sides)
+
+
 def propose_images(records: Sequence[Record]) -> dict[str, Any]:
     """Settings of `modalities.image` for records of images; mirrored ones if most are in colour."""
-    labels = {str(record[key]) for record in records for key in ("label", "label_zh") if record.get(key)}
     # A folder is sorted by label, so the opened images are taken at equal distances.
     raws = [record["image"] for record in records if "image" in record]
     opened = [unless_broken(read_image, raw) for raw in raws[:: max(1, len(raws) // OPENED)]]
     coloured = [is_coloured(image) for image in opened if image is not None]
-    mirrored = statistics.fmean(coloured or [0]) > 0.5 and not any(map(_ONE_HANDED.search, labels))
-    return {"min_patches": MIN_PATCHES, **({"flips": True} if mirrored else {})}
+    mirrored = statistics.fmean(coloured or [0]) > 0.5 and _may_be_mirrored(records)
+    patches = {"patch": 16, "min_patches": MIN_PATCHES, "max_patches": MAX_PATCHES}
+    return {"stem": "conv", **patches, "augmentation": "strong", **({"flips": True} if mirrored else {})}
 
 
 POSED = 3  # records that each task is posed on; every prompt of a task shows all inputs

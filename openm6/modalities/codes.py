@@ -238,19 +238,23 @@ class CodesModality(Modality):
         fill(np.zeros((), np.int64))
         return segment
 
+    def stem(self, hidden_size: int) -> nn.Module:
+        """The first layer of a patch."""
+        return nn.Linear(self.patch_size, hidden_size)
+
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(hidden_size)
         out = CodesAdapter(position, hidden_size, self.codec.config.levels, self.codec.config.groups)
-        patches = PatchAdapter(position, self.patch_size, hidden_size)
+        patches = PatchAdapter(position, self.stem(hidden_size), hidden_size)
         return {f"{self.name}_in": patches, f"{self.name}_out": out}
 
 
 class PatchAdapter(Adapter):
     """Flat patches of raw values to vectors; masked patches become one learned vector."""
 
-    def __init__(self, position: FourierPositionEmbedding, features: int, hidden_size: int) -> None:
+    def __init__(self, position: FourierPositionEmbedding, stem: nn.Module, hidden_size: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(features, hidden_size)
+        self.inner = stem
         self.outer = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
         self.gone = nn.Parameter(torch.empty(hidden_size))
@@ -258,7 +262,8 @@ class PatchAdapter(Adapter):
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        hidden = F.gelu(self.inner(arrays["patches"].to(self.gone.dtype)))  # N F -> N D
+        shapes = [arrays["shapes"]] if "shapes" in arrays else []
+        hidden = F.gelu(self.inner(arrays["patches"].to(self.gone.dtype), *shapes))  # N F -> N D
         vectors = self.norm(self.outer(hidden))
         vectors = torch.where(arrays["is_masked"][:, None], self.gone.to(vectors.dtype), vectors)
         return vectors + self.place(arrays["positions"])

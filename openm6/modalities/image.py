@@ -9,26 +9,32 @@ import io
 import math
 import warnings
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import PIL.Image
 import torch
 from PIL import ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from openm6.codecs.image import ImageCodec
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
+from openm6.modalities.image_stem import ConvStem
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
-PATCH = 8
 # Units of rotary positions along each side of an image.
 SIDE_UNITS = 32
 MAX_PIXELS = 32_000_000
+# Strong augmentation, at most: logarithms of scale and aspect, angle in radians, shift across and down in sides;
+# brightness of each colour.
+REACH = (0.2, 0.1, 0.15, 0.1, 0.1)
+GAINS = (0.7, 1.2)
+# Slight augmentation: brightness of all colours.
+CONTRASTS = (0.85, 1.1)
 # Pixels decoded for each that is kept: fewer would show after resizing.
 OVERSAMPLING = 4
 
@@ -121,8 +127,10 @@ def image_grid(down: int, across: int) -> TokenGrid:
 class ImageConfig(Config):
     """`codec` is a shipped name or a file; generated images are squares of `side` pixels.
 
-    An image that is read becomes `min_patches` to `max_patches` patches of 8 x 8 pixels, enlarged or shrunk to that.
-    `flips`: half of the training images are mirrored, which letters and digits do not allow.
+    An image that is read becomes `min_patches` to `max_patches` patches of `patch` x `patch` pixels, enlarged or shrunk
+    to that. `stem`: patches are embedded by a linear layer each, or by convolutions over the image. `augmentation` of
+    training images: slight shifts, or also other scales, angles and colours. `flips`: half of the training images are
+    mirrored, which letters and digits do not allow.
     """
 
     codec: str = "image-64"
@@ -130,6 +138,9 @@ class ImageConfig(Config):
     min_patches: int = Field(default=0, ge=0)  # 0: small images keep their size
     max_patches: int = Field(default=64, ge=1)
     max_pixels: int = Field(default=MAX_PIXELS, ge=64)
+    patch: Literal[8, 16] = 8
+    stem: Literal["linear", "conv"] = "linear"
+    augmentation: Literal["slight", "strong"] = "slight"
     flips: bool = False
 
     @model_validator(mode="after")
@@ -143,11 +154,11 @@ class Image(CodesModality):
     """An image as patches in, at its own aspect up to a budget of tokens, and a square of `side` pixels out."""
 
     name: ClassVar[str] = "image"
-    patch_size = PATCH * PATCH * 3
 
     def __init__(self, codec: ImageCodec, config: ImageConfig) -> None:
         side = config.side
         self.codec, self.config, self.max_pixels = codec, config, config.max_pixels
+        self.patch_size = config.patch**2 * 3
         self.side = side
         self.target_grid = image_grid(side // codec.config.stride, side // codec.config.stride)
         self.code_cache, self._pixel_cache = (LRUCache[np.ndarray](CACHE_BYTES) for _ in range(2))
@@ -156,27 +167,36 @@ class Image(CodesModality):
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
         mask_box = options.get("mask_box")
         values = self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw))
-        contrast = np.float32(1)
+        gain = np.ones((), np.float32)
         # An inpainted region must keep its position.
         if rng is not None and mask_box is None:
-            values = _moved(values, rng)
+            strong = self.config.augmentation == "strong"
+            values = _transformed(values, rng) if strong else _moved(values, rng)
             if self.config.flips and rng.random() < 0.5:
                 values = values[:, ::-1]
-            contrast = np.float32(rng.uniform(0.85, 1.1))
-        down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
-        patches = values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
+            gain = np.asarray(rng.uniform(*GAINS, 3) if strong else rng.uniform(*CONTRASTS), np.float32)
+        side = self.config.patch
+        down, across = values.shape[0] // side, values.shape[1] // side
+        patches = values.reshape(down, side, across, side, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1, 3)
         mask = None if mask_box is None else box_mask(mask_box, down, across)
-        return self._source((LEVELS * contrast)[patches], mask, image_grid(down, across))
+        floats = (LEVELS[patches] * gain).reshape(len(patches), -1)
+        segment = self._source(floats, mask, image_grid(down, across))
+        if self.config.stem == "conv":
+            segment.arrays["shapes"] = np.full((len(patches), 2), (down, across))
+        return segment
+
+    def stem(self, hidden_size: int) -> nn.Module:
+        return ConvStem(self.config.patch, hidden_size) if self.config.stem == "conv" else super().stem(hidden_size)
 
     def _fit(self, raw: Any) -> np.ndarray:
         """An image resized to whole patches within the limits on their number.  # H W 3"""
-        image = read_image(raw, self.max_pixels, self.config.max_patches * PATCH**2)
-        down, across = image.height / PATCH, image.width / PATCH
+        image = read_image(raw, self.max_pixels, self.config.max_patches * self.config.patch**2)
+        down, across = image.height / self.config.patch, image.width / self.config.patch
         count = max(down * across, 1e-9)
         scale = (min(max(count, self.config.min_patches), self.config.max_patches) / count) ** 0.5
         rows = min(max(1, round(down * scale)), self.config.max_patches)
         columns = min(max(1, round(across * scale)), self.config.max_patches // rows)
-        size = (columns * PATCH, rows * PATCH)
+        size = (columns * self.config.patch, rows * self.config.patch)
         return np.asarray(image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC))
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
@@ -250,3 +270,22 @@ def _moved(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for axis, move in enumerate(moves):
         values = values.take(np.arange(move, move + values.shape[axis]), axis, mode="clip")
     return values
+
+
+def _transformed(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The image at another scale, aspect, angle and position, edges repeated, as strong augmentation.  # H W 3"""
+    height, width = values.shape[:2]
+    margin = max(height, width) // 4
+    for axis, length in enumerate((height, width)):
+        values = values.take(np.arange(-margin, length + margin), axis, mode="clip")
+    log_scale, log_aspect, angle, *shift = (rng.uniform(-1, 1, 5) * REACH).tolist()
+    cos, sin = math.exp(log_scale) * math.cos(angle), math.exp(log_scale) * math.sin(angle)
+    wider, taller = math.exp(log_aspect), math.exp(-log_aspect)
+    # A pixel of the result is read there: the middle stays the middle, but for the shift.
+    x = width / 2 + margin + shift[0] * width - (cos * width * wider + sin * height) / 2
+    y = height / 2 + margin + shift[1] * height - (cos * height * taller - sin * width) / 2
+    image = PIL.Image.fromarray(values).transform(
+        (width, height), PIL.Image.Transform.AFFINE, (cos * wider, sin, x, -sin, cos * taller, y),
+        PIL.Image.Resampling.BILINEAR,
+    )  # fmt: skip
+    return np.asarray(image)

@@ -135,7 +135,9 @@ def test_a_folder_of_images(tmp_path):
     [
         ("red", ("cat", "dog"), True),
         ("grey", ("cat", "dog"), None),
-        ("red", ("stop", "turn left"), None),
+        ("red", ("turn right", "turn left"), None),
+        ("red", ("motorcycle left", "rocket"), True),
+        ("red", ("letter b", "letter d"), None),
     ],
 )
 def test_how_images_are_read_follows_from_their_colours_and_labels(tmp_path, colour, labels, flips):
@@ -146,7 +148,8 @@ def test_how_images_are_read_follows_from_their_colours_and_labels(tmp_path, col
             (tmp_path / label / f"{number}.png").write_bytes(png(colour))
     recipe = yaml.safe_load(inspect_path(str(tmp_path)).usable_recipe())
     image = recipe["modalities"]["image"]
-    assert image.get("flips") == flips and image["min_patches"] == 16
+    assert image.get("flips") == flips
+    assert image["stem"] == "conv" and image["patch"] == 16 and image["augmentation"] == "strong"
 
 
 def test_audio_clips_and_their_words(tmp_path):

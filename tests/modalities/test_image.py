@@ -14,7 +14,6 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.codes import FourierPositionEmbedding, PatchAdapter
 from openm6.modalities.image import (
-    PATCH,
     Image,
     ImageConfig,
     box_mask,
@@ -26,6 +25,8 @@ from openm6.modalities.image import (
 from openm6.modalities.interface import Segment, line
 from tests.data.sample_images import bomb, png
 from tests.small_model import modalities
+
+PATCH = 8
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_a_hole_hides_from_the_source_and_alone_is_learned(image: Image) -> None
 
 def test_what_is_gone_is_one_vector() -> None:
     torch.manual_seed(0)
-    adapter = PatchAdapter(FourierPositionEmbedding(8), 12, 8)
+    adapter = PatchAdapter(FourierPositionEmbedding(8), torch.nn.Linear(12, 8), 8)
     arrays = {
         "patches": torch.randn(4, 12),
         "is_masked": torch.tensor([True, False, True, False]),
@@ -220,8 +221,16 @@ def test_small_images_are_enlarged_to_a_number_of_patches(image: Image) -> None:
         build(ImageConfig, {"min_patches": 9, "max_patches": 4}, "modalities.image")
 
 
-def test_augmentation_follows_the_generator_and_leaves_masked_images_alone(image: Image) -> None:
-    one, values = with_settings(image, flips=True), noise(32, 48)
+def test_patches_of_sixteen_pixels(image: Image) -> None:
+    values = noise(32, 48)
+    found = with_settings(image, patch=16).source(values)
+    assert (len(found), found.span) == (6, 3)
+    assert np.array_equal(found.arrays["patches"][4].reshape(16, 16, 3), pixels(values[16:, 16:32]))
+
+
+@pytest.mark.parametrize("augmentation", ["slight", "strong"])
+def test_augmentation_follows_the_generator_and_leaves_masked_images_alone(image: Image, augmentation: str) -> None:
+    one, values = with_settings(image, flips=True, augmentation=augmentation), noise(32, 48)
 
     def patches(seed: int | None, options: dict[str, object] | None = None) -> np.ndarray:
         rng = None if seed is None else np.random.default_rng(seed)
@@ -233,11 +242,21 @@ def test_augmentation_follows_the_generator_and_leaves_masked_images_alone(image
     assert np.array_equal(patches(1, hole), patches(None, hole))
 
 
-def test_half_of_the_images_are_mirrored_only_if_allowed(image: Image) -> None:
+def test_strong_augmentation_keeps_the_image_in_view(image: Image) -> None:
+    values, rng = np.full((48, 64, 3), 255, np.uint8), np.random.default_rng(0)
+    values[16:32, 16:48] = (255, 0, 0)
+    one = with_settings(image, augmentation="strong")
+    seen = [one.source(values, rng).arrays["patches"].reshape(-1, 3) for _ in range(40)]
+    red = np.array([(patches[:, 0] > patches[:, 1] + 1).mean() for patches in seen])
+    assert red.min() > 0.08 and red.max() < 0.4 and red.std() > 0.02, "a sixth of the image, at other scales"
+
+
+@pytest.mark.parametrize("augmentation", ["slight", "strong"])
+def test_half_of_the_images_are_mirrored_only_if_allowed(image: Image, augmentation: str) -> None:
     values = np.zeros((32, 32, 3), np.uint8)
     values[:, 16:] = 255
     for flips, rate in ((False, 0.0), (True, 0.5)):
-        one = with_settings(image, flips=flips)
+        one = with_settings(image, flips=flips, augmentation=augmentation)
         rng = np.random.default_rng(0)
         firsts = [one.source(values, rng).arrays["patches"][0].mean() for _ in range(60)]
         assert np.mean(np.array(firsts) > 0) == pytest.approx(rate, abs=0.15)

@@ -1,0 +1,59 @@
+"""Convolutions over whole images before they are cut into patches (early convolutions, arXiv 2106.14881)."""
+
+# Letters: N tokens, F numbers in a patch, P side of a patch, I images of one size, C channels, D hidden size
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (32, 64, 128)  # channels at a half, a quarter and an eighth of the sides
+# Images computed at once are a multiple of this: a library compiles kernels for each number of them.
+IMAGES = 4
+
+
+class ConvStem(nn.Module):
+    """Halves images by strided convolutions until a patch is one vector; each but the last has a residual one after it.
+
+    Neighbouring patches of an image are read together; images never depend on each other.
+    """
+
+    def __init__(self, patch: int, hidden_size: int) -> None:
+        super().__init__()
+        self.patch, self.hidden_size = patch, hidden_size
+        widths = [3, *WIDTHS[: patch.bit_length() - 2], hidden_size]
+        pairs = list(pairwise(widths))
+        self.halve = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs)
+        self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[1:-1])
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[1:-1] for _ in range(2))
+        for layer in (*self.halve, *self.refine):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, patches: Tensor, shapes: Tensor) -> Tensor:
+        """Vectors of patches; `shapes` has the patches down and across in the image of each.  # N F, N 2 -> N D"""
+        vectors = patches.new_empty(len(patches), self.hidden_size)
+        kinds, of_kind = shapes.unique(dim=0, return_inverse=True)
+        for kind, (down, across) in enumerate(kinds.tolist()):
+            here = (of_kind == kind).nonzero()[:, 0]
+            grid = patches[here].view(-1, down, across, self.patch, self.patch, 3)
+            images = grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, down * self.patch, across * self.patch)
+            vectors = vectors.index_copy(0, here, self._convolve(images).permute(0, 2, 3, 1).flatten(0, 2))
+        return vectors
+
+    def _convolve(self, images: Tensor) -> Tensor:
+        """# I 3 H W -> I D H/P W/P"""
+        count = len(images)
+        x = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -count % IMAGES)).contiguous(memory_format=torch.channels_last)
+        for index, refine in enumerate(self.refine):
+            x = F.relu(_normed(self.halve[index](x), self.norms[2 * index]))
+            x = x + F.relu(_normed(refine(x), self.norms[2 * index + 1]))
+        return self.halve[-1](x)[:count]
+
+
+def _normed(x: Tensor, norm: nn.Module) -> Tensor:
+    """Normed over the channels of each pixel.  # I C H W"""
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
