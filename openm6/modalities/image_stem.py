@@ -23,7 +23,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, patch: int, hidden_size: int) -> None:
         super().__init__()
-        self.patch, self.hidden_size = patch, hidden_size
+        self.patch = patch
         widths = [3, *WIDTHS[: patch.bit_length() - 2], hidden_size]
         pairs = list(pairwise(widths))
         self.halve = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs)
@@ -35,14 +35,15 @@ class ConvStem(nn.Module):
 
     def forward(self, patches: Tensor, shapes: Tensor) -> Tensor:
         """Vectors of patches; `shapes` has the patches down and across in the image of each.  # N F, N 2 -> N D"""
-        vectors = patches.new_empty(len(patches), self.hidden_size)
         kinds, of_kind = shapes.unique(dim=0, return_inverse=True)
+        order, vectors = [], []
         for kind, (down, across) in enumerate(kinds.tolist()):
-            here = (of_kind == kind).nonzero()[:, 0]
-            grid = patches[here].view(-1, down, across, self.patch, self.patch, 3)
+            order.append((of_kind == kind).nonzero()[:, 0])
+            grid = patches[order[-1]].view(-1, down, across, self.patch, self.patch, 3)
             images = grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, down * self.patch, across * self.patch)
-            vectors = vectors.index_copy(0, here, self._convolve(images).permute(0, 2, 3, 1).flatten(0, 2))
-        return vectors
+            vectors.append(self._convolve(images).permute(0, 2, 3, 1).flatten(0, 2))
+        found = torch.cat(vectors)
+        return torch.empty_like(found).index_copy(0, torch.cat(order), found)
 
     def _convolve(self, images: Tensor) -> Tensor:
         """# I 3 H W -> I D H/P W/P"""

@@ -75,6 +75,13 @@ def test_every_weight_learns() -> None:
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in stem.parameters())
 
 
+def test_under_autocast_the_vectors_have_its_dtype() -> None:
+    image = conv_image()
+    arrays = arrays_of(*(image.source(noise(number, *size)) for number, size in enumerate(SIZES)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert image.stem(24)(arrays["patches"], arrays["shapes"]).dtype == torch.bfloat16
+
+
 def test_a_model_with_this_stem_is_rebuilt_from_its_description() -> None:
     config = ModalitiesConfig.model_validate({"image": {"stem": "conv", "patch": 16}})
     description = CheckpointConfig(backbone=BACKBONE, modalities=config, scales=SCALES, trained_tasks=[])
