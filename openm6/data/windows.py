@@ -22,13 +22,14 @@ from openm6.data.table import Table
 TRIED = 50  # first cells that rule out most forms before a whole column is parsed
 LONGEST = 32  # letters of a date
 _DATES = ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y",
-          "%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")  # fmt: skip
-_MONTHS = ("%Y-%m", "%Y/%m", "%m/%Y", "%m.%Y", "%m-%Y", "%b %Y", "%b-%Y", "%B %Y", "%H:%M", "%H:%M:%S")
+          "%d %b %Y", "%d-%b-%Y", "%Y-%b-%d", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")  # fmt: skip
+_MONTHS = ("%Y-%m", "%Y/%m", "%m/%Y", "%m.%Y", "%m-%Y", "%YM%m", "%Y-%b", "%Y %b", "%Y %B", "%b %Y", "%b-%Y", "%B %Y",
+           "%H:%M", "%H:%M:%S")  # fmt: skip
 FORMATS = (*(day + clock for day in _DATES for clock in ("", " %H:%M", " %H:%M:%S")), *_MONTHS)
 # 01.2024, which as a number would sort by month
 _DOTTED_MONTH = re.compile(r"(0[1-9]|1[0-2])\.(1[89]|2[01])\d\d")
 _YEAR = re.compile(r"\d{4}")
-_QUARTER = re.compile(r"(\d{4})[- ]?Q([1-4])")
+_QUARTER = re.compile(r"(?P<year>\d{4})[- ]?Q(?P<quarter>[1-4])|Q(?P<first>[1-4])[- /]?(?P<last>\d{4})", re.IGNORECASE)
 
 Parse = Callable[[str], float]
 """A time as text -> a number that sorts by time; ValueError if the text has another form."""
@@ -120,7 +121,7 @@ def _quarter(text: str) -> float:
     found = _QUARTER.fullmatch(text)
     if found is None:
         raise ValueError(text)
-    return _seconds(datetime(int(found[1]), 3 * int(found[2]) - 2, 1))
+    return _seconds(datetime(int(found["year"] or found["last"]), 3 * int(found["quarter"] or found["first"]) - 2, 1))
 
 
 def _strptime(text: str, time_format: str) -> float:
