@@ -38,6 +38,10 @@ MAX_PROBLEMS = 20
 # Of a window: steps without a season; with one, seasons of the context; a series has at least so many horizons.
 CONTEXT, HORIZON, SEASONS, HORIZONS = 32, 8, 3, 10
 MAX_HORIZON = 24
+# Of a long series, whose context is up to this fraction of it, and so many steps.
+CONTEXT_FRACTION, LONG_CONTEXT = 1 / 12, 64
+# For testing and, of series of so many horizons, for the calibration of intervals.
+HELD_OUT, CALIBRATED_HORIZONS = 0.1, 20
 # Artificial series: the name of the source, its shortest context, windows from which it has no larger part than the
 # user's series, and the largest part.
 ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
@@ -311,7 +315,12 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
         return None
     config = WindowsConfig(path=rows.path, columns=numbers, time=time, group=group, context=1, horizon=1)
     context, horizon = _window_shape(config, length)
-    config = config.model_copy(update={"context": context, "horizon": horizon})
+    # A test window needs a horizon of rows.
+    shape: dict[str, Any] = {"context": context, "horizon": horizon}
+    shape["test_fraction"] = HELD_OUT if HELD_OUT * length >= horizon + 1 else 2 * HELD_OUT
+    if length >= CALIBRATED_HORIZONS * horizon:
+        shape["validation_fraction"] = HELD_OUT
+    config = config.model_copy(update=shape)
     series = DatasetReport(f"{rows.name}_series", rows.path, config.kind, rows=rows.rows, sampled=rows.rows)
     described = {key: value for key, value in config.model_dump(exclude_none=True).items() if value != []}
     series.source = {"kind": config.kind, **described}
@@ -333,7 +342,8 @@ def _window_shape(config: WindowsConfig, length: int) -> tuple[int, int]:
     period = fit_series(windows).period
     longest = max(2, length // HORIZONS)
     horizon = min(period if 4 <= period <= MAX_HORIZON else HORIZON, longest)
-    context = max(CONTEXT * horizon // HORIZON if period == 1 else 0, SEASONS * period, CONTEXT)
+    long = min(LONG_CONTEXT, int(CONTEXT_FRACTION * length))
+    context = max(CONTEXT * horizon // HORIZON if period == 1 else 0, SEASONS * period, CONTEXT, long)
     return min(context, length // 2 - horizon), horizon
 
 

@@ -166,8 +166,9 @@ def _has_zone(cell: Any) -> bool:
 class WindowSource(Source):
     """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
 
-    `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets) and, if the table
-    has them, `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
+    `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets), for training windows
+    `place` (the first row, and how many rows a window of this group can begin with) and, if the table has them,
+    `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
     """
 
     def __init__(
@@ -212,8 +213,9 @@ class WindowSource(Source):
 class WindowsConfig(SourceConfig):
     """Sliding windows over the number columns of a table (Parquet, CSV or JSONL; `embedded:NAME` too).
 
-    Split by time: in each group the last `test_fraction` of the rows are forecast by test windows, whose context may
-    reach back into the training rows; training windows hold training rows alone.
+    Split by time: in each group the last `test_fraction` of the rows are forecast by test windows, and the last
+    `validation_fraction` of those before by validation windows, both with contexts that may reach back into the rows
+    before; training windows hold training rows alone.
     """
 
     kind: Literal["windows"] = "windows"
@@ -259,7 +261,7 @@ class WindowsConfig(SourceConfig):
         named = {"start": self.time, "group": self.group}
         described = {key: table.column(column) for key, column in named.items() if column is not None}
         length = self.context + self.horizon
-        windows = []
+        windows: list[tuple[np.ndarray, dict[str, Any]]] = []
         times = self._times(table)
         dated = self.time_format is not None or any(map(is_date, described.get("start", ())[:1]))
         for rows in self._groups(table, times):
@@ -272,9 +274,11 @@ class WindowsConfig(SourceConfig):
                 # Without a value there is nothing to forecast.
                 if np.isnan(values[covered[self.context :], : len(self.columns)]).all():
                     continue
-                about = {key: str(cells[covered[0]]) for key, cells in described.items()}
+                about: dict[str, Any] = {key: str(cells[covered[0]]) for key, cells in described.items()}
                 # Targets of windows that start within one horizon overlap: they are no independent evidence.
                 about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
+                if split == "train":
+                    about["place"] = begin, last - length + 1
                 windows.append((covered, about))
         if not windows and split == "train":
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")

@@ -21,15 +21,22 @@ from torch import Tensor, nn
 
 from openm6.modalities.histogram import BINS, LIMIT, Histogram, one_hot_bins, smooth_bins
 from openm6.modalities.interface import Adapter, Arrays
+from openm6.modalities.regression import (
+    MAX_VALUE,
+    TIMES,
+    Clock,
+    FittedRidges,
+    Ridges,
+    autoregression,
+    fit_ridges,
+    time_features,
+)
 
 PATCH = 8
 FREQUENCIES = 16
 # Small on purpose: large ones memorize (arXiv 2203.05556 and its authors' later advice).
 FREQUENCY_STD = 0.3
-FORECASTS = 8
-# A sine and a cosine of the time of the day, of the week, of the month and of the year, in seconds.
-CYCLES = (86_400.0, 7 * 86_400.0, 30.436875 * 86_400.0, 365.2425 * 86_400.0)
-TIMES = 2 * len(CYCLES)
+FORECASTS = 11
 WINDOW = 4  # features of a window: location and scale against the column's, typical change, number of steps
 PAST_FEATURES = 2 + 2 + TIMES
 FUTURE_FEATURES = 2 * FORECASTS + 1 + TIMES
@@ -41,6 +48,7 @@ DAMPING = 0.95
 DISTANCE_WEIGHT = 0.5
 # A lag is a period if the changes of a series correlate as much with those so many steps before.
 MIN_CORRELATION = 0.3
+MAX_CHANGES = 3.0  # medians of the changes
 MIN_ENERGY = 1e-20  # of these changes, against the values
 # The logarithm is taken if the changes grow with the level by at least this power.
 MIN_GROWTH = 0.5
@@ -62,14 +70,16 @@ class NumberSeries:
     A series to forecast has its `past`. `clock` holds the time of the first value (of the first of the past, if there
     is one) and the length of a step, in seconds; None if they are unknown. `stats` are those of the column if None.
     Covariates stand `beside` a past: their values begin at the same time, and those of known ones last longer.
+    `place` is that of a training window among those of its series, and their number; of other windows None.
     """
 
     name: str
     values: Sequence[float | None]
     past: Sequence[float | None] = ()
-    clock: tuple[float, float] | None = None
+    clock: Clock | None = None
     stats: SeriesStats | None = None
     beside: Sequence[NumberSeries] = ()
+    place: tuple[int, int] | None = None
 
     def to_forecast(self, ahead: int) -> NumberSeries:
         """The steps after these as a target; its values are only asked for, so any will do."""
@@ -97,6 +107,23 @@ def fit_series(windows: Sequence[np.ndarray]) -> SeriesStats:
     return SeriesStats(_period([np.log(window) for window in filled] if log else filled), log)
 
 
+def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> FittedRidges | None:
+    """The regressions of a column from training windows of equal lengths, which know their places."""
+    usable = [window for window in windows if window.place is not None]
+    if len({(len(window.past), len(window.values)) for window in usable}) != 1:
+        return None
+    whole = np.stack([fill_gaps(_floats([*window.past, *window.values])) for window in usable])  # W C+H
+    if stats.log:
+        if (whole <= 0).any():
+            return None
+        whole = np.log(whole)
+    ends = len(usable[0].past)
+    timed = all(window.clock is not None for window in usable)
+    times = np.concatenate([time_features(window.clock, ends, 1) for window in usable]) if timed else None
+    places = [window.place for window in usable if window.place is not None]
+    return fit_ridges(whole[:, :ends], whole[:, ends:], times, places)
+
+
 def _growth(windows: list[np.ndarray]) -> float:
     """The power p in `typical change ~ level ** p` over halves of windows: 1 for growth in percent."""
     halves = [half for window in windows for half in np.array_split(window, 2)]
@@ -109,12 +136,17 @@ def _growth(windows: list[np.ndarray]) -> float:
 
 
 def _period(windows: list[np.ndarray]) -> int:
-    """The lag at which changes correlate most, 1 if none does enough; of multiples of a lag, the shortest."""
+    """The lag at which changes correlate most, 1 if none does enough; of multiples of a lag, the shortest.
+
+    Large changes are clipped, or one of them would hide a season. Correlations that only fade with the lag are none.
+    """
     longest = min(map(len, windows)) // 2
     total, norm = np.zeros(longest + 1), 0.0
     for window in windows:
         change = np.diff(window)
         change = change - change.mean()
+        bound = MAX_CHANGES * float(np.median(np.abs(change)))
+        change = np.clip(change, -bound, bound) if bound > 0 else change
         energy = float(change @ change)
         # The changes of a line differ by rounding alone.
         if energy > MIN_ENERGY * float(window @ window):
@@ -124,7 +156,8 @@ def _period(windows: list[np.ndarray]) -> int:
     correlation = total / max(norm, 1.0)
     peaks = [
         lag for lag in range(2, longest)
-        if correlation[lag] >= max(MIN_CORRELATION, correlation[lag - 1], correlation[lag + 1])
+        if correlation[lag] >= max(correlation[lag - 1], correlation[lag + 1])
+        and correlation[lag] >= MIN_CORRELATION + max(0.0, correlation[1:lag].min())
     ]  # fmt: skip
     best = max((correlation[lag] for lag in peaks), default=0.0)
     return next((lag for lag in peaks if correlation[lag] >= 0.9 * best), 1)
@@ -179,11 +212,14 @@ class Window:
         return np.where(values <= 0, -math.sinh(LIMIT), np.where(np.isnan(values), np.nan, z))
 
 
-def simple_forecasts(window: Window, horizon: int) -> np.ndarray:
+def simple_forecasts(
+    window: Window, horizon: int, clock: Clock | None = None, ridges: Ridges | None = None
+) -> np.ndarray:
     """What simple methods forecast, in units of the window: the head weighs them for each step.  # -> H K
 
     Last value; mean of the last season; mean of all; damped trend; last season, plain and moved by its drift; season
-    and trend; the same with the last deviation from them, which fades.
+    and trend; the same with the last deviation from them, which fades; an autoregression; two regressions that were
+    fitted to the column, or the autoregression again.
     """
     z, period = window.z, window.period
     length, step = len(z), np.arange(1, horizon + 1)
@@ -198,12 +234,17 @@ def simple_forecasts(window: Window, horizon: int) -> np.ndarray:
     last_season = z[length - period :][phase]
     profile, rest = _profile(z, period, drift)
     smooth = level + drift * ((recent - 1) / 2 + step) + profile[(length + step - 1) % period]
-    own = float(rest[1:] @ rest[:-1] / max(rest[:-1] @ rest[:-1], 1e-12)) if length > 2 else 0.0
-    fading = smooth + rest[-1] * np.clip(own, 0.0, 0.98) ** step
+    kept = float(rest[1:] @ rest[:-1] / max(rest[:-1] @ rest[:-1], 1e-12)) if length > 2 else 0.0
+    fading = smooth + rest[-1] * np.clip(kept, 0.0, 0.98) ** step
     plain = np.full(horizon, 1.0)
+    own = autoregression(z, period, horizon)
+    fitted = [own, own]
+    if ridges is not None:
+        found = ridges.forecasts(window.loc + window.scale * z, clock, horizon)
+        fitted = [np.clip((x - window.loc) / window.scale, -MAX_VALUE, MAX_VALUE) for x in found]
     return np.stack([
         plain * z[-1], plain * level, plain * z.mean(), z[-1] + damped, last_season,
-        last_season + drift * period * ((step - 1) // period + 1), smooth, fading,
+        last_season + drift * period * ((step - 1) // period + 1), smooth, fading, own, *fitted,
     ], 1)  # fmt: skip
 
 
@@ -222,17 +263,6 @@ def _profile(z: np.ndarray, period: int, drift: float) -> tuple[np.ndarray, np.n
     recent = period if period > 1 else min(length, PATCH)
     trend = z[-recent:].mean() + drift * (step - (length - 1) + (recent - 1) / 2)
     return profile, z - trend - profile[step % period]
-
-
-def time_features(clock: tuple[float, float] | None, first: int, count: int) -> np.ndarray:
-    """Where in the day, week, month and year each step lies; 0 if unknown or shorter than a step.  # -> X T"""
-    if clock is None:
-        return np.zeros((count, TIMES))
-    start, length = clock
-    seconds = start + length * (first + np.arange(count))
-    angle = 2 * np.pi * seconds[:, None] / np.asarray(CYCLES)
-    seen = np.asarray(CYCLES) >= 2 * length
-    return np.concatenate([np.sin(angle) * seen, np.cos(angle) * seen], 1)
 
 
 def past_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, float]) -> Arrays:
@@ -257,13 +287,16 @@ def past_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, f
     }
 
 
-def future_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, float]) -> Arrays:
+def future_arrays(
+    series: NumberSeries, stats: SeriesStats, column: tuple[float, float], ridges: Ridges | None = None
+) -> Arrays:
     """Features of the steps to forecast, and what was observed there.  # -> N P M, N W, N P …"""
     values, past = _floats(series.values), _floats(series.past)
     window = Window.of(past, stats, column)
     count = len(values)
     patches = max(1, -(-count // PATCH))
-    forecasts = simple_forecasts(window, patches * PATCH)  # H K
+    ridges = ridges if window.log == stats.log else None
+    forecasts = simple_forecasts(window, patches * PATCH, series.clock, ridges)  # H K
     middle = forecasts.mean(1, keepdims=True)
     length = np.log1p(np.arange(len(forecasts)) / max(window.period, PATCH))[:, None]
     times = time_features(series.clock, len(past), len(forecasts))
@@ -357,10 +390,12 @@ class SeriesOut(Adapter):
         units, change = arrays["units"].double(), arrays["change"].double()  # N 3, N
         loc = units[:, :1] + units[:, 1:2] * location  # N P
         scale = torch.stack([loc, (units[:, 1] * change)[:, None].expand_as(loc)], -1)  # N P 2
-        found = (log_probability.exp(), scale, arrays["observed"])
+        spread = arrays["spread"][:, None].expand_as(loc)
+        found = (log_probability.exp(), scale, spread, arrays["observed"])
         rows = (array.flatten(0, 1).unflatten(0, (len(hidden), -1)).cpu().numpy() for array in found)
         logs = arrays["units"][:, 2].reshape(len(hidden), -1)[:, 0].bool().tolist()
-        return [Histogram(p[seen], scale[seen], log) for p, scale, seen, log in zip(*rows, logs, strict=True)]
+        return [Histogram(p[seen], scale[seen], log, spread[seen])
+                for p, scale, spread, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         nll, _ = self._expected(hidden, arrays, one_hot_bins)

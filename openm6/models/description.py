@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError
+from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
+from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import SeriesStats
 from openm6.modalities.text import read_tokenizer
 from openm6.models.config import BackboneConfig
@@ -30,7 +32,7 @@ class TrainedTask(Config):
 
 
 class CheckpointConfig(Config):
-    """Sizes, modalities, the scales of number columns, periods and logarithms of series, and the trained tasks."""
+    """Sizes, modalities, the scales of number columns, what is known of series, and the trained tasks."""
 
     format: int = FORMAT
     preset: str = ""
@@ -39,6 +41,8 @@ class CheckpointConfig(Config):
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]
     series: dict[str, SeriesStats] = {}
+    ridges: dict[str, tuple[str, str]] = {}  # of series, as text
+    spreads: dict[str, float] = {}  # of predicted distributions, by validation records
     trained_tasks: list[TrainedTask]
     tasks: dict[str, Any] = {}  # own ones among them, as in the recipe
     embedding: PoolConfig | None = None  # None: no trained task makes embeddings
@@ -75,4 +79,7 @@ def build_model(
     modalities = build_modalities(
         description.modalities, read_tokenizer(tokenizer, where), description.scales, description.series
     )
+    numbers = cast(Numbers, modalities["numbers"])
+    numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
+    numbers.spreads = description.spreads
     return Omni(description.backbone, modalities, description.embedding, meta_matrices), modalities

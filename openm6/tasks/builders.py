@@ -45,6 +45,8 @@ ANOMALY_SCALES = 6.0
 KEPT_COLUMNS = (0.2, 1.0)
 # The bound in a question differs from the value by a fraction of it in this range.
 MARGIN = (0.1, 0.5)
+# Of the training windows, without their times: a series is often asked about without.
+NO_CLOCK = 0.2
 
 
 def _text(record: Record, language: str) -> str:
@@ -177,11 +179,14 @@ def split_series(record: Record, context: Context) -> Built:
     values = found[name]
     start = len(values) - horizon
     past, clock = values[:start], extra.get("clock")
+    if clock is not None and context.train and context.rng.random() < NO_CLOCK:
+        clock = None
     stats = SeriesStats(extra["period"], extra["log"]) if "period" in extra else None
     beside = [NumberSeries(other, found[other] if other in known else found[other][:start], clock=clock)
               for other in covariates]  # fmt: skip
     series = NumberSeries(name, past, clock=clock, stats=stats, beside=beside)
-    future = NumberSeries(name, values[start:], past, clock, stats)
+    place = extra.get("place") if context.train else None
+    future = NumberSeries(name, values[start:], past, clock, stats, place=place)
     return Built({"series": Part("numbers", series)}, Part("numbers", future))
 
 

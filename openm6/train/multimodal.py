@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,19 @@ from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluat
 from openm6.evaluate.summary import result_line
 from openm6.inference.load import LoadedModel, load
 from openm6.modalities.batch import Batch, Counts, count, split
+from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import POOL
+from openm6.modalities.regression import FittedRidges
+from openm6.modalities.series import SeriesStats
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
+from openm6.train.calibration import fit_spreads
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
+    fit_all_ridges,
     fit_all_series,
     fit_scales,
     open_packer,
@@ -72,11 +77,15 @@ class MultimodalTraining(TrainingTask):
         used = {component.source: sources[component.source] for component in recipe.mixture}
         text = tokenizer_text(recipe, used, run) if self.ranks.is_main_process else ""
         self.tokenizer = self.ranks.broadcast_object(text)
-        self.description = _describe(recipe, used)
+        series = fit_all_series(used.values())
+        ridges = fit_all_ridges(used.values(), series)
+        self.description = _describe(recipe, used, series, ridges)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
             self.description, self.tokenizer, "the tokenizer", recipe.loop.offloaded
         )
+        self.numbers = cast(Numbers, self.modalities["numbers"])
+        self.numbers.ridges = ridges  # with those of folds, for training windows
         self.model = self.omni
         # In place; tensors on `meta` stay there.
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):
@@ -290,10 +299,20 @@ class MultimodalTraining(TrainingTask):
         get_log().info(f"wrote {run.path / 'report.html'}")
 
     def files(self) -> dict[str, str]:
+        if self.ranks.size == 1 and not self.recipe.loop.offloaded:
+            self.numbers.spreads = {}
+            loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
+            self.numbers.spreads = spreads = fit_spreads(self.recipe, loaded)
+            self.description = self.description.model_copy(update={"spreads": spreads})
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
 
 
-def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> CheckpointConfig:
+def _describe(
+    recipe: MultimodalRecipe,
+    sources: dict[str, Source],
+    series: dict[str, SeriesStats],
+    ridges: dict[str, FittedRidges],
+) -> CheckpointConfig:
     """Return the description of the model for checkpoints; `sources` are those of the mixture."""
     text = recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})
     used = dict.fromkeys(component.task for component in recipe.mixture if component.task in recipe.tasks)
@@ -302,7 +321,8 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> Checkpoin
         backbone=build_backbone(recipe.model),
         modalities=recipe.modalities.model_copy(update={"text": text}),
         scales=fit_scales(sources.values()),
-        series=fit_all_series(sources.values()),
+        series=series,
+        ridges={name: fitted.to_texts() for name, fitted in ridges.items()},
         embedding=recipe.pooling,
         trained_tasks=trained_tasks(recipe, sources),
         tasks={name: recipe.tasks[name].model_dump(mode="json") for name in used},

@@ -22,11 +22,13 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.data.windows import WindowSource
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.modalities.batch import Batch as PackedBatch
 from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
-from openm6.modalities.series import SeriesStats, fit_scale, fit_series
+from openm6.modalities.regression import FittedRidges
+from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_scale, fit_series
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
 from openm6.tasks.task import Task, literal_texts, word_count
@@ -35,6 +37,7 @@ from openm6.train.recipe import MultimodalRecipe
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
 SERIES_WINDOWS = 200  # windows of a source in which a period is looked for
+RIDGE_WINDOWS = 4000  # to which regressions are fitted
 SAMPLED = 20  # records of a source in which each task looks for its fields
 SEARCHED = 2_000  # records in which a task looks that found nothing in those
 COUNTED = 100  # records of a source in which words are counted
@@ -104,6 +107,20 @@ def fit_all_series(sources: Iterable[Source]) -> dict[str, SeriesStats]:
         for name, values in (record.get("series") or {}).items():
             windows.setdefault(name, []).append(np.asarray([np.nan if v is None else v for v in values], float))
     return {name: fit_series(found) for name, found in sorted(windows.items())}
+
+
+def fit_all_ridges(sources: Iterable[Source], stats: Mapping[str, SeriesStats]) -> dict[str, FittedRidges]:
+    """Return the regressions of every column that is read over time, from training windows alone."""
+    windows: dict[str, list[NumberSeries]] = {}
+    for source in sources:
+        for record in _readable(source, RIDGE_WINDOWS if isinstance(source, WindowSource) else 0):
+            extra = record["extra"]
+            for name, values in record["series"].items():
+                past, future = values[: extra["context"]], values[extra["context"] :]
+                one = NumberSeries(name, future, past, extra.get("clock"), place=extra["place"])
+                windows.setdefault(name, []).append(one)
+    found = {name: fit_column(of_column, stats[name]) for name, of_column in sorted(windows.items())}
+    return {name: ridges for name, ridges in found.items() if ridges is not None}
 
 
 def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> None:

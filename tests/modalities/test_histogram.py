@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, fit_spread, one_hot_bins, smooth_bins
 
 
 def test_smooth_bins_are_distributions_around_the_value() -> None:
@@ -95,3 +95,31 @@ def test_a_histogram_of_logarithms(histogram: Histogram) -> None:
     # Outer bins whose exp has no meaning must not decide the mean.
     spread = Histogram(np.full((1, BINS), 1 / BINS) * 1e-4 + histogram.probability, np.array([[2.0, 1.0]]), log=True)
     assert np.isfinite(spread.mean()[0]) and spread.mean()[0] < 100
+
+
+def test_a_spread_moves_quantiles_away_from_the_median(histogram: Histogram) -> None:
+    wide = Histogram(histogram.probability, np.array([[10.0, 3.0]]), spread=np.array([1.5]))
+    assert wide.probability.sum() == pytest.approx(1) and wide.median()[0] == pytest.approx(histogram.median()[0])
+    for fraction in (0.1, 0.3, 0.9):
+        plain, moved = (np.arcsinh((x.quantile(fraction)[0] - 10) / 3) for x in (histogram, wide))
+        middle = np.arcsinh((histogram.median()[0] - 10) / 3)
+        assert moved - middle == pytest.approx(1.5 * (plain - middle), abs=0.03)
+    same = Histogram(histogram.probability, np.array([[10.0, 3.0]]), spread=np.array([1.0]))
+    np.testing.assert_array_equal(same.probability, histogram.probability)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_the_fitted_spread_covers_what_it_should(histogram: Histogram, log: bool) -> None:
+    """Predictions that are too narrow by a half, over many values of which each is a block, and over few."""
+    count, rng = 2000, np.random.default_rng(0)
+    narrow = Histogram(np.repeat(histogram.probability, count, 0), np.tile([[1.0, 0.2]], (count, 1)), log)
+    wide = Histogram(narrow.probability, np.tile([[1.0, 0.2]], (count, 1)), log, spread=np.full(count, 1.5))
+    draws = np.array([rng.choice(BINS, p=row) for row in wide.probability])
+    truth = 1 + 0.2 * np.sinh(wide.borders[draws] + LIMIT / BINS)
+    truth = np.exp(truth) if log else truth
+    needed = narrow.spread_needed(truth)
+    assert fit_spread(needed, count) == pytest.approx(1.5, abs=0.1)
+    corrected = Histogram(narrow.probability, np.tile([[1.0, 0.2]], (count, 1)), log, np.full(count, 1.5))
+    low, high = corrected.interval(0.8)
+    assert ((low <= truth) & (truth <= high)).mean() == pytest.approx(0.8, abs=0.03)
+    assert 1 < fit_spread(needed[:9], 1) < 1.3 and fit_spread(needed[:0], 0) == 1

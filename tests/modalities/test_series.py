@@ -10,6 +10,7 @@ import torch
 
 from openm6.modalities.histogram import BINS, LIMIT
 from openm6.modalities.numbers import Numbers
+from openm6.modalities.regression import time_features
 from openm6.modalities.series import (
     FORECASTS,
     PATCH,
@@ -23,7 +24,6 @@ from openm6.modalities.series import (
     future_arrays,
     past_arrays,
     simple_forecasts,
-    time_features,
 )
 from openm6.modalities.text import Text, train_tokenizer
 
@@ -166,6 +166,7 @@ def test_the_head_learns_which_simple_forecast_is_right() -> None:
     windows = [NumberSeries("sales", list(sales(8, s + 48)), list(sales(48, s))) for s in starts]
     parts = [future_arrays(window, MONTHLY, COLUMN) for window in windows]
     arrays = tensors({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    arrays["spread"] = torch.ones(len(arrays["change"]))
     adapter = SeriesOut(32)
     optimizer = torch.optim.Adam(adapter.parameters(), 0.01)
 
