@@ -51,11 +51,11 @@ def test_covariates_stand_beside_the_past_and_known_ones_go_on(table):
 def test_validation_windows_lie_between(table):
     shape = {**SHAPE, "path": table, "test_fraction": 0.1, "validation_fraction": 0.1}
     train, validation, test = (open_windows(split, **shape) for split in ("train", "validation", "test"))
-    assert train[len(train) - 1]["series"]["a"][-1] == 47
-    assert [validation[n]["series"]["a"][4:] for n in (0, len(validation) - 1)] == [[48, 49], [52, 53]]
+    assert train[len(train) - 1]["series"]["a"][-1] == 48
+    assert [validation[n]["series"]["a"][4:] for n in (0, len(validation) - 1)] == [[49, 50], [52, 53]]
     assert test[0]["series"]["a"] == [50, 51, 52, 53, 54, 55] and "place" not in test[0]["extra"]
     assert len(open_windows("validation", **SHAPE, path=table)) == 0
-    assert [train[n]["extra"]["place"] for n in (0, 9)] == [(0, 43), (9, 43)]
+    assert [train[n]["extra"]["place"] for n in (0, 9)] == [(0, 44), (9, 44)]
 
 
 def test_training_windows_sometimes_have_no_clock(table):
