@@ -167,7 +167,7 @@ class WindowSource(Source):
     """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
 
     `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets), for training windows
-    `place` (the first row, and how many rows a window of this group can begin with) and, if the table has them,
+    `position` (the first row, and how many rows a window of this group can begin with) and, if the table has them,
     `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
     """
 
@@ -278,7 +278,7 @@ class WindowsConfig(SourceConfig):
                 # Targets of windows that start within one horizon overlap: they are no independent evidence.
                 about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
                 if split == "train":
-                    about["place"] = begin, last - length + 1
+                    about["position"] = begin, last - length + 1
                 windows.append((covered, about))
         if not windows and split == "train":
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")

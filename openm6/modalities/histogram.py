@@ -16,8 +16,8 @@ BINS = 160
 LIMIT = 4.5
 # Of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950).
 SMOOTHING = 0.75
-# How much a spread may be corrected, and the number of independent blocks of values for half of the correction.
-MIN_SPREAD, MAX_SPREAD, PRIOR_BLOCKS = 0.5, 4.0, 3.0
+# How much a width may be corrected, and the number of independent blocks of values for half of the correction.
+MIN_WIDTH, MAX_WIDTH, PRIOR_BLOCKS = 0.5, 4.0, 3.0
 # The mean leaves out this much of either tail of a distribution in logarithms: exp of the outer bins has no bound.
 TAIL = 1e-3
 
@@ -41,19 +41,19 @@ class Histogram:
     """Predicted distributions of M values and their statistics, in the column's own units.
 
     `probability` is M B over bins in t; `scale` M 2 holds loc and scale, those of log(x) if `log`. Around its median
-    each distribution is made `spread` times as wide in t.
+    each distribution is made `width` times as wide in t.
     """
 
     def __init__(
-        self, probability: np.ndarray, scale: np.ndarray, log: bool = False, spread: np.ndarray | None = None
+        self, probability: np.ndarray, scale: np.ndarray, log: bool = False, width: np.ndarray | None = None
     ) -> None:
         self.probability = probability.astype(np.float64)
         self.loc, self.scale = scale.astype(np.float64).T
         self.log = log
         self.borders = np.linspace(-LIMIT, LIMIT, BINS + 1)
-        if spread is not None and (spread != 1).any():
-            middle, below = self._places(0.5)[:, None], self._below()
-            origin = middle + (self.borders - middle) / spread.astype(np.float64)[:, None]  # M B+1
+        if width is not None and (width != 1).any():
+            middle, below = self._quantile_t(0.5)[:, None], self._below()
+            origin = middle + (self.borders - middle) / width.astype(np.float64)[:, None]  # M B+1
             moved = [np.interp(t, self.borders, row) for t, row in zip(origin, below, strict=True)]
             self.probability = np.diff([np.r_[0.0, row[1:-1], 1.0] for row in moved])
 
@@ -68,14 +68,14 @@ class Histogram:
 
     def quantile(self, fraction: float) -> np.ndarray:
         """Value below which `fraction` of the mass lies, linear in t within a bin.  # M"""
-        return self._values(self._places(fraction)[:, None])[:, 0]
+        return self._values(self._quantile_t(fraction)[:, None])[:, 0]
 
     def _below(self) -> np.ndarray:
         """The mass below each border.  # -> M B+1"""
         below = np.pad(self.probability.cumsum(1), ((0, 0), (1, 0)))
         return below / below[:, -1:]
 
-    def _places(self, fraction: float) -> np.ndarray:
+    def _quantile_t(self, fraction: float) -> np.ndarray:
         """Quantiles in t.  # -> M"""
         return np.array([np.interp(fraction, row, self.borders) for row in self._below()])
 
@@ -87,10 +87,10 @@ class Histogram:
         """Central interval that should hold `coverage` of the true values.  # M, M"""
         return self.quantile((1 - coverage) / 2), self.quantile((1 + coverage) / 2)
 
-    def spread_needed(self, truth: np.ndarray, coverage: float = 0.8) -> np.ndarray:
+    def width_needed(self, truth: np.ndarray, coverage: float = 0.8) -> np.ndarray:
         """How many times as wide the central interval must be to hold each true value.  # M -> M"""
         x = np.log(np.maximum(truth, 1e-300)) if self.log else truth
-        low, middle, high = (self._places(fraction) for fraction in ((1 - coverage) / 2, 0.5, (1 + coverage) / 2))
+        low, middle, high = (self._quantile_t(fraction) for fraction in ((1 - coverage) / 2, 0.5, (1 + coverage) / 2))
         away = np.clip(np.arcsinh((x - self.loc) / self.scale), -LIMIT, LIMIT) - middle
         return np.abs(away) / np.maximum(np.where(away > 0, high - middle, middle - low), 1e-9)
 
@@ -108,11 +108,11 @@ class Histogram:
         return np.exp(np.minimum(values, 700.0)) if self.log else values
 
 
-def fit_spread(needed: np.ndarray, blocks: int, coverage: float = 0.8) -> float:
-    """The spread with which intervals hold a fraction of held-out values: conformal, shrunk to 1 if these are few.
+def fit_width(needed: np.ndarray, blocks: int, coverage: float = 0.8) -> float:
+    """The width with which intervals hold a fraction of held-out values: conformal, shrunk to 1 if these are few.
 
-    needed: `spread_needed` of each value; blocks: how many of the values are independent of each other
+    needed: `width_needed` of each value; blocks: how many of the values are independent of each other
     """
     level = min(1.0, math.ceil(coverage * (len(needed) + 1)) / len(needed)) if len(needed) else coverage
     found = float(np.quantile(needed, level)) if len(needed) else 1.0
-    return float(np.clip(found, MIN_SPREAD, MAX_SPREAD) ** (blocks / (blocks + PRIOR_BLOCKS)))
+    return float(np.clip(found, MIN_WIDTH, MAX_WIDTH) ** (blocks / (blocks + PRIOR_BLOCKS)))

@@ -46,7 +46,7 @@ class Numbers(Modality):
     """Reads `{column: value}` or a series; predicts columns or the steps after a series.
 
     `scales` holds location and scale of each column, `series` what is known of those that are read over time, `ridges`
-    what was fitted to their windows, and `spreads` the correction of predicted distributions, 1 if there is none.
+    what was fitted to their windows, and `widths` the correction of predicted distributions, 1 if there is none.
     """
 
     name: ClassVar[str] = "numbers"
@@ -56,7 +56,7 @@ class Numbers(Modality):
         self.scales = scales
         self.series = series
         self.ridges: Mapping[str, FittedRidges] = {}
-        self.spreads: Mapping[str, float] = {}
+        self.widths: Mapping[str, float] = {}
         # Rows come back in every epoch.
         self._cache = LRUCache[Arrays](CACHE_BYTES)
         self._name_ids = functools.lru_cache(4096)(lambda name: text.encode(" " + name.replace("_", " "))[:8])
@@ -82,7 +82,7 @@ class Numbers(Modality):
             if options.get("mask_context"):
                 series = NumberSeries(raw.name, series.values)
             fitted = self.ridges.get(raw.name) if raw.stats is None else None
-            ridges = None if fitted is None else fitted.of(raw.place)
+            ridges = None if fitted is None else fitted.of(raw.position)
             arrays = future_arrays(series, self._stats(raw), self.scale(raw.name), ridges)
             kind, length, learn = "series_out", len(arrays["steps"]), arrays["observed"].any(1)
             names = [raw.name] * length
@@ -90,7 +90,7 @@ class Numbers(Modality):
         else:
             arrays, kind = self._arrays(raw), "numbers_out"
             length, learn, names = len(arrays["values"]), arrays["observed"], list(raw)
-        arrays["spread"] = np.asarray([self.spreads.get(name, 1.0) for name in names], np.float32)
+        arrays["width"] = np.asarray([self.widths.get(name, 1.0) for name in names], np.float32)
         return Segment(kind, arrays, line(length), length, np.asarray(learn), "block")
 
     def _past(self, series: NumberSeries) -> Arrays:
@@ -207,9 +207,9 @@ class NumbersOut(Adapter):
         """The distributions of the observed values of each row.  # B T D, B*T … -> B"""
         probability = self.logits(hidden.flatten(0, 1)).float().softmax(-1)
         rows = (array.cpu().numpy().reshape(len(hidden), -1, *array.shape[1:]) for array in
-                (probability, arrays["scale"], arrays["spread"], arrays["observed"]))  # fmt: skip
-        return [Histogram(p[seen], scale[seen], spread=spread[seen])
-                for p, scale, spread, seen in zip(*rows, strict=True)]  # fmt: skip
+                (probability, arrays["scale"], arrays["width"], arrays["observed"]))  # fmt: skip
+        return [Histogram(p[seen], scale[seen], width=width[seen])
+                for p, scale, width, seen in zip(*rows, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return self._expected(hidden, arrays, one_hot_bins(arrays["values"]))

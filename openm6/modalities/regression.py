@@ -123,7 +123,7 @@ class Ridges:
 
 @dataclass(frozen=True)
 class FittedRidges:
-    """Those of all training windows, and for each fold those of the others: a training window must not know itself."""
+    """Those of all training windows, and for each fold those of the other folds, which forecast its windows."""
 
     whole: Ridges
     folds: tuple[Ridges, ...] = ()
@@ -137,20 +137,20 @@ class FittedRidges:
         """What `to_texts` returned."""
         return cls(Ridges(*map(LagRidge.of_text, texts)))
 
-    def of(self, place: tuple[int, int] | None) -> Ridges:
-        """Those for a training window at a place among the windows of its series; for any other window if None."""
-        return self.whole if place is None or not self.folds else self.folds[place[0] * FOLDS // place[1]]
+    def of(self, position: tuple[int, int] | None) -> Ridges:
+        """Those for a training window at a position among the windows of its series; for any other window if None."""
+        return self.whole if position is None or not self.folds else self.folds[position[0] * FOLDS // position[1]]
 
 
 def fit_ridges(
-    past: np.ndarray, future: np.ndarray, times: np.ndarray | None, places: Sequence[tuple[int, int]]
+    past: np.ndarray, future: np.ndarray, times: np.ndarray | None, positions: Sequence[tuple[int, int]]
 ) -> FittedRidges | None:
     """Fit to W windows, the penalty and the inputs chosen by the error on folds; None if there are too few.
 
     past: W C; future: W H; times: W T of the first steps
-    places: of each window its row among those of its series, and their number
+    positions: of each window its row among those of its series, and their number
     """
-    begin, count = np.asarray(places).T
+    begin, count = np.asarray(positions).T
     fold = begin * FOLDS // count
     # Windows whose targets overlap those of a fold are no others.
     steps = future.shape[1]
@@ -159,8 +159,8 @@ def fit_ridges(
     if min(rows.sum() for rows in kept) < MIN_WINDOWS:
         return None
     target = future - past[:, -1:]
-    position, edges = begin / count, np.arange(FOLDS)[:, None] / FOLDS
-    away = np.concatenate([[1 - position], np.maximum(edges - position, position - edges - 1 / FOLDS)])
+    fraction, starts = begin / count, np.arange(FOLDS)[:, None] / FOLDS
+    away = np.concatenate([[1 - fraction], np.maximum(starts - fraction, fraction - starts - 1 / FOLDS)])
     chosen = np.concatenate([np.full((1, len(past)), True), kept])
     weight = chosen * 0.5 ** (np.maximum(away, 0) / HALF_LIFE)  # F+1 W
 
@@ -187,13 +187,12 @@ def fit_ridges(
 
 def _solve(inputs: np.ndarray, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Weights of ridge regression for each penalty P, of inputs in their own units.  # W X+1, W H, W -> P X+1 H"""
-    share = weight / weight.sum()
+    count, weight = np.count_nonzero(weight), weight / weight.sum()
     x = inputs[:, :-1]
-    mean, middle = share @ x, share @ target
-    scale = np.sqrt(share @ (x - mean) ** 2) + 1e-12
+    mean, middle = weight @ x, weight @ target
+    scale = np.sqrt(weight @ (x - mean) ** 2) + 1e-12
     x = (x - mean) / scale
-    count = np.count_nonzero(weight)
-    values, vectors = np.linalg.eigh((x.T * share) @ x * count)
-    projected = vectors.T @ ((x.T * share) @ (target - middle)) * count  # X H
+    values, vectors = np.linalg.eigh((x.T * weight) @ x * count)
+    projected = vectors.T @ ((x.T * weight) @ (target - middle)) * count  # X H
     found = vectors @ (projected / (np.maximum(values, 0)[:, None] + PENALTIES[:, None, None])) / scale[:, None]
     return np.concatenate([found, (middle - mean @ found)[:, None]], 1)

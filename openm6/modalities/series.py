@@ -70,7 +70,7 @@ class NumberSeries:
     A series to forecast has its `past`. `clock` holds the time of the first value (of the first of the past, if there
     is one) and the length of a step, in seconds; None if they are unknown. `stats` are those of the column if None.
     Covariates stand `beside` a past: their values begin at the same time, and those of known ones last longer.
-    `place` is that of a training window among those of its series, and their number; of other windows None.
+    `position` is that of a training window among those of its series, and their number; of other windows None.
     """
 
     name: str
@@ -79,7 +79,7 @@ class NumberSeries:
     clock: Clock | None = None
     stats: SeriesStats | None = None
     beside: Sequence[NumberSeries] = ()
-    place: tuple[int, int] | None = None
+    position: tuple[int, int] | None = None
 
     def to_forecast(self, ahead: int) -> NumberSeries:
         """The steps after these as a target; its values are only asked for, so any will do."""
@@ -108,8 +108,8 @@ def fit_series(windows: Sequence[np.ndarray]) -> SeriesStats:
 
 
 def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> FittedRidges | None:
-    """The regressions of a column from training windows of equal lengths, which know their places."""
-    usable = [window for window in windows if window.place is not None]
+    """The regressions of a column from training windows of equal lengths that have positions."""
+    usable = [window for window in windows if window.position is not None]
     if len({(len(window.past), len(window.values)) for window in usable}) != 1:
         return None
     whole = np.stack([fill_gaps(_floats([*window.past, *window.values])) for window in usable])  # W C+H
@@ -120,8 +120,8 @@ def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> FittedRid
     ends = len(usable[0].past)
     timed = all(window.clock is not None for window in usable)
     times = np.concatenate([time_features(window.clock, ends, 1) for window in usable]) if timed else None
-    places = [window.place for window in usable if window.place is not None]
-    return fit_ridges(whole[:, :ends], whole[:, ends:], times, places)
+    positions = [window.position for window in usable if window.position is not None]
+    return fit_ridges(whole[:, :ends], whole[:, ends:], times, positions)
 
 
 def _growth(windows: list[np.ndarray]) -> float:
@@ -390,12 +390,12 @@ class SeriesOut(Adapter):
         units, change = arrays["units"].double(), arrays["change"].double()  # N 3, N
         loc = units[:, :1] + units[:, 1:2] * location  # N P
         scale = torch.stack([loc, (units[:, 1] * change)[:, None].expand_as(loc)], -1)  # N P 2
-        spread = arrays["spread"][:, None].expand_as(loc)
-        found = (log_probability.exp(), scale, spread, arrays["observed"])
+        width = arrays["width"][:, None].expand_as(loc)
+        found = (log_probability.exp(), scale, width, arrays["observed"])
         rows = (array.flatten(0, 1).unflatten(0, (len(hidden), -1)).cpu().numpy() for array in found)
         logs = arrays["units"][:, 2].reshape(len(hidden), -1)[:, 0].bool().tolist()
-        return [Histogram(p[seen], scale[seen], log, spread[seen])
-                for p, scale, spread, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
+        return [Histogram(p[seen], scale[seen], log, width[seen])
+                for p, scale, width, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         nll, _ = self._expected(hidden, arrays, one_hot_bins)

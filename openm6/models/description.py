@@ -42,7 +42,7 @@ class CheckpointConfig(Config):
     scales: dict[str, tuple[float, float]]
     series: dict[str, SeriesStats] = {}
     ridges: dict[str, tuple[str, str]] = {}  # of series, as text
-    spreads: dict[str, float] = {}  # of predicted distributions, by validation records
+    widths: dict[str, float] = {}  # of predicted distributions, by validation records
     trained_tasks: list[TrainedTask]
     tasks: dict[str, Any] = {}  # own ones among them, as in the recipe
     embedding: PoolConfig | None = None  # None: no trained task makes embeddings
@@ -81,5 +81,5 @@ def build_model(
     )
     numbers = cast(Numbers, modalities["numbers"])
     numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
-    numbers.spreads = description.spreads
+    numbers.widths = description.widths
     return Omni(description.backbone, modalities, description.embedding, meta_matrices), modalities

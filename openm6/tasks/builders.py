@@ -185,8 +185,8 @@ def split_series(record: Record, context: Context) -> Built:
     beside = [NumberSeries(other, found[other] if other in known else found[other][:start], clock=clock)
               for other in covariates]  # fmt: skip
     series = NumberSeries(name, past, clock=clock, stats=stats, beside=beside)
-    place = extra.get("place") if context.train else None
-    future = NumberSeries(name, values[start:], past, clock, stats, place=place)
+    position = extra.get("position") if context.train else None
+    future = NumberSeries(name, values[start:], past, clock, stats, position=position)
     return Built({"series": Part("numbers", series)}, Part("numbers", future))
 
 

@@ -13,7 +13,7 @@ from openm6.evaluate.answers import answer, evenly_spaced
 from openm6.evaluate.metrics import truths
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
-from openm6.modalities.histogram import Histogram, fit_spread
+from openm6.modalities.histogram import Histogram, fit_width
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example, Task
 from openm6.train.recipe import MultimodalRecipe
@@ -21,8 +21,8 @@ from openm6.train.recipe import MultimodalRecipe
 CALIBRATED = 200  # validation records of a source
 
 
-def fit_spreads(recipe: MultimodalRecipe, loaded: LoadedModel) -> dict[str, float]:
-    """Return the spread of each number column that the tasks of the mixture predict and validation records hold.
+def fit_widths(recipe: MultimodalRecipe, loaded: LoadedModel) -> dict[str, float]:
+    """Return the width of each number column that the tasks of the mixture predict and validation records hold.
 
     The central 80 % interval then holds 80 % of their values, as far as these are many.
     """
@@ -40,12 +40,12 @@ def fit_spreads(recipe: MultimodalRecipe, loaded: LoadedModel) -> dict[str, floa
             assert isinstance(histogram, Histogram)
             raw = example.target.raw
             column = next(iter(raw)) if isinstance(raw, dict) else raw.name
-            needed.setdefault(column, []).append(histogram.spread_needed(truths(example)))
+            needed.setdefault(column, []).append(histogram.width_needed(truths(example)))
             blocks.setdefault(column, set()).add(example.block or example.record_id)
     loaded.omni.train(training)
-    found = {name: fit_spread(np.concatenate(values), len(blocks[name])) for name, values in sorted(needed.items())}
+    found = {name: fit_width(np.concatenate(values), len(blocks[name])) for name, values in sorted(needed.items())}
     if found:
-        listed = ", ".join(f"{name} {spread:.2f}" for name, spread in found.items())
+        listed = ", ".join(f"{name} {width:.2f}" for name, width in found.items())
         get_log().info(f"intervals by validation records, in widths of those predicted: {listed}")
     return found
 

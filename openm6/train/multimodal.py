@@ -38,7 +38,7 @@ from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
-from openm6.train.calibration import fit_spreads
+from openm6.train.calibration import fit_widths
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
@@ -300,10 +300,10 @@ class MultimodalTraining(TrainingTask):
 
     def files(self) -> dict[str, str]:
         if self.ranks.size == 1 and not self.recipe.loop.offloaded:
-            self.numbers.spreads = {}
+            self.numbers.widths = {}
             loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
-            self.numbers.spreads = spreads = fit_spreads(self.recipe, loaded)
-            self.description = self.description.model_copy(update={"spreads": spreads})
+            self.numbers.widths = widths = fit_widths(self.recipe, loaded)
+            self.description = self.description.model_copy(update={"widths": widths})
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
 
 

@@ -117,7 +117,7 @@ def fit_all_ridges(sources: Iterable[Source], stats: Mapping[str, SeriesStats]) 
             extra = record["extra"]
             for name, values in record["series"].items():
                 past, future = values[: extra["context"]], values[extra["context"] :]
-                one = NumberSeries(name, future, past, extra.get("clock"), place=extra["place"])
+                one = NumberSeries(name, future, past, extra.get("clock"), position=extra["position"])
                 windows.setdefault(name, []).append(one)
     found = {name: fit_column(of_column, stats[name]) for name, of_column in sorted(windows.items())}
     return {name: ridges for name, ridges in found.items() if ridges is not None}

@@ -53,9 +53,9 @@ def test_validation_windows_lie_between(table):
     train, validation, test = (open_windows(split, **shape) for split in ("train", "validation", "test"))
     assert train[len(train) - 1]["series"]["a"][-1] == 48
     assert [validation[n]["series"]["a"][4:] for n in (0, len(validation) - 1)] == [[49, 50], [52, 53]]
-    assert test[0]["series"]["a"] == [50, 51, 52, 53, 54, 55] and "place" not in test[0]["extra"]
+    assert test[0]["series"]["a"] == [50, 51, 52, 53, 54, 55] and "position" not in test[0]["extra"]
     assert len(open_windows("validation", **SHAPE, path=table)) == 0
-    assert [train[n]["extra"]["place"] for n in (0, 9)] == [(0, 44), (9, 44)]
+    assert [train[n]["extra"]["position"] for n in (0, 9)] == [(0, 44), (9, 44)]
 
 
 def test_training_windows_sometimes_have_no_clock(table):
@@ -64,10 +64,10 @@ def test_training_windows_sometimes_have_no_clock(table):
     built = [task.build(window, Context("en", rng, train=True)) for _ in range(60)]
     known = [one.target.raw.clock is not None for one in built]
     assert {one.inputs["series"].raw.clock is not None for one in built} == {True, False}
-    assert 0.6 < np.mean(known) < 0.95 and built[0].target.raw.place == (0, 43)
+    assert 0.6 < np.mean(known) < 0.95 and built[0].target.raw.position == (0, 43)
     for _ in range(20):
         raw = task.build(window, Context("en", rng)).target.raw
-        assert raw.clock is not None and raw.place is None
+        assert raw.clock is not None and raw.position is None
 
 
 def test_a_column_without_later_values_is_not_asked_for(tmp_path):
@@ -93,7 +93,7 @@ def test_a_window_in_order_of_time(table):
     assert record["series"] == {"a": [0, 1, 2, 3, 4, 5], "b": [0, 10, 20, None, 40, 50]}
     assert record["extra"] == {"context": 4, "horizon": 2, "start": "2024-01-01", "block": "/0"} | {
         "clock": (1704067200.0, 86400.0),
-        "place": (0, 43),
+        "position": (0, 43),
     }
     blocks = [window["extra"]["block"] for window in windows]
     assert blocks == [f"/{n // 2}" for n in range(len(windows))], "targets of two neighbours overlap"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, fit_spread, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, fit_width, one_hot_bins, smooth_bins
 
 
 def test_smooth_bins_are_distributions_around_the_value() -> None:
@@ -60,8 +60,8 @@ def test_crps_against_its_definition(histogram: Histogram, truth: float) -> None
     draws = sampled(histogram, 100_000)
     ordered = np.sort(draws)
     rank = np.arange(len(ordered))
-    spread = 2 * np.mean(ordered * (2 * rank + 1 - len(ordered)) / len(ordered))
-    direct = np.abs(draws - truth).mean() - spread / 2
+    width = 2 * np.mean(ordered * (2 * rank + 1 - len(ordered)) / len(ordered))
+    direct = np.abs(draws - truth).mean() - width / 2
     assert histogram.crps(np.array([truth]))[0] == pytest.approx(direct, rel=0.02)
 
 
@@ -93,33 +93,33 @@ def test_a_histogram_of_logarithms(histogram: Histogram) -> None:
     draws = np.exp(sampled(plain, 400_000))
     assert log.mean()[0] == pytest.approx(draws.mean(), rel=0.01)
     # Outer bins whose exp has no meaning must not decide the mean.
-    spread = Histogram(np.full((1, BINS), 1 / BINS) * 1e-4 + histogram.probability, np.array([[2.0, 1.0]]), log=True)
-    assert np.isfinite(spread.mean()[0]) and spread.mean()[0] < 100
+    width = Histogram(np.full((1, BINS), 1 / BINS) * 1e-4 + histogram.probability, np.array([[2.0, 1.0]]), log=True)
+    assert np.isfinite(width.mean()[0]) and width.mean()[0] < 100
 
 
-def test_a_spread_moves_quantiles_away_from_the_median(histogram: Histogram) -> None:
-    wide = Histogram(histogram.probability, np.array([[10.0, 3.0]]), spread=np.array([1.5]))
+def test_a_width_moves_quantiles_away_from_the_median(histogram: Histogram) -> None:
+    wide = Histogram(histogram.probability, np.array([[10.0, 3.0]]), width=np.array([1.5]))
     assert wide.probability.sum() == pytest.approx(1) and wide.median()[0] == pytest.approx(histogram.median()[0])
     for fraction in (0.1, 0.3, 0.9):
         plain, moved = (np.arcsinh((x.quantile(fraction)[0] - 10) / 3) for x in (histogram, wide))
         middle = np.arcsinh((histogram.median()[0] - 10) / 3)
         assert moved - middle == pytest.approx(1.5 * (plain - middle), abs=0.03)
-    same = Histogram(histogram.probability, np.array([[10.0, 3.0]]), spread=np.array([1.0]))
+    same = Histogram(histogram.probability, np.array([[10.0, 3.0]]), width=np.array([1.0]))
     np.testing.assert_array_equal(same.probability, histogram.probability)
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_the_fitted_spread_covers_what_it_should(histogram: Histogram, log: bool) -> None:
+def test_the_fitted_width_covers_what_it_should(histogram: Histogram, log: bool) -> None:
     """Predictions that are too narrow by a half, over many values of which each is a block, and over few."""
     count, rng = 2000, np.random.default_rng(0)
     narrow = Histogram(np.repeat(histogram.probability, count, 0), np.tile([[1.0, 0.2]], (count, 1)), log)
-    wide = Histogram(narrow.probability, np.tile([[1.0, 0.2]], (count, 1)), log, spread=np.full(count, 1.5))
+    wide = Histogram(narrow.probability, np.tile([[1.0, 0.2]], (count, 1)), log, width=np.full(count, 1.5))
     draws = np.array([rng.choice(BINS, p=row) for row in wide.probability])
     truth = 1 + 0.2 * np.sinh(wide.borders[draws] + LIMIT / BINS)
     truth = np.exp(truth) if log else truth
-    needed = narrow.spread_needed(truth)
-    assert fit_spread(needed, count) == pytest.approx(1.5, abs=0.1)
+    needed = narrow.width_needed(truth)
+    assert fit_width(needed, count) == pytest.approx(1.5, abs=0.1)
     corrected = Histogram(narrow.probability, np.tile([[1.0, 0.2]], (count, 1)), log, np.full(count, 1.5))
     low, high = corrected.interval(0.8)
     assert ((low <= truth) & (truth <= high)).mean() == pytest.approx(0.8, abs=0.03)
-    assert 1 < fit_spread(needed[:9], 1) < 1.3 and fit_spread(needed[:0], 0) == 1
+    assert 1 < fit_width(needed[:9], 1) < 1.3 and fit_width(needed[:0], 0) == 1

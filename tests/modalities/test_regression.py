@@ -20,7 +20,7 @@ def windows(values: np.ndarray, clock: bool = False) -> list[NumberSeries]:
     return [
         NumberSeries(
             "sales", list(values[n + CONTEXT : n + CONTEXT + HORIZON]), list(values[n : n + CONTEXT]),
-            (n * DAY, DAY) if clock else None, place=(n, count),
+            (n * DAY, DAY) if clock else None, position=(n, count),
         )
         for n in range(count)
     ]  # fmt: skip
@@ -61,9 +61,9 @@ def test_ridges_go_on_with_trend_and_season_beyond_their_horizon() -> None:
 def test_a_training_window_is_forecast_by_what_was_fitted_to_others() -> None:
     values = np.random.default_rng(0).normal(size=120).cumsum()
     plain, spoiled = windows(values), windows(values)
-    count = plain[0].place[1]  # type: ignore[index]
+    count = plain[0].position[1]  # type: ignore[index]
     index = count // 2
-    spoiled[index] = NumberSeries("sales", [1e3] * HORIZON, spoiled[index].past, place=(index, count))
+    spoiled[index] = NumberSeries("sales", [1e3] * HORIZON, spoiled[index].past, position=(index, count))
     one, other = fitted(plain), fitted(spoiled)
     own = index * FOLDS // count
     np.testing.assert_array_equal(one.of((index, count)).plain.weights, one.folds[own].plain.weights)

@@ -166,7 +166,7 @@ def test_the_head_learns_which_simple_forecast_is_right() -> None:
     windows = [NumberSeries("sales", list(sales(8, s + 48)), list(sales(48, s))) for s in starts]
     parts = [future_arrays(window, MONTHLY, COLUMN) for window in windows]
     arrays = tensors({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    arrays["spread"] = torch.ones(len(arrays["change"]))
+    arrays["width"] = torch.ones(len(arrays["change"]))
     adapter = SeriesOut(32)
     optimizer = torch.optim.Adam(adapter.parameters(), 0.01)
 

@@ -1,4 +1,4 @@
-"""A run with validation windows: spreads and regressions are in its checkpoint, and predictions use them."""
+"""A run with validation windows: widths and regressions are in its checkpoint, and predictions use them."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def coverage(loaded: LoadedModel, asked: list[Example]) -> float:
 
 
 def test_intervals_are_corrected_by_validation_windows(run: Path, loaded: LoadedModel) -> None:
-    spread = loaded.description.spreads["sales"]
-    assert spread == loaded.numbers.spreads["sales"] and spread < 0.9, "hardly trained, predictions are far too wide"
+    width = loaded.description.widths["sales"]
+    assert width == loaded.numbers.widths["sales"] and width < 0.9, "hardly trained, predictions are far too wide"
     asked = examples(run, "validation", 20)
     corrected = coverage(loaded, asked)
-    loaded.numbers.spreads = {}
+    loaded.numbers.widths = {}
     plain = coverage(loaded, asked)
-    loaded.numbers.spreads = loaded.description.spreads
+    loaded.numbers.widths = loaded.description.widths
     assert abs(corrected - 0.8) < abs(plain - 0.8) and plain > 0.95
 
 
