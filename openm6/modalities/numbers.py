@@ -46,7 +46,7 @@ class Numbers(Modality):
     """Reads `{column: value}` or a series; predicts columns or the steps after a series.
 
     `scales` holds location and scale of each column, `series` what is known of those that are read over time, `ridges`
-    what was fitted to their windows, and `widths` the correction of predicted distributions, 1 if there is none.
+    what was fitted to their windows, and `widths` the correction of predicted distributions by kind and column.
     """
 
     name: ClassVar[str] = "numbers"
@@ -56,7 +56,7 @@ class Numbers(Modality):
         self.scales = scales
         self.series = series
         self.ridges: Mapping[str, FittedRidges] = {}
-        self.widths: Mapping[str, float] = {}
+        self.widths: Mapping[str, Mapping[str, float]] = {}
         # Rows come back in every epoch.
         self._cache = LRUCache[Arrays](CACHE_BYTES)
         self._name_ids = functools.lru_cache(4096)(lambda name: text.encode(" " + name.replace("_", " "))[:8])
@@ -90,7 +90,8 @@ class Numbers(Modality):
         else:
             arrays, kind = self._arrays(raw), "numbers_out"
             length, learn, names = len(arrays["values"]), arrays["observed"], list(raw)
-        arrays["width"] = np.asarray([self.widths.get(name, 1.0) for name in names], np.float32)
+        widths = self.widths.get(kind, {})
+        arrays["width"] = np.asarray([widths.get(name, 1.0) for name in names], np.float32)
         return Segment(kind, arrays, line(length), length, np.asarray(learn), "block")
 
     def _past(self, series: NumberSeries) -> Arrays:

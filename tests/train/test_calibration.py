@@ -64,8 +64,9 @@ def coverage(loaded: LoadedModel, asked: list[Example]) -> float:
 
 
 def test_intervals_are_corrected_by_validation_windows(run: Path, loaded: LoadedModel) -> None:
-    width = loaded.description.widths["sales"]
-    assert width == loaded.numbers.widths["sales"] and width < 0.9, "hardly trained, predictions are far too wide"
+    width = loaded.description.widths["series_out"]["sales"]
+    assert loaded.numbers.widths == {"series_out": {"sales": width}}
+    assert width < 0.9, "hardly trained, predictions are far too wide"
     asked = examples(run, "validation", 20)
     corrected = coverage(loaded, asked)
     loaded.numbers.widths = {}
