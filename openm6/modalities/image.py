@@ -30,10 +30,10 @@ from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 SIDE_UNITS = 32
 MAX_PIXELS = 32_000_000
 # Strong augmentation, at most: logarithms of scale and aspect, angle in radians, shift across and down in sides;
-# brightness of each colour.
+# brightness of each colour beside that of all.
 REACH = (0.2, 0.1, 0.15, 0.1, 0.1)
-GAINS = (0.7, 1.2)
-# Slight augmentation: brightness of all colours.
+TINTS = (0.92, 1.08)
+# Brightness of all colours, in any augmentation.
 CONTRASTS = (0.85, 1.1)
 # Pixels decoded for each that is kept: fewer would show after resizing.
 OVERSAMPLING = 4
@@ -174,7 +174,7 @@ class Image(CodesModality):
             values = _transformed(values, rng) if strong else _moved(values, rng)
             if self.config.flips and rng.random() < 0.5:
                 values = values[:, ::-1]
-            gain = np.asarray(rng.uniform(*GAINS, 3) if strong else rng.uniform(*CONTRASTS), np.float32)
+            gain = np.asarray(rng.uniform(*CONTRASTS) * (rng.uniform(*TINTS, 3) if strong else 1), np.float32)
         side = self.config.patch
         down, across = values.shape[0] // side, values.shape[1] // side
         patches = values.reshape(down, side, across, side, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1, 3)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTHS = (32, 64, 128)  # channels at a half, a quarter and an eighth of the sides
+RESIDUAL = 0.5  # factor on the first weights of residual convolutions
 # Images computed at once are a multiple of this: a library compiles kernels for each number of them.
 IMAGES = 4
 
@@ -28,10 +29,11 @@ class ConvStem(nn.Module):
         pairs = list(pairwise(widths))
         self.halve = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs)
         self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[1:-1])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[1:-1] for _ in range(2))
-        for layer in (*self.halve, *self.refine):
+        # No norm: colours and contrasts matter. These weights keep the scale of values nevertheless.
+        for layer, factor in (*((one, 1.0) for one in self.halve), *((one, RESIDUAL) for one in self.refine)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+            layer.weight.data *= factor
 
     def forward(self, patches: Tensor, shapes: Tensor) -> Tensor:
         """Vectors of patches; `shapes` has the patches down and across in the image of each.  # N F, N 2 -> N D"""
@@ -49,12 +51,7 @@ class ConvStem(nn.Module):
         """# I 3 H W -> I D H/P W/P"""
         count = len(images)
         x = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -count % IMAGES)).contiguous(memory_format=torch.channels_last)
-        for index, refine in enumerate(self.refine):
-            x = F.relu(_normed(self.halve[index](x), self.norms[2 * index]))
-            x = x + F.relu(_normed(refine(x), self.norms[2 * index + 1]))
+        for halve, refine in zip(self.halve, self.refine, strict=False):
+            x = F.relu(halve(x))
+            x = x + F.relu(refine(x))
         return self.halve[-1](x)[:count]
-
-
-def _normed(x: Tensor, norm: nn.Module) -> Tensor:
-    """Normed over the channels of each pixel.  # I C H W"""
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.data.propose import column_of, propose_fields, unused_columns
+from openm6.data.propose import column_of, propose_fields, propose_images, unused_columns
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
 from openm6.data.text_tables import CsvConfig
@@ -127,3 +127,25 @@ def test_canonical_columns_are_judged_alike(tmp_path: Path) -> None:
 
 def test_a_task_that_compares_reads_through_others(tmp_path: Path) -> None:
     assert "title" not in unused(tmp_path, "text_tabular_regression", "text_denoising")
+
+
+@pytest.mark.parametrize(
+    "records, flips",
+    [
+        ([{"label": "cat"}, {"label": "dog"}], True),
+        ([{"label": "motorcycle left"}, {"label": "rocket"}], True),
+        ([{"label": "turn left"}, {"label": "turn right"}], False),
+        ([{"label_zh": "左转"}, {"label_zh": "右转"}], False),
+        ([{"categories": {"kind": "Clockwise"}}, {"categories": {"kind": "anticlockwise"}}], False),
+        ([{"label": "seven"}], False),
+        ([{"label": "letter b"}], False),
+        ([{"text_en": "the cup on the left"}], False),
+    ],
+)
+def test_images_are_mirrored_unless_a_label_or_text_forbids_it(records, flips):
+    found = propose_images([{"image": png("red"), **record} for record in records], 3000)
+    assert found.get("flips", False) == flips and "augmentation" not in found
+
+
+def test_few_images_vary_more():
+    assert propose_images([{"image": png()}], 100)["augmentation"] == "strong"
