@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.hub.architectures import NORM, Shape, backbone_config, layer_tensors, outer_tensors
 from openm6.models.backbone import Backbone
-from openm6.models.import_qwen import import_qwen
 
 BASELINE_MISSING = "transformers is not installed: pip install 'openm6[hf]' to measure beside it."
 PAD = 0
@@ -60,8 +60,41 @@ def _copy_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
     """Import the random weights of the baseline into the backbone, so that both have the same."""
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(embedding)
-        imported = import_qwen(model.state_dict(), model.config.to_dict())
-        backbone.load_state_dict(imported.backbone)
+        backbone.load_state_dict(backbone_state(model))
+
+
+class LoadedWeights:
+    """The weights of a model of `transformers` in memory, by their published names: experts one by one."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            stem, _, last = name.rpartition(".")
+            if last not in ("gate_up_proj", "down_proj"):
+                self.tensors[name] = tensor
+                continue
+            for expert, matrix in enumerate(tensor):
+                parts = {"gate": matrix[: len(matrix) // 2], "up": matrix[len(matrix) // 2 :]}
+                for kind, part in (parts if last == "gate_up_proj" else {"down": matrix}).items():
+                    self.tensors[f"{stem}.{expert}.{kind}_proj.weight"] = part
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def backbone_state(model: Any) -> dict[str, Tensor]:
+    """The weights of a decoder of `transformers` as the state of our backbone."""
+    settings, weights = model.config.to_dict(), LoadedWeights(model.state_dict())
+    config, kind = backbone_config(settings), settings["model_type"]
+    layers = [one for layer in range(config.num_layers) for one in layer_tensors(kind, config, layer)]
+    norms = [one for one in outer_tensors(config, 0, tied=True) if one.ours == NORM]
+    return {one.ours.removeprefix("backbone."): one.read(weights) for one in [*norms, *layers]}
 
 
 @dataclass

@@ -31,6 +31,7 @@ LAYERS = {
     "inference": 60,
     "plan": 60,
     "evaluate": 70,
+    "hub": 70,
     "train": 80,
     "api": 85,
     "serve": 90,

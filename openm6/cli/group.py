@@ -22,7 +22,8 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 # Packages of an extra, and the name of that extra.
 SERVE = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "gradio")
-EXTRAS = dict.fromkeys(SERVE, "serve") | {"ray": "ray"}
+HUB = ("gguf", "huggingface_hub", "transformers")
+EXTRAS = dict.fromkeys(SERVE, "serve") | dict.fromkeys(HUB, "hub") | {"ray": "ray"}
 
 
 class PlainGroup(TyperGroup):

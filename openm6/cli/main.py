@@ -11,6 +11,7 @@ from openm6 import __version__
 from openm6.cli.evaluate import energy, evaluate
 from openm6.cli.generate import generate
 from openm6.cli.group import make_app
+from openm6.cli.hub import export, import_model
 from openm6.cli.inspect import inspect
 from openm6.cli.listings import presets, scenarios, tasks
 from openm6.cli.plan import plan
@@ -21,8 +22,9 @@ app = make_app()
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect your own data.")
 app.add_typer(data_app, name="data")
 data_app.command()(inspect)
-for command in (demo, train, evaluate, generate, serve, scenarios, plan, energy, convert, tasks, presets):
+for command in (demo, train, evaluate, generate, serve, scenarios, plan, energy, convert, export, tasks, presets):
     app.command()(command)
+app.command("import")(import_model)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumbersOut
 from openm6.modalities.pool import POOL, pooled
-from openm6.modalities.registry import source_segments, split_opening
+from openm6.modalities.registry import opened, source_segments, split_opening
 from openm6.modalities.series import SeriesOut
 from openm6.modalities.text import Text
 from openm6.models.omni import Omni
@@ -90,8 +90,10 @@ def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Iter
     """Yield the text that follows a prompt as it is generated; together it is that of `generate_texts`."""
     text_head, one_size = TextHead.of(loaded.omni, loaded.text), loaded.omni.device.type == "cuda"
     batch = DecodeBatch(text_head, 1, prompt_length(prompt) + sampling.max_tokens + 2, batch_invariant=one_size)
+    prompt, opening = split_opening(prompt)
     (position,) = prefill_all(loaded.omni, [prompt], batch.cache)
-    row, shown, ended = batch.add(0, sampling, position, loaded.text.start), "", False
+    token = loaded.text.start if opening is None else opening
+    row, shown, ended = batch.add(0, sampling, position, token), "", False
     while not ended:
         ended = bool(batch.step())
         text, _ = visible_text(loaded.text, row, (), ended)
@@ -183,10 +185,11 @@ def score_texts(loaded: LoadedModel, prompts: list[Prompt], candidates: list[Seg
     """Return the negative log-likelihood, in nats, of each candidate after each prompt.  # B, N -> B N"""
     found = np.zeros((len(prompts), len(candidates)))
     for start in range(0, len(prompts), BATCH):
-        few = prompts[start : start + BATCH]
+        few, openings = zip(*map(split_opening, prompts[start : start + BATCH]), strict=True)
         cache = loaded.omni.backbone.new_cache(len(few), max(map(prompt_length, few)))
-        for slot, position in enumerate(prefill_all(loaded.omni, few, cache)):
-            found[start + slot] = score_candidates(loaded.omni, cache, slot, position, candidates)
+        for slot, position in enumerate(prefill_all(loaded.omni, list(few), cache)):
+            targets = [opened(candidate, openings[slot]) for candidate in candidates]
+            found[start + slot] = score_candidates(loaded.omni, cache, slot, position, targets)
     return found
 
 

@@ -92,11 +92,11 @@ def check(path: Path) -> None:
     Raises:
         CheckpointError: there is none, or it is not of a multimodal model.
     """
-    _texts(latest(path))
+    read_texts(latest(path))
 
 
-def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
-    """The description and the text of the tokenizer."""
+def read_texts(folder: Path) -> tuple[CheckpointConfig, str]:
+    """Return the description of a checkpoint folder and the text of its tokenizer; raise as `check`."""
     texts = []
     for path in (folder / MODEL_FILE, folder / TOKENIZER_FILE):
         try:
@@ -181,7 +181,7 @@ def load(
     folder, device = latest(path), resolve_device(device) if isinstance(device, str) else device
     if device.type == "cuda":
         get_log().info(str(capabilities(device)))
-    description, tokenizer = _texts(folder)
+    description, tokenizer = read_texts(folder)
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
     omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), meta_matrices=offloaded)
     if offloaded and num_gpu_layers is not None:

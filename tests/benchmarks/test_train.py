@@ -10,13 +10,13 @@ import torch
 from benchmarks import baseline as baseline_module
 from benchmarks import train as bench
 from benchmarks.baseline import baseline_candidate, choose_experts
+from benchmarks.baseline_qwen import backbone_state
 from benchmarks.decoder import our_candidate
 from benchmarks.harness import Deadline, Timing
 from benchmarks.per_core import ratio
 from benchmarks.sizes import SIZES
 from openm6.core.device import usable_cores
 from openm6.core.errors import ConfigError
-from openm6.models.import_qwen import import_qwen
 from openm6.ops.sequence import causal_meta
 from tests.benchmarks.test_sizes import TINY
 
@@ -81,11 +81,10 @@ def test_both_train_the_same_model():
     """The baseline's weights in our decoder give the baseline's loss, side losses aside."""
     baseline = baseline_candidate(TINY, CPU, "eager").model
     ours = our_candidate(TINY, CPU).model
-    weights = import_qwen(baseline.state_dict(), baseline.config.to_dict())
-    ours.backbone.load_state_dict(weights.backbone)
+    ours.backbone.load_state_dict(backbone_state(baseline))
     with torch.no_grad():
-        ours.embedding.weight.copy_(weights.embedding)
-        ours.head.copy_(weights.head)
+        ours.embedding.weight.copy_(baseline.get_input_embeddings().weight)
+        ours.head.copy_(baseline.get_output_embeddings().weight)
         ids = torch.randint(0, TINY.vocabulary, (2, 16))
         hidden, _ = ours.backbone(ours.embedding(ids), causal_meta(2, 16))
         baseline.config.output_router_logits = False

@@ -14,11 +14,13 @@ import torch
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
+from openm6.inference.engine import generate_texts, score_texts
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.kernels.probe import Capabilities
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_segments
 from openm6.modalities.series import NumberSeries
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
@@ -131,6 +133,18 @@ def test_a_query_is_read_once_for_candidates_and_for_later_requests() -> None:
     assert third.usage.cached == third.usage.by_modality["image"] > 0
     assert second.value == first.value == answer_alone(model, again), "bit for bit"
     assert third.value == answer_alone(model, other)
+
+
+def test_a_causal_model_continues_and_ranks_from_the_last_token() -> None:
+    model, words, candidates = loaded(prompt_attention="causal"), "draw the digit", ("zero", "seven apples")
+    prompt = source_segments(say(words), model.modalities)
+    with Engine(model, EngineConfig(max_num_seqs=2, max_model_len=256)) as engine:
+        text = engine.ask_and_wait(TextRequest(parts=say(words), sampling=Sampling(max_tokens=6)))
+        ranked = engine.ask_and_wait(RankRequest(parts=say(words), candidates=candidates))
+    assert text.value == generate_texts(model, [prompt], Sampling(max_tokens=6))[0]
+    assert text.usage.prompt == len(model.text.encode(words))
+    (expected,) = score_texts(model, [prompt], [model.text.target(candidate) for candidate in candidates])
+    np.testing.assert_allclose([nll for nll, _ in ranked.value], expected, rtol=1e-5)
 
 
 def test_not_deterministic_is_as_right(model: LoadedModel) -> None:

@@ -1,0 +1,171 @@
+"""`openm6 export`: the text path of a run as a decoder that other programs read, as safetensors or GGUF."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+
+from openm6.checkpoint.folder import EXPONENT, SEPARATOR, latest
+from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
+from openm6.checkpoint.load import open_reader, read_weight
+from openm6.checkpoint.reader import CheckpointReader
+from openm6.checkpoint.save import Shard, write_shards, write_tensors
+from openm6.core.errors import ConfigError
+from openm6.core.files import as_output_error
+from openm6.hub.architectures import EMBEDDING, HEAD, StoredTensor, layer_tensors, outer_tensors, settings_of
+from openm6.hub.gguf_file import write_gguf
+from openm6.inference.load import read_texts
+from openm6.modalities.text import ImportedText, Text, read_tokenizer
+from openm6.models.description import TOKENIZER_FILE, CheckpointConfig
+from openm6.tasks.registry import all_tasks
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+ONE_FILE = 2**31  # bytes of weights from which on each layer has a file of its own
+MARKS = ("<|start|>", "<|end|>", "<|mask|>")
+
+
+def export_run(run: Path, out: Path, form: str, dtype: str | None = None, text_only: bool = False) -> str:
+    """Write the text path of a run's newest checkpoint to `out`; return what was written, and what is left out.
+
+    form: `hf`, a folder for `AutoModelForCausalLM`, in the stored dtype by default; or `gguf`, a file in fp16 by
+    default. Written under a temporary name, so that `out` is whole or not there.
+
+    Raises:
+        ConfigError: no plain decoder computes the same, unless `text_only` accepts that for prompts and modalities.
+    """
+    allowed = DTYPES if form == "hf" else GGUF_TYPES
+    if dtype is not None and dtype not in allowed:
+        raise ConfigError(f"--dtype {dtype} is not one of {', '.join(allowed)} for --format {form}")
+    folder = latest(run)
+    description, content = read_texts(folder)
+    left_out = _inexpressible(description)
+    if left_out and not text_only:
+        raise ConfigError(
+            f"a plain decoder cannot express {' and '.join(left_out)}: add --text-only to export the text path without"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: choose another folder")
+    config, reader = description.backbone, open_reader(folder)
+    tokenizer, text = _exported_text(description, content, str(folder / TOKENIZER_FILE))
+    context = description.modalities.text.max_tokens
+    settings = settings_of(config, text.vocab_size, text.tie_word_embeddings, context)
+    settings |= {"bos_token_id": text.bos, "eos_token_id": text.eos}
+    kind = settings["model_type"]
+    layers = [layer_tensors(kind, config, layer) for layer in range(config.num_layers)]
+    groups = [outer_tensors(config, text.vocab_size, text.tie_word_embeddings), *layers]
+    partial_out = out.with_name(f".{out.name}.partial")
+    with as_output_error(out):
+        shutil.rmtree(partial_out, ignore_errors=True)
+        partial_out.mkdir(parents=True)
+        try:
+            write = _write_hf if form == "hf" else _write_gguf
+            write(partial_out, groups, partial(_read, reader, text.vocab_size), settings, tokenizer, text, dtype)
+            if out.exists():
+                out.rmdir()
+            os.rename(partial_out, out)
+        except BaseException:
+            shutil.rmtree(partial_out, ignore_errors=True)
+            raise
+    without = f"; left out: {' and '.join(left_out)}, so answers differ from ours" if left_out else ""
+    return f"{out}: {kind}, {config.num_layers} layers{without}"
+
+
+def _inexpressible(description: CheckpointConfig) -> list[str]:
+    """What of a run a decoder of text does not have."""
+    attention = description.modalities.prompt_attention
+    found = [] if attention == "causal" else [f"prompts with {attention} attention"]
+    known = all_tasks(description.tasks)
+    tasks = [known[one.task] for one in description.trained_tasks if one.task in known]
+    used = {slot.modality for task in tasks for slot in task.inputs.values()} | {task.output_modality for task in tasks}
+    others = sorted(used - {"text"})
+    return [*found, f"the modalities {', '.join(others)}"] if others else found
+
+
+def _exported_text(description: CheckpointConfig, content: str, where: str) -> tuple[Tokenizer, ImportedText]:
+    """The tokenizer with a token for every mark in use, and how texts open and close."""
+    tokenizer, config = read_tokenizer(content, where), description.modalities.text
+    if config.imported is not None:
+        return tokenizer, config.imported
+    text = Text(tokenizer, config.max_tokens)
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    if tokenizer.token_to_id(MARKS[1]) != text.end:
+        raise ConfigError(f"{where} leaves ids unused before its last one, so our marks have no place in it")
+    return tokenizer, ImportedText(vocab_size=text.vocab_size, eos=text.end)
+
+
+@torch.no_grad()
+def _read(reader: CheckpointReader, rows: int, stored: StoredTensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of ours; of the embedding and the head the first rows."""
+    if f"{stored.ours}{SEPARATOR}{EXPONENT}" in reader:
+        tensor = torch.empty(stored.shape)
+        read_weight(reader, stored.ours, tensor)
+    else:
+        tensor = reader.read(stored.ours)
+    tensor = tensor[:rows] if stored.ours in (EMBEDDING, HEAD) else tensor
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _write_hf(
+    out: Path, groups: list[list[StoredTensor]], read: Any, settings: dict[str, Any], tokenizer: Tokenizer,
+    text: ImportedText, dtype: str | None,
+) -> None:  # fmt: skip
+    """config.json, weights with experts one by one, tokenizer and chat template."""
+
+    def shard(group: list[StoredTensor]) -> Shard:
+        return Shard({name: part for one in group for name, part in one.split(read(one, DTYPES.get(dtype or "")))})
+
+    first = shard(groups[0])
+    stored = first.model["model.embed_tokens.weight"].dtype
+    elements = sum(math.prod(shape) for group in groups for one in group for _, shape in one.parts())
+    if elements * stored.itemsize > ONE_FILE:
+        write_shards(out, first, map(shard, groups[1:]), len(groups) - 1)
+    else:
+        write_tensors(out / WEIGHTS_FILE, {**first.model, **dict(_items(map(shard, groups[1:])))})
+    settings = {**settings, "torch_dtype": str(stored).removeprefix("torch.")}
+    names = {name: None if token is None else tokenizer.id_to_token(token) for name, token in
+             (("bos_token", text.bos), ("eos_token", text.eos))}  # fmt: skip
+    about = {
+        **{name: token for name, token in names.items() if token is not None},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": settings["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+    }
+    if text.chat_template is not None:
+        about["chat_template"] = text.chat_template
+        (out / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8", newline="\n")
+    ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id") if settings[name] is not None}
+    files = {"config.json": settings, "generation_config.json": ends, "tokenizer_config.json": about}
+    for name, values in files.items():
+        (out / name).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8", newline="\n")
+    (out / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8", newline="\n")
+
+
+def _items(shards: Iterator[Shard]) -> Iterator[tuple[str, Tensor]]:
+    for shard in shards:
+        yield from shard.model.items()
+
+
+def _write_gguf(
+    out: Path, groups: list[list[StoredTensor]], read: Any, settings: dict[str, Any], tokenizer: Tokenizer,
+    text: ImportedText, dtype: str | None,
+) -> None:  # fmt: skip
+    """`model.gguf`, with the tokenizer and the chat template in it."""
+    tensors = [one for group in groups for one in group]
+    shapes = {name: shape for one in tensors for name, shape in one.parts()}
+    values = (item for one in tensors for item in one.split(read(one, None)))
+    special = {
+        "ggml.bos_token_id": text.bos, "ggml.eos_token_id": text.eos, "ggml.add_bos_token": text.bos is not None,
+        "chat_template": text.chat_template,
+    }  # fmt: skip
+    write_gguf(out / "model.gguf", settings, shapes, values, tokenizer, special, GGUF_TYPES[dtype or "fp16"])

@@ -1,0 +1,215 @@
+"""`openm6 import`: a published decoder as a run of ours, one layer in memory at a time, with a receipt."""
+
+# Dimensions: D hidden size, V rows of the embedding, S tokens
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.checkpoint.folder import latest
+from openm6.checkpoint.load import open_reader
+from openm6.checkpoint.save import Shard, Snapshot, named_tensors, save
+from openm6.core.errors import ConfigError
+from openm6.core.files import replace_text
+from openm6.core.run_folder import RunFolder
+from openm6.hub.architectures import (
+    EMBEDDING,
+    HEAD,
+    backbone_config,
+    check_tensors,
+    layer_tensors,
+    outer_tensors,
+    settings_of,
+)
+from openm6.hub.gguf_file import GgufFile
+from openm6.hub.pretrained import Pretrained, open_pretrained
+from openm6.modalities.registry import Modalities, ModalitiesConfig, TextConfig, build_modalities
+from openm6.modalities.text import read_tokenizer
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
+from openm6.models.omni import Omni
+from openm6.ops.sequence import causal_meta
+
+# What the receipt is measured on.
+RECEIPT_TEXT = (
+    "The capital of France is Paris. Water boils at 100 degrees Celsius, or 212 degrees Fahrenheit.\n"
+    "A mixture of experts sends each token through a few of many small networks.\n"
+    "def area(width, height):\n    return width * height\n"
+    "床前明月光，疑是地上霜。"
+)
+HEAD_ROWS = 8192  # of the output layer that are widened at a time
+
+
+def import_model(source: str, out: Path, receipt: bool = True) -> str:
+    """Write a published decoder as a run at `out`; return what was imported, and how exactly.
+
+    Everything is checked before anything is written; if writing fails, `out` is removed.
+
+    Raises:
+        CheckpointError, ConfigError: the model is not whole, or something of it is not supported.
+    """
+    pretrained = open_pretrained(source)
+    config = backbone_config(pretrained.settings)
+    kind, tied = pretrained.settings["model_type"], pretrained.text.tie_word_embeddings
+    outer = outer_tensors(config, pretrained.text.vocab_size, tied)
+    layers = [layer_tensors(kind, config, layer) for layer in range(config.num_layers)]
+    check_tensors(pretrained.weights, [*outer, *(one for layer in layers for one in layer)], str(pretrained.path))
+    text = TextConfig(max_tokens=pretrained.settings.get("max_position_embeddings", 2048), imported=pretrained.text)
+    description = CheckpointConfig(
+        backbone=config,
+        modalities=ModalitiesConfig(text=text, prompt_attention="causal"),
+        scales={},
+        trained_tasks=[],
+        base_model=source,
+    )
+    tokenizer = read_tokenizer(pretrained.tokenizer, str(pretrained.path))
+    modalities = build_modalities(description.modalities, tokenizer, {})
+    with torch.device("meta"):
+        omni = Omni(config, modalities)
+    needed = named_tensors(omni).keys()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: choose another folder")
+    try:
+        weights = {one.ours: one.read(pretrained.weights) for one in outer}
+        for name in {EMBEDDING, HEAD} & weights.keys():
+            weights[name] = _with_rows(weights[name], len(omni.text.embedding.weight))
+        weights |= _fresh_adapters(modalities, config)
+        made = {*weights, *(one.ours for layer in layers for one in layer)}
+        assert made == needed, f"tensors differ: {sorted(made ^ needed)[:4]}"
+        shards = (Shard({one.ours: one.read(pretrained.weights) for one in layer}) for layer in layers)
+        _write_run(out, description, pretrained, weights, shards)
+        del weights
+        exactness = _receipt(pretrained, out, config) if receipt else "no receipt asked for"
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    total = sum(parameter.numel() for parameter in omni.backbone.parameters()) / 1e6
+    return (
+        f"{out}: {kind}, {config.num_layers} layers, {total:,.1f} million parameters besides embeddings; {exactness}\n"
+        f'try openm6 generate {out} --output text --text "The capital of France is"'
+    )
+
+
+def _with_rows(weight: Tensor, rows: int) -> Tensor:
+    """The matrix with more rows, each the mean of all: they change the sum of a softmax by at most their fraction."""
+    missing = rows - len(weight)
+    if not missing:
+        return weight
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(missing, -1)])
+
+
+def _fresh_adapters(modalities: Modalities, config: BackboneConfig) -> dict[str, Tensor]:
+    """The first weights of the other modalities, which are not trained yet."""
+    found: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for modality in modalities.values():
+            if modality.name != "text":
+                module = nn.ModuleDict(dict(modality.adapters(config.hidden_size)))
+                found |= {f"adapters.{name}": tensor for name, tensor in named_tensors(module).items()}
+    return found
+
+
+def _write_run(
+    out: Path, description: CheckpointConfig, pretrained: Pretrained, weights: dict[str, Tensor],
+    shards: Iterator[Shard],
+) -> None:  # fmt: skip
+    run = RunFolder.open(out)
+    replace_text(run.path / TOKENIZER_FILE, pretrained.tokenizer)
+    snapshot = Snapshot(
+        step=0,
+        model=nn.Module(),
+        weights=weights,
+        optimizer={},
+        state={"stage": "real", "precision": "fp32", "optimizer": "adamw", "base_model": description.base_model},
+        files={MODEL_FILE: description.to_json(), TOKENIZER_FILE: pretrained.tokenizer},
+        shards=shards,
+        num_shards=description.backbone.num_layers,
+    )
+    save(snapshot, run.checkpoints, keep=1)
+
+
+def _receipt(pretrained: Pretrained, out: Path, config: BackboneConfig) -> str:
+    """The largest difference of logits to those of `transformers` on RECEIPT_TEXT."""
+    if importlib.util.find_spec("transformers") is None:
+        return "no receipt: pip install 'openm6[hub]' to compare logits with transformers"
+    if isinstance(pretrained.weights, GgufFile) and config.experts is not None:
+        return "no receipt: transformers reads no experts from GGUF files"
+    ids = read_tokenizer(pretrained.tokenizer, str(pretrained.path)).encode(RECEIPT_TEXT).ids
+    tokens = torch.tensor([ids])
+    ours = imported_logits(out, config, tokens, pretrained.text.vocab_size)
+    theirs = reference_logits(pretrained, tokens)
+    difference = (ours - theirs).abs().max().item()
+    return (
+        f"receipt: logits of {len(ids)} tokens differ from transformers by at most {difference:.1e} in fp32 "
+        f"(their standard deviation is {theirs.std():.2f})"
+    )
+
+
+@torch.inference_mode()
+def imported_logits(run: Path, config: BackboneConfig, tokens: Tensor, rows: int) -> Tensor:
+    """Logits of a run's text path for `rows` tokens, in fp32 whatever the weights are stored in.  # 1 S -> S V"""
+    reader = open_reader(latest(run))
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    prefix = "backbone."
+    backbone.load_state_dict(
+        {name: reader.read(prefix + name) for name in named_tensors(backbone)}, assign=True, strict=False
+    )
+    _widen_layers(backbone.layers)
+    embedding = reader.read(EMBEDDING)
+    hidden, _ = backbone(embedding[tokens].float(), causal_meta(*tokens.shape))
+    head = reader.read(HEAD) if HEAD in reader else embedding
+    return _logits(hidden[0], head[:rows])
+
+
+@torch.inference_mode()
+def reference_logits(pretrained: Pretrained, tokens: Tensor) -> Tensor:
+    """The same by `transformers`, from the published files.  # 1 S -> S V"""
+    # An optional dependency, which takes seconds to import.
+    import transformers  # noqa: PLC0415
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if isinstance(pretrained.weights, GgufFile):
+        # It would need accelerate to read the file itself.
+        config, rows = backbone_config(pretrained.settings), pretrained.text.vocab_size
+        settings = settings_of(config, rows, pretrained.text.tie_word_embeddings, tokens.shape[1])
+        model: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(pretrained.weights.read(name))
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(pretrained.path, dtype="auto")
+    _widen_layers(model.model.layers)
+    embedded = model.get_input_embeddings()(tokens).float()
+    hidden = model.eval().model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    return _logits(hidden[0], model.get_output_embeddings().weight)
+
+
+def _widen_layers(layers: nn.ModuleList) -> None:
+    """Let each layer compute in fp32, one at a time: only that one takes more memory than its stored weights."""
+    for layer in layers:
+        kept = {name: tensor.dtype for name, tensor in layer.named_parameters()}
+        if any(dtype != torch.float32 for dtype in kept.values()):
+            layer.register_forward_pre_hook(lambda module, _: module.float() and None)
+            layer.register_forward_hook(lambda module, *_, kept=kept: _narrow(module, kept))
+
+
+def _narrow(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """The output layer in fp32, some rows at a time.  # S D, V D -> S V"""
+    return torch.cat([F.linear(hidden.float(), rows.float()) for rows in head.split(HEAD_ROWS)], -1)

@@ -1,0 +1,135 @@
+"""A published model opened: a folder of safetensors, a GGUF file, or a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from openm6.checkpoint.folder import INDEX_FILE
+from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
+from openm6.checkpoint.reader import CheckpointReader
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
+from openm6.hub.gguf_file import GgufFile
+from openm6.hub.gguf_tokenizer import read_gguf_tokenizer
+from openm6.modalities.text import ImportedText, read_tokenizer
+from openm6.models.description import TOKENIZER_FILE
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A published decoder: its config.json, its weights, the text of its tokenizer.json, and how texts open and close.
+
+    path: the folder or the GGUF file.
+    """
+
+    name: str
+    path: Path
+    settings: Settings
+    weights: CheckpointReader | GgufFile
+    tokenizer: str
+    text: ImportedText
+
+
+def open_pretrained(source: str) -> Pretrained:
+    """The model in a folder, a GGUF file, or `OWNER/NAME` on the Hub (of a GGUF repository `OWNER/NAME/FILE.gguf`).
+
+    Headers and metadata are read, no weights.
+
+    Raises:
+        CheckpointError: it is not there, not whole, or its parts do not fit one another.
+        ConfigError: something of it is not supported.
+    """
+    path = Path(source)
+    path = path if path.exists() else _download(source)
+    if path.is_file():
+        file = GgufFile(path)
+        tokenizer, bos, eos, template = read_gguf_tokenizer(file.tokenizer_fields)
+        return _opened(source, path, file.settings, file, tokenizer, (bos, eos, template))
+    settings = _read_json(path / "config.json", needed=True)
+    index = _read_json(path / INDEX_FILE).get("weight_map", {})
+    if missing := sorted({name for name in index.values() if not (path / name).is_file()}):
+        raise CheckpointError(f"{path} lacks {missing[0]}, which {INDEX_FILE} names: download the whole model")
+    if not (path / WEIGHTS_FILE).exists() and not any(path.glob("model-*.safetensors")):
+        raise CheckpointError(
+            f"{path} holds no safetensors file: download the whole model, or convert it to safetensors"
+        )
+    if not (path / TOKENIZER_FILE).exists():
+        raise CheckpointError(f"{path} lacks {TOKENIZER_FILE}: save the fast tokenizer of this model there")
+    tokenizer = (path / TOKENIZER_FILE).read_text(encoding="utf-8")
+    special = _special_tokens(path, settings, read_tokenizer(tokenizer, str(path / TOKENIZER_FILE)))
+    return _opened(source, path, settings, CheckpointReader(path, "model"), tokenizer, special)
+
+
+def _opened(
+    source: str, path: Path, settings: Settings, weights: CheckpointReader | GgufFile, tokenizer: str,
+    special: tuple[int | None, int | None, str | None],
+) -> Pretrained:  # fmt: skip
+    """Raise CheckpointError if the tokenizer has ids that the embedding lacks."""
+    if THEIR_EMBEDDING not in weights:
+        raise CheckpointError(f"{path} lacks the tensor {THEIR_EMBEDDING}: download the whole model")
+    rows = weights.shape(THEIR_EMBEDDING)[0]
+    largest = max(read_tokenizer(tokenizer, str(path)).get_vocab().values(), default=0)
+    if largest >= rows:
+        raise CheckpointError(
+            f"{path}: the tokenizer has ids up to {largest}, but the embedding {rows} rows: it is that of another model"
+        )
+    bos, eos, template = special
+    tied = bool(settings.get("tie_word_embeddings", THEIR_HEAD not in weights))
+    text = ImportedText(vocab_size=rows, bos=bos, eos=eos, tie_word_embeddings=tied, chat_template=template)
+    return Pretrained(source, path, settings, weights, tokenizer, text)
+
+
+def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> tuple[int | None, int | None, str | None]:
+    """What the tokenizer puts before a text, what closes one, and the chat template."""
+    own = _read_json(path / "tokenizer_config.json")
+    plain, opened = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    bos = opened[0] if len(opened) > len(plain) and opened[-len(plain) :] == plain else None
+    named = own.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    eos = None if named is None else tokenizer.token_to_id(named)
+    if eos is None:
+        found: Any = _read_json(path / "generation_config.json").get("eos_token_id", settings.get("eos_token_id"))
+        eos = found[0] if isinstance(found, list) and found else found
+    template = own.get("chat_template")
+    if isinstance(template, list):
+        template = next((one["template"] for one in template if one["name"] == "default"), None)
+    file = path / "chat_template.jinja"
+    return bos, eos, file.read_text(encoding="utf-8") if file.exists() else template
+
+
+def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none and it is not needed."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if needed or path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): download the whole model") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _download(source: str) -> Path:
+    """A model of the Hub in the local cache."""
+    parts = source.split("/")
+    if len(parts) not in (2, 3) or not all(parts) or source.startswith((".", "~")):
+        raise CheckpointError(f"there is no model at {source}: name a folder, a GGUF file or OWNER/NAME of the Hub")
+    # An optional dependency.
+    import huggingface_hub  # noqa: PLC0415
+
+    try:
+        if len(parts) == 3:
+            return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2]))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except ModuleNotFoundError:
+        raise
+    # The library raises errors of its own, of its HTTP client and of the system.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{source} is neither a local path nor can it be downloaded ({reason}): check the name and the network"
+        ) from None

@@ -1,0 +1,230 @@
+"""Published decoders of every shape: our logits and texts are those of `transformers`, in and out again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+
+from openm6.checkpoint.reader import CheckpointReader
+from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
+from openm6.hub.architectures import backbone_config
+from openm6.hub.export import export_run
+from openm6.hub.importing import import_model, imported_logits
+from openm6.inference.engine import generate_texts
+from openm6.inference.load import load
+from openm6.inference.sampling import Sampling
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_segments
+from openm6.modalities.text import read_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+# It needs transformers.
+from tests.hub.published import ROWS, SIZE, VARIANTS, publish  # noqa: E402
+
+PROMPT = "<|im_start|>user\ndraw the digit seven<|im_end|>\n<|im_start|>assistant\n"
+STEPS = 12
+
+
+@torch.inference_mode()
+def their_text(model: Any, ids: list[int], end: int) -> list[int]:
+    """Tokens that a greedy model generates; those without a name in the tokenizer cannot be shown by either."""
+    new = model.generate(
+        torch.tensor([ids]), max_new_tokens=STEPS, do_sample=False, eos_token_id=end, pad_token_id=end,
+        suppress_tokens=list(range(end + 1, ROWS)),
+    )  # fmt: skip
+    return new[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_round_trip_keeps_logits_and_texts(name: str, tmp_path: Path) -> None:
+    model = publish(name, tmp_path / "published", shard="150KB" if name == "llama" else "5GB")
+    summary = import_model(str(tmp_path / "published"), tmp_path / "run")
+    assert float(summary.partition("at most ")[2].split()[0]) < 1e-4 and not list(tmp_path.glob(".*"))
+    loaded = load(tmp_path / "run", "cpu")
+    tokenizer = read_tokenizer((tmp_path / "published/tokenizer.json").read_text(), "")
+    ids = tokenizer.encode(PROMPT).ids
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    assert expected.std() > 0.5, "logits near zero would prove little"
+    found = imported_logits(tmp_path / "run", loaded.description.backbone, torch.tensor([ids]), ROWS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    prompt = source_segments([Part("text", PROMPT)], loaded.modalities)
+    end = tokenizer.token_to_id("<|im_end|>")
+    assert loaded.text.end == end
+    (text,) = generate_texts(loaded, [prompt], Sampling(max_tokens=STEPS))
+    assert text == tokenizer.decode(their_text(model, ids, end))
+    export_run(tmp_path / "run", tmp_path / "out", "hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(again(torch.tensor([ids])).logits[0], expected, rtol=0, atol=1e-5)
+    kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": "draw the digit seven"}]
+    templated = kept.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert templated == PROMPT and kept(PROMPT)["input_ids"] == ids and kept.eos_token == "<|im_end|>"
+    assert their_text(again, ids, kept.eos_token_id) == their_text(model, ids, end)
+
+
+def test_half_precision_is_kept_and_marks_take_unused_rows(tmp_path: Path) -> None:
+    publish("qwen3", tmp_path / "published", torch.bfloat16)
+    summary = import_model(str(tmp_path / "published"), tmp_path / "run")
+    assert float(summary.partition("at most ")[2].split()[0]) < 1e-4
+    step = tmp_path / "run/checkpoints/step-0"
+    weights = {name: tensor for path in step.glob("model-*.safetensors") for name, tensor in load_file(path).items()}
+    assert weights["backbone.layers.0.attention.qkv"].dtype == torch.bfloat16
+    text = load(step, "cpu").text
+    assert text.mask < ROWS == text.vocab_size == len(weights["adapters.text.embedding.weight"])
+
+
+def test_a_full_vocabulary_gets_more_rows(tmp_path: Path) -> None:
+    publish("llama, tied", tmp_path / "published")
+    folder = tmp_path / "published"
+    tokenizer = read_tokenizer((folder / "tokenizer.json").read_text(), "")
+    tokenizer.add_tokens([f"word{index}" for index in range(ROWS - tokenizer.get_vocab_size())])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    import_model(str(folder), tmp_path / "run", receipt=False)
+    loaded = load(tmp_path / "run", "cpu")
+    assert loaded.text.mask >= ROWS and loaded.text.vocab_size == 384
+    weight = loaded.omni.text.embedding.weight
+    torch.testing.assert_close(weight[ROWS:], weight[:ROWS].mean(0).expand(384 - ROWS, -1))
+    export_run(tmp_path / "run", tmp_path / "out", "hf")
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == ROWS
+
+
+def test_an_imported_tokenizer_opens_a_text_as_it_always_does(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "published")
+    folder = tmp_path / "published"
+    tokenizer = read_tokenizer((folder / "tokenizer.json").read_text(), "")
+    mark = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
+    tokenizer.post_processor = TemplateProcessing(single=f"{mark[0]} $A", special_tokens=[mark])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    import_model(str(folder), tmp_path / "run", receipt=False)
+    modalities = load(tmp_path / "run", "cpu").modalities
+    for words in ("draw", "<|im_start|>draw"):
+        (segment,) = source_segments([Part("text", words)], modalities)
+        assert segment.arrays["ids"].tolist() == tokenizer.encode("draw").ids
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "another architecture": ({"model_type": "gemma3"}, "'gemma3' cannot be imported"),
+    "a sliding window": ({"use_sliding_window": True, "sliding_window": 64}, "a sliding window of 64"),
+    "scaled positions": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    "biases": ({"attention_bias": True}, "attention_bias"),
+    "an activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "quantized weights": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    "a missing field": ({"num_attention_heads": None, "hidden_size": ...}, "lacks hidden_size"),
+    "a size": ({"intermediate_size": 100}, "multiple of 8"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_backbone_lacks_is_refused(name: str) -> None:
+    changes, complaint = CHANGES[name]
+    settings = {**SIZE, "model_type": "qwen3", "rms_norm_eps": 1e-6, "hidden_act": "silu", **changes}
+    with pytest.raises(ConfigError, match=complaint):
+        backbone_config({key: value for key, value in settings.items() if value is not ...})
+
+
+def without_a_shard(folder: Path) -> None:
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def cut_short(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed(folder: Path, change: Any) -> None:
+    for path in folder.glob("*.safetensors"):
+        save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def without_a_tensor(folder: Path) -> None:
+    changed(folder, lambda state: {name: value for name, value in state.items() if "layers.1.mlp.up_proj" not in name})
+
+
+def of_another_shape(folder: Path) -> None:
+    changed(folder, lambda state: {name: value[:8] if "q_proj" in name else value for name, value in state.items()})
+
+
+def with_another_tokenizer(folder: Path) -> None:
+    tokenizer = read_tokenizer((folder / "tokenizer.json").read_text(), "")
+    tokenizer.add_tokens([f"word{index}" for index in range(100)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+BROKEN = {
+    without_a_shard: "lacks model-00002-of",
+    cut_short: "not a readable safetensors file",
+    without_a_tensor: "lacks the tensor model.layers.1.mlp.up_proj.weight",
+    of_another_shape: r"q_proj.weight has shape \[8, 64\]",
+    with_another_tokenizer: "but the embedding 330 rows",
+    lambda folder: (folder / "tokenizer.json").unlink(): "lacks tokenizer.json",
+    lambda folder: (folder / "tokenizer.json").write_text("{}"): "is not a tokenizer.json",
+    lambda folder: (folder / "config.json").unlink(): "config.json cannot be read",
+    lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")]: "holds no safetensors file",
+}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published")
+    publish("llama", folder, shard="150KB")
+    return folder
+
+
+@pytest.mark.parametrize("breaking", BROKEN)
+def test_what_is_not_whole_is_refused_before_anything_is_written(breaking: Any, sharded: Path, tmp_path: Path) -> None:
+    shutil.copytree(sharded, tmp_path / "published")
+    breaking(tmp_path / "published")
+    with pytest.raises(OpenM6Error, match=BROKEN[breaking]) as error:
+        import_model(str(tmp_path / "published"), tmp_path / "run")
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_failure_while_writing_leaves_nothing(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: CheckpointReader, name: str) -> torch.Tensor:
+        if "layers.2" in name:
+            raise CheckpointError("the disk failed")
+        return torch.zeros(self.shape(name))
+
+    monkeypatch.setattr(CheckpointReader, "read", read)
+    with pytest.raises(CheckpointError, match="the disk failed"):
+        import_model(str(sharded), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./no/where", "a/b/c/d"])
+def test_a_source_that_is_not_there_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no model at"):
+        import_model(source, tmp_path / "run")
+
+
+def test_a_folder_with_files_is_left_alone(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty"):
+        import_model(str(sharded), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_repository_of_the_hub_is_downloaded(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        if len(asked) > 1:
+            raise OSError("no network\nwith details")
+        return str(sharded)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    import_model("owner/name", tmp_path / "run", receipt=False)
+    assert load(tmp_path / "run", "cpu").description.base_model == "owner/name" and asked == ["owner/name"]
+    with pytest.raises(ConfigError, match=r"downloaded \(no network\): check"):
+        import_model("owner/name", tmp_path / "other")
