@@ -248,7 +248,7 @@ def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> li
     records = [record for split in ("train", "test") if split in sources for record in _read(report, sources[split])]
     report.tasks = propose_tasks(records)
     if any("image" in TASKS[name].inputs for name in report.tasks) and any("image" in record for record in records):
-        report.images = propose_images(records, report.train)
+        report.images = propose_images(records)
     if "train" in sources:
         report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])
     return records

@@ -264,7 +264,6 @@ OPENED = 50  # about so many images are opened for their colours
 MIN_CHROMA = 10.0  # of 255: mean difference of the largest and smallest of red, green and blue, in images in colour
 # Of 16 x 16 pixels: small images are enlarged to so many, large ones reduced.
 MIN_PATCHES, MAX_PATCHES = 4, 16
-FEW_IMAGES = 2000  # fewer are seen so often in some minutes that they must vary more
 # Labels that a mirrored image may not have: numbers and letters.
 _WRITTEN = re.compile(r"\d|\b(\w|zero|one|two|three|four|five|six|seven|eight|nine)\b", re.IGNORECASE)
 _SIDES = {"left": "right", "right": "left", "左": "右", "右": "左", "clockwise": "anticlockwise",
@@ -289,16 +288,15 @@ def _may_be_mirrored(records: Sequence[Record]) -> bool:
     return not (any(map(_WRITTEN.search, labels)) or mirrored & labels or sides)
 
 
-def propose_images(records: Sequence[Record], count: int) -> dict[str, Any]:
-    """Settings of `modalities.image` for a sample of `count` records of images; mirrored ones if most are in colour."""
+def propose_images(records: Sequence[Record]) -> dict[str, Any]:
+    """Settings of `modalities.image` for records of images; mirrored ones if most are in colour."""
     # A folder is sorted by label, so the opened images are taken at equal distances.
     raws = [record["image"] for record in records if "image" in record]
     opened = [unless_broken(read_image, raw) for raw in raws[:: max(1, len(raws) // OPENED)]]
     coloured = [is_coloured(image) for image in opened if image is not None]
     mirrored = statistics.fmean(coloured or [0]) > 0.5 and _may_be_mirrored(records)
     found = {"stem": "conv", "patch": 16, "min_patches": MIN_PATCHES, "max_patches": MAX_PATCHES}
-    varied = {"augmentation": "strong"} if count < FEW_IMAGES else {}
-    return found | varied | ({"flips": True} if mirrored else {})
+    return found | ({"flips": True} if mirrored else {})
 
 
 POSED = 3  # records that each task is posed on; every prompt of a task shows all inputs
