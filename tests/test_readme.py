@@ -24,7 +24,7 @@ from openm6.tasks.registry import TASKS
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from tests.cli.lazy_imports import replace_calls
-from tests.small_model import embedding_model, loaded
+from tests.small_model import loaded
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -257,12 +257,3 @@ def section(text: str, heading: str) -> str:
 def test_a_missing_recipe_says_so() -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         check_training("recipes/nowhere.yaml", [], False, None)
-
-
-def test_the_python_examples_of_the_page_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    models = {"runs/demo": loaded(), "runs/embed": embedding_model()}
-    monkeypatch.setattr("openm6.api.model.load", lambda path: OpenM6(models[path]))
-    monkeypatch.chdir(tmp_path)
-    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["seven.png", "seven.wav"]

@@ -12,35 +12,30 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.own_data.scores import SERIES_LEVELS, TABLE_LEVELS
 from benchmarks.own_data.series import Panel, Window
-from openm6.core.errors import DataError, OpenM6Error
+from openm6.api.frames import class_probabilities, number_answers, trained_for
+from openm6.core.errors import DataError
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.answers import answer
 from openm6.evaluate.run import open_own_data, source_configs
-from openm6.inference.engine import score_candidates
 from openm6.inference.load import LoadedModel, load
-from openm6.inference.prefill import prefill_all, prompt_length
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
-from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_segments, target_segment
 from openm6.models.description import TrainedTask
-from openm6.tasks.builders import hold_out, hold_out_category, hold_out_number
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import SHORT, Derived, Text
+from openm6.tasks.slots import Text
 from openm6.tasks.task import Example, Task
 
 LANGUAGE = "en"
-BATCH = 32
 CLASS_LEVELS = np.arange(0.005, 1.0, 0.01)  # of a number that stands for a class
 COMMAND = (sys.executable, "-m", "openm6")
 MAX_REASON = 240  # letters
@@ -126,36 +121,17 @@ def predict_numbers(ours: Ours, test: Path, target: str) -> np.ndarray:
 
 def _number_answers(ours: Ours, test: Path, target: str) -> list[Histogram | None]:
     reasons = []
-    for one in _by_inputs(ours, "numbers"):
-        task = TASKS[one.task]
-        build = hold_out_number if task.optional else hold_out
-        pinned = replace(task, target=Derived("numbers", partial(build, column=target), lambda *_: True))
+    for one in trained_for(ours.loaded, "numbers"):
         records = _records(ours, one.source, test)
-        rows = [row for row, record in enumerate(records) if target in (record or {}).get("numbers", {})]
-        if not rows:
+        known = [record if target in (record or {}).get("numbers", {}) else None for record in records]
+        if not any(known):
             reasons.append(f"{target} is no number of source {one.source}")
             continue
-        examples = {row: _example(pinned, _with_value(records[row] or {}, target)) for row in rows}
-        asked = {row: example for row, example in examples.items() if example is not None}
-        if asked:
-            answers = answer(ours.loaded, list(asked.values()), MaskedSampling())
-            by_row = dict(zip(asked, answers, strict=True))
-            return [found if isinstance(found := by_row.get(row), Histogram) else None for row in range(len(records))]
+        answers = number_answers(ours.loaded, ours.loaded.tasks[one.task], known, target)
+        if any(answers):
+            return answers
         reasons.append(f"no record can be asked in {one.task}")
     raise FailedError(f"no trained task predicts {target}: {'; '.join(dict.fromkeys(reasons)) or 'none is of numbers'}")
-
-
-def _with_value(record: Record, target: str) -> Record:
-    """The record with some value where the target is missing: only its distribution is asked for."""
-    value = record["numbers"][target]
-    return record if value is not None else {**record, "numbers": {**record["numbers"], target: 0.0}}
-
-
-def _with_category(record: Record, target: str) -> Record:
-    """The record with the target unknown, so that its true value cannot show."""
-    true = record["categories"][target]
-    kept = {key: value for key, value in record.items() if true is None or value != true}  # a text may be the label
-    return {**kept, "label": "?", "categories": {**record["categories"], target: "?"}}
 
 
 def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str], truth: Sequence[str]) -> np.ndarray:
@@ -166,19 +142,17 @@ def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str],
     Raises:
         FailedError: no trained task predicts this column.
     """
-    for one in _by_inputs(ours, "text"):
-        task, records = TASKS[one.task], _records(ours, one.source, test)
+    for one in trained_for(ours.loaded, "text"):
+        task, records = ours.loaded.tasks[one.task], _records(ours, one.source, test)
         if task.optional and any(target in (record or {}).get("categories", {}) for record in records):
-            pinned = Derived("text", partial(hold_out_category, column=target), lambda *_: True)
-            asked = [record and _with_category(record, target) for record in records]
-            return _likelihoods(ours, replace(task, target=pinned), asked, classes)
+            return class_probabilities(ours.loaded, task, records, target, classes)
         if not (isinstance(task.target, Text) and task.target.name == "label"):
             continue
         labels = [str((record or {}).get("label")) for record in records]
         # The label of the source may be another column.
         if sum(own == true for own, true in zip(labels, truth, strict=True)) < len(truth) / 2:
             continue
-        return _likelihoods(ours, task, records, classes)
+        return class_probabilities(ours.loaded, task, records, target, classes)
     try:
         answers, values = _number_answers(ours, test, target), np.asarray([float(name) for name in classes])
     except ValueError:
@@ -190,35 +164,6 @@ def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str],
             nearest = np.abs(quantiles[:, None] - values).argmin(1)
             found[row] = (np.bincount(nearest, minlength=len(classes)) + 0.5) / (len(quantiles) + 0.5 * len(classes))
     return found
-
-
-def _likelihoods(ours: Ours, task: Task, records: list[Record | None], classes: Sequence[str]) -> np.ndarray:
-    loaded = ours.loaded
-    parts = [Part("text", name, {"max_tokens": SHORT}) for name in classes]
-    candidates = [target_segment(part, loaded.modalities) for part in parts]
-    found = np.full((len(records), len(classes)), 1 / len(classes))
-    examples = {row: example for row, record in enumerate(records) if (example := _example(task, record)) is not None}
-    rows = list(examples)
-    for start in range(0, len(rows), BATCH):
-        few = rows[start : start + BATCH]
-        prompts = [source_segments(examples[row].source, loaded.modalities) for row in few]
-        cache = loaded.omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts)))
-        positions = prefill_all(loaded.omni, prompts, cache)
-        for slot, row in enumerate(few):
-            nll = np.asarray(score_candidates(loaded.omni, cache, slot, positions[slot], candidates))
-            odds = np.exp(nll.min() - nll)
-            found[row] = odds / odds.sum()
-    return found
-
-
-def _by_inputs(ours: Ours, output: str) -> list[TrainedTask]:
-    """The trained tasks with this output that are no forecasts, those with the most inputs first."""
-    fitting = [
-        one
-        for one in ours.loaded.description.trained_tasks
-        if TASKS[one.task].output_modality == output and "series" not in TASKS[one.task].inputs
-    ]
-    return sorted(fitting, key=lambda one: -len(TASKS[one.task].inputs))
 
 
 def _records(ours: Ours, name: str, test: Path) -> list[Record | None]:
@@ -236,16 +181,6 @@ def _record(source: Source, index: int) -> Record | None:
     try:
         return source[index]
     except DataError:
-        return None
-
-
-def _example(task: Task, record: Record | None) -> Example | None:
-    """The record as an example; None if it lacks an input."""
-    if record is None:
-        return None
-    try:
-        return task.example({"label": "?", **record}, np.random.default_rng(0), language=LANGUAGE)
-    except OpenM6Error:
         return None
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from openm6.api.frames import LEVELS, forecast, predict
 from openm6.api.values import (
     Audio,
     Distribution,
@@ -33,6 +34,9 @@ from openm6.inference.sampling import Decoding
 from openm6.kernels.probe import capabilities
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Files of a checkpoint on the Hub; no format that could run code is ever fetched.
@@ -62,7 +66,7 @@ def load(
     OpenM6('...step-2')
     """
     precision = precision_of(str(dtype).removeprefix("torch."))
-    loaded = load_checkpoint(_find(name_or_path), device, num_gpu_layers, precision=precision)
+    loaded = load_checkpoint(find_model(name_or_path), device, num_gpu_layers, precision=precision)
     where = loaded.omni.device
     if str(dtype) == "auto" and where.type == "cuda" and capabilities(where).bf16:
         convert_weights(loaded.omni, "bfloat16")
@@ -92,8 +96,8 @@ def answer_question(
     return write_answer(answer, out)
 
 
-def _find(name: str | Path) -> Path:
-    """The folder of a model; one on the Hub is fetched first."""
+def find_model(name: str | Path) -> Path:
+    """Return the folder of a model; one on the Hub is fetched first."""
     path, text = Path(name).expanduser(), str(name)
     if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
         return path
@@ -289,6 +293,60 @@ class OpenM6:
         targets = [self.loaded.text.target(text) for text in candidates]
         (nll,) = score_texts(self.loaded, [source_segments(parts, self.loaded.modalities)], targets)
         return rank_texts(candidates, nll.tolist(), list(map(len, targets)), normalise)
+
+    def predict(
+        self,
+        df: pd.DataFrame,
+        target: str,
+        quantile_levels: Sequence[float] = LEVELS,
+        classes: Sequence[Any] | None = None,
+    ) -> pd.DataFrame:
+        """Return predictions of a column for each row, by the other columns that the model was trained on.
+
+        The result has the index of `df`. `predictions` is the median of a number, with a column per quantile level,
+        named by it. Of a category it is the text that the model writes or, with `classes`, the likeliest, with
+        a column of probabilities per class. NaN or None stands where a row lacks what the task needs. Cells of images
+        and audio are paths or bytes of files.
+
+        Raises:
+            DataError: the model does not predict this column, one is missing or of several types, or a cell is broken.
+            ConfigError: a quantile level outside 0 and 1.
+
+        >>> m6.predict(penguins, target="body_mass_g", quantile_levels=[0.1, 0.9]).columns.tolist()
+        ['predictions', '0.1', '0.9']
+        """
+        return predict(self.loaded, df, target, quantile_levels, classes)
+
+    def forecast(
+        self,
+        df: pd.DataFrame,
+        future_df: pd.DataFrame | None = None,
+        id_column: str = "item_id",
+        timestamp_column: str = "timestamp",
+        target: str | list[str] = "target",
+        prediction_length: int | None = None,
+        quantile_levels: Sequence[float] = LEVELS,
+        *,
+        context_length: int | None = None,
+        freq: str | None = None,
+    ) -> pd.DataFrame:
+        """Return forecasts of the series in a long DataFrame, in the form of Chronos.
+
+        The result has `prediction_length` rows per item and target: the columns of items and times, `target_name`,
+        `predictions` (the median), and a column per quantile level, named by it. `future_df` holds the covariates that
+        are known of the steps ahead. The defaults of length and context are those of the training.
+
+        Raises:
+            DataError: the model does not forecast this column, one is missing, times are repeated or irregular, or a
+                series has no value.
+
+        >>> m6.forecast(weather, target="temp_max", prediction_length=4).columns[:4].tolist()
+        ['item_id', 'timestamp', 'target_name', 'predictions']
+        """
+        targets, names = [target] if isinstance(target, str) else list(target), (id_column, timestamp_column)
+        return forecast(
+            self.loaded, df, future_df, names, targets, prediction_length, quantile_levels, context_length, freq
+        )
 
     def _input_parts(self, row: Mapping[str, Any]) -> list[Part]:
         """The parts of inputs without the words of any task."""

@@ -54,6 +54,8 @@ def answer(loaded: LoadedModel, examples: list[Example], sampling: MaskedSamplin
 
     The prompts of a batch are packed in one row, so an answer depends on its neighbours within rounding.
     """
+    if not examples:
+        return []
     prompts = [source_segments(example.source, loaded.modalities) for example in examples]
     modality = examples[0].target.modality
     if modality == "text":

@@ -63,13 +63,36 @@ def generate_texts(loaded: LoadedModel, prompts: list[Prompt], sampling: Samplin
 
 def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling) -> list[GeneratedText]:
     """As `generate_texts`, with the confidence in each text."""
+    found: dict[int, GeneratedText] = {}
+    for _, ended in _decode(loaded, prompts, sampling):
+        for row in ended:
+            # Decoding leaves the end token out.
+            text = loaded.text.decode(row.tokens)
+            found[row.key] = GeneratedText(text, confidence_of(row.nll, len(row.tokens)))
+    return [found[index] for index in range(len(prompts))]
+
+
+def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+    """Yield the text that follows a prompt as it is generated; together it is that of `generate_texts`."""
+    shown = ""
+    for (row,), ended in _decode(loaded, [prompt], sampling):
+        text, _ = visible_text(loaded.text, row, (), bool(ended))
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+
+
+def _decode(
+    loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling
+) -> Iterator[tuple[list[DecodeSequence], list[DecodeSequence]]]:
+    """Decode a text after each prompt; yield after each step what is being decoded, and what of it has ended."""
     text_head = TextHead.of(loaded.omni, loaded.text)
     longest = max(map(prompt_length, prompts), default=0)
     # On a GPU each size of a pass is captured in a graph of its own, which one call would seldom replay: use one size.
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
     batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, batch_invariant=one_size)
-    waiting, found = list(range(len(prompts))), dict[int, GeneratedText]()
+    waiting = list(range(len(prompts)))
     split = [split_opening(prompt) for prompt in prompts]
     while waiting or batch.rows:
         joining, waiting = waiting[: batch.free], waiting[batch.free :]
@@ -78,28 +101,10 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
             own = sampling.model_copy(update={"seed": sampling.seed + index})
             opening = split[index][1]
             batch.add(index, own, position, loaded.text.start if opening is None else opening)
-        for row in batch.step():
-            # Decoding leaves the end token out.
-            text = loaded.text.decode(row.tokens)
-            found[row.key] = GeneratedText(text, confidence_of(row.nll, len(row.tokens)))
+        ended = batch.step()
+        yield list(batch.rows), ended
+        for row in ended:
             batch.remove(row)
-    return [found[index] for index in range(len(prompts))]
-
-
-def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
-    """Yield the text that follows a prompt as it is generated; together it is that of `generate_texts`."""
-    text_head, one_size = TextHead.of(loaded.omni, loaded.text), loaded.omni.device.type == "cuda"
-    batch = DecodeBatch(text_head, 1, prompt_length(prompt) + sampling.max_tokens + 2, batch_invariant=one_size)
-    prompt, opening = split_opening(prompt)
-    (position,) = prefill_all(loaded.omni, [prompt], batch.cache)
-    token = loaded.text.start if opening is None else opening
-    row, shown, ended = batch.add(0, sampling, position, token), "", False
-    while not ended:
-        ended = bool(batch.step())
-        text, _ = visible_text(loaded.text, row, (), ended)
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
 
 
 def visible_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], ended: bool) -> tuple[str, bool]:
@@ -151,24 +156,39 @@ def predict_numbers(
     return adapter.histograms(hidden, arrays)
 
 
-@torch.inference_mode()
 def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, candidates: list[Segment]) -> list[float]:
     """Return the negative log-likelihood, in nats, of each text after the prompt in a slot, which stays as it is.  # N
 
-    Candidates are private blocks of one row, so that none attends to another. `position` is the one after the prompt.
+    `position` is the one after the prompt.
     """
-    found: list[float] = []
-    for few in passes_of(candidates, len, ROW_TOKENS):
-        sequences = [build_sequence([candidate], position=position) for candidate in few]
-        batch = collate([sequences], sum(map(len, few))).to(omni.device)
+    return score_rows(omni, cache, [slot], [position], [candidates])[0].tolist()
+
+
+@torch.inference_mode()
+def score_rows(
+    omni: Omni, cache: SlotCache, slots: list[int], positions: list[int], candidates: list[list[Segment]]
+) -> np.ndarray:
+    """As `score_candidates` for several slots, whose candidates have the same lengths.  # -> B N
+
+    Candidates are private blocks of one row per slot, so that none attends to another.
+    """
+    first = candidates[0]
+    found = []
+    for few in passes_of(range(len(first)), lambda index: len(first[index]), ROW_TOKENS):
+        rows = [
+            [build_sequence([own[index]], position=position) for index in few]
+            for own, position in zip(candidates, positions, strict=True)
+        ]
+        batch = collate(rows, sum(len(first[index]) for index in few)).to(omni.device)
         example_id = batch.meta.example_id
         # All belong to the example of the prompt, each to its own block.
         meta = SequenceMeta(torch.zeros_like(example_id), batch.meta.attn_order, example_id + 1, batch.meta.positions)
-        hidden, _ = omni(batch.groups, meta, SlotReader(cache, [slot]))  # 1 S D
+        hidden, _ = omni(batch.groups, meta, SlotReader(cache, list(slots)))  # B S D
         group = batch.groups["text"]
-        nll = omni.text.nll(hidden[0, group.index], group.arrays).float()
-        found += nll.new_zeros(len(few)).index_add_(0, group.example, nll).tolist()
-    return found
+        nll = omni.text.nll(hidden.flatten(0, 1)[group.index], group.arrays).float()
+        total = nll.new_zeros(len(slots) * len(few)).index_add_(0, group.example, nll)
+        found.append(total.view(len(slots), -1).double().cpu().numpy())
+    return np.concatenate(found, 1)
 
 
 @dataclass(frozen=True)
@@ -183,14 +203,16 @@ class RankedText:
 
 def score_texts(loaded: LoadedModel, prompts: list[Prompt], candidates: list[Segment]) -> np.ndarray:
     """Return the negative log-likelihood, in nats, of each candidate after each prompt.  # B, N -> B N"""
-    found = np.zeros((len(prompts), len(candidates)))
-    for start in range(0, len(prompts), BATCH):
-        few, openings = zip(*map(split_opening, prompts[start : start + BATCH]), strict=True)
+    found = [np.zeros((0, len(candidates)))]
+    together = max(1, ROW_TOKENS * MAX_ROWS // sum(map(len, candidates)))
+    for start in range(0, len(prompts), min(BATCH, together)):
+        split = [split_opening(prompt) for prompt in prompts[start : start + min(BATCH, together)]]
+        few = [prompt for prompt, _ in split]
         cache = loaded.omni.backbone.new_cache(len(few), max(map(prompt_length, few)))
-        for slot, position in enumerate(prefill_all(loaded.omni, list(few), cache)):
-            targets = [opened(candidate, openings[slot]) for candidate in candidates]
-            found[start + slot] = score_candidates(loaded.omni, cache, slot, position, targets)
-    return found
+        positions = prefill_all(loaded.omni, few, cache)
+        own = [[opened(candidate, opening) for candidate in candidates] for _, opening in split]
+        found.append(score_rows(loaded.omni, cache, list(range(len(few))), positions, own))
+    return np.concatenate(found)
 
 
 def rank_texts(texts: Sequence[str], nll: Sequence[float], lengths: Sequence[int], normalise: bool) -> list[RankedText]:

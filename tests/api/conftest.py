@@ -15,7 +15,12 @@ from tests.train.tiny_recipe import tiny_recipe, write_recipe
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
-    train_recipe(write_recipe(folder, tiny_recipe(2, save_every=2)), out=folder / "run")
+    recipe = tiny_recipe(2, save_every=2)
+    windows = {"columns": ["temp_max"], "time": "date", "context": 16, "horizon": 4, "stride": 50}
+    recipe["sources"]["weather"] = {"kind": "windows", "path": "embedded:seattle_weather_daily", **windows}
+    recipe["mixture"].append({"source": "weather", "task": "time_series_forecasting"})
+    recipe["mixture"].append({"source": "penguins", "task": "tabular_classification"})
+    train_recipe(write_recipe(folder, recipe), out=folder / "run")
     return folder / "run"
 
 

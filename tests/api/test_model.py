@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import soundfile
@@ -42,12 +44,29 @@ def test_public_names_are_there() -> None:
 
 @pytest.mark.parametrize("module", [model, values], ids=lambda module: module.__name__)
 def test_examples_of_docstrings_run(module: ModuleType, m6: openm6.OpenM6, run: Path, files: Path) -> None:
+    penguins = pd.DataFrame({"bill_length_mm": [40.0, 50.0], "flipper_length_mm": [190.0, 210.0]})
+    days = pd.date_range("2024-01-01", periods=20)
+    weather = pd.DataFrame({"item_id": "here", "timestamp": days, "temp_max": np.arange(20.0)})
     known = {"m6": m6, "run": run, "embedder": openm6.OpenM6(embedding_model())}
+    known |= {"penguins": penguins, "weather": weather}
     results = [
         doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found)
         for found in doctest.DocTestFinder(exclude_empty=False).find(module, extraglobs=known)
     ]
     assert sum(one.attempted for one in results) > 3 and not any(one.failed for one in results)
+
+
+def test_examples_of_the_page_run(m6: openm6.OpenM6, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    models = {"runs/demo": m6, "runs/embed": openm6.OpenM6(embedding_model())}
+    monkeypatch.setattr("openm6.api.model.load", lambda path: models[path])
+    monkeypatch.chdir(tmp_path)
+    penguins = pd.DataFrame({"bill_length_mm": [40.0, 50.0] * 8, "flipper_length_mm": [190.0, 210.0] * 8})
+    penguins = penguins.assign(body_mass_g=[4000.0, 5000.0] * 8, label=["Adelie", "Gentoo"] * 8)
+    weather = pd.DataFrame({"timestamp": pd.date_range("2024-01-01", periods=20), "temp_max": np.arange(20.0)})
+    known = {"penguins": penguins, "weather": weather.assign(item_id="here")}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), known)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seven.png", "seven.wav"]
 
 
 def test_public_methods_have_examples() -> None:

@@ -1,0 +1,366 @@
+"""Tables and series in pandas: predictions of a column of a DataFrame, and forecasts in the form of Chronos."""
+
+# Shapes: N rows, K classes, S series, H steps ahead, Q quantile levels
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from openm6.core.errors import ConfigError, DataError, nearest
+from openm6.data.records import COLUMN_KEYS, Fields, Record, RowReader, check_columns
+from openm6.data.table import ArrowTable
+from openm6.data.windows import WindowsConfig
+from openm6.evaluate.answers import answer
+from openm6.evaluate.run import source_configs
+from openm6.inference.engine import score_texts
+from openm6.inference.load import LoadedModel
+from openm6.inference.sampling import MaskedSampling
+from openm6.modalities.histogram import Histogram
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_segments, target_segment
+from openm6.models.description import TrainedTask
+from openm6.tasks.builders import hold_out, hold_out_category, hold_out_number
+from openm6.tasks.slots import SHORT, Derived, Text
+from openm6.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class MixedTypesError(DataError, TypeError):
+    """A column of several types; scikit-learn expects a TypeError."""
+
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+UNKNOWN = "?"
+
+
+def predict(
+    loaded: LoadedModel,
+    frame: pd.DataFrame,
+    target: str,
+    quantile_levels: Sequence[float],
+    classes: Sequence[Any] | None,
+) -> pd.DataFrame:
+    """As `OpenM6.predict`."""
+    columns = columns_of(frame)
+    if not columns or not len(frame):
+        raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")
+    table = arrow_table(columns, "the DataFrame")
+    check_levels(quantile_levels)
+    numeric, known = target in loaded.numbers.scales, {*loaded.numbers.scales}
+    for one in trained_for(loaded, "numbers" if numeric else "text"):
+        config = source_configs(loaded.description.sources, str(loaded.checkpoint)).get(one.source)
+        task, own = loaded.tasks[one.task], getattr(config, "fields", None)
+        fields = own or _fields(table.names, loaded, target)
+        mapped = {*(fields.numbers or ()), *(fields.categories or ())}
+        known |= {name for name in (fields.label, *mapped) if name and own}
+        labelled = isinstance(task.target, Text) and task.target.name == "label" and fields.label == target
+        if not (labelled or (target in mapped and (numeric or task.optional))):
+            continue
+        records = frame_records(table, fields, target)
+        found: dict[str, Any] = {}
+        if numeric:
+            answers = number_answers(loaded, task, records, target)
+            for name, level in [("predictions", 0.5), *((str(level), level) for level in quantile_levels)]:
+                found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
+        elif classes is not None:
+            probability = class_probabilities(loaded, task, records, target, list(map(str, classes)))
+            found["predictions"] = [classes[index] for index in probability.argmax(1)]
+            found |= {str(name): probability[:, index] for index, name in enumerate(classes)}
+        else:
+            examples = _examples(task, *_without_category(task, records, target))
+            texts = dict(zip(examples, answer(loaded, list(examples.values()), MaskedSampling()), strict=True))
+            found["predictions"] = [texts.get(row) for row in range(len(records))]
+        return type(frame)(found, index=frame.index)
+    raise DataError(f"the model predicts no column {target!r}; {nearest(target, sorted(known))}")
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    """Raise ConfigError if a quantile level lies outside 0 and 1."""
+    if not all(0 < level < 1 for level in levels):
+        raise ConfigError(f"quantile_levels={list(levels)} must lie between 0 and 1")
+
+
+def trained_for(loaded: LoadedModel, output: str) -> list[TrainedTask]:
+    """Return the trained tasks with this output that are no forecasts, those with the most inputs first."""
+    named = [(one, loaded.tasks[one.task]) for one in loaded.description.trained_tasks if one.task in loaded.tasks]
+    fitting = [(one, task) for one, task in named if task.output_modality == output and not task.contrastive]
+    plain = [(one, task) for one, task in fitting if "series" not in task.inputs]
+    return [one for one, _ in sorted(plain, key=lambda pair: -len(pair[1].inputs))]
+
+
+def columns_of(frame: Any) -> dict[str, Any]:
+    """Return the columns of a DataFrame by name; none if it is no DataFrame, or two have one name."""
+    names = list(map(str, getattr(frame, "columns", ())))
+    return {name: frame.iloc[:, index] for index, name in enumerate(names)} if len(set(names)) == len(names) else {}
+
+
+def arrow_table(columns: Mapping[str, Any], where: str) -> ArrowTable:
+    """Return columns as a table; raise MixedTypesError if one holds values of several types."""
+    arrays = {}
+    for name, cells in columns.items():
+        try:
+            arrays[name] = pa.array(cells, from_pandas=True)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            kinds = sorted({type(cell).__name__ for cell in cells})
+            raise MixedTypesError(
+                f"column {name!r} of {where} holds values of several types ({', '.join(kinds)}): each argument must be "
+                "a string or a number, as the others of its column"
+            ) from None
+    return ArrowTable(pa.table(arrays), where)
+
+
+def _fields(names: Sequence[str], loaded: LoadedModel, target: str) -> Fields:
+    """What fills a record if the training used the keys of records: the model's numbers, and other columns."""
+    every = [*names, *([] if target in names else [target])]
+    keys = {key: key for key in COLUMN_KEYS if key in every}
+    numbers = [name for name in every if name in loaded.numbers.scales]
+    categories = [name for name in every if name not in numbers and name not in keys]
+    return Fields(**keys, numbers=numbers or None, categories=categories or None)
+
+
+def frame_records(table: ArrowTable, fields: Fields, target: str) -> list[Record]:
+    """Return the rows of a table as records; the target column may be absent.
+
+    Raises:
+        DataError: another column is absent, or a cell does not fit; the sentence names the row.
+    """
+    if target not in table.names:
+        table = ArrowTable(table.arrow.append_column(target, pa.nulls(len(table))), table.where)
+    reader = RowReader(table.names, fields, read_file, table.where)
+    records = []
+    for row in range(len(table)):
+        try:
+            records.append(reader.read(table.row(row, list(reader.columns))))
+        except DataError as error:
+            raise DataError(f"row {row} of {table.where}: {error}") from None
+    return records
+
+
+def read_file(name: str, limit: int) -> bytes:
+    """Return the content of a file that a cell names; raise DataError if it cannot be read or is too large."""
+    try:
+        content = Path(name).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{name} cannot be read ({getattr(error, 'strerror', None) or error}): check the path"
+        ) from None
+    if len(content) > limit:
+        raise DataError(f"{name} is larger than {limit:,} bytes, the most allowed: shrink or cut it")
+    return content
+
+
+def number_answers(
+    loaded: LoadedModel, task: Task, records: Sequence[Record | None], target: str
+) -> list[Histogram | None]:
+    """Return the distribution of a column for each record; None for one without what the task needs."""
+    build = hold_out_number if task.optional else hold_out
+    pinned = replace(task, target=Derived("numbers", partial(build, column=target), lambda *_: True))
+    # Any value will do where it is missing: only its distribution is asked for.
+    numbers = [(record or {}).get("numbers") or {} for record in records]
+    asked = [
+        record and {**record, "numbers": {**own, target: own.get(target) or 0.0}}
+        for record, own in zip(records, numbers, strict=True)
+    ]
+    examples = _examples(task, pinned, asked)
+    answers = answer(loaded, list(examples.values()), MaskedSampling())
+    by_row = {row: found for row, found in zip(examples, answers, strict=True) if isinstance(found, Histogram)}
+    return [by_row.get(row) for row in range(len(records))]
+
+
+def class_probabilities(
+    loaded: LoadedModel, task: Task, records: Sequence[Record | None], target: str, classes: Sequence[str]
+) -> np.ndarray:
+    """Return probabilities of classes by the likelihoods of their names, equal if a record cannot be asked.  # N K"""
+    parts = [Part("text", name, {"max_tokens": SHORT}) for name in classes]
+    candidates = [target_segment(part, loaded.modalities) for part in parts]
+    examples = _examples(task, *_without_category(task, records, target))
+    prompts = [source_segments(example.source, loaded.modalities) for example in examples.values()]
+    found = np.full((len(records), len(classes)), 1 / len(classes))
+    nll = score_texts(loaded, prompts, candidates)
+    odds = np.exp(nll.min(1, keepdims=True) - nll)
+    found[list(examples)] = odds / odds.sum(1, keepdims=True)
+    return found
+
+
+def _without_category(task: Task, records: Sequence[Record | None], target: str) -> tuple[Task, list[Record | None]]:
+    """The task with this category as its target, and records that do not show it."""
+    if not task.optional:
+        return task, [record and {**record, "label": UNKNOWN} for record in records]
+    asked: list[Record | None] = []
+    for record in records:
+        named = (record or {}).get("categories") or {}
+        true = named.get(target)
+        # A text may be the label.
+        kept = {key: value for key, value in (record or {}).items() if true is None or value != true}
+        asked.append(record and {**kept, "label": UNKNOWN, "categories": {**named, target: UNKNOWN}})
+    pinned = Derived("text", partial(hold_out_category, column=target), lambda *_: True)
+    return replace(task, target=pinned), asked
+
+
+def _examples(task: Task, pinned: Task, records: Sequence[Record | None]) -> dict[int, Example]:
+    """Those records as examples that have what the task needs, by their rows, in the language of its training."""
+    found = {}
+    for row, record in enumerate(records):
+        languages = (task.languages(record) or pinned.languages(record)) if record is not None else []
+        if record is not None and languages:
+            language = "en" if "en" in languages else languages[0]
+            found[row] = pinned.example(record, np.random.default_rng(0), language=language)
+    return found
+
+
+@dataclass(frozen=True)
+class _Series:
+    """One target of one item: its past, covariates beside it and beyond, and the times of the steps ahead."""
+
+    item: Any
+    target: str
+    past: list[float]
+    covariates: dict[str, list[float]]
+    clock: float | None  # seconds of the first value
+    step: float
+    ahead: Any
+
+
+def forecast(
+    loaded: LoadedModel,
+    frame: pd.DataFrame,
+    future: pd.DataFrame | None,
+    names: tuple[str, str],
+    targets: Sequence[str],
+    length: int | None,
+    levels: Sequence[float],
+    context_length: int | None,
+    freq: str | None,
+) -> pd.DataFrame:
+    """As `OpenM6.forecast`; `names` are those of the columns of items and of times."""
+    # optional, and slow to import
+    import pandas as pd  # noqa: PLC0415
+
+    check_levels(levels)
+    trained, config = _forecasting(loaded, targets)
+    length, context = length or config.horizon, context_length or config.context
+    if length < 1 or context < 1:
+        raise ConfigError("prediction_length and context_length must be at least 1")
+    series = list(_all_series(pd, frame, future, names, targets, length, config, freq))
+    quantiles = np.full((len(series), length, len(levels)), np.nan)
+    points = np.full((len(series), length), np.nan)
+    for start in range(0, length, config.horizon):
+        ahead = min(config.horizon, length - start)
+        examples = []
+        for one, before in zip(series, points, strict=True):
+            values = [*one.past, *before[:start].tolist()]
+            first = max(0, len(values) - context)
+            # Every step ahead is asked for by some value.
+            shown = {one.target: [*values[first:], *[0.0] * ahead]}
+            for name, covariate in one.covariates.items():
+                cut = covariate[first : len(values) + ahead]
+                shown[name] = [*cut, *[math.nan] * (len(values) - first + ahead - len(cut))]
+            extra: dict[str, Any] = {"context": len(values) - first, "horizon": ahead}
+            extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
+            if config.time is not None and one.clock is not None:
+                extra["clock"] = (one.clock + first * one.step, one.step)
+            plain = {key: [None if math.isnan(x) else x for x in cells] for key, cells in shown.items()}
+            record = {"id": f"{one.item}/{start}", "series": plain, "extra": extra}
+            examples.append(loaded.tasks[trained.task].example(record, np.random.default_rng(0), language="en"))
+        for index, histogram in enumerate(answer(loaded, examples, MaskedSampling())):
+            assert isinstance(histogram, Histogram)
+            points[index, start : start + ahead] = histogram.median()
+            quantiles[index, start : start + ahead] = np.stack([histogram.quantile(level) for level in levels], 1)
+    tables = [pd.DataFrame({names[0]: one.item, names[1]: one.ahead, "target_name": one.target}) for one in series]
+    found = pd.concat(tables, ignore_index=True)
+    found["predictions"] = points.ravel()
+    for index, level in enumerate(levels):
+        found[str(level)] = quantiles[:, :, index].ravel()
+    return found
+
+
+def _forecasting(loaded: LoadedModel, targets: Sequence[str]) -> tuple[TrainedTask, WindowsConfig]:
+    """The trained task that forecasts these columns, and its windows."""
+    configs, columns = source_configs(loaded.description.sources, str(loaded.checkpoint)), []
+    for one in loaded.description.trained_tasks:
+        config, task = configs.get(one.source), loaded.tasks.get(one.task)
+        if isinstance(config, WindowsConfig) and task is not None and task.output_modality == "numbers":
+            if set(targets) <= set(config.columns):
+                return one, config
+            columns += config.columns
+    raise DataError(f"the model forecasts no series {', '.join(map(repr, targets))}; {nearest(targets[0], columns)}")
+
+
+def _all_series(
+    pd: Any, frame: Any, future: Any, names: tuple[str, str], targets: Sequence[str], length: int,
+    config: WindowsConfig, freq: str | None,
+) -> Iterator[_Series]:  # fmt: skip
+    """The series of a long DataFrame, in the order of the items' first rows."""
+    known, beside = config.known_covariates, [*config.past_covariates, *config.known_covariates]
+    check_columns([*names, *targets, *beside], list(frame.columns), "df")
+    if not len(frame):
+        raise DataError("df has no rows: nothing can be forecast")
+    if known and future is None:
+        raise DataError(f"the model was trained with {', '.join(known)} of the steps ahead: add future_df with them")
+    if known:
+        check_columns([*names, *known], list(future.columns), "future_df")
+    for item, rows in frame.groupby(names[0], sort=False):
+        rows, where = rows.sort_values(names[1]), f"item {item!r}"
+        times, ahead = _times(pd, rows[names[1]], length, freq, where)
+        later = None
+        if known:
+            later = future[future[names[0]] == item].sort_values(names[1])
+            if len(later) != length or list(_stamps(pd, later[names[1]])) != list(ahead):
+                raise DataError(f"{where}: future_df must hold the {length} steps from {ahead[0]} to {ahead[-1]}")
+        cells = {name: _floats(pd, rows[name], where) for name in [*targets, *beside]}
+        if later is not None:
+            cells |= {name: [*cells[name], *_floats(pd, later[name], where)] for name in known}
+        dated = isinstance(times[0], pd.Timestamp)
+        step = (ahead[0] - times[-1]).total_seconds() if dated else float(ahead[0] - times[-1])
+        for target in targets:
+            if all(map(math.isnan, cells[target])):
+                raise DataError(f"{where} has no value of {target!r}: drop it, or fill the column")
+            covariates = {name: cells[name] for name in beside}
+            yield _Series(item, target, cells[target], covariates, times[0].timestamp() if dated else None, step, ahead)
+
+
+def _stamps(pd: Any, cells: Any) -> Any:
+    """Times as they are compared: numbers as they are, all else as dates."""
+    try:
+        return cells if pd.api.types.is_numeric_dtype(cells) else pd.to_datetime(cells)
+    except (ValueError, TypeError):
+        raise DataError(f"column {cells.name!r} holds times that cannot be read: write them as 2024-05-31") from None
+
+
+def _times(pd: Any, cells: Any, length: int, freq: str | None, where: str) -> tuple[list[Any], list[Any]]:
+    """The times of a series and those of the steps ahead; DataError if they are missing, repeated or irregular."""
+    times = list(_stamps(pd, cells))
+    if any(pd.isna(one) for one in times):
+        raise DataError(f"{where} has rows without a time: fill or drop them")
+    repeated = next((first for first, second in itertools.pairwise(times) if first == second), None)
+    if repeated is not None:
+        raise DataError(f"{where} has the time {repeated} twice: keep one row per time")
+    if isinstance(times[0], pd.Timestamp):
+        found = freq or (pd.infer_freq(pd.DatetimeIndex(times)) if len(times) > 2 else None)
+        if found is not None:
+            return times, list(pd.date_range(times[-1], periods=length + 1, freq=found)[1:])
+    else:
+        steps = {second - first for first, second in itertools.pairwise(times)}
+        if len(steps) == 1:
+            return times, [times[-1] + number * next(iter(steps)) for number in range(1, length + 1)]
+    raise DataError(f"the times of {where} have no regular frequency, or are too few: resample them, or name freq='D'")
+
+
+def _floats(pd: Any, cells: Any, where: str) -> list[float]:
+    if not pd.api.types.is_numeric_dtype(cells):
+        raise DataError(f"column {cells.name!r} of {where} holds {cells.dtype} where numbers are expected: convert it")
+    values = cells.to_numpy(float, na_value=math.nan)
+    if np.isinf(values).any():
+        raise DataError(f"column {cells.name!r} of {where} holds infinite values: leave them empty")
+    return values.tolist()

@@ -1,0 +1,244 @@
+"""DataFrames in and out: predictions by columns, forecasts in the form of Chronos, and bad tables in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import openm6
+from openm6.api.frames import _forecasting
+from openm6.core.errors import OpenM6Error
+from openm6.evaluate.answers import answer
+from openm6.inference.sampling import MaskedSampling
+from openm6.tasks.registry import TASKS
+from openm6.train.run import train_recipe
+from tests.data.sample_images import png
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+LEVELS = [0.1, 0.5, 0.9]
+
+
+def shop(count: int = 24) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(1, 5, count).round(2)
+    return pd.DataFrame({
+        "photo": [f"{index % 2}.png" for index in range(count)],
+        "title": [f"a {['red', 'blue'][index % 2]} toy of {index + 3} parts" for index in range(count)],
+        "colour": [["red", "blue"][index % 2] for index in range(count)],
+        "weight": weights,
+        "price": (3 * weights + 1).round(2),
+    })  # fmt: skip
+
+
+def sales(items: tuple[str, ...] = ("b", "a"), days: int = 40) -> pd.DataFrame:
+    tables = []
+    for number, item in enumerate(items):
+        steps = np.arange(days)
+        tables.append(pd.DataFrame({
+            "item_id": item,
+            "timestamp": pd.date_range("2024-01-01", periods=days),
+            "sales": 10.0 * (number + 1) + steps % 7,
+            "visits": 100.0 + steps,
+            "promo": (steps % 5 == 0).astype(float),
+        }))  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frames")
+    for index, colour in enumerate(("red", "blue")):
+        (folder / f"{index}.png").write_bytes(png(colour, 32))
+    shop().to_csv(folder / "shop.csv", index=False)
+    sales().to_csv(folder / "sales.csv", index=False)
+    fields = {
+        "image": "photo",
+        "text_en": "title",
+        "label": "colour",
+        "numbers": ["weight", "price"],
+        "categories": ["colour"],
+    }
+    windows = {"columns": ["sales"], "past_covariates": ["visits"], "known_covariates": ["promo"]}
+    recipe = tiny_recipe(2, save_every=2) | {
+        "sources": {
+            "shop": {"kind": "csv", "path": str(folder / "shop.csv"), "fields": fields},
+            "series": {"kind": "windows", "path": str(folder / "sales.csv"), "time": "timestamp", "group": "item_id",
+                       "context": 12, "horizon": 4, **windows},
+            "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
+        },
+        "mixture": [
+            {"source": "shop", "task": "record_regression"},
+            {"source": "shop", "task": "record_classification"},
+            {"source": "series", "task": "time_series_forecasting"},
+            {"source": "penguins", "task": "tabular_regression"},
+            {"source": "penguins", "task": "tabular_classification"},
+        ],
+    }  # fmt: skip
+    train_recipe(write_recipe(folder, recipe), out=folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> openm6.OpenM6:
+    return openm6.load(folder / "run", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def test_numbers_are_predicted_with_quantiles_and_the_same_index(model: openm6.OpenM6) -> None:
+    frame = shop(5).drop(columns="price").set_index(pd.Index(list("vwxyz")))
+    found = model.predict(frame, "price", LEVELS)
+    assert list(found.columns) == ["predictions", "0.1", "0.5", "0.9"] and list(found.index) == list("vwxyz")
+    assert (found["0.1"] < found["0.5"]).all() and (found["0.5"] < found["0.9"]).all()
+    assert (found["predictions"] == found["0.5"]).all()
+
+
+def test_the_target_does_not_show(model: openm6.OpenM6) -> None:
+    frame = shop(5)
+    pd.testing.assert_frame_equal(
+        model.predict(frame, "price"), model.predict(frame.assign(price=1e6), "price"), rtol=1e-4
+    )
+    probable = model.predict(frame, "colour", classes=["red", "blue"])
+    other = model.predict(frame.assign(colour="red"), "colour", classes=["red", "blue"])
+    pd.testing.assert_frame_equal(probable[["red", "blue"]], other[["red", "blue"]], rtol=1e-3)
+    assert not probable[["red", "blue"]].equals(
+        model.predict(frame.assign(weight=frame["weight"] * 2), "colour", classes=["red", "blue"])[["red", "blue"]]
+    )
+
+
+def test_categories_are_predicted_as_text_or_with_probabilities(model: openm6.OpenM6) -> None:
+    frame = shop(3).drop(columns="colour")
+    assert all(isinstance(text, str) for text in model.predict(frame, "colour")["predictions"])
+    found = model.predict(frame, "colour", classes=["red", "blue", "green"])
+    assert list(found.columns) == ["predictions", "red", "blue", "green"]
+    np.testing.assert_allclose(found[["red", "blue", "green"]].sum(axis=1), 1)
+    assert (found["predictions"] == found[["red", "blue", "green"]].idxmax(axis=1)).all()
+
+
+def test_the_keys_of_records_are_columns_of_a_source_without_fields(model: openm6.OpenM6) -> None:
+    frame = pd.DataFrame({"bill_length_mm": [40.0, None], "body_mass_g": [4000, 5000], "flipper_length_mm": [190, 200]})
+    assert model.predict(frame, "bill_depth_mm")["predictions"].notna().all()
+    assert set(model.predict(frame, "label", classes=["Adelie", "Gentoo"]).columns) == {
+        "predictions",
+        "Adelie",
+        "Gentoo",
+    }
+
+
+def test_rows_may_lack_cells(model: openm6.OpenM6) -> None:
+    """A task that takes whatever there is has an answer without any of it; one of numbers alone has none."""
+    frame = shop(2).drop(columns="price")
+    frame.loc[1] = None
+    assert model.predict(frame, "price", LEVELS).notna().all(axis=None)
+    lengths = pd.DataFrame({"bill_length_mm": [40.0, None], "flipper_length_mm": [190.0, None]})
+    found = model.predict(lengths, "body_mass_g", LEVELS)
+    assert found.loc[0].notna().all()
+
+
+def test_forecasts_have_the_form_of_chronos(model: openm6.OpenM6) -> None:
+    history = sales()
+    later = pd.concat(
+        pd.DataFrame({"item_id": item, "timestamp": pd.date_range("2024-02-10", periods=6), "promo": 0.0})
+        for item in ("a", "b")
+    )
+    found = model.forecast(history.sample(frac=1, random_state=0).sort_values("item_id", ascending=False), later,
+                           target="sales", prediction_length=6, quantile_levels=LEVELS)  # fmt: skip
+    assert list(found.columns) == ["item_id", "timestamp", "target_name", "predictions", "0.1", "0.5", "0.9"]
+    assert found["item_id"].tolist() == ["b"] * 6 + ["a"] * 6 and set(found["target_name"]) == {"sales"}
+    assert found["timestamp"].tolist() == 2 * pd.date_range("2024-02-10", periods=6).tolist()
+    assert (found["0.1"] < found["0.9"]).all() and (found["predictions"] == found["0.5"]).all()
+    assert found.groupby("item_id")["predictions"].mean()["a"] > found.groupby("item_id")["predictions"].mean()["b"]
+    other = model.forecast(history, later.assign(promo=1.0), target="sales", prediction_length=6)
+    assert not np.allclose(found["predictions"], other["predictions"]), "what is known of the steps ahead counts"
+
+
+def test_a_forecast_of_known_windows_is_that_of_the_training_source(model: openm6.OpenM6) -> None:
+    trained, config = _forecasting(model.loaded, ["sales"])
+    source = config.open_held_out("series")
+    windows = [source[index] for index in range(len(source))]
+    window = next(one for one in windows if one["extra"]["group"] == "a" and "2024-01-03" in one["extra"]["start"])
+    example = TASKS[trained.task].example(window, np.random.default_rng(0), language="en")
+    (expected,) = answer(model.loaded, [example], MaskedSampling())
+    rows = sales(("b", "a"))
+    rows = rows[rows["item_id"] == "a"].iloc[:18]
+    found = model.forecast(rows.iloc[2:14], rows.iloc[14:][["item_id", "timestamp", "promo"]], target="sales")
+    np.testing.assert_allclose(found["predictions"], expected.median(), rtol=1e-4)
+
+
+def twice(frame: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([frame, frame.iloc[:1]])
+
+
+BAD_TABLES: dict[str, tuple[Any, str]] = {
+    "no such target": (lambda f: (f, "prise"), "the model predicts no column 'prise'; did you mean 'price'"),
+    "an input as the target": (lambda f: (f, "title"), "the model predicts no column 'title'"),
+    "no such column": (lambda f: (f.drop(columns="weight"), "price"), "the DataFrame has no column 'weight'"),
+    "mixed types": (
+        lambda f: (f.assign(weight=[1, "x", b"y"]), "price"),
+        "column 'weight' of the DataFrame holds values of several",
+    ),
+    "a text as a number": (lambda f: (f.assign(weight="heavy"), "price"), "row 0 of the DataFrame: column 'weight'"),
+    "no file": (lambda f: (f.assign(photo="x.png"), "price"), "row 0 of the DataFrame: x.png cannot be read"),
+    "an image of zero bytes": (lambda f: (f.assign(photo=b""), "price"), "column 'photo' holds an empty file"),
+    "no rows": (lambda f: (f.iloc[:0], "price"), "at least one row"),
+    "a list": (lambda f: ([1, 2], "price"), "at least one row"),
+    "columns of one name": (lambda f: (f.set_axis(["a"] * 5, axis=1), "price"), "names of their own"),
+    "a level": (lambda f: (f, "price", [0, 1]), "must lie between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_bad_table_is_one_sentence(case: str, model: openm6.OpenM6) -> None:
+    words, sentence = BAD_TABLES[case]
+    with pytest.raises(OpenM6Error, match=sentence) as caught:
+        model.predict(*words(shop(3)))
+    assert "\n" not in str(caught.value)
+
+
+BAD_SERIES: dict[str, tuple[Any, str]] = {
+    "no such target": ({"target": "sale"}, "the model forecasts no series 'sale'; did you mean 'sales'"),
+    "no such column": (lambda f: f.drop(columns="visits"), "df has no column 'visits'"),
+    "no items": (lambda f: f.drop(columns="item_id"), "df has no column 'item_id'"),
+    "one row": (lambda f: f.iloc[:1], "the times of item 'b' have no regular frequency, or are too few"),
+    "repeated times": (twice, "item 'b' has the time 2024-01-01 00:00:00 twice"),
+    "irregular times": (lambda f: f.drop(index=[3]), "the times of item 'b' have no regular frequency"),
+    "no time": (lambda f: f.assign(timestamp=pd.NaT), "has rows without a time"),
+    "no dates": (lambda f: f.assign(timestamp="soon"), "holds times that cannot be read"),
+    "nothing observed": (lambda f: f.assign(sales=np.nan), "item 'b' has no value of 'sales'"),
+    "text": (lambda f: f.assign(sales="many"), "where numbers are expected"),
+    "infinite": (lambda f: f.assign(sales=np.inf), "holds infinite values"),
+    "no rows": (lambda f: f.iloc[:0], "df has no rows"),
+    "nothing known": ({"future_df": None}, "add future_df with them"),
+    "another future": ({"prediction_length": 3}, "future_df must hold the 3 steps from 2024-02-10"),
+    "no steps": ({"prediction_length": -1}, "must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SERIES)
+def test_a_bad_series_is_one_sentence(case: str, model: openm6.OpenM6) -> None:
+    change, sentence = BAD_SERIES[case]
+    history = change(sales()) if callable(change) else sales()
+    days = pd.date_range("2024-02-10", periods=4)
+    later = pd.concat(pd.DataFrame({"item_id": item, "timestamp": days, "promo": 0.0}) for item in ("b", "a"))
+    settings = {"future_df": later, "target": "sales"} | ({} if callable(change) else change)
+    with pytest.raises(OpenM6Error, match=sentence) as caught:
+        model.forecast(history, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_times_as_numbers_and_a_named_frequency(folder: Path, model: openm6.OpenM6) -> None:
+    rows = sales(("a",), 20)
+    days = pd.date_range("2024-01-21", periods=2, freq="D")
+    later = pd.DataFrame({"item_id": "a", "timestamp": days, "promo": 0.0})
+    gaps = model.forecast(rows.drop(index=[3]), later, target="sales", prediction_length=2, freq="D")
+    assert gaps["timestamp"].tolist() == days.tolist()
+    counted = model.forecast(rows.assign(timestamp=range(0, 40, 2)), later.assign(timestamp=[40, 42]), target="sales",
+                             prediction_length=2)  # fmt: skip
+    assert counted["timestamp"].tolist() == [40, 42]
