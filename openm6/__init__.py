@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from openm6.core.errors import OpenM6Error
 
 if TYPE_CHECKING:
+    from openm6.api.estimators import OpenM6Classifier, OpenM6Regressor
     from openm6.api.model import OpenM6, load
     from openm6.api.values import Audio, Distribution
 
 __version__ = "0.1.0"
-__all__ = ["Audio", "Distribution", "OpenM6", "OpenM6Error", "load"]
+__all__ = ["Audio", "Distribution", "OpenM6", "OpenM6Classifier", "OpenM6Error", "OpenM6Regressor", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -21,6 +22,11 @@ def __getattr__(name: str) -> object:
     # torch takes seconds to import
     from openm6.api import model  # noqa: PLC0415
 
+    if name in ("OpenM6Classifier", "OpenM6Regressor"):
+        # scikit-learn takes a second
+        from openm6.api import estimators  # noqa: PLC0415
+
+        return getattr(estimators, name)
     return getattr(model, name)
 
 

@@ -28,6 +28,7 @@ from openm6.tasks.slots import (
     categories,
     localised,
     observed,
+    pinned,
 )
 
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
@@ -152,7 +153,7 @@ def _has_inputs(record: Record, language: str) -> bool:
 def hold_out_number(record: Record, context: Context, column: str | None = None) -> Built:
     """One number, drawn each time unless it is named, and what else the record holds."""
     values = observed(record)
-    column = column or sorted(values)[int(context.rng.integers(len(values)))]
+    column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
     target = Part("numbers", {column: values[column]})
     key = f"{column}={values[column]}"
     return Built(_shown(record, context, column), target, key, {"column": _words(column)})
@@ -161,7 +162,7 @@ def hold_out_number(record: Record, context: Context, column: str | None = None)
 def hold_out_category(record: Record, context: Context, column: str | None = None) -> Built:
     """One category, drawn each time unless it is named, and what else the record holds."""
     values = categories(record)
-    column = column or sorted(values)[int(context.rng.integers(len(values)))]
+    column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
     answer = values[column]
     target = Part("text", answer, {"max_tokens": SHORT})
     return Built(_shown(record, context, column, answer), target, f"{column}={answer}", {"column": _words(column)})

@@ -165,6 +165,15 @@ class Numbers(Slot):
         return Part("numbers", dict(record["numbers"]))
 
 
+# The key of `extra` with the column that is always held out of a record.
+PINNED = "pinned_column"
+
+
+def pinned(record: Record) -> str | None:
+    """The column of a record that is always the target, if it has one."""
+    return (record.get("extra") or {}).get(PINNED)
+
+
 def observed(record: Record) -> dict[str, float]:
     """The number columns of a record that hold a value."""
     numbers = record.get("numbers") or {}

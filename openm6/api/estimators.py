@@ -1,0 +1,322 @@
+"""Estimators for scikit-learn: numbers, categories, texts, images and audio as columns of X, a number or class as y."""
+
+# Shapes: N rows, F columns, K classes, Q quantile levels
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+
+from openm6.api.frames import (
+    LEVELS,
+    arrow_table,
+    check_levels,
+    class_probabilities,
+    columns_of,
+    frame_records,
+    number_answers,
+    read_file,
+)
+from openm6.api.model import OpenM6, find_model, load
+from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TRAINING_FILE, latest
+from openm6.checkpoint.load import load_model
+from openm6.core.config import build
+from openm6.core.device import resolve_device
+from openm6.core.errors import DataError
+from openm6.core.run_folder import RunFolder
+from openm6.data.propose import column_of
+from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields
+from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
+from openm6.models.description import TOKENIZER_FILE, read_description
+from openm6.tasks.slots import PINNED
+from openm6.train.loop import train
+from openm6.train.multimodal import MultimodalTraining
+from openm6.train.recipe import MultimodalRecipe
+
+# Kinds of columns that are no input by themselves: nothing to read, or a name of the row.
+LEFT_OUT = ("empty", "identifier")
+LIMITS = {"image": MAX_IMAGE_BYTES, "audio": MAX_AUDIO_BYTES}
+MAX_SEED = 2**31 - 1
+FEW_STEPS = 200
+# Rows from which some are for validation in a training of a given time, and the fraction of them.
+MIN_VALIDATED, VALIDATION = 50, 0.1
+
+
+class TableError(DataError, ValueError):
+    """Columns or rows that cannot be learned from; scikit-learn expects a ValueError."""
+
+
+class _TableEstimator(BaseEstimator):
+    """What both estimators share: training on a table, and records to ask about."""
+
+    _task: str
+
+    def __init__(
+        self,
+        base: str | None = None,
+        time_limit: float = 60.0,
+        max_steps: int | None = None,
+        model: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        random_state: Any = None,
+    ) -> None:
+        self.base = base
+        self.time_limit = time_limit
+        self.max_steps = max_steps
+        self.model = model
+        self.device = device
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = tags.input_tags.categorical = True
+        # How many steps fit into a time is never the same.
+        tags.non_deterministic = self.max_steps is None
+        return tags
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether training is too short for predictions to be good."""
+        return self.max_steps is not None and self.max_steps < FEW_STEPS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "model_"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "checkpoint_" in state:
+            self.model_ = _open(self.checkpoint_, self.device)
+
+    def _table(self, X: Any, y: Any = None, reset: bool = False) -> tuple[dict[str, Any], Any]:  # noqa: N803
+        """The columns of X by name and y, checked."""
+        if reset and y is None:
+            raise TableError("fit requires y to be passed, but the target y is None: pass the values to learn")
+        columns = columns_of(X)
+        if columns:
+            # Names and their number alone: an array of all cells would lose their types.
+            validate_data(self, X, reset=reset, skip_check_array=True)
+            if not all(isinstance(name, str) for name in X.columns):
+                columns = {f"x{index}": cells for index, cells in enumerate(columns.values())}
+            return columns, None if y is None else column_or_1d(y, warn=True)
+        settings: dict[str, Any] = {"dtype": None, "ensure_all_finite": "allow-nan", "reset": reset}
+        if y is None:
+            cells = validate_data(self, X, **settings)
+        else:
+            cells, y = validate_data(self, X, y, y_numeric=self._task == "record_regression", **settings)
+        return {f"x{index}": cells[:, index] for index in range(cells.shape[1])}, y
+
+    def _fit(self, columns: dict[str, Any], y: Any, name: str | None) -> None:
+        """Train on a table with the target as a column of its own."""
+        if len(y) < 2:
+            raise TableError("one sample is too few to learn from (n_samples=1): give at least two rows")
+        self.target_ = name if name and name not in columns else "target"
+        while self.target_ in columns:
+            self.target_ += "_"
+        try:
+            table = arrow_table(columns | {self.target_: y}, "X")
+            self.fields_ = _fields(table.arrow, self.target_, numeric=self._task == "record_regression")
+            # What no task would say: the target is the column that is always held out.
+            table.arrow = table.arrow.append_column(PINNED, pa.array([self.target_] * len(y)))
+            seed = int(check_random_state(self.random_state).randint(MAX_SEED))
+            with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
+                pq.write_table(_with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
+                self.checkpoint_ = self._train(Path(folder), len(y), seed)
+        except DataError as error:
+            raise error if isinstance(error, ValueError | TypeError) else TableError(str(error)) from None
+        self.model_ = _open(self.checkpoint_, self.device)
+
+    def _train(self, folder: Path, rows: int, seed: int) -> dict[str, bytes]:
+        fields = self.fields_.model_copy(update={"extra": [PINNED]}).model_dump(exclude_none=True)
+        source = {"kind": "parquet", "path": str(folder / "table.parquet"), "fields": fields, "test_fraction": 0.0}
+        loop: dict[str, Any] = {"seed": seed, "num_processes": 1, "tensorboard": False, "keep_last": 1}
+        if self.max_steps is not None:
+            loop["steps"] = self.max_steps
+        else:
+            loop |= {"steps": "auto", "minutes": self.time_limit / 60}
+            if rows >= MIN_VALIDATED:
+                # In a minute a small table would be learned by heart.
+                source["validation_fraction"] = VALIDATION
+                loop |= {"held_out": {"every": 50}, "early_stopping_patience": 5, "load_best_model_at_end": True}
+        values: dict[str, Any] = {
+            "model": dict(self.model or {}),
+            "sources": {"table": source},
+            "mixture": [{"source": "table", "task": self._task}],
+            "loop": loop,
+            "eval": {"at_end": False},
+        }
+        start = None if self.base is None else latest(find_model(self.base))
+        if start is not None:
+            described = read_description((start / DESCRIPTION_FILE).read_text(encoding="utf-8"), str(start))
+            values["model"] = {"preset": "nano", "overrides": described.backbone.model_dump()}
+            values["modalities"] = described.modalities.model_dump()
+            values["modalities"]["text"]["tokenizer"] = str(start / TOKENIZER_FILE)
+            values["embedding"] = described.embedding and described.embedding.model_dump()
+        recipe, run = build(MultimodalRecipe, values, type(self).__name__), RunFolder.open(folder / "run")
+        training = MultimodalTraining(recipe, run, resolve_device(self.device))
+        if start is not None:
+            load_model(start, training.omni)
+        # The number of steps that fit into the time is kept there.
+        result = train(training, recipe.loop, run, settings=values)
+        self.n_iter_ = result.steps
+        return _kept(result.checkpoint)
+
+    def _records(self, X: Any) -> list[Any]:  # noqa: N803
+        check_is_fitted(self)
+        columns, _ = self._table(X)
+        try:
+            return list(frame_records(arrow_table(columns, "X"), self.fields_, self.target_))
+        except DataError as error:
+            raise error if isinstance(error, ValueError | TypeError) else TableError(str(error)) from None
+
+
+class OpenM6Regressor(RegressorMixin, _TableEstimator):
+    """Predict a number, with quantiles, from columns of numbers, categories, texts, images and audio.
+
+    base: folder of a run, or a checkpoint, whose weights training starts from; None: from nothing
+    time_limit: seconds of training; with `max_steps`, so many steps instead, and equal results for equal seeds
+    model: the section `model` of a recipe, such as {"preset": "nano"}
+    device: auto, cpu, cuda or cuda:N
+
+    Columns of X that hold paths or bytes of image or audio files are read as such; missing values may stay.
+
+    >>> X, y = [[0.0], [1.0], [2.0], [3.0]] * 4, [0.0, 1.0, 2.0, 3.0] * 4
+    >>> regressor = OpenM6Regressor(max_steps=2, model=tiny, random_state=0).fit(X, y)
+    >>> regressor.predict([[1.5]], output_type="quantiles", quantile_levels=[0.1, 0.9]).shape
+    (1, 2)
+    """
+
+    _task = "record_regression"
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags.poor_score = self._is_short
+        return tags
+
+    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+        """Train on N rows; raise ValueError (TableError) if the columns cannot be learned from.  # N F, N"""
+        columns, values = self._table(X, y, reset=True)
+        try:
+            values = np.asarray(values, float)
+        except (TypeError, ValueError):
+            raise TableError("y holds values that are no numbers: convert them, or use OpenM6Classifier") from None
+        if not np.isfinite(values).all():
+            raise TableError("Input y contains NaN or infinite values: drop these rows")
+        self._fit(columns, values, getattr(y, "name", None))
+        return self
+
+    def predict(
+        self, X: Any, output_type: str = "mean", quantile_levels: Sequence[float] = LEVELS  # noqa: N803
+    ) -> np.ndarray:  # fmt: skip
+        """Return the mean, the median or quantiles of each row, as `output_type` asks.  # N F -> N, or N Q"""
+        if output_type not in ("mean", "median", "quantiles"):
+            raise TableError(f"output_type={output_type!r} is not one of mean, median, quantiles")
+        check_levels(quantile_levels)
+        records = self._records(X)
+        answers = number_answers(self.model_.loaded, self.model_.loaded.task(self._task), records, self.target_)
+        # The task takes whatever a row holds, so that each has an answer.
+        found = [one for one in answers if one is not None]
+        if output_type == "quantiles":
+            return np.array([[one.quantile(level)[0] for level in quantile_levels] for one in found])
+        return np.array([(one.mean() if output_type == "mean" else one.median())[0] for one in found])
+
+
+class OpenM6Classifier(ClassifierMixin, _TableEstimator):
+    """Predict a class from columns of numbers, categories, texts, images and audio; parameters of `OpenM6Regressor`.
+
+    >>> X, y = [["red"], ["blue"]] * 8, ["warm", "cold"] * 8
+    >>> OpenM6Classifier(max_steps=2, model=tiny, random_state=0).fit(X, y).predict_proba([["red"]]).shape
+    (1, 2)
+    """
+
+    _task = "record_classification"
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.poor_score = self._is_short
+        return tags
+
+    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+        """Train on N rows; raise ValueError (TableError) if the columns cannot be learned from.  # N F, N"""
+        columns, values = self._table(X, y, reset=True)
+        check_classification_targets(values)
+        self.classes_, index = np.unique(values, return_inverse=True)
+        names = [" ".join(str(one).split()) for one in self.classes_]
+        # Names carry meaning; those that are empty or alike are counted.
+        own = len(set(names)) == len(names) and all(names)
+        self.class_names_ = names if own else [f"class {number}" for number in range(len(names))]
+        self._fit(columns, [self.class_names_[one] for one in index], getattr(y, "name", None))
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Return probabilities of the classes, in the order of `classes_`.  # N F -> N K"""
+        records, loaded = self._records(X), self.model_.loaded
+        return class_probabilities(loaded, loaded.task(self._task), records, self.target_, self.class_names_)
+
+    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Return the likeliest class of each row.  # N F -> N"""
+        likeliest = self.predict_proba(X).argmax(1)
+        return self.classes_[likeliest]
+
+
+def _fields(table: pa.Table, target: str, numeric: bool) -> Fields:
+    """What fills a record: numbers by their type, all else by what the cells look like."""
+    found: dict[str, Any] = {"numbers": [], "categories": []}
+    for name in table.column_names[:-1]:
+        kind, language = "number", None
+        if not pa.types.is_primitive(table.schema.field(name).type) or pa.types.is_temporal(
+            table.schema.field(name).type
+        ):
+            column = column_of(name, table.column(name).to_pylist())
+            kind, language = column.kind, column.language
+        if kind == "number":
+            found["numbers"].append(name)
+        elif kind in LIMITS:
+            if kind in found:
+                raise TableError(f"columns {found[kind]!r} and {name!r} both hold files of {kind}: keep one")
+            found[kind] = name
+        elif kind in ("list", "mapping"):
+            raise TableError(f"column {name!r} holds values of type {kind}, which no record has: convert it")
+        elif kind == "free text" and not {"text_en", "text_zh"} & set(found):
+            found[f"text_{language or 'en'}"] = name
+        elif kind not in LEFT_OUT:
+            found["categories"].append(name)
+    found["numbers" if numeric else "categories"].append(target)
+    return Fields(**{key: value for key, value in found.items() if value})
+
+
+def _with_files(table: pa.Table, fields: Fields) -> pa.Table:
+    """The table with the content of image and audio files instead of their paths."""
+    for kind, limit in LIMITS.items():
+        name = getattr(fields, kind)
+        if name is not None and not pa.types.is_binary(table.column(name).type):
+            content = [path and read_file(path, limit) for path in table.column(name).to_pylist()]
+            table = table.set_column(table.column_names.index(name), name, pa.array(content, pa.binary()))
+    return table
+
+
+def _kept(checkpoint: Path) -> dict[str, bytes]:
+    """The files of a checkpoint by name, without those that only training needs."""
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    names = set(state["files"]) - {OPTIMIZER_FILE, TRAINING_FILE}
+    state["files"] = {name: size for name, size in state["files"].items() if name in names}
+    found = {name: (checkpoint / name).read_bytes() for name in sorted(names | {MODEL_FILE})}
+    return found | {STATE_FILE: json.dumps(state).encode()}
+
+
+def _open(checkpoint: Mapping[str, bytes], device: str) -> OpenM6:
+    """The model of the files of a checkpoint."""
+    with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
+        for name, content in checkpoint.items():
+            (Path(folder) / name).write_bytes(content)
+        return load(folder, device)

@@ -1,0 +1,145 @@
+"""The estimators in scikit-learn: its own checks, columns of every kind, pickles, and bad tables in one sentence."""
+
+from __future__ import annotations
+
+import doctest
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import openm6
+from openm6.api import estimators
+from openm6.core.errors import OpenM6Error
+from tests.api.test_frames import shop
+from tests.data.sample_images import png, wav
+from tests.train.tiny_recipe import MODEL
+
+SMALL: dict[str, Any] = {"model": MODEL, "device": "cpu", "random_state": 0}
+TINY = SMALL | {"max_steps": 1}
+SLIGHT = {"preset": "nano", "overrides": {**MODEL["overrides"], "hidden_size": 32, "num_heads": 1, "num_layers": 1}}
+CHECKED = [
+    openm6.OpenM6Regressor(model=SLIGHT, device="cpu", max_steps=1),
+    openm6.OpenM6Classifier(model=SLIGHT, device="cpu", max_steps=1),
+]
+
+
+# Rows share passes, in float32: alone and among others they are equal up to rounding, not to scikit-learn's 1e-7.
+ROUNDED = dict.fromkeys(
+    ("check_methods_subset_invariance", "check_methods_sample_order_invariance"), "equal within the rounding of float32"
+)
+
+
+@parametrize_with_checks(CHECKED, expected_failed_checks=lambda estimator: ROUNDED)
+def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A folder to stand in, with files, and one for temporary folders, which is empty again in the end."""
+    for index, colour in enumerate(("red", "blue")):
+        (tmp_path / f"{index}.png").write_bytes(png(colour, 32))
+        (tmp_path / f"{index}.wav").write_bytes(wav(seconds=0.2 + index / 10))
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list((tmp_path / "temporary").glob("openm6-*")) and {p.name for p in tmp_path.iterdir()} == {
+        "0.png", "1.png", "0.wav", "1.wav", "empty.png", "temporary"
+    }  # fmt: skip
+
+
+def test_columns_of_every_kind() -> None:
+    frame = shop(16).assign(sound=[f"{index % 2}.wav" for index in range(16)])
+    frame.loc[3, ["weight", "title", "photo"]] = None
+    prices = frame.pop("price")
+    regressor = openm6.OpenM6Regressor(**TINY).fit(frame, prices)
+    fields = regressor.fields_
+    assert (fields.image, fields.audio, fields.text_en) == ("photo", "sound", "title")
+    assert (fields.numbers, fields.categories) == (["weight", "price"], ["colour"])
+    found = regressor.predict(frame, output_type="quantiles", quantile_levels=[0.1, 0.5, 0.9])
+    assert found.shape == (16, 3) and (np.diff(found, axis=1) > 0).all()
+    assert regressor.predict(frame, output_type="median") == pytest.approx(found[:, 1])
+    changed = frame.assign(photo=frame["photo"].iloc[::-1].to_numpy())
+    assert not np.allclose(regressor.predict(changed), regressor.predict(frame)), "the images are read"
+    alone = np.concatenate([regressor.predict(frame.iloc[[row]], output_type="median") for row in range(16)])
+    np.testing.assert_allclose(alone, found[:, 1], rtol=1e-4)
+
+
+def test_a_classifier_and_its_pickle() -> None:
+    frame = shop(16)
+    classifier = openm6.OpenM6Classifier(**TINY).fit(frame.drop(columns="colour"), frame["colour"])
+    found = classifier.predict_proba(frame.drop(columns="colour"))
+    alone = [classifier.predict_proba(frame.drop(columns="colour").iloc[[row]])[0] for row in range(16)]
+    np.testing.assert_allclose(alone, found, rtol=1e-4)
+    assert list(classifier.classes_) == ["blue", "red"] and classifier.target_ == "colour"
+    np.testing.assert_allclose(found.sum(1), 1)
+    again = pickle.loads(pickle.dumps(classifier))  # noqa: S301
+    np.testing.assert_array_equal(again.predict_proba(frame.drop(columns="colour")), found)
+    assert not hasattr(clone(classifier), "checkpoint_")
+
+
+def test_weights_of_a_run_are_where_training_starts(run: Path) -> None:
+    X, y = [[0.0], [1.0], [2.0], [3.0]] * 4, [0.0, 1.0, 2.0, 3.0] * 4  # noqa: N806
+    started = openm6.OpenM6Regressor(base=str(run), device="cpu", max_steps=1, random_state=0).fit(X, y)
+    trained = openm6.load(run).loaded.omni.state_dict()
+    name = "backbone.layers.0.attention.qkv"
+    (key,) = (one for one in trained if one.startswith(name))
+    moved = (started.model_.loaded.omni.state_dict()[key] - trained[key]).abs().max()
+    assert 0 < moved < 0.01
+
+
+def test_a_time_limit_is_kept() -> None:
+    X, y = np.arange(120.0).reshape(60, 2), np.arange(60.0)  # noqa: N806
+    regressor = openm6.OpenM6Regressor(time_limit=2.0, **SMALL).fit(X, y)
+    assert regressor.n_iter_ > 1 and regressor.__sklearn_tags__().non_deterministic
+
+
+def test_examples_of_docstrings_run() -> None:
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    results = [runner.run(found) for found in finder.find(estimators, extraglobs={"tiny": SLIGHT})]
+    assert sum(one.attempted for one in results) > 4 and not any(one.failed for one in results)
+
+
+FRAME = shop(6).drop(columns="price")
+Y = shop(6)["price"]
+BAD: dict[str, tuple[Any, Any, str]] = {
+    "mixed types": (
+        FRAME.assign(weight=[1, "x", b"y", 1, 2, 3]),
+        Y,
+        "column 'weight' of X holds values of several types",
+    ),
+    "one row": (FRAME.iloc[:1], Y.iloc[:1], "one sample is too few"),
+    "no target": (FRAME, Y * np.nan, "Input y contains NaN"),
+    "words": (FRAME, ["a"] * 6, "y holds values that are no numbers"),
+    "no file": (FRAME.assign(photo="x.png"), Y, "x.png cannot be read"),
+    "no bytes": (FRAME.assign(photo="empty.png"), Y, "empty file|broken"),
+    "two images": (FRAME.assign(other=FRAME["photo"]), Y, "both hold files of image"),
+    "lists": (FRAME.assign(title=[["a"]] * 6), Y, "values of type list"),
+    "infinite": (FRAME.assign(weight=np.inf), Y, "infinite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_table_is_one_sentence(case: str) -> None:
+    X, y, sentence = BAD[case]  # noqa: N806
+    with pytest.raises((ValueError, TypeError), match=sentence) as caught:
+        openm6.OpenM6Regressor(**TINY).fit(X, y)
+    assert isinstance(caught.value, OpenM6Error) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_output_type_and_another_table() -> None:
+    regressor = openm6.OpenM6Regressor(**TINY).fit(FRAME, Y)
+    with pytest.raises(OpenM6Error, match="is not one of mean, median, quantiles"):
+        regressor.predict(FRAME, output_type="mode")
+    with pytest.raises(ValueError, match="feature names"):
+        regressor.predict(FRAME.rename(columns={"title": "name"}))
+    assert regressor.score(pd.DataFrame(FRAME), Y) <= 1
