@@ -185,15 +185,27 @@ def reference_logits(pretrained: Pretrained, tokens: Tensor) -> Tensor:
         # It would need accelerate to read the file itself.
         config, rows = backbone_config(pretrained.settings), pretrained.text.vocab_size
         settings = settings_of(config, rows, pretrained.text.tie_word_embeddings, tokens.shape[1])
-        model: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
-        for name, parameter in model.named_parameters():
-            parameter.copy_(pretrained.weights.read(name))
-    else:
+        model = _dense_reference(transformers, transformers.AutoConfig.for_model(**settings), pretrained)
+    elif "num_experts_per_tok" in pretrained.settings:
+        # It holds experts in another form than the files.
         model = transformers.AutoModelForCausalLM.from_pretrained(pretrained.path, dtype="auto")
+    else:
+        model = _dense_reference(transformers, transformers.AutoConfig.from_pretrained(pretrained.path), pretrained)
     _widen_layers(model.model.layers)
     embedded = model.get_input_embeddings()(tokens).float()
     hidden = model.eval().model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     return _logits(hidden[0], model.get_output_embeddings().weight)
+
+
+def _dense_reference(library: Any, config: Any, pretrained: Pretrained) -> Any:
+    """A dense model of `transformers` with each weight in memory once; the library itself maps the files as well."""
+    with torch.device("meta"):
+        model = library.AutoModelForCausalLM.from_config(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    state = {name: pretrained.weights.read(name) for name, _ in model.named_parameters()}
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    return model
 
 
 def _widen_layers(layers: nn.ModuleList) -> None:
