@@ -47,6 +47,10 @@ HELD_OUT, CALIBRATED_HORIZONS = 0.1, 20
 ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
 # Weights beside predictions of columns, which need most of the time.
 WEIGHTS_BESIDE = {"text_to_image": 0.2, "image_captioning": 0.2}
+# Passes over all that can be asked of few records, from which a run may learn them by heart: then some are for
+# validation, and the run ends early. A run takes about so many tokens, and an example so many without and with media.
+MAX_PASSES, VALIDATION_FRACTION, MIN_RECORDS = 100, 0.1, 50
+TOKENS_PER_MINUTE, TOKENS, MEDIA_TOKENS = 500_000, 40, 100
 # Read for the season of a series: windows, of at most so many rows.
 WINDOWS, MAX_ROWS = 50, 1536
 MIN_SERIES = 40  # rows from which a series is proposed
@@ -77,6 +81,12 @@ class DatasetReport:
     images: dict[str, Any] = field(default_factory=dict)  # settings to read them with
 
     @property
+    def questions(self) -> int:
+        """What can be asked of the training records: one thing by each task, or a column."""
+        columns = sum(column.kind in ("number", "category") for column in self.columns)
+        return self.train * sum(columns if task == "record_regression" else 1 for task in self.tasks)
+
+    @property
     def broken_fraction(self) -> float:
         """Of all rows, estimated from the sample."""
         return (self.unreadable / self.rows if self.rows else 0) + self.broken / max(1, self.sampled)
@@ -105,27 +115,51 @@ class Inspection:
         return self.recipe
 
 
-def inspect_path(path: str) -> Inspection:
-    """Inspect a table, or a folder of tables, images or audio clips; DataError if nothing at the path can be read."""
+def inspect_path(path: str, minutes: float = 10.0) -> Inspection:
+    """Inspect a table, or a folder of tables, images or audio clips, and propose a recipe for a run of some minutes.
+
+    Raises:
+        DataError: nothing at the path can be read.
+    """
     reports = _inspect_all(path)
     usable = {report.name: report for report in reports if report.tasks}
+    stopping = _early_stopping(list(usable.values()), minutes)
     sources = {name: report.source for name, report in usable.items()}
     mixture = [part for report in usable.values() for part in _parts(report)]
     series = [report for report in usable.values() if report.tasks == ["time_series_forecasting"]]
     if made := _artificial_series(series):
         sources[ARTIFICIAL], part = made
         mixture.append(part)
-    # The smallest model, these sources, their tasks, ten minutes.
+    # The smallest model, these sources, their tasks, the time.
     recipe = {
         "kind": "multimodal",
         "model": {"preset": "nano"},
         **_image_settings(list(usable.values())),
         "sources": sources,
         "mixture": mixture,
-        "loop": {"steps": "auto", "minutes": 10},
+        "loop": {"steps": "auto", "minutes": int(minutes) if minutes == int(minutes) else minutes, **stopping},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
     return Inspection(path, reports, text if usable else None)
+
+
+def _early_stopping(reports: list[DatasetReport], minutes: float) -> dict[str, Any]:
+    """Settings that end a run early, if all data have validation records, or are few enough to be given some here."""
+    count = sum(len(report.tasks) for report in reports)
+    few = {}
+    for report in reports:
+        media = any(column.kind in ("image", "audio") for column in report.columns) or report.kind == "folder"
+        examples = minutes * TOKENS_PER_MINUTE / (MEDIA_TOKENS if media else TOKENS) * len(report.tasks) / count
+        few[report.name] = report.train >= MIN_RECORDS and examples >= MAX_PASSES * report.questions
+    # Windows of series are few without harm, as artificial ones are mixed in.
+    if not all(x.validation or (few[x.name] and x.kind != "windows") for x in reports):
+        return {}
+    for report in reports:
+        if not report.validation:
+            report.source["validation_fraction"] = VALIDATION_FRACTION
+            report.validation = round(VALIDATION_FRACTION * report.train)
+            report.train -= report.validation
+    return {"held_out": {"every": 50}, "early_stopping_patience": 5, "load_best_model_at_end": True}
 
 
 def _image_settings(reports: list[DatasetReport]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from openm6.tasks.registry import all_tasks, unknown_task
 from openm6.tasks.task import Task
 from openm6.train.config import LoopConfig
 
+RATE_TIMES_WIDTH = 0.46  # of models of which the default learning rate would be too high
 MAX_TOKENS = 2**16  # of a step whose size is chosen: a larger one hardly trains faster per token
 
 
@@ -155,6 +156,18 @@ def _with_columns(config: AnySourceConfig, columns: Mapping[str, Any]) -> AnySou
         for key, found in columns.items()
     }
     return config.model_copy(update={"task_fields": Fields(**{**known, **merged})})
+
+
+def fit_learning_rate(recipe: MultimodalRecipe) -> float:
+    """Return the learning rate of AdamW for a model of this width, if the recipe sets none.
+
+    Up to width 460 it is the default; above, it falls with the width, as rates that transfer between widths do (Yang
+    et al. 2022, arXiv 2203.03466): at 768 it is that of GPT-3's smallest model (arXiv 2005.14165, table 2.1).
+    """
+    optimizer = recipe.loop.optimizer
+    if "learning_rate" in optimizer.model_fields_set or optimizer.name != "adamw":
+        return optimizer.learning_rate
+    return min(optimizer.learning_rate, RATE_TIMES_WIDTH / build_backbone(recipe.model).hidden_size)
 
 
 def fit_batch_size(recipe: MultimodalRecipe, free: float, ranks: int) -> int:

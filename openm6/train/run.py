@@ -25,7 +25,7 @@ from openm6.train.codec import CodecRecipe, CodecTraining
 from openm6.train.image_codec import ImageCodecRecipe, ImageSubject
 from openm6.train.loop import TrainResult, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalTraining
-from openm6.train.recipe import MultimodalRecipe, fit_batch_size
+from openm6.train.recipe import MultimodalRecipe, fit_batch_size, fit_learning_rate
 from openm6.train.training_task import TrainingTask
 
 Recipe = MultimodalRecipe | CodecRecipe
@@ -121,13 +121,27 @@ def train_recipe(
             raise failure
         _check_alike(ranks, values)
         written = values if path == run.config else None
-        checked, values = (checked, values) if resume and written else with_batch_size(checked, values, device, ranks)
+        if not (resume and written):
+            checked, values = with_batch_size(*with_learning_rate(checked, values), device, ranks)
         get_log().info(str(capabilities(device)))
         training = TRAININGS[checked.kind][1](checked, RunFolder.open(run.path), device, ranks)
         settings = values if ranks.is_main_process and (values is not written or overrides) else None
         result = train(training, checked.loop, run, resume, settings=settings)
         _log_next_steps(checked, run.path)
     return result if ranks.is_main_process else None
+
+
+def with_learning_rate(recipe: Recipe, values: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """Return recipe and plain values with the learning rate of the model's width, if it is not the default."""
+    optimizer = recipe.loop.optimizer
+    rate = fit_learning_rate(recipe) if isinstance(recipe, MultimodalRecipe) else optimizer.learning_rate
+    if rate == optimizer.learning_rate:
+        return recipe, values
+    get_log().info(f"learning rate {rate:.2g}, by the model's width")
+    loop = values.get("loop", {})
+    values = {**values, "loop": {**loop, "optimizer": {**loop.get("optimizer", {}), "learning_rate": rate}}}
+    chosen = recipe.loop.model_copy(update={"optimizer": optimizer.model_copy(update={"learning_rate": rate})})
+    return recipe.model_copy(update={"loop": chosen}), values
 
 
 def with_batch_size(

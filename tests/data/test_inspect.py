@@ -222,6 +222,32 @@ def test_a_text_that_tells_its_label_is_no_task(tmp_path):
     assert "text_classification" not in tasks_of(inspect_path(str(tmp_path / "t.csv")), "t")
 
 
+def sizes(folder: Path, rows: int, split: str = "") -> str:
+    """A table of two columns, with a third that names the split of a few rows if it is given."""
+    lines = [f"{n * n % 1009 / 7:.3f},{n * n % 97 / 7:.3f}" for n in range(rows)]
+    if split:
+        lines = [f"{line},{'train' if number % 9 else split}" for number, line in enumerate(lines)]
+    (folder / "x.csv").write_text("length,width" + ",split" * bool(split) + "\n" + "\n".join(lines) + "\n")
+    return str(folder / "x.csv")
+
+
+def test_a_run_that_repeats_few_records_often_ends_early(tmp_path):
+    few = inspect_path(sizes(tmp_path, 300))
+    recipe = recipe_of(few)
+    assert recipe.loop.early_stopping_patience and recipe.loop.load_best_model_at_end and recipe.loop.minutes == 10
+    opened = {split: len(open_sources(recipe.sources, split)["x"]) for split in ("train", "validation", "test")}
+    assert 10 < opened["validation"] < opened["train"] and sum(opened.values()) == 300
+    short = recipe_of(inspect_path(sizes(tmp_path, 300), minutes=0.5)).loop
+    assert (short.minutes, short.held_out, short.early_stopping_patience) == (0.5, None, None)
+    assert recipe_of(inspect_path(sizes(tmp_path, 6000))).loop.held_out is None
+
+
+def test_validation_records_of_the_data_are_used(tmp_path):
+    recipe = recipe_of(inspect_path(sizes(tmp_path, 6000, "validation")))
+    assert recipe.loop.load_best_model_at_end and recipe.sources["x"].validation_fraction == 0
+    assert recipe_of(inspect_path(sizes(tmp_path, 6000, "test"))).loop.held_out is None
+
+
 @pytest.mark.parametrize("content", ["", "no table at all", "\n\n"])
 def test_a_file_without_anything_usable(tmp_path, content):
     (tmp_path / "x.csv").write_text(content)

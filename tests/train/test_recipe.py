@@ -23,8 +23,16 @@ from openm6.plan.request import read_model
 from openm6.tasks.registry import TASKS
 from openm6.train import multimodal_data
 from openm6.train.multimodal import MultimodalTraining
-from openm6.train.recipe import MAX_TOKENS, MultimodalRecipe, fit_batch_size
-from openm6.train.run import SHIPPED, TRAININGS, read_recipe, recipe_path, train_recipe, with_batch_size
+from openm6.train.recipe import MAX_TOKENS, MultimodalRecipe, fit_batch_size, fit_learning_rate
+from openm6.train.run import (
+    SHIPPED,
+    TRAININGS,
+    read_recipe,
+    recipe_path,
+    train_recipe,
+    with_batch_size,
+    with_learning_rate,
+)
 from tests.devices import CPU, GPU
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 from tests.train.words_training import WordsTraining, words_backbone
@@ -120,6 +128,21 @@ def test_a_batch_grows_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch)
     for recipe, device in ((DEMO, CPU), (chosen, GPU)):
         assert with_batch_size(recipe, {}, device, ProcessGroupContext()) == (recipe, {})
     assert DEMO.packing.rows == 4
+
+
+@pytest.mark.parametrize(("name", "rate"), [("nano", 1e-3), ("tiny", 1e-3), ("small", 6e-4), ("base", 3e-4)])
+def test_the_learning_rate_falls_with_the_width_unless_it_is_set(name: str, rate: float) -> None:
+    def chosen(**optimizer: Any) -> tuple[float, dict[str, Any]]:
+        values = tiny_recipe(optimizer=optimizer) | {"model": {"preset": name}}
+        recipe, written = with_learning_rate(build(MultimodalRecipe, values, "recipe"), values)
+        # A run that begins with the written settings has the same rate.
+        assert fit_learning_rate(build(MultimodalRecipe, written, "recipe")) == recipe.loop.optimizer.learning_rate
+        return recipe.loop.optimizer.learning_rate, written["loop"]["optimizer"]
+
+    found, written = chosen(weight_decay=0.2)
+    assert found == pytest.approx(rate, rel=0.01)
+    assert written == {"weight_decay": 0.2} | ({} if rate == 1e-3 else {"learning_rate": found})
+    assert chosen(learning_rate=2e-3)[0] == 2e-3 and chosen(name="muon")[0] == 1e-3
 
 
 def test_rows_are_chosen_once_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
