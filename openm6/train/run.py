@@ -86,8 +86,7 @@ def train_recipe(
         TrainingError, DataError, CheckpointError: as for `train`.
     """
     device, path = resolve_device(device_name), Path(recipe)
-    run = RunFolder(out or Path("runs") / path.stem)
-    parallel = ParallelConfig()
+    run, parallel = RunFolder(out or Path("runs") / path.stem), ParallelConfig()
     failure: OpenM6Error | None = None
     # A failure is kept until the ranks are connected, so that all report it together.
     try:
