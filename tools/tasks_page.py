@@ -36,6 +36,7 @@ A task names the inputs, the target and the prompts of an example. Inputs and ta
 - `{name}` in a prompt stands for an input. Most tasks have several prompts, in English and in Chinese. Training \
 selects one at random, evaluation uses the first.
 - The first metric of a task is compared with the baseline.
+- The [chat tasks](own-data.md#chats) have no prompt: the turns of a conversation are the input.
 - Rows are sorted by input modality, then by output modality. The input modality is that of the first input that is \
 not text, if there is one.
 

@@ -353,7 +353,7 @@ class OpenM6:
         image, audio = media_bytes(row["image"], "image"), media_bytes(row["audio"], "audio")
         text, numbers = row["prompt"] or "", row["numbers"]
         question = Question(output="text", text=text, numbers=numbers, image=image, audio=audio)
-        return [part for part in prompt_parts(question, self.loaded) if part.raw not in ("", " ")]
+        return [part for part in prompt_parts(question, self.loaded, chat=False) if part.raw not in ("", " ")]
 
 
 def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import soundfile
 from openm6.core.errors import ConfigError, DataError
 from openm6.core.files import check_writable, replace_bytes
 from openm6.inference.load import LoadedModel
-from openm6.inference.question import join_neighbours, join_turns, read_media
+from openm6.inference.question import chat_prompt, read_media
 from openm6.modalities.audio import RATE
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
@@ -181,7 +181,7 @@ def number_series(value: Any) -> NumberSeries | None:
 
 
 def parts_of_messages(messages: Sequence[Mapping[str, Any]], loaded: LoadedModel) -> list[Part]:
-    """Return the parts of all turns of a chat, a line each.
+    """Return the parts of all turns of a chat.
 
     Raises:
         DataError: a message lacks its role or content, or a part cannot be read; the sentence names it.
@@ -196,8 +196,9 @@ def parts_of_messages(messages: Sequence[Mapping[str, Any]], loaded: LoadedModel
             content = [{"type": "text", "text": content}] if content else []
         if not isinstance(content, Sequence):
             raise DataError(f"the content of {where} must be a text or a list of parts")
-        turns.append([_content_part(part, loaded, f"part {number} of {where}") for number, part in enumerate(content)])
-    parts = join_neighbours([part for turn in join_turns(turns) for part in turn])
+        parts = [_content_part(part, loaded, f"part {number} of {where}") for number, part in enumerate(content)]
+        turns.append(("system" if message["role"] == "developer" else message["role"], parts))
+    parts = chat_prompt(turns, loaded)
     if not parts:
         raise DataError("the chat is empty: add a message with content")
     return parts

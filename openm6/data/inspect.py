@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from openm6.core.errors import DataError
+from openm6.data.chat import ChatConfig, is_chat
 from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
 from openm6.data.propose import (
     Column,
@@ -21,7 +22,7 @@ from openm6.data.propose import (
     propose_tasks,
     unused_columns,
 )
-from openm6.data.records import Record
+from openm6.data.records import Record, contents_of
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
 from openm6.data.synthetic import SyntheticSeriesConfig
@@ -230,6 +231,9 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
     except DataError as error:
         report.add_problem(path, error)
         return [report]
+    if is_chat(table.names):
+        config = ChatConfig(path=path)
+        report.kind = config.kind
     report.rows = len(table)
     report.unreadable = len(table.unreadable)
     for reason in table.unreadable:
@@ -238,7 +242,8 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
     if all(column.kind == "empty" for column in report.columns):
         report.add_problem(path, "no cell holds anything that can be read")
         return [report]
-    update = {"fields": propose_fields(report.columns), "test_path": test_path}
+    fields = None if isinstance(config, ChatConfig) else propose_fields(report.columns)
+    update = {"fields": fields, "test_path": test_path}
     _try_source(report, config.model_copy(update=update))
     series = _series(report, table)
     if series is None:
@@ -311,12 +316,14 @@ def _read(report: DatasetReport, source: Source) -> list[Record]:
         try:
             record = source[index]
             where = str(record["id"])
-            if decoded < DECODED and ("image" in record or "audio" in record):
+            media = [item for item in (record, *contents_of(record)) if "image" in item or "audio" in item]
+            if decoded < DECODED and media:
                 decoded += 1
-                if "image" in record:
-                    read_image(record["image"])
-                if "audio" in record:
-                    read_audio(record["audio"])
+                for item in media:
+                    if "image" in item:
+                        read_image(item["image"])
+                    if "audio" in item:
+                        read_audio(item["audio"])
             records.append(record)
         except UnreadableRowError:  # reported when the table was opened
             continue

@@ -236,6 +236,7 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
     labels = {label for _, label in both if label is not None}
     few_labels = len(labels) <= MAX_LABELS
     names = ["image_categorization" if few_labels else "image_classification"]
+    names += [task.name for task in TASKS.values() if task.chat]
     names += ["image_captioning"] if any(text != label for text, label in both) else []
     names += ["visual_question_answering", "text_to_image", "image_regression"]
     if any(text and text == label for text, label in both):

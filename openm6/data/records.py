@@ -21,7 +21,8 @@ Record = dict[str, Any]
 `id`, `source`, `license`: str · `image`, `audio`: bytes of a PNG, JPEG, FLAC, Ogg, … file, not yet decoded ·
 `text_en`, `text_zh`, `label`, `label_zh`, `question`, `answer`: str · `tags_en`, `tags_zh`: list[str] ·
 `numbers`: dict[str, float | None] (None = missing) · `categories`: dict[str, str | None] ·
-`series`: dict[str, list[float | None]] · `extra`: dict of anything else.
+`series`: dict[str, list[float | None]] · `extra`: dict of anything else · `messages`: list of {role, content}, the
+content a list of {type, text | image | audio | numbers}.
 """
 
 TEXT_KEYS = ("id", "source", "license", "text_en", "text_zh", "label", "label_zh", "question", "answer")
@@ -35,6 +36,12 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 32 << 20
 MAX_AUDIO_BYTES = 64 << 20
 MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "null", "none", "-"})
+
+
+def contents_of(record: Record) -> list[dict[str, Any]]:
+    """What is said in all messages of a record."""
+    return [item for message in record.get("messages") or () for item in message["content"]]
+
 
 OpenFile = Callable[[str, int], bytes]
 """Reads the file a table names: (path as written in the table, most bytes allowed) -> bytes."""

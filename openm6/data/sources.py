@@ -11,6 +11,7 @@ from pydantic import Field, WrapValidator
 from openm6.core.errors import DataError, nearest
 from openm6.core.extensions import installed
 from openm6.core.seeds import mix, text_hash
+from openm6.data.chat import ChatConfig
 from openm6.data.media import FolderConfig, TarConfig
 from openm6.data.parquet import DatasetsConfig, EmbeddedConfig, ParquetConfig
 from openm6.data.records import CANONICAL_KEYS, TEXT_KEYS, Record
@@ -109,6 +110,7 @@ AnySourceConfig = Annotated[
     EmbeddedConfig
     | ParquetConfig
     | JsonlConfig
+    | ChatConfig
     | CsvConfig
     | FolderConfig
     | TarConfig

@@ -42,7 +42,9 @@ def only_file(path: str, endings: tuple[str, ...], kind: str) -> str:
     files = find_files(path, endings)
     if len(files) > 1:
         raise DataError(f"{path} stands for {len(files)} files: name one {kind} file for each source")
-    refuse_foreign(files[0])
+    # JSON Lines may be compressed.
+    if not files[0].lower().endswith(tuple(ending for ending in endings if ending.endswith(".gz"))):
+        refuse_foreign(files[0])
     return files[0]
 
 

@@ -137,6 +137,10 @@ class TableConfig(SourceConfig):
         """The table at a path, of which only the columns passed to `Table.read` are needed."""
         raise NotImplementedError
 
+    def reader(self, table: Table, path: str) -> RowReader:
+        """What makes records of the rows of a table."""
+        return RowReader(table.names, self.fields, partial(read_beside, path), path, self.task_fields)
+
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         path = self.test_path if self.test_path is not None and split == "test" else self.path
         return self._source(name, path, lambda table: self._rows(table, split)[: self.limit])
@@ -156,7 +160,7 @@ class TableConfig(SourceConfig):
 
     def _source(self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray]) -> Source:
         table = self.load(path)
-        reader = RowReader(table.names, self.fields, partial(read_beside, path), path, self.task_fields)
+        reader = self.reader(table, path)
         split_column = self._split_column(table.names)
         needed = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names)))}
         table.read(sorted(needed))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import mmap
 import re
+import shutil
+import tempfile
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -248,6 +252,24 @@ class CsvConfig(TableConfig):
 HEADER_LINES = 200  # the columns are those of the first lines
 
 
+JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+
+
+def _open_unpacked(path: str) -> IO[bytes]:
+    """An open file of lines; one that ends in .gz is unpacked into a temporary file, which may be memory-mapped."""
+    if not path.lower().endswith(".gz"):
+        return open_binary(path)
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller
+    try:
+        with open_binary(path) as packed, gzip.GzipFile(fileobj=packed) as file:
+            shutil.copyfileobj(file, unpacked)
+    except (OSError, EOFError, zlib.error) as error:
+        unpacked.close()
+        raise DataError(f"{path} cannot be unpacked ({error}): copy it again") from None
+    unpacked.seek(0)
+    return unpacked
+
+
 class JsonlTable(Table):
     """Lines of a file (memory-mapped if it is local), each a JSON object; blank lines do not count."""
 
@@ -255,8 +277,8 @@ class JsonlTable(Table):
         self.where = path
         # Of each line that is not blank: its number and where it begins and ends.
         self._lines, self._starts, self._ends = array("q"), array("q"), array("q")
-        with open_binary(path) as file:
-            remote = file.read() if is_remote(path) else b""
+        with _open_unpacked(path) as file:
+            remote = file.read() if is_remote(path) and not path.lower().endswith(".gz") else b""
             start = 0
             for number, line in enumerate(io.BytesIO(remote) if remote else file, 1):
                 if line.strip():
@@ -294,9 +316,9 @@ class JsonlTable(Table):
 
 
 class JsonlConfig(TableConfig):
-    """JSON Lines, UTF-8: one object per line."""
+    """JSON Lines, UTF-8: one object per line; also as .gz."""
 
-    endings: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
+    endings: ClassVar[tuple[str, ...]] = JSONL_ENDINGS
 
     kind: Literal["jsonl"] = "jsonl"
 

@@ -10,6 +10,7 @@ from openm6.core.config import Config, apply_overrides, build
 from openm6.core.errors import ConfigError, DataError, nearest
 from openm6.core.files import check_writable, replace_text, to_json
 from openm6.core.log import get_log
+from openm6.data.chat import ChatConfig
 from openm6.data.media import FolderConfig, data_config
 from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources
@@ -152,7 +153,7 @@ def _candidates(
         yield trained.model_copy(update=here)
         return
     if isinstance(trained, TableConfig) and isinstance(plain, TableConfig):
-        if trained.kind == plain.kind:
+        if trained.kind == plain.kind or isinstance(trained, ChatConfig):
             yield trained.model_copy(update=here)
         yield plain.model_copy(update={"fields": trained.fields, "split": trained.split})
     yield plain

@@ -61,10 +61,13 @@ def assess(
     known = all_tasks(description.tasks)
     trained = [known[name] for name in names if name in known and not known[name].contrastive]
     given = {part.modality for part in parts} - {"text"}
+    seen: dict[str, set[str]] = {name: set() for name in names}
+    for component in description.trained_tasks:
+        seen[component.task].update(component.modalities)
     fitting = [
         task for task in trained
         if task.output_modality == target
-        and (given <= inputs_of(task) if task.optional else given == inputs_of(task))
+        and (given <= inputs_of(task) | seen[task.name] if task.optional or task.chat else given == inputs_of(task))
     ]  # fmt: skip
     if not fitting:
         return _other_modalities(given, target, trained)

@@ -60,6 +60,11 @@ class LoadedModel:
         return self.tasks[name]
 
     @property
+    def chats(self) -> bool:
+        """Whether the model was trained on the turns of conversations."""
+        return any(self.tasks[one.task].chat for one in self.description.trained_tasks if one.task in self.tasks)
+
+    @property
     def pool(self) -> PoolAdapter:
         """The adapter that makes embeddings; raise ConfigError if the model was not trained to embed."""
         if self.omni.pool is None:

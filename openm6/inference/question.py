@@ -16,6 +16,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import join_texts
+from openm6.tasks.chat import Turn, chat_parts, join_neighbours, said
 from openm6.tasks.task import LANGUAGES, Task
 
 # Of an image or recording, far above their own bounds.
@@ -106,11 +107,12 @@ def read_media(modality: Image | Audio, given: Path | str | bytes) -> bytes:
     return content
 
 
-def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
+def prompt_parts(question: Question, loaded: LoadedModel, chat: bool = True) -> list[Part]:
     """The parts of the prompt: the inputs, and the words that ask for the output.
 
     These are the text of the question if it has one. Without one, or if the text does not name the number to
-    predict, they are the prompt of the first trained task with the same input and output.
+    predict, they are the prompt of the first trained task with the same input and output. If there is no such task, a
+    model of chats is asked in a turn of the user, unless `chat` is false.
     """
     parts: list[Part] = []
     if question.image is not None:
@@ -125,40 +127,40 @@ def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
         parts.append(Part("numbers", rest))
     if question.series is not None:
         parts.append(Part("numbers", question.series))
+    found = _trained_prompt(question, loaded)
+    if chat and found is None and loaded.chats:
+        return chat_prompt([("user", [*parts, Part("text", question.text or "")])], loaded)
+    words = found or ("", "")
     if question.text is None:
-        before, after = _trained_prompt(question, loaded)
+        before, after = words
     elif parts or column is None or column in question.text or column.replace("_", " ") in question.text:
         before, after = "", (" " if parts else "") + question.text
     else:
-        first, last = (Part("text", words, {"cuttable": ()}) for words in _trained_prompt(question, loaded))
+        first, last = (Part("text", part, {"cuttable": ()}) for part in words)
         return [join_texts(join_texts(first, Part("text", question.text)), last)]
     return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
 
 
-def join_turns(turns: Iterable[list[Part]]) -> list[list[Part]]:
-    """Return the parts of each turn, neighbouring texts joined; every turn but the first begins with a new line."""
+def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
+    """Return the prompt of a conversation.
+
+    A model that was trained on chats, or imported with a chat template, reads turns with roles, as in training. Another
+    one reads a line per turn, without roles; texts of neighbouring turns are joined unless each part is a block of its
+    own, which an earlier request may have cached.
+    """
+    imported = loaded.text.imported
+    if loaded.chats or (imported is not None and imported.chat_template is not None):
+        return chat_parts(turn for turn in turns if said(turn[1]))
     found: list[list[Part]] = []
-    for parts in turns:
+    for _, parts in turns:
         if parts:
             found.append(join_neighbours([Part("text", "\n"), *parts] if found else parts))
-    return found
+    joined = [part for turn in found for part in turn]
+    return joined if loaded.modalities.prompt_attention != "bidirectional" else join_neighbours(joined)
 
 
-def join_neighbours(parts: list[Part]) -> list[Part]:
-    """Join neighbouring texts; a text after another modality begins with a blank, as in training."""
-    found: list[Part] = []
-    for part in parts:
-        if part.modality == "text" and found and found[-1].modality == "text":
-            found[-1] = Part("text", found[-1].raw + part.raw)
-        elif part.modality == "text" and found and not part.raw[:1].isspace():
-            found.append(Part("text", " " + part.raw))
-        else:
-            found.append(part)
-    return found
-
-
-def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str]:
-    """The words before and after the input in the first prompt of the first trained task that fits."""
+def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] | None:
+    """The words before and after the input in the first prompt of the first trained task that fits, if one does."""
     for component in loaded.description.trained_tasks:
         task = loaded.tasks.get(component.task)
         if task is not None and _fits(task, question):
@@ -167,7 +169,7 @@ def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str]:
             before, after = re.split(r"\{(?!column)\w+\}", prompts[0], maxsplit=1)
             column = question.target_column().replace("_", " ") if "{column}" in after else ""
             return before, after.replace("{column}", column)
-    return "", ""
+    return None
 
 
 def _fits(task: Task, question: Question) -> bool:
@@ -177,7 +179,7 @@ def _fits(task: Task, question: Question) -> bool:
         [task.input_modality] == given
         and task.output_modality == question.output
         and len(task.inputs) == 1
-        and not task.contrastive
+        and not (task.contrastive or task.chat)
         and task.is_inpainting == question.is_inpainting
         and ("series" in task.inputs) == (question.series is not None)
     )

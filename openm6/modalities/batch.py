@@ -70,23 +70,23 @@ def _token_rules(segments: list[Segment], rules: list[SegmentRule]) -> tuple[np.
 
 
 def build_sequence(segments: list[Segment], task: str = "", weight: float = 1.0, position: int = 0) -> PackedExample:
-    """Sources first (order 0, or one order per part), then targets: causal ones count up, blocks are hidden.
+    """Sources (order 0, or one order per part) and targets: causal ones count up, blocks and asides are hidden.
 
+    What follows a hidden target has a later order than all of its tokens, so that these do not attend to it.
     `position` is that of the first token, for segments that continue others.
     """
     rules: list[SegmentRule] = []
     length = order = blocks = 0
     for segment in segments:
         size, placement = len(segment.grid), segment.placement
-        if placement == "causal":
-            rules.append((order + 1, 1, 0, position))
+        hidden = placement in ("block", "aside")
+        blocks += hidden
+        if placement in ("causal", "aside"):
+            rules.append((order + 1, 1, blocks if hidden else 0, position))
             order += size
-        elif placement == "source":
-            rules.append((0, 0, 0, position))
         else:
-            order += 1
-            blocks += placement == "block"
-            rules.append((order, 0, blocks if placement == "block" else 0, position))
+            order += placement != "source"
+            rules.append((order, 0, blocks if hidden else 0, position))
         position += segment.span
         length += size
     return PackedExample(segments, rules, length, task, weight)

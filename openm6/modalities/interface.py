@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-Placement = Literal["source", "part", "causal", "block"]
+Placement = Literal["source", "part", "causal", "block", "aside"]
 Arrays = dict[str, np.ndarray]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
@@ -39,10 +39,11 @@ class Segment:
     `kind` names the adapter that embeds them. `arrays` holds one array per feature, each with leading length N.
     `grid` (N 3, int) is each token's offset in time, height and width; `moves` states for each axis whether it counts
     from the start of the segment (1) or from its own origin (0); `span` is the number of positions to the next
-    segment. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source` (order 0), `part` (a source
-    of the next order, which attends to itself and to what precedes it), `causal` (one order after the other) or
-    `block` (one order for all, private). `truncated`: the raw input was longer than what became tokens; `cuttable`:
-    the spans of them that may still be shortened.
+    segment. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source` (of the order of what
+    precedes it, at first 0), `part` (a source of the next order, which attends to itself and to what precedes it),
+    `causal` (one order after the other), `block` (one order for all, private) or `aside` (causal and private).
+    `truncated`: the raw input was longer than what became tokens; `cuttable`: the spans of them that may still be
+    shortened. `opening`: if this ends the prompt of a chat, the tokens before an answer in text.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Segment:
     moves: Moves = ALONG
     truncated: bool = False
     cuttable: tuple[Cuttable, ...] = ()
+    opening: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid)

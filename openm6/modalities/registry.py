@@ -21,7 +21,7 @@ from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.series import SeriesStats
-from openm6.modalities.text import ImportedText, Text, select_tokens
+from openm6.modalities.text import ImportedText, Text, after_tokens, causal_source, select_tokens
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
 NO_SERIES: Mapping[str, SeriesStats] = MappingProxyType({})
@@ -111,25 +111,51 @@ def source_segments(
 ) -> list[Segment]:
     """Raw parts as source tokens; a generator asks for augmentation.
 
+    A part with a `role` begins a turn, whose tokens attend to one another and to earlier turns, also in a model of
+    bidirectional prompts. One that is `learned` is a target beside the sources, left out without a generator.
+
     Raises:
         ConfigError: no modality has the name of a part's.
         DataError: a part is broken or out of bounds.
     """
-    segments = [modalities[part.modality].source(part.raw, rng, part.options) for part in parts]
-    if modalities.prompt_attention == "bidirectional":
-        return segments
-    causal = modalities.prompt_attention == "causal"
-    text = modalities["text"]
-    if causal and isinstance(text, Text):
+    text, causal = modalities["text"], modalities.prompt_attention == "causal"
+    assert isinstance(text, Text)
+    opening: tuple[int, ...] = ()
+    # A decoder answers from the last token, which is that of the role in a chat.
+    if causal and any("role" in part.options for part in parts):
+        parts, opening = text.chat(parts)
+    segments: list[Segment] = []
+    for part in parts:
+        if part.options.get("learned"):
+            segments += [] if rng is None else [_beside(target_segment(part, modalities, rng), opening)]
+            continue
+        segment = modalities[part.modality].source(part.raw, rng, part.options)
+        if modalities.prompt_attention != "bidirectional" or "role" in part.options:
+            segment = replace(segment, placement="causal" if causal and segment.kind == "text" else "part")
+        segments.append(segment)
+    if causal:
         segments = text.with_bos(segments)
-    return [replace(one, placement="causal" if causal and one.kind == "text" else "part") for one in segments]
+    if opening:
+        segments[-1] = replace(segments[-1], opening=opening)
+    return segments
+
+
+def _beside(target: Segment, opening: tuple[int, ...]) -> Segment:
+    """A target that is hidden from what follows, which begins at the same position."""
+    if opening and target.kind == "text":
+        target = after_tokens(opened(target, opening[-1]), opening[:-1])
+    return replace(target, span=0, placement="aside" if target.placement == "causal" else target.placement)
 
 
 def split_opening(prompt: list[Segment]) -> tuple[list[Segment], int | None]:
     """A prompt without the token that opens the text after it: the last one of a causal text, else None.
 
     A decoder continues a text from its last token; other prompts are answered by a text with a start token of its own.
+    A chat is continued from the last of the tokens before its answer.
     """
+    if prompt and prompt[-1].opening:
+        *before, last_token = prompt[-1].opening
+        return [*prompt, *([causal_source(before)] if before else [])], last_token
     if not prompt or prompt[-1].placement != "causal" or not len(prompt[-1]):
         return prompt, None
     last, length = prompt[-1], len(prompt[-1]) - 1

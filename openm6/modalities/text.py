@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError
+from openm6.modalities.chat_template import TemplatedChat
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Cuttable, Modality, Options, Part, Rng, Segment, line
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.losses import linear_cross_entropy
 
 # The character of a text that becomes the mask token.
 MASK_CHARACTER = "\N{OBJECT REPLACEMENT CHARACTER}"
+# Of the turns of a chat.
+ROLES = ("system", "user", "assistant")
 CACHED_TEXTS, CACHED_LENGTH = 4096, 200  # segments of texts of so many characters are kept
 
 
@@ -68,9 +71,9 @@ class ImportedText(Config):
 
 
 class Text(Modality):
-    """Text through a tokenizer, and three special tokens: `start` opens a target text, `end` closes it, `mask` stands
-    for masked words. Their ids lie above the tokenizer's, so no text of a user contains one; an imported model opens
-    and closes texts with tokens of its own.
+    """Text through a tokenizer, and special tokens: `start` opens a target text, `end` closes it, `mask` stands for
+    masked words, one of `roles` opens the turn of a chat. Their ids lie above the tokenizer's, so no text of a user
+    contains one; an imported model opens and closes texts with tokens of its own.
     """
 
     name: ClassVar[str] = "text"
@@ -82,11 +85,13 @@ class Text(Modality):
         # Not the number of entries: another tokenizer may leave ids unused.
         self.first_special = max(tokenizer.get_vocab().values(), default=-1) + 1
         self.start, self.end, self.mask = (self.first_special + index for index in range(3))
+        self.roles = {role: self.mask + 1 + index for index, role in enumerate(ROLES)}
         # A multiple of 64 keeps the rows of the embedding aligned for the matrix units.
-        self.vocab_size = -(-(self.mask + 1) // 64) * 64
+        self.vocab_size = -(-(self.mask + 1 + len(ROLES)) // 64) * 64
         if imported is not None:
             # Marks take rows of the embedding that the tokenizer does not use, or new ones.
-            self.vocab_size = imported.vocab_size if imported.vocab_size > self.mask else self.vocab_size
+            enough = imported.vocab_size > self.mask + len(ROLES)
+            self.vocab_size = imported.vocab_size if enough else self.vocab_size
             self.start = self.start if imported.bos is None else imported.bos
             self.end = self.end if imported.eos is None else imported.eos
         # Prompts, labels and names of columns come back in every epoch; nobody changes the arrays of a segment.
@@ -120,13 +125,17 @@ class Text(Modality):
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`raw` text as source tokens, at most `max_tokens`.
 
-        What is longer is cut within `cuttable` (spans of characters; default: anywhere), the longest first.
+        What is longer is cut within `cuttable` (spans of characters; default: anywhere), the longest first. The token
+        of a `role` stands before the text.
         """
         segment_of = self._cached_source if len(_checked(raw)) <= CACHED_LENGTH else self._source
-        return segment_of(raw, cuttable_in(raw, options))
+        return segment_of(raw, cuttable_in(raw, options), options.get("role"))
 
-    def _source(self, text: str, spans: tuple[Cuttable, ...]) -> Segment:
+    def _source(self, text: str, spans: tuple[Cuttable, ...], role: str | None) -> Segment:
         ids, offsets = self._encode_with_offsets(text)
+        if role is not None:
+            # Outside every span of the text.
+            ids, offsets = [self.roles[role], *ids], [(-1, -1), *offsets]
         starts, stops = np.asarray(offsets).reshape(-1, 2).T
         cuttable = []
         # The tokens that lie wholly within each span.
@@ -167,6 +176,17 @@ class Text(Modality):
         cuttable = (Cuttable(0, length),)
         return Segment("text", arrays, line(length), length, learn, "causal", cuttable=cuttable)
 
+    def chat(self, parts: Sequence[Part]) -> tuple[Sequence[Part], tuple[int, ...]]:
+        """The parts of a chat as they are read, and the tokens before its answer, by the imported chat template."""
+        template = None if self.imported is None else self.imported.chat_template
+        if template is None:
+            return parts, (self.roles["assistant"],)
+        ids = {"bos_token": self.start, "eos_token": self.end}
+        tokens = {name: self.tokenizer.id_to_token(token) or "" for name, token in ids.items()}
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        chat = TemplatedChat(parts, template, tokens, [token.content for token in added if token.special])
+        return chat.parts(), tuple(self.encode(chat.opening())) or (self.start,)
+
     def with_bos(self, segments: list[Segment]) -> list[Segment]:
         """The segments of a prompt with the token before them that the imported tokenizer puts before a text."""
         bos = None if self.imported is None else self.imported.bos
@@ -174,14 +194,29 @@ class Text(Modality):
         if bos is None or (first is not None and len(first) and first.arrays["ids"][0] == bos):
             return segments
         if first is None:
-            return [_source_of([bos], ()), *segments]
+            return [causal_source([bos]), *segments]
         cuttable = tuple(Cuttable(span.start + 1, span.stop + 1, span.keep_end) for span in first.cuttable)
         joined = _source_of([bos, *first.arrays["ids"].tolist()], cuttable)
-        return [replace(joined, truncated=first.truncated), *segments[1:]]
+        return [replace(joined, truncated=first.truncated, placement=first.placement), *segments[1:]]
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         tied = self.imported is None or self.imported.tie_word_embeddings
         return {"text": TextAdapter(self.vocab_size, hidden_size, tied)}
+
+
+def causal_source(ids: list[int]) -> Segment:
+    """Tokens of a causal prompt that are not cut."""
+    return replace(_source_of(ids, ()), placement="causal")
+
+
+def after_tokens(target: Segment, before: Sequence[int]) -> Segment:
+    """A target text after more tokens, of which nothing is learned."""
+    if not before:
+        return target
+    count, source = len(before) + len(target), _source_of(list(before), ())
+    arrays = {name: np.concatenate([source.arrays[name], array]) for name, array in target.arrays.items()}
+    learn = np.concatenate([source.learn, target.learn])
+    return replace(target, arrays=arrays, grid=line(count), span=count, learn=learn, cuttable=())
 
 
 def _source_of(ids: list[int], cuttable: tuple[Cuttable, ...]) -> Segment:
@@ -256,7 +291,8 @@ def select_tokens(segment: Segment, kept: np.ndarray, cuttable: tuple[Cuttable, 
         segment,
         arrays={name: array[kept] for name, array in segment.arrays.items()},
         grid=line(count),
-        span=count,
+        # What is private does not move what follows.
+        span=count if segment.span else 0,
         learn=segment.learn[kept],
         truncated=True,
         cuttable=cuttable,

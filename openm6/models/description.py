@@ -23,12 +23,13 @@ FORMAT = 1
 class TrainedTask(Config):
     """One thing the model was trained on: a task over a source.
 
-    `words` are the minimum and maximum words of its input texts, None if unknown.
+    `words` are the minimum and maximum words of its input texts, None if unknown; `modalities` those of a chat.
     """
 
     task: str
     source: str
     words: tuple[int, int] | None = None
+    modalities: list[str] = []
 
 
 class CheckpointConfig(Config):

@@ -18,13 +18,14 @@ from PIL import ImageOps
 from pydantic import BaseModel, Field
 
 from openm6.inference.load import LoadedModel
-from openm6.inference.question import join_neighbours, join_turns
+from openm6.inference.question import chat_prompt
 from openm6.modalities.audio import RATE
 from openm6.modalities.image import Image, read_image, to_square
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError, check_limit
+from openm6.tasks.chat import join_neighbours
 from openm6.tasks.registry import TASKS
 
 ImageFormat = Literal["png", "webp", "jpeg"]
@@ -91,20 +92,22 @@ Content = str | list[ContentPart]
 
 
 class Message(BaseModel):
-    """One turn. The model was trained on no roles: turns are read one after the other, a line each."""
+    """One turn. A model that was not trained on chats reads turns one after the other, a line each, without roles."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
 
 
-def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = False) -> tuple[Part, ...]:
-    """Return the parts of all turns; texts of two turns are joined unless they stay `apart`. Raise as below."""
-    contents = (
-        _content_parts(message.content or "", limits, f"messages.{index}.content")
+def parts_of_messages(messages: list[Message], limits: Limits, loaded: LoadedModel) -> tuple[Part, ...]:
+    """Return the parts of all turns as the model reads them. Raise as below."""
+    turns = (
+        (
+            "system" if message.role == "developer" else message.role,
+            _content_parts(message.content or "", limits, f"messages.{index}.content"),
+        )
         for index, message in enumerate(messages)
     )
-    parts = [part for turn in join_turns(contents) for part in turn]
-    return _within_limits(parts if apart else join_neighbours(parts), limits, "messages")
+    return _within_limits(chat_prompt(turns, loaded), limits, "messages")
 
 
 def parts_of_content(content: Content, limits: Limits, param: str) -> tuple[Part, ...]:
@@ -141,7 +144,7 @@ def _within_limits(parts: list[Part], limits: Limits, param: str) -> tuple[Part,
     check_limit(param, len(parts), limits.parts, "parts")
     characters = sum(len(part.raw) for part in parts if part.modality == "text")
     check_limit(param, characters, limits.characters, "characters")
-    return tuple(part for part in parts if part.modality != "text" or part.raw)
+    return tuple(part for part in parts if part.modality != "text" or part.raw or "role" in part.options)
 
 
 def decode_base64(text: str, param: str) -> bytes:

@@ -32,34 +32,20 @@ class AnyText(Text):
 
 
 @dataclass(frozen=True)
-class Number(Slot):
-    """One number column."""
-
-    name: str
-    modality = "numbers"
-
-    def present(self, record: Record, language: str) -> bool:
-        return self.name in observed(record)
-
-    def part(self, record: Record, language: str) -> Part:
-        return Part("numbers", {self.name: record["numbers"][self.name]})
-
-    def key(self, record: Record, language: str) -> str:
-        return f"{self.name}={record['numbers'][self.name]}"
-
-
-@dataclass(frozen=True)
 class SomeNumbers(Numbers):
-    """Some number columns, or all but the target."""
+    """Some number columns, or all but the target; one of them must hold a value."""
 
     columns: tuple[str, ...] = ()
     target: str = ""
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(self._shown(record))
+        return bool(set(self._shown(record)) & set(observed(record)))
 
     def part(self, record: Record, language: str) -> Part:
         return Part("numbers", self._shown(record))
+
+    def key(self, record: Record, language: str) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self._shown(record).items())
 
     def _shown(self, record: Record) -> dict[str, float | None]:
         numbers = record.get("numbers") or {}
@@ -130,7 +116,7 @@ class FieldConfig(Config):
         if self.kind in ("image", "audio"):
             return Media(self.kind)
         if self.kind == "number":
-            return Number(column)
+            return SomeNumbers(columns=(column,))
         return Categories(target) if self.kind == "categories" else SomeNumbers(columns=self.columns, target=target)
 
 

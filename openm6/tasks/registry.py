@@ -15,11 +15,11 @@ from openm6.core.config import build
 from openm6.core.errors import ConfigError, nearest
 from openm6.core.extensions import installed
 from openm6.core.files import renamed
-from openm6.tasks import audio, design, image, shop, tables, text
+from openm6.tasks import audio, chat, design, image, shop, tables, text
 from openm6.tasks.own import TaskConfig
 from openm6.tasks.task import Task
 
-SUBJECTS = (text, image, design, audio, tables, shop)
+SUBJECTS = (text, image, design, audio, tables, shop, chat)
 TASKS = {name: replace(task, name=name) for subject in SUBJECTS for name, task in subject.TASKS.items()}
 NONE: Mapping[str, Any] = MappingProxyType({})
 

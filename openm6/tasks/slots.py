@@ -198,13 +198,15 @@ class Context:
 class Built:
     """A target with the inputs that depend on the same random decision.
 
-    Without a `key`, that of the target's slot counts; `words` fill names in the prompt that are not inputs.
+    Without a `key`, that of the target's slot counts; `words` fill names in the prompt that are not inputs. `turns` are
+    the whole prompt, if it is a chat.
     """
 
     inputs: dict[str, Part]
     target: Part
     key: str | None = None
     words: dict[str, str] = field(default_factory=dict)
+    turns: list[Part] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ class Task:
     optional: bool = False
     # The target is the masked part of the input.
     is_inpainting: bool = False
+    # The inputs are the turns of a conversation, of any modalities.
+    chat: bool = False
     # Input modality: that of the first input that is not text, if there is one; and output modality.
     input_modality: str = field(init=False)
     output_modality: str = field(init=False)
@@ -174,6 +176,8 @@ class Task:
         """The target and all inputs of a record that has what the task needs, each built once."""
         if isinstance(self.target, Derived) and self.target.build is not None:
             built = self.target.build(record, context)
+            if built.turns:
+                return built
         else:
             built = Built({}, self.target.part(record, context.language))
         inputs = {
@@ -209,7 +213,7 @@ class Task:
         return Example(
             task=self.name,
             language=language,
-            source=fill_prompt(prompt, built.inputs, built.words),
+            source=built.turns or fill_prompt(prompt, built.inputs, built.words),
             target=built.target,
             answer=built.target.raw,
             key=key,

@@ -11,7 +11,6 @@ from openm6.evaluate.metrics import truths
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram, fit_width
-from openm6.tasks.registry import TASKS
 from openm6.train.recipe import MultimodalRecipe
 
 CALIBRATED = 200  # validation records of a source
@@ -23,7 +22,7 @@ def fit_widths(recipe: MultimodalRecipe, loaded: LoadedModel) -> dict[str, dict[
     Those of rows and of series are apart, by the kind of their tokens. The central 80 % interval then holds 80 % of
     their values, as far as these are many.
     """
-    tasks = [part for part in recipe.mixture if TASKS[part.task].output_modality == "numbers"]
+    tasks = [part for part in recipe.mixture if recipe.task(part.task).output_modality == "numbers"]
     named = {part.source: recipe.sources[part.source] for part in tasks}
     sources = open_sources(named, "validation") if named else {}
     needed: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -31,7 +30,7 @@ def fit_widths(recipe: MultimodalRecipe, loaded: LoadedModel) -> dict[str, dict[
     training = loaded.omni.training
     loaded.omni.eval()
     for part in tasks:
-        task, source = TASKS[part.task], sources[part.source]
+        task, source = recipe.task(part.task), sources[part.source]
         # Broken records are reported by the evaluation.
         examples, values, _ = build_examples(task, source, CALIBRATED, (0, "calibration"), truths)
         answers = answer(loaded, examples, MaskedSampling()) if examples else []

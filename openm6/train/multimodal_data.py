@@ -19,7 +19,7 @@ from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform, with_negatives
 from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
-from openm6.data.records import Record
+from openm6.data.records import Record, contents_of
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.data.windows import WindowSource
@@ -83,6 +83,7 @@ def _texts(record: Record) -> Iterator[str]:
     for key in TEXT_KEYS:
         if isinstance(record.get(key), str):
             yield record[key]
+    yield from (item["text"] for item in contents_of(record) if item["type"] == "text")
     for key in ("tags_en", "tags_zh"):
         yield ", ".join(record.get(key) or ())
     yield from filter(None, (record.get("categories") or {}).values())
@@ -94,8 +95,9 @@ def fit_scales(sources: Iterable[Source]) -> Scales:
     """Return location and scale of every number column, from training records alone."""
     columns: dict[str, list[float]] = {}
     for record in (record for source in sources for record in _readable(source, SCANNED)):
-        listed = {name: [value] for name, value in (record.get("numbers") or {}).items()}
-        for name, values in (*listed.items(), *(record.get("series") or {}).items()):
+        rows = [record.get("numbers") or {}, *(item["numbers"] for item in contents_of(record) if "numbers" in item)]
+        listed = [(name, [value]) for row in rows for name, value in row.items()]
+        for name, values in (*listed, *(record.get("series") or {}).items()):
             columns.setdefault(name, []).extend(np.nan if v is None else float(v) for v in values)
     return {name: fit_scale(np.asarray(values)) for name, values in sorted(columns.items())}
 
@@ -159,7 +161,12 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
 def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[TrainedTask]:
     """Return the tasks of the mixture with the lengths of their texts: much shorter ones were not trained on."""
     return [
-        TrainedTask(task=x.task, source=x.source, words=words_read(recipe.task(x.task), sources[x.source]))
+        TrainedTask(
+            task=x.task,
+            source=x.source,
+            words=words_read(recipe.task(x.task), sources[x.source]),
+            modalities=modalities_of(sources[x.source]) if recipe.task(x.task).chat else [],
+        )
         for x in recipe.mixture
     ]
 
@@ -175,6 +182,11 @@ def words_read(task: Task, source: Source) -> tuple[int, int] | None:
             record = with_negatives(record, source, rng) if task.needs_negatives else record
             counts.append(word_count(task.example(record, rng).source))
     return (min(counts), max(counts)) if counts else None
+
+
+def modalities_of(source: Source) -> list[str]:
+    """Return what the messages of some records hold besides text."""
+    return sorted({item["type"] for one in _readable(source, COUNTED) for item in contents_of(one)} - {"text"})
 
 
 def open_packer(

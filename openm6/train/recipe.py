@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -123,7 +122,7 @@ class MultimodalRecipe(Config):
         contrastive = any(self.task(component.task).contrastive for component in self.mixture)
         return self.embedding or (PoolConfig() if contrastive else None)
 
-    @cached_property
+    @property
     def known_tasks(self) -> Mapping[str, Task]:
         """All tasks by name, own ones among them."""
         return all_tasks(self.tasks)

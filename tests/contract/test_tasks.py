@@ -19,6 +19,8 @@ from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import SUBJECTS, TASKS, all_tasks, task_named
 from openm6.tasks.slots import IMAGE
 from openm6.tasks.task import LANGUAGES, Example, Task
+from tests.data.lists import ListSource
+from tests.data.sample_images import png, wav
 from tests.small_model import demo_sources, modalities
 
 BASELINES = {
@@ -29,6 +31,12 @@ BASELINES = {
     "chance": {"image", "audio"},
 }
 LOOKED_AT = 40  # records of a source
+# A chat with answers of every modality.
+TALK = [
+    ("user", "text", "Hello"), ("assistant", "text", "Good morning"), ("user", "image", png()),
+    ("assistant", "image", png("blue")), ("assistant", "audio", wav()), ("assistant", "numbers", {"mass": 9.0}),
+]  # fmt: skip
+MESSAGES = [{"role": role, "content": [{"type": kind, kind: raw}]} for role, kind, raw in TALK]
 # Own tasks of a recipe, one for each output modality.
 OWN: dict[str, Any] = {
     "own_text": {
@@ -52,7 +60,7 @@ def sources_of(task: Task) -> list[Source]:
     """Embedded sources in whose first records the task finds what it needs."""
     return [
         source
-        for source in demo_sources().values()
+        for source in (*demo_sources().values(), ListSource("talk", [{"id": "t", "messages": MESSAGES}] * LOOKED_AT))
         if any(task.languages(source[index]) for index in range(min(LOOKED_AT, len(source))))
     ]
 

@@ -34,6 +34,11 @@ def settings(kind: str, folder: Path) -> dict[str, dict[str, object]]:
         Path(path).write_text("id,text_en,label\n" + "".join(f"{r['id']},{r['text_en']},{r['label']}\n" for r in ROWS))
     if kind == "jsonl":
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    if kind == "chat":
+        turns = [[("user", row["text_en"]), ("assistant", row["label"])] for row in ROWS]
+        chats = [[{"role": role, "content": text} for role, text in said] for said in turns]
+        rows = [{"id": row["id"], "messages": chat} for row, chat in zip(ROWS, chats, strict=True)]
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path)
     if kind == "windows":
@@ -69,7 +74,7 @@ def test_every_kind_keeps_the_contract(kind, tmp_path):
     assert len(train) > len(test) > 0
     for source in (train, test):
         record = source[0]
-        assert set(record) <= set(CANONICAL_KEYS) and isinstance(record["id"], str)
+        assert set(record) <= {*CANONICAL_KEYS, "messages"} and isinstance(record["id"], str)
         assert source[0] == record and source.at(0, 3) == source.at(0, 3)
         assert source[-1] == source[len(source) - 1]
         with pytest.raises(IndexError):

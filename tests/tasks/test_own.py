@@ -193,5 +193,5 @@ def test_two_recipes_in_one_process_do_not_meet() -> None:
         build(MultimodalRecipe, {**yaml.safe_load(RECIPE), "tasks": {"price_from_photo": config}}, "recipe")
         for config in (PRICE, {**PRICE, "target": {"number": "weight"}})
     )
-    names = [recipe.task("price_from_photo").target.name for recipe in (first, second)]  # type: ignore[attr-defined]
-    assert names == ["price", "weight"] and "price_from_photo" not in all_tasks()
+    names = [recipe.task("price_from_photo").target.columns for recipe in (first, second)]  # type: ignore[attr-defined]
+    assert names == [("price",), ("weight",)] and "price_from_photo" not in all_tasks()

@@ -10,7 +10,7 @@ import gradio
 from fastapi import FastAPI
 
 from openm6.core.errors import DataError, OpenM6Error
-from openm6.inference.question import join_neighbours
+from openm6.inference.question import chat_prompt
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.serve.middleware import PLAYGROUND, match_key
@@ -202,7 +202,8 @@ class Page:
         text, number, uploads = (text or "").strip(), int(seed or 0), (("image", image), ("audio", audio))
         try:
             found = [Part(kind, uploaded(kind, path, self.server.limits, language)) for kind, path in uploads if path]
-            parts = tuple(join_neighbours([*found, Part("text", text)]) if text else found)
+            found += [Part("text", text)] if text else []
+            parts = tuple(chat_prompt([("user", found)], self.server.loaded))
             if not parts:
                 raise DataError(WORDS["empty"].text(language))
             request: Request = TextRequest(parts=parts, sampling=Sampling(seed=number))

@@ -120,9 +120,7 @@ def chat_requests(body: ChatBody, server: Server, seed: int) -> list[Request]:
     limits = server.limits
     check_limit("messages", len(body.messages), limits.messages, "messages")
     check_limit("n", body.n or 1, limits.answers)
-    # If each part is a block of its own, an earlier turn can be used again.
-    apart = server.loaded.modalities.prompt_attention != "bidirectional"
-    parts = parts_of_messages(body.messages, limits, apart)
+    parts = parts_of_messages(body.messages, limits, server.loaded)
     if not parts:
         raise BadRequestError("the messages are empty: add a text", "messages")
     draw, found = body.draw or DrawSettings(), list[Request]()

@@ -24,7 +24,7 @@ from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding
 from openm6.models.description import CheckpointConfig
-from openm6.tasks.own import Number
+from openm6.tasks.own import SomeNumbers
 from openm6.tasks.registry import all_tasks, unknown_task
 from openm6.tasks.slots import MAX_TOKENS
 from openm6.tasks.task import Task
@@ -178,7 +178,7 @@ def _own_scenario(task: Task, known: Mapping[str, Task]) -> Scenario:
         },
         "output": task.output_modality,
         "prompt": {language: prompts.get(language, first) for language in LANGUAGES},
-        "column": task.target.name if isinstance(task.target, Number) else None,
+        "column": task.target.columns[0] if isinstance(task.target, SomeNumbers) else None,
         "decoding": {"text": {"max_tokens": getattr(task.target, "max_tokens", MAX_TOKENS)}},
         "tasks": [task.name],
         "recipe": "config.yaml",

@@ -1,0 +1,103 @@
+"""The chat template of an imported tokenizer: turns with roles as the text that its model was trained on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from openm6.core.errors import ConfigError
+from openm6.modalities.interface import Part
+
+# In rendered text, what stands for part n of the prompt that is no text: two characters that no text may hold.
+FIRST, COUNT = 0xFDD0, 32
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+@functools.lru_cache(16)
+def _compiled(template: str) -> Template:
+    """A template of someone else's, which can neither reach nor change anything but its variables."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment.from_string(template)
+
+
+class TemplatedChat:
+    """The parts of a prompt, in which each turn begins with a part that has a `role`, through a template.
+
+    `tokens` are texts of special tokens that templates name, such as `bos_token`; `special` are those of all special
+    tokens, which the tokenizer would find in a text, so that a user could end the own turn.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], template: str, tokens: Mapping[str, str], special: Sequence[str] = ()
+    ) -> None:
+        self.template, self.tokens, self.special = template, tokens, special
+        self.media: list[Part] = []
+        self.messages: list[dict[str, str]] = []
+        # Of each turn: targets that are learned beside it, which stand before it.
+        self.learned: list[list[Part]] = [[]]
+        for part in parts:
+            if part.options.get("learned"):
+                self.learned[-1].append(part)
+                continue
+            if "role" in part.options or not self.messages:
+                self.messages.append({"role": part.options.get("role", "user"), "content": ""})
+                self.learned.append([])
+            self.messages[-1]["content"] += self._as_text(part)
+
+    def parts(self) -> list[Part]:
+        """The prompt as text and all else, with the learned parts where they were."""
+        if not any(self.learned):
+            return self._split(self._render(self.messages))
+        found: list[Part] = []
+        done = ""
+        for index, learned in enumerate(self.learned[:-1]):
+            found += learned
+            shown = self._render(self.messages[: index + 1])
+            if not shown.startswith(done):
+                raise ConfigError("the chat template of this model rewrites earlier turns, so chats cannot be trained")
+            found += self._split(shown[len(done) :])
+            done = shown
+        return [*found, *self.learned[-1]]
+
+    def opening(self) -> str:
+        """What the template puts before an answer."""
+        return self._render(self.messages, answer=True).removeprefix(self._render(self.messages))
+
+    def _as_text(self, part: Part) -> str:
+        if part.modality == "text":
+            text = "".join(letter for letter in part.raw if not FIRST <= ord(letter) < FIRST + COUNT)
+            return functools.reduce(lambda left, token: left.replace(token, " "), self.special, text)
+        self.media.append(part)
+        high, low = divmod(len(self.media) - 1, COUNT)
+        return chr(FIRST + high) + chr(FIRST + low)
+
+    def _split(self, text: str) -> list[Part]:
+        found: list[Part] = []
+        rest = ""
+        letters = iter(text)
+        for letter in letters:
+            if not FIRST <= ord(letter) < FIRST + COUNT:
+                rest += letter
+                continue
+            found += [Part("text", rest)] if rest else []
+            found.append(self.media[(ord(letter) - FIRST) * COUNT + ord(next(letters)) - FIRST])
+            rest = ""
+        return [*found, *([Part("text", rest)] if rest else [])]
+
+    def _render(self, messages: Sequence[Mapping[str, str]], answer: bool = False) -> str:
+        values: dict[str, Any] = {"messages": messages, "add_generation_prompt": answer, **self.tokens}
+        try:
+            return _compiled(self.template).render(values)
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise ConfigError(f"the chat template of this model does not take these messages: {error}") from None

@@ -1,0 +1,124 @@
+"""Chats: turns of a conversation as a prompt, the same in training and when a server answers, and the tasks of them.
+
+A turn is a token of its role and what was said. Training learns the answers of all turns in one sequence: an answer is
+a hidden target, then a turn like any other, which what follows attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from openm6.core.errors import MissingFieldError
+from openm6.modalities.interface import Part
+from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record
+from openm6.tasks.task import Task
+
+Turn = tuple[str, Sequence[Part]]
+"""One of ROLES, and what was said, in order."""
+
+
+def join_neighbours(parts: Iterable[Part]) -> list[Part]:
+    """Join neighbouring texts; a text after another modality begins with a blank, as in prompts."""
+    found: list[Part] = []
+    for part in parts:
+        if part.modality == "text" and found and found[-1].modality == "text":
+            found[-1] = Part("text", found[-1].raw + part.raw)
+        elif part.modality == "text" and found and not part.raw[:1].isspace():
+            found.append(Part("text", " " + part.raw))
+        else:
+            found.append(part)
+    return found
+
+
+def said(parts: Iterable[Part]) -> list[Part]:
+    """What was said in a turn: texts without white space around them, none of them empty."""
+    stripped = [
+        replace(part, raw=part.raw.strip()) if part.modality == "text" else part for part in join_neighbours(parts)
+    ]
+    return join_neighbours(part for part in stripped if part.modality != "text" or part.raw)
+
+
+def chat_parts(turns: Iterable[Turn]) -> list[Part]:
+    """The prompt of a chat: each turn with the token of its role; what comes next is the answer."""
+    found: list[Part] = []
+    for role, parts in turns:
+        first, *rest = [*said(parts), Part("text", "")]
+        if first.modality != "text":
+            first, rest = Part("text", ""), [first, *rest]
+        found += [Part("text", first.raw, {"role": role}), *(part for part in rest if part.raw != "")]
+    return found
+
+
+def turns_of(record: Record) -> list[Turn]:
+    """The turns of a record's `messages`."""
+    return [
+        (message["role"], said(Part(item["type"], item[item["type"]]) for item in message["content"]))
+        for message in record.get("messages") or ()
+    ]
+
+
+def _last_answer(turns: Sequence[Turn], modality: str) -> int | None:
+    """The last turn of the assistant that follows another one and holds a modality."""
+    fitting = (
+        index for index, (role, parts) in enumerate(turns)
+        if index and role == "assistant" and any(part.modality == modality for part in parts)
+    )  # fmt: skip
+    return max(fitting, default=None)
+
+
+def build_chat(record: Record, context: Context, modality: str) -> Built:
+    """The last answer of a modality, and the turns before it; in training their answers are learned, too.
+
+    So are other parts of the last answer. Each is an answer to the turns before, not to the other parts.
+    """
+    turns = turns_of(record)
+    last = _last_answer(turns, modality)
+    if last is None:
+        raise MissingFieldError(f"record {record.get('id')!r} holds no answer in {modality}: choose another chat task")
+    shown: list[Part] = []
+    for index, turn in enumerate(turns[:last]):
+        if turn[0] == "assistant" and index and context.train:
+            shown += map(_learned, _answers(turn))
+        shown += chat_parts([turn])
+    answers = _answers(turns[last])
+    target = next(part for part in answers if part.modality == modality)
+    if context.train:
+        shown += [_learned(part) for part in answers if part is not target]
+    elif modality == "text":
+        target = replace(target, options={"max_tokens": MAX_TOKENS})
+    return Built({}, target, turns=shown)
+
+
+def _answers(turn: Turn) -> list[Part]:
+    """What is learned of a turn: the text without the blank that separates it from an image, and all else."""
+    return [replace(part, raw=part.raw.strip()) if part.modality == "text" else part for part in turn[1]]
+
+
+def _learned(part: Part) -> Part:
+    return replace(part, options={**part.options, "learned": True})
+
+
+def _chat(modality: str, summary: str, metrics: tuple[str, ...] = ()) -> Task:
+    answer = Derived(
+        modality,
+        partial(build_chat, modality=modality),
+        lambda record, _: _last_answer(turns_of(record), modality) is not None,
+    )
+    return Task(
+        summary=summary,
+        inputs={"turns": Derived("text")},
+        target=answer,
+        prompts={"en": ("{turns}",), "zh": ("{turns}",)},
+        metrics=metrics,
+        chat=True,
+    )
+
+
+TASKS = {
+    "chat": _chat("text", "Answer in a conversation", ("char_bigram_f1", "exact_match")),
+    "chat_to_image": _chat("image", "Answer in a conversation by an image"),
+    "chat_to_audio": _chat("audio", "Answer in a conversation by audio"),
+    "chat_to_numbers": _chat("numbers", "Answer in a conversation by numbers"),
+}
