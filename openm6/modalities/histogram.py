@@ -18,6 +18,8 @@ LIMIT = 4.5
 SMOOTHING = 0.75
 # How much a width may be corrected, and the number of independent blocks of values for half of the correction.
 MIN_WIDTH, MAX_WIDTH, PRIOR_BLOCKS = 0.5, 4.0, 3.0
+# Of a bin: standard deviation of the neighbours with which its first weights are mixed.
+MIXED_BINS = 2.0
 # The mean leaves out this much of either tail of a distribution in logarithms: exp of the outer bins has no bound.
 TAIL = 1e-3
 
@@ -35,6 +37,17 @@ def smooth_bins(values: Tensor) -> Tensor:
     below = torch.special.ndtr((borders - values.float()[..., None]) / sigma)  # N B+1
     mass = below.diff(dim=-1)
     return mass / mass.sum(-1, keepdim=True).clamp(min=1e-6)
+
+
+@torch.no_grad()
+def mix_neighbours(weight: Tensor) -> None:
+    """Mix the first weights of each bin with those of its neighbours, in place; their size stays the same.  # B D
+
+    Then what is learned of a value holds for near ones, too, before each bin has seen examples of its own.
+    """
+    bins = torch.arange(BINS, device=weight.device)
+    kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / MIXED_BINS) ** 2)
+    weight.copy_(kernel / kernel.norm(dim=1, keepdim=True) @ weight)
 
 
 class Histogram:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openm6.core.errors import DataError, nearest
 from openm6.core.lru_cache import LRUCache
-from openm6.modalities.histogram import BINS, Histogram, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import BINS, Histogram, mix_neighbours, one_hot_bins, smooth_bins
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Rng, Segment, line
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import (
@@ -196,6 +196,7 @@ class NumbersOut(Adapter):
         self.inner = nn.Linear(hidden_size, hidden_size)
         self.bins = nn.Linear(hidden_size, BINS)
         nn.init.normal_(self.query, std=0.02)
+        mix_neighbours(self.bins.weight)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         return self.query.expand(len(arrays["values"]), -1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, fit_width, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, fit_width, mix_neighbours, one_hot_bins, smooth_bins
 
 
 def test_smooth_bins_are_distributions_around_the_value() -> None:
@@ -123,3 +123,12 @@ def test_the_fitted_width_covers_what_it_should(histogram: Histogram, log: bool)
     low, high = corrected.interval(0.8)
     assert ((low <= truth) & (truth <= high)).mean() == pytest.approx(0.8, abs=0.03)
     assert 1 < fit_width(needed[:9], 1) < 1.3 and fit_width(needed[:0], 0) == 1
+
+
+def test_the_first_weights_of_near_bins_are_alike_and_as_large_as_before() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(BINS, 400)
+    mix_neighbours(weight)
+    alike = torch.corrcoef(weight)
+    assert alike.diagonal(1).min() > 0.8 and alike.diagonal(12).abs().max() < 0.3
+    assert weight.norm(dim=1) / 20 == pytest.approx(torch.ones(BINS), abs=0.15)
