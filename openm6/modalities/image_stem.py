@@ -27,13 +27,16 @@ class ConvStem(nn.Module):
         self.patch = patch
         widths = [3, *WIDTHS[: patch.bit_length() - 2], hidden_size]
         pairs = list(pairwise(widths))
-        self.halve = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs)
-        self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[1:-1])
+        halve = [nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs]
+        refine = [nn.Conv2d(width, width, 3, padding=1) for width in widths[1:-1]]
         # No norm: colours and contrasts matter. These weights keep the scale of values nevertheless.
-        for layer, factor in (*((one, 1.0) for one in self.halve), *((one, RESIDUAL) for one in self.refine)):
+        for layer in (*halve, *refine):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
-            layer.weight.data *= factor
+        for layer in refine:
+            layer.weight.data *= RESIDUAL
+        self.halve, self.refine = nn.ModuleList(halve), nn.ModuleList(refine)
 
     def forward(self, patches: Tensor, shapes: Tensor) -> Tensor:
         """Vectors of patches; `shapes` has the patches down and across in the image of each.  # N F, N 2 -> N D"""
