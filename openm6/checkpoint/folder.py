@@ -15,6 +15,7 @@ STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINING_FILE = "training.safetensors"
+PREDICTORS_FILE = "predictors.safetensors"  # of the columns of tables, see modalities/simple_predictors.py
 INDEX_FILE = f"{MODEL_FILE}.index.json"
 SEPARATOR = "::"  # between a parameter's name and the name of one of the tensors kept with it
 EXPONENT = "exponent"  # of int8 weights, kept with them

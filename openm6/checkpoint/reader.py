@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from openm6.checkpoint.folder import MODEL_FILE, TRAINING_FILE
+from openm6.checkpoint.folder import MODEL_FILE, PREDICTORS_FILE, TRAINING_FILE
 from openm6.core.errors import CheckpointError
 
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the header of a file with shards, by torch
@@ -79,7 +79,8 @@ class CheckpointReader:
         self.folder = folder
         whole = folder / (MODEL_FILE if kind == "all" else f"{kind}.safetensors")
         if kind == "all":
-            paths = sorted(path for path in folder.glob("*.safetensors") if path.name != TRAINING_FILE)
+            others = (TRAINING_FILE, PREDICTORS_FILE)
+            paths = sorted(path for path in folder.glob("*.safetensors") if path.name not in others)
         else:
             paths = [whole] if whole.exists() else sorted(folder.glob(f"{kind}-*.safetensors"))
         if not paths:

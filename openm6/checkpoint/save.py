@@ -50,7 +50,7 @@ class Snapshot:
     optimizer: dict[str, Tensor]  # as `optimizer_state_dict` returns it; empty: no such file
     state: dict[str, Any]  # JSON-able; numbers that are not finite become null
     training: dict[str, Tensor] = field(default_factory=dict)  # of the training task, such as averaged weights
-    files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
+    files: dict[str, str | bytes] = field(default_factory=dict)  # more of them, beside the weights
     shards: Iterable[Shard] = ()  # offloaded layers, which the model does not hold, made one at a time
     num_shards: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)  # more of them, which no module holds
@@ -103,8 +103,8 @@ def commit(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
     target = step_folder(checkpoints, snapshot.step)
     if snapshot.training:
         write_tensors(partial / TRAINING_FILE, snapshot.training)
-    for name, text in snapshot.files.items():
-        (partial / name).write_text(text, encoding="utf-8", newline="\n")
+    for name, content in snapshot.files.items():
+        (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
     for path in partial.iterdir():
         sync(path)
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}

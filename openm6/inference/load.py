@@ -11,7 +11,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import nn
 
-from openm6.checkpoint.folder import latest
+from openm6.checkpoint.folder import PREDICTORS_FILE, latest
 from openm6.checkpoint.load import load_model
 from openm6.core.device import resolve_device
 from openm6.core.errors import CheckpointError, ConfigError
@@ -23,6 +23,7 @@ from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import PoolAdapter
 from openm6.modalities.registry import Modalities
+from openm6.modalities.simple_predictors import TablePredictors, from_bytes
 from openm6.modalities.text import Text
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model, read_description
 from openm6.models.omni import Omni
@@ -115,6 +116,16 @@ def read_texts(folder: Path) -> tuple[CheckpointConfig, str]:
     return read_description(texts[0], str(folder / MODEL_FILE)), texts[1]
 
 
+def read_predictors(folder: Path) -> list[TablePredictors]:
+    """Return the simple predictors of a checkpoint's tables.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    path = folder / PREDICTORS_FILE
+    return from_bytes(path.read_bytes(), str(path)) if path.is_file() else []
+
+
 def precision_of(dtype: str) -> Precision | None:
     """Return the precision of an option `--dtype`, or of torch's name for it; None for `auto`.
 
@@ -188,7 +199,8 @@ def load(
         get_log().info(str(capabilities(device)))
     description, tokenizer = read_texts(folder)
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
-    omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), meta_matrices=offloaded)
+    where, predictors = str(folder / TOKENIZER_FILE), read_predictors(folder)
+    omni, modalities = build_model(description, tokenizer, where, offloaded, predictors)
     if offloaded and num_gpu_layers is not None:
         place_offloaded(omni, folder, num_gpu_layers, device, host_copy)
     else:

@@ -79,7 +79,7 @@ def target_of(question: Question, parts: Sequence[Part], loaded: LoadedModel) ->
         # A target needs values; these are only asked for.
         value = loaded.numbers.scale(name)[0]
         raw = {name: value} if question.series is None else question.series.to_forecast(question.ahead)
-        return loaded.numbers.target(raw)
+        return loaded.numbers.target(raw, options={"given": loaded.numbers.given(parts)})
     modality = loaded.image if question.output == "image" else loaded.audio
     if question.is_inpainting:
         (masked,) = (part for part in parts if part.modality == question.output)

@@ -53,16 +53,20 @@ def mix_neighbours(weight: Tensor) -> None:
 class Histogram:
     """Predicted distributions of M values and their statistics, in the column's own units.
 
-    `probability` is M B over bins in t; `scale` M 2 holds loc and scale, those of log(x) if `log`. Around its median
-    each distribution is made `width` times as wide in t.
+    `probability` is M B over bins in t; `scale` M 2 holds loc and scale, those of log(x) where `log` (one or M). Around
+    its median each distribution is made `width` times as wide in t.
     """
 
     def __init__(
-        self, probability: np.ndarray, scale: np.ndarray, log: bool = False, width: np.ndarray | None = None
+        self,
+        probability: np.ndarray,
+        scale: np.ndarray,
+        log: bool | np.ndarray = False,
+        width: np.ndarray | None = None,
     ) -> None:
         self.probability = probability.astype(np.float64)
         self.loc, self.scale = scale.astype(np.float64).T
-        self.log = log
+        self.log = np.broadcast_to(np.asarray(log, bool), self.loc.shape)
         self.borders = np.linspace(-LIMIT, LIMIT, BINS + 1)
         if width is not None and (width != 1).any():
             middle, below = self._quantile_t(0.5)[:, None], self._below()
@@ -73,11 +77,10 @@ class Histogram:
     def mean(self) -> np.ndarray:
         """Expected value, bin by bin.  # M"""
         middles = self._values(np.broadcast_to((self.borders[:-1] + self.borders[1:]) / 2, self.probability.shape))
-        if not self.log:
-            return np.sum(self.probability * middles, 1)
         below = self.probability.cumsum(1)
         kept = self.probability * ((below >= TAIL) & (below - self.probability <= 1 - TAIL))
-        return np.sum(kept * np.where(kept > 0, middles, 0), 1) / kept.sum(1)
+        bounded = np.sum(kept * np.where(kept > 0, middles, 0), 1) / kept.sum(1)
+        return np.where(self.log, bounded, np.sum(self.probability * np.where(self.log[:, None], 0, middles), 1))
 
     def quantile(self, fraction: float) -> np.ndarray:
         """Value below which `fraction` of the mass lies, linear in t within a bin.  # M"""
@@ -102,7 +105,7 @@ class Histogram:
 
     def width_needed(self, truth: np.ndarray, coverage: float = 0.8) -> np.ndarray:
         """How many times as wide the central interval must be to hold each true value.  # M -> M"""
-        x = np.log(np.maximum(truth, 1e-300)) if self.log else truth
+        x = np.where(self.log, np.log(np.maximum(truth, 1e-300)), truth)
         low, middle, high = (self._quantile_t(fraction) for fraction in ((1 - coverage) / 2, 0.5, (1 + coverage) / 2))
         away = np.clip(np.arcsinh((x - self.loc) / self.scale), -LIMIT, LIMIT) - middle
         return np.abs(away) / np.maximum(np.where(away > 0, high - middle, middle - low), 1e-9)
@@ -118,7 +121,7 @@ class Histogram:
     def _values(self, t: np.ndarray) -> np.ndarray:
         """Values at places in t.  # M X -> M X"""
         values = self.loc[:, None] + self.scale[:, None] * np.sinh(t)
-        return np.exp(np.minimum(values, 700.0)) if self.log else values
+        return np.where(self.log[:, None], np.exp(np.minimum(values, 700.0)), values)
 
 
 def fit_width(needed: np.ndarray, blocks: int, coverage: float = 0.8) -> float:

@@ -2,15 +2,17 @@
 
 A value is scaled by its column's statistics and squashed, t = asinh((x - loc) / scale), so that tails stay
 finite. Out comes a histogram over t: mean, median, intervals and samples follow from it. `series` has its own scales.
+If simple predictors know the column, t is the distance to what they predict, in units of their typical error.
 """
 
-# Letters: N tokens, K word ids of a name, D hidden size, B bins, Q frequencies
+# Letters: N tokens, K word ids of a name, M simple predictions, D hidden size, B bins, Q frequencies
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,10 +22,11 @@ from torch import Tensor, nn
 
 from openm6.core.errors import DataError, nearest
 from openm6.core.lru_cache import LRUCache
-from openm6.modalities.histogram import BINS, Histogram, mix_neighbours, one_hot_bins, smooth_bins
-from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Rng, Segment, line
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, mix_neighbours, one_hot_bins, smooth_bins
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import (
+    DISTANCE_WEIGHT,
     FREQUENCIES,
     FREQUENCY_STD,
     NumberSeries,
@@ -34,10 +37,20 @@ from openm6.modalities.series import (
     past_arrays,
     squashed,
 )
+from openm6.modalities.simple_predictors import (
+    PREDICTIONS,
+    Given,
+    Prediction,
+    TablePredictors,
+    given_columns,
+)
 from openm6.modalities.text import Text
 
 # Of the features of rows.
 CACHE_BYTES = 2**23
+QUERY_FEATURES = 2 * PREDICTIONS + 4
+# Of the blend of simple predictions in the location, before training.
+BLEND_WEIGHT = 3.0
 
 Scales = dict[str, tuple[float, float]]
 
@@ -47,16 +60,24 @@ class Numbers(Modality):
 
     `scales` holds location and scale of each column, `series` what is known of those that are read over time, `ridges`
     what was fitted to their windows, and `widths` the correction of predicted distributions by kind and column.
+    `predictors` are those of each table that has any.
     """
 
     name: ClassVar[str] = "numbers"
 
-    def __init__(self, text: Text, scales: Scales, series: Mapping[str, SeriesStats]) -> None:
+    def __init__(
+        self,
+        text: Text,
+        scales: Scales,
+        series: Mapping[str, SeriesStats],
+        predictors: Sequence[TablePredictors] = (),
+    ) -> None:
         self.text = text
         self.scales = scales
         self.series = series
         self.ridges: Mapping[str, FittedRidges] = {}
         self.widths: Mapping[str, Mapping[str, float]] = {}
+        self.predictors = predictors
         # Rows come back in every epoch.
         self._cache = LRUCache[Arrays](CACHE_BYTES)
         self._name_ids = functools.lru_cache(4096)(lambda name: text.encode(" " + name.replace("_", " "))[:8])
@@ -75,7 +96,8 @@ class Numbers(Modality):
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Queries for a mapping of columns, or for the steps after the past of a NumberSeries.
 
-        Unobserved values are not learned. With `mask_context` the past counts as unknown.
+        Unobserved values are not learned. With `mask_context` the past counts as unknown. Simple predictors see the
+        columns `given`, and are those without the `fold` of a training example.
         """
         if isinstance(raw, NumberSeries):
             series = self._checked(raw)
@@ -88,7 +110,8 @@ class Numbers(Modality):
             names = [raw.name] * length
             arrays["name_ids"] = self._names(names)
         else:
-            arrays, kind = self._arrays(raw), "numbers_out"
+            given = {} if options.get("mask_context") else options.get("given", {})
+            arrays, kind = self._query_arrays(raw, given, options.get("fold")), "numbers_out"
             length, learn, names = len(arrays["values"]), arrays["observed"], list(raw)
         widths = self.widths.get(kind, {})
         arrays["width"] = np.asarray([widths.get(name, 1.0) for name in names], np.float32)
@@ -109,6 +132,48 @@ class Numbers(Modality):
 
     def _stats(self, series: NumberSeries) -> SeriesStats:
         return series.stats or self.series.get(series.name) or SeriesStats()
+
+    def _query_arrays(self, raw: Any, given: Given, fold: int | None) -> Arrays:
+        """Of a column: what is predicted of it, and its value in units of the prediction."""
+        arrays = self._arrays(raw)
+        known = {name: value for name, value in given.items() if name not in raw}
+        found = [self._prediction(name, known, fold) for name in raw]
+        values = np.asarray([math.nan if value is None else float(value) for value in raw.values()])
+        loc, scale, log = np.asarray([one.units for one in found]).T
+        positive = np.where(log > 0, np.where(values > 0, np.log(np.maximum(values, 1e-300)), -np.inf), values)
+        u = np.clip((positive - loc) / scale, -math.sinh(LIMIT), math.sinh(LIMIT))
+        # log of dt/dz, t being the value on the scale of the column: so that likelihoods compare with those of others.
+        z = np.sinh(arrays["values"].astype(np.float64))
+        inner = np.where(log > 0, np.exp(np.minimum(loc + scale * u, 700.0)), 1.0)
+        unit = np.log(scale * inner / arrays["scale"][:, 1] / np.sqrt(1 + z**2))
+        observed = arrays["observed"]
+        return {
+            "values": np.where(observed, u, 0).astype(np.float32),
+            "observed": observed,
+            "name_ids": arrays["name_ids"],
+            "forecasts": np.stack([one.values for one in found]).astype(np.float32),
+            "features": np.stack([_query_features(one) for one in found]).astype(np.float32),
+            "change": np.asarray([one.change for one in found], np.float32),
+            "units": np.stack([loc, scale, log], 1),
+            "log_unit": np.where(observed, unit, 0).astype(np.float32),
+        }
+
+    def given(self, parts: Sequence[Part]) -> Given:
+        """The columns that a prompt shows: numbers, and categories named in its texts, as `cut: Ideal`."""
+        found, text = given_columns(parts), " ".join(part.raw for part in parts if part.modality == "text")
+        for table in self.predictors:
+            for name, words in table.categories.items():
+                longest = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+                if match := re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}: ({longest})(?!\w)", text):
+                    found[name] = match[1]
+        return found
+
+    def _prediction(self, column: str, given: Given, fold: int | None) -> Prediction:
+        """What simple predictors make of a column from others; without any, its middle and scale."""
+        best = max(self.predictors, key=lambda table: table.num_usable(column, given), default=None)
+        if best is not None and best.num_usable(column, given):
+            return best.predict(column, given, fold)
+        return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False))
 
     def _arrays(self, raw: Any) -> Arrays:
         if not isinstance(raw, Mapping) or not raw:
@@ -159,6 +224,13 @@ class Numbers(Modality):
         }
 
 
+def _query_features(found: Prediction) -> np.ndarray:
+    """Predictions, how far they are from their blend, and how much of the table they are from."""
+    known = found.values.any()
+    rest = [math.log(found.change), found.uncertainty, found.fraction, known]
+    return np.concatenate([squashed(found.values), np.arcsinh((found.values - found.values[0]) / found.change), rest])
+
+
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
@@ -188,38 +260,62 @@ class NumbersIn(Adapter):
 
 
 class NumbersOut(Adapter):
-    """A query for the value of a column; the head predicts a histogram over t."""
+    """A query for the value of a column; the head weighs simple predictions and predicts a histogram around them.
+
+    With location a = Σ w_k · prediction_k the histogram is over t = asinh((u - a) / change); a = 0 if there are none.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(hidden_size))
+        self.features = nn.Linear(QUERY_FEATURES, hidden_size)
+        self.outer = nn.Linear(hidden_size, hidden_size)
         self.inner = nn.Linear(hidden_size, hidden_size)
+        self.direct = nn.Linear(QUERY_FEATURES, hidden_size)
         self.bins = nn.Linear(hidden_size, BINS)
+        self.weights = nn.Linear(hidden_size, PREDICTIONS)
         nn.init.normal_(self.query, std=0.02)
         mix_neighbours(self.bins.weight)
+        nn.init.normal_(self.weights.weight, std=0.02)
+        nn.init.zeros_(self.weights.bias)
+        nn.init.constant_(self.weights.bias[:1], BLEND_WEIGHT)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        return self.query.expand(len(arrays["values"]), -1)
+        features = arrays["features"].to(self.query.dtype)
+        return self.query + self.outer(F.silu(self.features(features)))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the bins.  # N D -> N B"""
-        return self.bins(F.silu(self.inner(hidden)))
+    def distribution(self, hidden: Tensor, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the bins, and the location that they are around.  # N D -> N B, N"""
+        inner = F.silu(self.inner(hidden) + self.direct(arrays["features"].to(hidden.dtype)))
+        weight = self.weights(inner).float().softmax(-1)  # N M
+        return self.bins(inner).float().log_softmax(-1), (weight * arrays["forecasts"]).sum(-1)
 
     def histograms(self, hidden: Tensor, arrays: dict[str, Tensor]) -> list[Histogram]:
         """The distributions of the observed values of each row.  # B T D, B*T … -> B"""
-        probability = self.logits(hidden.flatten(0, 1)).float().softmax(-1)
-        rows = (array.cpu().numpy().reshape(len(hidden), -1, *array.shape[1:]) for array in
-                (probability, arrays["scale"], arrays["width"], arrays["observed"]))  # fmt: skip
-        return [Histogram(p[seen], scale[seen], width=width[seen])
-                for p, scale, width, seen in zip(*rows, strict=True)]  # fmt: skip
+        log_probability, location = self.distribution(hidden.flatten(0, 1), arrays)
+        loc, scale, log = arrays["units"].double().T
+        scales = torch.stack([loc + scale * location, scale * arrays["change"]], -1)  # N 2
+        found = (log_probability.exp(), scales, log.bool(), arrays["width"], arrays["observed"])
+        rows = (array.unflatten(0, (len(hidden), -1)).cpu().numpy() for array in found)
+        return [Histogram(p[seen], scale[seen], log[seen], width[seen])
+                for p, scale, log, width, seen in zip(*rows, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        return self._expected(hidden, arrays, one_hot_bins(arrays["values"]))
+        nll, _ = self._expected(hidden, arrays, one_hot_bins)
+        return (nll + arrays["log_unit"]) * arrays["observed"]
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        return self._expected(hidden, arrays, smooth_bins(arrays["values"]))
+        nll, distance = self._expected(hidden, arrays, smooth_bins)
+        predicted = arrays["forecasts"].any(-1)
+        return (nll + arrays["log_unit"] + DISTANCE_WEIGHT * distance * predicted) * arrays["observed"]
 
-    def _expected(self, hidden: Tensor, arrays: dict[str, Tensor], target: Tensor) -> Tensor:
-        """Cross-entropy with soft targets; 0 for what was not observed.  # N B -> N"""
-        log_probability = self.logits(hidden).float().log_softmax(-1)
-        return -(log_probability * target).sum(-1) * arrays["observed"]
+    def _expected(
+        self, hidden: Tensor, arrays: dict[str, Tensor], bins_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """-log p(u) up to the width of a bin, and |t|, the distance to the location.  # -> N, N"""
+        log_probability, location = self.distribution(hidden, arrays)
+        off = (arrays["values"] - location) / arrays["change"]
+        t = off.asinh()
+        target = bins_of(t.clamp(-LIMIT, LIMIT))  # N B
+        log_slope = arrays["change"].log() + 0.5 * torch.log1p(off.square())  # of du/dt
+        return -(log_probability * target).sum(-1) + log_slope, t.abs()

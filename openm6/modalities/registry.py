@@ -21,6 +21,7 @@ from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.series import SeriesStats
+from openm6.modalities.simple_predictors import TablePredictors
 from openm6.modalities.text import ImportedText, Text, after_tokens, causal_source, select_tokens
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
@@ -65,12 +66,19 @@ class AudioConfig(Config):
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
 
 
+class NumbersConfig(Config):
+    """Whether columns of tables have simple predictors: ridge regression and trees (auto), ridge alone, or none."""
+
+    predictors: Literal["auto", "ridge", "none"] = "auto"
+
+
 class ModalitiesConfig(Config):
     """Settings of the four modalities: the section `modalities` of a recipe."""
 
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
+    numbers: NumbersConfig = NumbersConfig()
     prompt_attention: PromptAttention = Field(
         default="bidirectional",
         description="block: each part of a prompt attends to itself and those before it; causal: and texts are causal",
@@ -78,7 +86,11 @@ class ModalitiesConfig(Config):
 
 
 def build_modalities(
-    config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales, series: Mapping[str, SeriesStats] = NO_SERIES
+    config: ModalitiesConfig,
+    tokenizer: Tokenizer,
+    scales: Scales,
+    series: Mapping[str, SeriesStats] = NO_SERIES,
+    predictors: Sequence[TablePredictors] = (),
 ) -> Modalities:
     """The four modalities of one model.
 
@@ -100,7 +112,7 @@ def build_modalities(
         text=text,
         image=Image(image_codec, config.image),
         audio=Audio(audio_codec, audio.seconds, audio.max_seconds),
-        numbers=Numbers(text, scales, series),
+        numbers=Numbers(text, scales, series, predictors),
     )
     modalities.prompt_attention = config.prompt_attention
     return modalities

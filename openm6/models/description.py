@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, cast
 
 from openm6.core.config import Config, build
@@ -12,6 +13,7 @@ from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import SeriesStats
+from openm6.modalities.simple_predictors import TablePredictors
 from openm6.modalities.text import read_tokenizer
 from openm6.models.config import BackboneConfig
 from openm6.models.omni import Omni
@@ -71,15 +73,18 @@ def read_description(text: str, where: str) -> CheckpointConfig:
 
 
 def build_model(
-    description: CheckpointConfig, tokenizer: str, where: str, meta_matrices: bool = False
+    description: CheckpointConfig,
+    tokenizer: str,
+    where: str,
+    meta_matrices: bool = False,
+    predictors: Sequence[TablePredictors] = (),
 ) -> tuple[Omni, Modalities]:
     """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json.
 
-    `meta_matrices` as in `Backbone`.
+    `meta_matrices` as in `Backbone`, `predictors` as in `Numbers`.
     """
-    modalities = build_modalities(
-        description.modalities, read_tokenizer(tokenizer, where), description.scales, description.series
-    )
+    tokens = read_tokenizer(tokenizer, where)
+    modalities = build_modalities(description.modalities, tokens, description.scales, description.series, predictors)
     numbers = cast(Numbers, modalities["numbers"])
     numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
     numbers.widths = description.widths

@@ -222,7 +222,8 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
         case NumbersRequest(series=NumberSeries() as past):
             return [loaded.numbers.target(past.to_forecast(request.ahead))]
         case NumbersRequest():
-            return [loaded.numbers.target({name: loaded.numbers.scale(name)[0] for name in request.columns})]
+            asked = {name: loaded.numbers.scale(name)[0] for name in request.columns}
+            return [loaded.numbers.target(asked, options={"given": loaded.numbers.given(request.parts)})]
         case RankRequest():
             return [loaded.text.target(candidate) for candidate in request.candidates]
     return []

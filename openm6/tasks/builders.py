@@ -128,7 +128,8 @@ def _shown(record: Record, context: Context, column: str, answer: str = "") -> d
     text = _text(record, language)
     parts = {"numbers": Part("numbers", numbers)} if numbers else {}
     if named:
-        parts["categories"] = Part("text", "; ".join(f"{_words(name)}: {value}" for name, value in named.items()))
+        listed = "; ".join(f"{_words(name)}: {value}" for name, value in named.items())
+        parts["categories"] = Part("text", listed, {"columns": named})
     if text and not (answer and answer.lower() in text.lower()) and (kept == 1 or rng.random() < kept):
         parts["text"] = Part("text", text)
     return parts

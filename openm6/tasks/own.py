@@ -64,7 +64,8 @@ class Categories(Slot):
 
     def part(self, record: Record, language: str) -> Part:
         shown = {name: value for name, value in categories(record).items() if name != self.target}
-        return Part("text", "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in shown.items()))
+        listed = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in shown.items())
+        return Part("text", listed, {"columns": shown})
 
 
 class FieldConfig(Config):

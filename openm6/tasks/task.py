@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from openm6.core.errors import ConfigError, MissingFieldError, nearest
 from openm6.modalities.interface import Part
+from openm6.modalities.simple_predictors import fold_of, given_columns
 from openm6.modalities.text import join_texts
 from openm6.tasks.slots import Built, Context, Derived, Record, Slot
 
@@ -187,7 +188,12 @@ class Task:
             or not self.optional
             or (slot.present(record, context.language) and not isinstance(slot, Derived))
         }
-        return Built(inputs, built.target, built.key, built.words)
+        target = built.target
+        if target.modality == "numbers" and isinstance(target.raw, Mapping):
+            fold = fold_of(record.get("numbers"), record.get("categories")) if context.train else None
+            options = {**target.options, "given": given_columns(inputs.values()), "fold": fold}
+            target = replace(target, options=options)
+        return Built(inputs, target, built.key, built.words)
 
     def example(
         self, record: Record, rng: np.random.Generator, train: bool = False, language: str | None = None

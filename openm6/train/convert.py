@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.checkpoint.folder import SEPARATOR, latest, list_checkpoints, read_state
+from openm6.checkpoint.folder import PREDICTORS_FILE, SEPARATOR, latest, list_checkpoints, read_state
 from openm6.checkpoint.load import load_training_tensors
 from openm6.checkpoint.optimizer import Moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
@@ -154,8 +154,11 @@ def convert(
     run = RunFolder.open(out)
     conversion.write_settings(RunFolder(folder.parents[1]), run)
     description = conversion.description.model_copy(update={"backbone": conversion.new})
-    texts = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: _text(folder / TOKENIZER_FILE)}
-    replace_text(run.path / TOKENIZER_FILE, texts[TOKENIZER_FILE])
+    tokenizer = _text(folder / TOKENIZER_FILE)
+    files: dict[str, str | bytes] = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: tokenizer}
+    replace_text(run.path / TOKENIZER_FILE, tokenizer)
+    if (folder / PREDICTORS_FILE).is_file():
+        files[PREDICTORS_FILE] = (folder / PREDICTORS_FILE).read_bytes()
     new_state = {name: value for name, value in state.items() if name not in WRITTEN_AGAIN}
     if conversion.delinked:
         new_state["callbacks"] = {name: one for name, one in state.get("callbacks", {}).items() if name != "stages"}
@@ -166,7 +169,7 @@ def convert(
         optimizer=dict(conversion.others(conversion.kept, scaled=True)),
         state={**new_state, "stage": conversion.new.stage, "precision": conversion.precision},
         training=load_training_tensors(folder),
-        files=texts,
+        files=files,
         shards=conversion.groups(),
         num_shards=len(conversion.sources),
     )

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from openm6.checkpoint.folder import latest, read_state
+from openm6.checkpoint.folder import PREDICTORS_FILE, latest, read_state
 from openm6.codecs.registry import codec_scores
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
@@ -34,6 +34,7 @@ from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import POOL
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import SeriesStats
+from openm6.modalities.simple_predictors import from_bytes
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
@@ -47,6 +48,7 @@ from openm6.train.multimodal_data import (
     fit_scales,
     open_packer,
     pack_held_out,
+    table_predictors,
     tokenizer_text,
     trained_tasks,
 )
@@ -76,13 +78,18 @@ class MultimodalTraining(TrainingTask):
         sources = open_sources(recipe.sources, "train")
         used = {component.source: sources[component.source] for component in recipe.mixture}
         text = tokenizer_text(recipe, used, run) if self.ranks.is_main_process else ""
-        self.tokenizer = self.ranks.broadcast_object(text)
+        fitted = table_predictors(recipe, used, run) if self.ranks.is_main_process else b""
+        self.tokenizer, self.predictors = self.ranks.broadcast_object((text, fitted))
         series = fit_all_series(used.values())
         ridges = fit_all_ridges(used.values(), series)
         self.description = _describe(recipe, used, series, ridges)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
-            self.description, self.tokenizer, "the tokenizer", recipe.loop.offloaded
+            self.description,
+            self.tokenizer,
+            "the tokenizer",
+            recipe.loop.offloaded,
+            from_bytes(self.predictors, PREDICTORS_FILE) if self.predictors else (),
         )
         self.numbers = cast(Numbers, self.modalities["numbers"])
         self.numbers.ridges = ridges  # with those of folds, for training windows
@@ -298,13 +305,14 @@ class MultimodalTraining(TrainingTask):
         write_report(run, report, facts)
         get_log().info(f"wrote {run.path / 'report.html'}")
 
-    def files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str | bytes]:
         if self.ranks.size == 1 and not self.recipe.loop.offloaded:
             self.numbers.widths = {}
             loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
             self.numbers.widths = widths = fit_widths(self.recipe, loaded)
             self.description = self.description.model_copy(update={"widths": widths})
-        return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
+        files: dict[str, str | bytes] = {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
+        return files | ({PREDICTORS_FILE: self.predictors} if self.predictors else {})
 
 
 def _describe(

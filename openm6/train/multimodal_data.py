@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from openm6.checkpoint.folder import list_checkpoints
+from openm6.checkpoint.folder import PREDICTORS_FILE, list_checkpoints
 from openm6.core.errors import ConfigError, DataError
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
@@ -29,10 +30,12 @@ from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_scale, fit_series
+from openm6.modalities.simple_predictors import to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
+from openm6.train.simple_predictors import fit_table
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
@@ -40,6 +43,7 @@ SERIES_WINDOWS = 200  # windows of a source in which a period is looked for
 RIDGE_WINDOWS = 4000  # to which regressions are fitted
 SAMPLED = 20  # records of a source in which each task looks for its fields
 SEARCHED = 2_000  # records in which a task looks that found nothing in those
+FITTING_FRACTION, DEFAULT_MINUTES = 0.1, 5.0  # of the time of a training, for simple predictors
 COUNTED = 100  # records of a source in which words are counted
 
 
@@ -123,6 +127,36 @@ def fit_all_ridges(sources: Iterable[Source], stats: Mapping[str, SeriesStats]) 
                 windows.setdefault(name, []).append(one)
     found = {name: fit_column(of_column, stats[name]) for name, of_column in sorted(windows.items())}
     return {name: ridges for name, ridges in found.items() if ridges is not None}
+
+
+def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> bytes:
+    """Return predictors.safetensors, or nothing: of the checkpoint that the run goes on from, or fitted to the sources.
+
+    A source has predictors if a task predicts one of its numbers from others or from categories.
+    """
+    if checkpoints := list_checkpoints(run.checkpoints):
+        kept = checkpoints[-1] / PREDICTORS_FILE
+        return kept.read_bytes() if kept.is_file() else b""
+    tasks = [(component.source, recipe.task(component.task)) for component in recipe.mixture]
+    predicted = list(dict.fromkeys(
+        source for source, task in tasks
+        if task.output_modality == "numbers" and "series" not in task.inputs
+        and ("categories" in task.inputs or any(slot.modality == "numbers" for slot in task.inputs.values()))
+    ))  # fmt: skip
+    minutes = recipe.loop.minutes or DEFAULT_MINUTES
+    seconds = {"auto": FITTING_FRACTION * 60 * minutes / max(1, len(predicted)), "ridge": 0.0}
+    tables, kind = [], recipe.modalities.numbers.predictors
+    for name in predicted if kind in seconds else ():
+        began = time.monotonic()
+        rows = [(record.get("numbers") or {}, record.get("categories") or {})
+                for record in _readable(sources[name], SCANNED)]  # fmt: skip
+        if table := fit_table(rows, seconds[kind]):
+            tables.append(table)
+            get_log().info(
+                f"source {name}: simple predictors of {len(table.numbers)} columns, trees for "
+                f"{len(table.trees)} of them, fitted to {len(rows):,} records in {time.monotonic() - began:.1f} s"
+            )
+    return to_bytes(tables) if tables else b""
 
 
 def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> None:

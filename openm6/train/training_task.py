@@ -106,8 +106,8 @@ class TrainingTask:
         """
         raise ConfigError("this kind of training has no stages: leave loop.stages out")
 
-    def files(self) -> dict[str, str]:
-        """Return text files to put beside the weights in each checkpoint: name -> content."""
+    def files(self) -> dict[str, str | bytes]:
+        """Return files to put beside the weights in each checkpoint: name -> content."""
         return {}
 
     def after_step(self, result: StepResult) -> None:

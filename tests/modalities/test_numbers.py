@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from openm6.core.errors import DataError
-from openm6.modalities.histogram import LIMIT, one_hot_bins
+from openm6.modalities.histogram import BINS, LIMIT, one_hot_bins
+from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Numbers, NumbersIn, NumbersOut
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import Text, train_tokenizer
+from openm6.train.simple_predictors import fit_table
 
 SCALES = {"body_mass": (4000.0, 800.0), "length": (40.0, 5.0)}
 
@@ -41,11 +43,13 @@ def test_missing_values_are_seen_as_missing_and_never_learned(numbers: Numbers, 
 def test_what_is_missing_weighs_nothing(numbers: Numbers) -> None:
     torch.manual_seed(0)
     adapter, hidden = NumbersOut(16).requires_grad_(False), torch.randn(2, 16)
-    arrays = numbers.target({"length": 41.0, "body_mass": None}).arrays
-    place = one_hot_bins(torch.from_numpy(arrays["values"])).argmax(-1)
-    nll = adapter.nll(hidden, as_tensors(arrays))
-    assert float(nll[0]) == pytest.approx(-float(adapter.logits(hidden).log_softmax(-1)[0, place[0]]), rel=1e-5)
-    assert float(nll[1]) == 0
+    arrays = as_tensors(numbers.target({"length": 41.0, "body_mass": None}).arrays)
+    t = as_tensors(numbers.source({"length": 41.0}).arrays)["values"]
+    nll = adapter.nll(hidden, arrays)
+    log_probability, location = adapter.distribution(hidden, arrays)
+    # Without simple predictions, over the scaled and squashed value itself.
+    assert float(nll[0]) == pytest.approx(-float(log_probability[0, one_hot_bins(t).argmax()]), rel=1e-5)
+    assert float(nll[1]) == 0 and not location.any()
 
 
 @pytest.mark.parametrize(
@@ -76,3 +80,40 @@ def test_a_name_carries_its_words(numbers: Numbers) -> None:
     assert ids.shape == (2, 8) and (ids[:, 0] >= 0).all() and (ids[0] != ids[1]).any()
     words = [token for token in ids[0].tolist() if token >= 0]
     assert numbers.text.decode(words) == " body mass"
+
+
+def test_simple_predictors_move_the_distribution_and_likelihoods_stay_comparable() -> None:
+    rng = np.random.default_rng(0)
+    rows = [({"length": float(x), "body_mass": float(2.5 * x * x)}, {"sex": "male"}) for x in rng.uniform(30, 50, 80)]
+    table = fit_table(rows, 0)
+    assert table is not None
+    known = Numbers(Text(train_tokenizer(["body mass", "length"], 300)), SCALES, {}, [table])
+    given = {"length": 40.0, "sex": "male"}
+    arrays = as_tensors(known.target({"body_mass": 4000.0}, options={"given": given, "fold": 1}).arrays)
+    torch.manual_seed(0)
+    adapter = NumbersOut(16).requires_grad_(False)
+    hidden = torch.randn(1, 16)
+    (found,) = adapter.histograms(hidden[None], arrays)
+    assert found.median()[0] == pytest.approx(4000, rel=0.02)
+    # nll is that of the scaled and squashed value, in units of a bin: its density sums to one.
+    x = np.linspace(*(found.quantile(fraction)[0] for fraction in (0.01, 0.99)), 2001)
+    targets = [known.target({"body_mass": float(one)}, options={"given": given, "fold": 1}).arrays for one in x]
+    joined = as_tensors({name: np.concatenate([one[name] for one in targets]) for name in targets[0]})
+    density = (-adapter.nll(hidden.expand(len(x), -1), joined)).exp().numpy()
+    t = np.arcsinh((x - 4000.0) / 800.0)
+    assert np.trapezoid(density, t) / (2 * LIMIT / BINS) == pytest.approx(0.98, abs=0.01)
+    assert not as_tensors(known.target({"body_mass": 1.0}, options={"given": given, "mask_context": True}).arrays)[
+        "forecasts"
+    ].any()
+    for other in ({}, {"elsewhere": 3.0}, {"body_mass": 5.0}):
+        assert not known.target({"body_mass": 1.0}, options={"given": other}).arrays["forecasts"].any()
+
+
+def test_a_question_shows_columns_as_numbers_and_in_words() -> None:
+    table = fit_table([({"a": float(n % 9), "b": float(n % 7)}, {"cut_kind": ("Ideal", "Very Good")[n % 2]})
+                       for n in range(60)], 0)  # fmt: skip
+    assert table is not None
+    known = Numbers(Text(train_tokenizer(["a"], 300)), {"a": (0.0, 1.0)}, {}, [table])
+    parts = [Part("numbers", {"b": 2.0}), Part("text", "cut kind: Very Good What is its a?")]
+    assert known.given(parts) == {"b": 2.0, "cut_kind": "Very Good"}
+    assert known.given([Part("text", "the cut kind: Very Goodish")]) == {}

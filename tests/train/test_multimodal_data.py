@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
-from openm6.train.multimodal_data import SAMPLED, check_sources
+from openm6.core.run_folder import RunFolder
+from openm6.data.source import Source
+from openm6.train.multimodal_data import SAMPLED, check_sources, table_predictors
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource
 
@@ -73,3 +76,31 @@ def test_columns_that_no_task_reads_are_named(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         check_sources(recipe, {"mine": source})
     assert "source mine: no task reads the columns 'seller', 'own words'" in caplog.text
+
+
+def row(number: int) -> dict[str, Any]:
+    return {"id": str(number), "numbers": {"a": number % 7, "b": number % 7 + number % 3}, "categories": {"c": "no"}}
+
+
+@pytest.mark.parametrize("kind", ["auto", "ridge", "none"])
+def test_predictors_are_fitted_once_and_kept_by_checkpoints(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {
+        "sources": {name: {"kind": "jsonl", "path": "unread"} for name in ("mine", "other")},
+        "mixture": [{"source": "mine", "task": "record_regression"}, {"source": "other", "task": "text_denoising"}],
+        "modalities": {"numbers": {"predictors": kind}},
+    }
+    recipe, run = build(MultimodalRecipe, values, "r.yaml"), RunFolder(tmp_path)
+    sources: dict[str, Source] = {name: ListSource(name, [row(n) for n in range(90)]) for name in ("mine", "other")}
+    with caplog.at_level(logging.INFO):
+        fitted = table_predictors(recipe, sources, run)
+    trees = {"auto": "trees for 2", "ridge": "trees for 0"}.get(kind)
+    assert bool(fitted) == (trees is not None) == (f"simple predictors of 2 columns, {trees} of them" in caplog.text)
+    assert "source other" not in caplog.text
+    checkpoint = run.checkpoints / "step-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"files": {}}')
+    assert table_predictors(recipe, sources, run) == b"", "it goes on without what it began without"
+    (checkpoint / "predictors.safetensors").write_bytes(b"kept")
+    assert table_predictors(recipe, sources, run) == b"kept"

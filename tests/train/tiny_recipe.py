@@ -29,7 +29,7 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
     return {
         "kind": "multimodal",
         "model": MODEL,
-        "modalities": {"text": {"vocab_size": 400}},
+        "modalities": {"text": {"vocab_size": 400}, "numbers": {"predictors": "ridge"}},
         "sources": {
             "digits": {"kind": "embedded", "name": "digits", "limit": 30},
             "spoken": {"kind": "embedded", "name": "espeak_digits", "limit": 20},

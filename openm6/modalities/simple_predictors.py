@@ -1,0 +1,239 @@
+"""Simple predictors of the columns of a table: ridge regression on whatever columns are given, and boosted trees.
+
+They are fitted before training (train/simple_predictors.py), once to all rows and once without each fold of them, so
+that a training example sees predictions of models that have not seen its row. Here they are read and applied.
+"""
+
+# Letters: R rows, C number columns, Q categories, F features, K folds, M predictions, T trees, N nodes
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from openm6.core.errors import CheckpointError
+from openm6.core.lru_cache import LRUCache
+from openm6.core.seeds import text_hash
+from openm6.modalities.interface import Arrays, Part
+
+FOLDS = 5
+PREDICTIONS = 4  # M: a blend of the others; ridge on features, and on their products, too; trees
+FARTHEST = 10.0  # in scales of its column: a value beyond counts as this far
+MAX_PRODUCTS = 16  # columns of a table whose products are features
+CACHE_BYTES = 2**25
+_TABLES = "tables"
+
+Given = Mapping[str, float | str | None]
+"""Values by column: numbers and categories."""
+
+
+class Prediction(NamedTuple):
+    """What the predictors make of a column: values u that stand for loc + scale · u or, with `log`, exp of it.
+
+    `change` is the typical error of the first value, `uncertainty` the logarithm of how much larger it is than with
+    all columns given, and `fraction` how many of them are given.
+    """
+
+    values: np.ndarray  # M
+    change: float
+    units: tuple[float, float, bool]  # loc, scale, log
+    uncertainty: float = 0.0
+    fraction: float = 0.0
+
+
+def fold_of(numbers: Mapping[str, Any] | None, categories: Mapping[str, Any] | None) -> int:
+    """Return the fold of a row, which depends on its values alone: equal rows are in the same one."""
+    return text_hash(repr([sorted((columns or {}).items()) for columns in (numbers, categories)])) % FOLDS
+
+
+def given_columns(parts: Iterable[Part]) -> dict[str, float | str | None]:
+    """Return the columns of a table that parts of a prompt show: mappings of numbers, and texts with `columns`."""
+    found: dict[str, float | str | None] = {}
+    for part in parts:
+        shown = part.raw if part.modality == "numbers" else part.options.get("columns")
+        if isinstance(shown, Mapping):
+            found.update(shown)
+    return found
+
+
+class Trees:
+    """Boosted trees of one column, K times T of N nodes each.
+
+    A node sends a row to the `left` if its `feature` is at most `threshold`, or missing and `missing_left`; a leaf
+    sends it to itself. `words` are the inputs that stand for the words of categories.  # K T N, of baseline K
+    """
+
+    def __init__(self, arrays: Arrays) -> None:
+        folds, self.count, self.size = arrays["feature"].shape
+        offset = np.arange(folds * self.count).reshape(folds, self.count, 1) * self.size
+        self.left, self.right = ((arrays[name] + offset).ravel() for name in ("left", "right"))
+        self.feature, self.threshold, self.missing_left, self.value = (
+            arrays[name].ravel() for name in ("feature", "threshold", "missing_left", "value")
+        )
+        self.baseline, self.words, self.depth = arrays["baseline"], arrays["words"], 0
+        nodes = offset.ravel()
+        while len(inner := nodes[self.left[nodes] != nodes]):
+            nodes = np.concatenate([self.left[inner], self.right[inner]])
+            self.depth += 1
+
+    def predict(self, fold: int, inputs: np.ndarray) -> np.ndarray:
+        """Sums over the trees of a fold, as scikit-learn's predictions.  # R F -> R"""
+        first = (fold * self.count + np.arange(self.count)) * self.size
+        node, row = np.tile(first, (len(inputs), 1)), np.arange(len(inputs))[:, None]
+        for _ in range(self.depth):
+            seen = inputs[row, self.feature.take(node)]
+            goes_left = (seen <= self.threshold.take(node)) | (np.isnan(seen) & self.missing_left.take(node))
+            node = np.where(goes_left, self.left.take(node), self.right.take(node))
+        return self.value.take(node).sum(1) + self.baseline[fold]
+
+
+class TablePredictors:
+    """The predictors of the number columns of one table.
+
+    Features of linear models are numbers, logarithms of those that are positive, words of categories, and products of
+    two numbers. arrays: `scale` (C 4), location and scale of each number and of its logarithm, NaN if it has none;
+    `mean` (K+1 F) and `covariance` (K+1 F F) of the features without each fold, then with all rows; by column:
+    `log`, whether its logarithm is predicted, `penalty` (C 2) of ridge, `weight` (C M-1) in the blend, `change` (0:
+    no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`.
+    """
+
+    def __init__(self, numbers: Sequence[str], categories: Mapping[str, Sequence[str]], arrays: Arrays) -> None:
+        self.numbers, self.categories, self.arrays = list(numbers), categories, arrays
+        self.trees: dict[int, Trees] = {}
+        for index in range(len(self.numbers)):
+            if own := {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{index}/")}:
+                self.trees[index] = Trees(own)
+        self._ridges = LRUCache[tuple[np.ndarray, ...]](CACHE_BYTES)
+        count = len(self.numbers)
+        self.logs = np.flatnonzero(np.isfinite(arrays["scale"][:, 2]))
+        self.pairs = np.triu_indices(count if count <= MAX_PRODUCTS else 0)
+        words = [count + index for index, words in enumerate(categories.values()) for _ in words]
+        single = np.concatenate([np.arange(count), self.logs, np.asarray(words, int)]).astype(int)
+        self.num_single = len(single)
+        # The columns that each feature depends on, categories after numbers.  # F 2
+        self.owners = np.concatenate([np.stack([single, single], 1), np.stack(self.pairs, 1)])
+
+    @cached_property
+    def codes(self) -> list[dict[str, int]]:
+        """The number of each word of each category."""
+        return [{word: code for code, word in enumerate(words)} for words in self.categories.values()]
+
+    def read(self, rows: Sequence[Given]) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers, NaN if missing, and codes of categories: -1 missing, -2 not among the words.  # R C, R Q"""
+        own = [[row.get(name) for name in self.numbers] for row in rows]
+        values = [[math.nan if value is None else float(value) for value in row] for row in own]
+        named = list(zip(self.categories, self.codes, strict=True))
+        codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
+        return np.asarray(values, float), np.asarray(codes, int).reshape(len(rows), len(named))
+
+    def features(self, values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """NaN where a column is missing.  # R C, R Q -> R F"""
+        known, (loc, scale, log_loc, log_scale) = values.copy(), self.arrays["scale"].T
+        # Of a column of positive numbers, 0 mostly stands for none.
+        known[:, self.logs] = np.where(values[:, self.logs] > 0, values[:, self.logs], np.nan)
+        z = np.clip((known - loc) / scale, -FARTHEST, FARTHEST)
+        logs = (np.log(known[:, self.logs]) - log_loc[self.logs]) / log_scale[self.logs]
+        main = z.copy()
+        main[:, self.logs] = logs = np.clip(logs, -FARTHEST, FARTHEST)
+        words = [np.where(codes[:, [index]] == -1, np.nan, codes[:, [index]] == np.arange(len(words)))
+                 for index, words in enumerate(self.categories.values())]  # fmt: skip
+        first, second = self.pairs
+        return np.concatenate([z, logs, *words, main[:, first] * main[:, second]], 1)
+
+    def tree_inputs(self, index: int, means: np.ndarray, values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Numbers but for the column, and for each category the mean of the column in rows of its word.  # -> R F"""
+        inputs, start = [np.delete(values, index, 1)], 0
+        for own, words in zip(codes.T, self.categories.values(), strict=True):
+            inputs.append(np.where(own < 0, np.nan, means[start + np.maximum(own, 0)])[:, None])
+            start += len(words)
+        return np.concatenate(inputs, 1)
+
+    def num_usable(self, column: str, given: Given) -> int:
+        """How many of the columns given predict another one: none without predictors of it."""
+        if column not in self.numbers or self.arrays["change"][self.numbers.index(column)] <= 0:
+            return 0
+        return sum(name != column and (name in self.numbers or name in self.categories) for name in given)
+
+    def predict(self, column: str, given: Given, fold: int | None = None) -> Prediction:
+        """The predictions of a column from others, by models that have not seen the rows of `fold`, if there is one."""
+        index, weight = self.numbers.index(column), self.arrays["weight"][self.numbers.index(column)]
+        values, codes = self.read([{name: value for name, value in given.items() if name != column}])
+        features = self.features(values, codes)[0]
+        moments = FOLDS if fold is None else fold
+        found, error = self.ridge(index, features, moments)
+        found.append(float(np.mean(found)))
+        if index in self.trees:
+            trees = self.trees[index]
+            inputs = {one: self.tree_inputs(index, trees.words[one], values, codes)
+                      for one in (range(FOLDS) if fold is None else (fold,))}  # fmt: skip
+            found[-1] = float(np.mean([trees.predict(one, x) for one, x in inputs.items()]))
+        clipped = np.clip(found, *self.arrays["range"][index])
+        with_all = self.ridge(index, np.zeros(len(features)), moments)[1]
+        ratio = max(1.0, error / max(with_all, 1e-9))
+        log = bool(self.arrays["log"][index])
+        loc, scale = self.arrays["scale"][index, 2 * log : 2 * log + 2].tolist()
+        shown = np.isfinite(values).sum() + (codes != -1).sum()
+        return Prediction(
+            np.concatenate([[weight @ clipped], clipped]),
+            float(self.arrays["change"][index] * ratio),
+            (loc, scale, log),
+            math.log(ratio),
+            float(shown / max(1, values.size + codes.size - 1)),
+        )
+
+    def target(self, index: int, log: bool) -> int:
+        """The feature that is a number, or its logarithm."""
+        return len(self.numbers) + int(np.searchsorted(self.logs, index)) if log else index
+
+    def ridge(self, index: int, features: np.ndarray, fold: int) -> tuple[list[float], float]:
+        """A column by both degrees, and the smaller of the errors that they expect.  # F ->"""
+        usable = np.isfinite(features) & (self.owners != index).all(1)
+        solved = self._ridges.get_or_compute(
+            (index, fold, usable.tobytes()), lambda: self._solve(index, fold, usable)
+        )  # fmt: skip
+        mean, target = self.arrays["mean"][fold], self.target(index, bool(self.arrays["log"][index]))
+        pairs = zip(solved[:2], solved[2:4], strict=True)
+        found = [float(mean[target] + (features[chosen] - mean[chosen]) @ solution) for chosen, solution in pairs]
+        return found, float(solved[4])
+
+    def _solve(self, index: int, fold: int, usable: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The features of both degrees, their coefficients, and the smaller standard deviation of the error."""
+        covariance, target = self.arrays["covariance"][fold], self.target(index, bool(self.arrays["log"][index]))
+        features, solutions, left = [], [], []
+        for degree in range(2):
+            chosen = np.flatnonzero(usable[: len(usable) if degree else self.num_single])
+            own, right = covariance[np.ix_(chosen, chosen)], covariance[chosen, target]
+            penalty = np.diag(self.arrays["penalty"][index, degree] * own.diagonal() + 1e-12)
+            features.append(chosen)
+            solutions.append(np.linalg.solve(own + penalty, right))
+            left.append(max(covariance[target, target] - right @ solutions[-1], 0.0))
+        return (*features, *solutions, np.sqrt(min(left)))
+
+
+def to_bytes(tables: Sequence[TablePredictors]) -> bytes:
+    """Tables as a safetensors file."""
+    listed = [{"numbers": one.numbers, "categories": one.categories} for one in tables]
+    arrays = {f"{number}/{name}": np.ascontiguousarray(array)
+              for number, one in enumerate(tables) for name, array in one.arrays.items()}  # fmt: skip
+    return save(arrays, {_TABLES: json.dumps(listed, ensure_ascii=False)})
+
+
+def from_bytes(content: bytes, where: str) -> list[TablePredictors]:
+    """Tables of a safetensors file; CheckpointError if it is damaged."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        listed, arrays = json.loads(header["__metadata__"][_TABLES]), load(content)
+    except (SafetensorError, ValueError, KeyError):
+        raise CheckpointError(f"{where} is damaged: use another checkpoint") from None
+    by_table: list[Arrays] = [{} for _ in listed]
+    for name, array in arrays.items():
+        number, _, own = name.partition("/")
+        by_table[int(number)][own] = array
+    return [TablePredictors(one["numbers"], one["categories"], own) for one, own in zip(listed, by_table, strict=True)]

@@ -1,0 +1,229 @@
+"""Fitting the simple predictors of a table's columns, see modalities/simple_predictors.py, before a training."""
+
+# Letters: R rows, C number columns, F features, K folds, M predictions, L penalties
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from openm6.modalities.interface import Arrays
+from openm6.modalities.series import fit_scale
+from openm6.modalities.simple_predictors import FARTHEST, FOLDS, PREDICTIONS, TablePredictors, Trees, fold_of
+
+Row = tuple[dict[str, Any], dict[str, Any]]  # numbers and categories
+
+MIN_ROWS = 20  # with a value of the column
+MAX_COLUMNS = 128
+MAX_WORDS, MIN_REPEATED = 16, 2  # words of a category that are features, and the rows each of them is in
+MIN_POSITIVE = 0.99  # of the values of a column whose logarithm is a feature
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# The typical error is at least this fraction of the scale of the column, and of the mean error.
+MIN_CHANGE, TAIL = 1e-3, 0.3
+REWEIGHTED = 8  # times, so that the blend has the least absolute error
+LEAVES, DEPTH, LEARNING_RATE, STEPS, MIN_STEPS, MAX_TREE_ROWS = 16, 6, 0.1, 100, 40, 5_000
+PRIOR_ROWS = 10  # of the mean of a word
+# Measured on one core: seconds of a step of boosting, and of each of its inputs and rows.
+STEP_SECONDS, CELL_SECONDS = 1.5e-3, 2e-8
+KEPT_COLUMNS = (0.2, 1.0)  # in the copies of rows that trees are fitted to as well
+
+
+def fit_table(rows: Sequence[Row], seconds: float) -> TablePredictors | None:
+    """Predictors of each number column from all other columns, None if no column has any.
+
+    Trees take about `seconds`, by an estimate from the sizes: the same rows always have the same predictors.
+    """
+    table = _empty(rows)
+    if not table.numbers or len(table.numbers) + len(table.categories) < 2:
+        return None
+    values, codes = table.read([{**numbers, **categories} for numbers, categories in rows])
+    fold = np.asarray([fold_of(*row) for row in rows])
+    features = table.features(values, codes)
+    table.arrays |= _moments(features, fold)
+    seen = np.isfinite(values)
+    fitted = [index for index in range(len(table.numbers))
+              if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1]  # fmt: skip
+    found = {index: _fit_ridge(table, index, values[:, index], features, fold) for index in fitted}
+    blended = {index: _blend(table, index, *found[index]) for index in fitted}
+    cells = 2 * min(len(rows), MAX_TREE_ROWS) * (values.shape[1] + codes.shape[1])
+    step = FOLDS * (STEP_SECONDS + CELL_SECONDS * cells)
+    steps = int(np.clip(seconds / (step * max(1, len(fitted))), MIN_STEPS, STEPS))
+    # If there is no time for all columns, those that linear models predict worst have trees.
+    worst = sorted(fitted, key=lambda index: -blended[index])[: int(seconds / (step * steps))]
+    for index in sorted(worst):
+        truth, predicted = found[index]
+        own = _fit_trees(table, index, values, codes, fold, truth, steps)
+        _blend(table, index, truth, np.concatenate([predicted, own[:, None]], 1))
+    return table if fitted else None
+
+
+def _empty(rows: Sequence[Row]) -> TablePredictors:
+    """Number columns that are not constant, with their scales, and categories with words that occur again."""
+    numbers: dict[str, list[float]] = {}
+    words: dict[str, Counter[str]] = {}
+    for own, categories in rows:
+        for name, value in own.items():
+            numbers.setdefault(name, []).extend([] if value is None or math.isnan(value) else [float(value)])
+        for name, word in categories.items():
+            words.setdefault(name, Counter()).update([str(word)] if word else [])
+    kept = [name for name, found in sorted(numbers.items()) if len(set(found)) > 1][:MAX_COLUMNS]
+    scale = []
+    for name in kept:
+        seen = np.asarray(numbers[name])
+        logs = np.log(seen[seen > 0])
+        has_log = len(logs) >= MIN_POSITIVE * len(seen) and np.ptp(logs) > 0
+        scale.append([*fit_scale(seen), *(fit_scale(logs) if has_log else (math.nan, math.nan))])
+    repeated = {name: sorted(word for word, count in found.most_common(MAX_WORDS) if count >= MIN_REPEATED)
+                for name, found in sorted(words.items())[:MAX_COLUMNS]}  # fmt: skip
+    several = {name: found for name, found in repeated.items() if len(found) > 1}
+    count = len(kept)
+    arrays: Arrays = {
+        "scale": np.asarray(scale).reshape(-1, 4),
+        "log": np.zeros(count, bool),
+        "penalty": np.ones((count, 2)),
+        "weight": np.zeros((count, PREDICTIONS - 1)),
+        "change": np.zeros(count),
+        "range": np.zeros((count, 2)),
+    }
+    return TablePredictors(kept, several, arrays)
+
+
+def _moments(features: np.ndarray, fold: np.ndarray) -> Arrays:
+    """Means and covariances of the features without each fold, and of all rows; what is missing counts as the mean."""
+    means, covariances = [], []
+    for index in range(FOLDS + 1):
+        rows = features[fold != index]
+        seen = np.isfinite(rows)
+        means.append(np.where(seen, rows, 0).sum(0) / np.maximum(1, seen.sum(0)))
+        x = np.where(seen, rows - means[-1], 0)
+        covariances.append(x.T @ x / max(1, len(x)))
+    return {"mean": np.stack(means), "covariance": np.stack(covariances)}
+
+
+def _fit_ridge(
+    table: TablePredictors, index: int, values: np.ndarray, features: np.ndarray, fold: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose units and penalties of a column; return it in its units, and what ridge predicts out of fold.  # R, R 2"""
+    arrays, has_log = table.arrays, index in table.logs
+    targets = np.asarray([table.target(index, log) for log in ((False, True) if has_log else (False,))])
+    truth = features[:, targets]  # R 1 or R 2
+    predicted = np.empty((2, len(PENALTIES), *truth.shape))
+    usable = (table.owners != index).all(1)
+    for degree in range(2):
+        chosen = np.flatnonzero(usable[: len(usable) if degree else table.num_single])
+        for held in range(FOLDS):
+            rows = np.flatnonzero(fold == held)
+            mean, covariance = arrays["mean"][held], arrays["covariance"][held]
+            deviation = np.sqrt(covariance.diagonal()[chosen] + 1e-12)
+            energy, basis = np.linalg.eigh(covariance[np.ix_(chosen, chosen)] / np.outer(deviation, deviation))
+            right = basis.T @ (covariance[np.ix_(chosen, targets)] / deviation[:, None])
+            x = np.nan_to_num((features[np.ix_(rows, chosen)] - mean[chosen]) / deviation) @ basis
+            for number, penalty in enumerate(PENALTIES):
+                solution = right / (np.maximum(energy, 0) + penalty)[:, None]
+                predicted[degree, number, rows] = mean[targets] + x @ solution
+    error = np.maximum(np.nanmean(np.abs(predicted - truth), 2), 1e-12)  # 2 L 1 or 2 L 2
+    log = False
+    if has_log:
+        # The likelihood of errors of a Laplace distribution, of the value and of its logarithm.
+        slope = np.log(values[values > 0]).mean() + math.log(arrays["scale"][index, 3] / arrays["scale"][index, 1])
+        log = bool(math.log(error[..., 1].min()) + slope < math.log(error[..., 0].min()))
+    best = error[..., int(log)].argmin(1)
+    arrays["log"][index], arrays["penalty"][index] = log, np.asarray(PENALTIES)[best]
+    own = truth[:, int(log)]
+    margin = 0.5 * np.ptp(own[np.isfinite(own)])
+    arrays["range"][index] = np.nanmin(own) - margin, np.nanmax(own) + margin
+    return own, predicted[np.arange(2), best, :, int(log)].T
+
+
+def _blend(table: TablePredictors, index: int, truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Set weights and typical error of a column; return its error against that of the median.
+
+    The weights are positive, sum to 1, and have nearly the least absolute error of predictions out of fold.
+    """
+    # scipy takes a second to import: only a training with a table needs it.
+    from scipy.optimize import nnls  # noqa: PLC0415
+
+    rows = np.isfinite(truth)
+    y, x = truth[rows], np.clip(predicted[rows], *table.arrays["range"][index])
+    importance, weight = np.ones(len(y)), np.ones(x.shape[1])
+    total = np.full(x.shape[1], 1e3 * math.sqrt(len(y)))
+    for _ in range(REWEIGHTED):
+        root = np.sqrt(importance)
+        weight, _ = nnls(np.vstack([x * root[:, None], total]), np.append(y * root, total[0]))
+        error = np.abs(x @ weight - y)
+        importance = 1 / np.maximum(error, 0.3 * np.median(error) + 1e-9)
+        importance /= importance.mean()
+    weight /= weight.sum()
+    error = np.abs(x @ weight - y)
+    table.arrays["weight"][index, : len(weight)] = weight
+    table.arrays["change"][index] = max(1.4826 * float(np.median(error)), TAIL * float(error.mean()), MIN_CHANGE)
+    return float(error.mean() / max(np.abs(y - np.median(y)).mean(), 1e-12))
+
+
+def _fit_trees(
+    table: TablePredictors,
+    index: int,
+    values: np.ndarray,
+    codes: np.ndarray,
+    fold: np.ndarray,
+    truth: np.ndarray,
+    steps: int,
+) -> np.ndarray:
+    """Fit trees of a column without each fold; return what they predict of its rows.  # -> R"""
+    # scikit-learn takes a second to import: only a training with a table needs it.
+    from sklearn.ensemble import HistGradientBoostingRegressor  # noqa: PLC0415
+
+    rng = np.random.default_rng(index)
+    predicted, models, means = np.full(len(truth), np.nan), [], []
+    for held in range(FOLDS):
+        rows = np.flatnonzero((fold != held) & np.isfinite(truth))
+        if len(rows) > MAX_TREE_ROWS:
+            rows = np.sort(rng.choice(rows, MAX_TREE_ROWS, replace=False))
+        # The mean of each word is moved to that of all rows if its own are few.
+        own = [truth[rows][codes[rows, position] == code]
+               for position, words in enumerate(table.categories.values()) for code in range(len(words))]  # fmt: skip
+        prior = PRIOR_ROWS * truth[rows].mean()
+        means.append(np.asarray([(one.sum() + prior) / (len(one) + PRIOR_ROWS) for one in own]))
+        inputs = table.tree_inputs(index, means[-1], values, codes)
+        kept = rng.random((len(rows), inputs.shape[1])) < rng.uniform(*KEPT_COLUMNS, (len(rows), 1))
+        x = np.concatenate([inputs[rows], np.where(kept, inputs[rows], np.nan)])
+        model = HistGradientBoostingRegressor(
+            learning_rate=LEARNING_RATE * STEPS / steps, max_iter=steps, max_leaf_nodes=LEAVES, max_depth=DEPTH,
+            min_samples_leaf=int(np.clip(len(rows) // 15, 3, 20)), early_stopping=False, random_state=0,
+        )  # fmt: skip
+        models.append(model.fit(x, np.tile(np.clip(truth[rows], -FARTHEST, FARTHEST), 2)))
+        if (fold == held).any():
+            predicted[fold == held] = model.predict(inputs[fold == held])
+    arrays = {**tree_arrays(models), "words": np.stack(means)}
+    table.trees[index] = Trees(arrays)
+    table.arrays |= {f"{index}/{name}": array for name, array in arrays.items()}
+    return predicted
+
+
+def tree_arrays(models: Sequence[Any]) -> Arrays:
+    """The trees of HistGradientBoostingRegressors with equally many steps, see `Trees`."""
+    nodes = [[predictor.nodes for (predictor,) in model._predictors] for model in models]
+    shape = (len(models), len(nodes[0]), max(len(tree) for trees in nodes for tree in trees))
+    itself = np.broadcast_to(np.arange(shape[2], dtype=np.int16), shape)
+    arrays: Arrays = {
+        "feature": np.zeros(shape, np.int16),
+        "threshold": np.zeros(shape),
+        "left": itself.copy(),
+        "right": itself.copy(),
+        "missing_left": np.zeros(shape, bool),
+        "value": np.zeros(shape, np.float32),
+        "baseline": np.asarray([float(model._baseline_prediction[0, 0]) for model in models]),
+    }
+    fields = {"feature": "feature_idx", "threshold": "num_threshold", "left": "left", "right": "right",
+              "missing_left": "missing_go_to_left"}  # fmt: skip
+    for fold, trees in enumerate(nodes):
+        for number, tree in enumerate(trees):
+            inner = np.flatnonzero(tree["is_leaf"] == 0)
+            arrays["value"][fold, number, : len(tree)] = tree["value"]
+            for name, field in fields.items():
+                arrays[name][fold, number, inner] = tree[field][inner]
+    return arrays

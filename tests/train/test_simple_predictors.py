@@ -1,0 +1,167 @@
+"""Simple predictors: what they learn, which rows they have not seen, missing values, and trees as scikit-learn's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+from openm6.core.errors import CheckpointError
+from openm6.modalities.interface import Part
+from openm6.modalities.simple_predictors import (
+    FOLDS,
+    TablePredictors,
+    Trees,
+    fold_of,
+    from_bytes,
+    given_columns,
+    to_bytes,
+)
+from openm6.train.simple_predictors import fit_table, tree_arrays
+
+Row = tuple[dict[str, float | None], dict[str, str | None]]
+COLOURS = ("red", "green", "blue")
+
+
+def made(count: int = 240, seed: int = 0) -> list[Row]:
+    """Rows with an exact product, a step, a category that matters, a constant column and some missing values."""
+    rng = np.random.default_rng(seed)
+    rows: list[Row] = []
+    for _ in range(count):
+        width, height = np.exp(rng.normal(size=2) / 2)
+        colour = int(rng.integers(3))
+        numbers: dict[str, float | None] = {
+            "width": float(width), "height": float(height), "area": float(width * height), "same": 3.0,
+            "step": float(10 * (width > 1) + colour + 0.1 * rng.normal()), "noise": float(rng.normal()),
+        }  # fmt: skip
+        if rng.random() < 0.1:
+            numbers["noise"] = None
+        rows.append((numbers, {"colour": COLOURS[colour] if rng.random() < 0.95 else None}))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def table() -> TablePredictors:
+    found = fit_table(made(), seconds=30)
+    assert found is not None
+    return found
+
+
+def errors(table: TablePredictors, column: str, rows: list[Row]) -> np.ndarray:
+    """Of the blend, in the typical error that it expects."""
+    found = []
+    for numbers, categories in rows:
+        value = numbers[column]
+        assert value is not None
+        one = table.predict(column, {**numbers, **categories})
+        loc, scale, log = one.units
+        u = ((math.log(value) if log else value) - loc) / scale
+        found.append((one.values[0] - u) / one.change)
+    return np.asarray(found)
+
+
+def test_new_rows_are_predicted_about_as_well_as_expected(table: TablePredictors):
+    for column in ("area", "step"):
+        assert np.median(np.abs(errors(table, column, made(60, seed=1)))) < 1.5
+    changes = {name: table.predict(name, made()[0][0]).change for name in ("area", "step", "noise")}
+    assert changes["area"] < 0.01, "the logarithm of a product is a sum"
+    assert changes["step"] < 0.5 < changes["noise"]
+
+
+def test_a_row_does_not_influence_what_is_predicted_of_it_in_training(table: TablePredictors):
+    rows = made()
+    numbers, categories = rows[0]
+    fold = fold_of(numbers, categories)
+    # Another value that leaves the row in its fold.
+    changed = next(row for value in range(5000, 5100)
+                   if fold_of(row := {**numbers, "step": float(value)}, categories) == fold)  # fmt: skip
+    other = fit_table([(changed, categories), *rows[1:]], seconds=30)
+    assert other is not None
+    given = {**numbers, **categories}
+    for held in range(FOLDS):
+        before, after = (one.predict("step", given, held).values for one in (table, other))
+        # The scales of columns are fitted to all rows, and differ by a little.
+        assert (np.abs(after[1:] - before[1:]).max() < 0.02) == (held == fold)
+
+
+def test_equal_rows_share_a_fold_and_folds_are_about_even():
+    numbers: dict[str, float | None] = {"a": 1.0, "b": None}
+    assert fold_of(numbers, {}) == fold_of({"b": None, "a": 1.0}, None)
+    counts = np.bincount([fold_of(*row) for row in made(1000)], minlength=FOLDS)
+    assert counts.min() > 140
+
+
+def test_trees_predict_as_scikit_learn_does():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 4))
+    y = x[:, 0] * x[:, 1] + (x[:, 2] > 0)
+    x[rng.random(x.shape) < 0.2] = np.nan
+    models = [HistGradientBoostingRegressor(max_iter=20, max_leaf_nodes=size).fit(x, y) for size in (8, 5)]
+    trees = Trees({**tree_arrays(models), "words": np.zeros((2, 0))})
+    for fold, model in enumerate(models):
+        np.testing.assert_allclose(trees.predict(fold, x), model.predict(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"width": 2.0}, {"width": None, "height": math.nan}, {"colour": "violet"}, {"width": 0.0, "step": 1e300}],
+)
+def test_whatever_is_given_the_prediction_is_finite(table: TablePredictors, given: dict[str, float | str | None]):
+    found = table.predict("area", given)
+    assert np.isfinite(found.values).all() and found.change > 0 and 0 <= found.fraction <= 1
+    whole = table.predict("area", {**made()[0][0], **made()[0][1]})
+    assert found.change > whole.change and found.uncertainty > 0
+
+
+def test_a_column_is_never_predicted_from_itself(table: TablePredictors):
+    row = made()[0][0]
+    first, second = (table.predict("area", {**row, "area": area}).values for area in (row["area"], 77.0))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_files_hold_the_same_predictors(table: TablePredictors):
+    content = to_bytes([table, table])
+    for read in from_bytes(content, "file"):
+        for column in ("area", "noise", "step"):
+            row = {**made()[3][0], **made()[3][1]}
+            np.testing.assert_array_equal(read.predict(column, row).values, table.predict(column, row).values)
+    assert to_bytes(from_bytes(content, "file")) == content
+    with pytest.raises(CheckpointError, match="file is damaged"):
+        from_bytes(content[:-10], "file")
+    with pytest.raises(CheckpointError, match="file is damaged"):
+        from_bytes(b"no", "file")
+
+
+def test_the_same_rows_have_the_same_predictors(table: TablePredictors):
+    again = fit_table(made(), seconds=30)
+    assert again is not None and to_bytes([again]) == to_bytes([table])
+
+
+@pytest.mark.parametrize(
+    "rows", [[], made(1), [({"a": 1.0}, {}), ({"a": 2.0}, {})] * 30, [({"a": 3.0, "b": 1.0}, {})] * 30]
+)
+def test_tables_too_small_have_none(rows: list[Row]):
+    assert fit_table(rows, seconds=30) is None
+
+
+def test_columns_that_are_too_rare_or_constant_have_none(table: TablePredictors):
+    rows = made(60)
+    rare = fit_table([({**numbers, "rare": 1.0 * index if index < 10 else None}, categories)
+                      for index, (numbers, categories) in enumerate(rows)], 0)  # fmt: skip
+    given: dict[str, float | str | None] = {"width": 1.0, "same": 3.0, "colour": "red", "area": 2.0}
+    assert rare is not None and rare.num_usable("rare", given) == 0 and rare.num_usable("area", given) == 2
+    assert table.num_usable("same", given) == 0 and table.num_usable("area", {"another": 1.0}) == 0
+
+
+def test_without_time_there_are_no_trees_and_with_little_the_worst_columns_have_them():
+    none, few = fit_table(made(), seconds=0), fit_table(made(), seconds=0.5)
+    assert none is not None and few is not None
+    assert not none.trees and 0 < len(few.trees) < 5
+    assert few.numbers.index("noise") in few.trees
+
+
+def test_columns_given_are_those_of_all_parts():
+    parts = [Part("numbers", {"a": 1.0}), Part("text", "b: x", {"columns": {"b": "x"}}), Part("text", "c: 3")]
+    assert given_columns(parts) == {"a": 1.0, "b": "x"}
