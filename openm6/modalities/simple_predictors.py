@@ -128,7 +128,9 @@ class TablePredictors:
     def read(self, rows: Sequence[Given]) -> tuple[np.ndarray, np.ndarray]:
         """Numbers, NaN if missing, and codes of categories: -1 missing, -2 not among the words.  # R C, R Q"""
         own = [[row.get(name) for name in self.numbers] for row in rows]
-        values = [[math.nan if value is None else float(value) for value in row] for row in own]
+        values = [
+            [math.nan if value is None or isinstance(value, str) else float(value) for value in row] for row in own
+        ]
         named = list(zip(self.categories, self.codes, strict=True))
         codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
         return np.asarray(values, float), np.asarray(codes, int).reshape(len(rows), len(named))

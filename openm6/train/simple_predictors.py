@@ -18,8 +18,9 @@ from openm6.modalities.simple_predictors import FARTHEST, FOLDS, PREDICTIONS, Ta
 Row = tuple[dict[str, Any], dict[str, Any]]  # numbers and categories
 
 MIN_ROWS = 20  # with a value of the column
-MAX_COLUMNS = 128
-MAX_WORDS, MIN_REPEATED = 16, 2  # words of a category that are features, and the rows each of them is in
+MAX_COLUMNS = 64
+# Words of a category and of all categories that are features, and the rows each of them is in.
+MAX_WORDS, MAX_ALL_WORDS, MIN_REPEATED = 16, 128, 2
 MIN_POSITIVE = 0.99  # of the values of a column whose logarithm is a feature
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # The typical error is at least this fraction of the scale of the column, and of the mean error.
@@ -67,7 +68,7 @@ def _empty(rows: Sequence[Row]) -> TablePredictors:
     words: dict[str, Counter[str]] = {}
     for own, categories in rows:
         for name, value in own.items():
-            numbers.setdefault(name, []).extend([] if value is None or math.isnan(value) else [float(value)])
+            numbers.setdefault(name, []).extend([float(value)] if value is not None and math.isfinite(value) else [])
         for name, word in categories.items():
             words.setdefault(name, Counter()).update([str(word)] if word else [])
     kept = [name for name, found in sorted(numbers.items()) if len(set(found)) > 1][:MAX_COLUMNS]
@@ -78,8 +79,11 @@ def _empty(rows: Sequence[Row]) -> TablePredictors:
         has_log = len(logs) >= MIN_POSITIVE * len(seen) and np.ptp(logs) > 0
         scale.append([*fit_scale(seen), *(fit_scale(logs) if has_log else (math.nan, math.nan))])
     repeated = {name: sorted(word for word, count in found.most_common(MAX_WORDS) if count >= MIN_REPEATED)
-                for name, found in sorted(words.items())[:MAX_COLUMNS]}  # fmt: skip
-    several = {name: found for name, found in repeated.items() if len(found) > 1}
+                for name, found in sorted(words.items())}  # fmt: skip
+    several: dict[str, list[str]] = {}
+    for name, found in repeated.items():
+        if 1 < len(found) <= MAX_ALL_WORDS - sum(map(len, several.values())):
+            several[name] = found
     count = len(kept)
     arrays: Arrays = {
         "scale": np.asarray(scale).reshape(-1, 4),
