@@ -35,7 +35,7 @@ from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.simple_predictors import fit_table
+from openm6.train.simple_predictors import MAX_ROWS, fit_table
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
@@ -149,7 +149,7 @@ def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: 
     for name in predicted if kind in seconds else ():
         began = time.monotonic()
         rows = [(record.get("numbers") or {}, record.get("categories") or {})
-                for record in _readable(sources[name], SCANNED)]  # fmt: skip
+                for record in _readable(sources[name], MAX_ROWS)]  # fmt: skip
         if table := fit_table(rows, seconds[kind]):
             tables.append(table)
             get_log().info(

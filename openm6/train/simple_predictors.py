@@ -17,7 +17,7 @@ from openm6.modalities.simple_predictors import FARTHEST, FOLDS, PREDICTIONS, Ta
 
 Row = tuple[dict[str, Any], dict[str, Any]]  # numbers and categories
 
-MIN_ROWS = 20  # with a value of the column
+MAX_ROWS, MIN_ROWS = 8_000, 20  # of a table, and those with a value of the column
 MAX_COLUMNS = 64
 # Words of a category and of all categories that are features, and the rows each of them is in.
 MAX_WORDS, MAX_ALL_WORDS, MIN_REPEATED = 16, 128, 2
