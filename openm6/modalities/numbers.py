@@ -2,7 +2,7 @@
 
 A value is scaled by its column's statistics and squashed, t = asinh((x - loc) / scale), so that tails stay
 finite. Out comes a histogram over t: mean, median, intervals and samples follow from it. `series` has its own scales.
-If simple predictors know the column, t is the distance to what they predict, in units of their typical error.
+If a column has simple predictors, t is the distance to their predictions, in units of their typical error.
 """
 
 # Letters: N tokens, K word ids of a name, M simple predictions, D hidden size, B bins, Q frequencies

@@ -154,7 +154,7 @@ def test_missing_steps_weigh_nothing_and_histograms_have_the_units_of_the_column
     torch.testing.assert_close(adapter.nll(hidden, one), adapter.nll(hidden, other))
     assert one["observed"].sum() == 2
     (histogram,) = adapter.histograms(hidden[None], one)
-    assert histogram.log and len(histogram.probability) == 2
+    assert histogram.log.all() and len(histogram.probability) == 2
     low, high = histogram.interval(0.5)
     assert (50 < low).all() and (low < high).all() and (high < 1000).all()
 
