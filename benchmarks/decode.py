@@ -47,6 +47,7 @@ EQUAL_BITS = {
     "openm6 bf16": "llama.cpp BF16",
     "openm6 int8": "llama.cpp Q8_0",
 }
+COMPILED = ", compiled"
 
 Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Generated tokens per run.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of every candidate; default: cores.")]
@@ -132,20 +133,21 @@ def random_weights(shape: BackboneConfig, vocabulary: int) -> tuple[Backbone, Te
 
 
 def our_candidates(shape: BackboneConfig, vocabulary: int, tokens: int) -> dict[str, Decode]:
-    """Return our decoding in fp32, bf16 and int8."""
+    """Return our decoding in fp32, bf16 and int8, each with layers as they are and compiled."""
     found: dict[str, Decode] = {}
-    for name in ("fp32", "bf16", "int8"):
+    for name in EQUAL_BITS:
         backbone, embedding = random_weights(shape, vocabulary)
         head: Tensor | Int8Weight
-        if name == "bf16":
+        if name == "openm6 bf16":
             backbone.to(torch.bfloat16)
             embedding = embedding.bfloat16()
         head = embedding
-        if name == "int8":
+        if name == "openm6 int8":
             quantize(backbone)
             head = Int8Weight.of(embedding)
-        batch = DecodeBatch(TextHead(backbone, embedding, head, None), 1, 256)
-        found[f"openm6 {name}"] = partial(decode, batch, tokens)
+        text_head = TextHead(backbone, embedding, head, None)
+        found[f"{name}{COMPILED}"] = partial(decode, DecodeBatch(text_head, 1, 256, compiled=True), tokens)
+        found[name] = partial(decode, DecodeBatch(text_head, 1, 256), tokens)
     return found
 
 
@@ -182,7 +184,9 @@ def summary(timings: Mapping[str, Timing], texts: Mapping[str, list[int]], token
         "best_transformers": best,
         "over_best_transformers": {name: round(rate / others[best], 2) for name, rate in ours.items()} if best else {},
         "over_llama_cpp_at_equal_bits": {
-            name: round(rate / rates[EQUAL_BITS[name]], 2) for name, rate in ours.items() if EQUAL_BITS[name] in rates
+            name: round(rate / rates[other], 2)
+            for name, rate in ours.items()
+            if (other := EQUAL_BITS[name.removesuffix(COMPILED)]) in rates
         },
     }
 

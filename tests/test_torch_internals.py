@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor
 import torch.nn.functional as F
 from torch.distributed.tensor import Shard
 from torch.nn.modules.conv import _ConvNd
@@ -24,6 +25,7 @@ INTERNALS = {
     "torch._foreach_copy_",
     "torch._foreach_mul_",
     "torch._softmax_backward_data",
+    "torch._inductor",
     "torch._int_mm",
     "torch._weight_int8pack_mm",
     "torch.ops.mkldnn._linear_pointwise",
@@ -72,6 +74,11 @@ def test_the_compiler_has_backends_by_name_and_its_errors() -> None:
     assert callable(torch._dynamo.lookup_backend("inductor"))
     assert issubclass(torch._dynamo.exc.TorchDynamoException, Exception)
     assert issubclass(torch._dynamo.exc.FailOnRecompileLimitHit, Exception)
+
+
+def test_the_compiler_writes_and_reads_packages() -> None:
+    """How they run is tested with compiled decoding."""
+    assert callable(torch._inductor.aoti_compile_and_package) and callable(torch._inductor.aoti_load_package)
 
 
 def test_recomputation_ends_by_an_error_once_it_has_all_tensors() -> None:

@@ -51,11 +51,13 @@ def load(
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
     num_gpu_layers: int | None = None,
+    compiled: bool = False,
 ) -> OpenM6:
     """Load the model of a run's folder (its newest checkpoint), of a checkpoint's folder, or of a Hub id.
 
     `device` is auto, cpu, cuda or cuda:N. `dtype` is auto (bfloat16 on a GPU that computes it, else float32), float32,
-    bfloat16 or int8. With `num_gpu_layers` the other layers are offloaded to host memory.
+    bfloat16 or int8. With `num_gpu_layers` the other layers are offloaded to host memory. With `compiled`, layers
+    are compiled for texts on a CPU: the first text takes a minute longer, once per size of model, others less time.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
@@ -66,7 +68,7 @@ def load(
     OpenM6('...step-2')
     """
     precision = precision_of(str(dtype).removeprefix("torch."))
-    loaded = load_checkpoint(find_model(name_or_path), device, num_gpu_layers, precision=precision)
+    loaded = load_checkpoint(find_model(name_or_path), device, num_gpu_layers, precision=precision, compiled=compiled)
     where = loaded.omni.device
     if str(dtype) == "auto" and where.type == "cuda" and capabilities(where).bf16:
         convert_weights(loaded.omni, "bfloat16")

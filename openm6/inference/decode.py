@@ -15,19 +15,22 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from openm6.inference.compiled import Program, program_of
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
 from openm6.models.omni import Omni
 from openm6.nn.attention import normalise_heads
+from openm6.nn.block import TransformerBlock
 from openm6.nn.cache import SlotCache
-from openm6.nn.layers import activate
+from openm6.nn.layers import MLP, activate
 from openm6.nn.moe import Experts, MoE
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.matmul import grouped_mm, linear
 from openm6.ops.moe import choose_experts, dropless_permutation, permute, unpermute
-from openm6.ops.pointwise import rotary_table, rotate
+from openm6.ops.pointwise import rms_norm, rotary_table, rotate
 
 # Up to so many rows a GPU reads every expert's weights anyway, and multiplies all rows by all of them in less time.
 ALL_EXPERTS_ROWS = 170
@@ -58,22 +61,93 @@ class TextHead:
         return cls(omni.backbone, weight, head, text.end, suppress_tokens)
 
 
+class DecodeLayer(nn.Module):
+    """A layer, but for its experts, for one new token of each row; all tensors are inputs, as a compiler takes them."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.attention, self.dense = config.attention, config.dense
+
+    @staticmethod
+    def weights(block: TransformerBlock, qk_norm: Tensor | None) -> list[Tensor]:
+        """Return the weights in the order of their use; a matrix in int8 is followed by its scale."""
+        attention, mlp = block.attention, block.mlp
+        norms = block.attention_norm.weight, block.mlp_norm.weight
+        dense = (mlp.up, mlp.down) if isinstance(mlp, MLP) else ()
+        parts = norms[0], attention.qkv, block.qkv_bias, qk_norm, attention.output, norms[1], *dense
+        pairs = [(part.values, part.scale) if isinstance(part, Int8Weight) else (part,) for part in parts]
+        return [tensor for pair in pairs for tensor in pair if tensor is not None]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """B D, cosines and sines B 1 d/2, lengths B, mask B T, cached keys and values B C G d, weights -> B D twice.
+
+        Keys and values are written at `length`. Returns the residual stream, and the input of the experts if any.
+        """
+        x, cosine, sine, length, mask, keys, values, *left = tensors
+        config, heads, kv_heads = self.attention, self.attention.num_heads, self.attention.num_kv_heads
+        eps = config.norm_eps
+        qkv = _product(rms_norm(x, left.pop(0), eps), left)
+        qkv = (qkv + left.pop(0) if config.qkv_bias else qkv).unflatten(-1, (-1, config.head_dim))
+        qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)  # B H+G d, B G d
+        if config.qk_norm:
+            qk = normalise_heads(qk, left.pop(0), config)
+        query, key = rotate(qk, cosine, sine).split([heads, kv_heads], dim=1)
+        index = torch.arange(x.shape[0], device=x.device), length
+        keys.index_put_(index, key.to(keys.dtype))
+        values.index_put_(index, value.to(values.dtype))
+        # The heads of a group become queries of one head: no copies of keys, and no slow path for groups.
+        grouped = query.unflatten(1, (kv_heads, -1)).to(keys.dtype)  # B G M d
+        keys, values = (part[:, : mask.shape[1]].transpose(1, 2) for part in (keys, values))  # B G T d
+        attended = _attend(grouped, keys, values, mask[:, None, None])
+        x = x + _product(attended.flatten(1).to(x.dtype), left)
+        normal = rms_norm(x, left.pop(0), eps)
+        if left and self.dense is not None:
+            x = x + _product(activate(_product(normal, left), self.dense.hidden_act), left)
+        return x, normal
+
+
+def _product(x: Tensor, left: list[Tensor]) -> Tensor:
+    """Multiply by the first matrix of those that are left.  # B I -> B O"""
+    matrix = left.pop(0)
+    return linear(x, Int8Weight(matrix, left.pop(0)) if matrix.dtype == torch.int8 else matrix)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """B G M d, B G T d twice, B 1 1 T -> B G M d."""
+    if query.shape[0] > 1 or not torch.compiler.is_compiling():
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # Sums of one row are fused; a call of the kernel takes longer.
+    query, key, value = (part.float() for part in (query, key, value))
+    scores = (query.unsqueeze(3) * key.unsqueeze(2)).sum(-1) * query.shape[-1] ** -0.5 + mask  # B G M T
+    return (scores.softmax(-1).unsqueeze(-1) * value.unsqueeze(2)).sum(3)
+
+
 class DecodeStep:
     """Runs one new token of each row through all layers; row b uses slot b of the cache.
 
-    `fixed` keeps every shape independent of what the rows hold.
+    `fixed` keeps every shape independent of what the rows hold. With `compiled` layers run compiled on a CPU.
     """
 
-    def __init__(self, text_head: TextHead, cache: SlotCache, fixed: bool = False) -> None:
+    def __init__(self, text_head: TextHead, cache: SlotCache, fixed: bool = False, compiled: bool = False) -> None:
         self.text_head, self.cache, self.fixed = text_head, cache, fixed
         self.backbone = text_head.backbone
-        self.config, self.attention = self.backbone.config, self.backbone.config.attention
+        self.config = self.backbone.config
+        self.layer = DecodeLayer(self.config)
         heads = self.config.num_heads, self.config.num_kv_heads
         norms = [block.qk_norm for block in self.backbone.blocks]
         self.qk_norms = [None if norm is None else norm(*heads).detach() for norm in norms]  # H+G d
         position = torch.arange(cache.capacity + 1, device=cache.keys.device)[:, None].expand(-1, 3)
         cosine, sine = rotary_table(position[None], *self.config.rotary)
         self.cosine, self.sine = cosine[0], sine[0]  # C+1 1 d/2
+        # Blocks that stay on the device, and their weights.
+        self.on_device: list[tuple[TransformerBlock, list[Tensor]]] = []
+        if not self.backbone.executor.offloaded:
+            pairs = zip(self.backbone.blocks, self.qk_norms, strict=True)
+            self.on_device = [(block, DecodeLayer.weights(block, norm)) for block, norm in pairs]
+        self.compiled = compiled and bool(self.on_device) and cache.keys.is_cpu
+        # By whether there is one row, and by the number of inputs.
+        self.programs: dict[tuple[bool, int], Program] = {}
 
     def __call__(self, token: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
         """Logits of the token after `token`, which stands at `position` and is the last of `length` + 1 in its slot.
@@ -87,33 +161,32 @@ class DecodeStep:
 
     def states(self, x: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
         """Hidden states after the final norm of one embedded token per row.  # B D, B, B -> B D"""
-        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        cosine, sine = self.cosine[position], self.sine[position]  # B 1 d/2
-        slot = torch.arange(len(x), device=x.device)
         hidden = torch.arange(longest, device=x.device) > length[:, None]  # B T
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, float("-inf"))
-        mask = mask[:, None, None, :].expand(-1, -1, heads // kv_heads, -1)  # B 1 M T
-        for layer_index, qk_norm in enumerate(self.qk_norms):
-            block = self.backbone.block(layer_index)
-            qkv = linear(block.attention_norm(x), block.attention.qkv)
-            qkv = qkv if block.qkv_bias is None else qkv + block.qkv_bias
-            qkv = qkv.unflatten(-1, (-1, self.config.head_dim))
-            qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)  # B H+G d, B G d
-            if qk_norm is not None:
-                qk = normalise_heads(qk, qk_norm, self.attention)
-            query, key = rotate(qk, cosine, sine).split([heads, kv_heads], dim=1)
-            keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]  # S C G d
-            keys.index_put_((slot, length), key.to(keys.dtype))
-            values.index_put_((slot, length), value.to(values.dtype))
-            keys, values = (part[: len(x), :longest].transpose(1, 2) for part in (keys, values))  # B G T d
-            # The heads of a group become queries of one head: no copies of keys, and no slow path for groups.
-            grouped = query.unflatten(1, (kv_heads, -1)).to(keys.dtype)  # B G M d
-            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-            x = x + linear(attended.flatten(1).to(x.dtype), block.attention.output)
-            normal, mlp = block.mlp_norm(x), block.mlp
-            x = x + (decode_moe(normal, mlp, self.fixed) if isinstance(mlp, MoE) else mlp(normal))
+        rows = self.cosine[position], self.sine[position], length, mask
+        keys, values = (part[:, : len(x)].unbind() for part in (self.cache.keys, self.cache.values))
+        # A program is for keys that are fewer than a slot has positions.
+        compiled = self.compiled and longest < self.cache.capacity
+        for layer, qk_norm in enumerate(self.qk_norms):
+            if self.on_device:
+                block, weights = self.on_device[layer]
+            else:
+                block = self.backbone.block(layer)
+                weights = DecodeLayer.weights(block, qk_norm)
+            inputs = [x, *rows, keys[layer], values[layer], *weights]
+            x, normal = self._program(inputs)(inputs) if compiled else self.layer(*inputs)
+            if isinstance(block.mlp, MoE):
+                x = x + decode_moe(normal, block.mlp, self.fixed)
         states: Tensor = self.backbone.final_norm(x)
         return states
+
+    def _program(self, inputs: list[Tensor]) -> Program:
+        """Return the compiled layer for such inputs, or the layer itself if there is no compiler that works."""
+        kind = len(inputs[0]) == 1, len(inputs)
+        if kind not in self.programs:
+            found = program_of(self.layer, inputs, self.config.model_dump_json())
+            self.programs[kind] = found or (lambda inputs: self.layer(*inputs))
+        return self.programs[kind]
 
 
 def decode_moe(x: Tensor, moe: MoE, fixed: bool) -> Tensor:

@@ -63,7 +63,7 @@ class DecodeBatch:
 
     `batch_invariant` pads every pass to whole multiples of 16 rows and runs all experts; a graph is padded to the
     largest number of rows. Padding rows write to slots that are not in use; their state is set again when a sequence
-    takes the slot.
+    takes the slot. With `compiled`, layers run compiled on a CPU (compiled.py).
     """
 
     def __init__(
@@ -73,13 +73,14 @@ class DecodeBatch:
         max_model_len: int,
         batch_invariant: bool = False,
         max_graphs: int = 128,
+        compiled: bool = False,
     ) -> None:
         self.text_head, self.capacity, self.batch_invariant = text_head, max_num_seqs, batch_invariant
         self.max_graphs = max_graphs
         self.graphed = max_graphs > 0 and text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
         slots = self._padded(max_num_seqs)
         self.cache = text_head.backbone.new_cache(slots, max_model_len)
-        self.decode_step = DecodeStep(text_head, self.cache, batch_invariant and not self.graphed)
+        self.decode_step = DecodeStep(text_head, self.cache, batch_invariant and not self.graphed, compiled)
         self.graphs: dict[tuple[int, int, SamplingMode], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.graphed else None
         self.rows: list[DecodeSequence] = []
@@ -135,7 +136,8 @@ class DecodeBatch:
         """Sample the next token of every sequence; return those that have ended or reached their bound."""
         count, capacity = len(self.rows), self.cache.capacity
         longest = max(self.cache.lengths[:count]) + 1
-        longest = min(-(-longest // STRIDE) * STRIDE, capacity)
+        bound = max(longest, capacity - 1) if self.decode_step.compiled else capacity
+        longest = min(-(-longest // STRIDE) * STRIDE, bound)
         run = self._replay if self.graphed else self._run
         sampled, logits = run(self._padded(count), longest, self._mode())
         logits, sampled = logits[:count], sampled[:count]
@@ -196,8 +198,12 @@ class DecodeBatch:
         return torch.where(temperature > 0, scores + noise, logits).argmax(-1)
 
     def capture(self) -> None:
-        """Capture the passes of all sizes, the shortest first; on a CPU, and for offloaded layers, there are none."""
+        """Capture the passes of all sizes, the shortest first, or prepare compiled layers, before there are texts."""
         if not self.graphed:
+            sizes = {self._padded(1), self._padded(self.capacity)} if self.decode_step.compiled else ()
+            with torch.inference_mode():
+                for batch in sizes:
+                    self.decode_step(self.token[:batch], self.position[:batch], self.length[:batch], 2)
             return
         began = time.perf_counter()
         batches = dict.fromkeys(map(self._padded, range(1, self.capacity + 1)))

@@ -91,7 +91,7 @@ def _decode(
     # On a GPU each size of a pass is captured in a graph of its own, which one call would seldom replay: use one size.
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
-    batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, batch_invariant=one_size)
+    batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, one_size, compiled=loaded.compiled)
     waiting = list(range(len(prompts)))
     split = [split_opening(prompt) for prompt in prompts]
     while waiting or batch.rows:

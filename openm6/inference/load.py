@@ -42,12 +42,13 @@ MATRICES: dict[type, tuple[str, str]] = {Attention: ("qkv", "output"), MLP: ("up
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for inference."""
+    """A model ready for inference; with `compiled`, layers run compiled when texts are decoded on a CPU."""
 
     omni: Omni
     modalities: Modalities
     description: CheckpointConfig
     checkpoint: Path
+    compiled: bool = False
 
     @cached_property
     def tasks(self) -> Mapping[str, Task]:
@@ -184,12 +185,13 @@ def load(
     num_gpu_layers: int | None = None,
     host_copy: bool = True,
     precision: Precision | None = None,
+    compiled: bool = False,
 ) -> LoadedModel:
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
     With `num_gpu_layers`, only so many layers stay on the device; the others are offloaded, see offloaded.py. Without
     `host_copy` they stay in the files, and the model is never whole in memory. `precision`: see `convert_weights`; None
-    keeps that of the checkpoint.
+    keeps that of the checkpoint. `compiled`: see `LoadedModel`.
 
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
@@ -209,4 +211,4 @@ def load(
     omni.eval().requires_grad_(False)
     if precision is not None and precision != "float32":
         convert_weights(omni, precision)
-    return LoadedModel(omni, modalities, description, folder)
+    return LoadedModel(omni, modalities, description, folder, compiled)

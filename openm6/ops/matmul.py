@@ -74,10 +74,10 @@ def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
     if isinstance(weight, Int8Weight):
         return weight.linear(x)
     compiling = torch.compiler.is_compiling()
-    if x.dtype == HALF and x.is_cpu and not (compiling or torch.is_grad_enabled() or has_bf16()):
+    if x.dtype == HALF and x.is_cpu and not (torch.is_grad_enabled() or has_bf16()):
         return _half_linear(x, weight)
     # Not by whether a gradient is needed: a recomputed layer must have the same result.
-    repeats = (x.numel() // x.shape[-1]) % ROWS == 0 and not compiling
+    repeats = not compiling and (x.numel() // x.shape[-1]) % ROWS == 0
     if repeats and _plain(x) and (matmul_dtype(x) == HALF or onednn_is_faster()):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
@@ -85,8 +85,10 @@ def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
 
 def _half_linear(x: Tensor, weight: Tensor) -> Tensor:
     """As `linear` on a CPU without bf16 instructions, where torch's product of several rows is three times as slow."""
-    rows = x.reshape(-1, x.shape[-1])
-    if 0 < len(rows) <= MV_ROWS and weight.is_contiguous():
+    rows, compiling = x.reshape(-1, x.shape[-1]), torch.compiler.is_compiling()
+    if compiling and rows.shape[0] == 1:
+        y = (weight.float() * rows.float()).sum(-1).to(x.dtype)
+    elif not compiling and 0 < len(rows) <= MV_ROWS and weight.is_contiguous():
         y = torch.stack([torch.mv(weight, row) for row in rows])
     else:
         y = F.linear(rows.float(), weight.float()).to(x.dtype)

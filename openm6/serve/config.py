@@ -52,6 +52,7 @@ class EngineConfig(Config):
     prefix_cache_bytes: size of the prefix cache
     weights: auto is bfloat16 on a GPU that multiplies it fast, else float32
     max_cuda_graphs: decoding passes recorded at the start, on a GPU; what has no graph runs as it is, 0: all
+    compile: layers compiled at the start, for texts on a CPU; kept in a folder for the next start
     num_gpu_layers: layers that stay on the device; the others are offloaded
     """
 
@@ -66,6 +67,7 @@ class EngineConfig(Config):
     device: str = "auto"  # or cpu, cuda, cuda:N
     weights: Precision | Literal["auto"] = "auto"
     max_cuda_graphs: int = Field(default=128, ge=0)
+    compile: bool = False
     num_gpu_layers: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")

@@ -145,7 +145,12 @@ class Worker:
         head, device = TextHead.of(loaded.omni, loaded.text), loaded.omni.device
         self.batch_invariant = config.is_invariant(device)
         self.text = DecodeBatch(
-            head, config.max_num_seqs, config.max_model_len, self.batch_invariant, config.max_cuda_graphs
+            head,
+            config.max_num_seqs,
+            config.max_model_len,
+            self.batch_invariant,
+            config.max_cuda_graphs,
+            config.compile,
         )
         self.text.capture()
         self.slots = loaded.omni.backbone.new_cache(config.max_num_media + 1, config.max_model_len)
