@@ -22,7 +22,7 @@ lexers["csv"] = TextLexer()
 ROOT = Path(__file__).parent.parent
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
 
 html_theme = "furo"
 html_title = "OpenM6"
