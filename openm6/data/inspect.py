@@ -365,7 +365,7 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     series = DatasetReport(f"{rows.name}_series", rows.path, config.kind, rows=rows.rows, sampled=rows.rows)
     described = {key: value for key, value in config.model_dump(exclude_none=True).items() if value != []}
     series.source = {"kind": config.kind, **described}
-    series.tasks = ["time_series_forecasting"] if "train" in _open(series, config, ("train", "test")) else []
+    series.tasks = ["time_series_forecasting"] if "train" in _open(series, config, get_args(Split)) else []
     return series
 
 

@@ -191,6 +191,7 @@ def test_the_season_of_a_long_series_is_found_in_a_part_of_it(tmp_path):
     began = time.process_time()
     source = recipe_of(inspect_path(str(tmp_path / "x.csv"))).sources["x_series"]
     assert (source.context, source.horizon) == (64, 12)
+    assert (source.test_fraction, source.validation_fraction) == (0.1, 0.1)
     assert time.process_time() - began < 20, "not by all lags of all windows of half the length"
 
 
