@@ -18,6 +18,8 @@ LIMIT = 4.5
 SMOOTHING = 0.75
 # How much a width may be corrected, and the number of independent blocks of values for half of the correction.
 MIN_WIDTH, MAX_WIDTH, PRIOR_BLOCKS = 0.5, 4.0, 3.0
+# Fewer blocks only widen: the weights may have been chosen by their loss.
+MIN_BLOCKS = 10
 # Of a bin: standard deviation of the neighbours with which its first weights are mixed.
 MIXED_BINS = 2.0
 # The mean leaves out this much of either tail of a distribution in logarithms: exp of the outer bins has no bound.
@@ -129,6 +131,7 @@ def fit_width(needed: np.ndarray, blocks: int, coverage: float = 0.8) -> float:
 
     needed: `width_needed` of each value; blocks: how many of the values are independent of each other
     """
+    narrowest = MIN_WIDTH if blocks >= MIN_BLOCKS else 1.0
     level = min(1.0, math.ceil(coverage * (len(needed) + 1)) / len(needed)) if len(needed) else coverage
     found = float(np.quantile(needed, level)) if len(needed) else 1.0
-    return float(np.clip(found, MIN_WIDTH, MAX_WIDTH) ** (blocks / (blocks + PRIOR_BLOCKS)))
+    return float(np.clip(found, narrowest, MAX_WIDTH) ** (blocks / (blocks + PRIOR_BLOCKS)))
