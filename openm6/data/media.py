@@ -98,7 +98,7 @@ class FolderConfig(SourceConfig):
         root, files = self._files(name)
         named = [split_of(file) for file in files]
         if "train" in named and ("test" in named or "validation" in named):
-            divided = split == "test" or "validation" in named
+            divided = split == "test" or {"validation", "test"} <= set(named)
             chosen, test_fraction = present_split(split, named) if divided else "train", 0.0
             files = [file for file, side in zip(files, named, strict=True) if side == chosen]
         else:

@@ -96,7 +96,7 @@ def rows_by_hash(
 def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
     """Row numbers of one split by the words of a column (`train`, `test`, `validation`, …).
 
-    Rows without a word train. If no row is for testing, those for validation are.
+    Rows without a word train. If no row is for testing, those for validation are, and none validates.
 
     Raises:
         DataError: a word that is none of them.
@@ -113,8 +113,9 @@ def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
 
 
 def present_split(split: Split, present: Collection[Split | None]) -> Split:
-    """The split to read for one: validation records stand in if a data set has no test split of its own."""
-    return "validation" if split == "test" and "test" not in present else split
+    """The split to read for one: without a test split, validation records are test records, and no others validate."""
+    swapped: dict[Split, Split] = {"validation": "test", "test": "validation"}
+    return split if "test" in present else swapped.get(split, split)
 
 
 def split_named(word: str) -> Split | None:

@@ -224,10 +224,11 @@ def test_a_text_that_tells_its_label_is_no_task(tmp_path):
 
 
 def sizes(folder: Path, rows: int, split: str = "") -> str:
-    """A table of two columns, with a third that names the split of a few rows if it is given."""
+    """A table of two columns; with a third that marks some rows by `split`, and others as test, if it is given."""
     lines = [f"{n * n % 1009 / 7:.3f},{n * n % 97 / 7:.3f}" for n in range(rows)]
     if split:
-        lines = [f"{line},{'train' if number % 9 else split}" for number, line in enumerate(lines)]
+        words = [split, *["train"] * 7, "test"]
+        lines = [f"{line},{words[number % 9]}" for number, line in enumerate(lines)]
     (folder / "x.csv").write_text("length,width" + ",split" * bool(split) + "\n" + "\n".join(lines) + "\n")
     return str(folder / "x.csv")
 

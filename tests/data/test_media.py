@@ -59,6 +59,10 @@ def test_a_validation_folder_is_a_split_of_its_own(tmp_path):
         (tmp_path / part / "cat" / "1.png").write_bytes(png())
     for part in ("train", "validation", "test"):
         assert open_folder(tmp_path, part).values("id") == [f"{part}/cat/1.png"]
+    (tmp_path / "test" / "cat" / "1.png").unlink()
+    assert open_folder(tmp_path, "test").values("id") == ["validation/cat/1.png"]
+    assert not len(open_folder(tmp_path, "validation"))
+    assert open_folder(tmp_path, "validation", validation_fraction=0.5).values("id") in ([], ["train/cat/1.png"])
 
 
 def test_broken_files_are_broken_alone(pets, tmp_path):

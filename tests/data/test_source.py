@@ -27,8 +27,9 @@ def test_the_share_is_kept():
 
 def test_validation_stands_in_for_a_missing_test_part():
     words = ["train", "val", "train", "dev"]
-    for split in ("test", "validation"):
-        assert rows_by_word(words, split, "t.csv").tolist() == [1, 3]
+    assert rows_by_word(words, "test", "t.csv").tolist() == [1, 3]
+    # A model chosen by them would look too good on them.
+    assert rows_by_word(words, "validation", "t.csv").tolist() == []
     assert rows_by_word(["train"], "test", "t.csv").tolist() == []
 
 
