@@ -53,6 +53,7 @@ MIN_ENERGY = 1e-20  # of these changes, against the values
 # The logarithm is taken if the changes grow with the level by at least this power.
 MIN_GROWTH = 0.5
 MIN_WINDOWS_STEPS = 16
+ROUNDING = 1e-14  # of the largest of equal values that sums and products have rounded
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class NumberSeries:
         return NumberSeries(self.name, [1.0] * ahead, self.values, self.clock, self.stats)
 
 
+def is_constant(values: np.ndarray) -> bool:
+    """Whether values differ by rounding alone, which as a unit would make any other value infinite in float32."""
+    return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())
+
+
 def fit_scale(values: np.ndarray) -> tuple[float, float]:
     """Location (median) and scale (interquartile range / 1.349, the normal's sigma) of the observed values."""
     seen = values[np.isfinite(values)]
@@ -93,8 +99,9 @@ def fit_scale(values: np.ndarray) -> tuple[float, float]:
         return 0.0, 1.0
     low, middle, high = np.quantile(seen, (0.25, 0.5, 0.75))
     # Of equal values, the standard deviation is not always an exact 0.
-    deviation = float(seen.std()) if np.ptp(seen) > 0 else 0.0
-    scale = (high - low) / 1.349 or deviation or abs(float(middle)) or 1.0
+    deviation = 0.0 if is_constant(seen) else float(seen.std())
+    spread = 0.0 if is_constant(np.asarray([low, high])) else high - low
+    scale = spread / 1.349 or deviation or abs(float(middle)) or 1.0
     return float(middle), float(scale)
 
 
@@ -196,7 +203,7 @@ class Window:
         x = np.log(past) if log else past
         seen = x[np.isfinite(x)]
         loc, scale = fit_scale(seen)
-        if np.ptp(seen) == 0:
+        if is_constant(seen):
             scale = 0.1 if log else column[1]
         z = (fill_gaps(x) - loc) / scale
         period = stats.period if 1 < stats.period <= len(z) // 2 else 1

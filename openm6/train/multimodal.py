@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from openm6.evaluate.results import EvalReport, RunFacts
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
 from openm6.evaluate.summary import result_line
-from openm6.inference.load import LoadedModel, load
+from openm6.inference.load import LoadedModel, load, read_texts
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import POOL
@@ -39,7 +40,8 @@ from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
-from openm6.train.calibration import fit_widths
+from openm6.tasks.task import Example
+from openm6.train.calibration import calibration_examples, fit_widths
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
@@ -278,7 +280,10 @@ class MultimodalTraining(TrainingTask):
         if omni.pool is not None:
             omni.pool.gather = None
         omni.backbone.executor.dispatcher = TokenDispatcher()
-        return LoadedModel(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
+        # A run that was resumed after its last step has fitted none itself.
+        self.numbers.widths = widths = read_texts(checkpoint)[0].widths
+        description = self.description.model_copy(update={"widths": widths})
+        return LoadedModel(omni.requires_grad_(False), self.modalities, description, checkpoint)
 
     def _report(
         self, run: RunFolder, progress: dict[str, Any], best: dict[str, Any], report: EvalReport, joules: float
@@ -305,11 +310,16 @@ class MultimodalTraining(TrainingTask):
         write_report(run, report, facts)
         get_log().info(f"wrote {run.path / 'report.html'}")
 
+    @cached_property
+    def _calibration(self) -> list[list[Example]]:
+        """What the widths of each checkpoint are fitted to, read once."""
+        return calibration_examples(self.recipe, self.modalities)
+
     def files(self) -> dict[str, str | bytes]:
         if self.ranks.size == 1 and not self.recipe.loop.offloaded:
             self.numbers.widths = {}
             loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
-            self.numbers.widths = widths = fit_widths(self.recipe, loaded)
+            self.numbers.widths = widths = fit_widths(loaded, self._calibration)
             self.description = self.description.model_copy(update={"widths": widths})
         files: dict[str, str | bytes] = {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
         return files | ({PREDICTORS_FILE: self.predictors} if self.predictors else {})

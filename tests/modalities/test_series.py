@@ -54,6 +54,8 @@ def test_scales_are_robust() -> None:
     assert fit_scale(np.array([])) == (0.0, 1.0)
     assert fit_scale(np.array([7.0, 7.0])) == (7.0, 7.0), "a constant column still has a spread above 0"
     assert fit_scale(np.full(3, 0.1)) == (0.1, 0.1), "their standard deviation is 1e-17 by rounding"
+    rounded = 0.3 + np.tile([0.0, np.spacing(0.3)], 8)
+    assert fit_scale(rounded)[1] == pytest.approx(0.3), "nor are values that differ by it a scale"
     assert fit_scale(np.zeros(5))[1] > 0
     assert fit_scale(np.array([0.0] * 99 + [100.0]))[1] > 0
 
@@ -207,6 +209,14 @@ def test_what_was_not_observed_does_not_show() -> None:
     arrays = past_arrays(NumberSeries("sales", values), SeriesStats(), COLUMN)
     assert arrays["steps"][0, 2].tolist() == [0.0] * arrays["steps"].shape[-1]
     assert SeriesIn(16).embed(tensors(arrays)).isfinite().all()
+
+
+def test_a_jump_after_a_constant_past_is_finite_where_it_is_rounded(numbers: Numbers) -> None:
+    past = (300.0 + np.tile([0.0, np.spacing(300.0)], 16)).tolist()
+    arrays = tensors(numbers.target(NumberSeries("sales", [1e6], past)).arrays)
+    head = SeriesOut(16)
+    assert torch.isfinite(head.training_loss(torch.zeros(len(arrays["change"]), 16), arrays)).all()
+    assert arrays["units"][0, 1] in (0.1, COLUMN[1])
 
 
 def test_times_of_the_week() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
+import torch
 
+from openm6.core.errors import OutputError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.data.sources import open_sources
 from openm6.evaluate.answers import answer
@@ -16,6 +22,7 @@ from openm6.modalities.histogram import Histogram
 from openm6.modalities.series import NumberSeries
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
@@ -73,6 +80,44 @@ def test_intervals_are_corrected_by_validation_windows(run: Path, loaded: Loaded
     plain = coverage(loaded, asked)
     loaded.numbers.widths = loaded.description.widths
     assert abs(corrected - 0.8) < abs(plain - 0.8) and plain > 0.95
+
+
+def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_widths(
+    run: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[LoadedModel] = []
+
+    def evaluated(*_: Any, loaded: LoadedModel, **__: Any) -> None:
+        found.append(loaded)
+        raise OutputError("enough")
+
+    monkeypatch.setattr("openm6.train.multimodal.evaluate", evaluated)
+    copy = shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(TrainingError, match="enough"):
+        train_recipe(str(copy / "config.yaml"), overrides=["eval.at_end=true"], resume=True, out=copy)
+    assert found[0].numbers.widths == found[0].description.widths == loaded.description.widths
+
+
+def test_pairs_and_broken_records_are_no_obstacle(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (16, 16), "red").save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG broken")
+    splits = ["train", "validation", "test"]
+    files = [f"{name}.png,cat,{split}" for split in splits for name in ("good", "bad")]
+    (tmp_path / "photos.csv").write_text("\n".join(["image,label,split", *files]) + "\n")
+    (tmp_path / "sizes.csv").write_text(
+        "\n".join(["label,size,split", *(f"cat,{n},{s}" for n, s in enumerate(splits))])
+    )
+    tables = {name: {"kind": "csv", "path": str(tmp_path / f"{name}.csv")} for name in ("photos", "sizes")}
+    tables["photos"]["fields"] = {"image": "image", "label": "label"}
+    tables["sizes"]["fields"] = {"label": "label", "numbers": ["size"]}
+    both = {"kind": "pairs", "left": "photos", "right": "sizes"}
+    mixture = [{"source": "both", "task": "image_regression"}]
+    recipe = tiny_recipe() | {"sources": {**tables, "both": both}, "mixture": mixture}
+    training = MultimodalTraining(
+        MultimodalRecipe.model_validate(recipe), RunFolder.open(tmp_path / "run"), torch.device("cpu")
+    )
+    widths = json.loads(training.files()["model.json"])["widths"]
+    assert [len(examples) for examples in training._calibration] == [1] and set(widths["numbers_out"]) == {"size"}
 
 
 def test_regressions_are_in_the_checkpoint_and_serve_any_horizon_with_and_without_times(
