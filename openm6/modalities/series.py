@@ -100,8 +100,8 @@ def fit_scale(values: np.ndarray) -> tuple[float, float]:
     low, middle, high = np.quantile(seen, (0.25, 0.5, 0.75))
     # Of equal values, the standard deviation is not always an exact 0.
     deviation = 0.0 if is_constant(seen) else float(seen.std())
-    spread = 0.0 if is_constant(np.asarray([low, high])) else high - low
-    scale = spread / 1.349 or deviation or abs(float(middle)) or 1.0
+    between = 0.0 if is_constant(np.asarray([low, high])) else high - low
+    scale = between / 1.349 or deviation or abs(float(middle)) or 1.0
     return float(middle), float(scale)
 
 
