@@ -25,7 +25,8 @@ INTERNALS = {
     "torch._foreach_copy_",
     "torch._foreach_mul_",
     "torch._softmax_backward_data",
-    "torch._inductor",
+    "torch._inductor.aoti_compile_and_package",
+    "torch._inductor.aoti_load_package",
     "torch._int_mm",
     "torch._weight_int8pack_mm",
     "torch.ops.mkldnn._linear_pointwise",
@@ -40,10 +41,14 @@ INTERNALS = {
 
 
 NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # public methods of the standard library
+BOOSTING = {
+    "_predictors",
+    "_baseline_prediction",
+}  # of scikit-learn; tests/train/test_simple_predictors.py compares them
 
 
 def private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLE
+    return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLE | BOOSTING
 
 
 def private_names() -> Iterator[str]:

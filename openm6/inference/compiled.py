@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,14 +65,20 @@ def _prepare(digest: str, layer: nn.Module, inputs: list[Tensor]) -> bool:
     if not path.exists():
         get_log().info("a layer is compiled for decoding, which takes about half a minute, once")
         _compile(layer, inputs, path)
+    # torch's compiler takes seconds to import: only compiled decoding needs it.
+    from torch._inductor import aoti_load_package  # noqa: PLC0415
+
     # The package's own call sorts its inputs first, which takes longer than some layers.
-    program = _programs[digest] = torch._inductor.aoti_load_package(str(path)).loader.run
+    program = _programs[digest] = aoti_load_package(str(path)).loader.run
     pairs = zip(program(inputs), layer(*inputs), strict=True)
     return all(bool((one - other).norm() < MAX_ERROR * other.norm()) for one, other in pairs)
 
 
 def _compile(layer: nn.Module, inputs: list[Tensor], path: Path) -> None:
     """Write a program to a file."""
+    # As above.
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415
+
     row: Any = torch.export.Dim("rows", min=2, max=4096) if len(inputs[0]) > 1 else torch.export.Dim.STATIC
     keys, capacity = (torch.export.Dim(name, min=2, max=2**20) for name in ("keys", "capacity"))
     slot = {0: row, 1: capacity}
@@ -86,6 +91,6 @@ def _compile(layer: nn.Module, inputs: list[Tensor], path: Path) -> None:
         traced = torch.export.export(
             layer, examples, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
-        found = torch._inductor.aoti_compile_and_package(traced, package_path=f"{folder}/layer.pt2")
+        found = aoti_compile_and_package(traced, package_path=f"{folder}/layer.pt2")
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(path, Path(found).read_bytes())

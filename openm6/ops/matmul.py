@@ -74,7 +74,9 @@ def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
     if isinstance(weight, Int8Weight):
         return weight.linear(x)
     compiling = torch.compiler.is_compiling()
-    if x.dtype == HALF and x.is_cpu and not (torch.is_grad_enabled() or has_bf16()):
+    # Dynamo cannot trace the question to the processor; torch.export runs it.
+    unknown = torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled()
+    if x.dtype == HALF and x.is_cpu and not (unknown or has_bf16()):
         return _half_linear(x, weight)
     # Not by whether a gradient is needed: a recomputed layer must have the same result.
     repeats = not compiling and (x.numel() // x.shape[-1]) % ROWS == 0

@@ -64,7 +64,7 @@ def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = 
             experts += part.num_experts * network
     total = count_parameters(config).total + vocabulary * config.hidden_size
     if adapters:  # in and out of the backbone, of images, audio and numbers together, with the shipped codecs
-        total += 7 * config.hidden_size**2 + 2455 * config.hidden_size + 521_064
+        total += 8 * config.hidden_size**2 + 2543 * config.hidden_size + 521_071
     return Weights(experts, total - experts)
 
 

@@ -66,7 +66,7 @@ def test_on_a_gpu_weights_are_in_bf16_if_it_has_them(
     bf16: bool, run: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, seen = load(run), []
-    monkeypatch.setattr("openm6.api.model.load_checkpoint", lambda *_, precision: model)
+    monkeypatch.setattr("openm6.api.model.load_checkpoint", lambda *_, precision, compiled: model)
     monkeypatch.setattr(OpenM6, "answer", lambda m6, *_: seen.append(m6.loaded) or ["yes"])
     monkeypatch.setattr(type(model.omni), "device", GPU)
     found = Capabilities(GPU, "a GPU", (9, 0) if bf16 else (7, 5), bf16, None)

@@ -91,8 +91,11 @@ def test_simple_predictors_move_the_distribution_and_likelihoods_stay_comparable
     given = {"length": 40.0, "sex": "male"}
     arrays = as_tensors(known.target({"body_mass": 4000.0}, options={"given": given, "fold": 1}).arrays)
     torch.manual_seed(0)
-    adapter = NumbersOut(16).requires_grad_(False)
+    adapter = NumbersOut(16)
     hidden = torch.randn(1, 16)
+    adapter.training_loss(hidden + adapter.embed(arrays), arrays).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+    adapter.requires_grad_(False)
     (found,) = adapter.histograms(hidden[None], arrays)
     assert found.median()[0] == pytest.approx(4000, rel=0.02)
     # nll is that of the scaled and squashed value, in units of a bin: its density sums to one.

@@ -162,7 +162,9 @@ def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
     losses, _ = model.compute_loss(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
     sum(part.total for part in losses.values()).backward()
     silent = [name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()]
-    assert silent == []
+    # No column has simple predictors here: tests/modalities/test_numbers.py.
+    predicted = ("numbers_out.features", "numbers_out.weights", "numbers_out.direct")
+    assert [name for name in silent if not name.startswith(predicted)] == []
 
 
 HOST_READS = ("nonzero", "_local_scalar_dense", "lift_fresh", "unique", "masked_select")

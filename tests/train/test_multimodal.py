@@ -60,7 +60,7 @@ def report_of(run: Path) -> dict[str, Any]:
 
 def test_the_report_has_its_documented_parts(unbroken: Path) -> None:
     report = report_of(unbroken)
-    assert set(report) == {"seconds", "params", "tokens", "steps", "tasks", "codecs", "energy"}
+    assert set(report) == {"seconds", "params", "tokens", "steps", "weights_of_step", "tasks", "codecs", "energy"}
     assert report["steps"] == STEPS and report["tokens"] > 0 and report["seconds"] > 0
     assert 0 < report["params"]["active"] < report["params"]["total"]
     assert set(report["codecs"]) == {"image-64", "audio"} and report["codecs"]["audio"]
