@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sales.csv").write_text("day,sales\n" + "".join(f"{d},{v}\n" for d, v in zip(days, cells, strict=True)))
     recipe = tiny_recipe(STEPS, save_every=STEPS)
     windows = {"kind": "windows", "path": str(folder / "sales.csv"), "columns": ["sales"], "time": "day"}
-    windows |= {"context": 24, "horizon": 6, "test_fraction": 0.2, "validation_fraction": 0.2}
+    windows |= {"context": 24, "horizon": 6, "test_fraction": 0.2, "validation_fraction": 0.4}
     recipe |= {"sources": {"sales": windows}, "mixture": [{"source": "sales", "task": "time_series_forecasting"}]}
     train_recipe(write_recipe(folder, {**recipe, "eval": {**recipe["eval"], "at_end": False}}), out=folder / "run")
     return folder / "run"
