@@ -19,6 +19,7 @@ Clock = tuple[float, float]
 ORDER, PENALTY = 8, 3.0  # of the regression within a window
 MIN_INPUT = 0.1  # deviation of an input, of that of the values
 MAX_VALUE = 45.0  # of a forecast, in scales of its window
+MAX_CHANGE = 1e150  # of one, before that: growth without end becomes infinite, and then no number
 LAGS = (8, 16, 32, 64, 96)
 PENALTIES = np.logspace(-1, 5, 13)
 FOLDS = 5  # runs of training windows, each forecast by what was fitted to the others
@@ -84,7 +85,7 @@ class LagRidge:
         while len(found) < len(values) + horizon:
             times = time_features(clock, len(found), 1)
             inputs = _inputs(found[None], times if self.timed else None, self.lags, self.level)
-            found = np.concatenate([found, found[-1] + (inputs @ self.weights)[0]])
+            found = np.concatenate([found, found[-1] + np.clip((inputs @ self.weights)[0], -MAX_CHANGE, MAX_CHANGE)])
         return found[len(values) : len(values) + horizon]
 
     def to_text(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +24,7 @@ from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
 from openm6.data.records import Record, contents_of
 from openm6.data.source import Source
-from openm6.data.sources import open_sources
+from openm6.data.sources import PairSource, open_sources
 from openm6.data.windows import WindowSource
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.modalities.batch import Batch as PackedBatch
@@ -122,7 +124,9 @@ def fit_all_ridges(sources: Iterable[Source], stats: Mapping[str, SeriesStats]) 
         for record in _readable(source, RIDGE_WINDOWS if isinstance(source, WindowSource) else 0):
             extra = record["extra"]
             for name, values in record["series"].items():
-                past, future = values[: extra["context"]], values[extra["context"] :]
+                # A quarter of the memory of a list.
+                packed = array("d", (math.nan if value is None else value for value in values))
+                past, future = packed[: extra["context"]], packed[extra["context"] :]
                 one = NumberSeries(name, future, past, extra.get("clock"), position=extra["position"])
                 windows.setdefault(name, []).append(one)
     found = {name: fit_column(of_column, stats[name]) for name, of_column in sorted(windows.items())}
@@ -132,7 +136,8 @@ def fit_all_ridges(sources: Iterable[Source], stats: Mapping[str, SeriesStats]) 
 def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> bytes:
     """Return predictors.safetensors, or nothing: of the checkpoint that the run goes on from, or fitted to the sources.
 
-    A source has predictors if a task predicts one of its numbers from others or from categories.
+    A source has predictors if a task predicts one of its numbers from others or from categories. Pairs have none: a
+    row comes back with other partners in later epochs, and would be in several folds.
     """
     if checkpoints := list_checkpoints(run.checkpoints):
         kept = checkpoints[-1] / PREDICTORS_FILE
@@ -141,6 +146,7 @@ def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: 
     predicted = list(dict.fromkeys(
         source for source, task in tasks
         if task.output_modality == "numbers" and "series" not in task.inputs
+        and not isinstance(sources[source], PairSource)
         and ("categories" in task.inputs or any(slot.modality == "numbers" for slot in task.inputs.values()))
     ))  # fmt: skip
     minutes = recipe.loop.minutes or DEFAULT_MINUTES

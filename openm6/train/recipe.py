@@ -142,7 +142,9 @@ def _tables_of(source: str, sources: Mapping[str, SourceConfig]) -> list[str]:
     """The tables whose records a source of this name reads, both sides of pairs."""
     config = sources.get(source)
     if isinstance(config, PairsConfig):
-        return [name for side in (config.left, config.right) if side != source for name in _tables_of(side, sources)]
+        # Without itself, as sources may refer to one another in a circle, which opening them reports.
+        others = {name: one for name, one in sources.items() if name != source}
+        return [name for side in (config.left, config.right) for name in _tables_of(side, others)]
     return [source] if isinstance(config, TableConfig) else []
 
 

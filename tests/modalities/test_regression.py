@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from openm6.modalities.numbers import Numbers
-from openm6.modalities.regression import FOLDS, FittedRidges, autoregression, fit_ridges
+from openm6.modalities.regression import FOLDS, FittedRidges, LagRidge, autoregression, fit_ridges
 from openm6.modalities.series import NumberSeries, SeriesStats, fit_column
 from openm6.modalities.text import Text, train_tokenizer
 
@@ -35,6 +35,12 @@ def fitted(series: list[NumberSeries], log: bool = False) -> FittedRidges:
 def seasonal(count: int) -> np.ndarray:
     step = np.arange(count)
     return 50 + 0.3 * step + 8 * np.sin(2 * np.pi * step / 7) + np.random.default_rng(0).normal(0, 0.3, count)
+
+
+def test_growth_without_end_stays_finite() -> None:
+    ridge = LagRidge(2, True, np.asarray([[0.0], [9.0], [0.0]], np.float32))
+    found = ridge.forecast(np.asarray([1.0, 2.0]), None, 2000)
+    assert np.isfinite(found).all() and found[-1] > 1e100
 
 
 def test_an_autoregression_returns_to_the_mean_and_goes_on_with_a_season() -> None:

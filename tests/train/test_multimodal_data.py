@@ -12,6 +12,7 @@ from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
 from openm6.core.run_folder import RunFolder
 from openm6.data.source import Source
+from openm6.data.sources import PairsConfig, PairSource
 from openm6.train.multimodal_data import SAMPLED, check_sources, table_predictors
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource
@@ -104,3 +105,14 @@ def test_predictors_are_fitted_once_and_kept_by_checkpoints(
     assert table_predictors(recipe, sources, run) == b"", "it goes on without what it began without"
     (checkpoint / "predictors.safetensors").write_bytes(b"kept")
     assert table_predictors(recipe, sources, run) == b"kept"
+
+
+def test_pairs_have_no_predictors(tmp_path: Path) -> None:
+    values = {
+        "sources": {"both": {"kind": "pairs", "left": "a", "right": "b"}},
+        "mixture": [{"source": "both", "task": "record_regression"}],
+    }
+    sides = [ListSource(name, [{**row(n), "label": str(n % 5)} for n in range(90)]) for name in ("a", "b")]
+    sources: dict[str, Source] = {"both": PairSource("both", *sides, PairsConfig(left="a", right="b"))}
+    assert len(sources["both"]) == 90
+    assert table_predictors(build(MultimodalRecipe, values, "r.yaml"), sources, RunFolder(tmp_path)) == b""

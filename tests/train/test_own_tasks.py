@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import openm6
+from openm6.core.errors import DataError
 from openm6.data.sources import open_sources
 from openm6.evaluate.run import evaluate, source_configs
 from openm6.inference.load import load
@@ -19,6 +20,7 @@ from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
 from openm6.serve.scenarios.run import list_scenarios, run_scenarios
+from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
 from tests.serve.running import running
 from tests.train.tiny_recipe import EVAL, tiny_recipe, write_recipe
@@ -51,6 +53,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Path(path).write_text("kind: gone")  # What a resumed run, and whoever loads it, needs is in the run.
     train_recipe(path, ["loop.steps=4", "eval.at_end=true"], resume=True, out=folder / "run")
     return folder / "run"
+
+
+def test_pairs_in_a_circle_are_left_to_the_one_who_opens_them() -> None:
+    pairs = {name: {"kind": "pairs", "left": other, "right": other} for name, other in (("a", "b"), ("b", "a"))}
+    mixture = [{"source": "a", "task": "mass_of_penguin"}]
+    recipe = MultimodalRecipe.model_validate(tiny_recipe() | {"tasks": OWN, "sources": pairs, "mixture": mixture})
+    with pytest.raises(DataError, match="circle"):
+        open_sources(recipe.sources, "train")
 
 
 def test_it_is_resumed_evaluated_and_reported(run: Path) -> None:
