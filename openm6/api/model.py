@@ -24,6 +24,7 @@ from openm6.api.values import (
 )
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError
+from openm6.hub.pretrained import download
 from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
 from openm6.inference.engine import embed as embed_parts
 from openm6.inference.load import LoadedModel, convert_weights, precision_of
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Files of a checkpoint on the Hub; no format that could run code is ever fetched.
-HUB_FILES = ["*.json", "*.safetensors"]
 
 Output = str | Any
 """An answer: a str, a PIL.Image.Image, an Audio or a Distribution."""
@@ -109,15 +108,11 @@ def find_model(name: str | Path) -> Path:
             "such as runs/demo"
         )
     try:
-        # optional, and slow to import
-        from huggingface_hub import snapshot_download  # noqa: PLC0415
-
-        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
-    except ImportError:
-        reason = "pip install huggingface_hub to look for it on the Hub"
-    except (OSError, ValueError) as error:
-        reason = f"the Hub has none that can be fetched ({type(error).__name__})"
-    raise CheckpointError(f"there is no run or checkpoint at {text}, and {reason}: check the name")
+        return download(text)
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"
+        ) from None
 
 
 class _Settings(NamedTuple):
@@ -238,7 +233,7 @@ class OpenM6:
         """
         if output not in ("text", "image", "audio"):
             raise ConfigError(f"a chat answers with text, image or audio, not {output!r}: numbers come from generate")
-        is_batch = bool(messages) and isinstance(messages[0], list)
+        is_batch = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list)
         chats = messages if is_batch else [messages]
         prompts = [parts_of_messages(chat, self.loaded) for chat in chats]
         settings = _Settings(

@@ -177,7 +177,10 @@ def number_series(value: Any) -> NumberSeries | None:
     if not isinstance(value, Mapping) or len(value) != 1:
         raise DataError("a series is given as its name and values, such as {'temp_max': [12.8, 10.6, None]}")
     ((name, values),) = value.items()
-    return NumberSeries(str(name), list(values))
+    try:
+        return NumberSeries(str(name), list(values))
+    except TypeError:
+        raise DataError(f"the series {name!r} holds {type(values).__name__}: give a list of numbers") from None
 
 
 def parts_of_messages(messages: Sequence[Mapping[str, Any]], loaded: LoadedModel) -> list[Part]:
@@ -211,10 +214,10 @@ def _content_part(part: Any, loaded: LoadedModel, where: str) -> Part:
     if kind == "numbers" and isinstance(part.get("numbers"), Mapping):
         return Part("numbers", dict(part["numbers"]))
     if kind == "numbers" and isinstance(part.get("series"), Mapping):
-        return Part("numbers", NumberSeries(str(part["series"].get("name")), list(part["series"].get("values", ()))))
-    if kind in OPENAI:
+        return Part("numbers", number_series({part["series"].get("name"): part["series"].get("values", ())}))
+    if isinstance(kind, str) and kind in OPENAI:
+        inner = part.get(kind)
         kind, key = OPENAI[kind]
-        inner = part[str(part["type"])]
         given = inner.get(key) if isinstance(inner, Mapping) else inner
         given = _decoded(given, where) if kind == "audio" else given
     else:

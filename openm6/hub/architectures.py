@@ -179,7 +179,7 @@ def backbone_config(settings: Settings) -> BackboneConfig:
     Raises:
         ConfigError: another kind of model, a feature that the backbone lacks, or a field missing.
     """
-    name = settings.get("model_type")
+    name = str(settings.get("model_type"))
     if name not in KINDS:
         raise ConfigError(f"model_type {name!r} cannot be imported: choose one of {', '.join(KINDS)}")
     kind = KINDS[name]
@@ -215,6 +215,8 @@ def backbone_config(settings: Settings) -> BackboneConfig:
             values["dense"] = {"intermediate_size": settings["intermediate_size"]}
     except KeyError as missing:
         raise ConfigError(f"the config of this {name} model lacks {missing.args[0]}: download it again") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"the config of this {name} model is broken ({error}): download it again") from None
     return build(BackboneConfig, values, f"config of this {name} model")
 
 

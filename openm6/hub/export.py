@@ -88,6 +88,7 @@ def _inexpressible(description: CheckpointConfig) -> list[str]:
     known = all_tasks(description.tasks)
     tasks = [known[one.task] for one in description.trained_tasks if one.task in known]
     used = {slot.modality for task in tasks for slot in task.inputs.values()} | {task.output_modality for task in tasks}
+    used |= {modality for one in description.trained_tasks for modality in one.modalities}
     others = sorted(used - {"text"})
     return [*found, f"the modalities {', '.join(others)}"] if others else found
 

@@ -193,6 +193,9 @@ def write_gguf(
         scaling = RopeScaling(**{key: value for key, value in rope.items() if key in RopeScaling.model_fields})
         divisors = torch.tensor(scaling.divisors(rope["rope_theta"], settings["head_dim"] // 2))
         shapes, tensors = {FREQUENCIES: (len(divisors),), **shapes}, chain([(FREQUENCIES, divisors)], tensors)
+    defaults = {name: RopeScaling.model_fields[name].default for name in ("beta_fast", "beta_slow", "attention_factor")}
+    if rope["rope_type"] == "yarn" and any(rope.get(name, usual) != usual for name, usual in defaults.items()):
+        raise ConfigError("GGUF has only the usual settings of yarn: export with --format hf")
     text = {**gguf_tokenizer(tokenizer, settings["vocab_size"]), **special}
     add: dict[type, Any] = {
         str: writer.add_string,

@@ -48,10 +48,17 @@ def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, int | None, int
             "this model, with their tokenizer.json"
         )
     try:
-        tokens, types = fields["ggml.tokens"], fields["ggml.token_type"]
-        tokenizer = _byte_level(fields, pre) if model == "gpt2" else _scored_bpe(fields)
+        return _read(fields, model, pre)
     except KeyError as missing:
         raise ConfigError(f"the GGUF lacks tokenizer.{missing.args[0]}: download it again") from None
+    # The library raises bare Exception, of merges without their tokens.
+    except Exception as error:
+        raise ConfigError(f"the tokenizer in the GGUF is broken ({error}): download it again") from None
+
+
+def _read(fields: Mapping[str, Any], model: str, pre: str) -> tuple[str, int | None, int | None, str | None]:
+    tokens, types = fields["ggml.tokens"], fields["ggml.token_type"]
+    tokenizer = _byte_level(fields, pre) if model == "gpt2" else _scored_bpe(fields)
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])

@@ -148,7 +148,12 @@ def _receipt(pretrained: Pretrained, out: Path, config: BackboneConfig) -> str:
     ids = read_tokenizer(pretrained.tokenizer, str(pretrained.path)).encode(RECEIPT_TEXT).ids
     tokens = torch.tensor([ids])
     ours = imported_logits(out, config, tokens, pretrained.text.vocab_size)
-    theirs = reference_logits(pretrained, tokens)
+    try:
+        theirs = reference_logits(pretrained, tokens)
+    # Whatever another library raises: the run is whole without it.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"no receipt: transformers does not compute this model ({reason})"
     difference = (ours - theirs).abs().max().item()
     return (
         f"receipt: logits of {len(ids)} tokens differ from transformers by at most {difference:.1e} in fp32 "

@@ -12,13 +12,14 @@ from tokenizers import Tokenizer
 from openm6.checkpoint.folder import INDEX_FILE
 from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
-from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.errors import CheckpointError
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
 from openm6.hub.gguf_file import GgufFile
 from openm6.hub.gguf_tokenizer import read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
 from openm6.models.description import TOKENIZER_FILE
 
+# No format that could run code is ever fetched.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
@@ -47,7 +48,7 @@ def open_pretrained(source: str) -> Pretrained:
         ConfigError: something of it is not supported.
     """
     path = Path(source)
-    path = path if path.exists() else _download(source)
+    path = path if path.exists() else download(source)
     if path.is_file():
         file = GgufFile(path)
         tokenizer, bos, eos, template = read_gguf_tokenizer(file.tokenizer_fields)
@@ -113,8 +114,12 @@ def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _download(source: str) -> Path:
-    """A model of the Hub in the local cache."""
+def download(source: str) -> Path:
+    """A model of the Hub in the local cache: its settings and safetensors, or one file.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
     parts = source.split("/")
     if len(parts) not in (2, 3) or not all(parts) or source.startswith((".", "~")):
         raise CheckpointError(f"there is no model at {source}: name a folder, a GGUF file or OWNER/NAME of the Hub")
@@ -130,6 +135,6 @@ def _download(source: str) -> Path:
     # The library raises errors of its own, of its HTTP client and of the system.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
+        raise CheckpointError(
             f"{source} is neither a local path nor can it be downloaded ({reason}): check the name and the network"
         ) from None

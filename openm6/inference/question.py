@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import join_texts
 from openm6.tasks.chat import Turn, chat_parts, join_neighbours, said
+from openm6.tasks.own import SomeNumbers
 from openm6.tasks.task import LANGUAGES, Task
 
 # Of an image or recording, far above their own bounds.
@@ -53,6 +54,12 @@ class Question:
             raise ConfigError(f"the output {self.output!r} is not one of {', '.join(MODALITIES)}{hint}")
         if self.language not in LANGUAGES:
             raise ConfigError(f"the language {self.language!r} is not one of {', '.join(LANGUAGES)}")
+        if self.text is not None and not isinstance(self.text, str):
+            raise ConfigError(f"a text is expected, not {type(self.text).__name__}")
+        if self.numbers is not None and not isinstance(self.numbers, Mapping):
+            raise ConfigError(f"numbers map columns to values, as {{'mass': 3.5}}, not {type(self.numbers).__name__}")
+        if self.ahead < 1:
+            raise ConfigError(f"{self.ahead} steps cannot be forecast: ask for at least 1")
         media = (self.image, self.audio)
         if not any((self.text, self.numbers, self.series)) and media == (None, None):
             raise ConfigError("nothing is given: add a text, an image, audio, numbers or a series")
@@ -60,10 +67,12 @@ class Question:
             raise ConfigError("a mask box fills in an image: it needs an image as input and as output")
         if self.mask_span is not None and (self.audio is None or self.output != "audio"):
             raise ConfigError("a mask span fills in an audio clip: it needs audio as input and as output")
-        for name, mask in (("the mask box", self.mask_box), ("the mask span", self.mask_span)):
-            starts, ends = (mask[: len(mask) // 2], mask[len(mask) // 2 :]) if mask else ((), ())
-            if not all(0 <= start < end <= 1 for start, end in zip(starts, ends, strict=True)):
-                raise ConfigError(f"{name} must be fractions between 0 and 1, each start below its end")
+        for name, mask, half in (("the mask box", self.mask_box, 2), ("the mask span", self.mask_span, 1)):
+            if mask is None:
+                continue
+            pairs = zip(mask[:half], mask[half:], strict=False)
+            if len(mask) != 2 * half or not all(0 <= start < end <= 1 for start, end in pairs):
+                raise ConfigError(f"{name} must be {2 * half} fractions between 0 and 1, each start below its end")
 
     @property
     def is_inpainting(self) -> bool:
@@ -102,8 +111,10 @@ def read_media(modality: Image | Audio, given: Path | str | bytes) -> bytes:
         raise DataError(str(error) if isinstance(given, bytes) else f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"no file at {path}: check the path") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): name a file that you may read") from None
+    # A path with a zero byte is a ValueError.
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read ({reason}): name a file that you may read") from None
     return content
 
 
@@ -166,7 +177,7 @@ def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] 
         if task is not None and _fits(task, question):
             # An own task may have prompts in other languages alone.
             prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
-            before, after = re.split(r"\{(?!column)\w+\}", prompts[0], maxsplit=1)
+            before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
             column = question.target_column().replace("_", " ") if "{column}" in after else ""
             return before, after.replace("{column}", column)
     return None
@@ -182,6 +193,8 @@ def _fits(task: Task, question: Question) -> bool:
         and not (task.contrastive or task.chat)
         and task.is_inpainting == question.is_inpainting
         and ("series" in task.inputs) == (question.series is not None)
+        # An own task asks for one column.
+        and not (isinstance(task.target, SomeNumbers) and question.target_column() not in task.target.columns)
     )
 
 

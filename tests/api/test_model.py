@@ -89,14 +89,14 @@ def test_a_model_on_the_hub_is_fetched(run: Path, monkeypatch: pytest.MonkeyPatc
         "huggingface_hub.snapshot_download", lambda *words, **named: asked.append((words, named)) or run
     )
     openm6.load("someone/model")
-    assert asked == [(("someone/model",), {"allow_patterns": ["*.json", "*.safetensors"]})]
+    assert asked == [(("someone/model",), {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"]})]
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("mini", "no model of this name comes with OpenM6"),
-        ("someone/nothing", "the Hub has none that can be fetched"),
+        ("someone/nothing", "someone/nothing is neither a local path nor can it be downloaded"),
         (Path("nowhere"), "there is no run or checkpoint at nowhere"),
         ("/nowhere/run", "there is no run or checkpoint at /nowhere/run"),
     ],
@@ -210,6 +210,17 @@ BAD = {
     "a video": (lambda m6: m6.chat(user({"type": "video", "path": "x"})), "part 0 of message 0 is not understood"),
     "a web page": (lambda m6: m6.chat(user({"type": "image", "url": "https://x"})), "nothing is fetched"),
     "broken base64": (lambda m6: m6.chat(user({"type": "input_audio", "input_audio": "?"})), "not valid base64"),
+    "no image": (lambda m6: m6.chat(user({"type": "image_url"})), "part 0 of message 0 is not understood"),
+    "a list as a type": (lambda m6: m6.chat(user({"type": ["text"]})), "part 0 of message 0 is not understood"),
+    "a message as a chat": (lambda m6: m6.chat(user()[0]), "message 0 needs a role"),
+    "a number as a series": (lambda m6: m6.generate(series={"a": 5}, output="numbers"), "the series 'a' holds int"),
+    "no steps": (lambda m6: m6.generate(series={"a": [5]}, output="numbers", prediction_length=0), "0 steps cannot"),
+    "numbers without names": (lambda m6: m6.generate(numbers=(1, 2), output="numbers"), "not tuple"),
+    "a number as a text": (lambda m6: m6.generate(3), "a text is expected, not int"),
+    "a zero byte": (lambda m6: m6.generate(image="a\0b"), "null byte"),
+    "half a box": (
+        lambda m6: m6.generate(image="seven.png", output="image", mask_box=(0, 0, 1)), "must be 4 fractions",
+    ),
     "a chat of numbers": (lambda m6: m6.chat(user(), output="numbers"), "a chat answers with text, image or audio"),
     "no embeddings": (lambda m6: m6.embed("x"), "this model makes no embeddings"),
     "no candidates": (lambda m6: m6.rank("x", []), "candidates must be a list"),

@@ -36,15 +36,16 @@ BACKBONES = {
 
 
 def run_of(
-    folder: Path, backbone: BackboneConfig, attention: PromptAttention = "causal", tasks: tuple[str, ...] = ()
-) -> Path:
+    folder: Path, backbone: BackboneConfig, attention: PromptAttention = "causal", tasks: tuple[str, ...] = (),
+    chat: list[str] | None = None,
+) -> Path:  # fmt: skip
     """An untrained run."""
     tokenizer = train_tokenizer(WORDS, 320).to_str()
     description = CheckpointConfig(
         backbone=backbone,
         modalities=ModalitiesConfig(prompt_attention=attention),
         scales=SCALES,
-        trained_tasks=[TrainedTask(task=task, source="digits") for task in tasks],
+        trained_tasks=[TrainedTask(task=task, source="digits", modalities=chat or []) for task in tasks],
     )
     torch.manual_seed(0)
     model, _ = build_model(description, tokenizer, "")
@@ -76,6 +77,9 @@ def test_what_a_decoder_cannot_express_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompts with bidirectional attention and the modalities image: add --text"):
         export_run(run, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
+    talk = run_of(tmp_path / "talk", BACKBONES["dense"], tasks=("chat",), chat=["text", "image"])
+    with pytest.raises(ConfigError, match="cannot express the modalities image: add --text"):
+        export_run(talk, tmp_path / "out", "hf")
     assert "left out: prompts with bidirectional" in export_run(run, tmp_path / "out", "hf", "bf16", text_only=True)
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,30 @@ def test_a_type_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("gguf.quants.dequantize", refuse)
     with pytest.raises(CheckpointError, match=r"output_norm\.weight is of the type Q8_0"):
         GgufFile(tmp_path / "one.gguf")
+
+
+def test_a_broken_tokenizer_is_one_sentence() -> None:
+    whole = {"ggml.model": "gpt2", "ggml.tokens": ["a", "b"], "ggml.token_type": [1, 1], "ggml.merges": []}
+    for change in (
+        {"ggml.merges": ["a c"]},
+        {"ggml.token_type": [1]},
+        {"ggml.bos_token_id": 7, "ggml.add_bos_token": 1},
+    ):
+        with pytest.raises(ConfigError, match="the tokenizer in the GGUF is broken"):
+            read_gguf_tokenizer({**whole, **change})
+    with pytest.raises(ConfigError, match=r"the GGUF lacks tokenizer\.ggml\.token_type"):
+        read_gguf_tokenizer({"ggml.model": "gpt2", "ggml.tokens": []})
+
+
+def test_yarn_of_unusual_settings_has_no_form_in_gguf(tmp_path: Path) -> None:
+    publish("qwen2, yarn", tmp_path / "published")
+    path = tmp_path / "published/config.json"
+    settings = json.loads(path.read_text())
+    settings["rope_parameters"]["beta_fast"] = 16.0
+    path.write_text(json.dumps(settings))
+    import_model(str(tmp_path / "published"), tmp_path / "run", receipt=False)
+    with pytest.raises(ConfigError, match="GGUF has only the usual settings of yarn"):
+        export_run(tmp_path / "run", tmp_path / "out", "gguf")
 
 
 def test_a_mixture_of_experts_is_exported_as_safetensors_only(tmp_path: Path) -> None:

@@ -120,6 +120,10 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "an activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantized weights": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     "a missing field": ({"num_attention_heads": None, "hidden_size": ...}, "lacks hidden_size"),
+    "an architecture of no text": ({"model_type": ["llama"]}, "cannot be imported"),
+    "a size of no number": ({"num_attention_heads": "4"}, "is broken"),
+    "no heads": ({"num_attention_heads": 0}, "is broken"),
+    "positions of no mapping": ({"rope_parameters": [1]}, "is broken"),
     "a size": ({"intermediate_size": 100}, "multiple of 8"),
 }
 
@@ -201,6 +205,16 @@ def test_a_failure_while_writing_leaves_nothing(sharded: Path, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_receipt_that_fails_leaves_the_run(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: Any) -> None:
+        raise RuntimeError("of another version\nwith details")
+
+    monkeypatch.setattr("openm6.hub.importing.reference_logits", refuse)
+    summary = import_model(str(sharded), tmp_path / "run")
+    assert "no receipt: transformers does not compute this model (of another version)" in summary
+    assert load(tmp_path / "run", "cpu").text.imported
+
+
 @pytest.mark.parametrize("source", ["nowhere", "./no/where", "a/b/c/d"])
 def test_a_source_that_is_not_there_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no model at"):
@@ -226,5 +240,5 @@ def test_a_repository_of_the_hub_is_downloaded(sharded: Path, tmp_path: Path, mo
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     import_model("owner/name", tmp_path / "run", receipt=False)
     assert load(tmp_path / "run", "cpu").description.base_model == "owner/name" and asked == ["owner/name"]
-    with pytest.raises(ConfigError, match=r"downloaded \(no network\): check"):
+    with pytest.raises(CheckpointError, match=r"downloaded \(no network\): check"):
         import_model("owner/name", tmp_path / "other")

@@ -247,6 +247,7 @@ def test_the_template_of_an_imported_tokenizer_lays_out_its_chats() -> None:
         ("{{ raise_exception('roles must alternate') }}", "does not take these messages: roles must alternate"),
         ("{{ messages.__class__.__mro__ }}", "does not take these messages"),
         ("{{ messages.append(1) }}", "does not take these messages"),
+        ("{{ '{}'.format() }}", "does not take these messages"),
         ("{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}", "rewrites earlier turns"),
     ],
 )
