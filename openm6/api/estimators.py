@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 
 from openm6.api.frames import (
     LEVELS,
@@ -39,7 +39,7 @@ from openm6.data.propose import column_of
 from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields
 from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
 from openm6.models.description import TOKENIZER_FILE, read_description
-from openm6.tasks.slots import PINNED
+from openm6.tasks.slots import PINNED, SHORT
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
@@ -108,6 +108,7 @@ class _TableEstimator(BaseEstimator):
             validate_data(self, X, reset=reset, skip_check_array=True)
             if not all(isinstance(name, str) for name in X.columns):
                 columns = {f"x{index}": cells for index, cells in enumerate(columns.values())}
+            check_consistent_length(X, y)
             return columns, None if y is None else column_or_1d(y, warn=True)
         settings: dict[str, Any] = {"dtype": None, "ensure_all_finite": "allow-nan", "reset": reset}
         if y is None:
@@ -116,11 +117,11 @@ class _TableEstimator(BaseEstimator):
             cells, y = validate_data(self, X, y, y_numeric=self._task == "record_regression", **settings)
         return {f"x{index}": cells[:, index] for index in range(cells.shape[1])}, y
 
-    def _fit(self, columns: dict[str, Any], y: Any, name: str | None) -> None:
+    def _fit(self, columns: dict[str, Any], y: Any, name: Any) -> None:
         """Train on a table with the target as a column of its own."""
         if len(y) < 2:
             raise TableError("one sample is too few to learn from (n_samples=1): give at least two rows")
-        self.target_ = name if name and name not in columns else "target"
+        self.target_ = name if name and isinstance(name, str) and name not in columns else "target"
         while self.target_ in columns:
             self.target_ += "_"
         try:
@@ -249,11 +250,15 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
     def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
         """Train on N rows; raise ValueError (TableError) if the columns cannot be learned from.  # N F, N"""
         columns, values = self._table(X, y, reset=True)
-        check_classification_targets(values)
-        self.classes_, index = np.unique(values, return_inverse=True)
+        try:
+            check_classification_targets(values)
+            self.classes_, index = np.unique(values, return_inverse=True)
+        except TypeError:
+            raise TableError("y holds missing values, or values of several types: drop or convert them") from None
         names = [" ".join(str(one).split()) for one in self.classes_]
-        # Names carry meaning; those that are empty or alike are counted.
-        own = len(set(names)) == len(names) and all(names)
+        # Names carry meaning; those that are empty, or alike in what is read of them, are counted: a token is a byte
+        # or more of a name.
+        own = len({name.encode()[:SHORT] for name in names}) == len(names) and all(names)
         self.class_names_ = names if own else [f"class {number}" for number in range(len(names))]
         self._fit(columns, [self.class_names_[one] for one in index], getattr(y, "name", None))
         return self

@@ -29,6 +29,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments, target_segment
 from openm6.models.description import TrainedTask
 from openm6.tasks.builders import hold_out, hold_out_category, hold_out_number
+from openm6.tasks.own import AnyText, SomeNumbers
 from openm6.tasks.slots import SHORT, Derived, Text
 from openm6.tasks.task import Example, Task
 
@@ -55,19 +56,27 @@ def predict(
     columns = columns_of(frame)
     if not columns or not len(frame):
         raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")
+    if classes is not None and not len(classes):
+        raise ConfigError("classes must name at least one class")
     table = arrow_table(columns, "the DataFrame")
     check_levels(quantile_levels)
     numeric, known = target in loaded.numbers.scales, {*loaded.numbers.scales}
+    configs = source_configs(loaded.description.sources, str(loaded.checkpoint))
     for one in trained_for(loaded, "numbers" if numeric else "text"):
-        config = source_configs(loaded.description.sources, str(loaded.checkpoint)).get(one.source)
-        task, own = loaded.tasks[one.task], getattr(config, "fields", None)
+        task, config = loaded.tasks[one.task], configs.get(one.source)
+        own, task_fields = getattr(config, "fields", None), getattr(config, "task_fields", None)
         fields = own or _fields(table.names, loaded, target)
         mapped = {*(fields.numbers or ()), *(fields.categories or ())}
         known |= {name for name in (fields.label, *mapped) if name and own}
-        labelled = isinstance(task.target, Text) and task.target.name == "label" and fields.label == target
-        if not (labelled or (target in mapped and (numeric or task.optional))):
+        if isinstance(task.target, SomeNumbers | AnyText):
+            # An own task predicts one column, and shows the others.
+            fits = target in (task.target.columns if isinstance(task.target, SomeNumbers) else (task.target.name,))
+        else:
+            labelled = isinstance(task.target, Text) and task.target.name == "label" and fields.label == target
+            fits = labelled or (target in mapped and (numeric or task.optional))
+        if not fits:
             continue
-        records = frame_records(table, fields, target)
+        records = frame_records(table, fields, target, task_fields)
         found: dict[str, Any] = {}
         if numeric:
             answers = number_answers(loaded, task, records, target)
@@ -101,7 +110,7 @@ def trained_for(loaded: LoadedModel, output: str) -> list[TrainedTask]:
 
 def columns_of(frame: Any) -> dict[str, Any]:
     """Return the columns of a DataFrame by name; none if it is no DataFrame, or two have one name."""
-    names = list(map(str, getattr(frame, "columns", ())))
+    names = list(map(str, getattr(frame, "columns", ()))) if getattr(frame, "iloc", None) is not None else []
     return {name: frame.iloc[:, index] for index, name in enumerate(names)} if len(set(names)) == len(names) else {}
 
 
@@ -129,15 +138,15 @@ def _fields(names: Sequence[str], loaded: LoadedModel, target: str) -> Fields:
     return Fields(**keys, numbers=numbers or None, categories=categories or None)
 
 
-def frame_records(table: ArrowTable, fields: Fields, target: str) -> list[Record]:
-    """Return the rows of a table as records; the target column may be absent.
+def frame_records(table: ArrowTable, fields: Fields, target: str, task_fields: Fields | None = None) -> list[Record]:
+    """Return the rows of a table as records, with columns of own tasks; the target column may be absent.
 
     Raises:
         DataError: another column is absent, or a cell does not fit; the sentence names the row.
     """
     if target not in table.names:
         table = ArrowTable(table.arrow.append_column(target, pa.nulls(len(table))), table.where)
-    reader = RowReader(table.names, fields, read_file, table.where)
+    reader = RowReader(table.names, fields, read_file, table.where, task_fields)
     records = []
     for row in range(len(table)):
         try:
@@ -164,8 +173,9 @@ def number_answers(
     loaded: LoadedModel, task: Task, records: Sequence[Record | None], target: str
 ) -> list[Histogram | None]:
     """Return the distribution of a column for each record; None for one without what the task needs."""
-    build = hold_out_number if task.optional else hold_out
-    pinned = replace(task, target=Derived("numbers", partial(build, column=target), lambda *_: True))
+    build, pinned = hold_out_number if task.optional else hold_out, task
+    if not isinstance(task.target, SomeNumbers):
+        pinned = replace(task, target=Derived("numbers", partial(build, column=target), lambda *_: True))
     # Any value will do where it is missing: only its distribution is asked for.
     numbers = [(record or {}).get("numbers") or {} for record in records]
     asked = [
@@ -195,6 +205,11 @@ def class_probabilities(
 
 def _without_category(task: Task, records: Sequence[Record | None], target: str) -> tuple[Task, list[Record | None]]:
     """The task with this category as its target, and records that do not show it."""
+    if isinstance(task.target, AnyText):
+        return task, [
+            record and {**record, "categories": {**(record.get("categories") or {}), target: UNKNOWN}}
+            for record in records
+        ]
     if not task.optional:
         return task, [record and {**record, "label": UNKNOWN} for record in records]
     asked: list[Record | None] = []
@@ -248,6 +263,8 @@ def forecast(
     import pandas as pd  # noqa: PLC0415
 
     check_levels(levels)
+    if not targets or not columns_of(frame):
+        raise DataError("a DataFrame with columns of names of their own, and at least one target, are needed")
     trained, config = _forecasting(loaded, targets)
     length, context = length or config.horizon, context_length or config.context
     if length < 1 or context < 1:
@@ -276,7 +293,8 @@ def forecast(
         for index, histogram in enumerate(answer(loaded, examples, MaskedSampling())):
             assert isinstance(histogram, Histogram)
             points[index, start : start + ahead] = histogram.median()
-            quantiles[index, start : start + ahead] = np.stack([histogram.quantile(level) for level in levels], 1)
+            for number, level in enumerate(levels):
+                quantiles[index, start : start + ahead, number] = histogram.quantile(level)
     tables = [pd.DataFrame({names[0]: one.item, names[1]: one.ahead, "target_name": one.target}) for one in series]
     found = pd.concat(tables, ignore_index=True)
     found["predictions"] = points.ravel()
@@ -308,15 +326,20 @@ def _all_series(
         raise DataError("df has no rows: nothing can be forecast")
     if known and future is None:
         raise DataError(f"the model was trained with {', '.join(known)} of the steps ahead: add future_df with them")
+    if frame[names[0]].isna().any():
+        raise DataError(f"df has rows without {names[0]!r}: fill or drop them")
+    # Written dates have another order than their times.
+    frame = frame.assign(**{names[1]: _stamps(pd, frame[names[1]])})
     if known:
         check_columns([*names, *known], list(future.columns), "future_df")
+        future = future.assign(**{names[1]: _stamps(pd, future[names[1]])})
     for item, rows in frame.groupby(names[0], sort=False):
         rows, where = rows.sort_values(names[1]), f"item {item!r}"
-        times, ahead = _times(pd, rows[names[1]], length, freq, where)
+        times, ahead = _times(pd, list(rows[names[1]]), length, freq, where)
         later = None
         if known:
             later = future[future[names[0]] == item].sort_values(names[1])
-            if len(later) != length or list(_stamps(pd, later[names[1]])) != list(ahead):
+            if len(later) != length or list(later[names[1]]) != list(ahead):
                 raise DataError(f"{where}: future_df must hold the {length} steps from {ahead[0]} to {ahead[-1]}")
         cells = {name: _floats(pd, rows[name], where) for name in [*targets, *beside]}
         if later is not None:
@@ -338,9 +361,8 @@ def _stamps(pd: Any, cells: Any) -> Any:
         raise DataError(f"column {cells.name!r} holds times that cannot be read: write them as 2024-05-31") from None
 
 
-def _times(pd: Any, cells: Any, length: int, freq: str | None, where: str) -> tuple[list[Any], list[Any]]:
+def _times(pd: Any, times: list[Any], length: int, freq: str | None, where: str) -> tuple[list[Any], list[Any]]:
     """The times of a series and those of the steps ahead; DataError if they are missing, repeated or irregular."""
-    times = list(_stamps(pd, cells))
     if any(pd.isna(one) for one in times):
         raise DataError(f"{where} has rows without a time: fill or drop them")
     repeated = next((first for first, second in itertools.pairwise(times) if first == second), None)
@@ -349,7 +371,12 @@ def _times(pd: Any, cells: Any, length: int, freq: str | None, where: str) -> tu
     if isinstance(times[0], pd.Timestamp):
         found = freq or (pd.infer_freq(pd.DatetimeIndex(times)) if len(times) > 2 else None)
         if found is not None:
-            return times, list(pd.date_range(times[-1], periods=length + 1, freq=found)[1:])
+            try:
+                later = pd.date_range(times[-1], periods=length + 1, freq=found)
+            except (ValueError, OverflowError) as error:
+                raise DataError(f"freq={found!r} does not lead beyond {times[-1]} ({error}): name one, as D") from None
+            # The last time need not be one of the frequency.
+            return times, list(later[later > times[-1]][:length])
     else:
         steps = {second - first for first, second in itertools.pairwise(times)}
         if len(steps) == 1:

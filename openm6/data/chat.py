@@ -88,7 +88,7 @@ class ChatReader(RowReader):
     def _message(self, turn: Mapping[str, Any], index: int, files: dict[str, list[Any]]) -> dict[str, Any]:
         where = f"message {index}"
         given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if given not in ROLES:
+        if not isinstance(given, str) or given not in ROLES:
             raise DataError(f"{where} has the role {given!r}; {nearest(str(given), tuple(ROLES))}")
         if isinstance(content, str):
             parts = self._marked(content, where, files)
@@ -114,11 +114,12 @@ class ChatReader(RowReader):
         """A part of OpenAI's or of Hugging Face's form; an image or audio without a file takes the next one."""
         if isinstance(item, str):
             return self._marked(item, where, files)
-        name = item.get("type") if isinstance(item, Mapping) else None
-        if isinstance(name, str) and "video" in name:
+        given = item.get("type") if isinstance(item, Mapping) else None
+        name = str(given)
+        if "video" in name:
             raise DataError(NO_VIDEO)
         if name not in KINDS:
-            raise DataError(f"{where} has a part of type {name!r}; {nearest(str(name), tuple(KINDS))}")
+            raise DataError(f"{where} has a part of type {given!r}; {nearest(name, tuple(KINDS))}")
         kind = KINDS[name]
         value = next((item[key] for key in (name, "path", "url", "bytes") if item.get(key) is not None), None)
         if kind == "text":

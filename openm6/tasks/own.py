@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -126,7 +126,7 @@ class TaskConfig(Config):
 
     inputs: dict[str, FieldConfig] = Field(min_length=1)
     target: FieldConfig
-    prompts: dict[str, tuple[str, ...]] = Field(min_length=1)
+    prompts: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(min_length=1)
     metrics: tuple[str, ...] = ()
     summary: str = ""
 
@@ -134,8 +134,9 @@ class TaskConfig(Config):
     @classmethod
     def _named(cls, inputs: dict[str, FieldConfig]) -> dict[str, FieldConfig]:
         for name in inputs:
-            if not re.fullmatch(r"\w+", name) or name == "column":
-                raise ValueError(f"an input cannot be called {name!r}: use letters, digits and _, and not column")
+            if not re.fullmatch(r"\w+", name) or name in ("column", "series"):
+                what = "use letters, digits and _, and not column or series"
+                raise ValueError(f"an input cannot be called {name!r}: {what}")
         return inputs
 
     @field_validator("target")

@@ -124,6 +124,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "no bytes": (FRAME.assign(photo="empty.png"), Y, "empty file|broken"),
     "two images": (FRAME.assign(other=FRAME["photo"]), Y, "both hold files of image"),
     "lists": (FRAME.assign(title=[["a"]] * 6), Y, "values of type list"),
+    "other rows": (FRAME, Y.iloc[:5], "inconsistent numbers of samples"),
     "infinite": (FRAME.assign(weight=np.inf), Y, "infinite"),
 }
 
@@ -133,7 +134,21 @@ def test_a_bad_table_is_one_sentence(case: str) -> None:
     X, y, sentence = BAD[case]  # noqa: N806
     with pytest.raises((ValueError, TypeError), match=sentence) as caught:
         openm6.OpenM6Regressor(**TINY).fit(X, y)
-    assert isinstance(caught.value, OpenM6Error) and "\n" not in str(caught.value)
+    # Lengths are compared by scikit-learn itself.
+    assert (isinstance(caught.value, OpenM6Error) or case == "other rows") and "\n" not in str(caught.value)
+
+
+def test_missing_classes_are_one_sentence() -> None:
+    with pytest.raises(estimators.TableError, match="y holds missing values"):
+        openm6.OpenM6Classifier(**TINY).fit(FRAME, ["a", None] * 3)
+
+
+def test_a_target_without_a_name_and_classes_alike_at_their_beginning() -> None:
+    long = np.array(["the class of all that is red", "the class of all that is blue"] * 3)
+    classifier = openm6.OpenM6Classifier(**SMALL | {"model": SLIGHT, "max_steps": 1})
+    classifier.fit(pd.DataFrame({0: [1.0, 2.0] * 3, 1: [3.0, 4.0] * 3}), pd.Series(long, name=4))
+    assert classifier.target_ == "target" and classifier.class_names_ == ["class 0", "class 1"]
+    assert set(classifier.predict(pd.DataFrame({0: [1.0], 1: [3.0]}))) <= set(long)
 
 
 def test_an_unknown_output_type_and_another_table() -> None:

@@ -190,6 +190,7 @@ BAD_TABLES: dict[str, tuple[Any, str]] = {
     "no rows": (lambda f: (f.iloc[:0], "price"), "at least one row"),
     "a list": (lambda f: ([1, 2], "price"), "at least one row"),
     "columns of one name": (lambda f: (f.set_axis(["a"] * 5, axis=1), "price"), "names of their own"),
+    "no classes": (lambda f: (f, "colour", LEVELS, []), "classes must name at least one"),
     "a level": (lambda f: (f, "price", [0, 1]), "must lie between 0 and 1"),
 }
 
@@ -215,6 +216,10 @@ BAD_SERIES: dict[str, tuple[Any, str]] = {
     "text": (lambda f: f.assign(sales="many"), "where numbers are expected"),
     "infinite": (lambda f: f.assign(sales=np.inf), "holds infinite values"),
     "no rows": (lambda f: f.iloc[:0], "df has no rows"),
+    "no table": (lambda f: [1, 2], "a DataFrame"),
+    "no targets": ({"target": []}, "at least one target"),
+    "no such frequency": ({"freq": "often"}, "freq='often' does not lead beyond 2024-02-09"),
+    "an item without a name": (lambda f: f.assign(item_id=None), "df has rows without 'item_id'"),
     "nothing known": ({"future_df": None}, "add future_df with them"),
     "another future": ({"prediction_length": 3}, "future_df must hold the 3 steps from 2024-02-10"),
     "no steps": ({"prediction_length": -1}, "must be at least 1"),
@@ -242,3 +247,20 @@ def test_times_as_numbers_and_a_named_frequency(folder: Path, model: openm6.Open
     counted = model.forecast(rows.assign(timestamp=range(0, 40, 2)), later.assign(timestamp=[40, 42]), target="sales",
                              prediction_length=2)  # fmt: skip
     assert counted["timestamp"].tolist() == [40, 42]
+
+
+def test_written_dates_are_in_the_order_of_their_times(model: openm6.OpenM6) -> None:
+    rows = sales(("a",), 20).assign(timestamp=pd.date_range("2023-12-20", periods=20))
+    later = pd.DataFrame({"item_id": "a", "timestamp": pd.date_range("2024-01-09", periods=4), "promo": 0.0})
+    settings = {"target": "sales", "quantile_levels": []}
+    written = [table.assign(timestamp=table["timestamp"].dt.strftime("%m/%d/%Y")) for table in (rows, later)]
+    found = model.forecast(*written, freq="D", **settings)
+    pd.testing.assert_frame_equal(found, model.forecast(rows, later, **settings))
+    assert list(found.columns) == ["item_id", "timestamp", "target_name", "predictions"]
+
+
+def test_a_named_frequency_goes_on_after_the_last_time(model: openm6.OpenM6) -> None:
+    rows = sales(("a",), 20)  # the last one is a Saturday
+    mondays = pd.date_range("2024-01-22", periods=4, freq="W-MON")
+    later = pd.DataFrame({"item_id": "a", "timestamp": mondays, "promo": 0.0})
+    assert model.forecast(rows, later, target="sales", freq="W-MON")["timestamp"].tolist() == mondays.tolist()

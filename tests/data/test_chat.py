@@ -124,6 +124,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "videos": ({"messages": [user("x"), assistant("y")], "videos": ["v.mp4"]}, "videos cannot be read"),
     "video part": ({"messages": [user([{"type": "video_url"}]), assistant("y")]}, "videos cannot be read"),
     "part": ({"messages": [user([{"type": "imag_url"}]), assistant("y")]}, "did you mean 'image_url'"),
+    "role of no text": ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1 has the role ['user']"),
+    "type of no text": ({"messages": [user([{"type": [1]}]), assistant("y")]}, "message 1 has a part of type [1]"),
     "part of no type": ({"messages": [user([3]), assistant("y")]}, "message 1 has a part of type None"),
     "tools": ({"messages": [user("x"), assistant("y")], "tools": "[{}]"}, "tools cannot be called"),
     "missing file": ({"messages": TALK, "images": ["gone.png"]}, "there is no file 'gone.png' beside"),

@@ -108,6 +108,8 @@ def test_a_record_without_a_field_is_skipped_and_not_broken() -> None:
         ({"target": "image"}, "the input 'image' is the target itself"),
         ({"inputs": {"image": "image", "photo": "image"}, "prompts": {"en": "{image}{photo}"}}, "has one image"),
         ({"inputs": {"a b": "text"}}, "cannot be called 'a b'"),
+        ({"inputs": {"series": "image"}}, "cannot be called 'series'"),
+        ({"prompts": {"en": []}}, "prompts.en"),
         ({"promts": {}}, "unknown key 'promts'; did you mean 'prompts'"),
     ],
 )

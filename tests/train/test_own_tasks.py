@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pandas as pd
 import pytest
 
 import openm6
@@ -27,9 +28,9 @@ from tests.train.tiny_recipe import EVAL, tiny_recipe, write_recipe
 
 OWN: dict[str, Any] = {
     "mass_of_penguin": {
-        "inputs": {"row": {"numbers": ["bill_length_mm", "flipper_length_mm"]}},
+        "inputs": {"columns": {"numbers": ["bill_length_mm", "flipper_length_mm"]}},
         "target": {"number": "body_mass_g"},
-        "prompts": {"en": "{row} Mass?", "de": "{row} Masse?"},
+        "prompts": {"en": "{columns} Mass?", "de": "{columns} Masse?"},
         "metrics": ["mae", "coverage_80"],
         "summary": "Weigh a penguin",
     },
@@ -84,12 +85,28 @@ def test_python_and_the_command_line_ask_in_its_own_words(run: Path) -> None:
     assert parts[-1].raw == " Welche Ziffer?"
 
 
+def test_a_table_gets_predictions_of_the_columns_that_own_tasks_predict(run: Path) -> None:
+    m6 = openm6.load(run)
+    frame = pd.DataFrame({"bill_length_mm": [40.0, 50.0], "flipper_length_mm": [190.0, 220.0]})
+    found = m6.predict(frame, "body_mass_g", [0.5])
+    row = {"bill_length_mm": 40.0, "flipper_length_mm": 190.0, "body_mass_g": None}
+    assert found["0.5"][0] == pytest.approx(m6.generate(numbers=row, output="numbers").median, rel=1e-4)
+    pd.testing.assert_frame_equal(found, m6.predict(frame.assign(body_mass_g=1.0), "body_mass_g", [0.5]), rtol=1e-4)
+    with pytest.raises(DataError, match="the model predicts no column 'bill_length_mm'"):
+        m6.predict(frame, "bill_length_mm")
+    digits = open_sources(source_configs(m6.loaded.description.sources, "run"), "test")["digits"]
+    images = pd.DataFrame({"image": [digits[0]["image"], digits[1]["image"]]})
+    assert m6.predict(images, "label", classes=["zero", "one"])[["zero", "one"]].sum(axis=1).tolist() == pytest.approx(
+        [1.0, 1.0]
+    )
+
+
 def test_each_is_a_scenario_of_the_server(run: Path) -> None:
     loaded = load(run)
     digit = open_sources(source_configs(loaded.description.sources, "run"), "test")["digits"][0]
     image = base64.b64encode(digit["image"]).decode()
     inputs: dict[str, dict[str, Any]] = {
-        "mass_of_penguin": {"row": {"bill_length_mm": 40.0, "flipper_length_mm": 190.0}},
+        "mass_of_penguin": {"columns": {"bill_length_mm": 40.0, "flipper_length_mm": 190.0}},
         "digit_in_german": {"image": image},
         "digit_from_word": {"label": "seven"},
     }

@@ -97,9 +97,11 @@ class Page:
         return readiness(scenario, self.server.loaded.description, self.server.scores)
 
     def fits(self, scenario: Scenario, language: Language) -> bool:
-        """Whether the example is shown."""
+        """Whether the example is shown, if there is one."""
         trained = self._readiness(scenario).trained
-        return not trained or example_fits(scenario, language, self.server.loaded.description)
+        return bool(scenario.examples) and (
+            not trained or example_fits(scenario, language, self.server.loaded.description)
+        )
 
     def _scenario_tab(self, first: Scenario) -> None:
         with gradio.Tab(WORDS["scenarios"].en, id="scenarios") as tab:

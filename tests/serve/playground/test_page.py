@@ -15,7 +15,7 @@ import gradio
 
 from openm6.models.description import CheckpointConfig
 from openm6.serve.playground.page import Page
-from openm6.serve.scenarios.scenario import Scenario, Score, Scores, read_library
+from openm6.serve.scenarios.scenario import Scenario, Score, Scores, library_of, read_library
 from openm6.serve.server import Server
 from tests.serve.scenarios.test_ask import EMOJI, OWN, trained
 from tests.small_model import loaded
@@ -48,6 +48,15 @@ def test_an_example_that_does_not_fit_is_left_out_with_a_sentence() -> None:
     scenario = found.library.scenarios["missing_measurement"]
     assert not found.fits(scenario, "en") and "give inputs of your own" in found.about(scenario, "en")
     assert "请自行输入" in found.about(scenario, "zh")
+
+
+def test_an_own_task_that_is_not_trained_has_no_example() -> None:
+    own = {"look": {"inputs": {"image": "image"}, "target": {"category": "kind"}, "prompts": {"en": "{image} kind?"}}}
+    description = trained((("image_captioning", "emoji"),), {"emoji": EMOJI}).model_copy(update={"tasks": own})
+    found = page(description)
+    found.library = library_of(description)
+    scenario = found.library.scenarios["look"]
+    assert not found._readiness(scenario).trained and not found.fits(scenario, "en")
 
 
 def test_a_task_below_its_baseline_is_not_what_it_opens_with() -> None:
