@@ -255,7 +255,7 @@ def pack_held_out(
 
     Raises:
         ConfigError: no source has validation or test records.
-        TrainingError: too many of them are broken.
+        TrainingError: none of them can be used.
     """
     sources = open_sources(recipe.sources, "validation")
     if not choosing:
@@ -273,6 +273,7 @@ def pack_held_out(
             "or leave it out"
         )
     packing = recipe.packing.model_copy(update={"num_shards": recipe.packing.rows})
-    present = recipe.model_copy(update={"mixture": mixture, "packing": packing})
+    # Of few records, one that is broken may be more than the fraction at which a training stops.
+    present = recipe.model_copy(update={"mixture": mixture, "packing": packing, "max_broken": 1.0})
     batches = open_packer(present, sources, modalities, ranks, broken=None).batches()
     return [next(batches) for _ in range(count)]

@@ -137,6 +137,17 @@ def test_a_model_is_never_chosen_by_test_records(tmp_path: Path) -> None:
         texts(0.0)
 
 
+def test_broken_validation_records_are_passed_over(tmp_path: Path) -> None:
+    rows = "\n".join(
+        f"word{number},{'train' if number % 9 else 'validation'},{number % 27 or 'x'}" for number in range(200)
+    )
+    (tmp_path / "x.csv").write_text(f"text_en,split,hours\n{rows}\nlast,test,1\n")
+    source = {"kind": "csv", "path": str(tmp_path / "x.csv"), "fields": {"text_en": "text_en", "numbers": ["hours"]}}
+    mixture = [{"source": "mine", "task": "text_regression"}]
+    recipe = build(MultimodalRecipe, {**tiny_recipe(), "sources": {"mine": source}, "mixture": mixture}, "tiny")
+    assert len(pack_held_out(recipe, modalities(), ProcessGroupContext(), 12, choosing=True)) == 12
+
+
 @pytest.mark.parametrize("setting", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])
 def test_it_needs_a_held_out_loss(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"need the loss on held-out records[^\n]*add e\.g\. held_out: \{every: 50\}"):
