@@ -159,8 +159,10 @@ def frame_records(table: ArrowTable, fields: Fields, target: str, task_fields: F
 def read_file(name: str, limit: int) -> bytes:
     """Return the content of a file that a cell names; raise DataError if it cannot be read or is too large."""
     try:
-        content = Path(name).expanduser().read_bytes()
-    except (OSError, ValueError) as error:
+        with Path(name).expanduser().open("rb") as file:
+            content = file.read(limit + 1)
+    # A path with a zero byte is a ValueError, a home that is not known a RuntimeError.
+    except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{name} cannot be read ({getattr(error, 'strerror', None) or error}): check the path"
         ) from None

@@ -245,13 +245,14 @@ def _refuse_lacking(name: str, settings: Settings) -> None:
     """Raise ConfigError if the model uses something that the backbone does not have."""
     window = settings.get("sliding_window")
     active = KINDS[name].windowed or settings.get("use_sliding_window")
-    rope = settings.get("rope_parameters") or {}
+    # Each version of `transformers` writes it elsewhere.
+    rotated = {**settings, **(settings.get("rope_parameters") or {})}.get("partial_rotary_factor") or 1.0
     lacking = {
         "attention_bias": settings.get("attention_bias"),
         "mlp_bias": settings.get("mlp_bias"),
         f"a sliding window of {window}": window and active and window < settings.get("max_position_embeddings", 0),
         "clip_qkv": settings.get("clip_qkv"),
-        "rotary positions in part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "rotary positions in part of each head": rotated != 1.0,
         f"hidden_act {settings.get('hidden_act')!r}": settings.get("hidden_act", "silu") != "silu",
         "quantization_config": settings.get("quantization_config"),
     }

@@ -63,7 +63,7 @@ def open_pretrained(source: str) -> Pretrained:
         )
     if not (path / TOKENIZER_FILE).exists():
         raise CheckpointError(f"{path} lacks {TOKENIZER_FILE}: save the fast tokenizer of this model there")
-    tokenizer = (path / TOKENIZER_FILE).read_text(encoding="utf-8")
+    tokenizer = _read_text(path / TOKENIZER_FILE)
     special = _special_tokens(path, settings, read_tokenizer(tokenizer, str(path / TOKENIZER_FILE)))
     return _opened(source, path, settings, CheckpointReader(path, "model"), tokenizer, special)
 
@@ -102,15 +102,22 @@ def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> tup
     if isinstance(template, list):
         template = next((one["template"] for one in template if one["name"] == "default"), None)
     file = path / "chat_template.jinja"
-    return bos, eos, file.read_text(encoding="utf-8") if file.exists() else template
+    return bos, eos, _read_text(file) if file.exists() else template
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): download the whole model") from None
 
 
 def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a JSON file; empty if there is none and it is not needed."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if needed or path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): download the whole model") from None
+        found = json.loads(_read_text(path)) if needed or path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): download the whole model") from None
     return found if isinstance(found, dict) else {}
 
 

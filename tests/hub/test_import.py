@@ -117,6 +117,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "a sliding window": ({"use_sliding_window": True, "sliding_window": 64}, "a sliding window of 64"),
     "scaled positions": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     "biases": ({"attention_bias": True}, "attention_bias"),
+    "half of each head": ({"partial_rotary_factor": 0.5}, "rotary positions in part of each head"),
     "an activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantized weights": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     "a missing field": ({"num_attention_heads": None, "hidden_size": ...}, "lacks hidden_size"),
@@ -172,6 +173,8 @@ BROKEN = {
     with_another_tokenizer: "but the embedding 330 rows",
     lambda folder: (folder / "tokenizer.json").unlink(): "lacks tokenizer.json",
     lambda folder: (folder / "tokenizer.json").write_text("{}"): "is not a tokenizer.json",
+    lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"): "tokenizer.json cannot be read",
+    lambda folder: (folder / "config.json").write_text("{"): "config.json is not JSON",
     lambda folder: (folder / "config.json").unlink(): "config.json cannot be read",
     lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")]: "holds no safetensors file",
 }
