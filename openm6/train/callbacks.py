@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
+from openm6.checkpoint.folder import list_checkpoints, step_of
 from openm6.core.device import process_memory, reset_peak_memory
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
@@ -168,6 +169,10 @@ class HeldOutCallback(Callback):
         self._run = run
         chosen = run.config.early_stopping_patience is not None or run.config.load_best_model_at_end
         self._batches = run.training.held_out_batches(self.config.batches, chosen)
+        if run.config.load_best_model_at_end and self.best.step is not None:
+            # The run may have begun without this setting, or was converted: then the weights are gone.
+            if self.best.step not in map(step_of, list_checkpoints(run.run.checkpoints)):
+                self.best = replace(self.best, loss=None, step=None, since=0)
         if self.best.stopped_at is not None and run.config.early_stopping_patience is not None:
             run.length.decay_from(self.best.stopped_at)
 

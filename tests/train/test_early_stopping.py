@@ -98,6 +98,14 @@ def test_without_patience_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert overfit(tmp_path, OverfittingTraining(), resume=True, early_stopping_patience=None).steps == 60
 
 
+def test_a_run_may_keep_its_best_weights_from_a_later_part_on(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="killed"):
+        overfit(tmp_path, OverfittingTraining(broken=25), load_best_model_at_end=False, save_every=10)
+    result = overfit(tmp_path, OverfittingTraining(), resume=True)
+    assert best_of(tmp_path)["loaded"] == 21, "the weights of step 12 were not kept"
+    assert list_checkpoints(tmp_path / "checkpoints") == [result.checkpoint]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_best_weights_of_several_processes(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 4.0])
