@@ -126,12 +126,13 @@ class Histogram:
         return np.where(self.log[:, None], np.exp(np.minimum(values, 700.0)), values)
 
 
-def fit_width(needed: np.ndarray, blocks: int, coverage: float = 0.8) -> float:
-    """The width with which intervals hold a fraction of held-out values: conformal, shrunk to 1 if these are few.
+def fit_width(needed: np.ndarray, blocks: int, prior: float = 1.0, coverage: float = 0.8) -> float:
+    """The width with which intervals hold a fraction of held-out values: conformal, shrunk to `prior` if these are few.
 
     needed: `width_needed` of each value; blocks: how many of the values are independent of each other
     """
     narrowest = MIN_WIDTH if blocks >= MIN_BLOCKS else 1.0
     level = min(1.0, math.ceil(coverage * (len(needed) + 1)) / len(needed)) if len(needed) else coverage
     found = float(np.quantile(needed, level)) if len(needed) else 1.0
-    return float(np.clip(found, narrowest, MAX_WIDTH) ** (blocks / (blocks + PRIOR_BLOCKS)))
+    weight = blocks / (blocks + PRIOR_BLOCKS)
+    return float(np.clip(found, narrowest, MAX_WIDTH) ** weight * prior ** (1 - weight))

@@ -21,6 +21,8 @@ from openm6.tasks.task import Example
 from openm6.train.recipe import MultimodalRecipe
 
 CALIBRATED = 200  # validation records of a source
+# The width without validation records: the future of a series differs from all that was seen of it.
+PRIORS = {"numbers_out": 1.0, "series_out": 1.25}
 
 
 def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> list[list[Example]]:
@@ -57,7 +59,7 @@ def fit_widths(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dic
     loaded.omni.train(training)
     found: dict[str, dict[str, float]] = {}
     for (kind, column), ratios in sorted(needed.items()):
-        found.setdefault(kind, {})[column] = fit_width(np.asarray(ratios), len(blocks[kind, column]))
+        found.setdefault(kind, {})[column] = fit_width(np.asarray(ratios), len(blocks[kind, column]), PRIORS[kind])
     for kind, widths in found.items():
         listed = ", ".join(f"{name} {width:.2f}" for name, width in widths.items())
         name = {"numbers_out": "rows", "series_out": "series"}[kind]

@@ -123,6 +123,7 @@ def test_the_fitted_width_covers_what_it_should(histogram: Histogram, log: bool)
     low, high = corrected.interval(0.8)
     assert ((low <= truth) & (truth <= high)).mean() == pytest.approx(0.8, abs=0.03)
     assert 1 < fit_width(needed[:9], 1) < 1.3 and fit_width(needed[:0], 0) == 1
+    assert fit_width(needed[:9], 0, prior=1.3) == pytest.approx(1.3)
     assert fit_width(needed / 2, 9) == 1 and fit_width(needed / 2, count) < 0.9
 
 
