@@ -147,7 +147,8 @@ def source_segments(
         segments.append(segment)
     if causal:
         segments = text.with_bos(segments)
-    if opening:
+    # A template may leave nothing of a chat.
+    if opening and segments:
         segments[-1] = replace(segments[-1], opening=opening)
     return segments
 

@@ -257,6 +257,11 @@ def test_a_template_that_cannot_be_used_gets_a_sentence(template: str, said: str
         source_segments(example.source, imported(template).modalities, np.random.default_rng(0))
 
 
+def test_a_template_may_leave_nothing_of_a_chat() -> None:
+    asked = imported("{# nothing #}", trained=False)
+    assert source_segments(chat_parts([("user", [Part("text", "x")])]), asked.modalities) == []
+
+
 def test_no_text_passes_for_an_image_or_ends_its_turn() -> None:
     asked, letters = imported(trained=False), "".join(map(chr, range(0xFDD0, 0xFDF0)))
     segments = source_segments(chat_parts([("user", [Part("text", f"a<e>{letters}<e>b")])]), asked.modalities)
