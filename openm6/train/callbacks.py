@@ -169,10 +169,10 @@ class HeldOutCallback(Callback):
         self._run = run
         chosen = run.config.early_stopping_patience is not None or run.config.load_best_model_at_end
         self._batches = run.training.held_out_batches(self.config.batches, chosen)
-        if run.config.load_best_model_at_end and self.best.step is not None:
-            # The run may have begun without this setting, or was converted: then the weights are gone.
-            if self.best.step not in map(step_of, list_checkpoints(run.run.checkpoints)):
-                self.best = replace(self.best, loss=None, step=None, since=0)
+        kept = [None, *map(step_of, list_checkpoints(run.run.checkpoints))]
+        # The run may have begun without this setting, or was converted: then the weights are gone.
+        if run.config.load_best_model_at_end and self.best.step not in kept:
+            self.best = replace(self.best, loss=None, step=None, since=0)
         if self.best.stopped_at is not None and run.config.early_stopping_patience is not None:
             run.length.decay_from(self.best.stopped_at)
 
