@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-Output = str | Any
-"""An answer: a str, a PIL.Image.Image, an Audio or a Distribution."""
-
 
 def load(
     name_or_path: str | Path,

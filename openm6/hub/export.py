@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections import ChainMap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,8 @@ def _write_hf(
     if elements * stored.itemsize > ONE_FILE:
         write_shards(out, first, map(shard, groups[1:]), len(groups) - 1)
     else:
-        write_tensors(out / WEIGHTS_FILE, {**first.model, **dict(_items(map(shard, groups[1:])))})
+        others = [shard(group).model for group in groups[1:]]
+        write_tensors(out / WEIGHTS_FILE, dict(ChainMap(first.model, *others)))
     settings = {**settings, "torch_dtype": str(stored).removeprefix("torch.")}
     names = {name: None if token is None else tokenizer.id_to_token(token) for name, token in
              (("bos_token", text.bos), ("eos_token", text.eos))}  # fmt: skip
@@ -150,11 +151,6 @@ def _write_hf(
     for name, values in files.items():
         (out / name).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8", newline="\n")
     (out / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8", newline="\n")
-
-
-def _items(shards: Iterator[Shard]) -> Iterator[tuple[str, Tensor]]:
-    for shard in shards:
-        yield from shard.model.items()
 
 
 def _write_gguf(

@@ -30,7 +30,6 @@ class Pretrained:
     path: the folder or the GGUF file.
     """
 
-    name: str
     path: Path
     settings: Settings
     weights: CheckpointReader | GgufFile
@@ -52,7 +51,7 @@ def open_pretrained(source: str) -> Pretrained:
     if path.is_file():
         file = GgufFile(path)
         tokenizer, bos, eos, template = read_gguf_tokenizer(file.tokenizer_fields)
-        return _opened(source, path, file.settings, file, tokenizer, (bos, eos, template))
+        return _opened(path, file.settings, file, tokenizer, (bos, eos, template))
     settings = _read_json(path / "config.json", needed=True)
     index = _read_json(path / INDEX_FILE).get("weight_map", {})
     if missing := sorted({name for name in index.values() if not (path / name).is_file()}):
@@ -65,11 +64,11 @@ def open_pretrained(source: str) -> Pretrained:
         raise CheckpointError(f"{path} lacks {TOKENIZER_FILE}: save the fast tokenizer of this model there")
     tokenizer = _read_text(path / TOKENIZER_FILE)
     special = _special_tokens(path, settings, read_tokenizer(tokenizer, str(path / TOKENIZER_FILE)))
-    return _opened(source, path, settings, CheckpointReader(path, "model"), tokenizer, special)
+    return _opened(path, settings, CheckpointReader(path, "model"), tokenizer, special)
 
 
 def _opened(
-    source: str, path: Path, settings: Settings, weights: CheckpointReader | GgufFile, tokenizer: str,
+    path: Path, settings: Settings, weights: CheckpointReader | GgufFile, tokenizer: str,
     special: tuple[int | None, int | None, str | None],
 ) -> Pretrained:  # fmt: skip
     """Raise CheckpointError if the tokenizer has ids that the embedding lacks."""
@@ -84,7 +83,7 @@ def _opened(
     bos, eos, template = special
     tied = bool(settings.get("tie_word_embeddings", THEIR_HEAD not in weights))
     text = ImportedText(vocab_size=rows, bos=bos, eos=eos, tie_word_embeddings=tied, chat_template=template)
-    return Pretrained(source, path, settings, weights, tokenizer, text)
+    return Pretrained(path, settings, weights, tokenizer, text)
 
 
 def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> tuple[int | None, int | None, str | None]:
