@@ -99,7 +99,13 @@ class _TableEstimator(BaseEstimator):
             self.model_ = _open(self.checkpoint_, self.device)
 
     def _table(self, X: Any, y: Any = None, reset: bool = False) -> tuple[dict[str, Any], Any]:  # noqa: N803
-        """The columns of X by name and y, checked."""
+        """The columns of X by name and y, checked; what scikit-learn refuses is a TableError in its words."""
+        try:
+            return self._checked(X, y, reset)
+        except ValueError as error:
+            raise error if isinstance(error, TableError) else TableError(str(error)) from None
+
+    def _checked(self, X: Any, y: Any, reset: bool) -> tuple[dict[str, Any], Any]:  # noqa: N803
         if reset and y is None:
             raise TableError("fit requires y to be passed, but the target y is None: pass the values to learn")
         columns = columns_of(X)

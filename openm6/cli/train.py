@@ -44,7 +44,7 @@ def demo(
     resume: Resume = False,
     device: Device = "auto",
 ) -> None:
-    """Train and evaluate the demo model on the data in the package; about six minutes on two cores.
+    """Train and evaluate the demo model on the data in the package; less than seven minutes on two cores.
 
     The run ends with a report.
 

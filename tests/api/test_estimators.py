@@ -160,3 +160,12 @@ def test_an_unknown_output_type_and_another_table() -> None:
     with pytest.raises(ValueError, match="feature names"):
         regressor.predict(FRAME.rename(columns={"title": "name"}))
     assert regressor.score(pd.DataFrame(FRAME), Y) <= 1
+
+
+def test_columns_other_than_those_of_the_training_are_an_error_of_ours() -> None:
+    table = pd.DataFrame({"a": range(8), "b": range(8)})
+    fitted = openm6.OpenM6Regressor(**TINY).fit(table, table["a"])
+    with pytest.raises(OpenM6Error, match="- b"):
+        fitted.predict(table[["a"]])
+    with pytest.raises(OpenM6Error, match="features"):
+        fitted.predict([[1.0]])
