@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 BLOCK_ELEMENTS = 2048  # of AdamW
 DEQUANTIZED = 4096  # weights of one program
 # Adafactor's tile of one program: with more values per thread, registers spill if a width is no multiple of 16.
-ROWS, COLUMNS, WARPS = 16, 256, 8
+ROWS, COLUMNS, WARPS = 16, 256, 16
 TILE = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS}
 
 

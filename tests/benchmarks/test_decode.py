@@ -40,7 +40,6 @@ def test_all_candidates_write_the_same_text(
     assert len(names) == 12
     for name in names:
         assert found[name]["first_tokens_as_fp32"] == 4 or "bf16" in name or "int8" in name, name
-    assert found["openm6 int8"]["first_tokens_as_fp32"] >= 1
     assert report.found["best_transformers"] in found and len(report.found["over_best_transformers"]) == 6
     if "llama.cpp F32" in found:
         assert found["llama.cpp F32"]["first_tokens_as_fp32"] == 4
