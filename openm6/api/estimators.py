@@ -20,7 +20,9 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from openm6.api.frames import (
     LEVELS,
+    TableError,
     arrow_table,
+    as_table_error,
     check_levels,
     class_probabilities,
     columns_of,
@@ -33,7 +35,6 @@ from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TRA
 from openm6.checkpoint.load import load_model
 from openm6.core.config import build
 from openm6.core.device import resolve_device
-from openm6.core.errors import DataError
 from openm6.core.run_folder import RunFolder
 from openm6.data.propose import column_of
 from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields
@@ -51,10 +52,6 @@ MAX_SEED = 2**31 - 1
 FEW_STEPS = 200
 # Rows from which some are for validation in a training of a given time, and the fraction of them.
 MIN_VALIDATED, VALIDATION = 50, 0.1
-
-
-class TableError(DataError, ValueError):
-    """Columns or rows that cannot be learned from; scikit-learn expects a ValueError."""
 
 
 class _TableEstimator(BaseEstimator):
@@ -130,17 +127,14 @@ class _TableEstimator(BaseEstimator):
         self.target_ = name if name and isinstance(name, str) and name not in columns else "target"
         while self.target_ in columns:
             self.target_ += "_"
-        try:
+        with as_table_error(), tempfile.TemporaryDirectory(prefix="openm6-") as folder:
             table = arrow_table(columns | {self.target_: y}, "X")
             self.fields_ = _fields(table.arrow, self.target_, numeric=self._task == "record_regression")
             # What no task would say: the target is the column that is always held out.
             table.arrow = table.arrow.append_column(PINNED, pa.array([self.target_] * len(y)))
             seed = int(check_random_state(self.random_state).randint(MAX_SEED))
-            with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
-                pq.write_table(_with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
-                self.checkpoint_ = self._train(Path(folder), len(y), seed)
-        except DataError as error:
-            raise error if isinstance(error, ValueError | TypeError) else TableError(str(error)) from None
+            pq.write_table(_with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
+            self.checkpoint_ = self._train(Path(folder), len(y), seed)
         self.model_ = _open(self.checkpoint_, self.device)
 
     def _train(self, folder: Path, rows: int, seed: int) -> dict[str, bytes]:
@@ -181,10 +175,8 @@ class _TableEstimator(BaseEstimator):
     def _records(self, X: Any) -> list[Any]:  # noqa: N803
         check_is_fitted(self)
         columns, _ = self._table(X)
-        try:
+        with as_table_error():
             return list(frame_records(arrow_table(columns, "X"), self.fields_, self.target_))
-        except DataError as error:
-            raise error if isinstance(error, ValueError | TypeError) else TableError(str(error)) from None
 
 
 class OpenM6Regressor(RegressorMixin, _TableEstimator):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+class TableError(DataError, ValueError):
+    """Columns, rows or series that cannot be used; scikit-learn and Chronos raise a ValueError."""
+
+
 class MixedTypesError(DataError, TypeError):
     """A column of several types; scikit-learn expects a TypeError."""
+
+
+@contextmanager
+def as_table_error() -> Iterator[None]:
+    """Raise an error of the data as a TableError, unless it is a ValueError or TypeError by itself."""
+    try:
+        yield
+    except DataError as error:
+        raise error if isinstance(error, ValueError | TypeError) else TableError(str(error)) from None
 
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -257,7 +271,9 @@ def forecast(
     targets: Sequence[str],
     length: int | None,
     levels: Sequence[float],
+    batch_size: int,
     context_length: int | None,
+    validate: bool,
     freq: str | None,
 ) -> pd.DataFrame:
     """As `OpenM6.forecast`; `names` are those of the columns of items and of times."""
@@ -269,9 +285,9 @@ def forecast(
         raise DataError("a DataFrame with columns of names of their own, and at least one target, are needed")
     trained, config = _forecasting(loaded, targets)
     length, context = length or config.horizon, context_length or config.context
-    if length < 1 or context < 1:
-        raise ConfigError("prediction_length and context_length must be at least 1")
-    series = list(_all_series(pd, frame, future, names, targets, length, config, freq))
+    if length < 1 or context < 1 or batch_size < 1:
+        raise ConfigError("prediction_length, context_length and batch_size must be at least 1")
+    series = list(_all_series(pd, frame, future, names, targets, length, config, freq, validate))
     quantiles = np.full((len(series), length, len(levels)), np.nan)
     points = np.full((len(series), length), np.nan)
     for start in range(0, length, config.horizon):
@@ -292,16 +308,18 @@ def forecast(
             plain = {key: [None if math.isnan(x) else x for x in cells] for key, cells in shown.items()}
             record = {"id": f"{one.item}/{start}", "series": plain, "extra": extra}
             examples.append(loaded.tasks[trained.task].example(record, np.random.default_rng(0), language="en"))
-        for index, histogram in enumerate(answer(loaded, examples, MaskedSampling())):
+        batches = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
+        answers = [one for batch in batches for one in answer(loaded, batch, MaskedSampling())]
+        for index, histogram in enumerate(answers):
             assert isinstance(histogram, Histogram)
             points[index, start : start + ahead] = histogram.median()
             for number, level in enumerate(levels):
                 quantiles[index, start : start + ahead, number] = histogram.quantile(level)
     tables = [pd.DataFrame({names[0]: one.item, names[1]: one.ahead, "target_name": one.target}) for one in series]
     found = pd.concat(tables, ignore_index=True)
-    found["predictions"] = points.ravel()
+    found["predictions"] = points.ravel().astype(np.float32)
     for index, level in enumerate(levels):
-        found[str(level)] = quantiles[:, :, index].ravel()
+        found[str(level)] = quantiles[:, :, index].ravel().astype(np.float32)
     return found
 
 
@@ -319,7 +337,7 @@ def _forecasting(loaded: LoadedModel, targets: Sequence[str]) -> tuple[TrainedTa
 
 def _all_series(
     pd: Any, frame: Any, future: Any, names: tuple[str, str], targets: Sequence[str], length: int,
-    config: WindowsConfig, freq: str | None,
+    config: WindowsConfig, freq: str | None, validate: bool,
 ) -> Iterator[_Series]:  # fmt: skip
     """The series of a long DataFrame, in the order of the items' first rows."""
     known, beside = config.known_covariates, [*config.past_covariates, *config.known_covariates]
@@ -332,16 +350,20 @@ def _all_series(
         raise DataError(f"df has rows without {names[0]!r}: fill or drop them")
     # Written dates have another order than their times.
     frame = frame.assign(**{names[1]: _stamps(pd, frame[names[1]])})
+    if future is not None and validate:
+        _check_future(frame, future, names, targets)
     if known:
         check_columns([*names, *known], list(future.columns), "future_df")
         future = future.assign(**{names[1]: _stamps(pd, future[names[1]])})
-    for item, rows in frame.groupby(names[0], sort=False):
-        rows, where = rows.sort_values(names[1]), f"item {item!r}"
-        times, ahead = _times(pd, list(rows[names[1]]), length, freq, where)
+    items = [(item, rows.sort_values(names[1])) for item, rows in frame.groupby(names[0], sort=False, observed=True)]
+    shared = {_frequency(pd, list(rows[names[1]].dropna())) for _, rows in items} - {None}
+    for item, rows in items:
+        where = f"item {item!r}"
+        times, ahead = _times(pd, list(rows[names[1]]), length, freq, shared, where)
         later = None
         if known:
             later = future[future[names[0]] == item].sort_values(names[1])
-            if len(later) != length or list(later[names[1]]) != list(ahead):
+            if len(later) != length or (validate and list(later[names[1]]) != list(ahead)):
                 raise DataError(f"{where}: future_df must hold the {length} steps from {ahead[0]} to {ahead[-1]}")
         cells = {name: _floats(pd, rows[name], where) for name in [*targets, *beside]}
         if later is not None:
@@ -363,15 +385,41 @@ def _stamps(pd: Any, cells: Any) -> Any:
         raise DataError(f"column {cells.name!r} holds times that cannot be read: write them as 2024-05-31") from None
 
 
-def _times(pd: Any, times: list[Any], length: int, freq: str | None, where: str) -> tuple[list[Any], list[Any]]:
-    """The times of a series and those of the steps ahead; DataError if they are missing, repeated or irregular."""
+def _check_future(frame: Any, future: Any, names: tuple[str, str], targets: Sequence[str]) -> None:
+    """Raise DataError if what is known ahead has other columns or items than the past, or a target."""
+    if not columns_of(future):
+        raise DataError("future_df must be a DataFrame with columns of names of their own")
+    check_columns(names, list(future.columns), "future_df")
+    for name in future.columns:
+        if name in targets or name not in frame.columns:
+            reason = "is forecast" if name in targets else "is not in df"
+            raise DataError(f"future_df has the column {name!r}, which {reason}: drop it there")
+    if set(future[names[0]]) != set(frame[names[0]]):
+        item = next(iter(set(future[names[0]]) ^ set(frame[names[0]])))
+        raise DataError(f"df and future_df must have the same items, and {item!r} is in one alone: add or drop it")
+
+
+def _frequency(pd: Any, times: list[Any]) -> str | None:
+    """The frequency of sorted dates; None of fewer than three, of irregular ones, and of numbers."""
+    return pd.infer_freq(pd.DatetimeIndex(times)) if len(times) > 2 and isinstance(times[0], pd.Timestamp) else None
+
+
+def _times(
+    pd: Any, times: list[Any], length: int, freq: str | None, shared: set[str | None], where: str
+) -> tuple[list[Any], list[Any]]:
+    """The times of a series and those of the steps ahead; DataError if they are missing, repeated or irregular.
+
+    A series of one or two times has the frequency that all others share.
+    """
     if any(pd.isna(one) for one in times):
         raise DataError(f"{where} has rows without a time: fill or drop them")
     repeated = next((first for first, second in itertools.pairwise(times) if first == second), None)
     if repeated is not None:
         raise DataError(f"{where} has the time {repeated} twice: keep one row per time")
     if isinstance(times[0], pd.Timestamp):
-        found = freq or (pd.infer_freq(pd.DatetimeIndex(times)) if len(times) > 2 else None)
+        found = freq or _frequency(pd, times)
+        if found is None and len(times) < 3 and len(shared) == 1:
+            (found,) = shared
         if found is not None:
             try:
                 later = pd.date_range(times[-1], periods=length + 1, freq=found)

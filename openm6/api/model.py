@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from openm6.api.frames import LEVELS, forecast, predict
+from openm6.api.frames import LEVELS, as_table_error, forecast, predict
 from openm6.api.values import (
     Audio,
     Distribution,
@@ -23,7 +24,7 @@ from openm6.api.values import (
     write_answer,
 )
 from openm6.core.config import build
-from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.errors import CheckpointError, ConfigError, nearest
 from openm6.hub.pretrained import download
 from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
 from openm6.inference.engine import embed as embed_parts
@@ -39,7 +40,7 @@ from openm6.modalities.registry import source_segments
 if TYPE_CHECKING:
     import pandas as pd
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID, _NAME = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"\w[\w.-]*")
 
 
 def load(
@@ -49,7 +50,9 @@ def load(
     num_gpu_layers: int | None = None,
     compiled: bool = False,
 ) -> OpenM6:
-    """Load the model of a run's folder (its newest checkpoint), of a checkpoint's folder, or of a Hub id.
+    """Load the model of a run's folder (its newest checkpoint), of a checkpoint's folder, a name, or of a Hub id.
+
+    A name, such as "mini", is that of a folder in OPENM6_HOME/models (~/.openm6/models by default).
 
     `device` is auto, cpu, cuda or cuda:N. `dtype` is auto (bfloat16 on a GPU that computes it, else float32), float32,
     bfloat16 or int8. With `num_gpu_layers` the other layers are offloaded to host memory. With `compiled`, layers
@@ -95,14 +98,18 @@ def answer_question(
 
 
 def find_model(name: str | Path) -> Path:
-    """Return the folder of a model; one on the Hub is fetched first."""
+    """Return the folder of a model: a path, a name in OPENM6_HOME/models, or an id of the Hub, fetched first."""
     path, text = Path(name).expanduser(), str(name)
     if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
         return path
     if not _HUB_ID.fullmatch(text):
+        models = Path(os.environ.get("OPENM6_HOME") or "~/.openm6").expanduser() / "models"
+        if _NAME.fullmatch(text) and (models / text).is_dir():
+            return models / text
+        known = sorted(one.name for one in models.iterdir() if one.is_dir()) if models.is_dir() else []
         raise CheckpointError(
-            f"there is no folder {text!r}, and no model of this name comes with OpenM6: name a run's folder, "
-            "such as runs/demo"
+            f"there is no folder {text!r}, and no model of this name in {models}: name a run's folder, such as "
+            f"runs/demo; {nearest(text, known)}"
         )
     try:
         return download(text)
@@ -320,27 +327,35 @@ class OpenM6:
         target: str | list[str] = "target",
         prediction_length: int | None = None,
         quantile_levels: Sequence[float] = LEVELS,
-        *,
+        batch_size: int = 256,
         context_length: int | None = None,
+        cross_learning: bool = False,
+        validate_inputs: bool = True,
         freq: str | None = None,
     ) -> pd.DataFrame:
-        """Return forecasts of the series in a long DataFrame, in the form of Chronos.
+        """Return forecasts of the series in a long DataFrame, with arguments and result of Chronos' `predict_df`.
 
         The result has `prediction_length` rows per item and target: the columns of items and times, `target_name`,
         `predictions` (the median), and a column per quantile level, named by it. `future_df` holds the covariates that
-        are known of the steps ahead. The defaults of length and context are those of the training.
+        are known of the steps ahead. The defaults of length and context are those of the training. `batch_size` series
+        are forecast at a time. `validate_inputs=False` leaves out the checks of `future_df`.
 
         Raises:
-            DataError: the model does not forecast this column, one is missing, times are repeated or irregular, or a
-                series has no value.
+            DataError (as a ValueError): the model does not forecast this column, one is missing, times are repeated or
+                irregular, or a series has no value.
+            ConfigError: a number is out of range, or cross_learning, which no model of ours has.
 
         >>> m6.forecast(weather, target="temp_max", prediction_length=4).columns[:4].tolist()
         ['item_id', 'timestamp', 'target_name', 'predictions']
         """
+        if cross_learning:
+            raise ConfigError("cross_learning=True is not supported, since each series is forecast alone: leave it out")
         targets, names = [target] if isinstance(target, str) else list(target), (id_column, timestamp_column)
-        return forecast(
-            self.loaded, df, future_df, names, targets, prediction_length, quantile_levels, context_length, freq
-        )
+        with as_table_error():
+            return forecast(
+                self.loaded, df, future_df, names, targets, prediction_length, quantile_levels, batch_size,
+                context_length, validate_inputs, freq,
+            )  # fmt: skip
 
     def _input_parts(self, row: Mapping[str, Any]) -> list[Part]:
         """The parts of inputs without the words of any task."""

@@ -54,6 +54,11 @@ class Audio:
         soundfile.write(buffer, np.asarray(self.array), self.sampling_rate, format=suffix[1:].lower())
         return buffer.getvalue()
 
+    def _repr_html_(self) -> str:
+        """A player, in notebooks."""
+        data = base64.b64encode(self.to_bytes()).decode()
+        return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+
     def save(self, path: Path | str) -> None:
         """Write a .wav, .flac or .ogg file, whole or not at all.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import openm6
 from openm6.api.frames import _forecasting
-from openm6.core.errors import OpenM6Error
+from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.evaluate.answers import answer
 from openm6.inference.sampling import MaskedSampling
 from openm6.tasks.registry import TASKS
@@ -159,6 +160,48 @@ def test_forecasts_have_the_form_of_chronos(model: openm6.OpenM6) -> None:
     assert not np.allclose(found["predictions"], other["predictions"]), "what is known of the steps ahead counts"
 
 
+CHRONOS = {
+    "future_df": None,
+    "id_column": "item_id",
+    "timestamp_column": "timestamp",
+    "target": "target",
+    "prediction_length": None,
+    "quantile_levels": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    "batch_size": 256,
+    "context_length": None,
+    "cross_learning": False,
+    "validate_inputs": True,
+    "freq": None,
+}
+
+
+def test_arguments_and_types_are_those_of_chronos(model: openm6.OpenM6) -> None:
+    """`Chronos2Pipeline.predict_df` of chronos-forecasting 2.3.2, whose last argument takes any others."""
+    signature = inspect.signature(openm6.OpenM6.forecast)
+    assert list(signature.parameters) == ["self", "df", *CHRONOS]
+    assert {name: signature.parameters[name].default for name in CHRONOS} == CHRONOS
+    found = model.forecast(sales(), later(), "item_id", "timestamp", ["sales"], 4, [0.5], 1, 12, False, True, "D")
+    types = dict(zip(found.columns, map(str, found.dtypes), strict=True))
+    assert types["timestamp"].startswith("datetime64") and types["predictions"] == types["0.5"] == "float32"
+    together = model.forecast(sales(), later(), target="sales", context_length=12, quantile_levels=[0.5])
+    pd.testing.assert_frame_equal(found, together, rtol=1e-4)
+    numbered = sales().assign(item_id=pd.Categorical(sales()["item_id"], ["a", "b", "c"]))
+    assert model.forecast(numbered, later(), target="sales")["item_id"].tolist() == ["b"] * 4 + ["a"] * 4
+
+
+def test_times_ahead_are_not_checked_if_that_is_asked(model: openm6.OpenM6) -> None:
+    shifted = later().assign(timestamp=later()["timestamp"] + pd.Timedelta(days=3))
+    found = model.forecast(sales(), shifted, target="sales", validate_inputs=False)
+    pd.testing.assert_frame_equal(found, model.forecast(sales(), later(), target="sales"))
+
+
+def test_a_short_series_has_the_frequency_of_the_others(model: openm6.OpenM6) -> None:
+    rows = pd.concat([sales(("b",)), sales(("a",)).iloc[-1:]])
+    found = model.forecast(rows, later(), target="sales", context_length=12)
+    assert found["timestamp"].tolist() == 2 * pd.date_range("2024-02-10", periods=4).tolist()
+    assert np.isfinite(found["predictions"]).all()
+
+
 def test_a_forecast_of_known_windows_is_that_of_the_training_source(model: openm6.OpenM6) -> None:
     trained, config = _forecasting(model.loaded, ["sales"])
     source = config.open_held_out("series")
@@ -170,6 +213,12 @@ def test_a_forecast_of_known_windows_is_that_of_the_training_source(model: openm
     rows = rows[rows["item_id"] == "a"].iloc[:18]
     found = model.forecast(rows.iloc[2:14], rows.iloc[14:][["item_id", "timestamp", "promo"]], target="sales")
     np.testing.assert_allclose(found["predictions"], expected.median(), rtol=1e-4)
+
+
+def later(items: tuple[str, ...] = ("b", "a")) -> pd.DataFrame:
+    """What is known of the four steps ahead."""
+    days = pd.date_range("2024-02-10", periods=4)
+    return pd.concat(pd.DataFrame({"item_id": item, "timestamp": days, "promo": 0.0}) for item in items)
 
 
 def twice(frame: pd.DataFrame) -> pd.DataFrame:
@@ -207,7 +256,10 @@ BAD_SERIES: dict[str, tuple[Any, str]] = {
     "no such target": ({"target": "sale"}, "the model forecasts no series 'sale'; did you mean 'sales'"),
     "no such column": (lambda f: f.drop(columns="visits"), "df has no column 'visits'"),
     "no items": (lambda f: f.drop(columns="item_id"), "df has no column 'item_id'"),
-    "one row": (lambda f: f.iloc[:1], "the times of item 'b' have no regular frequency, or are too few"),
+    "one row": (
+        lambda f: f[f["item_id"] == "b"].iloc[:1],
+        "the times of item 'b' have no regular frequency, or are too few",
+    ),
     "repeated times": (twice, "item 'b' has the time 2024-01-01 00:00:00 twice"),
     "irregular times": (lambda f: f.drop(index=[3]), "the times of item 'b' have no regular frequency"),
     "no time": (lambda f: f.assign(timestamp=pd.NaT), "has rows without a time"),
@@ -223,6 +275,12 @@ BAD_SERIES: dict[str, tuple[Any, str]] = {
     "nothing known": ({"future_df": None}, "add future_df with them"),
     "another future": ({"prediction_length": 3}, "future_df must hold the 3 steps from 2024-02-10"),
     "no steps": ({"prediction_length": -1}, "must be at least 1"),
+    "no batch": ({"batch_size": 0}, "batch_size must be at least 1"),
+    "series together": ({"cross_learning": True}, "cross_learning=True is not supported"),
+    "the target ahead": ({"future_df": later().assign(sales=1.0)}, "the column 'sales', which is forecast"),
+    "an unknown column ahead": ({"future_df": later().assign(rain=1.0)}, "the column 'rain', which is not in df"),
+    "another item ahead": ({"future_df": later(("b", "a", "c"))}, "the same items, and 'c' is in one alone"),
+    "no table ahead": ({"future_df": [1]}, "future_df must be a DataFrame"),
 }
 
 
@@ -230,12 +288,11 @@ BAD_SERIES: dict[str, tuple[Any, str]] = {
 def test_a_bad_series_is_one_sentence(case: str, model: openm6.OpenM6) -> None:
     change, sentence = BAD_SERIES[case]
     history = change(sales()) if callable(change) else sales()
-    days = pd.date_range("2024-02-10", periods=4)
-    later = pd.concat(pd.DataFrame({"item_id": item, "timestamp": days, "promo": 0.0}) for item in ("b", "a"))
-    settings = {"future_df": later, "target": "sales"} | ({} if callable(change) else change)
+    ahead = later(("b",) if case == "one row" else ("b", "a"))
+    settings = {"future_df": ahead, "target": "sales"} | ({} if callable(change) else change)
     with pytest.raises(OpenM6Error, match=sentence) as caught:
         model.forecast(history, **settings)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, ConfigError | ValueError)
 
 
 def test_times_as_numbers_and_a_named_frequency(folder: Path, model: openm6.OpenM6) -> None:

@@ -95,7 +95,7 @@ def test_a_model_on_the_hub_is_fetched(run: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("mini", "no model of this name comes with OpenM6"),
+        ("mini", "no model of this name in nohome/models"),
         ("someone/nothing", "someone/nothing is neither a local path nor can it be downloaded"),
         (Path("nowhere"), "there is no run or checkpoint at nowhere"),
         ("/nowhere/run", "there is no run or checkpoint at /nowhere/run"),
@@ -106,8 +106,18 @@ def test_a_model_that_is_not_there(name: str | Path, sentence: str, monkeypatch:
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setenv("OPENM6_HOME", "nohome")
     with pytest.raises(CheckpointError, match=sentence):
         openm6.load(name)
+
+
+def test_a_model_by_its_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mini").symlink_to(run)
+    monkeypatch.setenv("OPENM6_HOME", str(tmp_path))
+    assert openm6.load("mini").loaded.checkpoint.name == "step-2"
+    with pytest.raises(CheckpointError, match=r"did you mean 'mini'\? \(known: mini\)"):
+        openm6.load("mimi")
 
 
 def test_every_kind_of_image_is_the_same_question(m6: openm6.OpenM6, files: Path) -> None:
