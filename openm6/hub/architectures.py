@@ -174,11 +174,7 @@ def check_tensors(weights: Weights, tensors: list[StoredTensor], where: str) -> 
 
 
 def backbone_config(settings: Settings) -> BackboneConfig:
-    """Our config for a config.json.
-
-    Raises:
-        ConfigError: another kind of model, a feature that the backbone lacks, or a field missing.
-    """
+    """Our config for a config.json; ConfigError for another kind of model, features we lack, or a missing field."""
     name = str(settings.get("model_type"))
     if name not in KINDS:
         raise ConfigError(f"model_type {name!r} cannot be imported: choose one of {', '.join(KINDS)}")
@@ -262,11 +258,7 @@ def _refuse_lacking(name: str, settings: Settings) -> None:
 
 
 def settings_of(config: BackboneConfig, rows: int, tied: bool, context: int) -> dict[str, Any]:
-    """A config.json for our config, of the kind of model that computes the same.
-
-    Raises:
-        ConfigError: no kind does.
-    """
+    """A config.json for our config, of the kind of model that computes the same; ConfigError if none does."""
     layers = [config.feed_forward(layer) for layer in range(config.num_layers)]
     experts = next((part for part in layers if isinstance(part, ExpertsConfig)), None)
     dense = next((part for part in layers if isinstance(part, DenseConfig)), None)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from itertools import chain
@@ -16,23 +17,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from openm6.core.errors import CheckpointError, ConfigError
-from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, THEIR_NORM, Settings, Shape
+from openm6.hub.architectures import THEIR_HEAD, Settings, Shape
 from openm6.hub.gguf_tokenizer import gguf_tokenizer
 from openm6.nn.config import RopeScaling
 
 # Names of architectures: GGUF's, and Hugging Face's.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}
-OUTER = {THEIR_EMBEDDING: "token_embd.weight", THEIR_NORM: "output_norm.weight", THEIR_HEAD: "output.weight"}
-INNER = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps", "block_sparse_moe.gate": "ffn_gate_inp",
-    "block_sparse_moe.experts.w1": "ffn_gate_exps", "block_sparse_moe.experts.w3": "ffn_up_exps",
-    "block_sparse_moe.experts.w2": "ffn_down_exps",
-}  # fmt: skip
 # Fields of config.json by those of GGUF.
 FIELDS = {
     "embedding_length": "hidden_size",
@@ -50,17 +40,13 @@ FIELDS = {
 }
 # Of Llama 3.1 and later: what each rotary frequency is divided by.
 FREQUENCIES = "rope_freqs.weight"
-_NAME = re.compile(r"model\.layers\.(\d+)\.(.+?)\.(?:(\d+)\.(\w+)\.)?(weight|bias)")
 
 
-def gguf_name(name: str) -> tuple[str, int | None]:
-    """GGUF's name of a tensor, and the expert whose slice of it is meant."""
-    found = _NAME.fullmatch(name)
-    if found is None:
-        return OUTER.get(name, name), None
-    layer, inner, expert, matrix, ending = found.groups()
-    inner = INNER.get(inner if expert is None else f"{inner}.{matrix}", inner)
-    return f"blk.{layer}.{inner}.{ending}", None if expert is None else int(expert)
+def gguf_name(known: Any, name: str) -> tuple[str, int | None]:
+    """The name in a GGUF file (by the library's map of names), and the expert whose slice of the tensor is meant."""
+    expert = re.search(r"experts\.(\d+)\.", name)
+    whole = name if expert is None else name.replace(expert[0], "experts.")
+    return known.get_name(whole, (".weight", ".bias")) or name, None if expert is None else int(expert[1])
 
 
 class GgufFile:
@@ -90,6 +76,9 @@ class GgufFile:
                     f"{path}: {tensor.name} is of the type {kind.name}, which cannot be read: choose another file of "
                     "this model, such as Q8_0"
                 ) from None
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        layers = int(self.fields.get(f"{self.architecture}.block_count", 0))
+        self._names = gguf.get_tensor_name_map(kinds.get(self.architecture, gguf.MODEL_ARCH.LLAMA), layers)
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -136,17 +125,17 @@ class GgufFile:
         return np.require(self._dequantize(data, tensor.tensor_type), requirements="W")
 
     def __contains__(self, name: str) -> bool:
-        return gguf_name(name)[0] in self.tensors
+        return gguf_name(self._names, name)[0] in self.tensors
 
     def shape(self, name: str) -> Shape:
         """The shape of one tensor."""
-        own, expert = gguf_name(name)
+        own, expert = gguf_name(self._names, name)
         shape = tuple(int(size) for size in reversed(self.tensors[own].shape))
         return shape if expert is None else shape[1:]
 
     def read(self, name: str) -> Tensor:
         """One tensor: fp16 and bf16 as they are, the others as fp32; heads in the order of Hugging Face."""
-        own, expert = gguf_name(name)
+        own, expert = gguf_name(self._names, name)
         values, kind = torch.from_numpy(self._array(own, expert)), self.tensors[own].tensor_type.name
         if self.architecture == "llama":
             values = reorder_heads(values, name, self.settings, to_gguf=False)
@@ -172,12 +161,9 @@ def write_gguf(
     path: Path, settings: Settings, shapes: dict[str, Shape], tensors: Iterable[tuple[str, Tensor]],
     tokenizer: Tokenizer, special: dict[str, Any], dtype: str,
 ) -> None:  # fmt: skip
-    """Write a dense decoder; matrices as F32, F16, BF16 or Q8_0, vectors as F32.
+    """Write a dense decoder; matrices as F32, F16, BF16 or Q8_0, vectors as F32. ConfigError if GGUF cannot hold it.
 
     shapes: of all tensors, whose values `tensors` yields in the same order; special: further fields of the tokenizer.
-
-    Raises:
-        ConfigError: a decoder that GGUF has no name for, or a tokenizer.
     """
     # An optional dependency.
     import gguf  # noqa: PLC0415
@@ -186,8 +172,10 @@ def write_gguf(
     architecture = {theirs: ours for ours, theirs in ARCHITECTURES.items()}.get(settings["model_type"])
     if architecture not in ("llama", "qwen2", "qwen3"):
         raise ConfigError(f"export of {settings['model_type']} as GGUF is not supported: export with --format hf")
-    kinds = gguf.GGMLQuantizationType
+    kinds, types = gguf.GGMLQuantizationType, gguf.GGUFValueType
     writer = gguf.GGUFWriter(path, architecture)
+    models = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(models[architecture], settings["num_hidden_layers"])
     own, rope = _metadata(settings), settings["rope_parameters"]
     if rope["rope_type"] == "llama3":
         scaling = RopeScaling(**{key: value for key, value in rope.items() if key in RopeScaling.model_fields})
@@ -197,16 +185,11 @@ def write_gguf(
     if rope["rope_type"] == "yarn" and any(rope.get(name, usual) != usual for name, usual in defaults.items()):
         raise ConfigError("GGUF has only the usual settings of yarn: export with --format hf")
     text = {**gguf_tokenizer(tokenizer, settings["vocab_size"]), **special}
-    add: dict[type, Any] = {
-        str: writer.add_string,
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-    }
     for prefix, values in ((architecture, own), ("tokenizer", text)):
         for name, value in values.items():
-            if value is not None:
-                add.get(type(value), writer.add_array)(f"{prefix}.{name}", value)
+            if value not in (None, []):
+                kind = types.UINT32 if type(value) is int else types.get_type(value)
+                writer.add_key_value(f"{prefix}.{name}", value, kind)
 
     def kind_of(shape: Shape) -> Any:
         fits = len(shape) > 1 and (dtype != "Q8_0" or shape[-1] % 32 == 0)
@@ -215,12 +198,9 @@ def write_gguf(
     for name, shape in shapes.items():
         kind = kind_of(shape)
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        count = int(np.prod(shape))
-        stored = gguf.quants.quant_shape_to_byte_shape(shape, kind) if kind not in (kinds.F32, kinds.F16) else shape
-        numpy_type: Any = {kinds.F32: np.dtype(np.float32), kinds.F16: np.dtype(np.float16)}.get(
-            kind, np.dtype(np.uint8)
-        )
-        writer.add_tensor_info(gguf_name(name)[0], stored, numpy_type, count // block * size, kind)
+        stored = math.prod(shape) // block * size
+        # With bytes as the type of values the shape would be one of bytes.
+        writer.add_tensor_info(gguf_name(names, name)[0], shape, np.dtype(np.float32), stored, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -33,9 +33,7 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
 
 
 def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, int | None, int | None, str | None]:
-    """The text of a tokenizer.json, what opens and what closes a text, and the chat template.
-
-    `fields` are the metadata under `tokenizer.`.
+    """The text of a tokenizer.json, what opens and what closes a text, and the chat template, from `tokenizer.…`.
 
     Raises:
         ConfigError: a tokenizer of another kind, or a field missing.
@@ -105,11 +103,7 @@ def _scored_bpe(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The metadata of a byte-level BPE tokenizer, `rows` tokens long.
-
-    Raises:
-        ConfigError: llama.cpp has no name for its rules.
-    """
+    """The metadata of a byte-level BPE tokenizer of `rows` tokens; ConfigError if llama.cpp does not know its rules."""
     content = json.loads(tokenizer.to_str())
     model = content["model"]
     pre = next((name for name in PRE_TOKENIZERS if _rules(_pre_tokenizer(name)) == _rules(content)), None)

@@ -121,11 +121,7 @@ def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
 
 
 def download(source: str) -> Path:
-    """A model of the Hub in the local cache: its settings and safetensors, or one file.
-
-    Raises:
-        CheckpointError: it cannot be fetched.
-    """
+    """A model of the Hub in the local cache: its settings and safetensors, or one file; CheckpointError if it fails."""
     parts = source.split("/")
     if len(parts) not in (2, 3) or not all(parts) or source.startswith((".", "~")):
         raise CheckpointError(f"there is no model at {source}: name a folder, a GGUF file or OWNER/NAME of the Hub")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.export import export_run
-from openm6.hub.gguf_file import INNER, GgufFile
+from openm6.hub.gguf_file import GgufFile
 from openm6.hub.gguf_tokenizer import gguf_tokenizer, read_gguf_tokenizer
 from openm6.hub.importing import import_model, imported_logits
 from openm6.inference.load import load
@@ -108,6 +108,8 @@ def write_experts(model: Any, architecture: str, path: Path, tokenizer: Tokenize
     for name, value in gguf_tokenizer(tokenizer, ROWS).items():
         (writer.add_array if isinstance(value, list) else writer.add_string)(f"tokenizer.{name}", value)
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    kind_of = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kind_of[architecture], 3)
     for name, tensor in model.state_dict().items():
         stem, _, ending = name.rpartition(".")
         if name.endswith("gate_up_proj"):
@@ -118,12 +120,11 @@ def write_experts(model: Any, architecture: str, path: Path, tokenizer: Tokenize
         elif stem in outer:
             writer.add_tensor(f"{outer[stem]}.{ending}", tensor.numpy())
         else:
-            _, _, layer, inner = stem.split(".", 3)
-            own = INNER[inner]
-            if architecture == "llama" and own in ("attn_q", "attn_k"):
-                heads = 4 if own == "attn_q" else 2
+            own = names.get_name(stem)
+            if architecture == "llama" and own.endswith(("attn_q", "attn_k")):
+                heads = 4 if own.endswith("attn_q") else 2
                 tensor = tensor.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(tensor.shape)
-            writer.add_tensor(f"blk.{layer}.{own}.{ending}", tensor.contiguous().numpy())
+            writer.add_tensor(f"{own}.{ending}", tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
