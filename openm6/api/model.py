@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -119,27 +119,6 @@ def find_model(name: str | Path) -> Path:
         ) from None
 
 
-class _Settings(NamedTuple):
-    """Decoding settings by the names of transformers and diffusers; None is the default of `Decoding`."""
-
-    max_new_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    seed: int
-
-    def decoding(self) -> Decoding:
-        """Return them as the settings of the engine; raise ConfigError if one is out of range."""
-        text = {"max_tokens": self.max_new_tokens, "top_p": self.top_p, "top_k": self.top_k}
-        masked = {"steps": self.num_inference_steps, "guidance": self.guidance_scale}
-        both = {"temperature": self.temperature, "seed": self.seed}
-        given = {"text": text | both, "masked": masked | both}
-        set_ones = {name: {key: one for key, one in part.items() if one is not None} for name, part in given.items()}
-        return build(Decoding, set_ones, "decoding")
-
-
 class OpenM6:
     """A model in memory; made by `openm6.load`. Images and audio clips are given as paths, bytes of files, Pillow
     images, arrays or `Audio`; a list of inputs is answered as one batch, with a list.
@@ -190,12 +169,12 @@ class OpenM6:
         2
         """
         given = {"prompt": prompt, "image": image, "audio": audio, "numbers": numbers, "series": series}
-        questions = [
-            _question(row, output, target, prediction_length, mask_box, mask_span, language) for row in _rows(given)
-        ]
-        settings = _Settings(
-            max_new_tokens, temperature, top_p, top_k, num_inference_steps, guidance_scale, seed
-        ).decoding()
+        asked: Any = {"output": output, "column": target, "ahead": prediction_length, "language": language}
+        asked |= {"mask_box": mask_box, "mask_span": mask_span}
+        questions = [Question(**asked, **_inputs(row)) for row in _rows(given)]
+        text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
+        masked = {"steps": num_inference_steps, "guidance": guidance_scale}
+        settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         is_batch = any(isinstance(value, list) for value in given.values())
         if stream:
             return self._stream([prompt_parts(one, self.loaded) for one in questions], output, settings, is_batch)
@@ -240,9 +219,9 @@ class OpenM6:
         is_batch = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list)
         chats = messages if is_batch else [messages]
         prompts = [parts_of_messages(chat, self.loaded) for chat in chats]
-        settings = _Settings(
-            max_new_tokens, temperature, top_p, top_k, num_inference_steps, guidance_scale, seed
-        ).decoding()
+        text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
+        masked = {"steps": num_inference_steps, "guidance": guidance_scale}
+        settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         if stream:
             return self._stream(prompts, output, settings, is_batch)
         codec = self.loaded.image if output == "image" else self.loaded.audio
@@ -357,20 +336,21 @@ class OpenM6:
                 context_length, validate_inputs, freq,
             )  # fmt: skip
 
-    def _input_parts(self, row: Mapping[str, Any]) -> list[Part]:
+    def _input_parts(self, row: dict[str, Any]) -> list[Part]:
         """The parts of inputs without the words of any task."""
-        image, audio = media_bytes(row["image"], "image"), media_bytes(row["audio"], "audio")
-        text, numbers = row["prompt"] or "", row["numbers"]
-        question = Question(output="text", text=text, numbers=numbers, image=image, audio=audio)
+        question = Question(output="text", **_inputs(row | {"prompt": row["prompt"] or ""}))
         return [part for part in prompt_parts(question, self.loaded, chat=False) if part.raw not in ("", " ")]
 
 
-def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """One mapping per input of a batch: lists are taken apart, all else is repeated.
+def _decoding(text: dict[str, Any], masked: dict[str, Any], both: dict[str, Any]) -> Decoding:
+    """Decoding settings, without those that are None; ConfigError if one is out of range."""
+    given = {"text": text | both, "masked": masked | both}
+    set_ones = {name: {key: one for key, one in part.items() if one is not None} for name, part in given.items()}
+    return build(Decoding, set_ones, "decoding")
 
-    Raises:
-        ConfigError: the lists differ in length.
-    """
+
+def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """One mapping per input of a batch, lists taken apart, all else repeated; ConfigError if lists differ in length."""
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{length} of {name}" for name, length in lengths.items())
@@ -379,28 +359,10 @@ def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
     return [{name: value[row] if name in lengths else value for name, value in given.items()} for row in range(count)]
 
 
-def _question(
-    row: dict[str, Any],
-    output: str,
-    target: str | None,
-    ahead: int,
-    mask_box: Box | None,
-    mask_span: tuple[float, float] | None,
-    language: str,
-) -> Question:
-    return Question(
-        output=output,
-        text=row["prompt"],
-        image=media_bytes(row["image"], "image"),
-        audio=media_bytes(row["audio"], "audio"),
-        numbers=row["numbers"],
-        series=number_series(row["series"]),
-        column=target,
-        ahead=ahead,
-        mask_box=mask_box,
-        mask_span=mask_span,
-        language=language,
-    )
+def _inputs(row: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a question from one of `_rows`."""
+    media = {name: media_bytes(row[name], name) for name in ("image", "audio")}
+    return {"text": row["prompt"], "numbers": row["numbers"], "series": number_series(row.get("series")), **media}
 
 
 def _output(answer: Answer, question: Question | None = None) -> Any:

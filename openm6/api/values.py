@@ -108,11 +108,7 @@ class Distribution:
 
 
 def check_file(out: Path | None, output: str) -> Path | None:
-    """Return the file for an answer: the one named, or answer.png or answer.wav for an image or audio.
-
-    Raises:
-        ConfigError: it has another suffix, no folder, or is a folder.
-    """
+    """Return the file for an answer, of an image or audio by default answer.png or .wav; ConfigError if it is none."""
     suffixes = SUFFIXES.get(output, ())
     if suffixes:
         out = out or Path(f"answer{suffixes[0]}")
@@ -142,11 +138,7 @@ def write_answer(answer: Any, file: Path | None) -> str:
 
 
 def media_bytes(value: Any, modality: str) -> Path | bytes | None:
-    """Return an image or audio clip, unless it is None, as the path or the bytes of a file.
-
-    Raises:
-        DataError: it is of another type, or an array of another shape.
-    """
+    """Return an image or audio clip, if any, as the path or bytes of a file; DataError if it is of another type."""
     if value is None:
         return None
     if isinstance(value, str | Path):
@@ -172,11 +164,7 @@ def media_bytes(value: Any, modality: str) -> Path | bytes | None:
 
 
 def number_series(value: Any) -> NumberSeries | None:
-    """Return a series from a mapping of its name to its values.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """Return a series from a mapping of its name to its values, if any; DataError if it is something else."""
     if value is None or isinstance(value, NumberSeries):
         return value
     if not isinstance(value, Mapping) or len(value) != 1:
@@ -189,11 +177,7 @@ def number_series(value: Any) -> NumberSeries | None:
 
 
 def parts_of_messages(messages: Sequence[Mapping[str, Any]], loaded: LoadedModel) -> list[Part]:
-    """Return the parts of all turns of a chat.
-
-    Raises:
-        DataError: a message lacks its role or content, or a part cannot be read; the sentence names it.
-    """
+    """Return the parts of all turns of a chat; DataError names the message or the part that cannot be read."""
     turns = []
     for index, message in enumerate(messages):
         where = f"message {index}"

@@ -35,12 +35,7 @@ def inspect(
 
 
 def print_inspection(inspection: Inspection, out: Path | None) -> None:
-    """Print everything; the recipe comes last and bare, or is written to `out`.
-
-    Raises:
-        DataError: nothing can be trained on.
-        ConfigError, OutputError: `out` exists already, or cannot be written.
-    """
+    """Print everything; the recipe, if there is one, comes last and bare, or is written to `out`, if that is new."""
     console = Console()
     for data_set in inspection.datasets:
         _print_data_set(data_set, console)

@@ -96,11 +96,7 @@ def part_of(config: EvalConfig, divisor: int) -> EvalConfig:
 
 
 def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str = "auto") -> None:
-    """Train a few steps of a recipe into `folder`, and write their time, memory and energy there.
-
-    Raises:
-        ConfigError: the recipe is invalid, or trains a codec.
-    """
+    """Train a few steps of a recipe into `folder`, and write their time, memory and energy there."""
     began = time.perf_counter()
     path = recipe_path(recipe)
     whole, _ = read_recipe(path, overrides)

@@ -60,11 +60,7 @@ class ChatReader(RowReader):
         self._open_file = open_file
 
     def read(self, row: Mapping[str, Any]) -> Record:
-        """The record of one row.
-
-        Raises:
-            DataError: no answer, an unknown role, an empty message, a mark without its file or the other way, a video.
-        """
+        """The record of one row; DataError without an answer, for an unknown role, a video, or marks without files."""
         turns = row.get("messages") or row.get("conversations")
         if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns) or not turns:
             raise DataError("messages must be a list of {role, content} or {from, value}, with at least one of each")

@@ -265,11 +265,7 @@ def table_config(path: str) -> TableConfig:
 
 
 def data_config(path: str) -> TableConfig | FolderConfig:
-    """The config that reads what is at a path: a table, a folder of Parquet files or tars, or one of media files.
-
-    Raises:
-        DataError: nothing is there.
-    """
+    """The config that reads what is at a path: a table, a folder of Parquet files, tars or media; DataError if none."""
     here = Path(path).expanduser()
     if here.is_dir():
         names = [file.name for file in here.iterdir()]

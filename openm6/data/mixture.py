@@ -136,11 +136,7 @@ class MixtureSampler:
         return {"mixture": mixture, "num_shards": self.num_shards, "shards": shards}
 
     def restore(self, state: Cursor) -> None:
-        """Continue from a position that `merge` put together; another number of shards is divided again.
-
-        Raises:
-            DataError: the state is of another seed, of other components, or a source has another length now.
-        """
+        """Continue from a position that `merge` put together, divided again for other shards; DataError if it differs."""
         self._ahead.clear()
         self._orders.clear()
         mixture, cursors = state["mixture"], state["mixture"]["components"]

@@ -59,9 +59,7 @@ def number_format(
     """The format of a column; None if the numbers are written as Python writes them, or too few cells are numbers.
 
     A column that is `certain` to hold numbers may hold any number of other cells. `mark` overrules what is found.
-
-    Raises:
-        DataError: some numbers have a comma and some a point, or 1,234 may be a thousand or little more than one.
+    DataError if some numbers have a comma and some a point, or 1,234 may be a thousand or little more than one.
     """
     filled = [cell for cell in cells if cell and not is_blank(cell)]
     sample = [parts for parts in map(_parts, filled[:SAMPLE]) if parts]
@@ -78,11 +76,7 @@ def number_format(
 
 
 def decimal_mark(numbers: Sequence[str], column: str, where: str, comma_groups: bool = False) -> str:
-    """`,` if numbers are written 3,5, and `.` otherwise; `comma_groups`: 1,234 is a thousand.
-
-    Raises:
-        DataError: the numbers can be read in two ways.
-    """
+    """`,` if numbers are written 3,5, else `.`; `comma_groups`: 1,234 is a thousand. DataError if both may be meant."""
     grouped = {mark: {number for number in numbers if form.fullmatch(number)} for mark, form in _GROUPED.items()}
 
     def certain(mark: str) -> bool:

@@ -134,11 +134,7 @@ class Packer:
         return rows
 
     def _example(self, sample: SampleIndex) -> PackedExample | None:
-        """The sample as tokens, cut to the length of a row; None if it cannot be used, which the quarantine counts.
-
-        Raises:
-            TrainingError: no record of any component has become an example, each of them drawn for an epoch.
-        """
+        """The sample as tokens, cut to a row; None if it cannot be used, which is counted; TrainingError if none is."""
         length, components = self.config.seq_len, self.sampler.components
         try:
             example = self.transform(sample)

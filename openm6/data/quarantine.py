@@ -63,11 +63,7 @@ class Quarantine:
         self.counts[name][source] += 1
 
     def add(self, source: str, record_id: str, reason: object, name: str = "broken") -> None:
-        """Set a record aside, which counts as seen: a broken one, or one that is `too_long` even if its texts are cut.
-
-        Raises:
-            TrainingError: the fraction of broken records is above the limit.
-        """
+        """Set a record aside, which counts as seen: broken, or `too_long` even if cut; TrainingError over the limit."""
         short = str(reason)[:MAX_REASON]
         self.seen += 1
         self.counts[name][source] += 1

@@ -171,11 +171,7 @@ def as_series(value: Any, column: str) -> dict[str, list[float | None]] | None:
 
 
 def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes | None:
-    """A cell as the bytes of an image or audio file: bytes, `{bytes, path}` or the name of a file.
-
-    Raises:
-        DataError: larger than `limit`, empty, of another kind, or `open_file` cannot read the file named.
-    """
+    """A cell as the bytes of an image or audio file: bytes, `{bytes, path}` or a name; DataError if broken or large."""
     if isinstance(value, Mapping):  # the {bytes, path} struct of `datasets`
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if is_missing(value):

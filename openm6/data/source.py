@@ -60,11 +60,7 @@ class SourceConfig(Config):
     kind: str
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        """The records of one split.
-
-        Raises:
-            DataError: the data is missing, unreadable as a whole, or lacks a column.
-        """
+        """The records of one split; DataError if data is missing, unreadable as a whole, or lacks a column."""
         raise NotImplementedError
 
 
@@ -94,12 +90,9 @@ def rows_by_hash(
 
 
 def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
-    """Row numbers of one split by the words of a column (`train`, `test`, `validation`, …).
+    """Row numbers of one split by the words of a column (`train`, `test`, `validation`, …); DataError for other words.
 
     Rows without a word train. If no row is for testing, those for validation are, and none validates.
-
-    Raises:
-        DataError: a word that is none of them.
     """
     sides: dict[Any, Split] = {}
     for word in set(words):

@@ -125,9 +125,7 @@ AnySourceConfig = Annotated[
 
 
 def open_sources(configs: Mapping[str, SourceConfig], split: Split) -> dict[str, Source]:
-    """Every source of a recipe, by name, holding the records of one split.
-
-    Test splits may be empty (length 0); training splits may not.
+    """Every source of a recipe, by name, holding the records of one split, of which only that for training needs any.
 
     Raises:
         DataError: data that is missing or unreadable as a whole, a column that is not there, a training split

@@ -62,11 +62,7 @@ def first_line(error: BaseException) -> str:
 
 
 def read_beside(table_path: str, name: str, limit: int) -> bytes:
-    """The bytes of a file that a table names, relative to the table and never outside its folder.
-
-    Raises:
-        DataError: the name leads out of the table's folder, the file is missing, unreadable or larger than `limit`.
-    """
+    """The bytes of a file in the folder of a table that names it; DataError outside, if missing or over `limit`."""
     if "\x00" in name or len(name) > 4096:
         raise DataError("a file name in the table is not a file name: check the column chosen for it")
     if is_remote(table_path):

@@ -57,10 +57,7 @@ def sample_rows(path: str, separator: str, encoding: str = UTF8) -> Iterator[lis
 
 
 def sniff_separator(path: str, encoding: str = UTF8) -> str:
-    """The separator that cuts the header into several cells and most of the next rows into as many.
-
-    A comma if none does: the table has one column.
-    """
+    """The separator that cuts the header into several cells and most rows into as many; a comma for one column."""
 
     def fit(separator: str) -> tuple[float, int]:
         """The fraction of rows as wide as the header, then the width; zero for one column."""

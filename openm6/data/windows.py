@@ -36,11 +36,7 @@ Parse = Callable[[str], float]
 
 
 def parse_times(cells: Sequence[Any], column: str, where: str, time_format: str | None = None) -> list[float]:
-    """One number per cell, in order of time: seconds for dates, the numbers themselves for numbers.
-
-    Raises:
-        DataError: an empty cell, a cell that is no time, or dates that can be read in two ways.
-    """
+    """One number per cell that sorts by time, of dates seconds; DataError for cells without, or two ways to read."""
     where = f"{where}: the time column {column!r}"
     if any(is_blank(cell) for cell in cells):
         raise DataError(f"{where} has empty cells: fill or drop those rows")

@@ -45,11 +45,7 @@ class Grid:
 
 
 def grid(country: str) -> Grid:
-    """The grid of a country by its three-letter code or English name, in any case.
-
-    Raises:
-        ConfigError: it is not in the table.
-    """
+    """The grid of a country by its three-letter code or English name, in any case; ConfigError if there is none."""
     rows = read_table("grid_intensity")
     for row in rows:
         if country.lower() in (row["code"].lower(), row["name"].lower()):

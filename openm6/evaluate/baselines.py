@@ -170,10 +170,7 @@ def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarr
 def numbers_references(
     task: Task, examples: list[Example], train: list[Example], loaded: LoadedModel
 ) -> dict[str, list[np.ndarray]]:
-    """Point predictions of naive rules for the observed truths of each example, by the rule's name.
-
-    The column's median; for a forecast, the last value and a seasonal naive rule.
-    """
+    """Predictions by the names of naive rules: the column's median; of a forecast, last value and seasonal naive."""
     if task.baseline != "last_value":
         return {words(task.baseline): column_statistics(examples, loaded, 0)}
     references = {"last value": [_repeated(example, 1) for example in examples]}

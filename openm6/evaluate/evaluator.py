@@ -116,10 +116,7 @@ def evaluate_tasks(
 
 
 def fit_limits(loaded: LoadedModel, task: Task, source: Source, config: EvalConfig, seconds: float) -> EvalConfig:
-    """The numbers of records for one task: all of a source if that takes so many seconds at most, else fewer.
-
-    A few records show how long one takes; half of the time is for the information gain, half for answers.
-    """
+    """The numbers of records for one task: all of a source, or those that take so many seconds, which a few show."""
     kind: Literal["drawn", "answers"] = "drawn" if task.output_modality in ("image", "audio") else "answers"
     if len(source) <= LEAST[kind] or not {getattr(config, kind), config.records} & {"auto"}:
         return config.limited(dict.fromkeys(LEAST, len(source)) if len(source) > 1 else LEAST)
@@ -128,7 +125,7 @@ def fit_limits(loaded: LoadedModel, task: Task, source: Source, config: EvalConf
     examples, sequences = select_examples(task, source, timed, loaded.modalities)
     if not examples:
         return config.limited(LEAST)
-    # With and without the inputs.
+    # With and without the inputs. Half of the time is for the information gain, half for answers.
     sequence_nll(loaded.omni, [*sequences, *sequences])
     scored = time.perf_counter()
     answer(loaded, examples[: TIMED[kind]], config.decoding)
@@ -148,12 +145,7 @@ def num_workers(tasks: int, config: EvalConfig, device: torch.device) -> int:
 def parallel_map(
     function: Callable[[int], Result], indices: Sequence[int], workers: int
 ) -> Iterator[tuple[int, Result]]:
-    """Each index with `function(index)`: in this order from one process, as they are ready from several forked ones.
-
-    Raises:
-        OpenM6Error: an error of the function.
-        TrainingError: a process was killed.
-    """
+    """Each index with `function(index)`: in this order from one process, as they are ready from several forked ones."""
     if workers == 1:
         yield from ((index, function(index)) for index in indices)
         return

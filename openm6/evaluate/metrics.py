@@ -45,9 +45,10 @@ class Scored:
         rows = zip(self.examples, self.scale, self.reference, strict=True)
         return np.asarray([(np.abs(truths(e) - r) / s).mean() for e, s, r in rows])
 
-    def texts(self) -> list[tuple[str, str]]:
-        """Answers and truths of a text task."""
-        return [(str(answer), e.answer) for answer, e in zip(self.answers, self.examples, strict=True)]
+    def compare_texts(self, compare: Callable[[str, str], float]) -> np.ndarray:
+        """The answer of each example, compared with its truth.  # N"""
+        rows = zip(self.answers, self.examples, strict=True)
+        return np.asarray([compare(str(answer), e.answer) for answer, e in rows], float)
 
     def compare_numbers(self, compare: Callable[[Histogram, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Mean over the values of each example: its distributions, compared with truths in scales of columns.  # N"""
@@ -94,14 +95,6 @@ def bigram_f1(answer: str, truth: str) -> float:
     return 2 * (first & second).total() / total if total else float(answer == truth)
 
 
-def _exact_match(scored: Scored) -> np.ndarray:
-    return np.asarray([same_text(answer, truth) for answer, truth in scored.texts()], float)
-
-
-def _char_bigram_f1(scored: Scored) -> np.ndarray:
-    return np.asarray([bigram_f1(answer, truth) for answer, truth in scored.texts()])
-
-
 def relative_crps(scored: Scored) -> np.ndarray:
     """CRPS in scales of the column, divided by the baseline's mean absolute error: below 1 beats the baseline."""
     ours = scored.compare_numbers(lambda histogram, truth, scale: histogram.crps(truth) / scale)
@@ -136,9 +129,9 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("exact_match", "exact match", "answers equal to the truth, except for case and full stops",
-               "higher", _exact_match, percent=True),
+               "higher", lambda scored: scored.compare_texts(same_text), percent=True),
         Metric("char_bigram_f1", "character bigram F1", "overlap of character bigrams with the truth; 100 % is equal",
-               "higher", _char_bigram_f1, percent=True),
+               "higher", lambda scored: scored.compare_texts(bigram_f1), percent=True),
         Metric("bits_per_code", "bits per code",
                "negative log-likelihood per code of the true image or audio; in inpainting, of the masked region",
                "lower", lambda scored: scored.bits_per_code),

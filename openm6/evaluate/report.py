@@ -27,7 +27,7 @@ from openm6.evaluate.energy import Lines, read_lines
 from openm6.evaluate.formatting import count, duration, plain, short_count, signed, significance, words
 from openm6.evaluate.media import Media, MediaBudget
 from openm6.evaluate.metrics import is_percent, known_metrics, metric_title, same_text, score
-from openm6.evaluate.results import EvalReport, RunFacts, Sample, TaskResult
+from openm6.evaluate.results import EvalReport, RunFacts, Sample
 from openm6.evaluate.summary import answered, card
 from openm6.modalities.audio import RATE
 from openm6.modalities.histogram import Histogram
@@ -49,11 +49,7 @@ _CHINESE = re.compile("[\u3400-\u9fff]")
 
 
 def write_report(run: RunFolder, report: EvalReport, facts: RunFacts) -> None:
-    """Write report.json, report.html and README.md, the model card; each file is replaced whole or not at all.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
+    """Write report.json, report.html and README.md, the model card, each whole or not at all (OutputError)."""
     replace_text(run.path / "report.json", report_json(report, facts))
     replace_text(run.path / "report.html", report_html(run, report, facts))
     replace_text(run.path / "README.md", card(report, facts))
@@ -118,10 +114,14 @@ def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str
     results = report.results
     compared = [result for result in results if math.isfinite(result.baseline)]
     used = {name for result in results for name in (result.metric, *result.metrics)}
-    cards = [_card(index, result) for index, result in enumerate(results)]
+    cards: list[dict[str, Any]] = []
     entries: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for result, entry in zip(results, cards, strict=True):
-        entries.setdefault((result.input_modality, result.output_modality), []).append(entry)
+    for index, result in enumerate(results):
+        drawn = math.isfinite(result.value) and min(result.value, result.baseline) >= 0  # False for NaN
+        whole = 1.0 if is_percent(result.metric) and result.better == "higher" else None
+        drawing = bar(result.value, result.baseline, whole) if drawn else None
+        cards.append({"result": result, "link": f"task-{index}", "bar": drawing, "summary": result.summary})
+        entries.setdefault((result.input_modality, result.output_modality), []).append(cards[-1])
     return {
         "facts": facts,
         "report": report,
@@ -144,18 +144,6 @@ def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str
 def _listed(names: Iterable[str]) -> str:
     *first, last = list(names) or ["nothing that was evaluated"]
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _card(index: int, result: TaskResult) -> dict[str, Any]:
-    """A result with the link to its samples, the bar of its score, and what its task does."""
-    drawn = math.isfinite(result.value) and min(result.value, result.baseline) >= 0  # False for NaN
-    whole = 1.0 if is_percent(result.metric) and result.better == "higher" else None
-    return {
-        "result": result,
-        "link": f"task-{index}",
-        "bar": bar(result.value, result.baseline, whole) if drawn else None,
-        "summary": result.summary,
-    }
 
 
 def _sample_sections(cards: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -55,10 +55,7 @@ class Search:
 
 
 def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Source, seed: int) -> TaskResult | None:
-    """Recall of a contrastive task: the mean over directions and languages, and each of them among the metrics.
-
-    None if no test record fits.
-    """
+    """Recall of a contrastive task over directions and languages, each among the metrics; None if no record fits."""
     task = loaded.task(trained_task.task)
     modalities, searches, records, left_out = loaded.modalities, [], 0, 0
     for language in LANGUAGES:

@@ -29,20 +29,12 @@ class _Sources(Config):
 
 
 def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig]:
-    """Source settings from plain values.
-
-    Raises:
-        ConfigError: a kind or key that does not exist.
-    """
+    """Source settings from plain values; ConfigError for a kind or key that does not exist."""
     return dict(build(_Sources, {"sources": values}, where).sources)
 
 
 def chosen_tasks(description: CheckpointConfig, tasks: list[str] | None) -> list[TrainedTask]:
-    """The trained tasks of a model, or those whose task (or task/source) is named.
-
-    Raises:
-        ConfigError: a name that the model was not trained on.
-    """
+    """The trained tasks of a model, or those whose task (or task/source) is named; ConfigError if one is unknown."""
     if tasks is None:
         return list(description.trained_tasks)
     names = [{one.task, f"{one.task}/{one.source}"} for one in description.trained_tasks]
@@ -114,10 +106,8 @@ def open_own_data(path: str, trained: Mapping[str, SourceConfig]) -> dict[str, S
     """The data of `--data` as a replacement of each source that the model was trained on.
 
     The test rows if a column (or folder) marks them, else all rows. The settings of the trained source, such as
-    `fields`, are used if the columns fit, else canonical column names. A source that cannot be replaced is left out.
-
-    Raises:
-        DataError: nothing at the path can be read, or it can replace no source.
+    `fields`, are used if the columns fit, else canonical column names. A source that cannot be replaced is left out;
+    DataError if all are, or nothing at the path can be read.
     """
     plain = data_config(path)
     opened: dict[str, Source] = {}

@@ -36,11 +36,7 @@ def last_checkpoint(run: RunFolder) -> tuple[Path, bool]:
 
 
 def save_evaluation(run: RunFolder, report: EvalReport, joules: float) -> None:
-    """Write the results with their samples, and the joules of the evaluation.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
+    """Write the results with their samples, and the joules of the evaluation; OutputError if that fails."""
     replace_text(run.path / FILE, json.dumps({"report": report, "joules": joules}, default=_encode))
 
 

@@ -221,11 +221,8 @@ def pcm(samples: np.ndarray) -> np.ndarray:
 def edit_mask(mask: bytes | None, source: bytes, pixels: int) -> np.ndarray | None:
     """Return which pixels may change: those transparent in the mask, or in the image itself without one.  # H W bool
 
-    None without a mask and transparency: all of them may change.
-
-    Raises:
-        BadRequestError: the mask has no transparency, or is of another size than the image.
-        DataError: one of them is broken.
+    None without a mask and transparency: all of them may change. Raise BadRequestError if the mask has no transparency,
+    or another size than the image, DataError if one of them is broken.
     """
     size = read_image(source, pixels).size
     if mask is None:

@@ -198,10 +198,7 @@ class Engine:
     async def ask(self, request: Request) -> RequestHandle:
         """Prepare a request in a thread of its own and queue it.
 
-        Raises:
-            DataError: it is broken or out of bounds.
-            QueueFullError: too much is waiting.
-            EngineUnavailableError: the engine does not run.
+        Raise DataError if it is broken or out of bounds, QueueFullError, or EngineUnavailableError if nothing runs.
         """
         if not self._preparing.acquire(blocking=False):
             raise QueueFullError("too many requests are being read: try again later", 1)

@@ -116,13 +116,10 @@ class StrictRoute(APIRoute):
 
 
 def read_json(body: bytes, max_depth: int, max_values: int) -> Any:
-    """Return the value in a JSON text; `max_values` bounds its commas and brackets.
+    """Return the value in a JSON text; raise BadRequestError if it is broken, too deep, or not finite or Unicode.
 
-    These are counted before anything is parsed: the parser lets no other thread run until it is done. Images and
-    audio are base64, which holds none of them.
-
-    Raises:
-        BadRequestError: it is not JSON, too deep, of too many values, not Unicode, or holds NaN or infinity.
+    `max_values` bounds its commas and brackets, which are counted before anything is parsed: the parser lets no other
+    thread run until it is done. Images and audio are base64, which holds none of them.
     """
     if sum(map(body.count, (b",", b"[", b"{"))) > max_values:
         raise BadRequestError(f"the JSON holds over {max_values:,} commas and brackets: send fewer values")

@@ -87,12 +87,7 @@ def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
 def serve_replicas(
     trained: Path, config: ServeConfig, name: str | None = None, settings: list[str] | None = None
 ) -> None:
-    """Serve a run or checkpoint on Ray until it is interrupted; `settings` are those of ReplicaConfig.
-
-    Raises:
-        CheckpointError: there is no model there.
-        ConfigError: an unknown setting, or one out of range.
-    """
+    """Serve a run or checkpoint (else CheckpointError) on Ray until it is interrupted; `settings`: ReplicaConfig's."""
     if config.engine.device.startswith("cuda:"):
         raise ConfigError("Ray assigns each replica its own GPU: use --device cuda, without a number")
     replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")

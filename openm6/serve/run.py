@@ -30,11 +30,7 @@ BACKLOG = 2048
 
 
 def read_serve_config(settings: list[str], keys: Path | None = None) -> ServeConfig:
-    """Return settings from `key=value` words; API keys come from a file (one a line) or OPENM6_API_KEYS (commas).
-
-    Raises:
-        ConfigError: an unknown setting, or a file of keys that cannot be read or is empty.
-    """
+    """Return settings from `key=value` words, API keys from a file (by lines) or OPENM6_API_KEYS (by commas)."""
     values: dict[str, Any] = apply_overrides({}, settings)
     found = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
     if keys is not None:

@@ -32,11 +32,7 @@ def _installed() -> Mapping[str, Task]:
 
 
 def all_tasks(own: Mapping[str, Any] = NONE) -> Mapping[str, Task]:
-    """All tasks by name; `own` are those of a recipe or a checkpoint, as configs or as plain values.
-
-    Raises:
-        ConfigError: an own task is broken.
-    """
+    """All tasks by name; `own`: those of a recipe or a checkpoint, as configs or plain values (ConfigError)."""
     if not own:
         return _installed()
     plain = {name: config for name, config in own.items() if not isinstance(config, TaskConfig)}
@@ -52,11 +48,7 @@ def unknown_task(name: str, known: Mapping[str, Task] = NONE) -> str:
 
 
 def task_named(name: str, known: Mapping[str, Task] = NONE) -> Task:
-    """The task of this name among the known ones (by default all but own ones).
-
-    Raises:
-        ConfigError: there is none; the sentence has the nearest name.
-    """
+    """The task of this name among the known ones, by default all but own ones; ConfigError with the nearest if none."""
     known = known or all_tasks()
     if name not in known:
         raise ConfigError(unknown_task(name, known))

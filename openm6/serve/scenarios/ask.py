@@ -25,13 +25,10 @@ MEDIA = ("image", "audio")  # kinds of inputs, and the fields of records that ho
 
 
 def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> Request:
-    """Return the request of a scenario.
+    """Return the request of a scenario; raise DataError if an input is missing, unknown or not of its kind.
 
     values: by name of the input: str for text, bytes for image and audio, {column: value} for numbers, {name, values}
         for series, a list of texts for candidates, fractions for box (4) and span (2)
-
-    Raises:
-        DataError: an input is missing, unknown or not of its kind.
     """
     for name in values:
         if name not in scenario.inputs:
