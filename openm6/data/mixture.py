@@ -136,7 +136,7 @@ class MixtureSampler:
         return {"mixture": mixture, "num_shards": self.num_shards, "shards": shards}
 
     def restore(self, state: Cursor) -> None:
-        """Continue from a position that `merge` put together, divided again for other shards; DataError if it differs."""
+        """Continue from a position of `merge`, divided again among other shards; DataError if the data changed."""
         self._ahead.clear()
         self._orders.clear()
         mixture, cursors = state["mixture"], state["mixture"]["components"]

@@ -15,8 +15,14 @@ from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.energy.carbon import WORLD, grid
 from openm6.energy.counter import SOURCES, Counter, EnergyReading
-from openm6.energy.nvml import open_gpus
-from openm6.energy.processor import WATTS_PER_CORE, ProcessorEstimate, installed_gib, memory_estimate, open_packages
+from openm6.energy.devices import (
+    WATTS_PER_CORE,
+    ProcessorEstimate,
+    installed_gib,
+    memory_estimate,
+    open_gpus,
+    open_packages,
+)
 
 POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so it must be read in a long step, too
 MAX_REST = 1.0  # seconds

@@ -29,12 +29,12 @@ from openm6.serve.engine import Engine
 from openm6.serve.errors import ErrorBody, answer_failure
 from openm6.serve.fetching import Fetcher
 from openm6.serve.middleware import HTTPMiddleware
-from openm6.serve.routes import audio, chat, images, predict, retrieval, scenarios, status
+from openm6.serve.routes import chat, media, one_pass, scenarios, status
 from openm6.serve.scenarios.scenario import read_scores
 from openm6.serve.server import Metrics, Server
 
 # A new route is a file in openm6/serve/routes and an entry here.
-ROUTES = (status, chat, images, audio, retrieval, predict, scenarios)
+ROUTES = (status, chat, media, one_pass, scenarios)
 
 
 def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "openm6") -> FastAPI:

@@ -122,21 +122,16 @@ OUTLINE = Outline("image", needs=IMAGE.present)
 
 TASKS = {
     "text_to_sketch": Task(
-        summary="Generate a line drawing from a text",
-        inputs={"text": TEXT},
-        target=OUTLINE,
+        summary="Generate a line drawing from a text", inputs={"text": TEXT}, target=OUTLINE,
         prompts={"en": ("sketch {text}",), "zh": ("画{text}的草图",)},
     ),
     "sketch_to_image": Task(
-        summary="Generate an image from a line drawing and a text",
-        inputs={"image": OUTLINE, "text": TEXT},
+        summary="Generate an image from a line drawing and a text", inputs={"image": OUTLINE, "text": TEXT},
         target=IMAGE,
-        prompts={"en": ("{image} Colour it in: {text}",), "zh": ("{image} 上色：{text}",)},
-        metrics=("bits_per_code",),
+        prompts={"en": ("{image} Colour it in: {text}",), "zh": ("{image} 上色：{text}",)}, metrics=("bits_per_code",),
     ),
     "style_transfer": Task(
-        summary="Apply the style of a reference to an image",
-        inputs={"image": IMAGE, "reference": Derived("image")},
+        summary="Apply the style of a reference to an image", inputs={"image": IMAGE, "reference": Derived("image")},
         target=Derived("image", partial(restyle, names=("reference",))),
         prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
         needs_negatives=True,
@@ -149,9 +144,8 @@ TASKS = {
         needs_negatives=True,
     ),
     "background_replacement": Task(
-        summary="Replace the background of an image",
-        inputs={"image": IMAGE, "colour": Derived("text")},
+        summary="Replace the background of an image", inputs={"image": IMAGE, "colour": Derived("text")},
         target=Derived("image", background_replacement),
         prompts={"en": ("{image} Background: {colour}",), "zh": ("{image} 背景：{colour}",)},
     ),
-}
+}  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from openm6.energy import processor
-from openm6.energy.processor import ProcessorEstimate, memory_estimate, own_cpu_seconds
+from openm6.energy.devices import ProcessorEstimate, memory_estimate, own_cpu_seconds
 
 
 def zone(root: Path, folder: str, name: str, microjoules: int) -> Path:

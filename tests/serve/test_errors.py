@@ -12,11 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from openm6.serve.errors import KINDS, SENTENCES, describe_invalid
-from openm6.serve.routes.audio import SpeechBody
-from openm6.serve.routes.chat_request import UNSUPPORTED, ChatBody
-from openm6.serve.routes.images import GenerationBody
-from openm6.serve.routes.predict import PredictionBody
-from openm6.serve.routes.retrieval import EmbeddingBody, RankingBody
+from openm6.serve.routes.chat import UNSUPPORTED, ChatBody
+from openm6.serve.routes.media import GenerationBody, SpeechBody
+from openm6.serve.routes.one_pass import EmbeddingBody, PredictionBody, RankingBody
 from openm6.serve.routes.scenarios import ScenarioBody
 from tests.load.server import Address, Reply, form
 from tests.serve.running import answering, small_app

@@ -1,1 +1,1 @@
-"""One file for each route of the API; `openm6/serve/app.py` lists them."""
+"""The routes of the API by kind; `openm6/serve/app.py` lists them."""
