@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from openm6.cli.group import print_result
 from openm6.cli.train import Trained
-
-
-class Form(StrEnum):
-    """What other programs read."""
-
-    hf = "hf"
-    gguf = "gguf"
 
 
 def import_model(
@@ -44,8 +36,8 @@ def export(
     trained: Trained,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     form: Annotated[
-        Form, typer.Option("--format", help="hf: safetensors for transformers; gguf: for llama.cpp.")
-    ] = Form.hf,
+        Literal["hf", "gguf"], typer.Option("--format", help="hf: safetensors for transformers; gguf: for llama.cpp.")
+    ] = "hf",
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16, fp16, or q8_0 for gguf; default: as stored, fp16 for gguf.")
     ] = None,
@@ -61,4 +53,4 @@ def export(
     # torch takes seconds to import
     from openm6.hub.export import export_run
 
-    print_result(export_run(trained, out, form.value, dtype, text_only))
+    print_result(export_run(trained, out, form, dtype, text_only))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,21 +21,6 @@ Dtype = Annotated[
     str, typer.Option(metavar="auto|fp32|bf16|int8", help="Weights of the model; auto: by device, see docs/serving.md.")
 ]
 Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")]
-
-
-class TargetStage(StrEnum):
-    """Stages that a checkpoint can be converted to."""
-
-    real = "real"
-    pseudo = "pseudo"
-
-
-class Moments(StrEnum):
-    """Optimizer state of layers whose weights were shared."""
-
-    independent = "independent"
-    aligned = "aligned"
-    reset = "reset"
 
 
 def demo(
@@ -92,10 +76,13 @@ def convert(
         str | None,
         typer.Option(help="fp32, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes)."),
     ] = None,
-    stage: Annotated[TargetStage | None, typer.Option(help="real: separate weights for each layer.")] = None,
+    stage: Annotated[
+        Literal["real", "pseudo"] | None, typer.Option(help="real: separate weights for each layer.")
+    ] = None,
     moments: Annotated[
-        Moments, typer.Option(help="Optimizer moments of layers whose weights were shared.")
-    ] = Moments.independent,
+        Literal["independent", "aligned", "reset"],
+        typer.Option(help="Optimizer moments of layers whose weights were shared."),
+    ] = "independent",
 ) -> None:
     """Convert a checkpoint to another stage or another precision.
 
@@ -105,4 +92,4 @@ def convert(
     # torch takes seconds to import
     from openm6.train.convert import convert as convert_checkpoint
 
-    typer.echo(convert_checkpoint(trained, out, precision, stage.value if stage else None, moments.value))
+    typer.echo(convert_checkpoint(trained, out, precision, stage, moments))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -18,7 +18,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.pool import pooled
 from openm6.modalities.registry import Modalities, opened, source_segments, split_opening, target_segment
 from openm6.modalities.text import MASK_CHARACTER
-from openm6.tasks.registry import all_tasks, task_named
+from openm6.tasks.registry import NONE, task_named
 from openm6.tasks.task import Example, Task
 
 # Of every task's examples: what the answer's likelihood is without its inputs must be learned to be measured.
@@ -60,10 +60,7 @@ def example_sequence(
 
 
 def with_negatives(record: Record, source: Source, rng: np.random.Generator) -> Record:
-    """The record with what a few others of its source hold, for tasks that show a wrong one or a second one.
-
-    Broken ones are passed over: the quarantine names a record when it is drawn itself, never for another's fault.
-    """
+    """The record with what a few others of its source hold, for tasks that show another; broken ones are left out."""
     drawn = (unless_broken(source.__getitem__, int(index)) for index in rng.integers(0, len(source), 4 * OTHERS))
     chosen = islice((other for other in drawn if other is not None), OTHERS)
     others = [
@@ -74,23 +71,18 @@ def with_negatives(record: Record, source: Source, rng: np.random.Generator) -> 
     return {**record, "others": others}
 
 
+@dataclass(eq=False)
 class ExampleTransform:
     """A sample of the mixture as a packed example: a pure function of the run's seed and the sample."""
 
-    def __init__(
-        self,
-        sampler: MixtureSampler,
-        modalities: Modalities,
-        seed: int,
-        loss_weights: dict[str, float],
-        tasks: Mapping[str, Task] | None = None,
-    ) -> None:
-        self.sampler = sampler
-        self.modalities = modalities
-        self.seed = seed
-        self.loss_weights = loss_weights
-        known = all_tasks() if tasks is None else tasks
-        self.tasks = [task_named(component.task, known) for component in sampler.components]
+    sampler: MixtureSampler
+    modalities: Modalities
+    seed: int
+    loss_weights: dict[str, float]
+    known: InitVar[Mapping[str, Task] | None] = None  # tasks; by default all but own ones
+
+    def __post_init__(self, known: Mapping[str, Task] | None) -> None:
+        self.tasks = [task_named(component.task, known or NONE) for component in self.sampler.components]
 
     def __call__(self, sample: SampleIndex) -> PackedExample:
         """The example as tokens; DataError if the record is broken or lacks what its task needs."""

@@ -124,10 +124,7 @@ _FOREIGN: list[tuple[tuple[bytes, ...], tuple[str, ...], str]] = [
 
 
 def refuse_foreign(path: str, parquet: bool = False) -> None:
-    """Raise DataError, with what to do, if the first bytes of a file are those of something that is no table.
-
-    With `parquet`, a file that is not Parquet raises too: its name, or a bracket at its start, shows what it is.
-    """
+    """Raise DataError, with what to do, if a file begins as what is no table or, with `parquet`, no Parquet."""
     with open_binary(path) as file:
         head = file.read(64)
     if parquet and head.startswith(b"PAR1"):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,32 +22,31 @@ SEASON, TREND, SMOOTH, SHIFT, OUTLIERS, GAPS, PERCENT = 0.7, 0.7, 0.5, 0.15, 0.1
 SECONDS = 86_400.0
 
 
+@dataclass(eq=False)
 class SyntheticSeriesSource(Source):
     """Windows of artificial series, others each epoch; `extra` as of windows, with `period` and `log`."""
 
-    def __init__(self, name: str, config: SyntheticSeriesConfig, split: Split, count: int) -> None:
-        self.name = name
-        self._config = config
-        self._split = split
-        self._count = count
+    name: str
+    config: SyntheticSeriesConfig
+    split: Split
+    count: int
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, index: int) -> Record:
         return self.at(index, 0)
 
     def at(self, index: int, epoch: int) -> Record:
         """The series of an index in an epoch: a pure function of both."""
-        index = check_index(index, len(self))
-        config = self._config
-        rng = numpy_generator(derive_seed(config.seed, "synthetic series", self._split), epoch, index)
+        index, config = check_index(index, len(self)), self.config
+        rng = numpy_generator(derive_seed(config.seed, "synthetic series", self.split), epoch, index)
         context = int(rng.integers(config.min_context, config.context + 1))
         values, period, log = draw_series(rng, context + config.horizon)
         series = {config.column: [None if np.isnan(value) else float(value) for value in values]}
         extra: dict[str, Any] = {"context": context, "horizon": config.horizon, "block": f"{epoch}/{index}"}
         extra |= {"period": period, "log": log}
-        return {"id": f"{self.name}/{self._split}/{epoch}/{index}", "series": series, "extra": extra}
+        return {"id": f"{self.name}/{self.split}/{epoch}/{index}", "series": series, "extra": extra}
 
 
 class SyntheticSeriesConfig(SourceConfig):

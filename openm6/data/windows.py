@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import partial
@@ -159,6 +160,7 @@ def _has_zone(cell: Any) -> bool:
 # Shapes: R rows of the table in order of time, C columns, L = context + horizon rows of a window
 
 
+@dataclass(eq=False)
 class WindowSource(Source):
     """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
 
@@ -167,27 +169,19 @@ class WindowSource(Source):
     `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: WindowsConfig,
-        values: np.ndarray,
-        windows: list[tuple[np.ndarray, dict[str, Any]]],
-        seconds: np.ndarray | None,
-    ) -> None:
-        self.name = name
-        self._config = config
-        self._values = values  # R C, NaN if missing, infinite if the cell could not be read
-        self._windows = windows  # of each window its rows of the table, L, and what `extra` says of them
-        self._seconds = seconds  # R, None if the times are unknown or no dates
+    name: str
+    config: WindowsConfig
+    cells: np.ndarray  # R C, NaN if missing, infinite if the cell could not be read
+    windows: list[tuple[np.ndarray, dict[str, Any]]]  # the rows of the table of each, L, and what `extra` says of them
+    seconds: np.ndarray | None  # R, None if the times are unknown or no dates
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self.windows)
 
     def __getitem__(self, index: int) -> Record:
-        config = self._config
-        rows, about = self._windows[check_index(index, len(self))]
-        values = self._values[rows]  # L C
+        config = self.config
+        rows, about = self.windows[check_index(index, len(self))]
+        values = self.cells[rows]  # L C
         broken = np.argwhere(np.isinf(values))
         if len(broken):
             row, column = broken[0]
@@ -198,8 +192,8 @@ class WindowSource(Source):
             for index, column in enumerate(config.numbers)
         }
         extra = {"context": config.context, "horizon": config.horizon, **about}
-        if self._seconds is not None:
-            times = self._seconds[rows]
+        if self.seconds is not None:
+            times = self.seconds[rows]
             extra["clock"] = (float(times[0]), float(np.median(np.diff(times))))
         if len(config.numbers) > len(config.columns):
             extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}

@@ -14,9 +14,11 @@ from openm6.core.config import Config
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.energy.carbon import WORLD, grid
-from openm6.energy.counter import SOURCES, Counter, EnergyReading
 from openm6.energy.devices import (
+    SOURCES,
     WATTS_PER_CORE,
+    Counter,
+    EnergyReading,
     ProcessorEstimate,
     installed_gib,
     memory_estimate,

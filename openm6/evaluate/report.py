@@ -56,10 +56,7 @@ def write_report(run: RunFolder, report: EvalReport, facts: RunFacts) -> None:
 
 
 def report_json(report: EvalReport, facts: RunFacts) -> str:
-    """Training and results as JSON: `seconds` of training, `params`, `tokens`, `steps`, `tasks`, `codecs`, `energy`.
-
-    `weights_of_step` is the step whose weights the model has, if it is not the last.
-    """
+    """Training and results as JSON; `weights_of_step` is the step whose weights the model has, if not the last."""
     content = {
         "seconds": facts.seconds,
         "params": {"total": facts.total_parameters, "active": facts.active_parameters},

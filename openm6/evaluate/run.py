@@ -91,15 +91,10 @@ def evaluate(
             "name its columns as docs/own-data.md names the keys, or choose other --tasks"
         )
     if json_path is not None:
-        replace_text(json_path, scores_json(report))
+        scores = {result.name: result.to_json() for result in report.results}
+        content = {"checkpoint": report.checkpoint, "seconds": round(report.seconds, 2), "tasks": scores}
+        replace_text(json_path, to_json(content, indent=1) + "\n")
     return report
-
-
-def scores_json(report: EvalReport) -> str:
-    """The JSON of `openm6 evaluate --json`: `seconds`, `checkpoint` and `tasks` by name."""
-    tasks = {result.name: result.to_json() for result in report.results}
-    content = {"checkpoint": report.checkpoint, "seconds": round(report.seconds, 2), "tasks": tasks}
-    return to_json(content, indent=1) + "\n"
 
 
 def open_own_data(path: str, trained: Mapping[str, SourceConfig]) -> dict[str, Source]:

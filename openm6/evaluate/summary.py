@@ -37,10 +37,7 @@ def result_line(result: TaskResult) -> str:
 
 
 def print_table(report: EvalReport, console: Console) -> None:
-    """One row per task: score and baseline, information gain with its 95 % interval, records answered.
-
-    A narrow terminal shows neither modalities nor records. Names are folded, since one cut short could not be typed.
-    """
+    """One row per task; a narrow terminal shows neither modalities nor records. A name cut short could not be typed."""
     narrow = console.width < WIDE
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
     table.add_column("task", overflow="fold", min_width=14)

@@ -14,8 +14,7 @@ from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
-from openm6.hub.gguf_file import GgufFile
-from openm6.hub.gguf_tokenizer import read_gguf_tokenizer
+from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
 from openm6.models.description import TOKENIZER_FILE
 

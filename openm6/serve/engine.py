@@ -87,10 +87,7 @@ class FairQueue:
         self._size += 1
 
     def pop(self, fits: Callable[[RequestHandle], bool], kinds: Collection[type] | None = None) -> RequestHandle | None:
-        """Remove and return the next request that fits: by counters, and within a client by age.
-
-        `kinds` are those requests for which there may be a free slot; the others are not examined.
-        """
+        """Remove and return the next request that fits, and is of `kinds`: by counters, within a client by age."""
         open_kinds = [kind for kind in self._sorted if kinds is None or kind in kinds]
         # A client that waits for several kinds stands in the list of each.
         for line, _ in groupby(merge(*(self._sorted[kind] for kind in open_kinds))):

@@ -55,10 +55,7 @@ class Fetcher:
         )
 
     async def fetch_all(self, turns: Iterable[tuple[str, Content | None]]) -> None:
-        """Replace every https URL of images by a data URL of its content; turns come with the names of their fields.
-
-        Raise BadRequestError if an image is elsewhere, too large, or does not come in time.
-        """
+        """Replace https URLs of images in turns, which come with their fields, by data URLs; raise BadRequestError."""
         if not self.hosts:
             return  # what is no data URL is refused when it is read
         remote = [

@@ -49,10 +49,7 @@ class ReplicaConfig(Config):
 
 
 def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_serve.Application:
-    """Return an app as a Ray Serve application; `build` is called in the process of each replica.
-
-    Whole requests and streams go to one replica's engine: no token takes a hop of its own.
-    """
+    """Return an app, built in the process of each replica, as a Ray Serve application; each answers whole requests."""
     scaling = replicas.model_dump(include={"min_replicas", "max_replicas", "target_ongoing_requests"})
     is_fixed = replicas.min_replicas == replicas.max_replicas
     replicated = ray_serve.deployment(

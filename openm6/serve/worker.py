@@ -242,7 +242,14 @@ class Worker:
     def _start(self, handle: RequestHandle) -> None:
         request = handle.prepared.request
         if isinstance(request, CodesRequest):
-            self._start_masked(handle, request)
+            prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
+            position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
+            state = MaskedDecodeState(handle, prepared.targets[0], request.sampling, slot, position, omni.device)
+            if state.first_unknown:
+                self.free_slots.pop()
+                self.masked.append(state)
+            else:  # a mask that covers no position
+                self._end(handle, state.codes.cpu(), 0)
         elif not isinstance(request, TextRequest):
             self.passes += 1
             self._answer_at_once(handle)
@@ -320,16 +327,6 @@ class Worker:
                 self._end(handle, handle.text, len(row.tokens), cut, confidence_of(row.nll, len(row.tokens)))
             else:
                 handle.notify()
-
-    def _start_masked(self, handle: RequestHandle, request: CodesRequest) -> None:
-        prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
-        position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
-        state = MaskedDecodeState(handle, prepared.targets[0], request.sampling, slot, position, omni.device)
-        if state.first_unknown:
-            self.free_slots.pop()
-            self.masked.append(state)
-        else:  # a mask that covers no position
-            self._end(handle, state.codes.cpu(), 0)
 
     def _step_masked(self, group: list[MaskedDecodeState]) -> None:
         """Run one decoding step of a group of images or audio."""

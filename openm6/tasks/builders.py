@@ -114,11 +114,9 @@ def hold_out(record: Record, context: Context, column: str | None = None) -> Bui
 
 
 def _shown(record: Record, context: Context, column: str, answer: str = "") -> dict[str, Part]:
-    """Numbers, categories and text of a record but for one column and for a text that holds the answer.
-
-    In half of the training examples only some of the columns are given, so that any number of them may be missing.
-    """
+    """Numbers, categories and text of a record but for one column and for a text that holds the answer."""
     rng, language = context.rng, context.language
+    # In half of the training examples some columns are left out, so that any number of them may be missing.
     kept = float(rng.uniform(*KEPT_COLUMNS)) if context.train and rng.random() < 0.5 else 1.0
 
     def others(values: dict[str, Any]) -> dict[str, Any]:

@@ -94,10 +94,7 @@ class Outline(Derived):
 
 
 def restyle(record: Record, context: Context, names: Sequence[str]) -> Built:
-    """References of these names, each in a random style of its own, and the record's image in the mean of the styles.
-
-    The references are images of other records, or the record's own without any.
-    """
+    """Images of other records, if any, in random styles, by these names, and the own image in the styles' mean."""
     known = sorted(STYLES)
     styles = [STYLES[known[int(index)]] for index in context.rng.permutation(len(known))[: len(names)]]
     images = [other["image"] for other in record.get("others", ()) if other.get("image")] or [record["image"]]

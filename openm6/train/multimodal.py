@@ -25,9 +25,15 @@ from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.meter import open_meter
 from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
-from openm6.evaluate.results import EvalReport, RunFacts
+from openm6.evaluate.results import (
+    EvalReport,
+    RunFacts,
+    drop_evaluation,
+    last_checkpoint,
+    load_evaluation,
+    save_evaluation,
+)
 from openm6.evaluate.run import evaluate
-from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
 from openm6.evaluate.summary import result_line
 from openm6.inference.load import LoadedModel, load, read_texts
 from openm6.modalities.batch import Batch, Counts, count, split

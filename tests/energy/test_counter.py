@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from openm6.energy.counter import EnergyRegister
+from openm6.energy.devices import EnergyRegister
 
 
 def register(wrap: float | None = None, bridges: bool = False) -> Callable[[float, float], float]:

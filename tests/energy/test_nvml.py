@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from openm6.energy import nvml
+from openm6.energy import devices
 
 
 class Driver:
@@ -50,13 +50,13 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
-    monkeypatch.setattr(nvml, "pynvml", fake.calls())
+    monkeypatch.setattr(devices, "pynvml", fake.calls())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return fake
 
 
 def test_a_board_with_a_counter_and_one_without(driver: Driver) -> None:
-    counters, notes = nvml.open_gpus(None)
+    counters, notes = devices.open_gpus(None)
     assert [(counter.name, counter.source) for counter in counters] == [
         ("GPU 0 V100", "nvml"),
         ("GPU 1 P100", "estimate"),
@@ -77,11 +77,11 @@ def test_cuda_numbers_are_followed(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [counter.name for counter in nvml.open_gpus(None)[0]] == names
+    assert [counter.name for counter in devices.open_gpus(None)[0]] == names
 
 
 def test_a_driver_that_is_reloaded_drops_the_interval(driver: Driver) -> None:
-    counter = nvml.open_gpus((0,))[0][0]
+    counter = devices.open_gpus((0,))[0][0]
     driver.millijoules = 10
     assert counter.joules() == 0.0
     driver.millijoules = 1_010
@@ -89,7 +89,7 @@ def test_a_driver_that_is_reloaded_drops_the_interval(driver: Driver) -> None:
 
 
 def test_a_number_that_is_not_there_is_told(driver: Driver) -> None:
-    counters, notes = nvml.open_gpus((7,))
+    counters, notes = devices.open_gpus((7,))
     assert counters == [] and notes == ["GPU 7 is not counted: NVML does not show it"] and driver.open == 0
 
 
@@ -101,6 +101,6 @@ def test_no_driver_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
         raise fake.NVMLError("Driver Not Loaded")
 
     calls.nvmlInit = refuse
-    monkeypatch.setattr(nvml, "pynvml", calls)
-    assert nvml.open_gpus(None) == ([], ["no GPU is counted: Driver Not Loaded"])
-    assert nvml.open_gpus(()) == ([], [])
+    monkeypatch.setattr(devices, "pynvml", calls)
+    assert devices.open_gpus(None) == ([], ["no GPU is counted: Driver Not Loaded"])
+    assert devices.open_gpus(()) == ([], [])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.energy import processor
+from openm6.energy import devices
 from openm6.energy.devices import ProcessorEstimate, memory_estimate, own_cpu_seconds
 
 
@@ -34,35 +34,35 @@ def powercap(tmp_path: Path) -> Path:
 
 
 def test_packages_and_memory_are_summed_once(powercap: Path) -> None:
-    counters, has_memory, notes = processor.open_packages(powercap)
+    counters, has_memory, notes = devices.open_packages(powercap)
     assert [counter.name for counter in counters] == ["intel-rapl:0 package-0", "intel-rapl:0:1 dram"]
     assert has_memory and notes == []
 
 
 def test_microjoules_become_joules_and_wrap(powercap: Path) -> None:
-    counter = processor.open_packages(powercap)[0][0]
+    counter = devices.open_packages(powercap)[0][0]
     assert counter.joules() == 0.0
     (powercap / "intel-rapl:0" / "energy_uj").write_text("3500000")
     assert counter.joules() == pytest.approx(2.5)
 
 
 def test_a_zone_that_goes_away_is_lost(powercap: Path) -> None:
-    counter = processor.open_packages(powercap)[0][0]
+    counter = devices.open_packages(powercap)[0][0]
     (powercap / "intel-rapl:0" / "energy_uj").unlink()
     with pytest.raises(counter.errors):
         counter.joules()
 
 
 def test_no_rapl_is_no_counter(tmp_path: Path) -> None:
-    assert processor.open_packages(tmp_path / "nothing") == ([], False, [])
+    assert devices.open_packages(tmp_path / "nothing") == ([], False, [])
 
 
 def test_a_counter_only_root_may_read_is_named(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(zone: Path, name: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(processor, "RaplCounter", refuse)  # root, who may run the tests, reads everything
-    counters, has_memory, notes = processor.open_packages(powercap)
+    monkeypatch.setattr(devices, "RaplCounter", refuse)  # root, who may run the tests, reads everything
+    counters, has_memory, notes = devices.open_packages(powercap)
     assert counters == [] and not has_memory and "may not be read" in notes[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.report import report_html, report_json
-from openm6.evaluate.saved import FILE, drop_evaluation, load_evaluation, save_evaluation
+from openm6.evaluate.results import FILE, drop_evaluation, load_evaluation, save_evaluation
 from openm6.modalities.interface import Cuttable, Part
 from tests.evaluate import example_report as example
 

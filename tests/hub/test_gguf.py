@@ -13,8 +13,7 @@ from tokenizers import Tokenizer
 
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.export import export_run
-from openm6.hub.gguf_file import GgufFile
-from openm6.hub.gguf_tokenizer import gguf_tokenizer, read_gguf_tokenizer
+from openm6.hub.gguf_file import GgufFile, gguf_tokenizer, read_gguf_tokenizer
 from openm6.hub.importing import import_model, imported_logits
 from openm6.inference.load import load
 

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from openm6.core.errors import OutputError, TrainingError
+from openm6.core.files import to_json
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.processes import DistributedContext
 from openm6.evaluate.results import EvalReport
-from openm6.evaluate.run import evaluate, scores_json
+from openm6.evaluate.run import evaluate
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.offloaded import OffloadedInference
 from openm6.train.loop import train
@@ -41,7 +42,7 @@ def reported(run: Path) -> dict[str, Any]:
 
 
 def tasks_of(report: EvalReport) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(scores_json(report))["tasks"]
+    found: dict[str, Any] = json.loads(to_json({one.name: one.to_json() for one in report.results}))
     return found
 
 

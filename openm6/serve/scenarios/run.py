@@ -88,10 +88,7 @@ class ExampleResult:
 def run_scenarios(
     trained: Path, json_path: Path | None = None, device: str = "auto", dtype: str = "auto"
 ) -> list[ExampleResult]:
-    """Run the examples of all scenarios, in both languages; raise CheckpointError if there is no model.
-
-    With `json_path` the number of examples in each state is written there, and then each of them.
-    """
+    """Run the examples of all scenarios, in both languages, and write them to `json_path`; raise CheckpointError."""
     config = ONE_AT_A_TIME.model_copy(update={"weights": precision_of(dtype) or "auto"})
     with Engine(load(trained, device), config) as engine:
         scenarios = library_of(engine.loaded.description).scenarios.values()

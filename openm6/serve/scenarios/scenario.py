@@ -255,10 +255,7 @@ class Readiness:
 
 
 def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores | None = None) -> Readiness:
-    """Return what a model lacks for a scenario, by the tasks and columns in its checkpoint and by its report.
-
-    A task over several sources is good enough if it is on one of them; so is one that was not evaluated.
-    """
+    """Return what a model lacks for a scenario, by its checkpoint and report; one good source of a task is enough."""
     trained = {trained_task.task for trained_task in description.trained_tasks}
     missing = [task for task in scenario.tasks if task not in trained]
     if not missing and scenario.column is not None and scenario.column not in description.scales:
