@@ -62,13 +62,8 @@ def answer(loaded: LoadedModel, examples: list[Example], sampling: MaskedSamplin
         default = loaded.text.max_tokens
         longest = max(int(example.target.options.get("max_tokens", default)) for example in examples)
         return list(generate_texts(loaded, prompts, Sampling(max_tokens=longest)))
-    codec = loaded.image if modality == "image" else loaded.audio
     found: list[Answer] = []
     for start in range(0, len(examples), BATCH):
-        parts, batch = [e.target for e in examples[start : start + BATCH]], prompts[start : start + BATCH]
-        if modality == "numbers":
-            targets = [target_segment(part, loaded.modalities) for part in parts]
-        else:
-            targets = [codec.target(part.raw, options=part.options) for part in parts]
-        found += decode_targets(loaded, batch, modality, targets, sampling)
+        targets = [target_segment(example.target, loaded.modalities) for example in examples[start : start + BATCH]]
+        found += decode_targets(loaded, prompts[start : start + BATCH], modality, targets, sampling)
     return found

@@ -95,12 +95,7 @@ class EnergyAccount:
 def read_account(
     run: RunFolder, country: str | None = None, pue: float | None = None, evaluation: float = 0.0
 ) -> EnergyAccount:
-    """The account of a run; `country` and `pue` override its own settings.
-
-    Raises:
-        CheckpointError: the run has no checkpoint yet, or one that was not metered.
-        ConfigError: a country that is not in the table, or a PUE below 1.
-    """
+    """The account of a run; `country` and `pue` override its settings (ConfigError); CheckpointError if not metered."""
     folder = latest(run.path)
     state = read_state(folder).get("callbacks", {}).get("meter", {})
     if not state.get("stages"):

@@ -64,9 +64,7 @@ def evaluate(
     (`open_own_data`); baselines are then fitted to it, too, which only makes them harder to beat.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged.
-        ConfigError: an unknown task, or the folder of `json_path` does not exist.
-        DataError: the sources are missing.
+        CheckpointError, ConfigError, DataError: the checkpoint, a setting or name, or the sources cannot be used.
     """
     if json_path is not None:
         check_writable(json_path, "--json")

@@ -39,10 +39,8 @@ def export_run(run: Path, out: Path, form: str, dtype: str | None = None, text_o
     """Write the text path of a run's newest checkpoint to `out`; return what was written, and what is left out.
 
     form: `hf`, a folder for `AutoModelForCausalLM`, in the stored dtype by default; or `gguf`, a file in fp16 by
-    default. Written under a temporary name, so that `out` is whole or not there.
-
-    Raises:
-        ConfigError: no plain decoder computes the same, unless `text_only` accepts that for prompts and modalities.
+    default. Written under a temporary name, so that `out` is whole or not there. ConfigError if no plain decoder
+    computes the same, unless `text_only` accepts that for prompts and modalities.
     """
     allowed = DTYPES if form == "hf" else GGUF_TYPES
     if dtype is not None and dtype not in allowed:

@@ -44,11 +44,7 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
 
 
 def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, int | None, int | None, str | None]:
-    """The text of a tokenizer.json, what opens and what closes a text, and the chat template, from `tokenizer.…`.
-
-    Raises:
-        ConfigError: a tokenizer of another kind, or a field missing.
-    """
+    """The text of a tokenizer.json, what opens and closes a text, and the chat template; ConfigError if unreadable."""
     model, pre = fields.get("ggml.model"), fields.get("ggml.pre", "gpt-2")
     pre = ALIASES.get(pre, pre)
     if model not in ("gpt2", "llama") or (model == "gpt2" and pre not in PRE_TOKENIZERS):

@@ -52,10 +52,7 @@ HEAD_ROWS = 8192  # of the output layer that are widened at a time
 def import_model(source: str, out: Path, receipt: bool = True) -> str:
     """Write a published decoder as a run at `out`; return what was imported, and how exactly.
 
-    Everything is checked before anything is written; if writing fails, `out` is removed.
-
-    Raises:
-        CheckpointError, ConfigError: the model is not whole, or something of it is not supported.
+    Everything is checked before anything is written (CheckpointError, ConfigError); if writing fails, `out` is removed.
     """
     pretrained = open_pretrained(source)
     config = backbone_config(pretrained.settings)

@@ -39,11 +39,8 @@ class Pretrained:
 def open_pretrained(source: str) -> Pretrained:
     """The model in a folder, a GGUF file, or `OWNER/NAME` on the Hub (of a GGUF repository `OWNER/NAME/FILE.gguf`).
 
-    Headers and metadata are read, no weights.
-
-    Raises:
-        CheckpointError: it is not there, not whole, or its parts do not fit one another.
-        ConfigError: something of it is not supported.
+    Headers and metadata are read, no weights. CheckpointError if it is not there, not whole, or its parts do not fit
+    one another, ConfigError if something of it is not supported.
     """
     path = Path(source)
     path = path if path.exists() else download(source)

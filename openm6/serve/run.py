@@ -51,10 +51,7 @@ def serve(
 ) -> None:
     """Serve a run or checkpoint until it is interrupted; `configure_app` may add to the app, as the playground does.
 
-    Raises:
-        CheckpointError: there is no model there.
-        ConfigError: the address cannot be used.
-        EngineError: the engine could not start, or failed, and the server ended with it.
+    Raise CheckpointError without a model, ConfigError for an address, EngineError if the engine fails.
     """
     with bind(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]

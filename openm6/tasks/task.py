@@ -198,11 +198,7 @@ class Task:
     def example(
         self, record: Record, rng: np.random.Generator, train: bool = False, language: str | None = None
     ) -> Example:
-        """The record as an example; the generator draws language, prompt and what the task leaves open.
-
-        Raises:
-            MissingFieldError: the record lacks a field that the task needs (in `language`, if one is given).
-        """
+        """The record as an example, in `language` or any, as the generator draws; MissingFieldError if it has none."""
         languages = [found for found in self.languages(record) if language in (None, found)]
         if not languages:
             raise MissingFieldError(
