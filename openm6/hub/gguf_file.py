@@ -222,17 +222,13 @@ class GgufFile:
             rope |= {"rope_type": own["rope.scaling.type"], "factor": own.get("rope.scaling.factor")}
             rope |= {"original_max_position_embeddings": original} if original else {}
         if FREQUENCIES in self.tensors:
-            rope |= self._llama3_scaling(rope["rope_theta"])
+            found = self._array(FREQUENCIES)
+            scaling = RopeScaling(rope_type="llama3", factor=float(found.max()))
+            if not np.allclose(found, scaling.divisors(rope["rope_theta"], len(found)), rtol=1e-4):
+                raise ConfigError(f"{self.path} scales rotary positions by divisors of its own, which is not supported")
+            rope |= scaling.model_dump(exclude_none=True)
         settings["rope_parameters"] = rope
         return settings
-
-    def _llama3_scaling(self, theta: float) -> dict[str, Any]:
-        """The settings of Llama 3.1 and later, of which a GGUF file holds only the divisors of frequencies."""
-        found = self._array(FREQUENCIES)
-        scaling = RopeScaling(rope_type="llama3", factor=float(found.max()))
-        if not np.allclose(found, scaling.divisors(theta, len(found)), rtol=1e-4):
-            raise ConfigError(f"{self.path} scales rotary positions by divisors of its own, which is not supported")
-        return scaling.model_dump(exclude_none=True)
 
     def _array(self, name: str, index: int | None = None) -> np.ndarray:
         tensor = self.tensors[name]

@@ -78,7 +78,10 @@ def import_model(source: str, out: Path, receipt: bool = True) -> str:
     try:
         weights = {one.ours: one.read(pretrained.weights) for one in outer}
         for name in {EMBEDDING, HEAD} & weights.keys():
-            weights[name] = _with_rows(weights[name], len(omni.text.embedding.weight))
+            # More rows, each the mean of all, change the sum of a softmax by at most their fraction.
+            if missing := len(omni.text.embedding.weight) - len(weights[name]):
+                mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
+                weights[name] = torch.cat([weights[name], mean.expand(missing, -1)])
         weights |= _fresh_adapters(modalities, config)
         made = {*weights, *(one.ours for layer in layers for one in layer)}
         assert made == needed, f"tensors differ: {sorted(made ^ needed)[:4]}"
@@ -94,15 +97,6 @@ def import_model(source: str, out: Path, receipt: bool = True) -> str:
         f"{out}: {kind}, {config.num_layers} layers, {total:,.1f} million parameters besides embeddings; {exactness}\n"
         f'try openm6 generate {out} --output text --text "The capital of France is"'
     )
-
-
-def _with_rows(weight: Tensor, rows: int) -> Tensor:
-    """The matrix with more rows, each the mean of all: they change the sum of a softmax by at most their fraction."""
-    missing = rows - len(weight)
-    if not missing:
-        return weight
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight, mean.expand(missing, -1)])
 
 
 def _fresh_adapters(modalities: Modalities, config: BackboneConfig) -> dict[str, Tensor]:

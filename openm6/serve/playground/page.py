@@ -16,7 +16,7 @@ from openm6.modalities.interface import Part
 from openm6.serve.middleware import PLAYGROUND, match_key
 from openm6.serve.playground.parts import FIGURES, WORDS, ImageInput, make_inputs, show_answer, uploaded, values_in
 from openm6.serve.requests import CodesRequest, Request, TextRequest
-from openm6.serve.scenarios.ask import example_fits, scenario_request
+from openm6.serve.scenarios.run import example_fits, scenario_request
 from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, readiness
 from openm6.serve.server import Server
 

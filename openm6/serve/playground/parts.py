@@ -22,7 +22,7 @@ from openm6.serve.content import CHECKS, pcm
 from openm6.serve.errors import BadRequestError
 from openm6.serve.requests import Request
 from openm6.serve.routes.scenarios import decoded
-from openm6.serve.scenarios.ask import MEDIA, example_values
+from openm6.serve.scenarios.run import MEDIA, example_values
 from openm6.serve.scenarios.scenario import Bilingual, InputKind, Language, Scenario
 from openm6.serve.schemas import Distribution, coverage_of
 from openm6.serve.server import Server

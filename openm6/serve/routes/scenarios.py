@@ -27,7 +27,7 @@ from openm6.serve.content import (
 from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request
-from openm6.serve.scenarios.ask import example_fits, example_values, scenario_request
+from openm6.serve.scenarios.run import example_fits, example_values, scenario_request
 from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, readiness
 from openm6.serve.schemas import (
     CoveredReply,

@@ -79,7 +79,7 @@ class Scenario(Config):
     prompt: the words of a trained task; `{name}` is the slot of an input, `{column}` the column that is predicted
     ahead: steps of a series that are forecast; column: the column that is predicted
     tasks: what a model must have been trained on; recipe: the shipped one that trains it
-    examples: inputs to try, for each language, or none; images and audio are named as `data#id` (see ask.py)
+    examples: inputs to try, for each language, or none; images and audio are named as `data#id` (see run.py)
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")

@@ -23,7 +23,7 @@ from openm6.serve.playground.parts import (
     values_in,
     write_typed,
 )
-from openm6.serve.scenarios.ask import example_values
+from openm6.serve.scenarios.run import example_values
 from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_library
 from tests.data.sample_images import png, wav
 

@@ -19,7 +19,7 @@ from openm6.models.description import TrainedTask
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.scenarios.ask import example_values
+from openm6.serve.scenarios.run import example_values
 from openm6.serve.scenarios.scenario import read_library
 from tests.serve.running import running
 from tests.small_model import embedding_model

@@ -13,7 +13,7 @@ from openm6.data.prepare import with_negatives
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig, TrainedTask
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, TextRequest
-from openm6.serve.scenarios.ask import (
+from openm6.serve.scenarios.run import (
     example_fits,
     example_record,
     example_values,
