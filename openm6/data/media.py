@@ -54,9 +54,7 @@ class FolderTable(Table):
     def __init__(self, config: FolderConfig, root: Path, files: list[Path]) -> None:
         self.where = config.path
         self.names = ["id", "image", "audio", "label", f"text_{config.language}"]
-        self._config = config
-        self._root = root
-        self._files = files
+        self._config, self._root, self._files = config, root, files
         # Reads nothing outside the folder, links included.
         self.open_file = partial(read_beside, str(root / "any"))
 

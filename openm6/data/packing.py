@@ -72,9 +72,7 @@ class Packer:
     def __init__(
         self, transform: ExampleTransform, config: PackingConfig, quarantine: Quarantine, rank: int = 0, size: int = 1
     ) -> None:
-        self.transform = transform
-        self.config = config
-        self.quarantine = quarantine
+        self.transform, self.config, self.quarantine = transform, config, quarantine
         self.rank, self.size = rank, size
         # Of the samples in the buffers, by global index: what they become, kept to save time.
         self._built: dict[int, PackedExample] = {}

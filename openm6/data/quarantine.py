@@ -35,9 +35,7 @@ class Quarantine:
     """
 
     def __init__(self, path: Path | None = None, limit: float = MAX_BROKEN, minimum: int = 200) -> None:
-        self._path = path
-        self._limit = limit
-        self._minimum = minimum
+        self._path, self._limit, self._minimum = path, limit, minimum
         self._listed: set[tuple[str, str]] = set()  # source and id, also by an earlier part of the same run
         if path is not None and path.is_file():
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

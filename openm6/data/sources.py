@@ -30,9 +30,7 @@ class PairSource(Source):
     """
 
     def __init__(self, name: str, left: Source, right: Source, config: PairsConfig) -> None:
-        self.name = name
-        self._left = left
-        self._right = right
+        self.name, self._left, self._right = name, left, right
         self._left_keys = frozenset(CANONICAL_KEYS if config.left_keys is None else config.left_keys)
         self._right_keys = frozenset(CANONICAL_KEYS if config.right_keys is None else config.right_keys)
         self._seed = text_hash(name)

@@ -59,9 +59,7 @@ class ArrowTable(Table):
     """Columns in Arrow memory."""
 
     def __init__(self, arrow: pa.Table, where: str) -> None:
-        self.arrow = arrow
-        self.where = where
-        self.names = list(arrow.column_names)
+        self.arrow, self.where, self.names = arrow, where, list(arrow.column_names)
 
     def __len__(self) -> int:
         return int(self.arrow.num_rows)
@@ -87,10 +85,7 @@ class TableSource(Source):
     """The rows of a table that belong to one split, read through a RowReader."""
 
     def __init__(self, name: str, table: Table, reader: RowReader, rows: np.ndarray) -> None:
-        self.name = name
-        self._table = table
-        self._reader = reader
-        self._rows = rows
+        self.name, self._table, self._reader, self._rows = name, table, reader, rows
         # Most of the time of a small table's record is to make Python values of its cells.
         self._records = LRUCache[Record](CACHE_BYTES)
 

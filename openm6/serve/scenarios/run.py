@@ -224,12 +224,11 @@ def list_scenarios(trained: Path | None = None, language: Language = "en") -> Ta
 def scenarios_json(trained: Path | None = None) -> str:
     """Return every field of each scenario as JSON; with a run, also `ready`, `needs` and `state`. Raise as above."""
     library, listed = _listed(trained)
-    found = []
-    for scenario, able in listed:
-        entry = {"domain": library.domain_of[scenario.name], **scenario.model_dump(mode="json")}
-        if able is not None:
-            entry |= {"ready": able.ready, "needs": list(able.missing), "state": able.text()}
-        found.append(entry)
+    found = [
+        {"domain": library.domain_of[scenario.name], **scenario.model_dump(mode="json")}
+        | ({"ready": able.ready, "needs": list(able.missing), "state": able.text()} if able is not None else {})
+        for scenario, able in listed
+    ]
     return json.dumps({"scenarios": found}, ensure_ascii=False, indent=1)
 
 
