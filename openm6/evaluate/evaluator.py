@@ -32,9 +32,8 @@ from openm6.evaluate.baselines import (
     training_examples,
 )
 from openm6.evaluate.formatting import words
-from openm6.evaluate.knn import fit_knn
 from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nll
-from openm6.evaluate.metrics import Scored, all_metrics, known_metrics, relative_crps
+from openm6.evaluate.metrics import Scored, all_metrics, fit_knn, known_metrics, relative_crps
 from openm6.evaluate.results import EvalReport, Interval, Sample, TaskResult, bootstrap_interval
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference.load import LoadedModel

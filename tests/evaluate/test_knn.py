@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openm6.evaluate.knn import fit_knn, image_features
+from openm6.evaluate.metrics import fit_knn, image_features
 from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
 from tests.data.lists import ListSource

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openm6.evaluate.knn import KNNClassifier, image_features
 from openm6.evaluate.metrics import (
     METRICS,
+    KNNClassifier,
     Scored,
     all_metrics,
     bigram_f1,
+    image_features,
     metric_title,
     same_text,
     score,
