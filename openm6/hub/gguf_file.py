@@ -110,7 +110,7 @@ def _scored_bpe(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The metadata of a byte-level BPE tokenizer of `rows` tokens; ConfigError if llama.cpp does not know its rules."""
+    """The metadata of a byte-level BPE tokenizer of `rows` tokens; ConfigError if llama.cpp lacks its rules."""
     content = json.loads(tokenizer.to_str())
     model = content["model"]
     pre = next((name for name in PRE_TOKENIZERS if _rules(_pre_tokenizer(name)) == _rules(content)), None)
