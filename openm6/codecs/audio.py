@@ -106,11 +106,7 @@ class AudioCodec(Codec):
         return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
 
     def quantized(self, raw: Tensor) -> Quantized:
-        """The quantized latent of audio; the end is padded with silence to a whole position.  # B S -> B T C
-
-        Raises:
-            DataError: not a batch of mono audio clips, or an empty one.
-        """
+        """The quantized latent of audio; the end is padded with silence to a whole position.  # B S -> B T C"""
         if raw.dim() != 2 or raw.shape[1] == 0:
             raise DataError(
                 f"audio of shape {tuple(raw.shape)} does not fit the codec: it reads B samples, mono and not empty"

@@ -1,6 +1,8 @@
-"""What every codec offers, and the two ways to quantize its latent: groups side by side, or stage after stage."""
+"""What every codec offers: finite scalar quantization (FSQ, arXiv 2309.15505), which rounds each channel of a latent to
+one of a few levels, in two ways: groups side by side, or stage after stage."""
 
-# Shapes: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code
+# Shapes: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code,
+# channel d of which has L_d levels; a code packs D cells, the first one varying fastest
 
 from __future__ import annotations
 
@@ -10,13 +12,50 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import field_validator
 from torch import Tensor, nn
 
 from openm6.core.config import Config
-from openm6.ops.quantize import SATURATION, bits_per_channel, cell_values, pack, quantize, unpack
 
 MAX_CODEBOOK = 1024  # one softmax of the transformer per code
+SATURATION = 2.5  # beyond this |z| the slope of y in `quantize` is under 8 % of its peak: the gradient vanishes
+
+
+def cell_values(cells: Tensor, levels: Tensor) -> Tensor:
+    """Return coordinates of cells on an even grid from -1 to 1, for odd and even numbers of them.  # ... D -> ... D"""
+    return cells * (2.0 / (levels - 1)) - 1.0
+
+
+def quantize(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return quantized coordinates with a straight-through gradient, and their cells.  # ... D -> ... D, ... D
+
+    `z` is unbounded and should have about unit variance; it is computed in fp32, since rounding in bf16 moves cells.
+    """
+    # Within (-1, 1), which cells divide evenly; about uniform for unit Gaussian z (iFSQ, arXiv 2601.17124).
+    y = 2.0 * torch.sigmoid(1.6 * z.float()) - 1.0
+    cells = torch.minimum(torch.floor((y + 1.0) * 0.5 * levels).long().clamp(min=0), levels - 1)
+    return y + (cell_values(cells, levels) - y).detach(), cells
+
+
+def pack(cells: Tensor, levels: Tensor) -> Tensor:
+    """One code from D cells: Σ_d cell_d · Π_{e<d} L_e.  # ... D -> ..."""
+    return (cells * _strides(levels)).sum(-1)
+
+
+def unpack(codes: Tensor, levels: Tensor) -> Tensor:
+    """The D cells of each code; undoes `pack`.  # ... -> ... D"""
+    return codes[..., None] // _strides(levels) % levels
+
+
+def _strides(levels: Tensor) -> Tensor:
+    return torch.cat([torch.ones_like(levels[:1]), levels[:-1].cumprod(0)])
+
+
+def bits_per_channel(cells: Tensor, levels: Tensor) -> Tensor:
+    """Return the entropy in bits of each channel's cells, out of log2(levels).  # N D -> D"""
+    frequency = F.one_hot(cells, int(levels.max())).float().mean(0)  # N D -> D L
+    return -(frequency * frequency.clamp(min=1e-9).log2()).sum(-1)
 
 
 class QuantizerConfig(Config):
@@ -64,10 +103,7 @@ class QuantizerStats:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A latent after quantizing: what the decoder reads, and the codes that stand for it.
-
-    inputs: B P G D, what was quantized; cells: B P G D, what of it is left; levels: D
-    """
+    """A latent after quantizing, B P C, its codes, `inputs` before it and `cells` left of them, B P G D; levels: D."""
 
     latent: Tensor
     codes: Tensor
@@ -188,11 +224,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def quantized(self, raw: Tensor) -> Quantized:
-        """The quantized latent of raw input.  # B raw -> B positions C
-
-        Raises:
-            DataError: input of a shape that the codec cannot read.
-        """
+        """The quantized latent of raw input; DataError if the codec cannot read its shape.  # B raw -> B positions C"""
 
     @abstractmethod
     def synthesize(self, latent: Tensor) -> Tensor:

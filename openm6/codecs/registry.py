@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 
@@ -31,11 +30,6 @@ def shipped_codecs() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
 
 
-def _installed_codecs() -> dict[str, Callable[[], Codec]]:
-    """What other packages add by entry points `openm6.codecs`: functions that return a codec."""
-    return installed("openm6.codecs", FunctionType)
-
-
 def save_codec(codec: Codec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
     """Write weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file."""
     tensors = {
@@ -50,17 +44,17 @@ def save_codec(codec: Codec, path: Path | str, dtype: torch.dtype = torch.float1
 def load_codec(name_or_path: Path | str) -> Codec:
     """A codec in fp32 on the CPU, in evaluation mode, without gradients.
 
-    Raises:
-        ConfigError: neither a shipped or installed name nor a file.
-        CheckpointError: the file is no codec, or its weights do not fit its config.
+    Other packages add codecs by entry points `openm6.codecs`: functions that return one. ConfigError: neither a shipped
+    or installed name nor a file; CheckpointError: the file is no codec, or its weights do not fit its config.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if "/" not in name and (shipped := SHIPPED / f"{name}.safetensors").is_file():
         path = shipped
     elif not path.is_file():
-        added = _installed_codecs()
+        added = installed("openm6.codecs", FunctionType)
         if name in added:
-            return added[name]().requires_grad_(False).eval()
+            codec: Codec = added[name]()
+            return codec.requires_grad_(False).eval()
         known = (*shipped_codecs(), *added)
         raise ConfigError(f"no codec {name!r}, neither as a file nor by name; {nearest(name, known)}")
     try:

@@ -11,8 +11,5 @@ from openm6.kernels.probe import capabilities
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels run on tensors of this device, which a first launch has shown; if not, plain torch is used.
-
-    Tests replace this function to run kernels on the CPU in Triton's interpreter.
-    """
+    """Whether kernels run on tensors of this device, else plain torch; tests replace it, for the interpreter."""
     return device.type == "cuda" and capabilities(device).no_kernels is None

@@ -319,14 +319,9 @@ def adafactor_squares(
 
 
 def adafactor_update(
-    weight: Tensor,
-    exponent: Tensor | None,
-    gradient: Tensor,
-    numbers: tuple[Tensor, ...],
-    blocks: tuple[int, int, int, int],
-    first_row: int = 0,
-    momentum: Momentum | None = None,
-) -> None:
+    weight: Tensor, exponent: Tensor | None, gradient: Tensor, numbers: tuple[Tensor, ...],
+    blocks: tuple[int, int, int, int], first_row: int = 0, momentum: Momentum | None = None,
+) -> None:  # fmt: skip
     """Update bf16 weights (and their momentum), or int8 weights with their exponents, in place.
 
     numbers: allowed, inverse_row, inverse_column, rates, decay, keys; blocks: length, LEVELS, SPARSE, STEPS of

@@ -50,11 +50,7 @@ class Capabilities:
 
 @functools.cache
 def capabilities(device: torch.device) -> Capabilities:
-    """Find out what a device can do; the first call launches a kernel on a GPU.
-
-    Raises:
-        ConfigError: torch sees the GPU but cannot use it.
-    """
+    """Find out what a device can do; the first call launches a kernel on a GPU. ConfigError: torch cannot use it."""
     if device.type != "cuda":
         name = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         return Capabilities(device, name, None, False, f"they need a GPU, and this is {device.type}")
@@ -77,22 +73,14 @@ def kernel_failure(device: torch.device) -> str | None:
 
 @functools.cache
 def compile_failure(device: torch.device) -> str | None:
-    """Compile a small function with its gradient and check its result; return why that does not work, None if it does.
-
-    On a GPU this takes some seconds, so it is tried only where blocks are to be compiled.
-    """
+    """Compile a small function with its gradient, which takes seconds on a GPU; return why that fails, None if not."""
     if device.type == "cuda" and (reason := capabilities(device).no_kernels):
         return reason  # the compiler writes Triton kernels
     return failure_of(functools.partial(_check_compiler, device))
 
 
 def failure_of(trial: Callable[[], bool]) -> str | None:
-    """Run a trial, which returns whether its result is right; return the reason and the remedy if it fails.
-
-    Raises:
-        torch.AcceleratorError: the GPU itself failed; nothing runs on it any more.
-        torch.OutOfMemoryError: this is no failure of kernels or of the compiler.
-    """
+    """Run a trial, which returns whether it is right; return why it failed, and the remedy; a lost GPU is raised."""
     try:
         return None if trial() else "a first small kernel returned a wrong result"
     except (torch.AcceleratorError, torch.OutOfMemoryError):

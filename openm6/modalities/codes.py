@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.codecs.base import Codec
+from openm6.codecs.base import Codec, cell_values, unpack
 from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import content_key
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Rng, Segment
 from openm6.ops.losses import grouped_cross_entropy
-from openm6.ops.quantize import cell_values, unpack
 
 # Waves of 4 sides (or seconds) down to an eighth of one.
 OCTAVES = (-2, -1, 0, 1, 2, 3)

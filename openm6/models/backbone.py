@@ -76,26 +76,14 @@ class Backbone(nn.Module):
     def forward(
         self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Embedded tokens B S D -> hidden states B S D after the final norm, and each sparse layer's statistics.
-
-        With a cache, the S tokens are added to it and see all of it by the same rule.
-
-        Raises:
-            ValueError: x does not fit the config or `meta`.
-            ConfigError: the cache is too small.
-        """
+        """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
         expected = (meta.batch, meta.length, self.config.hidden_size)
         if x.shape != expected:
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
 
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
-            return Context(
-                rotary=rotary_table(meta.positions, *self.config.rotary),
-                mask=choose_mask(meta, cache, x),
-                valid=meta.valid,
-                cache=cache,
-                dispatcher=self.executor.dispatcher,
-            )
+            rotary, mask = rotary_table(meta.positions, *self.config.rotary), choose_mask(meta, cache, x)
+            return Context(rotary, mask, meta.valid, cache, self.executor.dispatcher)
 
         x, stats = self.executor.run(self.blocks, x, meta, make_context)
         return self.final_norm(x), stats
@@ -115,10 +103,7 @@ class Backbone(nn.Module):
 
         The first layer of a group keeps the very tensors, so that nothing is computed differently afterwards. If
         modules cannot be copied, as those sharded over ranks, every layer gets new ones, which `refill` fills from
-        the old.
-
-        Returns:
-            name of each parameter that could be shared -> the name that it had, or that it is a copy of.
+        the old. Return the name of each parameter that could be shared -> the name that it had, or is a copy of.
         """
         old, blocks = self.config, self.blocks
         self.config = old.model_copy(update={"sharing": None})
@@ -141,10 +126,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, stats: list[RouterStats]) -> None:
-        """Moves the routers' biases a step towards balance; call it once after each training step.
-
-        `stats` may hold several of a layer (micro-batches); they are summed, as those of a shared router are.
-        """
+        """Move the routers' biases towards balance, after each training step; `stats` of one are summed."""
         totals: dict[Router, Tensor] = {}
         for found in stats:
             router = self.blocks[found.layer].router

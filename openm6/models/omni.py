@@ -24,10 +24,7 @@ from openm6.ops.sequence import SequenceMeta
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Losses of the learned tokens of one kind: nll each (m), their example (m) and their weight (m).
-
-    total is Σ weight · nll; while the model trains, it alone carries the gradient.
-    """
+    """Losses of learned tokens of a kind: nll, example and weight m each; total is Σ weight · nll, for training."""
 
     total: Tensor
     nll: Tensor
@@ -39,12 +36,9 @@ class Omni(nn.Module):
     """Text, images, audio and numbers in; a loss, or hidden states to decode from, out."""
 
     def __init__(
-        self,
-        config: BackboneConfig,
-        modalities: Modalities,
-        embedding: PoolConfig | None = None,
+        self, config: BackboneConfig, modalities: Modalities, embedding: PoolConfig | None = None,
         meta_matrices: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         self.backbone = Backbone(config, meta_matrices)
@@ -56,10 +50,7 @@ class Omni(nn.Module):
         self.adapters = nn.ModuleDict(adapters)
 
     def round_weights(self) -> None:
-        """Round all weights to bf16, except the balance bias of routers.
-
-        It is small against the scores; rounded, it would choose other experts.
-        """
+        """Round all weights to bf16 but the small balance bias of routers: rounded, it would choose other experts."""
         biases = [(module, module.bias) for module in self.modules() if isinstance(module, Router)]
         self.to(torch.bfloat16)
         for router, bias in biases:
@@ -128,10 +119,7 @@ class Omni(nn.Module):
         return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache)
 
     def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
-        """Losses of every learned token of a batch, by kind, and what each sparse layer routed.
-
-        While the model trains, or with `as_trained`, it is the training loss, else the negative log-likelihood.
-        """
+        """Losses of learned tokens by kind (of training, also `as_trained`, else the nll), and what layers routed."""
         hidden, loads = self(batch.groups, batch.meta)
         flat = hidden.flatten(0, 1)  # R S D -> N D
         losses = {}

@@ -39,25 +39,16 @@ def _paper(
     name: str, description: str, width: int, num_layers: int, num_heads: int, hidden: int,
     num_experts: int = 0, num_prototypes: int = 1, moe_layer_freq: int = 1,
 ) -> Preset:  # fmt: skip
-    """A model of the M6 papers: one key-value head for each query head, GELU networks of two matrices.
-
-    Experts as M6-T ran them: one in each prototype, no balancing, a capacity of 1.25 times the fair share.
-    """
+    """A model of the M6 papers: as many key-value heads, GELU; experts as in M6-T: one per prototype, capacity 1.25."""
     experts = ExpertsConfig(
         intermediate_size=hidden, num_experts=num_experts, num_prototypes=num_prototypes, hidden_act="gelu",
         balance="none", router_z_loss_coef=0.0, capacity_factor=1.25,
     ) if num_experts else None  # fmt: skip
     backbone = BackboneConfig(
-        hidden_size=width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=width // num_heads,
+        hidden_size=width, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_heads,
+        head_dim=width // num_heads, experts=experts, moe_layer_freq=moe_layer_freq, qk_norm=False,
         dense=DenseConfig(intermediate_size=hidden, hidden_act="gelu") if not experts or moe_layer_freq > 1 else None,
-        experts=experts,
-        moe_layer_freq=moe_layer_freq,
-        qk_norm=False,
-    )
+    )  # fmt: skip
     return Preset(name=name, description=description, backbone=backbone, vocab_size=21_128)
 
 
@@ -115,11 +106,7 @@ class ModelConfig(Config):
 
 
 def build_backbone(config: ModelConfig) -> BackboneConfig:
-    """The backbone of a preset with its overrides; a mapping overrides field by field.
-
-    Raises:
-        ConfigError: no such preset, or sizes that do not fit one another.
-    """
+    """The backbone of a preset; mappings override field by field; raise ConfigError if they do not fit."""
     values = preset(config.preset).backbone.model_dump(exclude_defaults=True)
     for name, value in config.overrides.items():
         known = values.get(name)

@@ -69,15 +69,9 @@ class Attention(nn.Module):
         fill_normal(self.output, output_deviation)
 
     def forward(
-        self,
-        x: Tensor,
-        qk_norm: QKNorm | None,
-        rotary: tuple[Tensor, Tensor],
-        mask: Mask,
-        cache: TokenCache | None,
-        layer: int,
-        qkv_bias: Tensor | None = None,
-    ) -> Tensor:
+        self, x: Tensor, qk_norm: QKNorm | None, rotary: tuple[Tensor, Tensor], mask: Mask,
+        cache: TokenCache | None, layer: int, qkv_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = linear(x, self.qkv)
@@ -95,7 +89,7 @@ class Attention(nn.Module):
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """Softmax attention under any of the masks: B S H d, B T G d twice -> B S H d."""
-    if isinstance(mask, QueryBlocks):
+    if isinstance(mask, tuple):
         return attend_query_blocks(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
     if isinstance(mask, BlockMask):

@@ -21,10 +21,7 @@ BlockOutput = tuple[Tensor, RouterStats | None]
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers of one forward pass have in common.
-
-    rotary: cosines and sines of the new tokens; mask: who sees whom; valid: B S bool, tokens that are not padding
-    """
+    """What layers of a pass share: rotary tables of new tokens, mask, valid B S (no padding), cache, dispatcher."""
 
     rotary: tuple[Tensor, Tensor]
     mask: Mask
@@ -95,16 +92,10 @@ class TransformerBlock(nn.Module):
 
 
 def build_block(
-    attention: AttentionConfig,
-    mlp: DenseConfig | ExpertsConfig,
-    first: TransformerBlock | None = None,
-    share_router: bool = False,
-    meta_matrices: bool = False,
-) -> TransformerBlock:
-    """Return a block with matrices of its own (on `meta` if so asked), or with those of `first`, and maybe its router.
-
-    Its values are not yet filled in.
-    """
+    attention: AttentionConfig, mlp: DenseConfig | ExpertsConfig, first: TransformerBlock | None = None,
+    share_router: bool = False, meta_matrices: bool = False,
+) -> TransformerBlock:  # fmt: skip
+    """Return a block, not yet filled, with own matrices (on `meta` if asked) or those of `first`, maybe its router."""
     width = attention.hidden_size
     router = Router(width, mlp) if isinstance(mlp, ExpertsConfig) else None
     if first is not None:

@@ -25,15 +25,7 @@ class SlotCache:
         """`like` has the device and the dtype."""
         shape = (num_layers, slots, capacity, num_kv_heads, head_dim)
         self.keys, self.values = (torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(2))
-        self.lengths = [0] * slots
-
-    @property
-    def slots(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
+        self.slots, self.capacity, self.lengths = slots, capacity, [0] * slots
 
     def check_capacity(self, length: int) -> None:
         """Raise ConfigError if a slot has no room for `length` tokens."""

@@ -25,10 +25,7 @@ MakeContext = Callable[[Tensor, SequenceMeta], Context]
 
 
 class LayerExecutor:
-    """Runs the layers of a backbone one after the other, as they are; base class of all other ways.
-
-    `dispatcher` sends tokens to experts on other ranks.
-    """
+    """Runs layers one after the other, as they are; base class. `dispatcher` sends tokens to experts on other ranks."""
 
     offloaded = False  # whether some blocks are on the device only while they are used
 
@@ -47,10 +44,7 @@ class LayerExecutor:
     def run(
         self, blocks: Sequence[TransformerBlock], x: Tensor, meta: SequenceMeta, make_context: MakeContext
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Embedded tokens B S D -> B S D before the final norm, and the statistics of each sparse layer.
-
-        `make_context` returns the context of some of the rows.
-        """
+        """Embedded tokens B S D -> states before the final norm, statistics; `make_context` is for some rows."""
         context = make_context(x, meta)
         found: list[RouterStats] = []
         for layer in range(len(blocks)):

@@ -14,21 +14,9 @@ from torch import Tensor, nn
 
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP, activate, fill_normal, first_width
+from openm6.ops import moe as ops
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.matmul import cast_alike, grouped_mm
-from openm6.ops.moe import (
-    balance_loss,
-    capacity_permutation,
-    choose_backend,
-    choose_experts,
-    dropless_permutation,
-    moe_mlp_fused,
-    moe_mlp_per_expert,
-    permute,
-    tokens_per_expert,
-    unpermute,
-    z_loss,
-)
 
 ChunkOfExperts = Callable[[int, Tensor, Tensor], Tensor]  # chunk, R D, rows of each of its experts -> R D
 Meanwhile = Callable[[], Tensor | None]
@@ -46,10 +34,7 @@ class TokenDispatcher:
     def exchange(
         self, rows: Tensor, counts: Tensor, capacity: int | None, experts: ChunkOfExperts, meanwhile: Meanwhile
     ) -> tuple[Tensor, Tensor | None]:
-        """R D and E -> outputs of the experts R D, and what `meanwhile` returns, which is called while rows are sent.
-
-        `experts(chunk, rows, counts)` computes sorted rows; `capacity`, if given, equals all counts.
-        """
+        """R D and E -> outputs R D of `experts`, and of `meanwhile`; `capacity` equals all counts, if given."""
         result = meanwhile()
         return experts(0, rows, counts), result
 
@@ -115,22 +100,19 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # N E
             prototypes = config.num_prototypes is not None
-            gate, chosen, probability = choose_experts(
+            gate, chosen, probability = ops.choose_experts(
                 logits, self.bias, config.experts_per_token, prototypes, config.norm_topk_prob
             )
-            load = tokens_per_expert(chosen, valid, config.num_experts)
+            load = ops.tokens_per_expert(chosen, valid, config.num_experts)
             none = logits.new_zeros(())
             aux = none
             if config.balance == "aux":
-                aux = balance_loss(probability, dispatcher.all_reduce(load) if dispatcher else load, valid)
-            z = z_loss(logits, valid, config.num_prototypes or 1) if config.router_z_loss_coef else none
+                aux = ops.balance_loss(probability, dispatcher.all_reduce(load) if dispatcher else load, valid)
+            z = ops.z_loss(logits, valid, config.num_prototypes or 1) if config.router_z_loss_coef else none
         return Routing(gate, chosen, load, aux, z)
 
     def update_balance(self, load: Tensor) -> None:
-        """A step of loss-free balancing (2408.15664): the bias goes up for too few tokens, down for too many.
-
-        `load` is summed over layers, micro-batches and ranks first.
-        """
+        """Loss-free balancing (2408.15664): bias up for too small a `load`, down for too large, summed over all."""
         if self.bias is not None:
             load = load.to(self.bias.device)
             self.bias.copy_(self.bias + self.config.balance_rate * torch.sign(load.mean() - load))
@@ -156,16 +138,16 @@ class Experts(nn.Module):
         """B S D, B S bool -> B S D with the output of `shared` added, and which assignments were kept; None: all."""
         config, flat = self.config, x.flatten(0, 1)  # N D
         local = config.hidden_act == "swiglu" and config.capacity_factor is None and type(dispatcher) is TokenDispatcher
-        backend = choose_backend(flat, config.experts_per_token, config.num_experts, local)
+        backend = ops.choose_backend(flat, config.experts_per_token, config.num_experts, local)
         # Weights in int8 have grouped products only.
         backend = "permute" if isinstance(self.up, Int8Weight) else backend
         if backend == "permute":
             return self._permuted(x, routing, valid.flatten(), dispatcher, shared)
         if backend == "per_expert":
-            y = moe_mlp_per_expert(flat, routing.gate, routing.chosen, self.up, self.down)
+            y = ops.moe_mlp_per_expert(flat, routing.gate, routing.chosen, self.up, self.down)
         else:
             rows, up = cast_alike(flat, self.up)
-            y = moe_mlp_fused(rows, routing.gate, routing.chosen, up, cast_alike(rows, self.down)[1])
+            y = ops.moe_mlp_fused(rows, routing.gate, routing.chosen, up, cast_alike(rows, self.down)[1])
         y = y.view_as(x)
         return y if shared is None else y + shared(x), None
 
@@ -175,13 +157,13 @@ class Experts(nn.Module):
         """The general backend: permute, dispatch, two grouped products, combine, unpermute."""
         config, capacity = self.config, None
         if config.capacity_factor is None:
-            permutation = dropless_permutation(routing.chosen, config.num_experts)
+            permutation = ops.dropless_permutation(routing.chosen, config.num_experts)
         else:
             # C = k·T/N·γ, rounded up (M6-T, §2), with k choices, T tokens and N experts
             mean = config.experts_per_token * len(valid) / config.num_experts
             capacity = max(1, math.ceil(mean * config.capacity_factor))
-            permutation = capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
-        rows = permute(x.flatten(0, 1), permutation)  # N D -> R D
+            permutation = ops.capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
+        rows = ops.permute(x.flatten(0, 1), permutation)  # N D -> R D
         chunks = dispatcher.chunks
         # The whole weight as it is, since a view would copy its gradient.
         ups, downs = ([weight] if chunks == 1 else weight.chunk(chunks) for weight in (self.up, self.down))
@@ -193,15 +175,12 @@ class Experts(nn.Module):
         outputs, dense = dispatcher.exchange(
             rows, permutation.counts, capacity, experts, lambda: None if shared is None else shared(x)
         )
-        y = unpermute(outputs, routing.gate, permutation).view_as(x)
+        y = ops.unpermute(outputs, routing.gate, permutation).view_as(x)
         return y if dense is None else y + dense, permutation.kept
 
 
 class MoE(nn.Module):
-    """Send each token through its K of E small networks and sum their outputs by the gates.
-
-    Layers that share weights have the same `experts` and `shared_experts`, and if so configured the same `router`.
-    """
+    """Send each token through its K of E small networks, which layers may share, and sum their outputs by the gates."""
 
     def __init__(self, router: Router, experts: Experts, shared_experts: MLP | None) -> None:
         super().__init__()

@@ -19,10 +19,7 @@ BLOCK_QUERIES = 128
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Queries `start` to `stop` of the flattened rows, and keys `first` to `last`, which include all visible ones.
-
-    bias: Q K, 0 if a key is visible to a query, else -inf
-    """
+    """Queries `start` to `stop` of all rows and the keys around those they see; bias Q K: 0 if visible, else -inf."""
 
     start: int
     stop: int
@@ -31,11 +28,7 @@ class QueryBlock:
     bias: Tensor
 
 
-@dataclass(frozen=True)
-class QueryBlocks:
-    """An attention mask as its blocks, in order, that are not wholly -inf."""
-
-    blocks: tuple[QueryBlock, ...]
+QueryBlocks = tuple[QueryBlock, ...]  # an attention mask as its blocks, in order, that are not wholly -inf
 
 
 def query_blocks(meta: SequenceMeta, dtype: torch.dtype) -> QueryBlocks:
@@ -53,7 +46,7 @@ def query_blocks(meta: SequenceMeta, dtype: torch.dtype) -> QueryBlocks:
                 bias = additive_mask(mask[row, begin:stop, start:last], dtype)
                 blocks.append(QueryBlock(base + begin, base + stop, base + start, base + last, bias))
             start = end
-    return QueryBlocks(tuple(blocks))
+    return tuple(blocks)
 
 
 def attend_query_blocks(query: Tensor, key: Tensor, value: Tensor, mask: QueryBlocks) -> Tensor:
@@ -74,7 +67,7 @@ class _AttendQueryBlocks(torch.autograd.Function):
         queries, keys, values = _by_head(query, group), _by_head(key, 1), _by_head(value, 1)
         outputs = torch.empty_like(queries)  # G N·M d
         kept = []
-        for block in mask.blocks:
+        for block in mask:
             seen, rows = slice(block.first, block.last), slice(block.start * group, block.stop * group)
             bias = block.bias.to(query.dtype).repeat_interleave(group, 0)  # Q·M K
             logits = torch.baddbmm(bias, queries[:, rows], keys[:, seen].mT, alpha=scale)  # G Q·M K
@@ -92,7 +85,7 @@ class _AttendQueryBlocks(torch.autograd.Function):
         queries, keys, values = _by_head(query, group), _by_head(key, 1), _by_head(value, 1)
         upstreams = _by_head(gradient, group)
         d_query, d_key, d_value = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for block, weight in zip(ctx.mask.blocks, kept, strict=True):
+        for block, weight in zip(ctx.mask, kept, strict=True):
             seen, rows = slice(block.first, block.last), slice(block.start * group, block.stop * group)
             upstream = upstreams[:, rows]
             d_value[:, seen].baddbmm_(weight.mT, upstream)

@@ -23,10 +23,7 @@ def unit_window(size: int) -> Tensor:
 
 
 def spectrum(samples: Tensor, window: Tensor, hop: int) -> Tensor:
-    """Complex spectrum of S / hop frames, frame n centred on samples n·hop … (n+1)·hop.  # B S -> B N K
-
-    `samples` must be fp32 and S a multiple of `hop`; the ends are padded with silence.
-    """
+    """Complex spectrum of S / hop frames of fp32, frame n centred on samples n·hop … (n+1)·hop.  # B S -> B N K"""
     size = window.shape[-1]
     margin = (size - hop) // 2
     frames = F.pad(samples, (margin, size - hop - margin)).unfold(-1, size, hop)  # B S -> B N W
@@ -77,10 +74,7 @@ def log_mel(magnitudes: Tensor, filters: Tensor) -> Tensor:
 
 
 def resample(samples: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
-    """Return the audio at `new_rate`.  # S -> S·new/old, rounded up
-
-    The signal is padded with silence at its end, so that the spectrum's wrap-around falls there.
-    """
+    """Return the audio at `new_rate`, padded so that the wrap-around falls in silence.  # S -> S·new/old, rounded up"""
     if old_rate == new_rate:
         return samples
     length = len(samples)

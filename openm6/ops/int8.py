@@ -60,8 +60,11 @@ class Int8Weight:
     def linear(self, x: Tensor) -> Tensor:
         """x · weightᵀ for a matrix.  # ... I -> ... O"""
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if x.is_cpu and has_vnni():
-            y = _by_int8(rows.float(), self).to(x.dtype)
+        if x.is_cpu and has_vnni():  # inputs rounded to int8; few operations, because a step has many
+            wide = rows.float()
+            scale = torch.add(TINY, wide.abs().amax(-1, keepdim=True), alpha=1 / 127)  # M 1
+            levels = wide.div(scale).round_().to(torch.int8)
+            y = torch._int_mm(levels, self.values.t()).mul(self.scale).mul_(scale).to(x.dtype)
         elif x.is_cuda and len(rows) <= FEW_ROWS:
             y = torch._weight_int8pack_mm(rows, self.values, self.scale.to(x.dtype))
         else:
@@ -73,11 +76,3 @@ class Int8Weight:
         groups = rows.split(counts.tolist())
         found = [self[expert].linear(group) for expert, group in enumerate(groups) if len(group)]
         return torch.cat(found) if found else rows.new_empty(0, self.values.shape[1])
-
-
-def _by_int8(x: Tensor, weight: Int8Weight) -> Tensor:
-    """As `Int8Weight.linear` with inputs rounded to int8: few operations, because a step has many.  # M I -> M O"""
-    scale = torch.add(TINY, x.abs().amax(-1, keepdim=True), alpha=1 / 127)  # M 1
-    levels = x.div(scale).round_().to(torch.int8)
-    product = torch._int_mm(levels, weight.values.t()).mul(weight.scale)
-    return product.mul_(scale)

@@ -130,10 +130,7 @@ def use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def pad_rows(rows: int, dtype: torch.dtype) -> int:
-    """Return how many rows to pad to, so that few shapes occur; the same number if that saves nothing.
-
-    Multiples of `ROWS`, and of more if there are many rows: from 16 multiples on eight lengths per octave.
-    """
+    """Return to how many rows to pad, so that few shapes occur: multiples of `ROWS`, from 16 on eight per octave."""
     if dtype != HALF and not onednn_is_faster():
         return rows
     step = ROWS
@@ -209,10 +206,7 @@ def check_experts(count: int, device: torch.device) -> None:
 
 
 def idle(counts: Tensor) -> Tensor:
-    """Return which of E experts have no rows: E 1 1, for the gradient of their weights.
-
-    `F.grouped_mm` leaves it uninitialized on compute capability 10.0 (pytorch issue 172439).
-    """
+    """Return which experts have no rows, E 1 1: `F.grouped_mm` may not set their gradient (pytorch issue 172439)."""
     return (counts == 0)[:, None, None]
 
 

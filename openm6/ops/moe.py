@@ -50,9 +50,8 @@ def choose_experts(
     """Choose the K = `choices` experts with the highest logit, or with `prototypes` the best one in each of K groups.
 
     The latter is "k top-1" (M6-T, 2105.15082, §3.2), weighted by the softmax within each group. `bias` affects the
-    choice but not the gates; normalised gates of the former sum to one.
-
-    Returns gates N K and experts N K, and the probabilities N E, which sum to one, or with `prototypes` to K.
+    choice but not the gates; normalised gates of the former sum to one. Return gates N K and experts N K, and the
+    probabilities N E, which sum to one, or with `prototypes` to K.
     """
     biased = logits if bias is None else logits + bias
     if not prototypes:
@@ -76,10 +75,7 @@ def tokens_per_expert(chosen: Tensor, valid: Tensor, num_experts: int) -> Tensor
 
 
 def balance_loss(probability: Tensor, load: Tensor, valid: Tensor) -> Tensor:
-    """E · Σ_e f_e · P_e of the Switch transformer (2101.03961, eq. 4): 1 if balanced, at most E.
-
-    f_e is the fraction of choices for expert e, P_e its fraction of the mean probability.
-    """
+    """E · Σ_e f_e · P_e of the Switch transformer (2101.03961, eq. 4), fraction of choices times mean probability."""
     weight = valid.to(probability.dtype)
     mean = (probability * weight.unsqueeze(-1)).sum(0) / weight.sum().clamp(min=1)
     fraction = load / load.sum().clamp(min=1)
@@ -117,10 +113,7 @@ def dropless_permutation(chosen: Tensor, num_experts: int) -> TokenPermutation:
 
 
 def capacity_permutation(chosen: Tensor, valid: Tensor, num_experts: int, capacity: int) -> TokenPermutation:
-    """Each expert takes its first `capacity` valid choices and drops the rest: R = E·capacity, a fixed shape.
-
-    Unused rows copy token 0; their outputs are not read, so they cost time and change nothing.
-    """
+    """Each expert takes its first `capacity` valid choices: R = E·capacity, fixed; unused rows copy token 0, unread."""
     # Padding is sorted behind all experts, so that it never takes a row.
     chosen = torch.where(valid.unsqueeze(-1), chosen, num_experts)
     _, slot, total = _sorted_by_expert(chosen, num_experts + 1)
@@ -289,10 +282,7 @@ def _(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moe_mlp_fused(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Σ_k gate[n, k] · E_chosen[n, k](x[n]) for SwiGLU experts that drop nothing: N D, N K, N K -> N D.
-
-    up is E D 2F ([gate | up]) and down E F D, of x's dtype.
-    """
+    """As `moe_mlp_per_expert`, with all of x's dtype, by kernels and grouped products: N D, N K, N K -> N D."""
     check_experts(len(up), x.device)
     choice, slot, ends = sort_by_expert(chosen, up.shape[0])
     return _FusedMlp.apply(x, gate, up, down, choice, slot, ends)

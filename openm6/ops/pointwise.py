@@ -84,12 +84,9 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rotary_table(
-    positions: Tensor,
-    theta: float,
-    sections: tuple[int, int, int],
-    divisors: tuple[float, ...] | None = None,
+    positions: Tensor, theta: float, sections: tuple[int, int, int], divisors: tuple[float, ...] | None = None,
     amplitude: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cosines and sines of the angles at each position, in fp32: B S 3 -> twice B S 1 d/2.
 
     Frequencies go to the axes in turn, so that each axis has fast and slow ones, `sections` of them in all. For longer

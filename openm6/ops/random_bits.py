@@ -33,10 +33,7 @@ def mix_64(word: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, draw: Tensor, count: int) -> Tensor:
-    """Return `count` numbers in (0, 1) for each (seed, index of the draw): B int64, B int64 -> B N fp32.
-
-    Both ends are excluded, so that a logarithm of the numbers is finite.
-    """
+    """Return `count` numbers in (0, 1), without its ends, for each (seed, index of the draw): B, B -> B N fp32."""
     key = mix_64(seed * GOLDEN_64 + mix_64(draw + 1)) * MULTIPLIER_64
     counter = torch.arange(count, device=seed.device)
     bits = mix_64(key[:, None] + counter * GOLDEN_64) & 0xFFFFFF

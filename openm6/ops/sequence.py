@@ -91,10 +91,7 @@ def _is_visible(
 
 
 def visible(query: SequenceMeta, key: SequenceMeta) -> Tensor:
-    """Return B 1 Q K, whether a key is visible to a query: same example, order not later, not within another block.
-
-    Every token attends to itself, hence no row of the mask is empty.
-    """
+    """Return B 1 Q K, whether a key is visible to a query: same example, order not later, not in another block."""
     queries = (part[:, None, :, None] for part in query.parts()[:3])  # B 1 Q 1
     keys = (part[:, None, None, :] for part in key.parts()[:3])  # B 1 1 K
     return _is_visible(*queries, *keys)
@@ -138,10 +135,7 @@ def block_mask(meta: SequenceMeta, block: int = BLOCK) -> BlockMask:
 
 
 def block_kinds(meta: SequenceMeta, block: int) -> tuple[Tensor, Tensor]:
-    """For each pair of blocks, whether anything may be visible, and whether all is: B n n bool each.
-
-    Conservative: a pair that may be partly visible is marked partial, and the rule decides per element.
-    """
+    """For each pair of blocks, whether anything may be visible, and whether all is, conservatively: B n n bool each."""
     example, order, private = (part.unflatten(1, (-1, block)) for part in meta.parts()[:3])  # B n block
     low, high, low_order, high_order = example.amin(-1), example.amax(-1), order.amin(-1), order.amax(-1)  # B n
     apart = (high[:, :, None] < low[:, None]) | (high[:, None] < low[:, :, None])

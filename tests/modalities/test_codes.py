@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from openm6.codecs.base import cell_values, pack, unpack
 from openm6.codecs.registry import load_codec
 from openm6.core.errors import DataError
 from openm6.modalities.audio import audio_grid
@@ -26,7 +27,6 @@ from openm6.modalities.codes import (
     sample_mask,
 )
 from openm6.modalities.image import Image, image_grid, read_image
-from openm6.ops.quantize import cell_values, pack, unpack
 from tests.data.sample_images import png
 from tests.small_model import modalities
 

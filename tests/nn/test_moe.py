@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from openm6 import kernels
-from openm6.nn import moe as module
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, Routing, TokenDispatcher
+from openm6.ops import moe as module
 from openm6.ops.moe import choose_backend
 from tests.devices import CPU, on_each_device
 from tests.triton_interpreter import need_interpreter

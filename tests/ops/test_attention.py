@@ -52,7 +52,7 @@ def test_values_and_gradients_equal_the_whole_mask(heads: tuple[int, int]) -> No
 
 def test_blocks_cover_each_query_once_in_order_with_all_visible_keys() -> None:
     meta = packed(seed=5)
-    blocks = query_blocks(meta, torch.float32).blocks
+    blocks = query_blocks(meta, torch.float32)
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
     assert blocks[-1].stop == 2 * meta.length
     seen = torch.zeros(2 * meta.length, 2 * meta.length, dtype=torch.bool)

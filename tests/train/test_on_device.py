@@ -17,7 +17,7 @@ from openm6.checkpoint.folder import step_folder
 from openm6.core.config import build
 from openm6.core.run_folder import RunFolder
 from openm6.modalities.batch import Batch
-from openm6.nn import moe
+from openm6.ops import moe
 from openm6.ops.sequence import visible
 from openm6.train.callbacks import MemoryCallback, SpikeCallback
 from openm6.train.loop import train

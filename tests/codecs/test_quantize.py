@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from openm6.ops.quantize import bits_per_channel, cell_values, pack, quantize, unpack
+from openm6.codecs.base import bits_per_channel, cell_values, pack, quantize, unpack
 
 LEVELS = torch.tensor([8, 5, 3])
 
