@@ -9,22 +9,13 @@ many tensors advance together with one exchange for all of them, and the rules o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from openm6.optim.adamw import loss_of
-from openm6.optim.sharding import (
-    COLUMN_MEANS,
-    COUNT,
-    REPLICATED,
-    ROW_MEANS,
-    ShardSpec,
-    ShardSpecOf,
-    replicated,
-)
+from openm6.optim.sharding import COLUMN_MEANS, COUNT, REPLICATED, ROW_MEANS, ShardSpec, ShardSpecOf, replicated
 
 Result = TypeVar("Result")
 RankSums = Generator[list[Tensor], None, Result]  # yields tensors that are to be summed over ranks, in place
@@ -82,10 +73,7 @@ def inverse_roots(
 
 
 def normalized(gradient: Tensor, moments: Moments, spec: ShardSpec = REPLICATED) -> RankSums[Tensor]:
-    """Return g / √v, clipped to a root mean square of 1 per matrix (section 6): E R' C.
-
-    In offloaded training this replaces clipping by the norm of all gradients, which are used layer by layer.
-    """
+    """Return g / √v, clipped to a root mean square of 1 per matrix (section 6), not by the norm of all: E R' C."""
     row, column = yield from inverse_roots(moments, spec)
     update = gradient * row.unsqueeze(-1) * column.unsqueeze(-2)
     size = yield from root_mean_square(update, spec)
@@ -140,18 +128,13 @@ class Adafactor(torch.optim.Optimizer):
         self.spec_of = spec_of
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; `closure` may recompute the loss first."""
-        loss = loss_of(closure)
+    def step(self) -> None:  # type: ignore[override]  # without a closure
+        """Update every parameter that has a gradient."""
         for spec, bucket in self._buckets():
             advance([self._update(parameter, group) for parameter, group in bucket], spec)
-        return loss
 
     def _buckets(self) -> Iterator[tuple[ShardSpec, list[tuple[Tensor, Group]]]]:
-        """Neighbours whose sums are over the same ranks, and the spec of these; one without such sums is by itself.
-
-        Buckets end by the size of whole tensors, which is the same on all ranks.
-        """
+        """Neighbours whose sums are over the same ranks, and their spec, by whole sizes; others by themselves."""
         bucket: list[tuple[Tensor, Group]] = []
         size, shared = 0, REPLICATED
         for group in self.param_groups:

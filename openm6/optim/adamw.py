@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +26,10 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        state_dtype: torch.dtype | None = None,
-        stochastic: bool = False,
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+        weight_decay: float = 0.1, state_dtype: torch.dtype | None = None, stochastic: bool = False,
         spec_of: ShardSpecOf = replicated,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by random
         bits, which differ between shards of a parameter. `spec_of` returns how a parameter is sharded.
 
@@ -65,9 +59,8 @@ class AdamW(torch.optim.Optimizer):
             state["step"] -= 1
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; `closure` may recompute the loss first."""
-        loss = loss_of(closure)
+    def step(self) -> None:  # type: ignore[override]  # without a closure
+        """Update every parameter that has a gradient."""
         in_kernel: list[tuple[Tensor, State]] = []
         for group in self.param_groups:
             plain: list[Tensor] = []
@@ -93,7 +86,6 @@ class AdamW(torch.optim.Optimizer):
         self._counted = [self.state[parameter] for parameter, _ in in_kernel]
         if in_kernel:
             self._run_kernels(in_kernel)
-        return loss
 
     def trained(self, group: dict[str, Any]) -> list[Tensor]:
         """Return the parameters of a group that this rule updates."""
@@ -135,12 +127,9 @@ class AdamW(torch.optim.Optimizer):
 
 
 def adamw_update(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    states: Sequence[State],
-    group: dict[str, Any],
+    weights: list[Tensor], gradients: list[Tensor], states: Sequence[State], group: dict[str, Any],
     found_inf: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Count a step and update weights and moments in place, by torch's fused kernel.
 
     group: `lr`, `betas`, `eps`, `weight_decay`. If `found_inf` is 1, nothing changes; on a GPU, where the fused
@@ -179,11 +168,3 @@ def adamw_reference(
         rounded = stochastic and target.dtype == torch.bfloat16
         target.copy_(round_to_bf16(value, noise) if rounded else value)
     state["exp_avg"].copy_(m)
-
-
-def loss_of(closure: Callable[[], Any] | None) -> Any:
-    """Return the loss of an optimizer's closure, if there is one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

@@ -40,10 +40,7 @@ def matrix_keys(num_matrices: int, key: int, first: int, device: torch.device | 
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """Stochastic rounding of fp32 to bf16, up with the probability of the part that is cut off: E[result] = x.
-
-    NaN and infinities are kept, since adding bits to a NaN may make it a number; finite values stay finite.
-    """
+    """Stochastic rounding of fp32 to bf16 (E[result] = x); NaN and infinities are kept, finite values stay finite."""
     shifted = (x.view(torch.int32) + (bits & 0xFFFF)) & -65536
     rounded = shifted.view(torch.float32).clamp(-BF16_LARGEST, BF16_LARGEST)
     return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)

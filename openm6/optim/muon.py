@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Orthogonalize matrices, in `dtype`, by Newton–Schulz: X ← aX + (bA + cA²)X, A = XXᵀ.
-
-    matrices: R C, or E R C, each by itself; dtype: bfloat16 is exact enough, but slow on a CPU without support for it.
-    """
+    """Orthogonalize matrices R C, or E R C, in `dtype`, by Newton–Schulz: X ← aX + (bA + cA²)X, A = XXᵀ."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     stack = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])  # E R C
     tall = stack.shape[-2] > stack.shape[-1]
@@ -41,16 +38,10 @@ class Muon(AdamW):
     """
 
     def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        lr: float,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        dtype: torch.dtype | None = None,
+        self, params: Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.1, momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, dtype: torch.dtype | None = None,
         spec_of: ShardSpecOf = replicated,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`dtype`: of the orthogonalization (None: bfloat16 on a GPU, else float32); `spec_of`: how it is sharded."""
         groups = [{"muon": False, "momentum": momentum, **group} for group in params]
         for parameter in (parameter for group in groups if group["muon"] for parameter in group["params"]):
@@ -60,13 +51,12 @@ class Muon(AdamW):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; `closure` may recompute the loss first."""
-        loss = super().step(closure)
+    def step(self) -> None:  # type: ignore[override]  # without a closure
+        """Update every parameter that has a gradient."""
+        super().step()
         for group in self.param_groups:
             if group["muon"]:
                 self._update_matrices(group)
-        return loss
 
     def trained(self, group: dict[str, Any]) -> list[Tensor]:
         """Return the parameters of a group that AdamW updates."""
@@ -104,10 +94,7 @@ class Muon(AdamW):
         return gradient.lerp(momentum, group["momentum"])
 
     def _apply(self, parameter: Tensor, spec: ShardSpec, update: Tensor, group: dict[str, Any]) -> None:
-        """Step at a rate at which an orthogonal update has the size of a typical AdamW update.
-
-        0.2·sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982, section 2.2): one learning rate then serves all groups.
-        """
+        """Step by 0.2·sqrt(max(R, C)) (arXiv 2502.16982, section 2.2), as AdamW would: one rate serves all."""
         weight = spec.local(parameter)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * (0.2 * math.sqrt(max(parameter.shape[-2:])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,30 +19,17 @@ from openm6.optim.sharding import ShardSpecOf, replicated
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, OptimizerConfig, ShardSpecOf], torch.optim.Optimizer]
 
-
-def build_adamw(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
-    """Return AdamW (arXiv 1711.05101)."""
-    return AdamW(
+OPTIMIZERS: dict[str, Build] = {
+    "adamw": lambda groups, config, spec_of: AdamW(
         groups, config.learning_rate, config.betas, config.epsilon, config.weight_decay,
-        state_dtype=torch.bfloat16 if config.moments == "bf16" else None,
-        stochastic=config.rounding == "stochastic", spec_of=spec_of,
-    )  # fmt: skip
-
-
-def build_adafactor(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
-    """Return Adafactor (arXiv 1804.04235): a factored second moment and no first one, so next to no memory."""
-    return Adafactor(groups, config.learning_rate, config.weight_decay, spec_of)
-
-
-def build_muon(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
-    """Return Muon for hidden matrices and stacks of expert matrices, with AdamW for the rest."""
-    return Muon(
+        torch.bfloat16 if config.moments == "bf16" else None, config.rounding == "stochastic", spec_of,
+    ),
+    "adafactor": lambda groups, config, spec_of: Adafactor(groups, config.learning_rate, config.weight_decay, spec_of),
+    "muon": lambda groups, config, spec_of: Muon(
         groups, config.learning_rate, config.weight_decay, config.momentum, config.betas, config.epsilon,
         spec_of=spec_of,
-    )  # fmt: skip
-
-
-OPTIMIZERS: dict[str, Build] = {"adamw": build_adamw, "adafactor": build_adafactor, "muon": build_muon}
+    ),
+}  # fmt: skip
 
 
 def check_optimizer_name(name: str) -> None:
@@ -54,11 +41,7 @@ def check_optimizer_name(name: str) -> None:
 def build_optimizer(
     groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf = replicated
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names; groups: see `default_groups`; `spec_of`: how a parameter is sharded.
-
-    Raises:
-        ConfigError: no optimizer of that name.
-    """
+    """Return the optimizer that `config` names; groups: see `default_groups`; `spec_of`: how a parameter is sharded."""
     check_optimizer_name(config.name)
     optimizer = OPTIMIZERS[config.name](groups, config, spec_of)
     for group in optimizer.param_groups:
@@ -72,12 +55,11 @@ def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def default_groups(model: nn.Module, embeddings: Sequence[str] = ()) -> Groups:
+def default_groups(model: nn.Module) -> Groups:
     """Return three groups: matrices, tables and kernels, and vectors (norms, biases), which are not decayed.
 
     Keys of a group: `params`; `muon` (True if Muon may orthogonalize the update); optional `weight_decay`, which
-    replaces the config's; optional `lr_scale`, a factor on the learning rate. `embeddings` are prefixes of parameter
-    names that count as tables, such as an output head: Muon assumes a linear map between hidden states.
+    replaces the config's; optional `lr_scale`, a factor on the learning rate.
     """
     tables = {
         id(parameter)
@@ -86,12 +68,10 @@ def default_groups(model: nn.Module, embeddings: Sequence[str] = ()) -> Groups:
         for parameter in module.parameters(recurse=False)
     }
     matrices, others, vectors = [], [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in (one for one in model.parameters() if one.requires_grad):
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif id(parameter) in tables or parameter.ndim > 3 or name.startswith(tuple(embeddings)):
+        elif id(parameter) in tables or parameter.ndim > 3:
             others.append(parameter)
         else:
             matrices.append(parameter)

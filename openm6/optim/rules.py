@@ -136,15 +136,11 @@ class FactoredRule(UpdateRule):
 
     def slots(self, shape: Shape) -> list[Slot]:
         return [
-            *self.weight_slots(shape),
+            Slot(WEIGHT, shape, torch.bfloat16),
             Slot(ROW_MEANS, shape[:-1], torch.float32),
             Slot(COLUMN_MEANS, (*shape[:-2], shape[-1]), torch.float32),
             Slot(COUNT, shape[:-2], torch.float32),
         ]
-
-    def weight_slots(self, shape: Shape) -> list[Slot]:
-        """Return the weight, and what else `read` needs."""
-        return [Slot(WEIGHT, shape, torch.bfloat16)]
 
     def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
         """Store fp32 matrices E R C as weights, rounded by `bits`."""
@@ -164,25 +160,17 @@ class FactoredRule(UpdateRule):
     def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
         views = {name: _as_matrices(tensor, name) for name, tensor in stored.items()}
         matrices = _as_matrices(gradient, WEIGHT).contiguous()  # E R C; the kernels support no strides
-        if self.uses_kernels(matrices, args.spec):
+        # All ranks alike, as without kernels sums are exchanged in other portions: if one has no rows, none uses them.
+        everywhere = args.spec.group is None or all(args.spec.lengths)
+        if everywhere and matrices.numel() and kernels.available(matrices.device):
             advance([self._update_in_kernels(views, matrices, args)], args.spec)
             return
         for first, last in _chunks(matrices, args.spec):
             part = {name: view[first:last] for name, view in views.items()}
             advance([self._update_part(part, matrices[first:last], args, first)], args.spec)
 
-    def uses_kernels(self, gradient: Tensor, spec: ShardSpec) -> bool:
-        """Return whether Triton kernels, which keep nothing of the gradient's size, update this tensor.
-
-        All ranks of a spec must decide alike, since without kernels sums are exchanged in other portions: if one of
-        them has no rows, none uses the kernels.
-        """
-        if not gradient.numel() or (spec.group is not None and not all(spec.lengths)):
-            return False
-        return kernels.available(gradient.device)
-
     def _update_in_kernels(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> RankSums[None]:
-        """`_update_part` of all matrices E R C at once."""
+        """`_update_part` of all matrices E R C at once, by kernels, which keep nothing of the gradient's size."""
         # Triton is optional.
         from openm6.kernels import optimizers  # noqa: PLC0415
 
@@ -263,9 +251,9 @@ class BlockRule(FactoredRule):
 
     read_slots = (WEIGHT, EXPONENT)
 
-    def weight_slots(self, shape: Shape) -> list[Slot]:
-        blocks = shape[-1] // block_length(shape[-1])
-        return [Slot(WEIGHT, shape, torch.int8), Slot(EXPONENT, (*shape[:-1], blocks), torch.int8)]
+    def slots(self, shape: Shape) -> list[Slot]:
+        exponent = Slot(EXPONENT, (*shape[:-1], shape[-1] // block_length(shape[-1])), torch.int8)
+        return [Slot(WEIGHT, shape, torch.int8), exponent, *super().slots(shape)[1:]]
 
     def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
         if kernels.available(stored[WEIGHT].device):
@@ -325,11 +313,7 @@ def _as_matrices(tensor: Tensor, slot: str) -> Tensor:
 
 
 def _chunks(matrices: Tensor, spec: ShardSpec = REPLICATED) -> Iterator[tuple[int, int]]:
-    """Return ranges of matrices that hold about AT_ONCE values on each rank.
-
-    By the rows of whole matrices, because all ranks of a spec must exchange sums equally often, however many rows
-    each has.
-    """
+    """Return ranges of about AT_ONCE values on each rank, by whole rows: all must exchange sums equally often."""
     _, rows = spec.rows(matrices.shape[1])
     ranks = 1 if spec.group is None else spec.group.size()
     size = max(1, AT_ONCE * ranks // max(1, rows * matrices.shape[2]))

@@ -20,10 +20,7 @@ class ShardSpec:
     """How a parameter is sharded along one axis; by default it is whole on this rank."""
 
     def __init__(self, axis: int = 0, length: int = 0, group: dist.ProcessGroup | None = None, first: int = 0) -> None:
-        """`length` is that of the whole axis; `group` the ranks that hold the shards, None if no other does.
-
-        `first` is the index in the whole stack of the first matrix on this rank.
-        """
+        """`length`: of the whole axis; `group`: ranks with the shards; `first`: index of the first matrix here."""
         self.axis, self.length, self.group, self.first = axis, length, group, first
         ranks = 1 if group is None else group.size()
         size = -(-length // ranks)  # as `torch.chunk` divides an axis, with empty shards at the end if it runs short
@@ -38,10 +35,7 @@ class ShardSpec:
         return part
 
     def shards_rows(self, dimensions: int) -> bool:
-        """Return whether rows of one matrix are on several ranks; the last two axes are rows and columns.
-
-        A vector counts as a matrix with one column.
-        """
+        """Return whether rows of one matrix (the last but one axis, the only one of a vector) are on several ranks."""
         return self.group is not None and self.axis == max(dimensions, 2) - 2
 
     def rows(self, here: int) -> tuple[int, int]:

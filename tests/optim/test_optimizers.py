@@ -44,10 +44,6 @@ def loss_of(model: nn.Module) -> Tensor:
     return nn.functional.cross_entropy(model(words).flatten(0, 1), (words.flatten() * 5 + 1) % 12)
 
 
-def groups_of(model: nn.Module) -> list[dict]:
-    return default_groups(model, embeddings=("head.",))
-
-
 def config_of(name: str, weight_decay: float = 0.1) -> OptimizerConfig:
     return OptimizerConfig(name=name, learning_rate=RATES[name], weight_decay=weight_decay)
 
@@ -64,27 +60,27 @@ class TestContract:
     def test_learns(self, name: str) -> None:
         model = mixed()
         before = loss_of(model).item()
-        take_steps(model, build_optimizer(groups_of(model), config_of(name)), 60)
+        take_steps(model, build_optimizer(default_groups(model), config_of(name)), 60)
         assert loss_of(model).item() < 0.3 * before
 
     def test_updates_what_has_a_gradient_and_nothing_else(self, name: str) -> None:
         model = mixed()
         before = {key: parameter.clone() for key, parameter in model.named_parameters()}
-        take_steps(model, build_optimizer(groups_of(model), config_of(name)), 1)
+        take_steps(model, build_optimizer(default_groups(model), config_of(name)), 1)
         still = {key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])}
         assert still == {"unused", "frozen"}
 
     def test_repeats_to_the_bit(self, name: str) -> None:
         first, second = mixed(), mixed()
         for model in (first, second):
-            take_steps(model, build_optimizer(groups_of(model), config_of(name)), 5)
+            take_steps(model, build_optimizer(default_groups(model), config_of(name)), 5)
         for left, right in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.equal(left, right)
 
     def test_a_learning_rate_of_zero_changes_nothing(self, name: str) -> None:
         model = mixed()
         before = [parameter.clone() for parameter in model.parameters()]
-        optimizer = build_optimizer(groups_of(model), config_of(name))
+        optimizer = build_optimizer(default_groups(model), config_of(name))
         set_lr(optimizer, 0.0)
         take_steps(model, optimizer, 2)
         assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
@@ -93,7 +89,7 @@ class TestContract:
         """With gradients of zero only the decay acts."""
         model = mixed()
         before = {key: parameter.clone() for key, parameter in model.named_parameters()}
-        optimizer = build_optimizer(groups_of(model), config_of(name, weight_decay=0.5))
+        optimizer = build_optimizer(default_groups(model), config_of(name, weight_decay=0.5))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
@@ -106,7 +102,7 @@ class TestContract:
     def test_a_groups_scale_multiplies_the_rate(self, name: str) -> None:
         model = mixed()
         before = model.map.weight.clone()
-        groups = [{**group, "lr_scale": 0.0 if group["muon"] else 1.0} for group in groups_of(model)]
+        groups = [{**group, "lr_scale": 0.0 if group["muon"] else 1.0} for group in default_groups(model)]
         optimizer = build_optimizer(groups, config_of(name))
         set_lr(optimizer, RATES[name])
         take_steps(model, optimizer, 1)
@@ -116,9 +112,9 @@ class TestContract:
 def test_groups_sort_parameters_by_kind() -> None:
     model = mixed()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    matrices, others, vectors = ({names[id(p)] for p in group["params"]} for group in groups_of(model))
-    assert matrices == {"map.weight", "experts", "unused"}
-    assert others == {"table.weight", "kernel.weight", "head.weight"}
+    matrices, others, vectors = ({names[id(p)] for p in group["params"]} for group in default_groups(model))
+    assert matrices == {"map.weight", "experts", "unused", "head.weight"}
+    assert others == {"table.weight", "kernel.weight"}
     assert vectors == {"kernel.bias", "map.bias", "norm.weight", "norm.bias", "head.bias"}
 
 
