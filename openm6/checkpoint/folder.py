@@ -33,11 +33,7 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name.
-
-    Raises:
-        CheckpointError: the name is not `step-N`.
-    """
+    """The step in a checkpoint folder's name; raise CheckpointError if that is not `step-N`."""
     match = _STEP_NAME.fullmatch(folder.name)
     if match is None:
         raise CheckpointError(f"{folder} is not a checkpoint: its name must be step-N")
@@ -45,11 +41,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state of one checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or not JSON, or a file that it lists is missing or cut short.
-    """
+    """The JSON state of one checkpoint; raise CheckpointError if it, or a file that it lists, is missing or damaged."""
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -89,11 +81,7 @@ def refuse_damaged(checkpoints: Path) -> None:
 
 
 def latest(path: Path | str) -> Path:
-    """The newest complete checkpoint of a run's folder, of its `checkpoints` folder, or the one that `path` itself is.
-
-    Raises:
-        CheckpointError: nothing is there, or nothing complete.
-    """
+    """The newest complete checkpoint of a run's or its `checkpoints` folder, or `path` itself; else CheckpointError."""
     given = Path(path)
     if not given.exists():
         raise CheckpointError(f"there is no run or checkpoint at {given}: check the path")

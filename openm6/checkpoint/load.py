@@ -28,13 +28,7 @@ def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
 
 
 def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
-    """Fill a model (not on `meta`) with the weights of a checkpoint folder.
-
-    `layout` is that of fsdp.py if the model is sharded over ranks, all of which call this.
-
-    Raises:
-        CheckpointError: names or shapes differ, or the file is missing or unreadable.
-    """
+    """Fill a model (not on `meta`) from a folder, on all ranks of a `layout`; CheckpointError if it does not fit."""
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device; move the model to a device before loading into it")
@@ -47,11 +41,7 @@ def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
 
 
 def load_placed(folder: Path, model: nn.Module) -> CheckpointReader:
-    """Fill what of a model is not on `meta`; return the reader from which the rest may be read when it is needed.
-
-    Raises:
-        CheckpointError: as `load_model`.
-    """
+    """Fill what of a model is not on `meta`, as `load_model`; return the reader, for the rest when it is needed."""
     reader, named = open_reader(folder), named_tensors(model)
     targets = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
     _check_names(reader, set(targets), set(named))
@@ -100,11 +90,7 @@ def load_training_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Any = None) -> None:
-    """Put the saved tensors in place of the optimizer's state; learning rates are left as they are.
-
-    Raises:
-        CheckpointError: the file is missing or unreadable, or names a parameter that the optimizer does not move.
-    """
+    """Replace the optimizer's state, but not learning rates, by that saved; CheckpointError if it does not fit."""
     reader = open_reader(folder, "optimizer")
     if layout is not None:
         tensors = _sharded().optimizer_shards(reader, model, layout)

@@ -20,11 +20,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "row_var", "col_var"})
 
 
 def optimizer_state_dict(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the optimizer's tensors, each under `parameter::tensor`, for `Snapshot.optimizer`.
-
-    Raises:
-        ValueError: the optimizer holds a parameter that the model does not have, or a state that is not a tensor.
-    """
+    """Return the optimizer's tensors, each under `parameter::tensor`, for `Snapshot.optimizer`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
@@ -40,11 +36,7 @@ def optimizer_state_dict(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
 def load_optimizer_state(
     tensors: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, model: nn.Module, where: str
 ) -> None:
-    """Put tensors, named as `optimizer_state_dict` names them, in place of the optimizer's state.
-
-    Raises:
-        CheckpointError: one is of a parameter that the optimizer does not move; `where` names their origin.
-    """
+    """Replace the optimizer's state by such tensors; CheckpointError, from `where`, if one is not trained."""
     parameters = dict(model.named_parameters())
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
@@ -64,21 +56,14 @@ def delink_moments(tensors: Mapping[str, Tensor], sources: Mapping[str, str], mo
     """Return an optimizer's tensors, each under `parameter::tensor`, for layers that no longer share weights.
 
     Shared moments are those of G. A layer's own first moment is 1/L of it. Its second moment is 1/L of E[G²] if the
-    g_l are independent of one another, 1/L² if they are all equal; the truth is between.
-
-    Args:
-        tensors: as `optimizer_state_dict` returns them before the delink.
-        sources: new parameter name -> old one; what it does not name keeps its tensors.
-        moments: which of the two to assume; with "reset" the delinked parameters start without any.
+    g_l are independent of one another, 1/L² if they are all equal; the truth is between. `sources`: new parameter name
+    -> old one; `moments`: which of the two to assume; with "reset" the delinked parameters start without any.
     """
-    copies: dict[str, list[str]] = {}
-    for new, old in sources.items():
-        copies.setdefault(old, []).append(new)
     result: dict[str, Tensor] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.partition(SEPARATOR)
-        names = copies.get(name)
-        if names is None:
+        names = [new for new, old in sources.items() if old == name]
+        if not names:
             result[full_name] = tensor
         elif moments != "reset" or len(names) == 1:  # what only one layer used is still its own
             factor = moment_factor(key, len(names), moments)

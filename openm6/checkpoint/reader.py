@@ -71,11 +71,7 @@ class CheckpointReader:
     """All tensors of a checkpoint's weights, or of its optimizer; each file's header is parsed once."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """`kind` is `model`, `optimizer`, `training`, or `all` for the first two, which ranks write to the same files.
-
-        Raises:
-            CheckpointError: a file is missing or is not safetensors.
-        """
+        """`kind`: `model`, `optimizer`, `training`, or `all` for the first two; else a CheckpointError."""
         self.folder = folder
         whole = folder / (MODEL_FILE if kind == "all" else f"{kind}.safetensors")
         if kind == "all":
@@ -98,11 +94,7 @@ class CheckpointReader:
         return name in self._parts
 
     def shape(self, name: str) -> Shape:
-        """Return the shape of one tensor, without reading it.
-
-        Raises:
-            CheckpointError: a part of it is missing.
-        """
+        """Return the shape of one tensor, without reading it; raise CheckpointError if a part of it is missing."""
         parts = self._parts[name].values()
         shape = tuple(map(max, zip(*(part.end for part in parts), strict=True)))
         if sum(prod(part.shape) for part in parts) != prod(shape):
@@ -124,10 +116,8 @@ class CheckpointReader:
     ) -> None:
         """Read one tensor straight into the memory of `target` if that is on the host and of the same dtype.
 
-        `target` may be a region of the whole, which has this `shape`, at `offsets`.
-
-        Raises:
-            CheckpointError: there is none of this name, or a part is missing, or it has another shape.
+        `target` may be a region of the whole, which has this `shape`, at `offsets`. CheckpointError: there is none of
+        this name, or a part is missing, or it has another shape.
         """
         if name not in self._parts:
             raise CheckpointError(
@@ -159,16 +149,11 @@ def _parts_of(path: Path) -> list[_Part]:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        return [
-            _Part(
-                path,
-                name,
-                tuple(sharding[name][OFFSETS]) if name in sharding else (0,) * len(entry["shape"]),
-                tuple(entry["shape"]),
-                DTYPES[entry["dtype"]],
-                8 + length + entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        ]
+        parts = []
+        for name, entry in header.items():
+            shape, first = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            offsets = tuple(sharding[name][OFFSETS]) if name in sharding else (0,) * len(shape)
+            parts.append(_Part(path, name, offsets, shape, DTYPES[entry["dtype"]], first))
+        return parts
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}): use another checkpoint") from None

@@ -58,12 +58,7 @@ class Snapshot:
 
 
 def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
-    """Write `checkpoints/step-N` and remove all but the last `keep` and the one that the snapshot keeps.
-
-    Raises:
-        CheckpointError: the disk is full or not writable; the temporary folder is gone then, and earlier checkpoints
-            are as they were.
-    """
+    """Write `checkpoints/step-N`; keep the last `keep` and `kept`; a CheckpointError leaves earlier ones intact."""
     with open_partial(checkpoints, snapshot.step) as partial:
         named = {**named_tensors(snapshot.model), **snapshot.weights}
         tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
@@ -78,10 +73,7 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
 
 @contextmanager
 def open_partial(checkpoints: Path, step: int) -> Iterator[Path]:
-    """Make the folder to write to, without those of killed saves; raise a failure to write as CheckpointError.
-
-    What was written in part is removed then.
-    """
+    """Make the folder to write to, without those of killed saves; if writing fails, remove it: CheckpointError."""
     partial = partial_folder(checkpoints, step)
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -99,8 +91,7 @@ def open_partial(checkpoints: Path, step: int) -> Iterator[Path]:
 
 def commit(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
     """Add all but the weights and moments, which are written, and rename the folder; then remove older ones."""
-    partial = partial_folder(checkpoints, snapshot.step)
-    target = step_folder(checkpoints, snapshot.step)
+    partial, target = (where(checkpoints, snapshot.step) for where in (partial_folder, step_folder))
     if snapshot.training:
         write_tensors(partial / TRAINING_FILE, snapshot.training)
     for name, content in snapshot.files.items():
@@ -121,11 +112,7 @@ def commit(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file from the memory of the tensors to the disk, without a copy (but for those on a GPU).
-
-    Raises:
-        OSError: the disk is full or the path cannot be written.
-    """
+    """Write a safetensors file from the memory of the tensors to the disk, without a copy (but for those on a GPU)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     ordered = sorted(tensors.items())  # the same bytes, in whatever order the tensors were made
@@ -158,13 +145,9 @@ def write_shards(folder: Path, first: Shard, others: Iterable[Shard], count: int
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers of a model, a shared one once, under the first of its names."""
-    seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    return tensors
+    names: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in tensors.items() if names.setdefault(id(tensor), name) == name}
 
 
 class Saver:

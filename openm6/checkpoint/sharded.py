@@ -24,8 +24,7 @@ from openm6.checkpoint.folder import SEPARATOR, partial_folder, step_folder
 from openm6.checkpoint.reader import CheckpointReader, Shape
 from openm6.checkpoint.save import Saver, Snapshot, commit, named_tensors, open_partial
 from openm6.core.errors import CheckpointError
-from openm6.distributed.fsdp import Layout, expert_parameters, local, with_offsets
-from openm6.distributed.sharded_weights import shard_spec_of
+from openm6.distributed.fsdp import Layout, as_part, expert_parameters, local, shard_spec_of, with_offsets
 from openm6.offload.pinned_memory import PinnedArena
 from openm6.optim.sharding import is_sharded_along
 
@@ -33,10 +32,7 @@ FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
 
 
 class Staging:
-    """Host memory for the tensors of one checkpoint, pinned for those of a GPU, and kept from one save to the next.
-
-    Copies to memory that is not pinned take about three times as long, and training waits for them.
-    """
+    """Host memory for the tensors of checkpoints, pinned for those of a GPU, whose copies else take thrice as long."""
 
     def __init__(self) -> None:
         self._arena: PinnedArena | None = None
@@ -72,11 +68,7 @@ class ShardedSaver(Saver):
         self._failure: BaseException | None = None
 
     def begin(self, snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
-        """Start to write `checkpoints/step-N`; the tensors may change as soon as this returns. All ranks call it.
-
-        Raises:
-            CheckpointError: the save before this one has failed, or the folder cannot be made.
-        """
+        """Start to write `checkpoints/step-N`, on all ranks, which may go on; CheckpointError: the last failed."""
         self.finish()
         if dist.get_rank() == 0:
             with open_partial(checkpoints, snapshot.step):
@@ -86,7 +78,11 @@ class ShardedSaver(Saver):
         named = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
         parts = with_offsets(snapshot.model, named, self.layout)
         staged = self._staging.copy({name: local(tensor).detach() for name, tensor in parts.items()})
-        copies = {name: self._on_host(tensor, staged[name]) for name, tensor in parts.items()}
+        copies = dict(staged)
+        for name, tensor in parts.items():
+            if isinstance(tensor, DTensor):  # not by `dcp.async_save`, whose staging copies the mesh with each tensor
+                mesh = self.host.find(tensor.device_mesh.mesh_dim_names or ())
+                copies[name] = as_part(staged[name], mesh, tensor.placements, tensor.shape)
         for shard in snapshot.shards:
             copies |= {**shard.model, **shard.optimizer}
         self._pending = Thread(target=self._write, args=(copies, snapshot, checkpoints, keep), daemon=True)
@@ -96,11 +92,7 @@ class ShardedSaver(Saver):
         return step_folder(checkpoints, snapshot.step)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is written.
-
-        Raises:
-            CheckpointError: it could not be written; earlier ones are intact.
-        """
+        """Wait until the last checkpoint is written; CheckpointError if it could not be: earlier ones are intact."""
         if self._pending is not None:
             self._pending.join()
             self._pending = None
@@ -113,18 +105,6 @@ class ShardedSaver(Saver):
                 f"a checkpoint could not be written ({reason}): free some space or choose another "
                 "folder, earlier checkpoints are intact"
             ) from failure
-
-    def _on_host(self, tensor: Tensor, part: Tensor) -> Tensor:
-        """Return a tensor with this copy on the host as its shard here.
-
-        Not by `dcp.async_save`, whose staging copies the mesh along with each tensor.
-        """
-        if not isinstance(tensor, DTensor):
-            return part
-        mesh = self.host.find(tensor.device_mesh.mesh_dim_names or ())
-        return DTensor.from_local(
-            part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
 
     def _write(self, copies: dict[str, Tensor], snapshot: Snapshot, checkpoints: Path, keep: int) -> None:
         """In a thread: once all ranks have written, rank 0 renames the checkpoint."""

@@ -105,11 +105,7 @@ class AllToAllDispatcher(CopiesDispatcher):
     def exchange(
         self, rows: Tensor, counts: Tensor, capacity: int | None, experts: ChunkOfExperts, meanwhile: Meanwhile
     ) -> tuple[Tensor, Tensor | None]:
-        """R D and E -> R D in the order of the rows; all chunks are being sent before the first is computed.
-
-        Raises:
-            ValueError: the experts cannot be distributed over the ranks and chunks evenly.
-        """
+        """R D and E -> R D in the order of the rows; all chunks are being sent before the first is computed."""
         if len(counts) % (self.size * self.chunks):
             raise ValueError(
                 f"{len(counts)} experts cannot be distributed over {self.size} ranks in {self.chunks} chunks"
@@ -162,10 +158,7 @@ def open_gather() -> Callable[[Tensor], tuple[Tensor, int]] | None:
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:
-    """Gather rows over the ranks, which may bring unlike numbers of them, also none: N … -> M …, and where ours begin.
-
-    It is a `Gather` of modalities/pool.py.
-    """
+    """Gather the rows of ranks (a `Gather` of modalities/pool.py), any number of each: N … -> M …, where ours begin."""
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
     dist.all_gather_into_tensor(counts, torch.tensor([len(x)], device=x.device))
     lengths, own = counts.tolist(), dist.get_rank()

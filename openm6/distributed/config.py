@@ -33,18 +33,18 @@ class ParallelConfig(Config):
     timeout_seconds: float = Field(default=600.0, gt=0)
 
     def resolve(self, size: int, num_experts: int | None, accelerated: bool) -> MeshShape:
-        """The axes for `size` ranks; `num_experts` is that of the model's sparse layers, None without any.
-
-        Raises:
-            ConfigError: the axes do not multiply out to the ranks, or the experts cannot be distributed evenly.
-        """
+        """The axes for `size` ranks and a model of so many experts (None: none); ConfigError if they do not fit."""
         sizes = {axis: value for axis in MeshShape._fields if (value := getattr(self, axis)) != "auto"}
         if wrong := [axis for axis, value in sizes.items() if value < 1]:
             raise ConfigError(f"parallel.{wrong[0]} must be at least 1, or auto")
         if free := [axis for axis in MeshShape._fields if axis not in sizes]:
             left = max(1, size // math.prod(sizes.values()))
+            # The one that takes what is left; on processors the exchange costs more than the experts' memory is worth.
+            order = ["dp_shard", "dp_replicate", "ep"] if accelerated else ["dp_replicate", "dp_shard", "ep"]
+            if num_experts is not None and num_experts % left == 0 and (accelerated or free == ["ep"]):
+                order.insert(0, "ep")
             sizes |= dict.fromkeys(free, 1)
-            sizes[_widest(free, left, num_experts, accelerated)] = left
+            sizes[next(axis for axis in order if axis in free)] = left
         shape = MeshShape(**sizes)
         if shape.size != size:
             axes = " × ".join(f"{axis}={value}" for axis, value in shape._asdict().items())
@@ -57,16 +57,6 @@ class ParallelConfig(Config):
                 "choose a divisor of num_experts"
             )
         return shape
-
-
-def _widest(free: list[str], left: int, num_experts: int | None, accelerated: bool) -> str:
-    """The automatic axis that takes the ranks which the fixed ones leave."""
-    divides = num_experts is not None and num_experts % left == 0
-    # On processors the exchange costs more than the experts' memory is worth.
-    if "ep" in free and divides and (accelerated or free == ["ep"]):
-        return "ep"
-    order = ["dp_shard", "dp_replicate", "ep"] if accelerated else ["dp_replicate", "dp_shard", "ep"]
-    return next(name for name in order if name in free)
 
 
 class MeshShape(NamedTuple):

@@ -91,15 +91,12 @@ class FailureWatchdog:
         if isinstance(error, OpenM6Error):
             return str(error)
         if _out_of_memory(error):
-            return (
-                "out of memory: lower packing.batch_size or packing.seq_len, or raise parallel.dp_shard or parallel.ep"
-            )
+            remedies = "lower packing.batch_size or packing.seq_len, or raise parallel.dp_shard or parallel.ep"
+            return f"out of memory: {remedies}"
+        if _is_external(error) and "timed out" in str(error).lower():
+            waited = f"waited {self.timeout_seconds:g} s for another rank in vain"
+            return f"{waited}: look for one that hangs, or raise parallel.timeout_seconds"
         if _is_external(error):
-            if "timed out" in str(error).lower():
-                return (
-                    f"waited {self.timeout_seconds:g} s for another rank in vain: look for one that hangs, "
-                    "or raise parallel.timeout_seconds"
-                )
             return "another rank was lost: see its last message, and go on with --resume"
         kind, lines = type(error).__name__, str(error).strip().splitlines()
         return f"{kind}: {lines[0][:300] if lines else kind}"
@@ -124,22 +121,13 @@ def _is_external(error: BaseException) -> bool:
 
 def open_store(name: str) -> dist.Store:
     """The key-value store that the ranks met at, with keys of its own for this name."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=30),
-        wait_for_workers=False,
-    )
+    address, timeout = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=30)
+    store = dist.TCPStore(*address, is_master=False, timeout=timeout, wait_for_workers=False)
     return dist.PrefixStore(f"openm6/{name}", store)
 
 
 def wait_for(store: dist.Store, key: str) -> None:
-    """Wait for a key, however long it takes: a collective would fail after its timeout.
-
-    Raises:
-        TrainingError: the store has gone, and with it rank 0 or the launcher.
-    """
+    """Wait for a key, however long it takes, as a collective would fail; TrainingError if the store has gone."""
     try:
         for look in count():
             if store.check([key]):

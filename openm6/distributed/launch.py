@@ -23,11 +23,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     """Run `python -m MODULE WORDS` in `processes` processes of this machine until all have ended.
 
     After a failure of any process all are started again, up to `max_restarts` times; they go on from the newest
-    checkpoint.
-
-    Raises:
-        TrainingError: a process failed for good; its own sentence stands above.
-        Interrupted: a signal stopped the run.
+    checkpoint. TrainingError: a process failed for good, its own sentence stands above; Interrupted: by a signal.
     """
     # One thread each by default: threads of several processes would compete for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -35,16 +31,9 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
-        monitor_interval=0.2,
-        signals_to_handle="SIGQUIT",
-    )
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.2, signals_to_handle="SIGQUIT",
+    )  # fmt: skip
     before = {number: signal.signal(number, _stop) for number in handled_stops()}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below, once
     try:

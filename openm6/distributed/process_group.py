@@ -21,10 +21,7 @@ Value = TypeVar("Value")
 
 
 class LayerWeights:
-    """This rank's shard of the weights of offloaded layers: all of them, in one process; base class for ranks.
-
-    `index` is that of a group of layers that share weights, `name` that of one of its matrices.
-    """
+    """This rank's part of offloaded weights (one process: all), by group `index` and matrix `name`; base class."""
 
     sharded: bool = False  # whether ranks hold different shards, so that using a group needs collectives
 

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from openm6.distributed import fsdp
 from openm6.distributed.collectives import AllToAllDispatcher, CopiesDispatcher
 from openm6.distributed.config import MeshShape
 from openm6.distributed.failure import DONE, FailureWatchdog, open_store, wait_for
-from openm6.distributed.fsdp import Layout, local, open_layout, shard
 from openm6.distributed.process_group import LayerWeights, ProcessGroupContext
-from openm6.distributed.sharded_weights import ReplicatedWeights, ShardedWeights, shard_spec_of
 from openm6.nn.moe import TokenDispatcher
 from openm6.optim.rules import Shape
 from openm6.optim.sharding import ShardSpec
@@ -46,7 +45,7 @@ class DistributedContext(ProcessGroupContext):
             backend, timeout = "cpu:gloo,cuda:nccl" if gpu else "gloo", timedelta(seconds=timeout_seconds)
             dist.init_process_group(backend, timeout=timeout, device_id=device if gpu else None)
         self.device = device
-        self.layout: Layout | None = None
+        self.layout: fsdp.Layout | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._later: list[tuple[Sequence[float], Callable[[list[float]], None]]] = []
 
@@ -75,15 +74,15 @@ class DistributedContext(ProcessGroupContext):
     def shard(self, model: nn.Module, shape: MeshShape) -> None:
         self.open_mesh(shape)
         if self.layout is not None:
-            shard(model, self.layout)
+            fsdp.shard(model, self.layout)
             self.wrapped = True
 
     def open_mesh(self, shape: MeshShape) -> None:
         if not shape.copies_only:
-            self.layout = open_layout(shape, self.device)
+            self.layout = fsdp.open_layout(shape, self.device)
 
     def layer_weights(self, shapes: Sequence[Mapping[str, Shape]]) -> LayerWeights:
-        return ReplicatedWeights(shapes) if self.layout is None else ShardedWeights(self.layout, shapes)
+        return fsdp.ReplicatedWeights(shapes) if self.layout is None else fsdp.ShardedWeights(self.layout, shapes)
 
     def reshard(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -133,7 +132,7 @@ class DistributedContext(ProcessGroupContext):
         norm = torch.nn.utils.get_total_norm(_local_gradients(parameters))
         if self.layout is None or not self.wrapped:
             return norm
-        square = norm.to(local(parameters[0]).device, torch.float32).square()
+        square = norm.to(fsdp.local(parameters[0]).device, torch.float32).square()
         dist.all_reduce(square, group=self.layout.dense.get_group())
         return square.sqrt()
 
@@ -142,7 +141,7 @@ class DistributedContext(ProcessGroupContext):
             torch._foreach_mul_(parts, (bound / (norm + 1e-6)).clamp(max=1.0))
 
     def shard_spec(self, parameter: Tensor) -> ShardSpec:
-        return shard_spec_of(parameter)
+        return fsdp.shard_spec_of(parameter)
 
     def first_expert(self, here: int) -> int:
         return 0 if self.layout is None else here * self.layout.mesh.get_local_rank("ep")
@@ -193,7 +192,7 @@ def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return [fsdp.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -201,10 +200,9 @@ def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
     buckets: list[list[Tensor]] = []
     remaining = 0
     for gradient in gradients:
-        size = gradient.numel() * gradient.element_size()
-        if not buckets or size > remaining or buckets[-1][0].dtype != gradient.dtype:
+        if not buckets or gradient.nbytes > remaining or buckets[-1][0].dtype != gradient.dtype:
             buckets.append([])
             remaining = BUCKET_BYTES
         buckets[-1].append(gradient)
-        remaining -= size
+        remaining -= gradient.nbytes
     return buckets

@@ -78,20 +78,11 @@ class WorkerPool:
             self._send(pipe, message)
 
     def gather(self) -> list[Any]:
-        """Return one message from each worker, in their order.
-
-        Raises:
-            OpenM6Error: the one that a process failed with.
-            TrainingError: a process failed otherwise, or was killed.
-        """
+        """Return one message from each worker, in order; raise the error of one that failed, or was killed."""
         return [self._receive(pipe) for pipe in self.workers]
 
     def imap_unordered(self, messages: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Send each message to the next free worker; yield its index and the reply to it, as they come.
-
-        Raises:
-            OpenM6Error, TrainingError: as for `gather`.
-        """
+        """Send each message to the next free worker; yield its index and the reply, as they come; see `gather`."""
         left = iter(enumerate(messages))
         busy: dict[Connection, int] = {}
         free, replies = self.workers, list[tuple[int, Any]]()
@@ -162,10 +153,7 @@ def _run(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
 
 
 def shared_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return a tensor of zeros for each of `tensors`, in memory that forked processes share.
-
-    Anonymous, so no file of it can be left behind, and the size of /dev/shm (64 MB in many containers) does not matter.
-    """
+    """Return zeros like `tensors` in anonymous memory that forks share; the size of /dev/shm does not matter."""
     sizes = [math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT for tensor in tensors]
     memory = torch.frombuffer(mmap.mmap(-1, max(sum(sizes), ALIGNMENT)), dtype=torch.uint8)
     parts = memory[: sum(sizes)].split(sizes)

@@ -20,10 +20,9 @@ from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
 from openm6.core.run_folder import RunFolder
-from openm6.distributed.fsdp import with_offsets
+from openm6.distributed.fsdp import shard_spec_of, with_offsets
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.processes import DistributedContext
-from openm6.distributed.sharded_weights import shard_spec_of
 from openm6.optim.muon import Muon
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
