@@ -6,6 +6,9 @@ import resource
 import statistics
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -252,23 +255,52 @@ def _open(
 ) -> tuple[MultimodalTraining, OffloadedTrainStep]:
     recipe = size.recipe(num_gpu_layers)
     training = MultimodalTraining(recipe, RunFolder.open(folder), device)
-    train_step = OffloadedTrainStep(training, recipe.loop)
-    train_step.store.timer.running = True
-    return training, train_step
+    return training, OffloadedTrainStep(training, recipe.loop)
+
+
+class PhaseTimer:
+    """Add up the time that the compute stream spends in each named span."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time what is enqueued within; spans of different names must not overlap."""
+        began = self._now()
+        yield
+        self._spans.append((name, began, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Return seconds by name; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        found: dict[str, float] = defaultdict(float)
+        for name, began, ended in self._spans:
+            found[name] += began.elapsed_time(ended) / 1000 if self._cuda else ended - began
+        return dict(found)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def _timed_step(training: MultimodalTraining, train_step: OffloadedTrainStep, batch: Any, step: int) -> StepTimes:
     """Time one step from its first fetch to its last write-back."""
     store, before = train_step.store, train_step.store.moved_bytes
     store.synchronize()
-    store.timer.take()
+    timer = PhaseTimer(store.device)
+    store.span = timer.span
     began = time.perf_counter()
     train_step.update(batch, step, None)
-    with store.timer.span("write_back"):
+    with timer.span("write_back"):
         store.synchronize()
     ended = time.perf_counter()
-    phases = store.timer.take()
-    return StepTimes(ended - began, phases, batch.tokens, store.moved_bytes - before)
+    return StepTimes(ended - began, timer.seconds(), batch.tokens, store.moved_bytes - before)
 
 
 def _figures(

@@ -34,23 +34,14 @@ Part = tuple[slice, Context, Tensor]  # of a batch: its rows, their context, the
 
 
 class OffloadedExecutor(LayerExecutor):
-    """Fetches the weights of each layer once for all micro-batches, and updates them at their last use.
-
-    Layers that share weights are one group; index `group` is that of its record in the store.
-    """
+    """Fetches the weights of each group of layers once for all micro-batches, and updates them at their last use."""
 
     offloaded = True
 
     def __init__(
-        self,
-        blocks: Sequence[TransformerBlock],
-        layer_groups: Sequence[int],
-        store: WeightStore,
-        rule: UpdateRule,
-        config: OffloadConfig,
-        weights: LayerWeights,
-        dispatcher: TokenDispatcher,
-    ) -> None:
+        self, blocks: Sequence[TransformerBlock], layer_groups: Sequence[int], store: WeightStore, rule: UpdateRule,
+        config: OffloadConfig, weights: LayerWeights, dispatcher: TokenDispatcher,
+    ) -> None:  # fmt: skip
         """`blocks` contribute all but their matrices, of which `weights` is this rank's shard."""
         super().__init__(dispatcher)
         self.blocks, self.layer_groups = list(blocks), tuple(layer_groups)
@@ -127,10 +118,7 @@ class OffloadedExecutor(LayerExecutor):
     def backward_layer(
         self, parts: list[Part], layer: int, x: Tensor, gradient: Tensor, side: Tensor | None, own_gradients: Gradients
     ) -> Tensor:
-        """Return the gradient of the layer's input x, and add those of its own parameters to `own_gradients`, by id.
-
-        The layer runs again with a graph, part by part. At their last use its group's weights are updated.
-        """
+        """Run a layer again with a graph; return the gradient of x, add own ones by id, update at the last use."""
         group = self.layer_groups[layer]
         if self._step is None or group in self._updated:
             raise RuntimeError(
@@ -194,7 +182,7 @@ class OffloadedExecutor(LayerExecutor):
         assert self._step is not None
         (number, lr, weight_decay, seed), gradients = self._step, self._gradients.pop(group)
         self._gathered = None
-        with self.store.timer.span("update"):
+        with self.store.span("update"):
             gradients = self.weights.reduce(group, gradients)
             norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients.values()]
             square = self.weights.all_reduce(torch.stack(norms).square().sum())
@@ -222,15 +210,9 @@ class _Span(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        executor: OffloadedExecutor,
-        parts: list[Part],
-        span: Sequence[int],
-        stats: list[RouterStats],
-        requires_graph: Tensor,
-        x: Tensor,
-        *own: Tensor,
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, executor: OffloadedExecutor, parts: list[Part], span: Sequence[int], stats: list[RouterStats],
+        requires_graph: Tensor, x: Tensor, *own: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return the output and the side loss of each sparse layer, whose statistics are appended to `stats`."""
         if ctx.needs_input_grad[4]:
             ctx.x = x.detach()

@@ -25,10 +25,7 @@ class PinnedArena:
     """Byte buffers of the given sizes, next to each other in one mapping."""
 
     def __init__(self, sizes: Sequence[int], pin: bool) -> None:
-        """`sizes` are multiples of the page size; no buffer straddles two registered segments.
-
-        If the system refuses to pin the memory, the arena works with slower copies, and a warning is logged.
-        """
+        """`sizes`: multiples of a page; none straddles registered segments. Without pinning it works, but slower."""
         # Private memory on Linux, because only then it may have huge pages, which are pinned far faster.
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform == "linux" else {}
         memory = mmap.mmap(-1, max(mmap.PAGESIZE, sum(sizes)), **flags)

@@ -1,11 +1,7 @@
-"""Streams of a device, the events by which they wait for one another, and a timer; a CPU runs everything at once."""
+"""Streams of a device and the events by which they wait for one another; a CPU runs everything at once."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,39 +75,3 @@ def open_streams(device: torch.device) -> Streams:
         return Streams(Stream(), Stream(), Stream())
     own = (None, torch.cuda.Stream(device), torch.cuda.Stream(device))
     return Streams(*(CudaStream(device, stream) for stream in own))
-
-
-class PhaseTimer:
-    """Add up the time that the compute stream spends in each named span; off unless `running`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.running = False
-        self._device, self._cuda = device, device.type == "cuda"
-        self._spans: list[tuple[str, Any, Any]] = []
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Time what is enqueued within; spans of different names must not overlap."""
-        if not self.running:
-            yield
-            return
-        began = self._now()
-        yield
-        self._spans.append((name, began, self._now()))
-
-    def take(self) -> dict[str, float]:
-        """Return seconds by name since the last call; waits for the device."""
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
-        seconds: dict[str, float] = defaultdict(float)
-        for name, began, ended in self._spans:
-            seconds[name] += began.elapsed_time(ended) / 1000 if self._cuda else ended - began
-        self._spans = []
-        return dict(seconds)
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event

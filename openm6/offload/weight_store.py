@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from openm6.nn.block import TransformerBlock
 from openm6.offload.pinned_memory import PinnedArena
-from openm6.offload.streams import Event, PhaseTimer, Streams
+from openm6.offload.streams import Event, Streams
 from openm6.optim.rules import WEIGHT, Shape, Slot, Slots, UpdateRule
 
 ALIGNMENT = 256  # of each tensor, for the matrix units
@@ -104,19 +105,13 @@ class WeightStore:
     """
 
     def __init__(
-        self,
-        layouts: Sequence[RecordLayout],
-        on_device: Sequence[int],
-        device: torch.device,
-        streams: Streams,
-        num_buffers: int,
-        pin: bool,
-        read: Callable[[int, dict[str, Slots]], None] | None = None,
-    ) -> None:
+        self, layouts: Sequence[RecordLayout], on_device: Sequence[int], device: torch.device, streams: Streams,
+        num_buffers: int, pin: bool, read: Callable[[int, dict[str, Slots]], None] | None = None,
+    ) -> None:  # fmt: skip
         """With `read`, which fills the views of a record, records are read for each use and not kept in host memory."""
         self.layouts, self.device, self.streams = list(layouts), device, streams
         self.on_device = frozenset(on_device)
-        self.timer = PhaseTimer(device)
+        self.span: Callable[[str], AbstractContextManager[object]] = nullcontext  # replaced to time what it names
         self.moved_bytes = 0  # in both directions
         self._read = read
         offloaded = [index for index in range(len(layouts)) if index not in self.on_device]
@@ -158,10 +153,10 @@ class WeightStore:
             return self.stored(index)
         buffer = self._holding(index)
         assert buffer is not None, "the plan fetches every record before its use"
-        with self.timer.span("fetch"):
+        with self.span("fetch"):
             self.streams.compute.wait_event(buffer.ready)
         if whole:
-            with self.timer.span("write_back"):
+            with self.span("write_back"):
                 self.streams.compute.wait_event(buffer.left)
         buffer.open = True
         self._fetch_ahead()
@@ -176,7 +171,7 @@ class WeightStore:
         if changed:
             stream = self.streams.to_host
             stream.wait_event(buffer.free)
-            with self.timer.span("write_back"):
+            with self.span("write_back"):
                 size = self.layouts[index].num_bytes
                 stream.copy(self.storage[index][:size], buffer.record[:size])
             self._written[index] = buffer.left = stream.record_event()
@@ -225,7 +220,7 @@ class WeightStore:
             stream.wait_event(buffer.left)
         stream.wait_event(self._written.get(use.index))
         buffer.index = None  # until it is filled: reading may fail
-        with self.timer.span("fetch"):  # on a CPU the copy itself; on a GPU it is only enqueued
+        with self.span("fetch"):  # on a CPU the copy itself; on a GPU it is only enqueued
             if self._read is not None:
                 self._read(use.index, layout.views(buffer.record))
             else:
