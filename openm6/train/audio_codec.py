@@ -27,11 +27,7 @@ NUM_FORMANTS = 5
 
 
 class AudioDataConfig(CodecDataConfig):
-    """How training clips are drawn, and the weights of the loss terms.
-
-    `voices` is the fraction made by formula; of the rest, `mixed` are two clips at once. Of all, `coloured` are
-    filtered as by another room and `noisy` carry noise.
-    """
+    """How clips are drawn: `voices` by formula, of the rest `mixed` two at once; of all `coloured` by a room."""
 
     batch: int = Field(default=32, ge=2)
     seconds: float = Field(default=1.0, gt=0.2)
@@ -68,11 +64,7 @@ class AudioBank:
 
 
 def read_clip(data: bytes) -> Tensor:
-    """Decode an audio file to mono samples at 16 kHz.
-
-    Raises:
-        DataError: it is broken, empty or too long.
-    """
+    """Decode an audio file to mono samples at 16 kHz; raise DataError if it is broken, empty or too long."""
     return torch.from_numpy(np.ascontiguousarray(read_audio(data), np.float32))
 
 
@@ -132,10 +124,7 @@ class AudioSubject:
         return play(bank.samples, start, end, speed, begin, self.length)
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
-        """Return multi-scale log-mel L1, spectral convergence and log-magnitude, and a little complex and waveform L1.
-
-        The last two alone pin the phase; the codes cannot carry it, so they must stay small.
-        """
+        """Return multi-scale log-mel L1, spectral convergence, log-magnitude; and for the phase a little more."""
         config = self.config
         mel = stft = whole = torch.zeros((), device=self.device)
         for size, window in self.windows.items():
@@ -177,10 +166,7 @@ def curve(points: Tensor, length: int) -> Tensor:
 
 
 def play(bank: Tensor, start: Tensor, end: Tensor, speed: Tensor, begin: Tensor, length: int) -> Tensor:
-    """Return clips of a bank at other speeds (which moves their pitch), `begin` samples late, with silence around.
-
-    `bank` holds all clips end to end; clip b is bank[start_b : end_b].  # L, B, B, B, B -> B S
-    """
+    """Return clips bank[start : end] at other speeds, `begin` samples late, else silent.  # L, B, B, B, B -> B S"""
     time = torch.arange(length, device=bank.device)[None, :] - begin[:, None]
     # In double precision: a bank may have more samples than fp32 can count.
     position = start[:, None] + time * speed[:, None]  # B S

@@ -1,4 +1,4 @@
-"""Callbacks of the loop, each with its own state in the checkpoints; and signals to stop."""
+"""Callbacks of the loop, each with its own state in the checkpoints; how long a run is; and signals to stop."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from openm6.core.device import process_memory, reset_peak_memory
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.worker_pool import children, handled_stops
+from openm6.optim.config import decay_start
+from openm6.plan.measured import TIME_FOR_STEPS
 from openm6.train.config import LOOP_SECTION, HeldOutConfig, LoopConfig, StagesConfig
-from openm6.train.length import RunLength
-from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything
 from openm6.train.training_task import TrainingTask
 
@@ -28,6 +29,10 @@ MIN_SWAPPED = 2**28  # bytes swapped out that are worth a warning
 SPIKE_DECAY = 0.98  # fraction of the running mean that is kept per step: about the last 50 steps
 SPIKE_WARMUP = 30  # steps before anything is called a spike
 SPIKE_FACTOR = 6.0  # standard deviations above the mean
+# How `steps: auto` is measured.
+SKIPPED = 2  # first steps, slow because of caches, compilation and memory that is claimed
+MEASURED_FRACTION = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
+MIN_MEASURED = 5  # steps
 
 
 @dataclass
@@ -40,6 +45,54 @@ class Progress:
     non_finite: int = 0  # skipped steps
     non_finite_in_a_row: int = 0
     cursor: dict[str, Any] = field(default_factory=dict)
+
+
+class RunLength:
+    """The number of steps of a run; None until it is known.
+
+    A measured number goes into the run's config.yaml, and from then on counts as a configured one: a run resumed or
+    repeated with that file takes exactly the same steps.
+    """
+
+    def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
+        self._config, self._run, self._ranks = config, run, ranks or ProcessGroupContext()
+        self._spent: list[float] = []  # seconds of each step
+        written = run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
+        self.steps: int | None = written if isinstance(written, int) else None
+
+    def reached(self, step: int) -> bool:
+        return self.steps is not None and step >= self.steps
+
+    def observe(self, step: int, seconds: float) -> None:
+        """Record how long step `step` took; fix the length once enough is known."""
+        if self.steps is not None or self._config.minutes is None:
+            return
+        self._spent.append(self._ranks.broadcast_object(seconds))  # all ranks must come to the same number
+        measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
+        enough = len(measured) >= MIN_MEASURED and spent >= budget * MEASURED_FRACTION
+        slow = len(measured) >= 1 and spent >= budget / 2  # too slow to be measured well
+        if not (enough or slow):
+            return
+        recent = measured[len(measured) // 2 :]  # the first ones fill caches that the later ones find filled
+        left = budget * TIME_FOR_STEPS - spent
+        self._set(step + max(0, math.floor(left / (sum(recent) / len(recent)))), step)
+        get_log().info(f"{self.steps} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}")
+
+    def decay_from(self, step: int) -> bool:
+        """Let the learning rate decay after this step, unless it does already; return whether that changes the run."""
+        earlier = self.steps is None or decay_start(self.steps, self._config.schedule) > step
+        if earlier:
+            self._set(step, step)
+        return earlier
+
+    def _set(self, total: int, step: int) -> None:
+        """Fix the length, in step `step`: at `total` or a later step."""
+        # The steps so far were taken at the full rate: the decay must not start before them, or a repeated run differs.
+        while decay_start(total, self._config.schedule) < step:
+            total += 1
+        self.steps = total
+        if self._ranks.is_main_process:
+            self._run.set_config(LOOP_SECTION, "steps", total)
 
 
 class RunState(Protocol):
@@ -96,12 +149,10 @@ class Callback:
 
 
 class MemoryCallback(Callback):
-    """Log `memory_start` (before the first step) and `memory_peak` (since then), in bytes.
+    """Log `memory_start` (before the first step) and `memory_peak` (since then), in bytes; warn once of swapping.
 
     On a GPU both are of torch's allocator. On a CPU they are of the run's processes as Linux counts them, Python and
     libraries included, and of workers only what they do not share; elsewhere nothing is logged.
-
-    Warn once if weights are offloaded and the system swaps them out, since they are then read at the speed of the disk.
     """
 
     name = "memory"
@@ -219,11 +270,10 @@ class StagesCallback(Callback):
     def __init__(self, config: StagesConfig) -> None:
         self.config = config
         self.switched_at: int | None = None
-        self._clock = SwitchClock(config.switch)
+        self._losses: list[float] = []  # of the last steps, for a plateau
 
     def load_state(self, run: RunState, state: dict[str, Any]) -> None:
-        self.switched_at = state["switched_at"]
-        self._clock.load_state(state)
+        self.switched_at, self._losses = state["switched_at"], list(state["losses"])
         if self.switched_at is not None:
             run.train_step.delink("reset")
 
@@ -235,28 +285,37 @@ class StagesCallback(Callback):
             )
 
     def before_step(self, step: int) -> None:
-        run = self._run
-        if self.switched_at is None:
-            due = self._clock.due(run.progress.step, run.progress.seconds)
-            if self.config.switch.minutes is not None:  # losses and steps are the same on all ranks; clocks are not
-                due = run.training.ranks.broadcast_object(due)
-            if due:
-                self._switch(step - 1)
-        run.train_step.lr_scale = lr_after_switch(step, self.switched_at, self.config)
+        if self.switched_at is None and self.due():
+            self._switch(step - 1)
+        if self.switched_at is not None and self.config.warmup_steps:
+            self._run.train_step.lr_scale = min(1.0, (step - self.switched_at) / self.config.warmup_steps)
 
     def needs_report(self, step: int) -> bool:
         return self.switched_at is None
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        if report.applied:  # a skipped step is no evidence about the training
-            self._clock.observe(report.loss)
+        plateau = self.config.switch.plateau
+        if report.applied and plateau is not None:  # a skipped step is no evidence about the training
+            self._losses = [*self._losses, report.loss][-2 * plateau.window :]
         return {}
 
     def totals(self) -> dict[str, Any]:
         return {"stage": self._run.training.stage}
 
     def state(self) -> dict[str, Any]:
-        return {"switched_at": self.switched_at, **self._clock.state()}
+        return {"switched_at": self.switched_at, "losses": self._losses}
+
+    def due(self) -> bool:
+        """Return whether the next step is to be the first one with weights of each layer's own."""
+        switch, progress = self.config.switch, self._run.progress
+        if switch.step is not None:
+            return progress.step >= switch.step
+        if switch.minutes is not None:  # losses and steps are the same on all ranks; clocks are not
+            return self._run.training.ranks.broadcast_object(progress.seconds >= 60 * switch.minutes)
+        plateau, losses = switch.plateau, self._losses
+        if plateau is None or len(losses) < 2 * plateau.window:
+            return False
+        return sum(losses[plateau.window :]) > (1 - plateau.improvement) * sum(losses[: plateau.window])
 
     def _switch(self, step: int) -> None:
         run = self._run
@@ -312,10 +371,7 @@ class SpikeCallback(Callback):
 
 
 class Interrupt:
-    """While entered, a signal to stop is kept in `requested`; a further SIGINT raises KeyboardInterrupt.
-
-    A further SIGTERM or SIGHUP changes nothing: `timeout` and others send theirs both to a process and to its group.
-    """
+    """While entered, a signal to stop is kept in `requested`; a further SIGINT raises KeyboardInterrupt."""
 
     requested = 0  # number of the first signal
 

@@ -34,10 +34,7 @@ Raw = TypeVar("Raw")  # a decoded image or clip
 
 
 class CodecDataConfig(Config):
-    """How training data is drawn.
-
-    `source_weights` holds how often a source is drawn, as a fraction; the others count by their size.
-    """
+    """How training data is drawn: `source_weights` as fractions of all, a source without one by its size."""
 
     source_weights: dict[str, float] = {}
 
@@ -87,11 +84,7 @@ class CodecBatch:
 
 
 class CodecSubject(Protocol):
-    """What differs between images and audio.
-
-    positions_per_batch: of the latent; selected_by: the score that selects the best weights, and 1 or -1 if the highest
-    or the lowest is the best
-    """
+    """What differs between images and audio; it is `selected_by` a score, the highest (1) or the lowest (-1)."""
 
     positions_per_batch: int
     selected_by: tuple[str, int]
@@ -169,12 +162,7 @@ class CodecTraining(TrainingTask):
         return {"codec.json": self.codec.config.model_dump_json(indent=2) + "\n"}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return the scores of the averaged weights on held-out records; the best weights so far are kept.
-
-        Raises:
-            TrainingError: too much of the latent is saturated, or a channel carries too few bits: the latent has
-                collapsed, and longer training cannot recover it.
-        """
+        """Return scores on held-out records, keep the best weights; TrainingError if the latent has collapsed."""
         health, recipe = self.health, self.recipe
         if health is not None and step > recipe.guard_from:
             if (saturated := health.saturated.item()) > recipe.max_saturated:
@@ -210,11 +198,7 @@ class CodecTraining(TrainingTask):
 def read_records(
     sources: Mapping[str, SourceConfig], split: Split, key: str, read: Callable[[bytes], Raw]
 ) -> dict[str, list[Raw]]:
-    """Return the decoded images or audio of each source that has some in this split; broken ones are logged.
-
-    Raises:
-        DataError: a source of training records has none.
-    """
+    """Return the decoded images or audio of sources of a split without broken ones; DataError if none to train on."""
     found: dict[str, list[Raw]] = {}
     for name, source in open_sources(sources, split).items():
         records = []
@@ -233,11 +217,7 @@ def read_records(
 
 
 def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[Raw]], list[Raw]]:
-    """Return each source's records without the second of every `every`, and those of all sources.
-
-    Raises:
-        DataError: no source has two records.
-    """
+    """Return each source's records without the second of every `every`, and all those; DataError if there is none."""
     kept = {name: [raw for i, raw in enumerate(part) if i % every != 1] for name, part in records.items()}
     held = [raw for part in records.values() for raw in part[1::every]]
     if not held:
@@ -246,10 +226,7 @@ def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[
 
 
 def draw_weights(sizes: Mapping[str, Sequence[float]], source_weights: Mapping[str, float]) -> Tensor:
-    """Return how often each item of each source is drawn, from their sizes.  # -> N fp64
-
-    A source with a weight counts as this fraction of all sizes, divided evenly; an item of another as its own size.
-    """
+    """Return how often each item is drawn: weights are fractions of all sizes, divided evenly; else by size.  # -> N"""
     total = sum(map(sum, sizes.values()))
     weights = {name: weight * total / len(sizes[name]) for name, weight in source_weights.items() if name in sizes}
     every = [weights.get(name, size) for name, part in sizes.items() for size in part]

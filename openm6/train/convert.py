@@ -14,13 +14,14 @@ from openm6.checkpoint.load import load_training_tensors
 from openm6.checkpoint.optimizer import Moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, Snapshot, save
-from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.errors import ConfigError
 from openm6.core.files import replace_text
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import derive_seed
+from openm6.inference.load import read_texts
 from openm6.models.backbone import Backbone
 from openm6.models.config import Stage
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, read_description
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
 from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import OptimizerState, Shape, Slots, UpdateRule, update_rule
@@ -36,7 +37,7 @@ class Conversion:
         self, folder: Path, state: dict[str, Any], precision: str | None, stage: Stage | None, moments: Moments
     ) -> None:
         """Raises as `convert`."""
-        self.description = read_description(_text(folder / MODEL_FILE), str(folder / MODEL_FILE))
+        self.description, self.tokenizer = read_texts(folder)
         self.old, self.moments, self.precision = self.description.backbone, moments, precision or state["precision"]
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision {self.precision} must be one of {', '.join(PRECISIONS)}")
@@ -121,17 +122,15 @@ class Conversion:
                 if source == group:
                     yield f"backbone.layers.{layer}.mlp.router.{leaf}{separator}{key}", reader.read(full) * factor
 
-    def write_settings(self, old: RunFolder, new: RunFolder) -> None:
-        """The old run's settings with what has changed, where it had any."""
-        if not (values := old.read_config()):
-            return
-        loop = dict(values.get("loop") or {})
+    def changed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The old run's settings with what has changed."""
+        loop, model = (dict(values.get(name) or {}) for name in ("loop", "model"))
         loop["optimizer"] = {**(loop.get("optimizer") or {}), "precision": self.precision}
-        if self.delinked:
-            loop.pop("stages", None)
-            model = dict(values.get("model") or {})
-            values["model"] = {**model, "overrides": {**(model.get("overrides") or {}), "sharing": None}}
-        new.write_config({**values, "loop": loop})
+        if not self.delinked:
+            return {**values, "loop": loop}
+        loop.pop("stages", None)
+        overrides = {**(model.get("overrides") or {}), "sharing": None}
+        return {**values, "loop": loop, "model": {**model, "overrides": overrides}}
 
 
 def convert(
@@ -140,11 +139,8 @@ def convert(
     """Write the newest checkpoint of `trained` into a new run at `out`, which `openm6 train --resume` continues.
 
     Weights of a lower precision are rounded stochastically. The optimizer's moments are kept as far as the new rule
-    stores them.
-
-    Raises:
-        CheckpointError: nothing to convert, or it is not of a multimodal model.
-        ConfigError: the result would be of no known kind, or `out` already holds a run.
+    stores them. CheckpointError: nothing to convert, or it is not of a multimodal model; ConfigError: the result would
+    be of no known kind, or `out` already holds a run.
     """
     folder = latest(trained)
     state = read_state(folder)
@@ -152,27 +148,23 @@ def convert(
     if list_checkpoints(RunFolder(out).checkpoints):
         raise ConfigError(f"{out} already holds a run: choose another folder")
     run = RunFolder.open(out)
-    conversion.write_settings(RunFolder(folder.parents[1]), run)
+    if settings := RunFolder(folder.parents[1]).read_config():
+        run.write_config(conversion.changed(settings))
     description = conversion.description.model_copy(update={"backbone": conversion.new})
-    tokenizer = _text(folder / TOKENIZER_FILE)
-    files: dict[str, str | bytes] = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: tokenizer}
-    replace_text(run.path / TOKENIZER_FILE, tokenizer)
+    files: dict[str, str | bytes] = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: conversion.tokenizer}
+    replace_text(run.path / TOKENIZER_FILE, conversion.tokenizer)
     if (folder / PREDICTORS_FILE).is_file():
         files[PREDICTORS_FILE] = (folder / PREDICTORS_FILE).read_bytes()
     new_state = {name: value for name, value in state.items() if name not in WRITTEN_AGAIN}
     if conversion.delinked:
         new_state["callbacks"] = {name: one for name, one in state.get("callbacks", {}).items() if name != "stages"}
+    new_state |= {"stage": conversion.new.stage, "precision": conversion.precision}
+    weights = dict(conversion.others(conversion.weights, scaled=False))
+    optimizer = dict(conversion.others(conversion.kept, scaled=True))
     snapshot = Snapshot(
-        step=int(state["step"]),
-        model=nn.Module(),
-        weights=dict(conversion.others(conversion.weights, scaled=False)),
-        optimizer=dict(conversion.others(conversion.kept, scaled=True)),
-        state={**new_state, "stage": conversion.new.stage, "precision": conversion.precision},
-        training=load_training_tensors(folder),
-        files=files,
-        shards=conversion.groups(),
-        num_shards=len(conversion.sources),
-    )
+        int(state["step"]), nn.Module(), optimizer, new_state, load_training_tensors(folder), files,
+        conversion.groups(), len(conversion.sources), weights=weights,
+    )  # fmt: skip
     saved = save(snapshot, run.checkpoints, keep=1)
     kind = f"precision {conversion.precision}, {conversion.new.stage} stage"
     return f"{saved}: {kind}; go on with openm6 train {run.config} --resume --out {out}"
@@ -181,12 +173,3 @@ def convert(
 def _empty_group(shapes: dict[str, Shape], rule: UpdateRule) -> dict[str, Slots]:
     layout = RecordLayout(shapes, rule)
     return layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}: it is not a checkpoint of a multimodal model"
-        ) from None

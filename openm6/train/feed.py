@@ -78,18 +78,18 @@ def batches_ahead(training: TrainingTask, config: LoopConfig, device: torch.devi
 
 def _made(training: TrainingTask, parts: int) -> Iterator[list[Any]]:
     """Yield the parts of each batch, and at last the error because of which there are no more."""
+    error: OpenM6Error = ENDED
     try:
         for batch in training.batches():
             yield training.split(batch, parts) if parts > 1 else [batch]
-        error: OpenM6Error = ENDED
-    except OpenM6Error as found:
-        error = found
     except Exception as found:
-        error = _failed(found)
+        error = _expected(found)
     yield [error]
 
 
-def _failed(error: Exception) -> TrainingError:
+def _expected(error: Exception) -> OpenM6Error:
+    if isinstance(error, OpenM6Error):
+        return error
     return TrainingError(f"making a batch failed: {type(error).__name__}: {error}")
 
 
@@ -131,12 +131,7 @@ class BatchFeed:
         self._keep(self._slots[rank].reader)
 
     def read(self, rank: int = 0) -> Batch:
-        """Return the next batch, or this reader's part of it; it is valid until the next call.
-
-        Raises:
-            OpenM6Error: the error that making it failed with.
-            TrainingError: a process that makes batches failed otherwise, or was killed.
-        """
+        """Return the next batch, or this reader's part of it, valid until the next call; or raise why there is none."""
         try:
             item = self._slots[rank].receive()
         except (EOFError, OSError):
@@ -173,10 +168,8 @@ class BatchFeed:
             try:
                 with encode_together():  # codes are rounded as in the process that packs
                     made = transform(sample)
-            except OpenM6Error as error:
-                made = error
             except Exception as error:
-                made = _failed(error)
+                made = _expected(error)
             own.send((sample.global_index, made))
 
     def _keep(self, *own: Connection) -> None:
@@ -244,10 +237,7 @@ class ExamplesAhead(ExampleTransform):
 
 
 class Slots:
-    """A pipe for batches whose arrays pass through shared memory: a few slots, each of them used again once it is read.
-
-    The reader's arrays are views of a slot, and a GPU copies from it.
-    """
+    """A pipe for batches whose arrays pass through slots of shared memory, of which those of the reader are views."""
 
     def __init__(self, count: int, capacity: int, device: torch.device = CPU) -> None:
         self.reader, self.writer = multiprocessing.Pipe()

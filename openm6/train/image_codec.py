@@ -57,11 +57,7 @@ class ImageCodecRecipe(CodecRecipe):
 
 
 def read_small(data: bytes, largest: int) -> Image:
-    """Decode an image and shrink it if a side is over `largest`, so that many fit into memory.
-
-    Raises:
-        DataError: it is broken.
-    """
+    """Decode an image, shrunk if a side is over `largest`, so that many fit into memory; DataError: it is broken."""
     image = read_image(data)
     return to_square(image, largest) if max(image.size) > largest else image
 
@@ -137,10 +133,7 @@ class ImageSubject:
         return moved[:, :3], moved[:, 3:]
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
-        """Return L1, squares, edges and coarse L1 at first; while settling, the mean logarithm of the squared error.
-
-        The PSNR of a set is the mean of -10·log10(mse) over its images, so the last phase descends on just that.
-        """
+        """Return L1, squares, edges and coarse L1 at first; while settling, the mean log of squares, as PSNR has it."""
         squares = (output - target).square().mean((1, 2, 3))  # B
         if settling:
             return (squares + ALMOST_EXACT).log().mean()

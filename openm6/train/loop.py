@@ -40,12 +40,12 @@ from openm6.train.callbacks import (
     Interrupt,
     MemoryCallback,
     Progress,
+    RunLength,
     SpikeCallback,
     StagesCallback,
 )
 from openm6.train.config import LoopConfig
 from openm6.train.feed import batches_ahead
-from openm6.train.length import RunLength
 from openm6.train.metering import MeterCallback
 from openm6.train.metrics import Logger, MetricAverager, open_loggers
 from openm6.train.offloaded import open_train_step
@@ -72,13 +72,9 @@ class TrainResult:
 
 
 def train(
-    training: TrainingTask,
-    config: LoopConfig,
-    run: RunFolder,
-    resume: bool = False,
-    callbacks: Sequence[Callback] = (),
-    settings: dict[str, Any] | None = None,
-) -> TrainResult:
+    training: TrainingTask, config: LoopConfig, run: RunFolder, resume: bool = False,
+    callbacks: Sequence[Callback] = (), settings: dict[str, Any] | None = None,
+) -> TrainResult:  # fmt: skip
     """Train `training` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
 
     `callbacks` act at every step, after those of the loop itself, in their order. `settings` become the run's
@@ -87,11 +83,9 @@ def train(
     A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
     from (seed, step) and the data's cursor is saved.
 
-    Raises:
-        TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended; a
-            GPU's memory ran out, or the GPU is gone; evaluating or reporting the trained model failed.
-        CheckpointError: a checkpoint does not fit the training task, or cannot be written.
-        Interrupted: a signal stopped the run; it has saved itself.
+    TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended; a
+    GPU's memory ran out, or the GPU is gone; evaluating or reporting the trained model failed. CheckpointError: one
+    does not fit, or cannot be written. Interrupted: a signal stopped the run; it has saved itself.
     """
     state = _Run(training, config, run, resume, callbacks, settings)
     done = state.progress
@@ -128,14 +122,9 @@ class _Run:
     """One call of `train`: the state of a run and the order in which its parts act."""
 
     def __init__(
-        self,
-        training: TrainingTask,
-        config: LoopConfig,
-        run: RunFolder,
-        resume: bool,
-        callbacks: Sequence[Callback],
-        settings: dict[str, Any] | None,
-    ) -> None:
+        self, training: TrainingTask, config: LoopConfig, run: RunFolder, resume: bool,
+        callbacks: Sequence[Callback], settings: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
         self.training, self.config, self.run = training, config, run
         self.train_step = open_train_step(training, config, run.checkpoints)
         self.callbacks: list[Callback] = [MeterCallback(), MemoryCallback(), SpikeCallback()]
@@ -290,10 +279,6 @@ class _Run:
                 f"no finite loss in {progress.non_finite_in_a_row} steps up to step {report.step}: "
                 "lower loop.optimizer.learning_rate, or lengthen loop.schedule.warmup_steps"
             )
-        self._log(report)
-
-    def _log(self, report: StepReport) -> None:
-        progress = self.progress
         for logger in self.loggers:
             logger.step(progress.step, self.length.steps)
         if progress.step % self.config.log_every and not self.length.reached(progress.step):
@@ -332,7 +317,7 @@ class _Run:
         self.saved = ranks.broadcast_object(self.saved)
 
     def _snapshot(self) -> Snapshot:
-        extra, model = self.training.state(), self.training.model
+        step, extra, best = self.train_step, self.training.state(), self._best()
         tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
         state = {
             "progress": asdict(self.progress),
@@ -344,13 +329,9 @@ class _Run:
             "callbacks": {callback.name: callback.state() for callback in self.callbacks},
             "task": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        step, files = self.train_step, self.training.files()
-        moments = optimizer_state_dict(step.optimizer, model)
-        best = self._best()
-        return Snapshot(
-            self.progress.step, model, moments, state, tensors, files, step.shards(), step.num_shards,
-            kept=None if best is None else best.step,
-        )  # fmt: skip
+        model, kept, files = self.training.model, None if best is None else best.step, self.training.files()
+        moments, shards = optimizer_state_dict(step.optimizer, model), (step.shards(), step.num_shards)
+        return Snapshot(self.progress.step, model, moments, state, tensors, files, *shards, kept=kept)
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)

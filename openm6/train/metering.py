@@ -110,10 +110,7 @@ class MeterCallback(Callback):
         self._seconds += time.perf_counter() - began
 
     def _read(self, since: float, use: Callable[[float], None]) -> float:
-        """Update the tracker's sums, and call `use` with what all ranks spent since this one's sum was `since`.
-
-        Return this one's sum.
-        """
+        """Update the sums; call `use` with what all ranks spent since this one's was `since`; return this one's."""
         own = self._meter.joules()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
 

@@ -45,10 +45,7 @@ class Logger:
 
 
 class MetricAverager:
-    """Averages the reports of consecutive steps; its state is in checkpoints, so a resumed run logs the same.
-
-    Skipped steps are left out of the averages.
-    """
+    """Averages the reports of steps that were not skipped; its state is in checkpoints: a resumed run logs the same."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count]
@@ -115,12 +112,7 @@ class TensorBoardEvents(Logger):
     """Writes every number of a line as a scalar; a thread writes, and its failure is raised by the next call."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Open the events from `step` on; later ones of an earlier process are hidden.
-
-        Raises:
-            ImportError: the package is not installed.
-            OutputError: the disk is full or the folder cannot be written.
-        """
+        """Open the events from `step` on; later ones of an earlier process are hidden. ImportError: no such package."""
         # An optional package.
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
@@ -162,10 +154,7 @@ class TensorBoardEvents(Logger):
 
 
 def open_loggers(run: RunFolder, step: int, tensorboard: bool) -> list[Logger]:
-    """Return the file, TensorBoard events if asked for and the package is installed, and the display.
-
-    The display writes to standard error: it is live in a terminal, else one line at a time.
-    """
+    """Return the file, TensorBoard events if asked for and installed, and the display, which is live in a terminal."""
     loggers: list[Logger] = [MetricsFile(run, step)]
     if tensorboard:
         with suppress(ImportError):

@@ -134,10 +134,7 @@ class MultimodalTraining(TrainingTask):
         return merge_cursors(cursors)
 
     def loss(self, batch: Batch) -> StepResult:
-        """Return the mean over examples of each one's mean over its learned tokens, plus the routers' side losses.
-
-        On several ranks it is this rank's fraction of the global loss.
-        """
+        """Return the mean over examples of means over learned tokens, plus side losses; of ranks each a fraction."""
         counts, work = self._count(batch), self.attribution.work(batch)
         batch = batch.to(self.omni.device)
         losses, loads = self.omni.compute_loss(batch)
@@ -234,10 +231,7 @@ class MultimodalTraining(TrainingTask):
         return names
 
     def finish(self, run: RunFolder) -> None:
-        """Evaluate the run on its test records and write report.html, report.json and README.md, the model card.
-
-        Rank 0 does it while the others wait.
-        """
+        """Evaluate on the test records; write report.html, report.json and the model card, while other ranks wait."""
         at_end = self.recipe.eval.at_end
         if not self.ranks.is_main_process:
             return
@@ -276,10 +270,7 @@ class MultimodalTraining(TrainingTask):
         return report, span.joules
 
     def _loaded(self, checkpoint: Path) -> LoadedModel:
-        """Return the model in memory or, if it is sharded or offloaded, the checkpoint, read layer by layer.
-
-        The trained model is still in memory then, and a second whole one might not fit beside it.
-        """
+        """Return the model in memory or, if sharded or offloaded, the checkpoint, layer by layer: two might not fit."""
         if self.ranks.layout is not None or self.recipe.loop.offloaded:
             return load(checkpoint, self.omni.device, num_gpu_layers=0, host_copy=False)
         omni = self.omni.eval()

@@ -166,12 +166,7 @@ def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: 
 
 
 def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> None:
-    """Log which columns no task reads, and which tasks do not apply to every record.
-
-    Raises:
-        DataError: all records of a sample are broken.
-        ConfigError: a task finds nothing that it needs in its source.
-    """
+    """Log columns that no task reads and tasks that do not fit every record; refuse sources or tasks without any."""
     for name in dict.fromkeys(component.source for component in recipe.mixture):
         source, tasks = sources[name], [recipe.task(one.task) for one in recipe.mixture if one.source == name]
         records = list(_readable(source, SAMPLED))
@@ -199,43 +194,34 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
 
 
 def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[TrainedTask]:
-    """Return the tasks of the mixture with the lengths of their texts: much shorter ones were not trained on."""
-    return [
-        TrainedTask(
-            task=x.task,
-            source=x.source,
-            words=words_read(recipe.task(x.task), sources[x.source]),
-            modalities=modalities_of(sources[x.source]) if recipe.task(x.task).chat else [],
-        )
-        for x in recipe.mixture
-    ]
+    """Return the tasks of the mixture with the lengths of their texts, and for chats what else messages hold."""
+    found = []
+    for part in recipe.mixture:
+        task, source = recipe.task(part.task), sources[part.source]
+        records = _readable(source, COUNTED if task.chat else 0)
+        modalities = sorted({item["type"] for record in records for item in contents_of(record)} - {"text"})
+        words = words_read(task, source)
+        found.append(TrainedTask(task=part.task, source=part.source, words=words, modalities=modalities))
+    return found
 
 
 def words_read(task: Task, source: Source) -> tuple[int, int] | None:
     """Return the min and max of words of the task's inputs in some records; None if it can read none of them."""
     counts = []
     for index, record in _sampled(source, COUNTED):
-        if isinstance(record, DataError):
-            continue
         rng = numpy_generator(0, "words", index)
         with suppress(DataError):
+            if isinstance(record, DataError):
+                raise record
             record = with_negatives(record, source, rng) if task.needs_negatives else record
             counts.append(word_count(task.example(record, rng).source))
     return (min(counts), max(counts)) if counts else None
 
 
-def modalities_of(source: Source) -> list[str]:
-    """Return what the messages of some records hold besides text."""
-    return sorted({item["type"] for one in _readable(source, COUNTED) for item in contents_of(one)} - {"text"})
-
-
 def open_packer(
-    recipe: MultimodalRecipe,
-    sources: Mapping[str, Source],
-    modalities: Modalities,
-    ranks: ProcessGroupContext,
+    recipe: MultimodalRecipe, sources: Mapping[str, Source], modalities: Modalities, ranks: ProcessGroupContext,
     broken: Path | None,
-) -> Packer:
+) -> Packer:  # fmt: skip
     """Return what packs this rank's rows of the mixture; broken records are written to the file `broken`, if named."""
     seed = recipe.loop.seed
     components = [Component(source=sources[x.source], task=x.task, weight=x.weight) for x in recipe.mixture]
@@ -251,11 +237,8 @@ def pack_held_out(
 
     A source with validation records supplies those instead; tasks whose source has neither are left out. If the loss
     is for `choosing` a model, it is over validation records alone: what is chosen by test records looks too good on
-    them. Each row is a data shard, so that rows do not depend on the number of ranks.
-
-    Raises:
-        ConfigError: no source has validation or test records.
-        TrainingError: none of them can be used.
+    them. Each row is a data shard, so that rows do not depend on the number of ranks. ConfigError: no source has
+    validation or test records; TrainingError: none of them can be used.
     """
     sources = open_sources(recipe.sources, "validation")
     if not choosing:

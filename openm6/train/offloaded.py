@@ -26,22 +26,19 @@ from openm6.nn.executor import LayerExecutor
 from openm6.nn.moe import MoE
 from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import OffloadedExecutor
-from openm6.offload.streams import Streams, open_streams
+from openm6.offload.streams import open_streams
 from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes
 from openm6.optim.rules import WEIGHT, update_rule
 from openm6.plan.memory import FULL, HALF
 from openm6.train.budget import Budget, available, check_budget
 from openm6.train.config import LoopConfig
-from openm6.train.pseudo_to_real import matrix_noise
-from openm6.train.step import StepReport, TrainStep, resolve_precision, seed_everything
+from openm6.train.step import StepReport, TrainStep, matrix_noise, resolve_precision, seed_everything
 from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 
 def open_train_step(training: TrainingTask, config: LoopConfig, checkpoints: Path | None = None) -> TrainStep:
     """The train_step that `config` asks for, of a run that is saved in `checkpoints`."""
-    if config.offloaded:
-        return OffloadedTrainStep(training, config, checkpoints=checkpoints)
-    return TrainStep(training, config)
+    return OffloadedTrainStep(training, config, checkpoints) if config.offloaded else TrainStep(training, config)
 
 
 class OffloadedTrainStep(TrainStep):
@@ -52,18 +49,8 @@ class OffloadedTrainStep(TrainStep):
     matrices are clipped by their rule, because the norm of all gradients is not yet there when they are updated.
     """
 
-    def __init__(
-        self,
-        training: TrainingTask,
-        config: LoopConfig,
-        streams: Streams | None = None,
-        checkpoints: Path | None = None,
-    ) -> None:
-        """`streams` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
-
-        Raises:
-            ConfigError: the training task has no blocks to offload, or memory or disk do not suffice.
-        """
+    def __init__(self, training: TrainingTask, config: LoopConfig, checkpoints: Path | None = None) -> None:
+        """Raise ConfigError if there are no blocks, or memory or the disk of `checkpoints` (None: unsaved) run out."""
         if training.backbone is None:
             raise ConfigError(
                 "this kind of training has no blocks to offload: leave loop.offload and loop.optimizer.precision out"
@@ -74,7 +61,7 @@ class OffloadedTrainStep(TrainStep):
         self.rule = update_rule(config.optimizer)
         self._checkpoints = checkpoints
         self.device = next(parameter.device for parameter in training.model.parameters() if not parameter.is_meta)
-        self._streams = streams or open_streams(self.device)
+        self._streams = open_streams(self.device)
         self._open_store()
         self._fill()
         super().__init__(training, config)
@@ -166,33 +153,24 @@ class OffloadedTrainStep(TrainStep):
         self.store = WeightStore(
             layouts, budget.on_device, self.device, self._streams, self.offload.buffers, self.offload.pin
         )
+        blocks, dispatcher = self.backbone.blocks, self.backbone.executor.dispatcher
         self.executor = self.backbone.executor = OffloadedExecutor(
-            self.backbone.blocks,
-            self.backbone.config.layer_groups,
-            self.store,
-            self.rule,
-            self.offload,
-            self.weights,
-            self.backbone.executor.dispatcher,
+            blocks, config.layer_groups, self.store, self.rule, self.offload, self.weights, dispatcher
         )
 
     def budget(self, layouts: list[RecordLayout]) -> Budget:
         """What the run will take on the device, in host memory and on the disk."""
         others = sum(parameter.numel() for parameter in self.training.model.parameters())
         others -= sum(torch.Size(shape).numel() for one in self.weights.shapes for shape in one.values())
+        kept = self.config.keep_last + 1 + self.config.load_best_model_at_end
+        free = available(self.device, self.offload, self._checkpoints)
+        half = resolve_precision(self.config.precision, self.device) == "bf16"
+        tokens = -(-self.training.tokens_per_step // self.training.ranks.size)
         return Budget(
-            self.backbone.config,
-            layouts,
-            others,
-            -(-self.training.tokens_per_step // self.training.ranks.size),
-            self.offload,
-            available(self.device, self.offload, self._checkpoints),
-            value_bytes=HALF if resolve_precision(self.config.precision, self.device) == "bf16" else FULL,
-            checkpoints=0
-            if self._checkpoints is None
-            else self.config.keep_last + 1 + self.config.load_best_model_at_end,
+            self.backbone.config, layouts, others, tokens, self.offload, free,
+            value_bytes=HALF if half else FULL, checkpoints=0 if self._checkpoints is None else kept,
             gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
-        )
+        )  # fmt: skip
 
     def _fill(self) -> None:
         """The model's weights into the store, or first values drawn group by group; the model keeps their shapes."""

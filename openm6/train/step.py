@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,9 +29,9 @@ from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
 from openm6.optim.adamw import AdamW
 from openm6.optim.config import lr_multiplier
 from openm6.optim.registry import build_optimizer, default_groups, set_lr
+from openm6.optim.sharding import REPLICATED, ShardSpec
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
-from openm6.train.pseudo_to_real import break_symmetry
 from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 AHEAD = ("cuda",)  # types of devices that the host need not wait for
@@ -88,11 +89,7 @@ class TrainStep:
         return iter(())
 
     def load(self, folder: Path) -> None:
-        """Fill model and optimizer from a checkpoint.
-
-        Raises:
-            CheckpointError: names or shapes differ, or a file is missing or unreadable.
-        """
+        """Fill model and optimizer from a checkpoint; raise CheckpointError if it does not fit or cannot be read."""
         layout = self.training.ranks.layout
         load_model(folder, self.training.model, layout)
         load_optimizer(folder, self.optimizer, self.training.model, layout)
@@ -101,14 +98,21 @@ class TrainStep:
         """Release what was allocated besides the model."""
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
-        """Copy the weights so that each layer has its own, and of the optimizer's moments what `moments` selects."""
-        tensors = optimizer_state_dict(self.optimizer, self.training.model)
+        """Copy the weights for each layer, moments as `moments` has it, with `noise` on copies, as `matrix_noise`."""
+        tensors, ranks = optimizer_state_dict(self.optimizer, self.training.model), self.training.ranks
         sources = self.training.delink()
+        model = self.training.model  # a sharded one was built again
         self._build()
         inherited = delink_moments(tensors, sources, moments)
-        load_optimizer_state(inherited.items(), self.optimizer, self.training.model, "the stage before")
-        if noise:
-            break_symmetry(sources, self.training.model, noise, self.config.seed, self.training.ranks)
+        load_optimizer_state(inherited.items(), self.optimizer, model, "the stage before")
+        uses, named = Counter(sources.values()), dict(model.named_parameters())
+        for name in sorted(new for new, old in sources.items() if noise and uses[old] > 1 and named[new].ndim > 1):
+            spec = ranks.shard_spec(named[name])
+            with torch.no_grad():
+                values = spec.local(named[name])
+                first = ranks.first_expert(len(values)) if values.ndim > 2 else 0
+                seed = derive_seed(self.config.seed, "delink", name)
+                values.add_(matrix_noise(values, noise, seed, spec, first))
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward passes run; the backward pass follows it."""
@@ -139,10 +143,7 @@ class TrainStep:
         return report
 
     def update_ahead(self, batch: Batch, step: int, total: int | None) -> StepReport | None:
-        """As `update`, but the device itself decides whether the step is applied, so that it is not waited for.
-
-        Return the report of the step before, if `read_report` has not returned it.
-        """
+        """As `update`, but the device decides whether to apply the step; return an unread report of the last."""
         result, numbers = self._launch(batch, step, total)
         before = self.read_report()  # the device has this step's passes to compute meanwhile
         assert isinstance(self.optimizer, AdamW)
@@ -197,10 +198,7 @@ class TrainStep:
         return result, self._clip()
 
     def choose_execution(self, tokens: int) -> None:
-        """Set how blocks run, if nobody has: compiled or not, and how many are computed again in the backward pass.
-
-        `tokens` are those of a step: the memory that layers need follows from the size of a batch.
-        """
+        """Set how blocks run, if nobody has: compiled or not, and how many again backwards, by `tokens` of a step."""
         backbone = self.training.backbone
         if backbone is None or type(backbone.executor) is not LayerExecutor:
             return
@@ -236,10 +234,7 @@ class TrainStep:
 
 
 def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) -> tuple[StepResult, Tensor]:
-    """Return the sums over ranks of loss, metrics, router loads and work, in one all-reduce.
-
-    The second of the two holds, in fp64, the tokens, and the numbers of `work` in their order.
-    """
+    """Return sums over ranks, by one all-reduce, and in fp64 the tokens and the numbers of `work` in their order."""
     counts = [float(tokens), *(value for named in result.work.values() for count in named.values() for value in count)]
     # fp64, so that numbers of tokens stay whole numbers.
     numbers = torch.tensor(counts, dtype=torch.float64)
@@ -259,10 +254,7 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
 
 
 class StepNumbers:
-    """The numbers of a step's report on their way to the host, in one copy, since each would wait for the device.
-
-    `skip`, on the device, is 0 if the step's loss and gradient norm are finite, else NaN.
-    """
+    """The numbers of a report on their way to the host, in one copy; `skip` there is NaN if one is not finite."""
 
     def __init__(self, step: int, rate: float, result: StepResult, counts: Tensor, norm: Tensor) -> None:
         """`counts` as of `sum_over_ranks`; `norm`: that of the gradients."""
@@ -303,12 +295,30 @@ class StepNumbers:
         )
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """Return the precision that `auto` means on a device; any other is returned as it is.
+def matrix_noise(values: Tensor, noise: float, seed: int, spec: ShardSpec = REPLICATED, first: int = 0) -> Tensor:
+    """Normal noise of `noise` times the deviation of each matrix; R' C, or E R' C for a stack, as `values`.
 
-    Raises:
-        ConfigError: bf16-products on another device than a CPU.
+    The matrices of a stack have index `first` and following. Each is drawn from the seed and its index, on the
+    CPU: the same noise whatever device the weights are on, and whichever of their rows and experts this rank holds.
     """
+    stack = values if values.ndim > 2 else values.unsqueeze(0)
+    start, rows = spec.rows(stack.shape[-2])
+    whole, count = stack.double(), rows * stack.shape[-1]
+    mean = spec.all_reduce(whole.sum((-2, -1), keepdim=True)) / count
+    squares = spec.all_reduce((whole - mean).square().sum((-2, -1), keepdim=True))
+    deviation = (squares / max(1, count - 1)).sqrt()  # E 1 1: that of each whole matrix
+    draws = []
+    for index in range(first, first + len(stack)):
+        words = (index,) if values.ndim > 2 else ()
+        generator = torch.Generator().manual_seed(derive_seed(seed, "matrix", *words))
+        draw = torch.randn(rows, stack.shape[-1], generator=generator)
+        draws.append(draw[start : start + stack.shape[-2]])
+    draw = torch.stack(draws).to(values.device) * (noise * deviation.float())
+    return draw.view(values.shape).to(values.dtype)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return the precision that `auto` means on a device; bf16-products on another one than a CPU is a ConfigError."""
     if precision == "bf16-products" and device.type != "cpu":
         raise ConfigError("loop.precision=bf16-products is for processors: on a GPU use bf16, or auto")
     if precision != "auto":

@@ -99,11 +99,7 @@ class TrainingTask:
         return self.backbone.config.stage if self.backbone is not None else "real"
 
     def delink(self) -> dict[str, str]:
-        """Copy the weights so that each layer has its own; return new parameter name -> the name that it is a copy of.
-
-        Raises:
-            ConfigError: this kind of training has no stages.
-        """
+        """Copy the weights so that each layer has its own; return new parameter name -> the name of which it is one."""
         raise ConfigError("this kind of training has no stages: leave loop.stages out")
 
     def files(self) -> dict[str, str | bytes]:
@@ -125,11 +121,7 @@ class TrainingTask:
         return {}
 
     def held_out_batches(self, count: int, choosing: bool = False) -> list[Any]:
-        """Return batches of records that are never trained on, always the same ones; no test records if `choosing`.
-
-        Raises:
-            ConfigError: this kind of training has none, or its data holds none.
-        """
+        """Return batches never trained on, always the same; no test records if `choosing`; else ConfigError."""
         raise ConfigError("this kind of training has no held-out loss: leave loop.held_out out")
 
     def held_out_loss(self, batches: Sequence[Any]) -> dict[str, float]:
@@ -137,7 +129,4 @@ class TrainingTask:
         raise NotImplementedError
 
     def finish(self, run: RunFolder) -> None:
-        """Export, evaluate, report: after the last step and its checkpoint, on all ranks; only rank 0 writes.
-
-        Called again if a finished run is resumed.
-        """
+        """Export, evaluate, report, after the last checkpoint and again if resumed; on all ranks, of which 0 writes."""

@@ -33,11 +33,7 @@ Value = TypeVar("Value")
 
 
 def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder) -> int:
-    """Return the number of processes that share a step; `auto` is resolved once and written to the run's config.yaml.
-
-    Raises:
-        ConfigError: this machine or this kind of training cannot have as many as are set.
-    """
+    """Return how many processes share a step; `auto` is resolved once, in config.yaml; ConfigError if too many."""
     on_cpu = all(parameter.is_cpu for parameter in training.model.parameters())
     # A stage replaces the weights, and offloading keeps them where other processes have no access.
     alone = config.stages is not None or config.offloaded
@@ -60,10 +56,7 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
 
 
 class Workers(ProcessGroupContext):
-    """Forked processes as ranks of a train step: values pass through pipes to the first and back, gradients in memory.
-
-    Each reads its part of a batch from one `BatchFeed`.
-    """
+    """Forked processes as ranks of a train step: values pass through pipes to and from the first, not gradients."""
 
     shares_memory = True
 

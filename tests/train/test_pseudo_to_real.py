@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from openm6.checkpoint.load import load_model
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
+from openm6.train.callbacks import Progress, StagesCallback
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.loop import train
-from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import TrainStep
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
@@ -131,15 +132,16 @@ def test_a_switch_by_the_clock_is_written_down(tmp_path: Path) -> None:
 
 
 def test_a_plateau_is_found_and_survives_a_restart() -> None:
-    config = SwitchConfig(plateau=PlateauConfig(window=5, improvement=0.05))
-    losses = [10 * 0.9**n for n in range(10)] + [4.0] * 10
-    clock = SwitchClock(config)
-    due = []
-    for loss in losses:
-        clock.observe(loss)
-        again = SwitchClock(config)
-        again.load_state(clock.state())
-        due.append(again.due(0, 0.0))
+    config = StagesConfig(switch=SwitchConfig(plateau=PlateauConfig(window=5, improvement=0.05)))
+    run: Any = SimpleNamespace(progress=Progress(), training=SimpleNamespace(stage="pseudo"))
+    callback, due = StagesCallback(config), []
+    for loss in [10 * 0.9**n for n in range(10)] + [4.0] * 10:
+        report: Any = SimpleNamespace(applied=True, loss=loss)
+        callback.after_step(report)
+        again = StagesCallback(config)
+        again.load_state(run, callback.state())
+        again.start(run)
+        due.append(again.due())
     assert not any(due[:14]) and due[-1]
 
 
@@ -154,11 +156,16 @@ def test_a_skipped_step_does_not_enter_the_plateau_and_the_run_saves(tmp_path: P
 
 
 def test_the_rate_climbs_back() -> None:
-    rates = [
-        lr_after_switch(step, 10, StagesConfig(switch=SwitchConfig(step=10), warmup_steps=4)) for step in (11, 14, 20)
-    ]
-    assert rates == [0.25, 1.0, 1.0]
-    assert lr_after_switch(3, None, STAGES) == 1.0
+    run: Any = SimpleNamespace(
+        progress=Progress(), training=SimpleNamespace(stage="pseudo"), train_step=SimpleNamespace(lr_scale=1.0)
+    )
+    callback, rates = StagesCallback(StagesConfig(switch=SwitchConfig(step=10), warmup_steps=4)), []
+    callback.start(run)
+    for step, switched_at in ((3, None), (11, 10), (14, 10), (20, 10)):
+        callback.switched_at = switched_at
+        callback.before_step(step)
+        rates.append(run.train_step.lr_scale)
+    assert rates == [1.0, 0.25, 1.0, 1.0]
 
 
 def test_a_checkpoint_of_another_stage_is_refused(unbroken: Path) -> None:

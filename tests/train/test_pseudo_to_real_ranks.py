@@ -19,9 +19,8 @@ from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
-from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.run import read_recipe
-from openm6.train.step import TrainStep
+from openm6.train.step import TrainStep, matrix_noise
 from tests.checkpoint.test_sharded import together, wait_for
 from tests.distributed.fleet import Fleet
 from tests.distributed.recording_training import Records, run_steps
