@@ -34,11 +34,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        ConfigError: no such file, not UTF-8, not YAML, or not a mapping.
-    """
+    """Return the mapping in a YAML file; raise ConfigError if it is no file, not UTF-8, not YAML, or not a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -57,11 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a copy of `values` with each `key.path=value` set; values are YAML, numbers in a path are list indices.
-
-    Raises:
-        ConfigError: an override without `=` or with invalid YAML, or a path through neither a mapping nor a list.
-    """
+    """Return a copy of `values` with each `key.path=value` set (YAML; indices in paths); ConfigError if wrong."""
     result = yaml.safe_load(yaml.safe_dump(values))  # a deep copy of plain data
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -90,11 +82,7 @@ def _set(node: Any, path: list[str], value: Any, override: str) -> None:
 
 
 def build(config_class: type[AnyConfig], values: dict[str, Any], where: str) -> AnyConfig:
-    """Return `config_class` from plain values; `where` names the file or object in the error sentence.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest known one), a missing one, or a value of the wrong kind.
-    """
+    """Return `config_class` from plain values; ConfigError, after `where`, if a key or a value is wrong."""
     try:
         return config_class.model_validate(values)
     except ValidationError as error:

@@ -13,10 +13,7 @@ Group = Literal["openm6.tasks", "openm6.sources", "openm6.metrics", "openm6.code
 
 @functools.cache
 def installed(group: Group, kind: type) -> dict[str, Any]:
-    """Return the entry points of a group that are of a kind, or subclasses of it, by name.
-
-    One that fails to load, or is of another kind, is left out with a warning: it must not stop what does not need it.
-    """
+    """Return the entry points of a group that are of a kind, or subclasses, by name; warn of others and broken ones."""
     found = {}
     for point in entry_points(group=group):
         package = point.dist.name if point.dist is not None else point.value

@@ -20,10 +20,7 @@ from openm6.core.errors import ConfigError, OutputError
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk; until then a power cut may undo it.
-
-    Windows cannot open a folder for this and orders renames by itself, so nothing is done there.
-    """
+    """Wait until a file's bytes, or a folder's names, are on the disk, but for Windows, which cannot open folders."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -19,10 +19,10 @@ def get_log() -> logging.Logger:
     return logging.getLogger("openm6")
 
 
-def start_log(verbose: bool = False) -> None:
+def start_log() -> None:
     """Show the program's messages on standard error; called once by the command line."""
     log = get_log()
     if not log.handlers:
         log.addHandler(_CurrentStandardError())
         log.propagate = False
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.INFO)

@@ -13,10 +13,7 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[V]):
-    """Arrays, tuples of arrays, or records, by key; the least recently used are dropped first.
-
-    What is dropped costs time, and changes no result. Thread-safe: a server prepares requests in several threads.
-    """
+    """Arrays, tuples of arrays, or records, by key; the least recently used are dropped first. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

@@ -24,11 +24,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """Return the run at `path`; make its folder if it does not exist yet.
-
-        Raises:
-            OutputError: the folder cannot be made, perhaps because there is a file of that name.
-        """
+        """Return the run at `path`; make its folder if it does not exist yet, or raise OutputError."""
         folder = Path(path)
         with as_output_error(folder):
             folder.mkdir(parents=True, exist_ok=True)

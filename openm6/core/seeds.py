@@ -14,10 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """Return a 63-bit seed from the run's seed and its purpose, e.g. `derive_seed(7, "step", 120)`.
-
-    Equal on every machine and Python version, unlike `hash()`.
-    """
+    """Return a 63-bit seed for a purpose, e.g. `derive_seed(7, "step", 120)`; unlike `hash()` equal everywhere."""
     return text_hash("\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in purpose)])) >> 1
 
 

@@ -39,22 +39,18 @@ def program_of(layer: nn.Module, inputs: list[Tensor], settings: str) -> Program
 
     It is for a single row, or any number from two on, and for any numbers of keys and of positions in a slot.
     """
-    digest = _digest(inputs, settings)
+    # What a program depends on: processor, threads, torch, code, sizes and precisions.
+    sizes = [(str(part.dtype), part.shape if index >= STATE else None) for index, part in enumerate(inputs)]
+    code = [(PACKAGE / name).read_bytes() for name in CODE]
+    processor = platform.machine(), torch.cpu.get_capabilities(), torch.get_num_threads()
+    parts = processor, torch.__version__, code, sizes, len(inputs[0]) == 1, settings
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     if digest not in _programs:
         reason = failure_of(partial(_prepare, digest, layer, inputs))
         if reason is not None:
             _programs[digest] = None
             get_log().warning(f"decoding runs uncompiled and slower: {reason}")
     return _programs[digest]
-
-
-def _digest(inputs: list[Tensor], settings: str) -> str:
-    """Identify a program by all that it depends on: processor, threads, torch, code, sizes and precisions."""
-    sizes = [(str(part.dtype), part.shape if index >= STATE else None) for index, part in enumerate(inputs)]
-    code = [(PACKAGE / name).read_bytes() for name in CODE]
-    processor = platform.machine(), torch.cpu.get_capabilities(), torch.get_num_threads()
-    parts = processor, torch.__version__, code, sizes, len(inputs[0]) == 1, settings
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _prepare(digest: str, layer: nn.Module, inputs: list[Tensor]) -> bool:

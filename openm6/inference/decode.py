@@ -124,10 +124,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 class DecodeStep:
-    """Runs one new token of each row through all layers; row b uses slot b of the cache.
-
-    `fixed` keeps every shape independent of what the rows hold. With `compiled` layers run compiled on a CPU.
-    """
+    """Runs one new token of each row b, in slot b, through all layers, `fixed` in shapes or `compiled` on a CPU."""
 
     def __init__(self, text_head: TextHead, cache: SlotCache, fixed: bool = False, compiled: bool = False) -> None:
         self.text_head, self.cache, self.fixed = text_head, cache, fixed
@@ -225,10 +222,7 @@ def meets_all_experts(rows: int, captured: bool) -> bool:
 
 
 def _one_by_one(x: Tensor, experts: Experts, gate: Tensor, chosen: Tensor) -> Tensor:
-    """One chosen expert after the other on all rows, with a gate of 0 for rows that did not choose it.
-
-    Such a row adds an exact 0, so its bits do not depend on what the other rows have chosen.
-    """
+    """One chosen expert after the other on all rows; others add an exact 0, so bits do not depend on other rows."""
     weight = torch.zeros(len(x), experts.config.num_experts).scatter_(1, chosen, gate)  # B E
     y = torch.zeros(x.shape)
     for expert in sorted(set(chosen.flatten().tolist())):

@@ -67,14 +67,9 @@ class DecodeBatch:
     """
 
     def __init__(
-        self,
-        text_head: TextHead,
-        max_num_seqs: int,
-        max_model_len: int,
-        batch_invariant: bool = False,
-        max_graphs: int = 128,
-        compiled: bool = False,
-    ) -> None:
+        self, text_head: TextHead, max_num_seqs: int, max_model_len: int, batch_invariant: bool = False,
+        max_graphs: int = 128, compiled: bool = False,
+    ) -> None:  # fmt: skip
         self.text_head, self.capacity, self.batch_invariant = text_head, max_num_seqs, batch_invariant
         self.max_graphs = max_graphs
         self.graphed = max_graphs > 0 and text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
@@ -138,8 +133,12 @@ class DecodeBatch:
         longest = max(self.cache.lengths[:count]) + 1
         bound = max(longest, capacity - 1) if self.decode_step.compiled else capacity
         longest = min(-(-longest // STRIDE) * STRIDE, bound)
+        settings = [row.sampling for row in self.rows]
+        unfiltered = all(sampling.top_k is None and sampling.top_p is None for sampling in settings)
+        greedy = all(sampling.temperature == 0 for sampling in settings)
+        mode: SamplingMode = "greedy" if greedy else "unfiltered" if unfiltered else "filtered"  # as simple as possible
         run = self._replay if self.graphed else self._run
-        sampled, logits = run(self._padded(count), longest, self._mode())
+        sampled, logits = run(self._padded(count), longest, mode)
         logits, sampled = logits[:count], sampled[:count]
         scores = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(-1)  # B
         ended = []
@@ -164,14 +163,6 @@ class DecodeBatch:
         if self.graphed:
             return next(size for size in BATCHES if size >= (self.capacity if self.batch_invariant else count))
         return -(-count // PADDED_ROWS) * PADDED_ROWS if self.batch_invariant else count
-
-    def _mode(self) -> SamplingMode:
-        """The simplest sampling that serves all rows of this pass."""
-        settings = [row.sampling for row in self.rows]
-        if all(sampling.temperature == 0 for sampling in settings):
-            return "greedy"
-        unfiltered = all(sampling.top_k is None and sampling.top_p is None for sampling in settings)
-        return "unfiltered" if unfiltered else "filtered"
 
     def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
         """Sample, and advance the state of the rows, all of it on the device.  # -> B, B V"""

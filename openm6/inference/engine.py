@@ -92,14 +92,12 @@ def _decode(
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
     batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, one_size, compiled=loaded.compiled)
-    waiting = list(range(len(prompts)))
-    split = [split_opening(prompt) for prompt in prompts]
+    waiting = list(enumerate(map(split_opening, prompts)))
     while waiting or batch.rows:
         joining, waiting = waiting[: batch.free], waiting[batch.free :]
-        positions = prefill_all(loaded.omni, [split[index][0] for index in joining], batch.cache, batch.next_slot)
-        for index, position in zip(joining, positions, strict=True):
+        positions = prefill_all(loaded.omni, [prompt for _, (prompt, _) in joining], batch.cache, batch.next_slot)
+        for (index, (_, opening)), position in zip(joining, positions, strict=True):
             own = sampling.model_copy(update={"seed": sampling.seed + index})
-            opening = split[index][1]
             batch.add(index, own, position, loaded.text.start if opening is None else opening)
         ended = batch.step()
         yield list(batch.rows), ended
@@ -142,10 +140,7 @@ def predict_distributions(omni: Omni, prompts: list[Prompt], targets: list[Segme
 def predict_numbers(
     omni: Omni, cache: SlotCache, slots: list[int], positions: list[int], targets: list[Segment]
 ) -> list[Histogram]:
-    """As `predict_distributions` for prompts in slots, which stay as they are; all of `targets` have one length.
-
-    `positions` are those after the prompts.
-    """
+    """As `predict_distributions` for prompts in slots, which stay as they are, and targets of one length after them."""
     adapter = omni.adapter(targets[0].kind)
     arrays = {
         name: torch.from_numpy(np.concatenate([target.arrays[name] for target in targets])).to(omni.device)
@@ -157,10 +152,7 @@ def predict_numbers(
 
 
 def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, candidates: list[Segment]) -> list[float]:
-    """Return the negative log-likelihood, in nats, of each text after the prompt in a slot, which stays as it is.  # N
-
-    `position` is the one after the prompt.
-    """
+    """Return the nats of each text after a prompt in a slot, which stays as it is, from `position` on.  # -> N"""
     return score_rows(omni, cache, [slot], [position], [candidates])[0].tolist()
 
 
@@ -168,10 +160,7 @@ def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, can
 def score_rows(
     omni: Omni, cache: SlotCache, slots: list[int], positions: list[int], candidates: list[list[Segment]]
 ) -> np.ndarray:
-    """As `score_candidates` for several slots, whose candidates have the same lengths.  # -> B N
-
-    Candidates are private blocks of one row per slot, so that none attends to another.
-    """
+    """As `score_candidates` for slots whose candidates, in private blocks of a row, have the same lengths.  # -> B N"""
     first = candidates[0]
     found = []
     for few in passes_of(range(len(first)), lambda index: len(first[index]), ROW_TOKENS):
@@ -225,12 +214,7 @@ def rank_texts(texts: Sequence[str], nll: Sequence[float], lengths: Sequence[int
 
 
 def embed(loaded: LoadedModel, inputs: Sequence[list[Part]]) -> np.ndarray:
-    """Return the embedding of each input (text, image, audio, or several parts together), of length 1.  # -> B E
-
-    Raises:
-        ConfigError: the model was not trained to embed.
-        DataError: an input is empty, broken or out of bounds.
-    """
+    """Return the embedding of each input, of length 1; ConfigError: not trained to; DataError: a bad one.  # -> B E"""
     return embed_tokens(loaded, [source_segments(parts, loaded.modalities) for parts in inputs])
 
 

@@ -23,7 +23,7 @@ from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import PoolAdapter
 from openm6.modalities.registry import Modalities
-from openm6.modalities.simple_predictors import TablePredictors, from_bytes
+from openm6.modalities.simple_predictors import from_bytes
 from openm6.modalities.text import Text
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model, read_description
 from openm6.models.omni import Omni
@@ -94,11 +94,7 @@ class LoadedModel:
 
 
 def check(path: Path) -> None:
-    """Check the files of a run's newest checkpoint, or of one checkpoint, without loading the weights.
-
-    Raises:
-        CheckpointError: there is none, or it is not of a multimodal model.
-    """
+    """Check a run's newest checkpoint, or one checkpoint, without its weights; CheckpointError if it is no model's."""
     read_texts(latest(path))
 
 
@@ -117,22 +113,8 @@ def read_texts(folder: Path) -> tuple[CheckpointConfig, str]:
     return read_description(texts[0], str(folder / MODEL_FILE)), texts[1]
 
 
-def read_predictors(folder: Path) -> list[TablePredictors]:
-    """Return the simple predictors of a checkpoint's tables.
-
-    Raises:
-        CheckpointError: their file is damaged.
-    """
-    path = folder / PREDICTORS_FILE
-    return from_bytes(path.read_bytes(), str(path)) if path.is_file() else []
-
-
 def precision_of(dtype: str) -> Precision | None:
-    """Return the precision of an option `--dtype`, or of torch's name for it; None for `auto`.
-
-    Raises:
-        ConfigError: no such dtype.
-    """
+    """Return the precision of an option `--dtype`, or of torch's name for it; None for `auto`; else a ConfigError."""
     if dtype in get_args(Precision):
         return cast(Precision, dtype)
     if dtype not in PRECISIONS:
@@ -141,13 +123,7 @@ def precision_of(dtype: str) -> Precision | None:
 
 
 def convert_weights(omni: Omni, precision: Precision) -> None:
-    """Convert a model in place, once, and log the memory of its weights.
-
-    int8 quantizes the matrices of the layers, and a copy of the embedding as the head.
-
-    Raises:
-        ConfigError: int8 with offloaded layers.
-    """
+    """Convert a model in place, once, int8: matrices of layers, and a copy of the embedding as head; log its memory."""
     if precision == "bfloat16":
         omni.round_weights()
     elif precision == "int8" and omni.text.int8_head is None:
@@ -170,38 +146,29 @@ def quantize(network: nn.Module) -> None:
 def weight_bytes(omni: Omni) -> int:
     """Return the bytes of all weights on the device, quantized ones included."""
     found = {tensor.data_ptr(): tensor.nbytes for tensor in [*omni.parameters(), *omni.buffers()] if not tensor.is_meta}
-    quantized = {
-        id(weight): weight.bytes
-        for module in omni.modules()
-        for weight in vars(module).values()
-        if isinstance(weight, Int8Weight)
-    }
+    values = (value for module in omni.modules() for value in vars(module).values())
+    quantized = {value: value.bytes for value in values if isinstance(value, Int8Weight)}
     return sum(found.values()) + sum(quantized.values())
 
 
 def load(
-    path: Path,
-    device: torch.device | str = "auto",
-    num_gpu_layers: int | None = None,
-    host_copy: bool = True,
-    precision: Precision | None = None,
-    compiled: bool = False,
-) -> LoadedModel:
+    path: Path, device: torch.device | str = "auto", num_gpu_layers: int | None = None, host_copy: bool = True,
+    precision: Precision | None = None, compiled: bool = False,
+) -> LoadedModel:  # fmt: skip
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
     With `num_gpu_layers`, only so many layers stay on the device; the others are offloaded, see offloaded.py. Without
     `host_copy` they stay in the files, and the model is never whole in memory. `precision`: see `convert_weights`; None
-    keeps that of the checkpoint. `compiled`: see `LoadedModel`.
-
-    Raises:
-        CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
+    keeps that of the checkpoint. `compiled`: see `LoadedModel`. CheckpointError: there is none, it is not of a
+    multimodal model, or its parts do not fit one another.
     """
     folder, device = latest(path), resolve_device(device) if isinstance(device, str) else device
     if device.type == "cuda":
         get_log().info(str(capabilities(device)))
     description, tokenizer = read_texts(folder)
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
-    where, predictors = str(folder / TOKENIZER_FILE), read_predictors(folder)
+    where, kept = str(folder / TOKENIZER_FILE), folder / PREDICTORS_FILE
+    predictors = from_bytes(kept.read_bytes(), str(kept)) if kept.is_file() else []
     omni, modalities = build_model(description, tokenizer, where, offloaded, predictors)
     if offloaded and num_gpu_layers is not None:
         place_offloaded(omni, folder, num_gpu_layers, device, host_copy)

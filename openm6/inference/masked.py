@@ -58,10 +58,7 @@ class MaskedDecodeState:
 
 
 def decode_masked(omni: Omni, prompts: list[Prompt], targets: list[Segment], sampling: MaskedSampling) -> Tensor:
-    """Codes of target tokens, the masked ones drawn in answer to each prompt.  # -> B N G
-
-    All targets are of one kind and size. Row i draws from seed + i.
-    """
+    """Codes of targets of one kind and size, masked ones drawn after each prompt; row i by seed + i.  # -> B N G"""
     cache = omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts)))
     states = []
     for row, position in enumerate(prefill_all(omni, prompts, cache)):

@@ -32,18 +32,13 @@ class OffloadedInference(LayerExecutor):
     offloaded = True
 
     def __init__(
-        self,
-        backbone: Backbone,
-        reader: CheckpointReader,
-        on_device: frozenset[int],
-        device: torch.device,
-        host_copy: bool,
+        self, backbone: Backbone, reader: CheckpointReader, on_device: frozenset[int], host_copy: bool
     ) -> None:
         """`on_device` are the groups that the backbone itself holds; the matrices of others are on `meta` there."""
         super().__init__()
-        self.host_copy = host_copy and device.type == "cuda"
         self.config, self.final_norm = backbone.config, backbone.final_norm
-        self.reader, self.on_device, self.device = reader, on_device, device
+        self.reader, self.on_device, self.device = reader, on_device, self.final_norm.weight.device
+        self.host_copy = host_copy and self.device.type == "cuda"
         self.records = [group for group in range(len(backbone.config.group_layers)) if group not in on_device]
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
         self._parameters: dict[tuple[int, int], dict[str, nn.Parameter]] = {}  # by group and address of the buffer
@@ -79,15 +74,9 @@ class OffloadedInference(LayerExecutor):
         """Open a store of the dtype that the rest of the backbone has."""
         storage = WeightsOnly(self.final_norm.weight.dtype)
         offloaded = [blocks[self.config.group_layers[group]] for group in self.records]
-        store = WeightStore(
-            [RecordLayout(matrix_shapes(block), storage) for block in offloaded],
-            on_device=(),
-            device=self.device,
-            streams=open_streams(self.device),
-            num_buffers=BUFFERS,
-            pin=True,
-            read=None if self.host_copy else self._read,
-        )
+        layouts = [RecordLayout(matrix_shapes(block), storage) for block in offloaded]
+        streams, read = open_streams(self.device), None if self.host_copy else self._read
+        store = WeightStore(layouts, (), self.device, streams, num_buffers=BUFFERS, pin=True, read=read)
         if self.host_copy:
             for record in range(len(self.records)):
                 self._read(record, store.stored(record))
@@ -103,11 +92,7 @@ class OffloadedInference(LayerExecutor):
 def place_offloaded(
     omni: Omni, folder: Path, num_gpu_layers: int, device: torch.device, host_copy: bool = True
 ) -> None:
-    """Put a model with matrices on `meta` on a device, but not those that only layers from `num_gpu_layers` on use.
-
-    Raises:
-        CheckpointError: its weights are not in the folder.
-    """
+    """Put a model with matrices on `meta` on a device, but not those that only layers from `num_gpu_layers` on use."""
     backbone = omni.backbone
     for block in backbone.blocks[:num_gpu_layers]:
         for module in block.shareable().values():
@@ -118,4 +103,4 @@ def place_offloaded(
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
     on_device = frozenset(backbone.config.layer_groups[:num_gpu_layers])
-    backbone.executor = OffloadedInference(backbone, reader, on_device, device, host_copy)
+    backbone.executor = OffloadedInference(backbone, reader, on_device, host_copy)

@@ -108,10 +108,7 @@ def prefill(
 def prefill_packed(
     omni: Omni, prompts: list[Prompt], cache: SlotCache, slots: list[int], prefix_cache: PrefixCache
 ) -> list[tuple[int, int]]:
-    """As `prefill` for several prompts; those of a single unit that is not cached share a pass, packed in one row.
-
-    A prompt's keys then depend on the other prompts within rounding.
-    """
+    """As `prefill` of prompts; single uncached units share a pass, packed in a row, and differ within rounding."""
     # Of equal prompts the first, and its slot.
     firsts: dict[bytes, tuple[Unit, int]] = {}
     for prompt, slot in zip(prompts, slots, strict=True):

@@ -79,11 +79,7 @@ class Question:
         return self.mask_box is not None or self.mask_span is not None
 
     def target_column(self) -> str:
-        """Return the column to predict: the one named, or the one given as missing.
-
-        Raises:
-            ConfigError: neither is there.
-        """
+        """Return the column to predict: the one named, or the one given as missing; ConfigError if neither is there."""
         missing = [name for name, value in (self.numbers or {}).items() if value is None]
         if self.column is None and len(missing) != 1:
             raise ConfigError(
@@ -93,11 +89,7 @@ class Question:
 
 
 def read_media(modality: Image | Audio, given: Path | str | bytes) -> bytes:
-    """Return the bytes of an image or recording, or those of the file at a path, if they can be opened.
-
-    Raises:
-        DataError: it is missing, broken, or over a bound; the sentence begins with its path.
-    """
+    """Return the bytes of an image or recording, or of the file at a path; DataError, after its path, if it is none."""
     path = Path() if isinstance(given, bytes) else Path(given)
     try:
         if not isinstance(given, bytes) and path.stat().st_size > MAX_FILE_BYTES:
@@ -199,11 +191,7 @@ def _fits(task: Task, question: Question) -> bool:
 
 
 def parse_fractions(words: str | None, count: int, name: str) -> tuple[float, ...] | None:
-    """Parse `0.25,0.25,0.75,0.75`.
-
-    Raises:
-        ConfigError: not `count` numbers.
-    """
+    """Parse `0.25,0.25,0.75,0.75`; raise ConfigError unless these are `count` numbers."""
     if words is None:
         return None
     try:
@@ -216,11 +204,7 @@ def parse_fractions(words: str | None, count: int, name: str) -> tuple[float, ..
 
 
 def parse_numbers(words: str | None) -> dict[str, float | None] | None:
-    """Parse `mass=3.5,length=`; nothing after the equals sign means missing.
-
-    Raises:
-        ConfigError: a part without a name, or with a value that is not a finite number.
-    """
+    """Parse `mass=3.5,length=`; nothing after the equals sign means missing; else raise ConfigError."""
     if words is None:
         return None
     numbers: dict[str, float | None] = {}
@@ -238,11 +222,7 @@ def parse_numbers(words: str | None) -> dict[str, float | None] | None:
 
 
 def parse_series(words: str | None) -> NumberSeries | None:
-    """Parse `temp_max=12.8,10.6,,11.1`; nothing between commas means missing.
-
-    Raises:
-        ConfigError: no name, or a value that is not a finite number.
-    """
+    """Parse `temp_max=12.8,10.6,,11.1`; nothing between commas means missing; else raise ConfigError."""
     if words is None:
         return None
     name, equals, values = words.partition("=")

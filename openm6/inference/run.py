@@ -27,11 +27,7 @@ Answer = str | PIL.Image.Image | np.ndarray | Histogram
 
 
 def answer_questions(loaded: LoadedModel, questions: Sequence[Question], decoding: Decoding) -> list[Answer]:
-    """Return the answers to questions, all of which ask for one modality; the one at i draws from seed + i.
-
-    Raises:
-        ConfigError, DataError: a question or its files cannot be used.
-    """
+    """Return the answers to questions, all of which ask for one modality; the one at i draws from seed + i."""
     parts = [prompt_parts(question, loaded) for question in questions]
     asked = zip(questions, parts, strict=True)
     targets = [target_of(question, prompt, loaded) for question, prompt in asked if question.output != "text"]

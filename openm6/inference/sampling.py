@@ -59,19 +59,12 @@ class Decoding(Config):
 
 
 def read_decoding(settings: list[str]) -> Decoding:
-    """Return decoding settings from `key=value` words, such as `masked.steps=16`.
-
-    Raises:
-        ConfigError: an unknown key or a value out of range.
-    """
+    """Return decoding settings from `key=value` words, such as `masked.steps=16`; ConfigError if one is wrong."""
     return build(Decoding, apply_overrides({}, settings), "decoding")
 
 
 def gumbel(seed: Tensor, draw: Tensor, *shape: int) -> Tensor:
-    """Standard Gumbel noise that is a function of (seed, index of the draw, position).  # B, B -> B *shape
-
-    So a row draws the same alone or in a batch, on a CPU or a GPU, and within a captured graph.
-    """
+    """Standard Gumbel noise, a function of (seed, index of the draw, position): anywhere equal.  # B, B -> B *shape"""
     noise = uniform(seed, draw, math.prod(shape))
     return -(-noise.log_()).log_().view(len(seed), *shape)
 
@@ -83,10 +76,7 @@ def draw_from(scores: Tensor, quantile: Tensor) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set everything outside the top k, and outside the smallest set of mass p, to minus infinity.
-
-    k and p are of each row; V and 1 keep all.  # B V, B, B -> B V
-    """
+    """Set to -inf what is outside the top k, or the smallest set of mass p, of each row.  # B V, B, B -> B V"""
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     beyond = torch.arange(logits.shape[-1], device=logits.device) >= top_k[:, None]
     mass = ordered.masked_fill(beyond, float("-inf")).softmax(-1)

@@ -48,11 +48,7 @@ class Gpu:
 
 
 def gpus(table: Path | None = None) -> dict[str, Gpu]:
-    """All GPUs by kind, with the rows of `table`, a file of the same columns.
-
-    Raises:
-        ConfigError: the file cannot be read, or a row lacks a number that a plan needs.
-    """
+    """All GPUs by kind, with the rows of `table`, a file of the same columns; ConfigError if one cannot be used."""
     rows = read_table(TABLE)
     if table is not None:
         try:
@@ -63,11 +59,7 @@ def gpus(table: Path | None = None) -> dict[str, Gpu]:
 
 
 def gpu(kind: str, table: Path | None = None) -> Gpu:
-    """The GPU of that kind.
-
-    Raises:
-        ConfigError: it is not in the table; the sentence names the nearest, and how to add one.
-    """
+    """The GPU of that kind; ConfigError if it is not in the table: the nearest, and how to add one."""
     known, kind = gpus(table), kind.lower()
     if kind not in known:
         raise ConfigError(
@@ -88,25 +80,17 @@ def _gpu(row: dict[str, str]) -> Gpu:
             ) from None
 
     return Gpu(
-        kind=row.get("id", ""),
-        name=row.get("name") or row.get("id", ""),
-        memory=number("memory_gib", needed=True) * GIB,
-        memory_rate=number("memory_gb_s", needed=True) * 1e9,
-        rate=number("half_tflops", needed=True) * 1e12,
-        measured=number("matmul_measured_tflops") * 1e12,
-        host_link=number("host_link_gb_s", needed=True) * 1e9,
-        p2p_link=number("peer_link_gb_s") * 1e9,
-        network=number("network_gb_s") * 1e9,
-        watts=number("watts", needed=True),
-    )
+        kind=row.get("id", ""), name=row.get("name") or row.get("id", ""),
+        memory=number("memory_gib", needed=True) * GIB, memory_rate=number("memory_gb_s", needed=True) * 1e9,
+        rate=number("half_tflops", needed=True) * 1e12, measured=number("matmul_measured_tflops") * 1e12,
+        host_link=number("host_link_gb_s", needed=True) * 1e9, p2p_link=number("peer_link_gb_s") * 1e9,
+        network=number("network_gb_s") * 1e9, watts=number("watts", needed=True),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal devices. Memory and host memory of one in bytes, its reached rates in bytes or operations per second.
-
-    watts: as rated; price: US dollars per hour and device, None if unknown.
-    """
+    """Equal devices: bytes and reached rates of one, per second; rated watts; US dollars per hour, None if unknown."""
 
     name: str
     devices: int
@@ -126,10 +110,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """Options of a cluster; None: from the table, or an assumption that is reported.
-
-    host_memory: GiB of a node; host_link, network: GB/s per GPU and direction; price: US dollars per GPU and hour.
-    """
+    """Of a node GiB of host memory, of a GPU GB/s per direction, US dollars an hour; None: of the table, or assumed."""
 
     devices: int = 1
     per_node: int = PER_NODE

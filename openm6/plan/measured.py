@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from openm6.plan.plan import SECONDS_PER_DAY, energy_of
 STEPS = 40  # that a trial run takes
 WARMUP_STEPS = 8  # of them, slower because caches are cold, code is compiled and memory is allocated
 TIMEOUT = 600.0  # seconds that a trial run may take
-TIME_FOR_STEPS = 0.96  # of loop.minutes, as training itself divides them
+TIME_FOR_STEPS = 0.96  # of loop.minutes; the rest is for evaluating and saving
 STDIN = 0
 TRIAL_FILE = "trial.json"  # of a trial run, in its folder
 
@@ -73,11 +73,8 @@ def plan_measured(
 ) -> dict[str, Any]:
     """Run `command`, which trains a few steps into the folder that is appended to it, and return the plan's JSON.
 
-    tokens, days: length of the run, if not as its recipe has it; energy: country and PUE.
-
-    Raises:
-        ConfigError: an invalid number, or an unknown country.
-        TrainingError: the child process failed, with its own sentence, or took too long.
+    tokens, days: length of the run, if not as its recipe has it; energy: country and PUE. ConfigError: an invalid
+    number, or an unknown country; TrainingError: the child process failed, with its own sentence, or took too long.
     """
     for name, value in (("tokens", tokens), ("days", days)):
         if value is not None and value <= 0:
@@ -104,20 +101,12 @@ def measured_steps(run: RunFolder) -> MeasuredSteps:
     lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
     first, *_, last = lines = [line for line in lines if "seconds" in line][WARMUP_STEPS:]
     count = len(lines) - 1
-    return MeasuredSteps(
-        count=count,
-        seconds=(last["seconds"] - first["seconds"]) / count,
-        joules=(last["joules"] - first["joules"]) / count,
-        memory_peak=last.get("memory_peak"),
-        energy_source=str(last["energy_source"]),
-    )
+    seconds, joules = ((last[name] - first[name]) / count for name in ("seconds", "joules"))
+    return MeasuredSteps(count, seconds, joules, last.get("memory_peak"), str(last["energy_source"]))
 
 
 def whole_evaluation(parts: Sequence[tuple[float, float]]) -> float:
-    """Seconds of evaluating all records, by the line through evaluations of parts: (fraction, seconds) of each.
-
-    Its intercept is the work that does not grow with the records, such as fitting baselines to the training data.
-    """
+    """Seconds of evaluating all records, by the line through parts: (fraction, seconds); not all of it grows."""
     (small, first), (large, last) = parts[0], parts[-1]
     rate = max(0.0, last - first) / (large - small) if large > small else 0.0
     return last + (1.0 - large) * rate
@@ -200,10 +189,7 @@ def extrapolate(
         "memory_peak_bytes": max(peaks, default=None),
         "energy": {
             "joules": joules,
-            "joules_per_token": spent.joules_per_token,
-            "mwh": spent.mwh,
-            "kg_co2e": spent.kg_co2e,
-            "grid": spent.grid,
+            **{name: value for name, value in asdict(spent).items() if name != "mwh_rated"},
             "of_gpt3": spent.mwh / GPT3_MWH,
             "source": steps.energy_source,
         },
@@ -214,9 +200,7 @@ def run_child(command: list[str], seconds: float) -> subprocess.CompletedProcess
     """Run a command that calls `end_with_parent` at its start; return what it printed.
 
     Its standard input is a pipe whose other end this process alone holds: the system closes it when this process ends.
-
-    Raises:
-        subprocess.TimeoutExpired: it took longer, and was killed.
+    If it takes longer, it is killed, and subprocess.TimeoutExpired is raised.
     """
     reader, writer = os.pipe()
     try:

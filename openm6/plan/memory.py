@@ -58,10 +58,7 @@ def layerwise_step(
 
 
 def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free: float) -> int:
-    """How many layers, from the first on, must keep their input alone so that all fits into `free` bytes.
-
-    All of them if even that does not fit: the run then ends with the allocator's own sentence.
-    """
+    """How many layers, from the first on, must keep their input alone to fit into `free` bytes; all if none do."""
     size = FRAGMENTATION * tokens * element
     needed = [size * activation_elements(config, layer) for layer in range(config.num_layers)]
     # One layer at a time is computed again in the backward pass and needs its memory then.
@@ -75,10 +72,7 @@ def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free:
 
 @dataclass(frozen=True)
 class Tier:
-    """Bytes of one parameter. `layerwise`: gradients are consumed layer by layer, and blocks are computed again.
-
-    weights, gradients and moments are what is kept from step to step or through a whole step.
-    """
+    """Bytes of one parameter kept through a step; `layerwise`: gradients are used by layers, blocks computed again."""
 
     bytes: int
     weights: float
@@ -130,15 +124,9 @@ class DeviceBudget:
 
 
 def device_budget(
-    config: BackboneConfig,
-    parameters: float,
-    largest: float,
-    tier: Tier,
-    tokens: int,
-    memory: float,
-    learned_logits: float,
-    activation_checkpointing_every: int = 1,
-) -> DeviceBudget:
+    config: BackboneConfig, parameters: float, largest: float, tier: Tier, tokens: int, memory: float,
+    learned_logits: float, activation_checkpointing_every: int = 1,
+) -> DeviceBudget:  # fmt: skip
     """Of one of several equal devices: `parameters` and those of the `largest` layer that it holds, T tokens per step.
 
     memory: usable bytes of the device. learned_logits: bytes of the output layer's results.

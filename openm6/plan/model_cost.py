@@ -102,16 +102,9 @@ class StepTime:
 
 
 def step_time(
-    config: BackboneConfig,
-    vocabulary: int,
-    stored: Weights,
-    tier: Tier,
-    budget: DeviceBudget,
-    tokens: int,
-    keys: float,
-    cluster: Cluster,
-    every: int = 1,
-) -> StepTime:
+    config: BackboneConfig, vocabulary: int, stored: Weights, tier: Tier, budget: DeviceBudget, tokens: int,
+    keys: float, cluster: Cluster, every: int = 1,
+) -> StepTime:  # fmt: skip
     """One step of T tokens per device, each of which attends to `keys` keys; of `every` blocks one input is kept."""
     # A block that is recomputed runs forward again for its backward pass, and for the input of the next of its group.
     passes = 2.0 + (every - 1) / every + 2.0 if tier.layerwise else 3.0

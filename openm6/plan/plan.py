@@ -149,19 +149,11 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
         own = tokens * fractions[name] / stage.tokens_per_day * SECONDS_PER_DAY
         seconds += own
         joules += own * cluster.devices * stage.time.watts(cluster)
-    return Plan(
-        model=model,
-        cluster=cluster,
-        total=int(stored_parameters(model.backbone, model.vocabulary, model.adapters).total),
-        active=active,
-        operations=operations_per_token(model.backbone, model.vocabulary, model.seq_len / 2),
-        stages=stages,
-        pseudo_fraction=pseudo,
-        tokens=tokens,
-        days=days,
-        energy=energy_of(request.energy, joules, seconds * cluster.devices * cluster.watts, tokens),
-        cost=None if cluster.price is None else cluster.price * days * 24 * cluster.devices,
-    )
+    total = int(stored_parameters(model.backbone, model.vocabulary, model.adapters).total)
+    operations = operations_per_token(model.backbone, model.vocabulary, model.seq_len / 2)
+    energy = energy_of(request.energy, joules, seconds * cluster.devices * cluster.watts, tokens)
+    cost = None if cluster.price is None else cluster.price * days * 24 * cluster.devices
+    return Plan(model, cluster, total, active, operations, stages, pseudo, tokens, days, energy, cost)
 
 
 def _stage(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tiers: Tiers) -> StagePlan:
@@ -194,10 +186,7 @@ def energy_of(config: EnergyConfig, joules: float, rated: float, tokens: float) 
 def plan_json(
     request: PlanRequest, card: Gpu, options: ClusterOptions, known: Iterable[Gpu] = ()
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan and its JSON, with the smallest number of GPUs and the changes that would make it fit.
-
-    known: GPUs that may be proposed instead.
-    """
+    """The plan and its JSON with the least number of GPUs and changes that would make it fit, such as a `known` GPU."""
     plan, least = make_plan(request, gpu_cluster(card, options)), smallest_count(request, card, options)
     smallest = {
         "gpu": card.kind,
@@ -253,11 +242,7 @@ def _changes(
 
 def sweep_plans(request: PlanRequest, card: Gpu, options: ClusterOptions, kind: str) -> list[tuple[int, Plan]]:
     """A plan for each value of `kind`: GPUs from a quarter of the requested number to four times as many, all tiers, or
-    batches from a quarter to four times the size.
-
-    Raises:
-        ConfigError: another kind.
-    """
+    batches from a quarter to four times the size; another kind is a ConfigError."""
     if kind not in AXES:
         raise ConfigError(f"--sweep {kind!r} is not known; {nearest(kind, list(AXES))}")
     if kind == "gpus":
@@ -272,11 +257,7 @@ def sweep_plans(request: PlanRequest, card: Gpu, options: ClusterOptions, kind: 
 
 
 def draw_sweep(rows: list[tuple[int, Plan]], kind: str, path: Path) -> None:
-    """Plot tokens per day and joules per token over the value that was changed; plans that do not fit are hollow.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Plot tokens per day and joules per token over the value that was changed; plans that do not fit are hollow."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
         from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: PLC0415

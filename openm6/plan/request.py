@@ -71,11 +71,7 @@ class PlanRequest:
 
 
 def read_model(name: str | None, overrides: list[str] | None = None) -> Model:
-    """A preset by name, or the model of a recipe by its file or shipped name; a run's folder stands for its recipe.
-
-    Raises:
-        ConfigError: no name, neither exists, or the recipe trains something else than a backbone.
-    """
+    """A preset by name, or the model of a recipe: its file, shipped name or run's folder; else a ConfigError."""
     if name is None:
         raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
     path = Path(name)
@@ -109,14 +105,10 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     offload = build(OffloadConfig, loop.get("offload") or {}, f"{name}: loop.offload")
     choice = build(ModelConfig, values.get("model") or {}, f"{name}: model")
     seq_len, rows = int(packing.get("seq_len", SEQ_LEN)), packing.get("batch_size", "auto")
+    vocabulary = text.get("vocab_size") or preset(choice.preset).vocab_size
+    batch, rule = (ROWS if rows == "auto" else int(rows)) * seq_len, str(optimizer.get("name", "adamw"))
     return Model(
-        name=name,
-        backbone=build_backbone(choice),
-        vocabulary=text.get("vocab_size") or preset(choice.preset).vocab_size,
-        batch=(ROWS if rows == "auto" else int(rows)) * seq_len,
-        seq_len=seq_len,
-        optimizer=str(optimizer.get("name", "adamw")),
-        adapters=True,
+        name, build_backbone(choice), vocabulary, batch, seq_len, rule, adapters=True,
         activation_checkpointing_every=offload.activation_checkpointing_every,
         bytes_per_parameter=bytes_ if bytes_ < 16 else None,
-    )
+    )  # fmt: skip
