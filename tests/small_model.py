@@ -66,15 +66,16 @@ TRAINED_TASKS = (
 
 
 @cache
-def modalities(prompt_attention: PromptAttention = "bidirectional") -> Modalities:
+def modalities(prompt_attention: PromptAttention = "bidirectional", stem: str = "linear") -> Modalities:
     """The four modalities with the shipped codecs; made once a process, since nothing in them learns."""
-    return build_modalities(ModalitiesConfig(prompt_attention=prompt_attention), train_tokenizer(WORDS, 320), SCALES)
+    values = {"prompt_attention": prompt_attention, "image": {"stem": stem}}
+    return build_modalities(ModalitiesConfig.model_validate(values), train_tokenizer(WORDS, 320), SCALES)
 
 
-def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
+def omni(seed: int = 0, embedding: PoolConfig | None = None, stem: str = "linear") -> Omni:
     """An untrained model in evaluation mode, its weights large enough for every token to matter."""
     torch.manual_seed(seed)
-    model = Omni(BACKBONE, modalities(), embedding)
+    model = Omni(BACKBONE, modalities(stem=stem), embedding)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

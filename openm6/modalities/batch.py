@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openm6.modalities.image_stem import OF_SIZE, by_size
 from openm6.modalities.interface import Arrays, Segment
 from openm6.modalities.text import fit
 from openm6.ops.matmul import ROWS
@@ -112,9 +113,10 @@ def shortened(sequence: PackedExample, length: int) -> PackedExample:
 class TokenGroup:
     """All tokens of one kind in a batch, in whatever rows.
 
-    `index` n: index in the flattened rows; `arrays`: features; `example` n: index of the example in the batch;
-    `weight` n: fraction of the example's loss that the token carries (0 if nothing is learned); `learned` m: which of
-    the n tokens have a weight, listed here because a GPU would have to wait to count them.
+    `index` n: index in the flattened rows; `arrays`: features, and of images that are convolved the tables of
+    `by_size`; `example` n: index of the example in the batch; `weight` n: fraction of the example's loss that the token
+    carries (0 if nothing is learned); `learned` m: which of the n tokens have a weight, listed here because a GPU would
+    have to wait to count them.
     """
 
     index: Tensor
@@ -125,7 +127,8 @@ class TokenGroup:
 
 
 def _group_of_arrays(index: np.ndarray, arrays: Arrays, *rest: np.ndarray) -> TokenGroup:
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tables = by_size(arrays["shapes"]) if "shapes" in arrays else {}
+    tensors = {name: torch.from_numpy(array) for name, array in (arrays | tables).items()}
     return TokenGroup(torch.from_numpy(index), tensors, *map(torch.from_numpy, rest))
 
 
@@ -336,7 +339,8 @@ def _part_of(batch: Batch, tokens: np.ndarray, whole: Counts) -> Batch:
         index = moved[group.index.numpy()]
         here = np.flatnonzero(index >= 0)
         if len(here):
-            arrays = {key: array.numpy()[here] for key, array in group.arrays.items()}
+            kept = (key for key in group.arrays if not key.startswith(OF_SIZE))
+            arrays = {key: group.arrays[key].numpy()[here] for key in kept}
             weight = group.weight.numpy()[here]
             groups[name] = _group_of_arrays(
                 index[here], arrays, group.example.numpy()[here], weight, np.flatnonzero(weight)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from openm6.codecs.base import Codec, cell_values, unpack
 from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import content_key
+from openm6.modalities.image_stem import OF_SIZE
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Rng, Segment
 from openm6.ops.losses import grouped_cross_entropy
 
@@ -261,8 +262,8 @@ class PatchAdapter(Adapter):
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        shapes = [arrays["shapes"]] if "shapes" in arrays else []
-        hidden = F.gelu(self.inner(arrays["patches"].to(self.gone.dtype), *shapes))  # N F -> N D
+        tables = [array for name, array in arrays.items() if name.startswith(OF_SIZE)]
+        hidden = F.gelu(self.inner(arrays["patches"].to(self.gone.dtype), *([tables] if tables else ())))  # N F -> N D
         vectors = self.norm(self.outer(hidden))
         vectors = torch.where(arrays["is_masked"][:, None], self.gone.to(vectors.dtype), vectors)
         return vectors + self.place(arrays["positions"])

@@ -23,7 +23,7 @@ from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
-from openm6.modalities.image_stem import ConvStem
+from openm6.modalities.image_stem import ConvStem, kept_elements
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
 # Units of rotary positions along each side of an image.
@@ -142,6 +142,11 @@ class ImageConfig(Config):
     stem: Literal["linear", "conv"] = "linear"
     augmentation: Literal["slight", "strong"] = "slight"
     flips: bool = False
+
+    @property
+    def stem_elements(self) -> int:
+        """Elements that the stem keeps of a patch for its backward pass, if they count beside those of the layers."""
+        return kept_elements(self.patch) if self.stem == "conv" else 0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

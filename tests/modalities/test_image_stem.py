@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.modalities.batch import Batch, build_sequence, collate, split
 from openm6.modalities.image import Image, ImageConfig
-from openm6.modalities.image_stem import ConvStem
+from openm6.modalities.image_stem import IMAGES, OF_SIZE, ConvStem
 from openm6.modalities.interface import Segment
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import CheckpointConfig, build_model, read_description
@@ -27,10 +28,33 @@ def noise(number: int, *size: int) -> np.ndarray:
 
 
 def arrays_of(*segments: Segment) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.from_numpy(np.concatenate([np.array(segment.arrays[name]) for segment in segments]))
-        for name in segments[0].arrays
-    }
+    """As of a batch of these segments."""
+    return batch_of(*segments).groups["image_in"].arrays
+
+
+def batch_of(*segments: Segment) -> Batch:
+    return collate([[build_sequence([segment]) for segment in segments]], sum(map(len, segments)))
+
+
+def kept_bytes(stem: ConvStem, arrays: dict[str, torch.Tensor], half: bool) -> int:
+    """Bytes that torch keeps of a forward pass, weights and their copies in bf16 included."""
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no other tensor gets its memory
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        embedded(stem, arrays)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def embedded(stem: torch.nn.Module, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
+    tables = [array for name, array in arrays.items() if name.startswith(OF_SIZE)]
+    vectors = stem(arrays["patches"], tables)
+    assert isinstance(vectors, torch.Tensor)
+    return vectors
 
 
 @pytest.mark.parametrize("patch", [8, 16])
@@ -71,7 +95,7 @@ def test_every_weight_learns() -> None:
     stem = image.stem(24)
     assert isinstance(stem, ConvStem)
     arrays = arrays_of(*(image.source(noise(number, *size)) for number, size in enumerate(SIZES)))
-    stem(arrays["patches"], arrays["shapes"]).square().sum().backward()
+    embedded(stem, arrays).square().sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in stem.parameters())
 
 
@@ -79,7 +103,40 @@ def test_under_autocast_the_vectors_have_its_dtype() -> None:
     image = conv_image()
     arrays = arrays_of(*(image.source(noise(number, *size)) for number, size in enumerate(SIZES)))
     with torch.autocast("cpu", torch.bfloat16):
-        assert image.stem(24)(arrays["patches"], arrays["shapes"]).dtype == torch.bfloat16
+        assert embedded(image.stem(24), arrays).dtype == torch.bfloat16
+
+
+def test_a_batch_its_parts_and_its_copy_in_another_process_have_equal_vectors() -> None:
+    torch.manual_seed(0)
+    image = conv_image()
+    adapter = image.adapters(24)["image_in"]
+    # Two by two and one by four are as many patches.
+    sizes = (*SIZES, (32, 32), (16, 64))
+    batch = batch_of(*(image.source(noise(number, *size)) for number, size in enumerate(sizes)))
+    arrays = batch.groups["image_in"].arrays
+    shapes = [tuple(array.shape) for name, array in arrays.items() if name.startswith(OF_SIZE)]
+    assert shapes == [(1, 1, 4), (1, 2, 2), (1, 2, 3), (2, 3, 3), (1, 3, 4)]
+    vectors = adapter.embed(arrays)
+    copy = Batch.__new__(Batch)
+    copy.__setstate__(batch.__getstate__())
+    assert torch.equal(adapter.embed(copy.groups["image_in"].arrays), vectors)
+    for part in split(batch, 3):
+        group = part.groups["image_in"]
+        own = torch.isin(batch.groups["image_in"].example, group.example)
+        torch.testing.assert_close(adapter.embed(group.arrays), vectors[own], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("patch", [8, 16])
+def test_what_torch_keeps_is_estimated_within_a_tenth(patch: int, half: bool) -> None:
+    """Of more images, so that weights do not count; their number is a multiple of IMAGES."""
+    image = conv_image(patch)
+    stem, segment = image.stem(64), image.source(noise(0, 64, 96))
+    assert isinstance(stem, ConvStem)
+    few, many = (kept_bytes(stem, arrays_of(*[segment] * count), half) for count in (IMAGES, 3 * IMAGES))
+    estimate = image.config.stem_elements * (2 if half else 4)
+    assert estimate <= (many - few) / (2 * IMAGES * len(segment)) <= 1.1 * estimate
+    assert conv_image(patch).config.stem_elements and not ImageConfig().stem_elements
 
 
 def test_a_model_with_this_stem_is_rebuilt_from_its_description() -> None:

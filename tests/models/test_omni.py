@@ -40,12 +40,16 @@ def model() -> Omni:
 
 @pytest.fixture(scope="module")
 def sequences() -> list[PackedExample]:
+    return examples()
+
+
+def examples(stem: str = "linear") -> list[PackedExample]:
     """One training example of every kind of target."""
     found = []
     for number, (task, source) in enumerate(PICKED):
         rng = np.random.default_rng(number)
         example = TASKS[task].example(demo_sources()[source][number], rng, train=True)
-        found.append(example_sequence(example, modalities(), rng))
+        found.append(example_sequence(example, modalities(stem=stem), rng))
     return found
 
 
@@ -185,9 +189,10 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_loss_makes_no_gpu_wait(sequences: list[PackedExample], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_a_loss_makes_no_gpu_wait(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All adapters, forward and backward; the backbone, which has paths of its own on a GPU, is tested there."""
-    model = omni().requires_grad_(True).train()
+    model, sequences = omni(stem=stem).requires_grad_(True).train(), examples(stem)
     batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
     hidden, loads = model(batch.groups, batch.meta)
 

@@ -39,6 +39,8 @@ THERE_ALREADY = ("to(device) at openm6/nn/moe.py", "to(device) at openm6/distrib
 def opened(folder: Path, device: torch.device, **loop: object) -> MultimodalTraining:
     """The training of all kinds of tokens, in rows that FlexAttention takes."""
     values = {**tiny_recipe(6, **loop), "packing": {"batch_size": 2, "seq_len": 256}}
+    # Whole images are convolved, one size after the other.
+    values["modalities"] = {**values["modalities"], "image": {"stem": "conv"}}
     values["eval"] = {**values["eval"], "at_end": False}
     recipe = build(MultimodalRecipe, values, "tiny")
     return MultimodalTraining(recipe, RunFolder.open(folder), device)
