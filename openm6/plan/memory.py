@@ -57,13 +57,17 @@ def layerwise_step(
     return float(element * tokens * config.hidden_size * inputs), activations, element * largest
 
 
-def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free: float) -> int:
-    """How many layers, from the first on, must keep their input alone to fit into `free` bytes; all if none do."""
+def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free: float, stem: int = 0) -> int:
+    """How many layers, from the first on, must keep their input alone so that all fits into `free` bytes.
+
+    All of them if even that does not fit: the run then ends with the allocator's own sentence. `stem`: elements that
+    are kept of each token before the first layer, as if all were patches of images.
+    """
     size = FRAGMENTATION * tokens * element
     needed = [size * activation_elements(config, layer) for layer in range(config.num_layers)]
     # One layer at a time is computed again in the backward pass and needs its memory then.
     saved = [own - tokens * element * config.hidden_size for own in needed]
-    excess, layers = sum(needed) - free, 0
+    excess, layers = sum(needed) + size * stem - free, 0
     while excess > 0 and layers < config.num_layers:
         excess -= saved[layers]
         layers += 1
@@ -100,9 +104,14 @@ TIERS: dict[int, Tier] = {
 BY_OPTIMIZER = {"adamw": 16, "muon": 12, "adafactor": 8}
 
 
-def tokens_that_fit(config: BackboneConfig, parameters: float, tier: Tier, element: int, free: float) -> int:
-    """How many tokens a step may have that keeps all activations and takes USED_FRACTION of `free` bytes."""
-    elements = sum(activation_elements(config, layer) for layer in range(config.num_layers))
+def tokens_that_fit(
+    config: BackboneConfig, parameters: float, tier: Tier, element: int, free: float, stem: int = 0
+) -> int:
+    """How many tokens a step may have that keeps all activations and takes USED_FRACTION of `free` bytes.
+
+    `stem`: as of `layers_to_recompute`.
+    """
+    elements = stem + sum(activation_elements(config, layer) for layer in range(config.num_layers))
     left = USED_FRACTION * free - parameters * tier.kept
     return max(0, int(left / (FRAGMENTATION * element * elements)))
 

@@ -37,6 +37,7 @@ class Budget:
     others: parameters outside the layers' matrices; tokens: of one step
     value_bytes: of an activation or a gradient; checkpoints: on the disk at a time
     beside: bytes of host memory that the weights of the stage before take while layers get weights of their own
+    stem_elements: kept of a patch of an image before the first layer; every token counts as one
     gathered: parameters of the largest group that is computed with, if the store holds only a shard of it
     """
 
@@ -49,6 +50,7 @@ class Budget:
     value_bytes: int = HALF
     checkpoints: int = 0
     beside: int = 0
+    stem_elements: int = 0
     gathered: int = 0
 
     @property
@@ -108,6 +110,7 @@ class Budget:
             ("device", "embeddings, heads, norms, routers"): (OTHERS.kept + FULL) * self.others,
             ("device", "gradient and weights of the layer in use"): in_use * layer,
             ("device", "activations of one layer"): activations,
+            ("device", "activations of the image stem"): float(self.value_bytes * self.tokens * self.stem_elements),
             (offload.activation_storage, "inputs of layers, kept for the backward pass"): inputs,
             ("host", "offloaded weights"): read_offloaded,
             ("host", "state of offloaded weights"): kept_offloaded - read_offloaded,

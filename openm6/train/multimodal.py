@@ -102,6 +102,7 @@ class MultimodalTraining(TrainingTask):
         self.numbers = cast(Numbers, self.modalities["numbers"])
         self.numbers.ridges = ridges  # with those of folds, for training windows
         self.model = self.omni
+        self.stem_elements = recipe.modalities.image.stem_elements
         # In place; tensors on `meta` stay there.
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):
             if not tensor.is_meta:

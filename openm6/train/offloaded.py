@@ -169,6 +169,7 @@ class OffloadedTrainStep(TrainStep):
         return Budget(
             self.backbone.config, layouts, others, tokens, self.offload, free,
             value_bytes=HALF if half else FULL, checkpoints=0 if self._checkpoints is None else kept,
+            stem_elements=self.training.stem_elements,
             gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
         )  # fmt: skip
 

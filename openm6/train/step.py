@@ -218,7 +218,9 @@ class TrainStep:
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
             free -= copies * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
             half = torch.is_autocast_enabled("cuda") or weight.dtype == torch.bfloat16
-            recomputed = layers_to_recompute(backbone.config, tokens, 2 if half else 4, free)
+            recomputed = layers_to_recompute(
+                backbone.config, tokens, 2 if half else 4, free, self.training.stem_elements
+            )
         if recomputed not in ("auto", 0):
             get_log().info(
                 f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass"

@@ -55,6 +55,7 @@ class TrainingTask:
     model: nn.Module
     ranks: ProcessGroupContext = ProcessGroupContext()  # the processes that train the same model
     packer: Packer | None = None  # that `batches` comes from; several processes may then make its examples
+    stem_elements: int = 0  # that are kept of a patch of an image before the first layer, for the backward pass
     max_parts: int = 1  # into how many parts, each worth a process, a batch may be split
     # Whether `after_step` acts on nothing but `loads`, and not at all if they are zero, as those of a skipped step.
     after_step_needs_loads_alone: bool = False

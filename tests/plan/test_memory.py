@@ -89,7 +89,7 @@ def test_of_a_group_the_first_input_is_kept_and_of_the_group_at_work_all() -> No
 def test_as_few_layers_are_computed_again_as_the_memory_asks_for() -> None:
     total = FRAGMENTATION * 100 * 2 * 3 * LAYER
     assert layers_to_recompute(CONFIG, 100, 2, total) == 0
-    assert layers_to_recompute(CONFIG, 100, 2, total - 1) == 1
+    assert layers_to_recompute(CONFIG, 100, 2, total - 1) == layers_to_recompute(CONFIG, 100, 2, total, stem=1) == 1
     assert layers_to_recompute(CONFIG, 100, 2, 0.0) == 3
     numbers = [layers_to_recompute(CONFIG, 100, 2, total * tenths / 10) for tenths in range(11)]
     assert numbers == sorted(numbers, reverse=True)

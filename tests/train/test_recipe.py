@@ -120,6 +120,9 @@ def test_a_batch_grows_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch)
     assert rows[0] == 4 and rows == sorted(rows) and rows[1] < rows[3] and rows[-1] * 512 == MAX_TOKENS
     assert all(count.bit_count() == 1 for count in rows)
     assert fit_batch_size(DEMO, 0.5 * 2**30, 3) == 3 * rows[1]
+    image = DEMO.modalities.image.model_copy(update={"stem": "conv", "patch": 16})
+    convolved = DEMO.model_copy(update={"modalities": DEMO.modalities.model_copy(update={"image": image})})
+    assert fit_batch_size(convolved, 2**30, 1) < rows[2], "what a convolutional stem keeps takes memory, too"
     offloaded = DEMO.model_copy(update={"loop": DEMO.loop.model_copy(update={"offload": OffloadConfig()})})
     assert fit_batch_size(offloaded, 80 * 2**30, 1) == 4
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 2**30, 80 * 2**30))
