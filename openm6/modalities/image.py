@@ -184,7 +184,7 @@ class Image(CodesModality):
         down, across = values.shape[0] // side, values.shape[1] // side
         patches = values.reshape(down, side, across, side, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1, 3)
         mask = None if mask_box is None else box_mask(mask_box, down, across)
-        floats = (LEVELS[patches] * gain).reshape(len(patches), -1)
+        floats = (LEVELS.take(patches) * gain).reshape(len(patches), -1)
         segment = self._source(floats, mask, image_grid(down, across))
         if self.config.stem == "conv":
             segment.arrays["shapes"] = np.full((len(patches), 2), (down, across))
