@@ -1,0 +1,1 @@
+"""The corpus of the shipped model: images, audio, texts, tables and series out of published packages."""
