@@ -66,7 +66,7 @@ def split_pairs(pairs: Iterable[tuple[str, str]], test: float, validation: float
     styles: dict[str, set[str]] = {}
     for concept, style in pairs:
         styles.setdefault(concept, set()).add(style)
-    split = {}
+    split: dict[tuple[str, str], str] = {}
     for concept, known in styles.items():
         order = sorted(known, key=lambda style: fraction_of("style", concept, style))
         split |= {(concept, style): "train" for style in order}
