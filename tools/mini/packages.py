@@ -269,7 +269,7 @@ PACKAGES: dict[str, Pinned] = {
     ),
     "bokeh": Pinned(
         BOKEH,
-        "CC0-1.0 (films, from Wikidata); CC-BY-2.0 (Gapminder); public domain (weather, shares, emissions)",
+        "CC0-1.0 (films, from Wikidata); CC-BY-2.0 (Gapminder); public domain (weather, unemployment)",
         "Wikidata; the Gapminder Foundation; NOAA; the Bokeh team",
         "films, countries by year, series",
     ),
