@@ -178,7 +178,19 @@ def test_recordings_are_cut_and_of_one_loudness():
 
 
 def test_names_of_icons_are_words():
-    assert [names.english_name(slug) for slug in ("a-cane", "arrow-right-one", "a", "clock-12")] == [
-        "cane", "arrow right", "a", "clock",
-    ]  # fmt: skip
+    slugs = ("a-cane", "a", "apple-2", "number-circle-4", "arrow-right-one")
+    assert [names.english_name(slug) for slug in slugs] == ["cane", "a", "apple", "number circle 4", "arrow right one"]
+    assert names.english_name("arrow-right-one", numbered=True) == "arrow right"
     assert names.plain_words("São Tomé, 2") == ["sao", "tome", "2"]
+
+
+def test_outlines_cross_the_date_line_and_leave_out_what_is_far():
+    def ring(x, y, size):
+        return [[x, y], [size, 0], [0, size], [-size, 0], [0, -size]]
+
+    arcs = [ring(174, -18, 5), ring(-180, -18, 4), ring(100, 40, 1)]
+    country = {"type": "MultiPolygon", "arcs": [[[0]], [[1]], [[2]]]}
+    rings = images._rings(country, {"arcs": arcs, "transform": {"scale": [1, 1], "translate": [0, 0]}})
+    kept = images._main_rings(rings)
+    assert len(rings) == 3 and len(kept) == 2
+    assert {x for ring in kept for x, _ in ring} == {174, 179, 180, 184}

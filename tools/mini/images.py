@@ -78,7 +78,7 @@ def _iconpark(packages: Packages) -> Iterator[Icon]:
     for entry in exported(packages, ["iconpark"], "icons"):
         if not BRANDS.search(entry["category"]):
             chinese, tags = entry["title"] or None, [tag for tag in entry["tag"] if tag]
-            name = english_name(entry["name"])
+            name = english_name(entry["name"], numbered=True)
             yield Icon("iconpark", name, f"iconpark {entry['theme']}", entry["svg"], chinese, [], tags)
 
 
@@ -149,7 +149,7 @@ def _icon_rows(packages: Packages, known: bool) -> Iterator[Row]:
 def _row(icon: Icon, chinese: str | None, split: str) -> Row:
     english_style, chinese_style = STYLES[icon.style]
     label = icon.concept
-    kind = "" if "moji" in english_style else " icon"
+    kind = "" if "moji" in english_style.lower() else " icon"
     return {
         "id": f"{icon.style}/{label}",
         **identity(icon.package),
@@ -311,7 +311,11 @@ OUTLINE_STYLES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int] | Non
     "yellow": ((240, 196, 64), (144, 104, 16), "黄色"),
 }
 OVERSAMPLE = 4
-SMALLEST_ISLAND = 0.004  # of the largest
+# Of the area of the largest ring: what lies near it is kept from the one on, what lies far from the other on.
+SMALLEST_ISLAND, LARGE_ISLAND = 0.004, 0.25
+NEAR = 0.15  # of the larger side, and a degree
+ANTARCTICA = ("Antarctica", "南极洲")  # a map of degrees tears it up
+MIN_COVERED = 0.1  # of the rectangle around the country: groups of specks have no outline
 MIN_POINTS = 40  # of the borders of a country that has a shape of its own
 
 
@@ -323,7 +327,9 @@ def outlines(packages: Packages) -> Iterator[Row]:
     for country in data["objects"]["countries"]["geometries"]:
         name = names.territory(country["properties"]["name"])
         rings = _main_rings(_rings(country, data))
-        if name is not None and sum(map(len, rings)) >= MIN_POINTS:
+        if name is None or name == ANTARCTICA or sum(map(len, rings)) < MIN_POINTS:
+            continue
+        if _covered(rings) >= MIN_COVERED:
             shapes[name] = rings
     split = split_pairs(((name[0], style) for name in shapes for style in OUTLINE_STYLES), TEST_PAIRS, VALIDATION_PAIRS)
     for (english, chinese), rings in sorted(shapes.items()):
@@ -365,6 +371,10 @@ def _rings(country: dict[str, Any], data: dict[str, Any]) -> list[Ring]:
         for index in polygon[0]:
             ring += points(index)[1 if ring else 0 :]
         rings.append(ring)
+    longitudes = [x for ring in rings for x, _ in ring]
+    if longitudes and max(longitudes) > 170 and min(longitudes) < -170:
+        # The country lies on both sides of the date line.
+        rings = [[(x + 360 if x < 0 else x, y) for x, y in ring] for ring in rings]
     return rings
 
 
@@ -374,18 +384,25 @@ def _area(ring: Ring) -> float:
     return abs(twice) / 2 * math.cos(math.radians(sum(y for _, y in ring) / len(ring)))
 
 
+def _covered(rings: list[Ring]) -> float:
+    """The fraction of the rectangle around the rings that they cover."""
+    xs, ys = [x for ring in rings for x, _ in ring], [y for ring in rings for _, y in ring]
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    return sum(map(_area, rings)) / _area([(left, low), (right, low), (right, high), (left, high)])
+
+
 def _main_rings(rings: list[Ring]) -> list[Ring]:
     """The largest ring and what lies near it: colonies over the sea would make the country small."""
     if not rings:
         return []
     main = max(rings, key=_area)
     xs, ys = [x for x, _ in main], [y for _, y in main]
-    reach = 0.6 * max(max(xs) - min(xs), max(ys) - min(ys)) + 2
+    reach = NEAR * max(max(xs) - min(xs), max(ys) - min(ys)) + 1
     kept = []
     for ring in rings:
         x, y = sum(x for x, _ in ring) / len(ring), sum(y for _, y in ring) / len(ring)
         near = min(xs) - reach < x < max(xs) + reach and min(ys) - reach < y < max(ys) + reach
-        if near and _area(ring) >= SMALLEST_ISLAND * _area(main):
+        if _area(ring) >= (SMALLEST_ISLAND if near else LARGE_ISLAND) * _area(main):
             kept.append(ring)
     return kept
 

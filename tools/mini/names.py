@@ -40,6 +40,7 @@ ATLAS = {
     "St. Pierre and Miquelon": "St. Pierre & Miquelon", "Vatican": "Vatican City",
 }  # fmt: skip
 NUMBERS = frozenset(("one", "two", "three", "four", "five", "six", "seven"))
+SHOWING = frozenset(("number", "numeric", "dice", "key", "level", "hour", "hours", "clock", "rating", "grid"))
 WORD = re.compile(r"[^\W_]+(?:'[a-z]+)?")
 
 
@@ -49,10 +50,15 @@ def plain_words(text: str) -> list[str]:
     return WORD.findall("".join(letter for letter in letters if not unicodedata.combining(letter)).lower())
 
 
-def english_name(slug: str) -> str:
-    """The name of an icon: its words, without a number of the drawing at the end or an article before them."""
+def english_name(slug: str, numbered: bool = False) -> str:
+    """The name of an icon: its words, without a number of the drawing at the end or an article before them.
+
+    A set that is `numbered` writes such numbers as words, too. What shows a number keeps it.
+    """
     words = [word for word in re.split(r"[-_ ]+", slug.lower()) if word]
-    while len(words) > 1 and (words[-1].isdigit() or words[-1] in NUMBERS):
+    while len(words) > 1 and (words[-1].isdigit() or (numbered and words[-1] in NUMBERS)):
+        if SHOWING & set(words):
+            break
         words.pop()
     return " ".join(words[1:] if len(words) > 1 and words[0] == "a" and len(words[1]) > 1 else words)
 
