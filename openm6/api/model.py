@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,8 @@ from openm6.api.values import (
     write_answer,
 )
 from openm6.core.config import build
-from openm6.core.errors import CheckpointError, ConfigError, nearest
-from openm6.hub.pretrained import download
+from openm6.core.errors import ConfigError
+from openm6.hub.pretrained import find_model
 from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
 from openm6.inference.engine import embed as embed_parts
 from openm6.inference.load import LoadedModel, convert_weights, precision_of
@@ -39,8 +37,6 @@ from openm6.modalities.registry import source_segments
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_HUB_ID, _NAME = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"\w[\w.-]*")
 
 
 def load(
@@ -95,28 +91,6 @@ def answer_question(
     out = check_file(out, question.output)
     (answer,) = load(path, device, dtype, num_gpu_layers).answer([question], decoding)
     return write_answer(answer, out)
-
-
-def find_model(name: str | Path) -> Path:
-    """Return the folder of a model: a path, a name in OPENM6_HOME/models, or an id of the Hub, fetched first."""
-    path, text = Path(name).expanduser(), str(name)
-    if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
-        return path
-    if not _HUB_ID.fullmatch(text):
-        models = Path(os.environ.get("OPENM6_HOME") or "~/.openm6").expanduser() / "models"
-        if _NAME.fullmatch(text) and (models / text).is_dir():
-            return models / text
-        known = sorted(one.name for one in models.iterdir() if one.is_dir()) if models.is_dir() else []
-        raise CheckpointError(
-            f"there is no folder {text!r}, and no model of this name in {models}: name a run's folder, such as "
-            f"runs/demo; {nearest(text, known)}"
-        )
-    try:
-        return download(text)
-    except ModuleNotFoundError:
-        raise CheckpointError(
-            f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"
-        ) from None
 
 
 class OpenM6:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer
 from openm6.checkpoint.folder import INDEX_FILE
 from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
-from openm6.core.errors import CheckpointError
+from openm6.core.errors import CheckpointError, nearest
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
 from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
@@ -20,6 +22,7 @@ from openm6.models.description import TOKENIZER_FILE
 
 # No format that could run code is ever fetched.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+_HUB_ID, _NAME = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -135,4 +138,26 @@ def download(source: str) -> Path:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{source} is neither a local path nor can it be downloaded ({reason}): check the name and the network"
+        ) from None
+
+
+def find_model(name: str | Path) -> Path:
+    """Return the folder of a model: a path, a name in OPENM6_HOME/models, or an id of the Hub, fetched first."""
+    path, text = Path(name).expanduser(), str(name)
+    if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
+        return path
+    if not _HUB_ID.fullmatch(text):
+        models = Path(os.environ.get("OPENM6_HOME") or "~/.openm6").expanduser() / "models"
+        if _NAME.fullmatch(text) and (models / text).is_dir():
+            return models / text
+        known = sorted(one.name for one in models.iterdir() if one.is_dir()) if models.is_dir() else []
+        raise CheckpointError(
+            f"there is no folder {text!r}, and no model of this name in {models}: name a run's folder, such as "
+            f"runs/demo; {nearest(text, known)}"
+        )
+    try:
+        return download(text)
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"
         ) from None
