@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WrapValidator
@@ -122,8 +122,10 @@ AnySourceConfig = Annotated[
 """The config of any kind of source; a new kind is one line here, or an entry point `openm6.sources`."""
 
 
-def open_sources(configs: Mapping[str, SourceConfig], split: Split) -> dict[str, Source]:
-    """Every source of a recipe, by name, holding the records of one split, of which only that for training needs any.
+def open_sources(
+    configs: Mapping[str, SourceConfig], split: Split, names: Iterable[str] | None = None
+) -> dict[str, Source]:
+    """Every source of a recipe, or those named, by name, with the records of one split; that for training needs some.
 
     Raises:
         DataError: data that is missing or unreadable as a whole, a column that is not there, a training split
@@ -148,4 +150,4 @@ def open_sources(configs: Mapping[str, SourceConfig], split: Split) -> dict[str,
             opened[name] = source
         return opened[name]
 
-    return {name: open_one(name, ()) for name in configs}
+    return {name: open_one(name, ()) for name in (configs if names is None else names)}

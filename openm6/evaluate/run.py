@@ -34,9 +34,9 @@ def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig
 
 
 def chosen_tasks(description: CheckpointConfig, tasks: list[str] | None) -> list[TrainedTask]:
-    """The trained tasks of a model, or those whose task (or task/source) is named; ConfigError if one is unknown."""
+    """The tasks trained after a start, or those whose task (or task/source) is named; ConfigError if one is unknown."""
     if tasks is None:
-        return list(description.trained_tasks)
+        return [one for one in description.trained_tasks if not one.of_start]
     names = [{one.task, f"{one.task}/{one.source}"} for one in description.trained_tasks]
     known = sorted(set().union(*names))
     for name in tasks:
@@ -76,12 +76,12 @@ def evaluate(
         raise ConfigError(f"evaluate takes settings of the section eval only, as eval.answers=300, not {settings}")
     config = build(EvalConfig, values["eval"], "eval")
     configs = source_configs(description.sources, str(loaded.checkpoint))
+    used = dict.fromkeys(one.source for one in trained_tasks)
     if data is not None:
-        used = {one.source for one in trained_tasks}
         train = test = open_own_data(str(data), {name: configs[name] for name in configs if name in used})
         trained_tasks = [one for one in trained_tasks if one.source in test]
     else:
-        train, test = open_sources(configs, "train"), open_sources(configs, "test")
+        train, test = open_sources(configs, "train", used), open_sources(configs, "test", used)
     report = evaluate_tasks(loaded, trained_tasks, train, test, config, on_result)
     if data is not None and not report.results:
         raise DataError(

@@ -130,7 +130,7 @@ class Backbone(nn.Module):
         totals: dict[Router, Tensor] = {}
         for found in stats:
             router = self.blocks[found.layer].router
-            if router is not None:
+            if router is not None and router.weight.requires_grad:
                 totals[router] = totals[router] + found.load if router in totals else found.load
         for router, total in totals.items():
             router.update_balance(total)

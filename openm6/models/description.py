@@ -25,13 +25,16 @@ FORMAT = 1
 class TrainedTask(Config):
     """One thing the model was trained on: a task over a source.
 
-    `words` are the minimum and maximum words of its input texts, None if unknown; `modalities` those of a chat.
+    `words` are the minimum and maximum words of its input texts, None if unknown; `modalities` those of a chat;
+    `of_start`: in the run that this one started from alone; `weight` is that in the mixture.
     """
 
     task: str
     source: str
     words: tuple[int, int] | None = None
     modalities: list[str] = []
+    of_start: bool = False
+    weight: float = 1.0
 
 
 class CheckpointConfig(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, nearest
@@ -99,10 +99,24 @@ PRESETS: dict[str, Preset] = {entry.name: entry for entry in (
 
 
 class ModelConfig(Config):
-    """A preset by name, with any field of the backbone overridden."""
+    """A preset by name, with any field of the backbone overridden, or the shape and weights of another model.
+
+    start: run, checkpoint or Hub id that training starts from; freeze: what keeps the weights that it has there, by
+    modality, `backbone`, `embeddings` (of words) or the beginning of parameter names.
+    """
 
     preset: str = "nano"
     overrides: dict[str, Any] = {}
+    start: str | None = None
+    freeze: list[str] = []
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> ModelConfig:
+        if self.start is not None and (shape := sorted(self.model_fields_set & {"preset", "overrides"})):
+            raise ValueError(f"start={self.start} has a shape of its own: leave {' and '.join(shape)} out")
+        if self.freeze and self.start is None:
+            raise ValueError("freeze keeps weights of a start: add start: RUN, or leave freeze out")
+        return self
 
 
 def build_backbone(config: ModelConfig) -> BackboneConfig:

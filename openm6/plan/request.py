@@ -104,6 +104,8 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     bytes_ = 16 if precision is None else BYTES_PER_PARAMETER[precision]  # at 16 the optimizer decides
     offload = build(OffloadConfig, loop.get("offload") or {}, f"{name}: loop.offload")
     choice = build(ModelConfig, values.get("model") or {}, f"{name}: model")
+    if choice.start is not None:
+        raise ConfigError(f"{name} trains a model of the shape of {choice.start}: plan that run, or name a preset")
     seq_len, rows = int(packing.get("seq_len", SEQ_LEN)), packing.get("batch_size", "auto")
     vocabulary = text.get("vocab_size") or preset(choice.preset).vocab_size
     batch, rule = (ROWS if rows == "auto" else int(rows)) * seq_len, str(optimizer.get("name", "adamw"))

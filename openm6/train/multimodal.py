@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from openm6.checkpoint.folder import PREDICTORS_FILE, latest, read_state
 from openm6.codecs.registry import codec_scores
+from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.data.mixture import epochs_seen
@@ -61,6 +62,7 @@ from openm6.train.multimodal_data import (
     trained_tasks,
 )
 from openm6.train.recipe import MultimodalRecipe, check_mesh
+from openm6.train.start import START_FILE, Start, freeze, open_start
 from openm6.train.step import seed_everything
 from openm6.train.training_task import StepResult, TrainingTask
 
@@ -85,24 +87,23 @@ class MultimodalTraining(TrainingTask):
             check_mesh(recipe, mesh, config)
         sources = open_sources(recipe.sources, "train")
         used = {component.source: sources[component.source] for component in recipe.mixture}
-        text = tokenizer_text(recipe, used, run) if self.ranks.is_main_process else ""
-        fitted = table_predictors(recipe, used, run) if self.ranks.is_main_process else b""
-        self.tokenizer, self.predictors = self.ranks.broadcast_object((text, fitted))
-        series = fit_all_series(used.values())
-        ridges = fit_all_ridges(used.values(), series)
-        self.description = _describe(recipe, used, series, ridges)
+        start = open_start(recipe, run)
+        ridges = self._fit(used, start)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
             self.description,
             self.tokenizer,
             "the tokenizer",
-            recipe.loop.offloaded,
+            recipe.loop.offloaded and (start is None or start.checkpoint is None),
             from_bytes(self.predictors, PREDICTORS_FILE) if self.predictors else (),
         )
         self.numbers = cast(Numbers, self.modalities["numbers"])
         self.numbers.ridges = ridges  # with those of folds, for training windows
         self.model = self.omni
         self.stem_elements = recipe.modalities.image.stem_elements
+        if start is not None:
+            start.load_weights(self.omni)
+            freeze(self.omni, recipe.model.freeze)
         # In place; tensors on `meta` stay there.
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):
             if not tensor.is_meta:
@@ -121,6 +122,30 @@ class MultimodalTraining(TrainingTask):
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.max_parts = 1 if whole else max(1, self.tokens_per_step // PART_TOKENS)
+
+    def _fit(self, sources: dict[str, Source], start: Start | None) -> dict[str, FittedRidges]:
+        """Set tokenizer, simple predictors and description, by the sources and the start; return ridges of series."""
+        recipe, run, before = self.recipe, self.run, start.description if start is not None else None
+        # The start holds what was fitted to the sources that it knows.
+        known = [name for name in sources if before is not None and name in before.sources]
+        new = {name: source for name, source in sources.items() if name not in known}
+        text, fitted = "", b""
+        if self.ranks.is_main_process:
+            text = tokenizer_text(recipe, sources, run) if start is None else start.tokenizer
+            fitted = table_predictors(recipe, new, run, [] if start is None else start.predictors)
+        self.tokenizer, self.predictors = self.ranks.broadcast_object((text, fitted))
+        series = fit_all_series(sources.values()) | ({} if before is None else before.series)
+        ridges = fit_all_ridges(new.values(), series)
+        if before is not None:
+            ridges |= {name: FittedRidges.of_texts(texts) for name, texts in before.ridges.items()}
+            # Again, as training needs those of folds.
+            ridges |= fit_all_ridges((sources[name] for name in known), series)
+        self.description = _describe(recipe, sources, series, ridges)
+        if start is not None:
+            self.description = start.merge(self.description)
+            if self.ranks.is_main_process:
+                replace_text(run.path / START_FILE, start.description.to_json())
+        return ridges
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -293,7 +318,7 @@ class MultimodalTraining(TrainingTask):
         modalities = self.recipe.modalities
         facts = RunFacts(
             name=run.name,
-            preset=self.recipe.model.preset,
+            preset=self.description.preset,
             total_parameters=total,
             active_parameters=active,
             tokens=int(progress["tokens"]),
@@ -317,7 +342,11 @@ class MultimodalTraining(TrainingTask):
         if self.ranks.size == 1 and not self.recipe.loop.offloaded:
             self.numbers.widths = {}
             loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
-            self.numbers.widths = widths = fit_widths(loaded, self._calibration)
+            widths = fit_widths(loaded, self._calibration)
+            # Of columns of a start, those it had.
+            before = self.description.widths
+            widths = {kind: before.get(kind, {}) | widths.get(kind, {}) for kind in before | widths}
+            self.numbers.widths = widths
             self.description = self.description.model_copy(update={"widths": widths})
         files: dict[str, str | bytes] = {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
         return files | ({PREDICTORS_FILE: self.predictors} if self.predictors else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_scale, fit_series
-from openm6.modalities.simple_predictors import to_bytes
+from openm6.modalities.simple_predictors import TablePredictors, to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
 from openm6.tasks.task import Task, literal_texts, word_count
@@ -133,8 +133,12 @@ def fit_all_ridges(sources: Iterable[Source], stats: Mapping[str, SeriesStats]) 
     return {name: ridges for name, ridges in found.items() if ridges is not None}
 
 
-def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> bytes:
+def table_predictors(
+    recipe: MultimodalRecipe, sources: Mapping[str, Source], run: RunFolder, known: Sequence[TablePredictors] = ()
+) -> bytes:
     """Return predictors.safetensors, or nothing: of the checkpoint that the run goes on from, or fitted to the sources.
+
+    Those `known` follow: if columns are in both, the new ones predict them.
 
     A source has predictors if a task predicts one of its numbers from others or from categories. Pairs have none: a
     row comes back with other partners in later epochs, and would be in several folds.
@@ -142,7 +146,7 @@ def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: 
     if checkpoints := list_checkpoints(run.checkpoints):
         kept = checkpoints[-1] / PREDICTORS_FILE
         return kept.read_bytes() if kept.is_file() else b""
-    tasks = [(component.source, recipe.task(component.task)) for component in recipe.mixture]
+    tasks = [(one.source, recipe.task(one.task)) for one in recipe.mixture if one.source in sources]
     predicted = list(dict.fromkeys(
         source for source, task in tasks
         if task.output_modality == "numbers" and "series" not in task.inputs
@@ -151,7 +155,8 @@ def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: 
     ))  # fmt: skip
     minutes = recipe.loop.minutes or DEFAULT_MINUTES
     seconds = {"auto": FITTING_FRACTION * 60 * minutes / max(1, len(predicted)), "ridge": 0.0}
-    tables, kind = [], recipe.modalities.numbers.predictors
+    tables: list[TablePredictors] = []
+    kind = recipe.modalities.numbers.predictors
     for name in predicted if kind in seconds else ():
         began = time.monotonic()
         rows = [(record.get("numbers") or {}, record.get("categories") or {})
@@ -162,6 +167,7 @@ def table_predictors(recipe: MultimodalRecipe, sources: dict[str, Source], run: 
                 f"source {name}: simple predictors of {len(table.numbers)} columns, trees for "
                 f"{len(table.trees)} of them, fitted to {len(rows):,} records in {time.monotonic() - began:.1f} s"
             )
+    tables += known
     return to_bytes(tables) if tables else b""
 
 
@@ -201,7 +207,8 @@ def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[
         records = _readable(source, COUNTED if task.chat else 0)
         modalities = sorted({item["type"] for record in records for item in contents_of(record)} - {"text"})
         words = words_read(task, source)
-        found.append(TrainedTask(task=part.task, source=part.source, words=words, modalities=modalities))
+        one = TrainedTask(task=part.task, source=part.source, words=words, modalities=modalities, weight=part.weight)
+        found.append(one)
     return found
 
 

@@ -51,6 +51,8 @@ class MultimodalRecipe(Config):
     tasks: dict[str, TaskConfig] = {}  # own ones, besides those that `openm6 tasks` lists
     sources: dict[str, AnySourceConfig]
     mixture: list[MixtureComponent] = Field(min_length=1)
+    # Fraction of the examples that are from the mixture of the model that training starts from.
+    replay: float = Field(default=0.0, ge=0, lt=1)
     embedding: PoolConfig | None = None  # None: the default one if a task is contrastive, else none
     packing: PackingConfig = PackingConfig()
     loss_weights: dict[str, float] = {}
@@ -102,6 +104,10 @@ class MultimodalRecipe(Config):
             if component.source not in self.sources:
                 hint = nearest(component.source, sorted(self.sources))
                 raise ValueError(f"the mixture names source {component.source!r}, which sources does not hold; {hint}")
+        if self.model.freeze and self.loop.offloaded:
+            raise ValueError("offloaded training updates all weights: leave model.freeze out, or offload and precision")
+        if self.replay and self.model.start is None:
+            raise ValueError(f"replay={self.replay} is for the mixture of a start: add model: {{start: RUN}}")
         for name in self.loss_weights:
             if name not in MODALITIES:
                 raise ValueError(f"loss_weights names {name!r}; {nearest(name, sorted(MODALITIES))}")
@@ -114,7 +120,8 @@ class MultimodalRecipe(Config):
     @property
     def vocabulary(self) -> int:
         """Return the size of the tokenizer's vocabulary."""
-        return self.modalities.text.vocab_size or preset(self.model.preset).vocab_size
+        text = self.modalities.text
+        return text.vocab_size or (text.imported or preset(self.model.preset)).vocab_size
 
     @property
     def pooling(self) -> PoolConfig | None:

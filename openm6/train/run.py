@@ -26,6 +26,7 @@ from openm6.train.image_codec import ImageCodecRecipe, ImageSubject
 from openm6.train.loop import TrainResult, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe, fit_batch_size, fit_learning_rate
+from openm6.train.start import with_start
 from openm6.train.training_task import TrainingTask
 
 Recipe = MultimodalRecipe | CodecRecipe
@@ -120,6 +121,8 @@ def train_recipe(
             raise failure
         _check_alike(ranks, values)
         written = values if path == run.config else None
+        if isinstance(checked, MultimodalRecipe):
+            checked, values = with_start(checked, values, run)
         if not (resume and written):
             checked, values = with_batch_size(*with_learning_rate(checked, values), device, ranks)
         get_log().info(str(capabilities(device)))
@@ -128,6 +131,16 @@ def train_recipe(
         result = train(training, checked.loop, run, resume, settings=settings)
         _log_next_steps(checked, run.path)
     return result if ranks.is_main_process else None
+
+
+def train_values(values: dict[str, Any], where: str, run: RunFolder, device_name: str = "auto") -> TrainResult:
+    """Train by the plain values of a multimodal recipe, which errors call `where`, in one process; raise as `train`."""
+    device = resolve_device(device_name)
+    recipe, values = with_start(build(MultimodalRecipe, values, where), values, run)
+    chosen, values = with_batch_size(*with_learning_rate(recipe, values), device, ProcessGroupContext())
+    assert isinstance(chosen, MultimodalRecipe)
+    training = MultimodalTraining(chosen, RunFolder.open(run.path), device)
+    return train(training, chosen.loop, run, settings=values)
 
 
 def with_learning_rate(recipe: Recipe, values: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:

@@ -1,0 +1,190 @@
+"""Fine-tuning: what a run takes over from the model that it starts from, and how its own data join that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openm6.checkpoint.folder import STATE_FILE, latest, list_checkpoints
+from openm6.checkpoint.load import load_model
+from openm6.core.config import build
+from openm6.core.errors import CheckpointError, ConfigError, nearest
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
+from openm6.data.source import SourceConfig
+from openm6.hub.pretrained import find_model
+from openm6.inference.load import read_predictors, read_texts
+from openm6.modalities.pool import POOL
+from openm6.modalities.registry import MODALITIES, ModalitiesConfig
+from openm6.modalities.simple_predictors import TablePredictors
+from openm6.models.description import CheckpointConfig, read_description
+from openm6.models.omni import Omni
+from openm6.train.recipe import MultimodalRecipe
+
+# In the folder of a run: the description of its start, so that resuming does not need the start.
+START_FILE = "start.json"
+# Settings of modalities that no weight depends on: a run may set its own.
+OWN_SETTINGS = ("max_tokens", "seconds", "max_seconds", "predictors", "min_patches", "max_patches", "max_pixels",
+                "augmentation", "flips")  # fmt: skip
+# Scales that the values of a column may differ from those in the start without a warning.
+FAR = 10.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a run starts from; there is no `checkpoint` once the run has one of its own."""
+
+    description: CheckpointConfig
+    tokenizer: str
+    predictors: list[TablePredictors]
+    checkpoint: Path | None
+
+    def merge(self, own: CheckpointConfig) -> CheckpointConfig:
+        """Return the description of the run's own data joined with the start's: what both know stays as it is there."""
+        start, trained = self.description, {(one.task, one.source) for one in own.trained_tasks}
+        scales = [(name, *own.scales[name], *start.scales[name]) for name in own.scales if name in start.scales]
+        if far := [name for name, loc, scale, before, unit in scales
+                   if abs(loc - before) > FAR * unit or not unit / FAR <= scale <= FAR * unit]:  # fmt: skip
+            get_log().warning(
+                f"columns {', '.join(map(repr, far))} have far other values than in the start, whose scales are kept: "
+                "if they mean something else, give them other names"
+            )
+        before = [one for one in start.trained_tasks if (one.task, one.source) not in trained]
+        joined = {name: getattr(own, name) | getattr(start, name) for name in ("scales", "series", "tasks", "sources")}
+        joined["trained_tasks"] = [*own.trained_tasks, *(x.model_copy(update={"of_start": True}) for x in before)]
+        kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths")}
+        return own.model_copy(update=joined | kept)
+
+    def load_weights(self, omni: Omni) -> None:
+        """Fill a model with the start's weights; a pool that the start does not have keeps its first ones."""
+        if self.checkpoint is None:
+            return
+        pool = omni.adapters.pop(POOL) if self.description.embedding is None and omni.pool is not None else None
+        load_model(self.checkpoint, omni)
+        if pool is not None:
+            omni.adapters[POOL] = pool
+
+
+def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
+    """Return the model that a recipe starts from, or what a run that has begun kept of it; None if there is none.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged or of another version.
+    """
+    name, kept, begun = recipe.model.start, run.path / START_FILE, list_checkpoints(run.checkpoints)
+    if name is None:
+        return None
+    resumes = bool(begun) and kept.is_file()
+    found = begun[-1] if resumes else find_model(name)
+    if (found / "config.json").is_file() and not (found / STATE_FILE).is_file():
+        raise CheckpointError(f"{name} is a model of another library: import it first, as openm6 import {name}")
+    folder = latest(found)
+    description, tokenizer = read_texts(folder)
+    if resumes:
+        description = read_description(kept.read_text(encoding="utf-8"), str(kept))
+    description = _with_names_apart(description, recipe.sources)
+    return Start(description, tokenizer, read_predictors(folder), None if resumes else folder)
+
+
+def with_start(
+    recipe: MultimodalRecipe, values: dict[str, Any], run: RunFolder
+) -> tuple[MultimodalRecipe, dict[str, Any]]:
+    """Return recipe and plain values with what the start decides: shape, modalities, and sources to replay.
+
+    Raises:
+        CheckpointError: as `open_start`.
+        ConfigError: the recipe asks for something else than the start has, or for a replay of data it does not name.
+    """
+    start, name = open_start(recipe, run), recipe.model.start
+    if start is None:
+        return recipe, values
+    found, own = start.description, {key: task.model_dump(mode="json") for key, task in recipe.tasks.items()}
+    if other := [key for key in own if found.tasks.get(key, own[key]) != own[key]]:
+        raise ConfigError(f"task {other[0]!r} of this recipe is another one than that of {name}: rename it")
+    if recipe.embedding is not None and found.embedding not in (None, recipe.embedding):
+        raise ConfigError(f"embedding differs from that of {name}: leave it out")
+    if recipe.replay:
+        values = _with_replay(recipe, values, start)
+        recipe = build(MultimodalRecipe, values, "the recipe with replayed data")
+    shape = {"preset": found.preset or recipe.model.preset, "overrides": found.backbone.model_dump()}
+    chosen = {
+        "model": recipe.model.model_copy(update=shape),
+        "modalities": _modalities(recipe.modalities, found.modalities, str(name)),
+        "embedding": found.embedding or recipe.embedding,
+    }
+    return recipe.model_copy(update=chosen), values
+
+
+def freeze(omni: Omni, names: list[str]) -> None:
+    """Exclude weights from training: those of modalities, of the backbone, the embeddings of words, or by prefix.
+
+    Raises:
+        ConfigError: a name that nothing has, or there is nothing left to train.
+    """
+    parts = {kind: {"series": "numbers"}.get(part := kind.partition("_")[0], part) for kind in omni.adapters}
+    groups = {name: [f"adapters.{kind}" for kind, part in parts.items() if part == name] for name in MODALITIES}
+    groups |= {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
+    for name in names:
+        prefixes = tuple(f"{prefix}." for prefix in groups.get(name, [name]))
+        frozen = [parameter for key, parameter in omni.named_parameters() if f"{key}.".startswith(prefixes)]
+        if not frozen:
+            hint = nearest(name, [*groups, "backbone.layers.0"])
+            raise ConfigError(f"model.freeze names {name!r}, which no parameter's name begins with; {hint}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in omni.parameters()):
+        raise ConfigError(f"model.freeze={names} leaves nothing to train: take a name out")
+
+
+def _with_names_apart(start: CheckpointConfig, sources: Mapping[str, SourceConfig]) -> CheckpointConfig:
+    """The start's description with new names for its sources whose names a run gives to other data."""
+    own = {name: config.model_dump(mode="json") for name, config in sources.items()}
+    names: dict[str, str] = {}
+    renamed: dict[str, Any] = {}
+    # Pairs come last, as they name others.
+    for name, config in sorted(start.sources.items(), key=lambda item: item[1].get("kind") == "pairs"):
+        values = {key: names.get(value, value) if key in ("left", "right") else value for key, value in config.items()}
+        new = name
+        while new in renamed or own.get(new, values) != values:
+            new += "_of_start"
+        names[name], renamed[new] = new, values
+    trained = [one.model_copy(update={"source": names.get(one.source, one.source)}) for one in start.trained_tasks]
+    return start.model_copy(update={"sources": renamed, "trained_tasks": trained})
+
+
+def _with_replay(recipe: MultimodalRecipe, values: dict[str, Any], start: Start) -> dict[str, Any]:
+    """The values of a recipe with the start's own mixture as a fraction `replay` of the examples."""
+    found, own = start.description, {(part.source, part.task): part.weight for part in recipe.mixture}
+    trained = [one for one in found.trained_tasks
+               if not one.of_start and one.source in found.sources and (one.source, one.task) not in own]  # fmt: skip
+    if start.checkpoint is None or not trained:
+        raise ConfigError(
+            f"replay={recipe.replay} finds nothing else that {recipe.model.start} was trained on: drop it"
+        )
+    needed = [one.source for one in trained]
+    # It grows, as pairs may be of pairs.
+    for source in needed:
+        needed += [found.sources[source][side] for side in ("left", "right") if side in found.sources[source]]
+    share = recipe.replay / (1 - recipe.replay) * sum(own.values()) / sum(one.weight for one in trained)
+    replayed = [{"source": one.source, "task": one.task, "weight": share * one.weight} for one in trained]
+    tasks = {one.task: found.tasks[one.task] for one in trained if one.task in found.tasks}
+    return {
+        **{key: value for key, value in values.items() if key != "replay"},
+        "tasks": tasks | (values.get("tasks") or {}),
+        "sources": {source: found.sources[source] for source in needed} | values["sources"],
+        "mixture": [*values["mixture"], *replayed],
+    }
+
+
+def _modalities(own: ModalitiesConfig, start: ModalitiesConfig, name: str) -> ModalitiesConfig:
+    """The start's modalities with the run's settings that no weight depends on; ConfigError for one that differs."""
+    chosen = start.model_dump()
+    for section, given in own.model_dump(exclude_unset=True).items():
+        kept, settings = (chosen[section], given) if isinstance(given, dict) else (chosen, {section: given})
+        if other := [key for key, value in settings.items() if key not in OWN_SETTINGS and value != kept[key]]:
+            place = f"{section}.{other[0]}" if kept is not chosen else section
+            raise ConfigError(f"modalities.{place} differs from that of {name}, on which its weights depend: drop it")
+        kept |= settings
+    return build(ModalitiesConfig, chosen, "modalities")

@@ -1,0 +1,220 @@
+"""Fine-tuning: frozen weights, resuming without the start, joined descriptions, replay, and refused recipes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openm6.checkpoint.folder import latest
+from openm6.core.config import build
+from openm6.core.errors import OpenM6Error
+from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.evaluate.run import chosen_tasks, evaluate
+from openm6.hub.importing import import_model
+from openm6.inference.load import LoadedModel, load, read_texts
+from openm6.plan.request import read_model
+from openm6.train.multimodal_data import pack_held_out
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.run import train_recipe, train_values
+from tests.hub.published import publish
+from tests.train.tiny_recipe import EVAL, MODEL, tiny_recipe, write_recipe
+
+# Of the loss on held-out records of the old task, with a tenth of the examples from its mixture.
+MAX_FORGOTTEN = 0.1
+
+
+def write_table(folder: Path, rows: int = 60) -> Path:
+    """Boxes, of which one column is of the start's table with its meaning, and a class that follows from two others."""
+    rng = np.random.default_rng(0)
+    path = folder / "boxes.csv"
+    side, depth = rng.uniform(1, 9, rows), rng.uniform(1, 9, rows)
+    lines = [
+        f"{a:.2f},{b:.2f},{4000 + 100 * a:.0f},{'wide' if a > b else 'deep'}" for a, b in zip(side, depth, strict=True)
+    ]
+    path.write_text("side,depth,body_mass_g,shape\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def tuned_recipe(start: Path, table: Path, steps: int = 4, **model: Any) -> dict[str, Any]:
+    """A recipe over the table that starts from a run."""
+    recipe = tiny_recipe(steps)
+    fields = {"numbers": ["side", "depth", "body_mass_g"], "label": "shape"}
+    recipe["sources"] = {"penguins": {"kind": "csv", "path": str(table), "fields": fields}}
+    recipe["mixture"] = [
+        {"source": "penguins", "task": task} for task in ("tabular_regression", "tabular_classification")
+    ]
+    return {**recipe, "model": {"start": str(start), **model}, "modalities": {}}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    recipe = tiny_recipe(2) | {"eval": {"at_end": False}}
+    train_recipe(write_recipe(folder, recipe), out=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def tuned(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its start is gone."""
+    folder = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(start, folder / "start")
+    recipe = tuned_recipe(folder / "start", write_table(folder), freeze=["backbone", "text", "adapters.audio_in"])
+    recipe["replay"] = 0.2
+    train_recipe(write_recipe(folder, recipe), out=folder / "run")
+    shutil.rmtree(folder / "start")
+    return folder / "run"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(latest(run) / "model.safetensors")
+
+
+def test_frozen_weights_stay_to_the_bit(start: Path, tuned: Path) -> None:
+    before, after = weights(start), weights(tuned)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("adapters.") for name in moved)
+    assert not any(name.startswith(("adapters.text", "adapters.audio_in")) for name in moved)
+    assert {name.split(".")[1] for name in moved} >= {"numbers_in", "numbers_out"}
+
+
+def test_a_run_resumes_without_its_start(tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(tuned, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
+    result = train_recipe("demo", resume=True, out=tmp_path / "run")
+    assert result is not None and result.steps == 4
+    before, after = weights(tuned), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_texts(latest(tmp_path / "run")) == read_texts(latest(tuned))
+
+
+def test_what_both_know_stays_and_what_is_new_joins(start: Path, tuned: Path) -> None:
+    (before, words), (after, same_words) = read_texts(latest(start)), read_texts(latest(tuned))
+    assert words == same_words and after.backbone == before.backbone and after.modalities == before.modalities
+    assert after.scales == {**after.scales, **before.scales} and {"side", "depth"} <= after.scales.keys()
+    assert after.sources["penguins"]["kind"] == "csv"
+    assert after.sources["penguins_of_start"] == before.sources["penguins"]
+    named = [f"{one.task}/{one.source}" for one in chosen_tasks(after, None)]
+    assert named[:2] == ["tabular_regression/penguins", "tabular_classification/penguins"]
+    assert len(named) == 7 and "tabular_regression/penguins_of_start" in named
+    weight = {one.source: one.weight for one in after.trained_tasks}
+    assert weight["digits"] == pytest.approx(0.1) and weight["penguins"] == 1
+    report = json.loads((tuned / "report.json").read_text(encoding="utf-8"))
+    assert set(report["tasks"]) == set(named)
+    columns = {name for table in load(tuned).numbers.predictors for name in table.numbers}
+    assert {"side", "bill_length_mm"} <= columns
+
+
+def test_tasks_of_the_start_alone_are_not_evaluated_again(start: Path, tmp_path: Path) -> None:
+    recipe = tuned_recipe(start, write_table(tmp_path), steps=1)
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    found = evaluate(tmp_path / "run")
+    assert [result.source for result in found.results] == ["penguins", "penguins"]
+    assert len(load(tmp_path / "run").description.trained_tasks) == 7
+    again = evaluate(tmp_path / "run", ["image_classification"])
+    assert [result.source for result in again.results] == ["digits"]
+
+
+def test_an_imported_decoder_is_a_start(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), tmp_path / "imported", receipt=False)
+    recipe = tuned_recipe(tmp_path / "imported", write_table(tmp_path), steps=1)
+    texts = {"text_en": "shape", "numbers": ["side"]}
+    recipe["sources"]["penguins"]["fields"] = texts
+    recipe["mixture"] = [{"source": "penguins", "task": "text_regression"}]
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    (before, _), (after, _) = read_texts(latest(tmp_path / "imported")), read_texts(latest(tmp_path / "run"))
+    assert after.modalities.prompt_attention == "causal" and after.base_model == before.base_model
+    assert after.modalities.text.imported == before.modalities.text.imported
+    with pytest.raises(OpenM6Error, match="a model of another library: import it first"):
+        train_recipe(write_recipe(tmp_path, tuned_recipe(tmp_path / "theirs", tmp_path)), out=tmp_path / "no")
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no start": ({"model": {"start": "/none"}}, "there is no run or checkpoint at /none"),
+    "two starts": ({"model": {"start": ["a", "b"]}}, "model.start: Input should be a valid string"),
+    "two shapes": ({"model": {"preset": "nano", "start": "a"}}, "start=a has a shape of its own: leave preset out"),
+    "frozen noise": ({"model": {"freeze": ["text"]}}, "freeze keeps weights of a start"),
+    "unknown part": ({"freeze": ["txt"]}, r"names 'txt', which no .* did you mean 'text'\? \(known: text, image"),
+    "all": ({"freeze": ["backbone", "adapters"]}, "leaves nothing to train"),
+    "other codec": ({"modalities": {"image": {"patch": 16}}}, "modalities.image.patch differs from that of"),
+    "other prompts": ({"modalities": {"prompt_attention": "causal"}}, "modalities.prompt_attention differs"),
+    "replay of nothing": ({"model": {}, "replay": 0.1}, "replay=0.1 is for the mixture of a start"),
+    "too much replay": ({"replay": 1}, "replay: Input should be less than 1"),
+    "offloaded": ({"freeze": ["text"], "loop": {"offload": {}}}, "offloaded training updates all weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_recipe_is_one_sentence(case: str, start: Path, tmp_path: Path) -> None:
+    changes, sentence = BAD[case]
+    recipe = tuned_recipe(start, write_table(tmp_path))
+    if "freeze" in changes:
+        changes = {**changes, "model": {"start": str(start), "freeze": changes["freeze"]}}
+    recipe |= {key: value for key, value in changes.items() if key != "freeze"}
+    with pytest.raises(OpenM6Error, match=sentence) as caught:
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_start_of_another_version_and_another_start_are_refused(start: Path, tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(latest(start), tmp_path / "old")
+    model = json.loads((tmp_path / "old" / "model.json").read_text(encoding="utf-8"))
+    changed = json.dumps({**model, "format": 99}).ljust((tmp_path / "old" / "model.json").stat().st_size)
+    (tmp_path / "old" / "model.json").write_text(changed, encoding="utf-8")
+    state = json.loads((tmp_path / "old" / "state.json").read_text(encoding="utf-8"))
+    state["files"]["model.json"] = len(changed.encode())
+    (tmp_path / "old" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    recipe = write_recipe(tmp_path, tuned_recipe(tmp_path / "old", write_table(tmp_path)))
+    with pytest.raises(OpenM6Error, match="it is from another version"):
+        train_recipe(recipe, out=tmp_path / "run")
+    with pytest.raises(OpenM6Error, match="plan that run, or name a preset"):
+        read_model(recipe)
+
+
+def held_out_loss(loaded: LoadedModel, recipe: MultimodalRecipe) -> float:
+    """The loss per example of a model on held-out records of a recipe's mixture."""
+    batches = pack_held_out(recipe, loaded.modalities, ProcessGroupContext(), 2)
+    with torch.no_grad():
+        found = [loaded.omni.compute_loss(batch, as_trained=True)[0] for batch in batches]
+    total = sum(float(part.total) for losses in found for part in losses.values())
+    return total / sum(batch.num_examples for batch in batches)
+
+
+def test_replay_keeps_the_old_task_and_a_start_helps_the_new_one(tmp_path: Path) -> None:
+    """After equal steps: a tenth of the old mixture keeps its loss, which rises without, and the new loss is lower."""
+    loop = {"precision": "fp32", "num_processes": 1, "tensorboard": False, "optimizer": {"learning_rate": 0.003}}
+    old = {
+        "model": MODEL, "modalities": {"text": {"vocab_size": 400}, "numbers": {"predictors": "none"}},
+        "sources": {"penguins": {"kind": "embedded", "name": "penguins"}},
+        "mixture": [{"source": "penguins", "task": "tabular_classification"}],
+        "packing": {"batch_size": 4, "seq_len": 128}, "loop": loop | {"steps": 80}, "eval": EVAL | {"at_end": False},
+    }  # fmt: skip
+    train_values(old, "old", RunFolder(tmp_path / "old"), "cpu")
+    fields = {"numbers": ["side", "depth"], "label": "shape"}
+    new = old | {
+        "sources": {"boxes": {"kind": "csv", "path": str(write_table(tmp_path, 300)), "fields": fields}},
+        "mixture": [{"source": "boxes", "task": "tabular_classification"}],
+        "loop": loop | {"steps": 40},
+    }
+    train_values(new, "new", RunFolder(tmp_path / "nothing"), "cpu")
+    started = {key: value for key, value in new.items() if key != "modalities"}
+    started["model"] = {"start": str(tmp_path / "old")}
+    train_values(started, "new", RunFolder(tmp_path / "forgets"), "cpu")
+    train_values(started | {"replay": 0.1}, "new", RunFolder(tmp_path / "replays"), "cpu")
+    recipe, new_recipe = (build(MultimodalRecipe, values, "a recipe") for values in (old, new))
+    of_old = {name: held_out_loss(load(tmp_path / name, "cpu"), recipe) for name in ("old", "forgets", "replays")}
+    names = ("nothing", "forgets", "replays")
+    of_new = {name: held_out_loss(load(tmp_path / name, "cpu"), new_recipe) for name in names}
+    print(of_old, of_new)
+    assert of_old["replays"] < (1 + MAX_FORGOTTEN) * of_old["old"] < of_old["forgets"]
+    assert of_new["forgets"] < of_new["nothing"] and of_new["replays"] < of_new["nothing"]
