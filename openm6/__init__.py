@@ -8,11 +8,12 @@ from openm6.core.errors import OpenM6Error
 
 if TYPE_CHECKING:
     from openm6.api.estimators import OpenM6Classifier, OpenM6Regressor
+    from openm6.api.finetune import finetune
     from openm6.api.model import OpenM6, load
     from openm6.api.values import Audio, Distribution
 
 __version__ = "0.1.0"
-__all__ = ["Audio", "Distribution", "OpenM6", "OpenM6Classifier", "OpenM6Error", "OpenM6Regressor", "load"]
+__all__ = ["Audio", "Distribution", "OpenM6", "OpenM6Classifier", "OpenM6Error", "OpenM6Regressor", "finetune", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -22,11 +23,11 @@ def __getattr__(name: str) -> object:
     # torch takes seconds to import
     from openm6.api import model  # noqa: PLC0415
 
-    if name in ("OpenM6Classifier", "OpenM6Regressor"):
+    if name in ("OpenM6Classifier", "OpenM6Regressor", "finetune"):
         # scikit-learn takes a second
-        from openm6.api import estimators  # noqa: PLC0415
+        from openm6.api import estimators, finetune  # noqa: PLC0415
 
-        return getattr(estimators, name)
+        return getattr(finetune if name == "finetune" else estimators, name)
     return getattr(model, name)
 
 

@@ -30,20 +30,13 @@ from openm6.api.frames import (
     number_answers,
     read_file,
 )
-from openm6.api.model import OpenM6, find_model, load
-from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TRAINING_FILE, latest
-from openm6.checkpoint.load import load_model
-from openm6.core.config import build
-from openm6.core.device import resolve_device
+from openm6.api.model import OpenM6, load
+from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TRAINING_FILE
 from openm6.core.run_folder import RunFolder
 from openm6.data.propose import column_of
 from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields
-from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
-from openm6.models.description import TOKENIZER_FILE, read_description
-from openm6.tasks.slots import PINNED, SHORT
-from openm6.train.loop import train
-from openm6.train.multimodal import MultimodalTraining
-from openm6.train.recipe import MultimodalRecipe
+from openm6.tasks.slots import SHORT
+from openm6.train.run import train_values
 
 # Kinds of columns that are no input by themselves: nothing to read, or a name of the row.
 LEFT_OUT = ("empty", "identifier")
@@ -130,16 +123,14 @@ class _TableEstimator(BaseEstimator):
         with as_table_error(), tempfile.TemporaryDirectory(prefix="openm6-") as folder:
             table = arrow_table(columns | {self.target_: y}, "X")
             self.fields_ = _fields(table.arrow, self.target_, numeric=self._task == "record_regression")
-            # What no task would say: the target is the column that is always held out.
-            table.arrow = table.arrow.append_column(PINNED, pa.array([self.target_] * len(y)))
             seed = int(check_random_state(self.random_state).randint(MAX_SEED))
-            pq.write_table(_with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
+            pq.write_table(with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
             self.checkpoint_ = self._train(Path(folder), len(y), seed)
         self.model_ = _open(self.checkpoint_, self.device)
 
     def _train(self, folder: Path, rows: int, seed: int) -> dict[str, bytes]:
-        fields = self.fields_.model_copy(update={"extra": [PINNED]}).model_dump(exclude_none=True)
-        source = {"kind": "parquet", "path": str(folder / "table.parquet"), "fields": fields, "test_fraction": 0.0}
+        fields, path = self.fields_.model_dump(exclude_none=True), str(folder / "table.parquet")
+        source = {"kind": "parquet", "path": path, "fields": fields, "target": self.target_, "test_fraction": 0.0}
         loop: dict[str, Any] = {"seed": seed, "num_processes": 1, "tensorboard": False, "keep_last": 1}
         if self.max_steps is not None:
             loop["steps"] = self.max_steps
@@ -150,25 +141,13 @@ class _TableEstimator(BaseEstimator):
                 source["validation_fraction"] = VALIDATION
                 loop |= {"held_out": {"every": 50}, "early_stopping_patience": 5, "load_best_model_at_end": True}
         values: dict[str, Any] = {
-            "model": dict(self.model or {}),
+            "model": dict(self.model or {}) | ({} if self.base is None else {"start": str(self.base)}),
             "sources": {"table": source},
             "mixture": [{"source": "table", "task": self._task}],
             "loop": loop,
             "eval": {"at_end": False},
         }
-        start = None if self.base is None else latest(find_model(self.base))
-        if start is not None:
-            described = read_description((start / DESCRIPTION_FILE).read_text(encoding="utf-8"), str(start))
-            values["model"] = {"preset": "nano", "overrides": described.backbone.model_dump()}
-            values["modalities"] = described.modalities.model_dump()
-            values["modalities"]["text"]["tokenizer"] = str(start / TOKENIZER_FILE)
-            values["embedding"] = described.embedding and described.embedding.model_dump()
-        recipe, run = build(MultimodalRecipe, values, type(self).__name__), RunFolder.open(folder / "run")
-        training = MultimodalTraining(recipe, run, resolve_device(self.device))
-        if start is not None:
-            load_model(start, training.omni)
-        # The number of steps that fit into the time is kept there.
-        result = train(training, recipe.loop, run, settings=values)
+        result = train_values(values, type(self).__name__, RunFolder(folder / "run"), self.device)
         self.n_iter_ = result.steps
         return _kept(result.checkpoint)
 
@@ -298,7 +277,7 @@ def _fields(table: pa.Table, target: str, numeric: bool) -> Fields:
     return Fields(**{key: value for key, value in found.items() if value})
 
 
-def _with_files(table: pa.Table, fields: Fields) -> pa.Table:
+def with_files(table: pa.Table, fields: Fields) -> pa.Table:
     """The table with the content of image and audio files instead of their paths."""
     for kind, limit in LIMITS.items():
         name = getattr(fields, kind)

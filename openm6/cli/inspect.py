@@ -22,6 +22,8 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Folder or table, or its URL.")],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="File for the recipe, such as my.yaml.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Time limit of the training.")] = 10.0,
+    target: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column to predict; default: each.")] = None,
+    start: Annotated[str | None, typer.Option(metavar="RUN", help="The model to train further.")] = None,
 ) -> None:
     """Report columns, problems and tasks of your data, and propose a recipe.
 
@@ -31,7 +33,7 @@ def inspect(
     # torch takes seconds to import
     from openm6.data.inspect import inspect_path
 
-    print_inspection(inspect_path(path, minutes), out)
+    print_inspection(inspect_path(path, minutes, target, start), out)
 
 
 def print_inspection(inspection: Inspection, out: Path | None) -> None:

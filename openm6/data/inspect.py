@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import yaml
 
-from openm6.core.errors import DataError
+from openm6.core.errors import DataError, nearest
 from openm6.data.chat import ChatConfig, is_chat
 from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
 from openm6.data.propose import (
@@ -55,6 +55,8 @@ TOKENS_PER_MINUTE, TOKENS, MEDIA_TOKENS = 500_000, 40, 100
 # Read for the season of a series: windows, of at most so many rows.
 WINDOWS, MAX_ROWS = 50, 1536
 MIN_SERIES = 40  # rows from which a series is proposed
+# What a task predicts that predicts a column of a kind.
+OUTPUTS = {"image": "image", "audio": "audio", "number": "numbers", "category": "text", "free text": "text"}
 TIME_NAMES = frozenset(
     {"time", "date", "datetime", "timestamp", "day", "week", "month", "quarter", "year", "hour", "t"}
 )
@@ -84,7 +86,7 @@ class DatasetReport:
     @property
     def questions(self) -> int:
         """What can be asked of the training records: one thing by each task, or a column."""
-        columns = sum(column.kind in ("number", "category") for column in self.columns)
+        columns = 1 if "target" in self.source else sum(x.kind in ("number", "category") for x in self.columns)
         return self.train * sum(columns if task == "record_regression" else 1 for task in self.tasks)
 
     @property
@@ -116,13 +118,17 @@ class Inspection:
         return self.recipe
 
 
-def inspect_path(path: str, minutes: float = 10.0) -> Inspection:
+def inspect_path(path: str, minutes: float = 10.0, target: str | None = None, start: str | None = None) -> Inspection:
     """Inspect a table, or a folder of tables, images or audio clips, and propose a recipe for a run of some minutes.
 
+    `target` is the column to predict, if it is one alone; `start` the model to train further.
+
     Raises:
-        DataError: nothing at the path can be read.
+        DataError: nothing at the path can be read, or no table has the target.
     """
     reports = _inspect_all(path)
+    if target is not None:
+        _aim_at(reports, target)
     usable = {report.name: report for report in reports if report.tasks}
     stopping = _early_stopping(list(usable.values()), minutes)
     sources = {name: report.source for name, report in usable.items()}
@@ -131,17 +137,31 @@ def inspect_path(path: str, minutes: float = 10.0) -> Inspection:
     if made := _artificial_series(series):
         sources[ARTIFICIAL], part = made
         mixture.append(part)
-    # The smallest model, these sources, their tasks, the time.
+    # The smallest model or the start, these sources, their tasks, the time.
     recipe = {
         "kind": "multimodal",
-        "model": {"preset": "nano"},
-        **_image_settings(list(usable.values())),
+        "model": {"preset": "nano"} if start is None else {"start": start},
+        **_image_settings(list(usable.values()), ("stem", "patch") if start is not None else ()),
         "sources": sources,
         "mixture": mixture,
         "loop": {"steps": "auto", "minutes": int(minutes) if minutes == int(minutes) else minutes, **stopping},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
     return Inspection(path, reports, text if usable else None)
+
+
+def _aim_at(reports: list[DatasetReport], target: str) -> None:
+    """Leave the tasks that predict a column from all others or, if it is no number or category, its modality."""
+    names = [x.name for report in reports for x in report.columns]
+    if target not in names:
+        raise DataError(f"the data have no column {target!r}; {nearest(target, names)}")
+    for report in reports:
+        kind = next((x.kind for x in report.columns if x.name == target), "empty")
+        task = {"number": "record_regression", "category": "record_classification"}.get(kind)
+        if task is not None and report.source.get("fields"):
+            report.tasks, report.source["target"] = [task], target
+        elif target not in report.source.get("columns", ()):
+            report.tasks = [name for name in report.tasks if TASKS[name].output_modality == OUTPUTS.get(kind)]
 
 
 def _early_stopping(reports: list[DatasetReport], minutes: float) -> dict[str, Any]:
@@ -163,12 +183,13 @@ def _early_stopping(reports: list[DatasetReport], minutes: float) -> dict[str, A
     return {"held_out": {"every": 50}, "early_stopping_patience": 5, "load_best_model_at_end": True}
 
 
-def _image_settings(reports: list[DatasetReport]) -> dict[str, Any]:
-    """The section of a recipe about how images are read, as far as sources agree."""
+def _image_settings(reports: list[DatasetReport], fixed: Sequence[str]) -> dict[str, Any]:
+    """The section of a recipe about how images are read, as far as sources agree and it is not `fixed`."""
     found = [report.images for report in reports if report.images]
     if not found:
         return {}
     common = {name: value for name, value in found[0].items() if all(name in images for images in found)}
+    common = {name: value for name, value in common.items() if name not in fixed}
     return {"modalities": {"image": common}}
 
 

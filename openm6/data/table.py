@@ -17,6 +17,7 @@ from openm6.core.lru_cache import LRUCache
 from openm6.data.records import Fields, Record, RowReader, check_columns, unless_broken
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index, rows_by_hash, rows_by_word
 from openm6.data.storage import read_beside
+from openm6.tasks.slots import PINNED
 
 
 class UnreadableRowError(DataError):
@@ -84,6 +85,8 @@ class ArrowTable(Table):
 class TableSource(Source):
     """The rows of a table that belong to one split, read through a RowReader."""
 
+    target: str | None = None  # the column that tasks hold out, in rows that have it
+
     def __init__(self, name: str, table: Table, reader: RowReader, rows: np.ndarray) -> None:
         self.name, self._table, self._reader, self._rows = name, table, reader, rows
         # Most of the time of a small table's record is to make Python values of its cells.
@@ -103,6 +106,9 @@ class TableSource(Source):
             where = f"{self.name}, {self._table.row_name(row)} of {self._table.where}"
             raise type(error)(f"{where}: {error}") from None
         record.setdefault("id", f"{self.name}/{row}")
+        columns = {**(record.get("numbers") or {}), **(record.get("categories") or {})}
+        if self.target is not None and columns.get(self.target) not in (None, ""):
+            record["extra"] = {**record.get("extra", {}), PINNED: self.target}
         return record
 
     def values(self, key: str) -> list[Any]:
@@ -126,6 +132,7 @@ class TableConfig(SourceConfig):
     test_fraction: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash, if neither is set
     validation_fraction: float = Field(default=0.0, ge=0.0, le=0.5)  # of the training rows, if no column marks any
     test_by: str | None = None  # rows with equal values here stay on one side (a speaker, a patient)
+    target: str | None = None  # the number or category that is predicted; without one, each of them in turn
     limit: int | None = Field(default=None, ge=1)  # at most so many records of a split, the first ones
 
     def load(self, path: str) -> Table:
@@ -160,6 +167,7 @@ class TableConfig(SourceConfig):
         needed = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names)))}
         table.read(sorted(needed))
         source = TableSource(name, table, reader, choose_rows(table))
+        source.target = self.target
         shown = (column for column in table.names if column not in (split_column, self.test_by))
         source.columns = {column: reader.columns.get(column, ()) for column in shown}
         return source

@@ -56,10 +56,13 @@ def test_examples_of_docstrings_run(module: ModuleType, m6: openm6.OpenM6, run: 
     assert sum(one.attempted for one in results) > 3 and not any(one.failed for one in results)
 
 
-def test_examples_of_the_page_run(m6: openm6.OpenM6, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_examples_of_the_page_run(
+    m6: openm6.OpenM6, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
     models = {"runs/demo": m6, "runs/embed": openm6.OpenM6(embedding_model())}
     monkeypatch.setattr("openm6.api.model.load", lambda path: models[path])
+    monkeypatch.setattr("openm6.train.start.find_model", lambda name: run)
     monkeypatch.chdir(tmp_path)
     penguins = pd.DataFrame({"bill_length_mm": [40.0, 50.0] * 8, "flipper_length_mm": [190.0, 210.0] * 8})
     penguins = penguins.assign(body_mass_g=[4000.0, 5000.0] * 8, label=["Adelie", "Gentoo"] * 8)

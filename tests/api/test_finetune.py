@@ -1,0 +1,97 @@
+"""Fine-tuning from Python: data of every kind, what is left on the disk, and bad input in one sentence."""
+
+from __future__ import annotations
+
+import doctest
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+import openm6
+from openm6.api import finetune as module
+from openm6.core.errors import OpenM6Error
+from tests.api.test_frames import shop
+from tests.data.sample_images import png
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with images, and one for temporary folders; no time for trees."""
+    for index, colour in enumerate(("red", "blue")):
+        (tmp_path / f"{index}.png").write_bytes(png(colour, 32))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("openm6.train.multimodal_data.DEFAULT_MINUTES", 0.01)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_examples_of_docstrings_run(run: Path, folder: Path) -> None:
+    penguins = pd.DataFrame({"flipper_length_mm": [190.0, 210.0] * 8, "body_mass_g": [4000.0, 5000.0] * 8})
+    known = {"run": run, "penguins": penguins}
+    results = [doctest.DocTestRunner().run(one) for one in doctest.DocTestFinder().find(module, extraglobs=known)]
+    assert sum(one.attempted for one in results) == 2 and not any(one.failed for one in results)
+    assert not any((folder / "temporary").iterdir())
+
+
+def test_a_frame_with_photos_is_kept_in_a_run_that_knows_both(run: Path, folder: Path) -> None:
+    frame = shop(16)
+    model = openm6.finetune(run, frame, "colour", steps=1, out=folder / "tuned", replay=0.1, freeze=["backbone"])
+    settings = yaml.safe_load((folder / "tuned" / "config.yaml").read_text(encoding="utf-8"))
+    source = settings["sources"]["data"]
+    assert source["target"] == "colour" and source["fields"]["image"] == "photo"
+    assert settings["mixture"][0] == {"source": "data", "task": "record_classification"}
+    assert len(settings["mixture"]) == 8 and settings["model"]["freeze"] == ["backbone"]
+    found = model.predict(frame.drop(columns="colour"), target="colour", classes=["red", "blue"])
+    assert found["red"].to_numpy() + found["blue"].to_numpy() == pytest.approx(1)
+    old = pd.DataFrame({"bill_length_mm": [40.0], "flipper_length_mm": [190.0]})
+    assert openm6.load(folder / "tuned").predict(old, target="body_mass_g")["predictions"].notna().all()
+
+
+def test_a_recipe_keeps_what_it_sets(run: Path) -> None:
+    fields = {"numbers": ["weight", "price"]}
+    shop(16).to_parquet("shop.parquet")
+    recipe = {
+        "sources": {"shop": {"kind": "parquet", "path": "shop.parquet", "fields": fields}},
+        "mixture": [{"source": "shop", "task": "tabular_regression"}],
+        "loop": {"steps": 1, "tensorboard": False},
+    }
+    Path("shop.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    model = openm6.finetune(run, "shop.yaml", out="tuned")
+    assert model.loaded.checkpoint.name == "step-1"
+    with pytest.raises(OpenM6Error, match="the recipe starts from other, and not from"):
+        openm6.finetune(run, recipe | {"model": {"start": "other"}})
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no start": ({"start": "/none"}, "there is no run or checkpoint at /none"),
+    "no model of this name": ({"start": "mega"}, "no model of this name comes with OpenM6"),
+    "no data": ({"data": "none.csv"}, "there is nothing at none.csv"),
+    "no column": ({"target": "prise"}, "the data have no column 'prise'; did you mean 'price'"),
+    "no task": ({"target": "photo", "data": shop(16)[["photo", "weight"]]}, "can be trained on as it is"),
+    "no rows": ({"data": shop(16).iloc[:0]}, "a DataFrame with at least one row"),
+    "empty target": ({"data": shop(16).assign(price=None)}, "can be trained on as it is"),
+    "no image": ({"data": shop(16).assign(photo="x.png")}, "x.png cannot be read"),
+    "no steps": ({"steps": 0}, "loop.steps: must be at least 1"),
+    "no time": ({"time_limit": -1.0}, "loop.minutes: Input should be greater than 0"),
+    "no part": ({"freeze": ["eyes"]}, "model.freeze names 'eyes'"),
+    "all replay": ({"replay": 1.0}, "replay: Input should be less than 1"),
+    "not empty": ({"out": "."}, r"\. is not empty"),
+    "two targets": ({"data": {"sources": {}}}, "a recipe names its targets itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(case: str, run: Path, folder: Path) -> None:
+    changes, sentence = BAD[case]
+    given = {"start": run, "data": shop(16), "target": "price", "out": folder / "tuned", **changes}
+    if "time_limit" not in changes:
+        given = {"steps": 1, **given}
+    with pytest.raises(OpenM6Error, match=sentence) as caught:
+        openm6.finetune(**given)
+    assert "\n" not in str(caught.value) and not (folder / "tuned").exists()
+    assert not any((folder / "temporary").iterdir())
