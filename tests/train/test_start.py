@@ -13,22 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from openm6.checkpoint.folder import latest
-from openm6.core.config import build
 from openm6.core.errors import OpenM6Error
-from openm6.core.run_folder import RunFolder
-from openm6.distributed.process_group import ProcessGroupContext
 from openm6.evaluate.run import chosen_tasks, evaluate
 from openm6.hub.importing import import_model
-from openm6.inference.load import LoadedModel, load, read_texts
+from openm6.inference.load import load, read_texts
 from openm6.plan.request import read_model
-from openm6.train.multimodal_data import pack_held_out
-from openm6.train.recipe import MultimodalRecipe
-from openm6.train.run import train_recipe, train_values
+from openm6.train.run import train_recipe
 from tests.hub.published import publish
-from tests.train.tiny_recipe import EVAL, MODEL, tiny_recipe, write_recipe
-
-# Of the loss on held-out records of the old task, with a tenth of the examples from its mixture.
-MAX_FORGOTTEN = 0.1
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 
 def write_table(folder: Path, rows: int = 60) -> Path:
@@ -179,42 +171,3 @@ def test_a_start_of_another_version_and_another_start_are_refused(start: Path, t
         train_recipe(recipe, out=tmp_path / "run")
     with pytest.raises(OpenM6Error, match="plan that run, or name a preset"):
         read_model(recipe)
-
-
-def held_out_loss(loaded: LoadedModel, recipe: MultimodalRecipe) -> float:
-    """The loss per example of a model on held-out records of a recipe's mixture."""
-    batches = pack_held_out(recipe, loaded.modalities, ProcessGroupContext(), 2)
-    with torch.no_grad():
-        found = [loaded.omni.compute_loss(batch, as_trained=True)[0] for batch in batches]
-    total = sum(float(part.total) for losses in found for part in losses.values())
-    return total / sum(batch.num_examples for batch in batches)
-
-
-def test_replay_keeps_the_old_task_and_a_start_helps_the_new_one(tmp_path: Path) -> None:
-    """After equal steps: a tenth of the old mixture keeps its loss, which rises without, and the new loss is lower."""
-    loop = {"precision": "fp32", "num_processes": 1, "tensorboard": False, "optimizer": {"learning_rate": 0.003}}
-    old = {
-        "model": MODEL, "modalities": {"text": {"vocab_size": 400}, "numbers": {"predictors": "none"}},
-        "sources": {"penguins": {"kind": "embedded", "name": "penguins"}},
-        "mixture": [{"source": "penguins", "task": "tabular_classification"}],
-        "packing": {"batch_size": 4, "seq_len": 128}, "loop": loop | {"steps": 80}, "eval": EVAL | {"at_end": False},
-    }  # fmt: skip
-    train_values(old, "old", RunFolder(tmp_path / "old"), "cpu")
-    fields = {"numbers": ["side", "depth"], "label": "shape"}
-    new = old | {
-        "sources": {"boxes": {"kind": "csv", "path": str(write_table(tmp_path, 300)), "fields": fields}},
-        "mixture": [{"source": "boxes", "task": "tabular_classification"}],
-        "loop": loop | {"steps": 40},
-    }
-    train_values(new, "new", RunFolder(tmp_path / "nothing"), "cpu")
-    started = {key: value for key, value in new.items() if key != "modalities"}
-    started["model"] = {"start": str(tmp_path / "old")}
-    train_values(started, "new", RunFolder(tmp_path / "forgets"), "cpu")
-    train_values(started | {"replay": 0.1}, "new", RunFolder(tmp_path / "replays"), "cpu")
-    recipe, new_recipe = (build(MultimodalRecipe, values, "a recipe") for values in (old, new))
-    of_old = {name: held_out_loss(load(tmp_path / name, "cpu"), recipe) for name in ("old", "forgets", "replays")}
-    names = ("nothing", "forgets", "replays")
-    of_new = {name: held_out_loss(load(tmp_path / name, "cpu"), new_recipe) for name in names}
-    print(of_old, of_new)
-    assert of_old["replays"] < (1 + MAX_FORGOTTEN) * of_old["old"] < of_old["forgets"]
-    assert of_new["forgets"] < of_new["nothing"] and of_new["replays"] < of_new["nothing"]
