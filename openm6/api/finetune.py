@@ -82,7 +82,7 @@ def finetune(
 def _recipe(data: Any, target: str | None, start: str, minutes: float, run: RunFolder) -> dict[str, Any]:
     """The plain values of a recipe, proposed for the data if they are none; a DataFrame is kept in the run."""
     path, columns = str(data), columns_of(data)
-    if hasattr(data, "columns"):
+    if getattr(data, "iloc", None) is not None:
         if not columns or not len(data):
             raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")
         table, path = arrow_table(columns, "the DataFrame").arrow, str(RunFolder.open(run.path).path / "data.parquet")
