@@ -121,10 +121,7 @@ def train_recipe(
             raise failure
         _check_alike(ranks, values)
         written = values if path == run.config else None
-        if isinstance(checked, MultimodalRecipe):
-            checked, values = with_start(checked, values, run)
-        if not (resume and written):
-            checked, values = with_batch_size(*with_learning_rate(checked, values), device, ranks)
+        checked, values = _completed(checked, values, run, device, ranks, begun=bool(resume and written))
         get_log().info(str(capabilities(device)))
         training = TRAININGS[checked.kind][1](checked, RunFolder.open(run.path), device, ranks)
         settings = values if ranks.is_main_process and (values is not written or overrides) else None
@@ -135,12 +132,21 @@ def train_recipe(
 
 def train_values(values: dict[str, Any], where: str, run: RunFolder, device_name: str = "auto") -> TrainResult:
     """Train by the plain values of a multimodal recipe, which errors call `where`, in one process; raise as `train`."""
-    device = resolve_device(device_name)
-    recipe, values = with_start(build(MultimodalRecipe, values, where), values, run)
-    chosen, values = with_batch_size(*with_learning_rate(recipe, values), device, ProcessGroupContext())
+    device, recipe = resolve_device(device_name), build(MultimodalRecipe, values, where)
+    chosen, values = _completed(recipe, values, run, device, ProcessGroupContext())
     assert isinstance(chosen, MultimodalRecipe)
     training = MultimodalTraining(chosen, RunFolder.open(run.path), device)
     return train(training, chosen.loop, run, settings=values)
+
+
+def _completed(
+    recipe: Recipe, values: dict[str, Any], run: RunFolder, device: torch.device, ranks: ProcessGroupContext,
+    begun: bool = False,
+) -> tuple[Recipe, dict[str, Any]]:  # fmt: skip
+    """Return recipe and plain values with what the start and, unless a run has begun, width and device decide."""
+    if isinstance(recipe, MultimodalRecipe):
+        recipe, values = with_start(recipe, values, run)
+    return (recipe, values) if begun else with_batch_size(*with_learning_rate(recipe, values), device, ranks)
 
 
 def with_learning_rate(recipe: Recipe, values: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
