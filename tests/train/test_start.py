@@ -13,24 +13,31 @@ import torch
 from safetensors.torch import load_file
 
 from openm6.checkpoint.folder import latest
+from openm6.core.config import build
 from openm6.core.errors import OpenM6Error
+from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.evaluate.run import chosen_tasks, evaluate
 from openm6.hub.importing import import_model
-from openm6.inference.load import load, read_texts
+from openm6.inference.load import LoadedModel, load, read_texts
 from openm6.plan.request import read_model
-from openm6.train.run import train_recipe
+from openm6.train.multimodal_data import pack_held_out
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.run import train_recipe, train_values
 from tests.hub.published import publish
-from tests.train.tiny_recipe import tiny_recipe, write_recipe
+from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
+
+# How much the loss on held-out records of the old task may rise, with a tenth of the examples from its mixture.
+MAX_FORGOTTEN = 0.4
 
 
-def write_table(folder: Path, rows: int = 60) -> Path:
+def write_table(folder: Path, rows: int = 60, classes: tuple[str, str] = ("wide", "deep")) -> Path:
     """Boxes, of which one column is of the start's table with its meaning, and a class that follows from two others."""
     rng = np.random.default_rng(0)
     path = folder / "boxes.csv"
     side, depth = rng.uniform(1, 9, rows), rng.uniform(1, 9, rows)
-    lines = [
-        f"{a:.2f},{b:.2f},{4000 + 100 * a:.0f},{'wide' if a > b else 'deep'}" for a, b in zip(side, depth, strict=True)
-    ]
+    names = np.where(side > depth, *classes)
+    lines = [f"{a:.2f},{b:.2f},{4000 + 100 * a:.0f},{name}" for a, b, name in zip(side, depth, names, strict=True)]
     path.write_text("side,depth,body_mass_g,shape\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -171,3 +178,43 @@ def test_a_start_of_another_version_and_another_start_are_refused(start: Path, t
         train_recipe(recipe, out=tmp_path / "run")
     with pytest.raises(OpenM6Error, match="plan that run, or name a preset"):
         read_model(recipe)
+
+
+def held_out_loss(run: Path, values: dict[str, Any]) -> float:
+    """The loss per example of a run on held-out records of a recipe's mixture."""
+    loaded: LoadedModel = load(run, "cpu")
+    recipe = build(MultimodalRecipe, values, "a recipe")
+    batches = pack_held_out(recipe, loaded.modalities, ProcessGroupContext(), 3)
+    with torch.no_grad():
+        found = [loaded.omni.compute_loss(batch, as_trained=True)[0] for batch in batches]
+    total = sum(float(part.total) for losses in found for part in losses.values())
+    return total / sum(batch.num_examples for batch in batches)
+
+
+def test_replay_keeps_the_old_task_and_a_start_helps_the_new_one(tmp_path: Path) -> None:
+    """After 40 steps each. The new task has the old one's classes, which follow from other columns."""
+    loop: dict[str, Any] = {"precision": "fp32", "num_processes": 1, "tensorboard": False}
+    old: dict[str, Any] = {
+        "model": MODEL, "modalities": {"text": {"vocab_size": 400}, "numbers": {"predictors": "none"}},
+        "sources": {"penguins": {"kind": "embedded", "name": "penguins"}},
+        "mixture": [{"source": "penguins", "task": "tabular_classification"}],
+        "packing": {"batch_size": 4, "seq_len": 128}, "eval": {"at_end": False},
+        "loop": loop | {"steps": 80, "optimizer": {"learning_rate": 0.003}},
+    }  # fmt: skip
+    table = write_table(tmp_path, 300, ("Adelie", "Gentoo"))
+    new = old | {
+        "sources": {
+            "boxes": {"kind": "csv", "path": str(table), "fields": {"numbers": ["side", "depth"], "label": "shape"}}
+        },
+        "mixture": [{"source": "boxes", "task": "tabular_classification"}],
+        "loop": loop | {"steps": 40, "optimizer": {"learning_rate": 0.0003}},
+    }
+    tuned = {key: value for key, value in new.items() if key != "modalities"} | {
+        "model": {"start": str(tmp_path / "old")}
+    }
+    for name, values in (("old", old), ("scratch", new), ("tuned", tuned), ("replayed", tuned | {"replay": 0.1})):
+        train_values(values, name, RunFolder(tmp_path / name), "cpu")
+    before, without, replayed = (held_out_loss(tmp_path / name, old) for name in ("old", "tuned", "replayed"))
+    assert replayed < (1 + MAX_FORGOTTEN) * before < without
+    scratch, *started = (held_out_loss(tmp_path / name, new) for name in ("scratch", "tuned", "replayed"))
+    assert max(started) < scratch / 2
