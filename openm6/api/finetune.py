@@ -50,9 +50,7 @@ def finetune(
     replay: fraction of the examples that are from the mixture of the start, so that it forgets less
     freeze: what keeps its weights, such as "backbone" or "text"
 
-    Raises:
-        CheckpointError: there is no such start, or it is damaged or of another version.
-        ConfigError, DataError: a setting, or the data, cannot be used; nothing is left behind then.
+    Raises OpenM6Error if the start, a setting or the data cannot be used; nothing is left behind then.
 
     >>> model = finetune(run, penguins, target="flipper_length_mm", steps=1)
     >>> model.predict(penguins, target="flipper_length_mm").columns[0]

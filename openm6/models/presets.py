@@ -99,10 +99,8 @@ PRESETS: dict[str, Preset] = {entry.name: entry for entry in (
 
 
 class ModelConfig(Config):
-    """A preset by name, with any field of the backbone overridden, or the shape and weights of another model.
-
-    start: run, checkpoint or Hub id that training starts from; freeze: what keeps the weights that it has there, by
-    modality, `backbone`, `embeddings` (of words) or the beginning of parameter names.
+    """A preset by name, with any field of the backbone overridden; or the run, checkpoint or Hub id that training
+    starts from, with what is frozen: a modality, `backbone`, `embeddings` (of words), or prefixes of parameters.
     """
 
     preset: str = "nano"

@@ -68,11 +68,7 @@ class Start:
 
 
 def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
-    """Return the model that a recipe starts from, or what a run that has begun kept of it; None if there is none.
-
-    Raises:
-        CheckpointError: there is no such model, or it is damaged or of another version.
-    """
+    """Return the model that a recipe starts from, or what a run that has begun kept of it; None if it names none."""
     name, kept, begun = recipe.model.start, run.path / START_FILE, list_checkpoints(run.checkpoints)
     if name is None:
         return None
@@ -91,12 +87,7 @@ def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
 def with_start(
     recipe: MultimodalRecipe, values: dict[str, Any], run: RunFolder
 ) -> tuple[MultimodalRecipe, dict[str, Any]]:
-    """Return recipe and plain values with what the start decides: shape, modalities, and sources to replay.
-
-    Raises:
-        CheckpointError: as `open_start`.
-        ConfigError: the recipe asks for something else than the start has, or for a replay of data it does not name.
-    """
+    """Return recipe and values with shape, modalities and replayed data of the start; ConfigError if they differ."""
     start, name = open_start(recipe, run), recipe.model.start
     if start is None:
         return recipe, values
@@ -118,11 +109,7 @@ def with_start(
 
 
 def freeze(omni: Omni, names: list[str]) -> None:
-    """Exclude weights from training: those of modalities, of the backbone, the embeddings of words, or by prefix.
-
-    Raises:
-        ConfigError: a name that nothing has, or there is nothing left to train.
-    """
+    """Exclude weights from training by modality, `backbone`, `embeddings` or prefix; ConfigError for another name."""
     parts = {kind: {"series": "numbers"}.get(part := kind.partition("_")[0], part) for kind in omni.adapters}
     groups = {name: [f"adapters.{kind}" for kind, part in parts.items() if part == name] for name in MODALITIES}
     groups |= {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
