@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.checkpoint.folder import STATE_FILE, latest, list_checkpoints
+from openm6.checkpoint.folder import PREDICTORS_FILE, STATE_FILE, latest, list_checkpoints
 from openm6.checkpoint.load import load_model
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError, nearest
@@ -15,10 +15,10 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.data.source import SourceConfig
 from openm6.hub.pretrained import find_model
-from openm6.inference.load import read_predictors, read_texts
+from openm6.inference.load import read_texts
 from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
-from openm6.modalities.simple_predictors import TablePredictors
+from openm6.modalities.simple_predictors import TablePredictors, from_bytes
 from openm6.models.description import CheckpointConfig, read_description
 from openm6.models.omni import Omni
 from openm6.train.recipe import MultimodalRecipe
@@ -81,7 +81,9 @@ def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
     if resumes:
         description = read_description(kept.read_text(encoding="utf-8"), str(kept))
     description = _with_names_apart(description, recipe.sources)
-    return Start(description, tokenizer, read_predictors(folder), None if resumes else folder)
+    path = folder / PREDICTORS_FILE
+    predictors = from_bytes(path.read_bytes(), str(path)) if path.is_file() else []
+    return Start(description, tokenizer, predictors, None if resumes else folder)
 
 
 def with_start(
