@@ -126,7 +126,7 @@ class MultimodalTraining(TrainingTask):
     def _fit(self, sources: dict[str, Source], start: Start | None) -> dict[str, FittedRidges]:
         """Set tokenizer, simple predictors and description, by the sources and the start; return ridges of series."""
         recipe, run, before = self.recipe, self.run, start.description if start is not None else None
-        # The start holds what was fitted to the sources that it knows.
+        # The start holds what was fitted to the sources that it names.
         known = [name for name in sources if before is not None and name in before.sources]
         new = {name: source for name, source in sources.items() if name not in known}
         text, fitted = "", b""

@@ -42,7 +42,7 @@ class Start:
     checkpoint: Path | None
 
     def merge(self, own: CheckpointConfig) -> CheckpointConfig:
-        """Return the description of the run's own data joined with the start's: what both know stays as it is there."""
+        """Return the description of the run's own data joined with the start's: what both have stays as it is there."""
         start, trained = self.description, {(one.task, one.source) for one in own.trained_tasks}
         scales = [(name, *own.scales[name], *start.scales[name]) for name in own.scales if name in start.scales]
         if far := [name for name, loc, scale, before, unit in scales
@@ -156,8 +156,8 @@ def _with_replay(recipe: MultimodalRecipe, values: dict[str, Any], start: Start)
     # It grows, as pairs may be of pairs.
     for source in needed:
         needed += [found.sources[source][side] for side in ("left", "right") if side in found.sources[source]]
-    share = recipe.replay / (1 - recipe.replay) * sum(own.values()) / sum(one.weight for one in trained)
-    replayed = [{"source": one.source, "task": one.task, "weight": share * one.weight} for one in trained]
+    fraction = recipe.replay / (1 - recipe.replay) * sum(own.values()) / sum(one.weight for one in trained)
+    replayed = [{"source": one.source, "task": one.task, "weight": fraction * one.weight} for one in trained]
     tasks = {one.task: found.tasks[one.task] for one in trained if one.task in found.tasks}
     return {
         **{key: value for key, value in values.items() if key != "replay"},
@@ -173,7 +173,7 @@ def _modalities(own: ModalitiesConfig, start: ModalitiesConfig, name: str) -> Mo
     for section, given in own.model_dump(exclude_unset=True).items():
         kept, settings = (chosen[section], given) if isinstance(given, dict) else (chosen, {section: given})
         if other := [key for key, value in settings.items() if key not in OWN_SETTINGS and value != kept[key]]:
-            place = f"{section}.{other[0]}" if kept is not chosen else section
-            raise ConfigError(f"modalities.{place} differs from that of {name}, on which its weights depend: drop it")
+            setting = f"{section}.{other[0]}" if kept is not chosen else section
+            raise ConfigError(f"modalities.{setting} differs from that of {name}, on which its weights depend: drop it")
         kept |= settings
     return build(ModalitiesConfig, chosen, "modalities")
