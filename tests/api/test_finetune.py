@@ -69,7 +69,7 @@ def test_a_recipe_keeps_what_it_sets(run: Path) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no start": ({"start": "/none"}, "there is no run or checkpoint at /none"),
-    "no model of this name": ({"start": "mega"}, "no model of this name comes with OpenM6"),
+    "no model of this name": ({"start": "mega"}, "no model of this name in"),
     "no data": ({"data": "none.csv"}, "there is nothing at none.csv"),
     "no column": ({"target": "prise"}, "the data have no column 'prise'; did you mean 'price'"),
     "no task": ({"target": "photo", "data": shop(16)[["photo", "weight"]]}, "can be trained on as it is"),
