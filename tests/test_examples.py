@@ -1,0 +1,54 @@
+"""The notebooks of examples/: each is equal to the script beside it, and the script runs to its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+MAX_BYTES = 200_000
+BADGE = "https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/{}.ipynb"
+
+
+def ids(path: Path) -> str:
+    return path.stem
+
+
+def test_there_are_scripts_for_all_notebooks() -> None:
+    notebooks = {path.stem for path in (ROOT / "examples").glob("*.ipynb")}
+    assert notebooks == {path.stem for path in SCRIPTS} and len(notebooks) >= 6
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_script_and_notebook_are_equal(script: Path) -> None:
+    """A notebook that lacks what its script says is written again by `python tools/notebooks.py`."""
+    jupytext = pytest.importorskip("jupytext")
+    notebook = script.with_suffix(".ipynb")
+    assert notebook.stat().st_size < MAX_BYTES, "outputs are images and tables of some kilobytes"
+    pair = [[(one.cell_type, one.source) for one in jupytext.read(path).cells] for path in (script, notebook)]
+    assert pair[0] == pair[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_a_notebook_opens_with_its_badge_and_what_it_needs(script: Path) -> None:
+    first = re.search(r"# %% \[markdown\]\n(.*?)\n# %%", script.read_text(encoding="utf-8"), re.DOTALL)
+    assert first and BADGE.format(script.stem) in first[1] and "It needs `pip install ." in first[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_a_script_runs(script: Path, tmp_path: Path) -> None:
+    """Each trains its model, in less than a minute of one core that is its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    score = re.search(r"(\d+)%", done.stdout)
+    assert score is None or int(score[1]) >= 40, done.stdout
