@@ -43,9 +43,9 @@ sources:
   digits: {kind: embedded, name: digits}
 mixture:
 - {source: digits, task: image_classification}
-- {source: digits, task: text_to_image, weight: 3}
+- {source: digits, task: text_to_image, weight: 1.5}
 packing: {batch_size: 2, seq_len: 256}
-loop: {steps: 300, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
+loop: {steps: 400, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
 eval: {at_end: false}
 """
 Path("quickstart.yaml").write_text(recipe)
