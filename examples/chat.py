@@ -70,7 +70,7 @@ sources:
 mixture:
 - {source: talk, task: chat}
 packing: {batch_size: 2, seq_len: 256}
-loop: {steps: 250, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
+loop: {steps: 300, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
 eval: {at_end: false}
 """
 Path("chat.yaml").write_text(recipe)

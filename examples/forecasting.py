@@ -51,7 +51,7 @@ sources:
 mixture:
 - {source: weather, task: time_series_forecasting}
 packing: {batch_size: 2, seq_len: 256}
-loop: {steps: 200, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
+loop: {steps: 300, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
 eval: {at_end: false}
 """
 Path("forecasting.yaml").write_text(recipe)

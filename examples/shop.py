@@ -57,7 +57,7 @@ small = {
     "preset": "nano",
     "overrides": {"hidden_size": 96, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32},
 }
-regressor = openm6.OpenM6Regressor(max_steps=120, model=small, random_state=0).fit(shop[columns], shop["price"])
+regressor = openm6.OpenM6Regressor(max_steps=200, model=small, random_state=0).fit(shop[columns], shop["price"])
 
 # %% [markdown]
 # ## Prices of new goods

@@ -1,6 +1,6 @@
-"""Bad data of a training: one sentence, and nothing half trained is left behind. Calls in Python: test_model, test_frames.
+"""Bad data of a training: one sentence, and nothing half trained is left behind.
 
-Answers to the same data by the estimators are in test_estimators, all forms of broken chats in tests/data/test_chat.py.
+Calls in Python are in test_model and test_frames, estimators in test_estimators, chats in tests/data/test_chat.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def chats(*turns: tuple[str, str]) -> list[dict[str, Any]]:
 
 
 BAD: dict[str, tuple[str, Any, str]] = {
-    "column missing": ("price_of", GOODS.drop(columns="price"), "t.csv has no column 'price'"),
+    "column missing": ("image_captioning", GOODS.drop(columns="photo"), "t.csv has no column 'photo'"),
     "all-missing target": ("price_of", GOODS.assign(price=np.nan), "price"),
     "no such file": ("image_captioning", GOODS.assign(photo="gone.png"), "there is no file 'gone.png' beside"),
     "image of zero bytes": ("image_captioning", GOODS.assign(photo="empty.png"), "'photo' holds an empty file"),

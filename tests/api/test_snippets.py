@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def test_every_call_runs_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatc
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     known = {"df": goods(), "X": goods()[["weight", "title"]], "y": goods()["price"], "candidates": ["apple", "plum"]}
     known["results"] = results = []
-    for line in re.split(r"[\n;]+ *", block.strip()):
-        is_call = not re.match(r"import|\w+ = ", line)
-        exec(f"results.append({line})" if is_call else line, known)
+    for node in ast.parse(block).body:
+        line = ast.get_source_segment(block, node)
+        exec(f"results.append({line})" if isinstance(node, ast.Expr) else line, known)
     _, text, _, said, predicted, forecast, embedded, ranked, quantiles = results
     assert (home / "apple.png").stat().st_size and (home / "seven.wav").stat().st_size
     assert isinstance(text, str) and isinstance(said, str)
