@@ -36,7 +36,7 @@ from openm6.train.run import train_recipe
 # ## Training with a meter
 #
 # Every run is metered. Where no counter can be read, as in most virtual machines, the energy of the processor is
-# estimated from the time that its cores are busy; the column `source` says which.
+# estimated from the time that its cores are busy; the account names the source.
 
 # %%
 load_diabetes(as_frame=True, scaled=False).frame.to_csv("diabetes.csv", index=False)

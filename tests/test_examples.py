@@ -51,4 +51,4 @@ def test_a_script_runs(script: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     score = re.search(r"(\d+)%", done.stdout)
-    assert score is None or int(score[1]) >= 40, done.stdout
+    assert score is None or int(score[1]) >= 20, done.stdout
