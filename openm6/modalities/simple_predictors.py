@@ -1,26 +1,32 @@
-"""Simple predictors of the columns of a table: ridge regression on whatever columns are given, and boosted trees.
+"""Simple predictors of the columns of a source from what a record holds: linear models and boosted trees.
 
 They are fitted before training (train/simple_predictors.py), once to all rows and once without each fold of them, so
 that a training example sees predictions of models that have not seen its row. Here they are read and applied.
 """
 
-# Letters: R rows, C number columns, Q categories, F features, K folds, M predictions, T trees, N nodes
+# Letters: R rows, C number columns, E columns of words and images, Q categories, F features, K folds, M predictions,
+# T trees, N nodes, V vocabulary
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from openm6.core.errors import CheckpointError
 from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import text_hash
+from openm6.modalities.image import read_image
 from openm6.modalities.interface import Arrays, Part
 
 FOLDS = 5
@@ -29,9 +35,15 @@ FARTHEST = 10.0  # in scales of its column: a value beyond counts as this far
 MAX_PRODUCTS = 16  # columns of a table whose products are features
 CACHE_BYTES = 2**25
 _TABLES = "tables"
+TEXT, IMAGE = "\0text", "\0image"  # in what is given: all texts but categories, and an image
+MAX_LETTERS, COLUMN_WORDS = 20_000, 128  # of a text; words of the vocabulary that are columns, 1 if a text has them
+SIDE, CELLS, TURNS, LEVELS = 32, 4, 8, 4  # of images: pixels and cells of a side, directions, levels of a colour
+IMAGE_FEATURES = CELLS**2 * TURNS + LEVELS**3
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
+_CELL = np.add.outer(np.arange(SIDE) * CELLS // SIDE * CELLS, np.arange(SIDE) * CELLS // SIDE) * TURNS
 
-Given = Mapping[str, float | str | None]
-"""Values by column: numbers and categories."""
+Given = Mapping[str, Any]
+"""Values by column: numbers and categories; besides TEXT, and IMAGE or its features."""
 
 
 class Prediction(NamedTuple):
@@ -53,14 +65,40 @@ def fold_of(numbers: Mapping[str, Any] | None, categories: Mapping[str, Any] | N
     return text_hash(repr([sorted((columns or {}).items()) for columns in (numbers, categories)])) % FOLDS
 
 
-def given_columns(parts: Iterable[Part]) -> dict[str, float | str | None]:
-    """Return the columns of a table that parts of a prompt show: mappings of numbers, and texts with `columns`."""
-    found: dict[str, float | str | None] = {}
+def given_columns(parts: Iterable[Part]) -> dict[str, Any]:
+    """Return what parts of a prompt show: mappings of numbers, texts with `columns`, other texts, and an image."""
+    found: dict[str, Any] = {}
     for part in parts:
         shown = part.raw if part.modality == "numbers" else part.options.get("columns")
         if isinstance(shown, Mapping):
             found.update(shown)
+        elif part.modality == "text":
+            found[TEXT] = f"{found.get(TEXT, '')} {part.raw}"
+        elif part.modality == "image":
+            found[IMAGE] = part.raw
     return found
+
+
+def words_in(text: str) -> Counter[str]:
+    """Count words, single Chinese characters, and pairs of both."""
+    words = _WORD.findall(text[:MAX_LETTERS].lower())
+    return Counter([*words, *map(" ".join, pairwise(words))])
+
+
+def image_features(raw: Any) -> np.ndarray:
+    """Directions of slopes in each cell and frequencies of colours, as square roots of fractions.  # -> F"""
+    image = read_image(raw, target_pixels=SIDE**2).resize((SIDE, SIDE), PIL.Image.Resampling.BOX)
+    pixels = np.asarray(image)
+    down, across = np.gradient(pixels.mean(-1) / 255)
+    turn = np.arctan2(down, across) % np.pi / np.pi * TURNS
+    first = np.floor(turn).astype(int)
+    slopes = np.zeros(CELLS**2 * TURNS)
+    for shift, part in ((0, 1 + first - turn), (1, turn - first)):
+        index = _CELL + (first + shift) % TURNS
+        slopes += np.bincount(index.ravel(), (np.hypot(down, across) * part).ravel(), len(slopes))
+    colours = pixels.astype(int) * LEVELS // 256 @ [LEVELS**2, LEVELS, 1]
+    counts = np.bincount(colours.ravel(), minlength=LEVELS**3)
+    return np.sqrt(np.concatenate([slopes / (slopes.sum() + 1e-3), counts / counts.sum()]))
 
 
 class Trees:
@@ -95,25 +133,34 @@ class Trees:
 
 
 class TablePredictors:
-    """The predictors of the number columns of one table.
+    """The predictors of the number columns of one source.
 
     Features of linear models are numbers, logarithms of those that are positive, words of categories, and products of
-    two numbers. arrays: `scale` (C 4), location and scale of each number and of its logarithm, NaN if it has none;
+    two numbers. The most frequent words of texts, and components of images, are E more columns that are never missing
+    one by one. arrays: `scale` (C+E 4), location and scale of each number and of its logarithm, NaN if it has none;
     `mean` (K+1 F) and `covariance` (K+1 F F) of the features without each fold, then with all rows; by column:
     `log`, whether its logarithm is predicted, `penalty` (C 2) of ridge, `weight` (C M-1) in the blend, `change` (0:
-    no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`.
+    no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `idf` (V); `image`, the components of
+    image features and, last, their mean.
     """
 
-    def __init__(self, numbers: Sequence[str], categories: Mapping[str, Sequence[str]], arrays: Arrays) -> None:
+    def __init__(
+        self,
+        numbers: Sequence[str],
+        categories: Mapping[str, Sequence[str]],
+        arrays: Arrays,
+        vocabulary: Sequence[str] = (),
+    ) -> None:
         self.numbers, self.categories, self.arrays = list(numbers), categories, arrays
+        self.vocabulary = {word: index for index, word in enumerate(vocabulary)}
         self.trees: dict[int, Trees] = {}
         for index in range(len(self.numbers)):
             if own := {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{index}/")}:
                 self.trees[index] = Trees(own)
         self._ridges = LRUCache[tuple[np.ndarray, ...]](CACHE_BYTES)
-        count = len(self.numbers)
+        count, first = len(arrays["scale"]), len(self.numbers)
         self.logs = np.flatnonzero(np.isfinite(arrays["scale"][:, 2]))
-        self.pairs = np.triu_indices(count if count <= MAX_PRODUCTS else 0)
+        self.pairs = np.triu_indices(first if first <= MAX_PRODUCTS else 0)
         words = [count + index for index, words in enumerate(categories.values()) for _ in words]
         single = np.concatenate([np.arange(count), self.logs, np.asarray(words, int)]).astype(int)
         self.num_single = len(single)
@@ -133,7 +180,32 @@ class TablePredictors:
         ]
         named = list(zip(self.categories, self.codes, strict=True))
         codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
-        return np.asarray(values, float), np.asarray(codes, int).reshape(len(rows), len(named))
+        columns = [np.asarray(values, float).reshape(len(rows), -1)]
+        if self.vocabulary:
+            words = np.stack([self.words(row) for row in rows])[:, :COLUMN_WORDS]
+            columns.append(np.where(np.isnan(words), np.nan, words > 0))
+        if "image" in self.arrays:
+            *basis, mean = self.arrays["image"]
+            columns.append((np.stack([self.image(row) for row in rows]) - mean) @ np.stack(basis, 1))
+        return np.concatenate(columns, 1), np.asarray(codes, int).reshape(len(rows), len(named))
+
+    def words(self, row: Given) -> np.ndarray:
+        """TF-IDF of the text that is given, NaN without one.  # -> V"""
+        if not isinstance(row.get(TEXT), str):
+            return np.full(len(self.vocabulary), np.nan)
+        found = np.zeros(len(self.vocabulary))
+        for word, count in words_in(row[TEXT]).items():
+            if word in self.vocabulary:
+                found[self.vocabulary[word]] = 1 + math.log(count)
+        found *= self.arrays["idf"]
+        return found / max(float(np.linalg.norm(found)), 1e-9)
+
+    def image(self, row: Given) -> np.ndarray:
+        """Features of the image that is given, NaN without one.  # -> F"""
+        if IMAGE not in row or "image" not in self.arrays:
+            return np.full(IMAGE_FEATURES, np.nan)
+        raw = row[IMAGE]
+        return raw if isinstance(raw, np.ndarray) and raw.ndim == 1 else image_features(raw)
 
     def features(self, values: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """NaN where a column is missing.  # R C, R Q -> R F"""
@@ -161,7 +233,13 @@ class TablePredictors:
         """How many of the columns given predict another one: none without predictors of it."""
         if column not in self.numbers or self.arrays["change"][self.numbers.index(column)] <= 0:
             return 0
-        return sum(name != column and (name in self.numbers or name in self.categories) for name in given)
+        return sum(name != column and self.is_input(name) for name in given)
+
+    def is_input(self, name: str) -> bool:
+        """Whether something given is an input of predictors."""
+        if name in (TEXT, IMAGE):
+            return bool(self.vocabulary) if name == TEXT else "image" in self.arrays
+        return name in self.numbers or name in self.categories
 
     def predict(self, column: str, given: Given, fold: int | None = None) -> Prediction:
         """The predictions of a column from others, by models that have not seen the rows of `fold`, if there is one."""
@@ -192,7 +270,7 @@ class TablePredictors:
 
     def target(self, index: int, log: bool) -> int:
         """The feature that is a number, or its logarithm."""
-        return len(self.numbers) + int(np.searchsorted(self.logs, index)) if log else index
+        return len(self.arrays["scale"]) + int(np.searchsorted(self.logs, index)) if log else index
 
     def ridge(self, index: int, features: np.ndarray, fold: int) -> tuple[list[float], float]:
         """A column by both degrees, and the smaller of the errors that they expect.  # F ->"""
@@ -221,7 +299,8 @@ class TablePredictors:
 
 def to_bytes(tables: Sequence[TablePredictors]) -> bytes:
     """Tables as a safetensors file."""
-    listed = [{"numbers": one.numbers, "categories": one.categories} for one in tables]
+    listed = [{"numbers": one.numbers, "categories": one.categories, "vocabulary": list(one.vocabulary)}
+              for one in tables]  # fmt: skip
     arrays = {f"{number}/{name}": np.ascontiguousarray(array)
               for number, one in enumerate(tables) for name, array in one.arrays.items()}  # fmt: skip
     return save(arrays, {_TABLES: json.dumps(listed, ensure_ascii=False)})
@@ -238,4 +317,5 @@ def from_bytes(content: bytes, where: str) -> list[TablePredictors]:
     for name, array in arrays.items():
         number, _, own = name.partition("/")
         by_table[int(number)][own] = array
-    return [TablePredictors(one["numbers"], one["categories"], own) for one, own in zip(listed, by_table, strict=True)]
+    return [TablePredictors(one["numbers"], one["categories"], own, one["vocabulary"])
+            for one, own in zip(listed, by_table, strict=True)]  # fmt: skip

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +33,10 @@ from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_scale, fit_series
-from openm6.modalities.simple_predictors import TablePredictors, to_bytes
+from openm6.modalities.simple_predictors import IMAGE, TablePredictors, fold_of, image_features, to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
+from openm6.tasks.slots import Context
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.simple_predictors import MAX_ROWS, fit_table
@@ -46,6 +48,7 @@ RIDGE_WINDOWS = 4000  # to which regressions are fitted
 SAMPLED = 20  # records of a source in which each task looks for its fields
 SEARCHED = 2_000  # records in which a task looks that found nothing in those
 FITTING_FRACTION, DEFAULT_MINUTES = 0.1, 5.0  # of the time of a training, for simple predictors
+MAX_IMAGES, IMAGE_BYTES = 3_000, 2**28  # of a source, that simple predictors are fitted to: ten seconds
 COUNTED = 100  # records of a source in which words are counted
 
 
@@ -140,28 +143,26 @@ def table_predictors(
 
     Those `known` follow: if columns are in both, the new ones predict them.
 
-    A source has predictors if a task predicts one of its numbers from others or from categories. Pairs have none: a
-    row comes back with other partners in later epochs, and would be in several folds.
+    A source has predictors if a task predicts one of its numbers. Pairs have none: a row comes back with other partners
+    in later epochs, and would be in several folds.
     """
     if checkpoints := list_checkpoints(run.checkpoints):
         kept = checkpoints[-1] / PREDICTORS_FILE
         return kept.read_bytes() if kept.is_file() else b""
-    tasks = [(one.source, recipe.task(one.task)) for one in recipe.mixture if one.source in sources]
-    predicted = list(dict.fromkeys(
-        source for source, task in tasks
-        if task.output_modality == "numbers" and "series" not in task.inputs
-        and not isinstance(sources[source], PairSource)
-        and ("categories" in task.inputs or any(slot.modality == "numbers" for slot in task.inputs.values()))
-    ))  # fmt: skip
+    predicted: dict[str, list[Task]] = {}
+    for component in recipe.mixture:
+        task, source = recipe.task(component.task), sources.get(component.source)
+        fits = task.output_modality == "numbers" and "series" not in task.inputs
+        if fits and source is not None and not isinstance(source, PairSource):
+            predicted.setdefault(component.source, []).append(task)
     minutes = recipe.loop.minutes or DEFAULT_MINUTES
     seconds = {"auto": FITTING_FRACTION * 60 * minutes / max(1, len(predicted)), "ridge": 0.0}
     tables: list[TablePredictors] = []
     kind = recipe.modalities.numbers.predictors
-    for name in predicted if kind in seconds else ():
+    for name, tasks in predicted.items() if kind in seconds else ():
         began = time.monotonic()
-        rows = [(record.get("numbers") or {}, record.get("categories") or {})
-                for record in _readable(sources[name], MAX_ROWS)]  # fmt: skip
-        if table := fit_table(rows, seconds[kind]):
+        rows, folds = predictor_rows(sources[name], tasks)
+        if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind])):
             tables.append(table)
             get_log().info(
                 f"source {name}: simple predictors of {len(table.numbers)} columns, trees for "
@@ -169,6 +170,24 @@ def table_predictors(
             )
     tables += known
     return to_bytes(tables) if tables else b""
+
+
+def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return records as simple predictors see them, what tasks show or ask for, and their folds."""
+    sizes = [len(record.get("image") or b"") for record in _readable(source, SAMPLED)]
+    most = min(MAX_IMAGES, IMAGE_BYTES // max(1, int(np.mean(sizes)))) if any(sizes) else MAX_ROWS
+    rows, folds = [], []
+    for record in _readable(source, most):
+        row: dict[str, Any] = {}
+        with suppress(DataError):
+            for task in tasks:
+                for language in task.languages(record)[:1]:
+                    target = task.build(record, Context(language, np.random.default_rng(0))).target
+                    row = {**target.options.get("given", {}), **row, **target.raw}
+            row |= {IMAGE: image_features(row[IMAGE])} if IMAGE in row else {}
+        rows.append(row)
+        folds.append(fold_of(record.get("numbers"), record.get("categories")))
+    return rows, folds
 
 
 def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> None:

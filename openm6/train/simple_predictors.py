@@ -1,4 +1,4 @@
-"""Fitting the simple predictors of a table's columns, see modalities/simple_predictors.py, before a training."""
+"""Fitting the simple predictors of a source, see modalities/simple_predictors.py, before a training."""
 
 # Letters: R rows, C number columns, F features, K folds, M predictions, L penalties
 
@@ -13,9 +13,18 @@ import numpy as np
 
 from openm6.modalities.interface import Arrays
 from openm6.modalities.series import fit_scale
-from openm6.modalities.simple_predictors import FARTHEST, FOLDS, PREDICTIONS, TablePredictors, Trees, fold_of
-
-Row = tuple[dict[str, Any], dict[str, Any]]  # numbers and categories
+from openm6.modalities.simple_predictors import (
+    COLUMN_WORDS,
+    FARTHEST,
+    FOLDS,
+    IMAGE,
+    PREDICTIONS,
+    TEXT,
+    Given,
+    TablePredictors,
+    Trees,
+    words_in,
+)
 
 MAX_ROWS, MIN_ROWS = 8_000, 20  # of a table, and those with a value of the column
 MAX_COLUMNS = 64
@@ -31,26 +40,27 @@ PRIOR_ROWS = 10  # of the mean of a word
 # Measured on one core: seconds of a step of boosting, and of each of its inputs and rows.
 STEP_SECONDS, CELL_SECONDS = 1.5e-3, 2e-8
 KEPT_COLUMNS = (0.2, 1.0)  # in the copies of rows that trees are fitted to as well
+MAX_VOCABULARY, IMAGE_COMPONENTS = 2048, 32
 
 
-def fit_table(rows: Sequence[Row], seconds: float) -> TablePredictors | None:
-    """Predictors of each number column from all other columns, None if no column has any.
+def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float) -> TablePredictors | None:
+    """Predictors of each number column from all else that a row holds, None if no column has any; `fold` of each row.
 
     Trees take about `seconds`, by an estimate from the sizes: the same rows always have the same predictors.
     """
     table = _empty(rows)
-    if not table.numbers or len(table.numbers) + len(table.categories) < 2:
+    others = len(table.categories) + bool(table.vocabulary) + ("image" in table.arrays)
+    if not table.numbers or len(table.numbers) + others < 2:
         return None
-    values, codes = table.read([{**numbers, **categories} for numbers, categories in rows])
-    fold = np.asarray([fold_of(*row) for row in rows])
-    features = table.features(values, codes)
-    table.arrays |= _moments(features, fold)
-    seen = np.isfinite(values)
+    values, codes = table.read(rows)
+    seen = np.isfinite(values[:, : len(table.numbers)])
     fitted = [index for index in range(len(table.numbers))
               if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1]  # fmt: skip
+    features = table.features(values, codes)
+    table.arrays |= _moments(features, fold)
     found = {index: _fit_ridge(table, index, values[:, index], features, fold) for index in fitted}
     blended = {index: _blend(table, index, *found[index]) for index in fitted}
-    cells = 2 * min(len(rows), MAX_TREE_ROWS) * (values.shape[1] + codes.shape[1])
+    cells = 2 * min(len(values), MAX_TREE_ROWS) * (values.shape[1] + codes.shape[1])
     step = FOLDS * (STEP_SECONDS + CELL_SECONDS * cells)
     steps = int(np.clip(seconds / (step * max(1, len(fitted))), MIN_STEPS, STEPS))
     # If there is no time for all columns, those that linear models predict worst have trees.
@@ -62,15 +72,19 @@ def fit_table(rows: Sequence[Row], seconds: float) -> TablePredictors | None:
     return table if fitted else None
 
 
-def _empty(rows: Sequence[Row]) -> TablePredictors:
-    """Number columns that are not constant, with their scales, and categories with words that occur again."""
+def _empty(rows: Sequence[Given]) -> TablePredictors:
+    """Number columns that are not constant, with their scales, categories and words of texts that occur again."""
     numbers: dict[str, list[float]] = {}
     words: dict[str, Counter[str]] = {}
-    for own, categories in rows:
-        for name, value in own.items():
-            numbers.setdefault(name, []).extend([float(value)] if value is not None and math.isfinite(value) else [])
-        for name, word in categories.items():
-            words.setdefault(name, Counter()).update([str(word)] if word else [])
+    documents: Counter[str] = Counter()
+    for row in rows:
+        documents.update(words_in(row.get(TEXT, "")).keys())
+        for name, value in row.items():
+            if isinstance(value, str):
+                words.setdefault(name, Counter()).update([value] if value and name != TEXT else [])
+            elif isinstance(value, (int, float)) and math.isfinite(value):
+                numbers.setdefault(name, []).append(float(value))
+    words.pop(TEXT, None)
     kept = [name for name, found in sorted(numbers.items()) if len(set(found)) > 1][:MAX_COLUMNS]
     scale = []
     for name in kept:
@@ -85,15 +99,26 @@ def _empty(rows: Sequence[Row]) -> TablePredictors:
         if 1 < len(found) <= MAX_ALL_WORDS - sum(map(len, several.values())):
             several[name] = found
     count = len(kept)
+    vocabulary = [word for word, number in documents.most_common(MAX_VOCABULARY) if 1 < number < len(rows)]
     arrays: Arrays = {
         "scale": np.asarray(scale).reshape(-1, 4),
+        "idf": np.asarray([1 + math.log(len(rows) / documents[word]) for word in vocabulary]),
         "log": np.zeros(count, bool),
         "penalty": np.ones((count, 2)),
         "weight": np.zeros((count, PREDICTIONS - 1)),
         "change": np.zeros(count),
         "range": np.zeros((count, 2)),
     }
-    return TablePredictors(kept, several, arrays)
+    if len(images := [row[IMAGE] for row in rows if IMAGE in row]) >= MIN_ROWS:
+        mean = np.mean(images, 0)
+        _, basis = np.linalg.eigh(np.cov(np.stack(images), rowvar=False))
+        arrays["image"] = np.concatenate([basis.T[: -IMAGE_COMPONENTS - 1 : -1], mean[None]])
+    # Columns of words and images, in units of their own.
+    size = min(len(vocabulary), COLUMN_WORDS) + len(arrays.get("image", ["mean"])) - 1
+    more = TablePredictors([], {}, {**arrays, "scale": np.zeros((size, 4))}, vocabulary).read(rows)[0]
+    own = np.stack([np.nanmean(more, 0), np.nanstd(more, 0) + 1e-9], 1) if more.size else np.zeros((0, 2))
+    arrays["scale"] = np.concatenate([arrays["scale"], np.pad(own, ((0, 0), (0, 2)), constant_values=math.nan)])
+    return TablePredictors(kept, several, arrays, vocabulary)
 
 
 def _moments(features: np.ndarray, fold: np.ndarray) -> Arrays:

@@ -13,6 +13,7 @@ from openm6.modalities.histogram import BINS, LIMIT, one_hot_bins
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Numbers, NumbersIn, NumbersOut
 from openm6.modalities.series import NumberSeries
+from openm6.modalities.simple_predictors import FOLDS, TEXT
 from openm6.modalities.text import Text, train_tokenizer
 from openm6.train.simple_predictors import fit_table
 
@@ -84,8 +85,8 @@ def test_a_name_carries_its_words(numbers: Numbers) -> None:
 
 def test_simple_predictors_move_the_distribution_and_likelihoods_stay_comparable() -> None:
     rng = np.random.default_rng(0)
-    rows = [({"length": float(x), "body_mass": float(2.5 * x * x)}, {"sex": "male"}) for x in rng.uniform(30, 50, 80)]
-    table = fit_table(rows, 0)
+    rows = [{"length": float(x), "body_mass": float(2.5 * x * x), "sex": "male"} for x in rng.uniform(30, 50, 80)]
+    table = fit_table(rows, np.arange(80) % FOLDS, 0)
     assert table is not None
     known = Numbers(Text(train_tokenizer(["body mass", "length"], 300)), SCALES, {}, [table])
     given = {"length": 40.0, "sex": "male"}
@@ -113,10 +114,11 @@ def test_simple_predictors_move_the_distribution_and_likelihoods_stay_comparable
 
 
 def test_a_question_shows_columns_as_numbers_and_in_words() -> None:
-    table = fit_table([({"a": float(n % 9), "b": float(n % 7)}, {"cut_kind": ("Ideal", "Very Good")[n % 2]})
-                       for n in range(60)], 0)  # fmt: skip
+    table = fit_table([{"a": float(n % 9), "b": float(n % 7), "cut_kind": ("Ideal", "Very Good")[n % 2]}
+                       for n in range(60)], np.arange(60) % FOLDS, 0)  # fmt: skip
     assert table is not None
     known = Numbers(Text(train_tokenizer(["a"], 300)), {"a": (0.0, 1.0)}, {}, [table])
     parts = [Part("numbers", {"b": 2.0}), Part("text", "cut kind: Very Good What is its a?")]
-    assert known.given(parts) == {"b": 2.0, "cut_kind": "Very Good"}
-    assert known.given([Part("text", "the cut kind: Very Goodish")]) == {}
+    text = parts[1].raw
+    assert known.given(parts) == {"b": 2.0, "cut_kind": "Very Good", TEXT: f" {text}"}
+    assert known.given([Part("text", "the cut kind: Very Goodish")]).keys() == {TEXT}

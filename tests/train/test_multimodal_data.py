@@ -97,7 +97,8 @@ def test_predictors_are_fitted_once_and_kept_by_checkpoints(
     with caplog.at_level(logging.INFO):
         fitted = table_predictors(recipe, sources, run)
     trees = {"auto": "trees for 2", "ridge": "trees for 0"}.get(kind)
-    assert bool(fitted) == (trees is not None) == (f"simple predictors of 2 columns, {trees} of them" in caplog.text)
+    words = f"simple predictors of 2 columns, {trees} of them"
+    assert bool(fitted) == (trees is not None) == (words in caplog.text)
     assert "source other" not in caplog.text
     checkpoint = run.checkpoints / "step-5"
     checkpoint.mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from openm6.core.errors import CheckpointError
 from openm6.modalities.interface import Part
 from openm6.modalities.simple_predictors import (
     FOLDS,
+    IMAGE,
+    TEXT,
     TablePredictors,
     Trees,
     fold_of,
     from_bytes,
     given_columns,
+    image_features,
     to_bytes,
 )
 from openm6.train.simple_predictors import fit_table, tree_arrays
@@ -42,9 +46,14 @@ def made(count: int = 240, seed: int = 0) -> list[Row]:
     return rows
 
 
+def fit(rows: list[Row], seconds: float) -> TablePredictors | None:
+    folds = np.asarray([fold_of(*row) for row in rows])
+    return fit_table([{**numbers, **categories} for numbers, categories in rows], folds, seconds)
+
+
 @pytest.fixture(scope="module")
 def table() -> TablePredictors:
-    found = fit_table(made(), seconds=30)
+    found = fit(made(), seconds=30)
     assert found is not None
     return found
 
@@ -77,7 +86,7 @@ def test_a_row_does_not_influence_what_is_predicted_of_it_in_training(table: Tab
     # Another value that leaves the row in its fold.
     changed = next(row for value in range(5000, 5100)
                    if fold_of(row := {**numbers, "step": float(value)}, categories) == fold)  # fmt: skip
-    other = fit_table([(changed, categories), *rows[1:]], seconds=30)
+    other = fit([(changed, categories), *rows[1:]], seconds=30)
     assert other is not None
     given = {**numbers, **categories}
     for held in range(FOLDS):
@@ -135,20 +144,20 @@ def test_files_hold_the_same_predictors(table: TablePredictors):
 
 
 def test_the_same_rows_have_the_same_predictors(table: TablePredictors):
-    again = fit_table(made(), seconds=30)
+    again = fit(made(), seconds=30)
     assert again is not None and to_bytes([again]) == to_bytes([table])
 
 
 @pytest.mark.parametrize(
-    "rows", [[], made(1), [({"a": 1.0}, {}), ({"a": 2.0}, {})] * 30, [({"a": 3.0, "b": 1.0}, {})] * 30]
+    "rows", [made(1), [({"a": 1.0}, {}), ({"a": 2.0}, {})] * 30, [({"a": 3.0, "b": 1.0}, {})] * 30]
 )
 def test_tables_too_small_have_none(rows: list[Row]):
-    assert fit_table(rows, seconds=30) is None
+    assert fit(rows, seconds=30) is None
 
 
 def test_columns_that_are_too_rare_or_constant_have_none(table: TablePredictors):
     rows = made(60)
-    rare = fit_table([({**numbers, "rare": 1.0 * index if index < 10 else None}, categories)
+    rare = fit([({**numbers, "rare": 1.0 * index if index < 10 else None}, categories)
                       for index, (numbers, categories) in enumerate(rows)], 0)  # fmt: skip
     given: dict[str, float | str | None] = {"width": 1.0, "same": 3.0, "colour": "red", "area": 2.0}
     assert rare is not None and rare.num_usable("rare", given) == 0 and rare.num_usable("area", given) == 2
@@ -156,7 +165,7 @@ def test_columns_that_are_too_rare_or_constant_have_none(table: TablePredictors)
 
 
 def test_without_time_there_are_no_trees_and_with_little_the_worst_columns_have_them():
-    none, few = fit_table(made(), seconds=0), fit_table(made(), seconds=0.5)
+    none, few = fit(made(), seconds=0), fit(made(), seconds=0.5)
     assert none is not None and few is not None
     assert not none.trees and 0 < len(few.trees) < 5
     assert few.numbers.index("noise") in few.trees
@@ -164,4 +173,34 @@ def test_without_time_there_are_no_trees_and_with_little_the_worst_columns_have_
 
 def test_columns_given_are_those_of_all_parts():
     parts = [Part("numbers", {"a": 1.0}), Part("text", "b: x", {"columns": {"b": "x"}}), Part("text", "c: 3")]
-    assert given_columns(parts) == {"a": 1.0, "b": "x"}
+    image = Part("image", b"pixels")
+    assert given_columns([*parts, image]) == {"a": 1.0, "b": "x", TEXT: " c: 3", IMAGE: b"pixels"}
+
+
+def seen(count: int = 150) -> list[dict[str, Any]]:
+    """Rows whose text and image each tell the depth half of the time."""
+    rng = np.random.default_rng(1)
+    rows: list[dict[str, Any]] = []
+    for _ in range(count):
+        told = rng.integers(3, size=3)
+        pixels = np.full((8, 8, 3), 20, np.uint8)
+        pixels[..., told[1]] = 200
+        text = f"a {('rose', 'leaf', 'sea')[told[0]]} of {rng.integers(9)}"
+        depth = float(told[rng.integers(2)] + 0.1 * rng.normal())
+        rows.append({TEXT: text, IMAGE: image_features(pixels), "depth": depth, "same": COLOURS[told[2]]})
+    return rows
+
+
+def test_numbers_are_predicted_from_texts_and_images():
+    rows = seen()
+    table = fit_table(rows, np.arange(len(rows)) % FOLDS, 0)
+    assert table is not None and table.num_usable("depth", rows[0]) == 3
+    dark, red = (image_features(np.full((8, 8, 3), colour, np.uint8)) for colour in ((20, 20, 20), (200, 20, 20)))
+    values = [table.predict("depth", {"same": "red", TEXT: "a rose", IMAGE: one}).values[0] for one in (dark, red)]
+    assert np.isfinite(values).all() and values[0] != values[1]
+    low, high = (table.predict("depth", {TEXT: text, IMAGE: red}) for text in ("a rose of 3", "a sea of 3"))
+    assert low.values[0] < high.values[0] - 0.2
+    (read,) = from_bytes(to_bytes([table]), "file")
+    np.testing.assert_array_equal(read.predict("depth", {TEXT: "a rose of 3", IMAGE: red}).values, low.values)
+    alone = [table.predict("depth", given) for given in ({TEXT: "a sea"}, {IMAGE: red}, {})]
+    assert all(np.isfinite(one.values).all() and one.change >= low.change for one in alone)
