@@ -167,6 +167,8 @@ def load(
         get_log().info(str(capabilities(device)))
     description, tokenizer = read_texts(folder)
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
+    if offloaded and description.backbone.lora is not None:
+        raise ConfigError("low-rank adapters are not merged into offloaded layers: leave num_gpu_layers out")
     where, kept = str(folder / TOKENIZER_FILE), folder / PREDICTORS_FILE
     predictors = from_bytes(kept.read_bytes(), str(kept)) if kept.is_file() else []
     omni, modalities = build_model(description, tokenizer, where, offloaded, predictors)
@@ -175,6 +177,7 @@ def load(
     else:
         load_model(folder, omni)
         omni.to(device)
+    omni.backbone.merge_lora()
     omni.eval().requires_grad_(False)
     if precision is not None and precision != "float32":
         convert_weights(omni, precision)

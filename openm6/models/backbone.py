@@ -19,6 +19,7 @@ from openm6.nn.block import Context, TransformerBlock, build_block
 from openm6.nn.cache import SlotCache, TokenCache
 from openm6.nn.executor import LayerExecutor
 from openm6.nn.layers import RMSNorm
+from openm6.nn.lora import Adaptable, LowRank
 from openm6.nn.moe import Router, RouterStats
 from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table
@@ -45,7 +46,8 @@ class Backbone(nn.Module):
         for layer, first in enumerate(config.shared_with):
             shared = None if first == layer else self.blocks[first]
             mlp = config.feed_forward(layer)
-            self.layers.append(build_block(config.attention, mlp, shared, config.share_routers, meta_matrices))
+            new = config.lora, config.modality_experts
+            self.layers.append(build_block(config.attention, mlp, shared, config.share_routers, meta_matrices, *new))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.reset_parameters()
 
@@ -71,19 +73,32 @@ class Backbone(nn.Module):
             block.reset_norms()
             if not shared and block.router is not None:
                 block.router.reset_parameters(deviation)
+            for module in block.modules():
+                if isinstance(module, LowRank):
+                    module.reset_parameters()
+            if block.modality_experts is not None:
+                block.modality_experts.experts.reset_parameters(deviation, self.config.output_deviation)
+                block.modality_experts.router.reset_parameters(deviation)
         self.final_norm.reset_parameters()
 
     def forward(
-        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None
+        self,
+        x: Tensor,
+        meta: SequenceMeta,
+        cache: TokenCache | None = None,
+        kinds: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
+        """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics.
+
+        `kinds`: see `Context`.
+        """
         expected = (meta.batch, meta.length, self.config.hidden_size)
         if x.shape != expected:
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
 
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
             rotary, mask = rotary_table(meta.positions, *self.config.rotary), choose_mask(meta, cache, x)
-            return Context(rotary, mask, meta.valid, cache, self.executor.dispatcher)
+            return Context(rotary, mask, meta.valid, cache, self.executor.dispatcher, kinds)
 
         x, stats = self.executor.run(self.blocks, x, meta, make_context)
         return self.final_norm(x), stats
@@ -123,6 +138,12 @@ class Backbone(nn.Module):
                 elif layer != first:
                     blocks[layer].set_submodule(name, deepcopy(module))
         return names
+
+    def merge_lora(self) -> None:
+        """Add all low-rank updates to the matrices, and drop them."""
+        for module in self.modules():
+            if isinstance(module, Adaptable):
+                module.merge_lora()
 
     @torch.no_grad()
     def update_balance(self, stats: list[RouterStats]) -> None:

@@ -8,7 +8,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from openm6.core.config import Config
-from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, QKNormKind, RopeScaling, matrices_of
+from openm6.nn.config import (
+    AttentionConfig,
+    DenseConfig,
+    ExpertsConfig,
+    LoraConfig,
+    ModalityExpertsConfig,
+    QKNormKind,
+    RopeScaling,
+    matrices_of,
+)
 
 Stage = Literal["pseudo", "real"]
 
@@ -22,6 +31,8 @@ class BackboneConfig(Config):
     sharing: layer -> index of the group whose weights it shares; "all" makes one group of all layers of a kind, a
         number n one of every n consecutive layers; None shares nothing.
     initializer_range: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
+    lora: low-rank adapters of each layer's projections, beside weights that are frozen.
+    modality_experts: of every layer, beside its own network, which then serves the other tokens alone.
     """
 
     hidden_size: int = Field(gt=0, multiple_of=8)
@@ -42,6 +53,8 @@ class BackboneConfig(Config):
     sharing: tuple[int, ...] | int | Literal["all"] | None = None
     share_routers: bool = False
     initializer_range: float | None = Field(default=None, gt=0)
+    lora: LoraConfig | None = None
+    modality_experts: ModalityExpertsConfig | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> BackboneConfig:
@@ -74,6 +87,14 @@ class BackboneConfig(Config):
                     f"layers {first} and {layer} share weights (group {groups[layer]}), "
                     f"but only one of them holds experts"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> BackboneConfig:
+        if (self.lora or self.modality_experts) is not None and self.stage == "pseudo":
+            raise ValueError("lora and modality_experts need layers with weights of their own: leave sharing out")
+        if self.lora is not None and self.experts is not None and self.lora.r % 8:
+            raise ValueError(f"lora.r={self.lora.r} must be a multiple of 8 for experts, as their products need it")
         return self
 
     def has_experts(self, layer: int) -> bool:

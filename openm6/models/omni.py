@@ -83,6 +83,10 @@ class Omni(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that one token meets: the backbone's active ones and all adapters."""
         adapters = sum(parameter.numel() for parameter in self.adapters.parameters())
+        new = (
+            one for name, one in self.backbone.named_parameters() if ".lora." in name or ".modality_experts." in name
+        )
+        adapters += sum(parameter.numel() for parameter in new)
         backbone = count_parameters(self.config)
         return backbone.total + adapters, backbone.active + adapters
 
@@ -116,7 +120,20 @@ class Omni(nn.Module):
         self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
-        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache)
+        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, self._kinds(groups))
+
+    def _kinds(self, groups: dict[str, TokenGroup]) -> tuple[Tensor, Tensor] | None:
+        """The tokens of the layers' own networks and those of modality experts; None if there are no such tokens."""
+        experts = self.config.modality_experts
+        if experts is None:
+            return None
+        found: tuple[list[Tensor], list[Tensor]] = [], []
+        for kind, group in groups.items():
+            # The kinds of a modality begin with its name, but for series.
+            modality = kind.partition("_")[0].replace("series", "numbers")
+            found[modality in experts.modalities].append(group.index)
+        none = torch.empty(0, dtype=torch.long, device=self.device)
+        return (torch.cat([none, *found[0]]), torch.cat(found[1])) if found[1] else None
 
     def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of learned tokens by kind (of training, also `as_trained`, else the nll), and what layers routed."""

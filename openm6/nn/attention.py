@@ -18,6 +18,7 @@ from openm6.kernels.probe import failure_of
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig
 from openm6.nn.layers import fill_normal
+from openm6.nn.lora import Adaptable
 from openm6.ops.attention import QueryBlocks, attend_query_blocks
 from openm6.ops.matmul import linear
 from openm6.ops.pointwise import rms_norm, rotate
@@ -54,7 +55,7 @@ def normalise_heads(qk: Tensor, weight: Tensor, config: AttentionConfig) -> Tens
     return torch.cat([rms_norm(x.flatten(-2), w.flatten(), config.norm_eps).view_as(x) for x, w in pairs], -2)
 
 
-class Attention(nn.Module):
+class Attention(Adaptable):
     """Grouped-query attention; `qkv` is q_proj, k_proj and v_proj in one matrix, `output` is o_proj."""
 
     def __init__(self, config: AttentionConfig) -> None:
@@ -74,7 +75,7 @@ class Attention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = linear(x, self.qkv)
+        qkv = self.updated("qkv", linear(x, self.qkv), x)
         qkv = qkv if qkv_bias is None else qkv + qkv_bias.to(qkv.dtype)
         qkv = qkv.unflatten(-1, (-1, self.config.head_dim))  # B S H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
@@ -84,7 +85,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = (part.to(query.dtype) for part in cache.write(layer, key, value))  # B T G d
         answer = attend(query, key, value, mask)
-        return linear(answer.flatten(2), self.output)  # B S H·d -> B S D
+        answer = answer.flatten(2)  # B S H·d
+        return self.updated("output", linear(answer, self.output), answer)  # B S D
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:

@@ -5,15 +5,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from openm6.nn.attention import Attention, Mask, QKNorm
 from openm6.nn.cache import TokenCache
-from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig
+from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, LoraConfig
 from openm6.nn.layers import MLP, RMSNorm
+from openm6.nn.lora import LowRank
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, TokenDispatcher
 
 BlockOutput = tuple[Tensor, RouterStats | None]
@@ -21,13 +22,17 @@ BlockOutput = tuple[Tensor, RouterStats | None]
 
 @dataclass(frozen=True)
 class Context:
-    """What layers of a pass share: rotary tables of new tokens, mask, valid B S (no padding), cache, dispatcher."""
+    """What layers of a pass share: rotary tables of new tokens, mask, valid B S (no padding), cache, dispatcher.
+
+    kinds: of the flattened B S, the tokens of the layer's own network and those of modality experts; None: no such
+    """
 
     rotary: tuple[Tensor, Tensor]
     mask: Mask
     valid: Tensor
     cache: TokenCache | None
     dispatcher: TokenDispatcher
+    kinds: tuple[Tensor, Tensor] | None = None
 
 
 class TransformerBlock(nn.Module):
@@ -37,7 +42,7 @@ class TransformerBlock(nn.Module):
     norms and biases are each layer's own, and so is its router unless the config shares it.
     """
 
-    def __init__(self, attention: Attention, mlp: MLP | MoE) -> None:
+    def __init__(self, attention: Attention, mlp: MLP | MoE, modality_experts: MoE | None = None) -> None:
         super().__init__()
         config = attention.config
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -47,11 +52,13 @@ class TransformerBlock(nn.Module):
         self.attention = attention
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = mlp
+        self.modality_experts = modality_experts
 
     @property
     def router(self) -> Router | None:
-        """The router; None if the MLP is dense."""
-        return self.mlp.router if isinstance(self.mlp, MoE) else None
+        """The router of the MLP or, if that is dense, of modality experts; None if there are none."""
+        sparse = self.mlp if isinstance(self.mlp, MoE) else self.modality_experts
+        return None if sparse is None else sparse.router
 
     def shareable(self) -> dict[str, Attention | MLP | Experts]:
         """Return the modules with the matrices, which layers may share, by their name in the block."""
@@ -85,15 +92,43 @@ class TransformerBlock(nn.Module):
         rotary, mask, cache = context.rotary, context.mask, context.cache
         x = x + self.attention(normal, self.qk_norm, rotary, mask, cache, layer, self.qkv_bias)
         normal = self.mlp_norm(x)
-        if isinstance(self.mlp, MLP):
-            return x + self.mlp(normal), None
-        y, stats = self.mlp(normal, context.valid, context.dispatcher, layer)
+        if self.modality_experts is None:
+            y, stats = self._feed_forward(self.mlp, normal, context.valid, context, layer)
+        else:
+            y, stats = self._by_modality(normal, self.modality_experts, context, layer)
         return x + y, stats
+
+    def _feed_forward(self, network: MLP | MoE, x: Tensor, valid: Tensor, context: Context, layer: int) -> BlockOutput:
+        if isinstance(network, MLP):
+            return network(x), None
+        output: BlockOutput = network(x, valid, context.dispatcher, layer)
+        return output
+
+    def _by_modality(self, x: Tensor, experts: MoE, context: Context, layer: int) -> BlockOutput:
+        """Each of two kinds of tokens through its own network; the statistics are the router's, with both side losses.
+
+        Text alone is computed as it is without the experts, to the bit.
+        """
+        side, router = x.new_zeros(()), self.router or experts.router
+        own = RouterStats(layer, x.new_zeros(router.config.num_experts), side, side, side, side)
+        if context.kinds is None:
+            y, stats = self._feed_forward(self.mlp, x, context.valid, context, layer)
+            return y, stats or own
+        flat, valid = x.flatten(0, 1), context.valid.flatten()
+        y = torch.zeros_like(flat)
+        for network, index in zip((self.mlp, experts), context.kinds, strict=True):
+            if len(index):
+                part, stats = self._feed_forward(network, flat[index][None], valid[index][None], context, layer)
+                y = y.index_copy(0, index, part[0].to(y.dtype))
+                if stats is not None:
+                    side = side + stats.side_loss
+                    own = stats if isinstance(network, MoE) and network.router is router else own
+        return y.view_as(x), replace(own, side_loss=side)
 
 
 def build_block(
     attention: AttentionConfig, mlp: DenseConfig | ExpertsConfig, first: TransformerBlock | None = None,
-    share_router: bool = False, meta_matrices: bool = False,
+    share_router: bool = False, meta_matrices: bool = False, lora: LoraConfig | None = None, modality_experts: ExpertsConfig | None = None,
 ) -> TransformerBlock:  # fmt: skip
     """Return a block, not yet filled, with own matrices (on `meta` if asked) or those of `first`, maybe its router."""
     width = attention.hidden_size
@@ -111,4 +146,21 @@ def build_block(
             assert router is not None
             shared = None if mlp.shared is None else MLP(width, mlp.shared)
             network = MoE(router, Experts(width, mlp), shared)
-    return TransformerBlock(own, network)
+    others = None
+    if modality_experts is not None:
+        others = MoE(Router(width, modality_experts), Experts(width, modality_experts), None)
+    if lora is not None:
+        _add_lora(lora, own, network.experts if isinstance(network, MoE) else network)
+    return TransformerBlock(own, network, others)
+
+
+def _add_lora(config: LoraConfig, attention: Attention, network: MLP | Experts) -> None:
+    sizes, hidden = attention.config, network.config.intermediate_size
+    key = sizes.num_kv_heads * sizes.head_dim
+    gate = {"gate_proj": hidden} if network.config.hidden_act == "swiglu" else {}
+    attention.lora["qkv"] = LowRank(
+        config, attention.qkv, {"q_proj": sizes.num_heads * sizes.head_dim, "k_proj": key, "v_proj": key}
+    )
+    attention.lora["output"] = LowRank(config, attention.output, {"o_proj": sizes.hidden_size})
+    network.lora["up"] = LowRank(config, network.up, {**gate, "up_proj": hidden})
+    network.lora["down"] = LowRank(config, network.down, {"down_proj": sizes.hidden_size})

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from openm6.core.config import Config
 
 Activation = Literal["swiglu", "gelu"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # True: each query and key head is normalised by itself; joint: all query heads together, and all key heads.
 QKNormKind = bool | Literal["joint"]
 
@@ -74,6 +75,12 @@ class ExpertsConfig(Config):
         return DenseConfig(intermediate_size=self.intermediate_size * self.num_shared, hidden_act=self.hidden_act)
 
 
+class ModalityExpertsConfig(ExpertsConfig):
+    """Experts, with a router of their own, for the tokens of some modalities in place of the layer's network."""
+
+    modalities: tuple[str, ...] = ("image", "audio", "numbers")
+
+
 class AttentionConfig(Config):
     """What one attention layer needs of the backbone's config, where its fields are checked."""
 
@@ -84,6 +91,22 @@ class AttentionConfig(Config):
     qk_norm: QKNormKind = True
     qkv_bias: bool = False
     norm_eps: float = 1e-6
+
+
+class LoraConfig(Config):
+    """Low-rank adapters: rank, scale alpha / r (with `use_rslora` alpha / √r), and the projections that have one.
+
+    targets: all-linear, which is all but routers, or names of projections as in PEFT.
+    """
+
+    r: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
+    targets: Literal["all-linear"] | tuple[Projection, ...] = "all-linear"
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class RopeScaling(Config):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.nn.config import Activation, DenseConfig
+from openm6.nn.lora import Adaptable
 from openm6.ops.matmul import linear
 from openm6.ops.pointwise import rms_norm, swiglu
 
@@ -43,7 +44,7 @@ def first_width(hidden: int, activation: Activation) -> int:
     return 2 * hidden if activation == "swiglu" else hidden
 
 
-class MLP(nn.Module):
+class MLP(Adaptable):
     """The dense feed-forward network; with swiglu, `up` is gate_proj and up_proj in one matrix."""
 
     def __init__(self, width: int, config: DenseConfig) -> None:
@@ -57,5 +58,5 @@ class MLP(nn.Module):
         fill_normal(self.down, output_deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activate(linear(x, self.up), self.config.hidden_act)  # ... D -> ... F
-        return linear(hidden, self.down)  # ... F -> ... D
+        hidden = activate(self.updated("up", linear(x, self.up), x), self.config.hidden_act)  # ... D -> ... F
+        return self.updated("down", linear(hidden, self.down), hidden)  # ... F -> ... D

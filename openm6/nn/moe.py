@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP, activate, fill_normal, first_width
+from openm6.nn.lora import Adaptable
 from openm6.ops import moe as ops
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.matmul import cast_alike, grouped_mm
@@ -118,7 +119,7 @@ class Router(nn.Module):
             self.bias.copy_(self.bias + self.config.balance_rate * torch.sign(load.mean() - load))
 
 
-class Experts(nn.Module):
+class Experts(Adaptable):
     """The matrices of E small networks, and the backends that apply them to tokens that are routed."""
 
     def __init__(self, width: int, config: ExpertsConfig) -> None:
@@ -139,8 +140,8 @@ class Experts(nn.Module):
         config, flat = self.config, x.flatten(0, 1)  # N D
         local = config.hidden_act == "swiglu" and config.capacity_factor is None and type(dispatcher) is TokenDispatcher
         backend = ops.choose_backend(flat, config.experts_per_token, config.num_experts, local)
-        # Weights in int8 have grouped products only.
-        backend = "permute" if isinstance(self.up, Int8Weight) else backend
+        # Weights in int8 and low-rank updates have grouped products only.
+        backend = "permute" if len(self.lora) or isinstance(self.up, Int8Weight) else backend
         if backend == "permute":
             return self._permuted(x, routing, valid.flatten(), dispatcher, shared)
         if backend == "per_expert":
@@ -169,8 +170,9 @@ class Experts(nn.Module):
         ups, downs = ([weight] if chunks == 1 else weight.chunk(chunks) for weight in (self.up, self.down))
 
         def experts(chunk: int, rows: Tensor, counts: Tensor) -> Tensor:
-            hidden = activate(grouped_mm(rows, ups[chunk], counts), config.hidden_act)  # R D -> R F
-            return grouped_mm(hidden, downs[chunk], counts)  # R F -> R D
+            product = self.updated("up", grouped_mm(rows, ups[chunk], counts), rows, counts)  # R D -> R P
+            hidden = activate(product, config.hidden_act)  # R P -> R F
+            return self.updated("down", grouped_mm(hidden, downs[chunk], counts), hidden, counts)  # R F -> R D
 
         outputs, dense = dispatcher.exchange(
             rows, permutation.counts, capacity, experts, lambda: None if shared is None else shared(x)
