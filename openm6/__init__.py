@@ -9,11 +9,14 @@ from openm6.core.errors import OpenM6Error
 if TYPE_CHECKING:
     from openm6.api.estimators import OpenM6Classifier, OpenM6Regressor
     from openm6.api.finetune import finetune
-    from openm6.api.model import OpenM6, load
+    from openm6.api.model import OpenM6, from_hf, load
     from openm6.api.values import Audio, Distribution
 
 __version__ = "0.1.0"
-__all__ = ["Audio", "Distribution", "OpenM6", "OpenM6Classifier", "OpenM6Error", "OpenM6Regressor", "finetune", "load"]
+__all__ = [
+    "Audio", "Distribution", "OpenM6", "OpenM6Classifier", "OpenM6Error", "OpenM6Regressor", "finetune", "from_hf",
+    "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from openm6.api.values import (
 )
 from openm6.core.config import build
 from openm6.core.errors import ConfigError
+from openm6.hub.importing import import_model
 from openm6.hub.pretrained import find_model
 from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
 from openm6.inference.engine import embed as embed_parts
@@ -68,6 +70,23 @@ def load(
     if str(dtype) == "auto" and where.type == "cuda" and capabilities(where).bf16:
         convert_weights(loaded.omni, "bfloat16")
     return OpenM6(loaded)
+
+
+def from_hf(
+    source: str | Path,
+    out: str | Path | None = None,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
+) -> OpenM6:
+    """Import a published decoder, as `openm6 import` does, and load it; `out` keeps the run in a folder.
+
+    Raises:
+        CheckpointError, ConfigError: as `openm6.hub.importing.import_model` and `load`.
+    """
+    with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
+        run = Path(folder, "run") if out is None else Path(out)
+        import_model(str(source), run, receipt=False)
+        return load(run, device, dtype)
 
 
 def answer_question(

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from openm6.cli.group import print_result
+from openm6.core.config import build
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint of the run.")]
@@ -104,6 +105,14 @@ def import_model(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.")],
     receipt: Annotated[bool, typer.Option(help="Compare logits with transformers, if it is installed.")] = True,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter of PEFT for this model.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Copies of each dense network, as experts with a router.")] = None,
+    top_k: Annotated[int, typer.Option("--top-k", help="Experts per token.")] = 2,
+    noise: Annotated[float, typer.Option(help="Noise on the copies, in standard deviations of a matrix.")] = 0.0,
+    reinit: Annotated[float, typer.Option(help="Fraction of the units of each copy that is drawn again.")] = 0.0,
+    modalities: Annotated[
+        str, typer.Option(help="Modalities whose tokens get experts of their own, as image,audio,numbers.")
+    ] = "",
 ) -> None:
     """Import a published decoder: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMoE.
 
@@ -111,22 +120,30 @@ def import_model(
     Example: openm6 import Qwen/Qwen3-0.6B --out runs/qwen
     """
     # torch takes seconds to import
+    from openm6.hub.importing import Additions
     from openm6.hub.importing import import_model as import_decoder
 
-    print_result(import_decoder(source, out, receipt))
+    named = [name for name in modalities.split(",") if name]
+    chosen = {"adapter": adapter, "experts": experts, "top_k": top_k, "noise": noise, "reinit": reinit}
+    additions = build(Additions, {**chosen, "modalities": named}, "openm6 import")
+    print_result(import_decoder(source, out, receipt, additions))
 
 
 def export(
     trained: Trained,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     form: Annotated[
-        Literal["hf", "gguf"], typer.Option("--format", help="hf: safetensors for transformers; gguf: for llama.cpp.")
+        Literal["hf", "gguf", "peft"],
+        typer.Option("--format", help="hf: safetensors for transformers; gguf: for llama.cpp; peft: its adapter."),
     ] = "hf",
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16, fp16, or q8_0 for gguf; default: as stored, fp16 for gguf.")
     ] = None,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Export the text path of a model that does more than a plain decoder.")
+    ] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="For peft: all experts of a layer in one tensor, not one by one.")
     ] = False,
 ) -> None:
     """Export the text path of a run for other programs.
@@ -137,4 +154,4 @@ def export(
     # torch takes seconds to import
     from openm6.hub.export import export_run
 
-    print_result(export_run(trained, out, form, dtype, text_only))
+    print_result(export_run(trained, out, form, dtype, text_only, fused))

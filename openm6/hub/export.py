@@ -24,7 +24,8 @@ from openm6.core.errors import ConfigError
 from openm6.core.files import as_output_error
 from openm6.hub.architectures import EMBEDDING, HEAD, StoredTensor, layer_tensors, outer_tensors, settings_of
 from openm6.hub.gguf_file import write_gguf
-from openm6.inference.load import read_texts
+from openm6.hub.peft import write_adapter
+from openm6.inference.load import load, read_texts
 from openm6.modalities.text import ImportedText, Text, read_tokenizer
 from openm6.models.description import TOKENIZER_FILE, CheckpointConfig
 from openm6.tasks.registry import all_tasks
@@ -35,14 +36,17 @@ ONE_FILE = 2**31  # bytes of weights from which on each layer has a file of its 
 MARKS = ("<|start|>", "<|end|>", "<|mask|>")
 
 
-def export_run(run: Path, out: Path, form: str, dtype: str | None = None, text_only: bool = False) -> str:
+def export_run(
+    run: Path, out: Path, form: str, dtype: str | None = None, text_only: bool = False, fused: bool = False
+) -> str:
     """Write the text path of a run's newest checkpoint to `out`; return what was written, and what is left out.
 
-    form: `hf`, a folder for `AutoModelForCausalLM`, in the stored dtype by default; or `gguf`, a file in fp16 by
-    default. Written under a temporary name, so that `out` is whole or not there. ConfigError if no plain decoder
-    computes the same, unless `text_only` accepts that for prompts and modalities.
+    form: `hf`, a folder for `AutoModelForCausalLM`, in the stored dtype by default; `gguf`, a file in fp16 by
+    default; `peft`, low-rank adapters alone, which are merged otherwise, see `write_adapter` for `fused`. Written under
+    a temporary name, so that `out` is whole or not there. ConfigError if no plain decoder computes the same, unless
+    `text_only` accepts that for prompts and modalities.
     """
-    allowed = DTYPES if form == "hf" else GGUF_TYPES
+    allowed = GGUF_TYPES if form == "gguf" else DTYPES
     if dtype is not None and dtype not in allowed:
         raise ConfigError(f"--dtype {dtype} is not one of {', '.join(allowed)} for --format {form}")
     folder = latest(run)
@@ -67,8 +71,13 @@ def export_run(run: Path, out: Path, form: str, dtype: str | None = None, text_o
         shutil.rmtree(partial_out, ignore_errors=True)
         partial_out.mkdir(parents=True)
         try:
-            write = _write_hf if form == "hf" else _write_gguf
-            write(partial_out, groups, partial(_read, reader, text.vocab_size), settings, tokenizer, text, dtype)
+            if form == "peft":
+                write_adapter(partial_out, reader, kind, config, description.base_model, fused)
+            else:
+                write = _write_hf if form == "hf" else _write_gguf
+                merged = load(folder, "cpu").omni.state_dict() if config.lora is not None else {}
+                read = partial(_read, reader, text.vocab_size, merged)
+                write(partial_out, groups, read, settings, tokenizer, text, dtype)
             if out.exists():
                 out.rmdir()
             os.rename(partial_out, out)
@@ -104,9 +113,13 @@ def _exported_text(description: CheckpointConfig, content: str, where: str) -> t
 
 
 @torch.no_grad()
-def _read(reader: CheckpointReader, rows: int, stored: StoredTensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of ours; of the embedding and the head the first rows."""
-    if f"{stored.ours}{SEPARATOR}{EXPONENT}" in reader:
+def _read(
+    reader: CheckpointReader, rows: int, merged: dict[str, Tensor], stored: StoredTensor, dtype: torch.dtype | None
+) -> Tensor:
+    """A tensor of ours, `merged` with its low-rank update if it has one; of embedding and head the first rows."""
+    if stored.ours in merged:
+        tensor = merged[stored.ours]
+    elif f"{stored.ours}{SEPARATOR}{EXPONENT}" in reader:
         tensor = torch.empty(stored.shape)
         read_weight(reader, stored.ours, tensor)
     else:

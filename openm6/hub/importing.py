@@ -8,15 +8,17 @@ import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import open_reader
 from openm6.checkpoint.save import Shard, Snapshot, named_tensors, save
+from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError
 from openm6.core.files import replace_text
 from openm6.core.run_folder import RunFolder
@@ -30,6 +32,7 @@ from openm6.hub.architectures import (
     settings_of,
 )
 from openm6.hub.gguf_file import GgufFile
+from openm6.hub.peft import read_adapter
 from openm6.hub.pretrained import Pretrained, open_pretrained
 from openm6.modalities.registry import Modalities, ModalitiesConfig, TextConfig, build_modalities
 from openm6.modalities.text import read_tokenizer
@@ -37,6 +40,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
 from openm6.models.omni import Omni
+from openm6.nn.moe import Experts, MoE, Router
 from openm6.ops.sequence import causal_meta
 
 # What the receipt is measured on.
@@ -46,19 +50,44 @@ RECEIPT_TEXT = (
     "def area(width, height):\n    return width * height\n"
     "床前明月光，疑是地上霜。"
 )
+MODALITY_EXPERTS = 4  # of each layer, each of so small a part of the size of its own network
 HEAD_ROWS = 8192  # of the output layer that are widened at a time
 
 
-def import_model(source: str, out: Path, receipt: bool = True) -> str:
+class Additions(Config):
+    """What an import adds to a decoder.
+
+    adapter: a folder of PEFT. experts, top_k: copies of each dense network, of which a token goes through `top_k`.
+    noise: on the copies, in standard deviations of their matrices. reinit: fraction of the units of each copy that is
+    drawn again (2502.19261). modalities: those whose tokens get experts of their own.
+    """
+
+    adapter: Path | None = None
+    experts: int | None = Field(default=None, gt=1)
+    top_k: int = Field(default=2, gt=0)
+    noise: float = Field(default=0.0, ge=0)
+    reinit: float = Field(default=0.0, ge=0, le=1)
+    modalities: tuple[Literal["image", "audio", "numbers"], ...] = ()
+
+
+PLAIN = Additions()
+
+
+def import_model(source: str, out: Path, receipt: bool = True, additions: Additions = PLAIN) -> str:
     """Write a published decoder as a run at `out`; return what was imported, and how exactly.
 
     Everything is checked before anything is written (CheckpointError, ConfigError); if writing fails, `out` is removed.
     """
     pretrained = open_pretrained(source)
-    config = backbone_config(pretrained.settings)
+    base = config = backbone_config(pretrained.settings)
     kind, tied = pretrained.settings["model_type"], pretrained.text.tie_word_embeddings
+    adapters: dict[str, Tensor] = {}
+    if additions.adapter is not None:
+        lora, adapters = read_adapter(additions.adapter, kind, base)
+        config = base.model_copy(update={"lora": lora})
+    config = _with_experts(config, additions)
     outer = outer_tensors(config, pretrained.text.vocab_size, tied)
-    layers = [layer_tensors(kind, config, layer) for layer in range(config.num_layers)]
+    layers = [layer_tensors(kind, base, layer) for layer in range(base.num_layers)]
     check_tensors(pretrained.weights, [*outer, *(one for layer in layers for one in layer)], str(pretrained.path))
     text = TextConfig(max_tokens=pretrained.settings.get("max_position_embeddings", 2048), imported=pretrained.text)
     description = CheckpointConfig(
@@ -72,7 +101,6 @@ def import_model(source: str, out: Path, receipt: bool = True) -> str:
     modalities = build_modalities(description.modalities, tokenizer, {})
     with torch.device("meta"):
         omni = Omni(config, modalities)
-    needed = named_tensors(omni).keys()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another folder")
     try:
@@ -82,13 +110,14 @@ def import_model(source: str, out: Path, receipt: bool = True) -> str:
             if missing := len(omni.text.embedding.weight) - len(weights[name]):
                 mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
                 weights[name] = torch.cat([weights[name], mean.expand(missing, -1)])
-        weights |= _fresh_adapters(modalities, config)
-        made = {*weights, *(one.ours for layer in layers for one in layer)}
-        assert made == needed, f"tensors differ: {sorted(made ^ needed)[:4]}"
-        shards = (Shard({one.ours: one.read(pretrained.weights) for one in layer}) for layer in layers)
+        weights |= _fresh_adapters(modalities, config) | adapters
+        shards = (
+            Shard(_layer(config, index, {one.ours: one.read(pretrained.weights) for one in layer}, additions))
+            for index, layer in enumerate(layers)
+        )
         _write_run(out, description, pretrained, weights, shards)
         del weights
-        exactness = _receipt(pretrained, out, config) if receipt else "no receipt asked for"
+        exactness = _receipt(pretrained, out, base, config) if receipt else "no receipt asked for"
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -97,6 +126,58 @@ def import_model(source: str, out: Path, receipt: bool = True) -> str:
         f"{out}: {kind}, {config.num_layers} layers, {total:,.1f} million parameters besides embeddings; {exactness}\n"
         f'try openm6 generate {out} --output text --text "The capital of France is"'
     )
+
+
+def _with_experts(config: BackboneConfig, additions: Additions) -> BackboneConfig:
+    """The config with the experts that are added; raise ConfigError if it has some, or an adapter of dense networks."""
+    found = config.model_dump()
+    if additions.experts is not None:
+        if config.dense is None or config.experts is not None or config.lora is not None:
+            raise ConfigError("--experts is for a dense decoder without an adapter: leave it out")
+        balance = {"norm_topk_prob": True, "balance": "aux"}
+        found["experts"] = {**found["dense"], "num_experts": additions.experts, "top_k": additions.top_k, **balance}
+        found["dense"] = None
+    if additions.modalities:
+        hidden = max(8, config.feed_forward(0).intermediate_size // MODALITY_EXPERTS // 8 * 8)
+        found["modality_experts"] = {
+            "intermediate_size": hidden, "num_experts": MODALITY_EXPERTS, "top_k": 2, "balance": "aux",
+            "modalities": additions.modalities,
+        }  # fmt: skip
+    return build(BackboneConfig, found, "the imported model")
+
+
+@torch.no_grad()
+def _layer(config: BackboneConfig, layer: int, tensors: dict[str, Tensor], additions: Additions) -> dict[str, Tensor]:
+    """The tensors of one layer: those imported, copies of a dense network as experts, first values of new ones."""
+    prefix, new = f"backbone.layers.{layer}.", nn.ModuleDict()
+    copied = config.experts if additions.experts is not None else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(layer)
+        for name, experts in (("mlp", copied), ("modality_experts", config.modality_experts)):
+            if experts is not None:
+                moe = MoE(Router(config.hidden_size, experts), Experts(config.hidden_size, experts), None)
+                moe.router.reset_parameters(config.deviation)
+                moe.experts.reset_parameters(config.deviation, config.output_deviation)
+                if name == "mlp":
+                    up, down = (tensors.pop(f"{prefix}mlp.{matrix}") for matrix in ("up", "down"))
+                    _fill_copies(moe.experts, up, down, additions)
+                new[name] = moe.to(tensors[f"{prefix}attention.qkv"].dtype)
+    return tensors | {prefix + name: tensor for name, tensor in named_tensors(new).items()}
+
+
+def _fill_copies(experts: Experts, up: Tensor, down: Tensor, additions: Additions) -> None:
+    """Fill experts with copies of a dense network, each with noise and new units of its own.  # 2F D, D F"""
+    units = down.shape[1]
+    for to_up, to_down in zip(experts.up, experts.down, strict=True):  # D 2F, F D
+        drawn = torch.randperm(units)[: round(additions.reinit * units)]
+        pairs = (to_up.t(), up, torch.cat([drawn, drawn + units])), (to_down, down.t(), drawn)
+        for copy, matrix, rows in pairs:
+            values = matrix.to(torch.float32, copy=True)
+            mean, deviation = values.mean(), values.std()
+            if additions.noise:
+                values += additions.noise * deviation * torch.randn(values.shape)
+            values[rows] = mean + deviation * torch.randn(len(rows), values.shape[1])
+            copy.copy_(values)
 
 
 def _fresh_adapters(modalities: Modalities, config: BackboneConfig) -> dict[str, Tensor]:
@@ -130,15 +211,16 @@ def _write_run(
     save(snapshot, run.checkpoints, keep=1)
 
 
-def _receipt(pretrained: Pretrained, out: Path, config: BackboneConfig) -> str:
-    """The largest difference of logits to those of `transformers` on RECEIPT_TEXT."""
+def _receipt(pretrained: Pretrained, out: Path, base: BackboneConfig, config: BackboneConfig) -> str:
+    """The largest difference of logits to those of `transformers` on RECEIPT_TEXT, without a low-rank adapter."""
     if importlib.util.find_spec("transformers") is None:
         return "no receipt: pip install 'openm6[hub]' to compare logits with transformers"
-    if isinstance(pretrained.weights, GgufFile) and config.experts is not None:
+    if isinstance(pretrained.weights, GgufFile) and base.experts is not None:
         return "no receipt: transformers reads no experts from GGUF files"
     ids = read_tokenizer(pretrained.tokenizer, str(pretrained.path)).encode(RECEIPT_TEXT).ids
     tokens = torch.tensor([ids])
-    ours = imported_logits(out, config, tokens, pretrained.text.vocab_size)
+    plain = config.model_copy(update={"lora": None})
+    ours = imported_logits(out, plain, tokens, pretrained.text.vocab_size)
     try:
         theirs = reference_logits(pretrained, tokens)
     # Whatever another library raises: the run is whole without it.

@@ -51,8 +51,8 @@ def open_pretrained(source: str) -> Pretrained:
         file = GgufFile(path)
         tokenizer, bos, eos, template = read_gguf_tokenizer(file.tokenizer_fields)
         return _opened(path, file.settings, file, tokenizer, (bos, eos, template))
-    settings = _read_json(path / "config.json", needed=True)
-    index = _read_json(path / INDEX_FILE).get("weight_map", {})
+    settings = read_json(path / "config.json", needed=True)
+    index = read_json(path / INDEX_FILE).get("weight_map", {})
     if missing := sorted({name for name in index.values() if not (path / name).is_file()}):
         raise CheckpointError(f"{path} lacks {missing[0]}, which {INDEX_FILE} names: download the whole model")
     if not (path / WEIGHTS_FILE).exists() and not any(path.glob("model-*.safetensors")):
@@ -87,14 +87,14 @@ def _opened(
 
 def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> tuple[int | None, int | None, str | None]:
     """What the tokenizer puts before a text, what closes one, and the chat template."""
-    own = _read_json(path / "tokenizer_config.json")
+    own = read_json(path / "tokenizer_config.json")
     plain, opened = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     bos = opened[0] if len(opened) > len(plain) and opened[-len(plain) :] == plain else None
     named = own.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     eos = None if named is None else tokenizer.token_to_id(named)
     if eos is None:
-        found: Any = _read_json(path / "generation_config.json").get("eos_token_id", settings.get("eos_token_id"))
+        found: Any = read_json(path / "generation_config.json").get("eos_token_id", settings.get("eos_token_id"))
         eos = found[0] if isinstance(found, list) and found else found
     template = own.get("chat_template")
     if isinstance(template, list):
@@ -110,7 +110,7 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read ({error}): download the whole model") from None
 
 
-def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
+def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a JSON file; empty if there is none and it is not needed."""
     try:
         found = json.loads(_read_text(path)) if needed or path.exists() else {}

@@ -128,7 +128,8 @@ class TransformerBlock(nn.Module):
 
 def build_block(
     attention: AttentionConfig, mlp: DenseConfig | ExpertsConfig, first: TransformerBlock | None = None,
-    share_router: bool = False, meta_matrices: bool = False, lora: LoraConfig | None = None, modality_experts: ExpertsConfig | None = None,
+    share_router: bool = False, meta_matrices: bool = False, lora: LoraConfig | None = None,
+    modality_experts: ExpertsConfig | None = None,
 ) -> TransformerBlock:  # fmt: skip
     """Return a block, not yet filled, with own matrices (on `meta` if asked) or those of `first`, maybe its router."""
     width = attention.hidden_size

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
+import openm6
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.architectures import backbone_config
@@ -70,6 +71,16 @@ def test_a_round_trip_keeps_logits_and_texts(name: str, tmp_path: Path) -> None:
     templated = kept.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert templated == PROMPT and kept(PROMPT)["input_ids"] == ids and kept.eos_token == "<|im_end|>"
     assert their_text(again, ids, kept.eos_token_id) == their_text(model, ids, end)
+
+
+def test_a_published_decoder_answers_in_python(tmp_path: Path) -> None:
+    model = publish("llama", tmp_path / "published")
+    tokenizer = read_tokenizer((tmp_path / "published/tokenizer.json").read_text(), "")
+    expected = tokenizer.decode(their_text(model, tokenizer.encode(PROMPT).ids, tokenizer.token_to_id("<|im_end|>")))
+    for out in (None, tmp_path / "run"):
+        m6 = openm6.from_hf(tmp_path / "published", out, device="cpu")
+        assert m6.generate(PROMPT, max_new_tokens=STEPS) == expected
+    assert (tmp_path / "run/checkpoints").is_dir()
 
 
 def test_half_precision_is_kept_and_marks_take_unused_rows(tmp_path: Path) -> None:
