@@ -27,23 +27,27 @@ def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
     return CheckpointReader(folder, "all" if is_sharded(folder) else kind)
 
 
-def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
-    """Fill a model (not on `meta`) from a folder, on all ranks of a `layout`; CheckpointError if it does not fit."""
+def load_model(folder: Path, model: nn.Module, layout: Any = None, new: tuple[str, ...] = ()) -> None:
+    """Fill a model (not on `meta`) from a folder, on all ranks of a `layout`; CheckpointError if it does not fit.
+
+    Weights with one of `new` in their name may be missing there, and keep their values.
+    """
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device; move the model to a device before loading into it")
     if layout is None:
-        load_placed(folder, model)
+        load_placed(folder, model, new)
         return
     reader = open_reader(folder)
     _check_names(reader, set(targets), set(targets))
     load_parts(reader, _sharded().with_offsets(model, targets, layout))
 
 
-def load_placed(folder: Path, model: nn.Module) -> CheckpointReader:
+def load_placed(folder: Path, model: nn.Module, new: tuple[str, ...] = ()) -> CheckpointReader:
     """Fill what of a model is not on `meta`, as `load_model`; return the reader, for the rest when it is needed."""
     reader, named = open_reader(folder), named_tensors(model)
-    targets = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
+    missing = {name for name in named if name not in reader and any(part in name for part in new)}
+    targets = {name: tensor for name, tensor in named.items() if not tensor.is_meta and name not in missing}
     _check_names(reader, set(targets), set(named))
     for name, target in targets.items():  # before anything is copied
         if reader.shape(name) != tuple(target.shape):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, nearest
 from openm6.models.config import BackboneConfig, ParameterCount, count_parameters
-from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.config import DenseConfig, ExpertsConfig, LoraConfig
 
 
 class Preset(Config):
@@ -100,13 +100,15 @@ PRESETS: dict[str, Preset] = {entry.name: entry for entry in (
 
 class ModelConfig(Config):
     """A preset by name, with any field of the backbone overridden; or the run, checkpoint or Hub id that training
-    starts from, with what is frozen: a modality, `backbone`, `embeddings` (of words), or prefixes of parameters.
+    starts from, with what is frozen: a modality, `backbone`, `embeddings` (of words), or prefixes of parameters; with
+    `lora`, adapters are trained in place of the backbone and the text.
     """
 
     preset: str = "nano"
     overrides: dict[str, Any] = {}
     start: str | None = None
     freeze: list[str] = []
+    lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _one_shape(self) -> ModelConfig:
@@ -114,6 +116,8 @@ class ModelConfig(Config):
             raise ValueError(f"start={self.start} has a shape of its own: leave {' and '.join(shape)} out")
         if self.freeze and self.start is None:
             raise ValueError("freeze keeps weights of a start: add start: RUN, or leave freeze out")
+        if self.lora is not None and self.start is None:
+            raise ValueError("lora adapts the weights of a start: add start: RUN, or leave lora out")
         return self
 
 

@@ -300,6 +300,7 @@ class MultimodalTraining(TrainingTask):
         if self.ranks.layout is not None or self.recipe.loop.offloaded:
             return load(checkpoint, self.omni.device, num_gpu_layers=0, host_copy=False)
         omni = self.omni.eval()
+        omni.backbone.merge_lora()
         if omni.pool is not None:
             omni.pool.gather = None
         omni.backbone.executor.dispatcher = TokenDispatcher()

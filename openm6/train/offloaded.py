@@ -55,6 +55,8 @@ class OffloadedTrainStep(TrainStep):
             raise ConfigError(
                 "this kind of training has no blocks to offload: leave loop.offload and loop.optimizer.precision out"
             )
+        if (training.backbone.config.lora or training.backbone.config.modality_experts) is not None:
+            raise ConfigError("adapters and modality experts are trained without offloading: leave loop.offload out")
         self.training, self.config, self.ranks = training, config, training.ranks
         self.backbone: Backbone = training.backbone
         self.offload = config.offload or OffloadConfig()

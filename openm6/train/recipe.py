@@ -200,6 +200,8 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
     """Raise ConfigError if a recipe with a backbone of this config asks for what such a mesh cannot do."""
     rows, loop, chunks = recipe.packing.rows, recipe.loop, recipe.parallel.ep_overlap_chunks
     experts = config.experts
+    if config.lora is not None or config.modality_experts is not None:
+        raise ConfigError("low-rank adapters and modality experts are trained by one process: leave --nproc out")
     if rows < shape.size:
         raise ConfigError(f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it")
     steps, rows_per_rank = loop.offload.gradient_accumulation_steps if loop.offload else 1, rows // shape.size

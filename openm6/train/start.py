@@ -58,13 +58,9 @@ class Start:
         return own.model_copy(update=joined | kept)
 
     def load_weights(self, omni: Omni) -> None:
-        """Fill a model with the start's weights; a pool that the start does not have keeps its first ones."""
-        if self.checkpoint is None:
-            return
-        pool = omni.adapters.pop(POOL) if self.description.embedding is None and omni.pool is not None else None
-        load_model(self.checkpoint, omni)
-        if pool is not None:
-            omni.adapters[POOL] = pool
+        """Fill a model with the start's weights; pool and low-rank adapters that it does not have keep their first."""
+        if self.checkpoint is not None:
+            load_model(self.checkpoint, omni, new=(".lora.", f"adapters.{POOL}."))
 
 
 def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
@@ -101,7 +97,8 @@ def with_start(
     if recipe.replay:
         values = _with_replay(recipe, values, start)
         recipe = build(MultimodalRecipe, values, "the recipe with replayed data")
-    shape = {"preset": found.preset or recipe.model.preset, "overrides": found.backbone.model_dump()}
+    overrides = {**found.backbone.model_dump(), "lora": recipe.model.lora or found.backbone.lora}
+    shape = {"preset": found.preset or recipe.model.preset, "overrides": overrides}
     chosen = {
         "model": recipe.model.model_copy(update=shape),
         "modalities": _modalities(recipe.modalities, found.modalities, str(name)),
@@ -111,13 +108,20 @@ def with_start(
 
 
 def freeze(omni: Omni, names: list[str]) -> None:
-    """Exclude weights from training by modality, `backbone`, `embeddings` or prefix; ConfigError for another name."""
+    """Exclude weights from training by modality, `backbone`, `embeddings` or prefix; ConfigError for another name.
+
+    Beside modality experts or low-rank adapters, the rest of the backbone belongs to the text, and adapters freeze it.
+    """
     parts = {kind: {"series": "numbers"}.get(part := kind.partition("_")[0], part) for kind in omni.adapters}
     groups = {name: [f"adapters.{kind}" for kind, part in parts.items() if part == name] for name in MODALITIES}
     groups |= {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
-    for name in names:
+    lora, experts = omni.config.lora, omni.config.modality_experts
+    groups["text"] += ["backbone"] if (lora or experts) is not None else []
+    for name in [*names, *(["text"] if lora is not None else [])]:
         prefixes = tuple(f"{prefix}." for prefix in groups.get(name, [name]))
-        frozen = [parameter for key, parameter in omni.named_parameters() if f"{key}.".startswith(prefixes)]
+        kept = (".lora.", ".modality_experts.") if name == "text" else (".lora.",)
+        matching = ((key, one) for key, one in omni.named_parameters() if f"{key}.".startswith(prefixes))
+        frozen = [one for key, one in matching if not any(part in key for part in kept)]
         if not frozen:
             hint = nearest(name, [*groups, "backbone.layers.0"])
             raise ConfigError(f"model.freeze names {name!r}, which no parameter's name begins with; {hint}")
