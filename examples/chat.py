@@ -9,15 +9,15 @@
 # ---
 
 # %% [markdown]
-# # Training on chats with images
+# # Fine-tuning with chats about images
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/chat.ipynb)
 #
-# You have conversations about images, in the file that every fine-tuning tool reads: one JSON object per line, with
-# `messages` and `images`. You want a model that answers in the same way, also to a second question.
+# You have a model, and conversations about images in the file that every fine-tuning tool reads: one JSON object per
+# line, with `messages` and `images`. You want the model to converse, and to keep what it knows.
 #
-# It needs `pip install .` in a checkout of OpenM6, and pandas; no GPU, and half a minute on one core. The conversations
-# are made here, from the scanned digits of scikit-learn.
+# It needs `pip install .` in a checkout of OpenM6, and pandas; no GPU, and a minute on one core. Model and
+# conversations are made here, from the scanned digits of scikit-learn.
 
 # %%
 import json
@@ -32,33 +32,19 @@ import openm6
 from openm6.train.run import train_recipe
 
 # %% [markdown]
-# ## Data
+# ## A model to start from
 #
-# Each conversation shows an image and asks two questions. Only the turns of the assistant are learned.
+# It names the digit of a scan, and knows no conversation. Any run, checkpoint or model of the Hub would do.
 
 # %%
 names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 digits = load_digits()
-Path("chats").mkdir(exist_ok=True)
-lines = []
-for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+Path("scans").mkdir(exist_ok=True)
+for number, pixels in enumerate(digits.images):
     image = PIL.Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((32, 32)).convert("RGB")
-    image.save(f"chats/{number}.png")
-    messages = [
-        {"role": "user", "content": "<image>Which digit is this?"},
-        {"role": "assistant", "content": names[label]},
-        {"role": "user", "content": "Is it even?"},
-        {"role": "assistant", "content": "no" if label % 2 else "yes"},
-    ]
-    lines.append({"messages": messages, "images": [f"{number}.png"]})
-train, test = lines[:1500], lines[1500:]
-Path("chats/talk.jsonl").write_text("\n".join(map(json.dumps, train)))
-print(json.dumps(train[0], indent=1))
-
-# %% [markdown]
-# ## Training
-
-# %%
+    image.save(f"scans/{number}.png")
+known = pd.DataFrame({"image": [f"{n}.png" for n in range(1500)], "label": [names[n] for n in digits.target[:1500]]})
+known.to_csv("scans/known.csv", index=False)
 recipe = """
 model:
   preset: nano
@@ -66,15 +52,42 @@ model:
 modalities:
   image: {max_patches: 16}
 sources:
-  talk: {kind: chat, path: chats/talk.jsonl}
+  known: {kind: csv, path: scans/known.csv}
 mixture:
-- {source: talk, task: chat}
+- {source: known, task: image_classification}
 packing: {batch_size: 2, seq_len: 256}
-loop: {steps: 300, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
+loop: {steps: 200, log_every: 100, tensorboard: false, num_processes: 1, optimizer: {learning_rate: 0.003}}
 eval: {at_end: false}
 """
-Path("chat.yaml").write_text(recipe)
-result = train_recipe("chat.yaml", out=Path("runs/chat"))
+Path("start.yaml").write_text(recipe)
+train_recipe("start.yaml", out=Path("runs/start"))
+start = openm6.load("runs/start")
+
+# %% [markdown]
+# ## Conversations
+#
+# Each shows an image and asks two questions. Only the turns of the assistant are learned.
+
+# %%
+lines = []
+for number, label in enumerate(digits.target[:1500]):
+    messages = [
+        {"role": "user", "content": "<image>Which digit is this?"},
+        {"role": "assistant", "content": names[label]},
+        {"role": "user", "content": "Is it even?"},
+        {"role": "assistant", "content": "no" if label % 2 else "yes"},
+    ]
+    lines.append({"messages": messages, "images": [f"{number}.png"]})
+Path("scans/talk.jsonl").write_text("\n".join(map(json.dumps, lines)))
+print(json.dumps(lines[0], indent=1))
+
+# %% [markdown]
+# ## Fine-tuning
+#
+# One example of ten is from the tasks of the start (`replay`), so that they are not forgotten.
+
+# %%
+tuned = openm6.finetune("runs/start", data="scans/talk.jsonl", steps=200, replay=0.1)
 
 # %% [markdown]
 # ## A conversation
@@ -82,20 +95,30 @@ result = train_recipe("chat.yaml", out=Path("runs/chat"))
 # `chat` takes messages in the form of OpenAI and transformers. The answer to the first question is part of the second.
 
 # %%
-m6 = openm6.load("runs/chat")
 words = [{"type": "text", "text": "Which digit is this?"}]
-shown = [{"type": "image", "path": f"chats/{number}.png"} for number in range(1500, 1600)]
+shown = [{"type": "image", "path": f"scans/{number}.png"} for number in range(1500, 1600)]
 firsts = [[{"role": "user", "content": [image, *words]}] for image in shown]
-answers = m6.chat(firsts, max_new_tokens=8)
+answers = tuned.chat(firsts, max_new_tokens=8)
 again = {"role": "user", "content": "Is it even?"}
 seconds = [[*one, {"role": "assistant", "content": said}, again] for one, said in zip(firsts, answers, strict=True)]
 found = pd.DataFrame({"scan": [names[one] for one in digits.target[1500:1600]], "Which digit is this?": answers})
-found["Is it even?"] = m6.chat(seconds, max_new_tokens=8)
-print(f"{(found['scan'] == found['Which digit is this?']).mean():.0%} of 100 new scans are named correctly")
+found["Is it even?"] = tuned.chat(seconds, max_new_tokens=8)
+print(f"{(found['scan'] == found['Which digit is this?']).mean():.0%} of 100 new scans are named correctly in a chat")
 found.head(8)
 
 # %% [markdown]
 # The scans of the table:
 
 # %%
-PIL.Image.fromarray(np.hstack([PIL.Image.open(f"chats/{n}.png").resize((96, 96)) for n in range(1500, 1508)]))
+PIL.Image.fromarray(np.hstack([PIL.Image.open(f"scans/{n}.png").resize((96, 96)) for n in range(1500, 1508)]))
+
+# %% [markdown]
+# ## What is left of the old task
+#
+# The same scans, named without a chat, before and after.
+
+# %%
+scans = [f"scans/{number}.png" for number in range(1500, 1600)]
+for name, model in (("before", start), ("after", tuned)):
+    right = np.mean([said == true for said, true in zip(model.generate(image=scans), found["scan"], strict=True)])
+    print(f"{name}: {right:.0%}")
