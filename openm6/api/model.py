@@ -73,16 +73,10 @@ def load(
 
 
 def from_hf(
-    source: str | Path,
-    out: str | Path | None = None,
-    device: torch.device | str = "auto",
+    source: str | Path, out: str | Path | None = None, device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
-) -> OpenM6:
-    """Import a published decoder, as `openm6 import` does, and load it; `out` keeps the run in a folder.
-
-    Raises:
-        CheckpointError, ConfigError: as `openm6.hub.importing.import_model` and `load`.
-    """
+) -> OpenM6:  # fmt: skip
+    """Import a published decoder, as `openm6 import` does, and load it; `out` keeps the run in a folder."""
     with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
         run = Path(folder, "run") if out is None else Path(out)
         import_model(str(source), run, receipt=False)

@@ -30,7 +30,7 @@ def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
 def load_model(folder: Path, model: nn.Module, layout: Any = None, new: tuple[str, ...] = ()) -> None:
     """Fill a model (not on `meta`) from a folder, on all ranks of a `layout`; CheckpointError if it does not fit.
 
-    Weights with one of `new` in their name may be missing there, and keep their values.
+    Names with one of `new` in them may be missing there.
     """
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:

@@ -122,9 +122,7 @@ def _flat(a: Tensor, b: Tensor) -> Factors:
 def read_adapter(folder: Path, kind: str, config: BackboneConfig) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The adapter in a folder of PEFT for a decoder, as config and tensors of ours, which have one rank and scale.
 
-    Raises:
-        CheckpointError: it is not whole, for another base, or of a layout that cannot be known.
-        ConfigError: it is more than low-rank updates.
+    CheckpointError if it is not whole, for another base or of an unknown layout; ConfigError if it is more than LoRA.
     """
     settings = read_json(folder / CONFIG_FILE, needed=True)
     unlike = [key for key in UNLIKE if settings.get(key)] + ["bias"] * (settings.get("bias", "none") != "none")
@@ -173,10 +171,8 @@ def _fused(
 ) -> tuple[str, list[list[str]], Factors] | None:
     """Module, keys and factors of experts that are stored in one tensor, gate and up together; None if they are not.
 
-    Before 0.19 PEFT gave A and B each other's sizes, which shows in any pair whose sizes differ.
-
-    Raises:
-        CheckpointError: it shows in no pair, and the version is not there.
+    Before 0.19 PEFT gave A and B each other's sizes. Any pair whose sizes differ shows it, or else the version does;
+    CheckpointError without.
     """
     part = "down_proj" if one.name == "down_proj" else "gate_up_proj"
     width, hidden = (one.outputs, one.inputs) if part == "down_proj" else (one.inputs, one.outputs)

@@ -82,16 +82,10 @@ class Backbone(nn.Module):
         self.final_norm.reset_parameters()
 
     def forward(
-        self,
-        x: Tensor,
-        meta: SequenceMeta,
-        cache: TokenCache | None = None,
+        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None,
         kinds: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, list[RouterStats]]:
-        """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics.
-
-        `kinds`: see `Context`.
-        """
+    ) -> tuple[Tensor, list[RouterStats]]:  # fmt: skip
+        """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
         expected = (meta.batch, meta.length, self.config.hidden_size)
         if x.shape != expected:
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")

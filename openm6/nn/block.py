@@ -105,10 +105,7 @@ class TransformerBlock(nn.Module):
         return output
 
     def _by_modality(self, x: Tensor, experts: MoE, context: Context, layer: int) -> BlockOutput:
-        """Each of two kinds of tokens through its own network; the statistics are the router's, with both side losses.
-
-        Text alone is computed as it is without the experts, to the bit.
-        """
+        """Two kinds of tokens, each through its network, and the statistics of `router`; text alone as without."""
         side, router = x.new_zeros(()), self.router or experts.router
         own = RouterStats(layer, x.new_zeros(router.config.num_experts), side, side, side, side)
         if context.kinds is None:

@@ -65,7 +65,7 @@ class Adaptable(nn.Module):
         self.lora = nn.ModuleDict()
 
     def updated(self, name: str, y: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The product y of a matrix with x, with the update if there is one."""
+        """The product y of a matrix with x, with its update if it has one."""
         return self.lora[name](y, x, counts) if name in self.lora else y
 
     def merge_lora(self) -> None:
