@@ -20,7 +20,7 @@ from benchmarks.harness import Deadline, Json, Report
 from benchmarks.own_data.cnn import cnn_classes, cnn_quantiles
 from benchmarks.own_data.datasets import DATASETS, OwnData
 from benchmarks.own_data.frame import Frame, split, write_image_folder, write_table
-from benchmarks.own_data.ours import FailedError, Ours, forecast, predict_classes, predict_numbers, train
+from benchmarks.own_data.ours import FailedError, Ours, estimate, forecast, predict_classes, predict_numbers, train
 from benchmarks.own_data.scores import (
     OURS,
     TABLE_LEVELS,
@@ -64,6 +64,9 @@ def bench_own_data(
     only: Annotated[str | None, typer.Option("--only", metavar="A,B", help="Sets to run; default: all.")] = None,
     kind: Annotated[str | None, typer.Option("--kind", metavar="|".join(KINDS), help="Sets of one kind.")] = None,
     development: Annotated[bool, typer.Option("--development", help="Leave out the sets that are unseen.")] = False,
+    estimators: Annotated[
+        bool, typer.Option("--estimators", help="Fit OpenM6Regressor or OpenM6Classifier to each target instead.")
+    ] = False,
     cache: Annotated[Path, typer.Option("--cache", metavar="DIR", help="Folder that keeps fetched packages.")] = CACHE,
     keep: Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="Keep data, recipes and runs.")] = None,
     table: Annotated[
@@ -81,10 +84,10 @@ def bench_own_data(
     chosen = choose(only, kind, development)
     found: list[dict[str, Any]] = []
     with alone(), Report(json_path, LIMIT) as report:
-        report.update({"minutes": minutes, "sets": found})
+        report.update({"minutes": minutes, "estimators": estimators, "sets": found})
         report.at_end(lambda: _print_tables(found, table))
         for data in chosen:
-            found.append(run_one(data, minutes, cache.expanduser(), keep))
+            found.append(run_one(data, minutes, cache.expanduser(), keep, None if estimators else train))
             _log(found[-1])
     return report.found
 
@@ -121,8 +124,13 @@ def alone() -> Iterator[None]:
         yield
 
 
-def run_one(data: OwnData, minutes: float, cache: Path, keep: Path | None, trainer: Train = train) -> dict[str, Any]:
-    """Return the report of one set: scores of all methods, or the sentence why it was not run."""
+def run_one(
+    data: OwnData, minutes: float, cache: Path, keep: Path | None, trainer: Train | None = train
+) -> dict[str, Any]:  # fmt: skip
+    """Return the report of one set: scores of all methods, or the sentence why it was not run.
+
+    trainer: None: an estimator for scikit-learn is fitted to each target, series apart
+    """
     report: dict[str, Any] = {
         "name": data.name, "kind": data.kind, "unseen": data.unseen, "source": data.source, "license": data.license,
         "scores": [], "failure": "", "notes": {}, "seconds": {}, "tasks": [],
@@ -152,7 +160,7 @@ class Run:
     """One set: its files, the baselines, the model, and the report that they fill."""
 
     def __init__(
-        self, data: OwnData, frame: Frame, minutes: float, work: Path, report: dict[str, Any], trainer: Train
+        self, data: OwnData, frame: Frame, minutes: float, work: Path, report: dict[str, Any], trainer: Train | None
     ) -> None:
         self.data, self.frame, self.minutes = data, frame, minutes
         self.work, self.report, self.trainer = work, report, trainer
@@ -190,10 +198,14 @@ class Run:
             labels |= {target: own} if is_label else {}
             for method, found in {} if is_label else self.number_baselines(train_rows, test_rows, target).items():
                 numbers.setdefault(method, {})[target] = found
-        paths = self.write(train_rows, test_rows)
-        ours = self.train(paths[0])
-        if ours is not None:
-            self.predict(ours, paths[1], train_rows, test_rows, numbers, labels)
+        if self.trainer is None:
+            for target in self.data.targets:
+                self.ours(target, partial(self.estimate, (train_rows, test_rows), target, numbers, labels))
+        else:
+            paths = self.write(train_rows, test_rows)
+            ours = self.train(paths[0])
+            if ours is not None:
+                self.predict(ours, paths[1], train_rows, test_rows, numbers, labels)
         measures: list[Measure] = []
         for target, own in labels.items():
             measures += label_measures(target, own, self.classes(target), test_rows.columns[target])
@@ -283,7 +295,7 @@ class Run:
     def train(self, path: Path) -> Ours | None:
         """Train OpenM6; None with the reason if that fails."""
         try:
-            ours = self.trainer(path, self.minutes, self.work)
+            ours = (self.trainer or train)(path, self.minutes, self.work)
         except FailedError as error:
             self.report["failure"] = str(error)
             return None
@@ -301,6 +313,16 @@ class Run:
             self.note(f"{OURS}: {target}", str(error))
         seconds = self.report["seconds"]
         seconds["openm6: predict"] = round(seconds.get("openm6: predict", 0.0) + time.monotonic() - began, 1)
+
+    def estimate(
+        self, rows: tuple[Frame, Frame], target: str, numbers: dict[str, dict[str, np.ndarray]],
+        labels: dict[str, dict[str, np.ndarray]],
+    ) -> None:  # fmt: skip
+        """Add the predictions of an estimator that is fitted to one target."""
+        if target in labels:
+            labels[target][OURS] = estimate(rows, target, self.classes(target), 60 * self.minutes)
+        else:
+            numbers.setdefault(OURS, {})[target] = estimate(rows, target, None, 60 * self.minutes)
 
     def predict(
         self,

@@ -1,9 +1,11 @@
-"""OpenM6 as a user runs it: `data inspect`, `train` of the recipe as it is, predictions of all test records."""
+"""OpenM6 as a user runs it: `data inspect` and `train` of the recipe as it is, or estimators for scikit-learn."""
 
 # Letters: N records, W windows, H steps ahead, Q quantiles, K classes
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import re
 import signal
@@ -15,9 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from PIL import Image
 
+import openm6
+from benchmarks.own_data.frame import Frame
 from benchmarks.own_data.scores import SERIES_LEVELS, TABLE_LEVELS
 from benchmarks.own_data.series import Panel, Window
 from openm6.api.frames import class_probabilities, number_answers, trained_for
@@ -117,6 +124,38 @@ def predict_numbers(ours: Ours, test: Path, target: str) -> np.ndarray:
         if histogram is not None:
             quantiles[row] = [histogram.quantile(level)[0] for level in TABLE_LEVELS]
     return quantiles
+
+
+def estimate(
+    rows: tuple[Frame, Frame], target: str, classes: Sequence[str] | None, seconds: float
+) -> np.ndarray:  # fmt: skip
+    """Train an estimator for one target, and return quantiles, or probabilities of classes, of the second rows.
+
+    # N Q, or N K
+    """
+    known = [row for row, value in enumerate(rows[0].columns[target]) if classes or math.isfinite(value)]
+    (X, y), (tested, _) = (_cells(own, target) for own in (rows[0].rows(known), rows[1]))  # noqa: N806
+    if classes is None:
+        regressor = openm6.OpenM6Regressor(time_limit=seconds).fit(X, y)
+        return regressor.predict(tested, output_type="quantiles", quantile_levels=TABLE_LEVELS.tolist())
+    classifier = openm6.OpenM6Classifier(time_limit=seconds).fit(X, y)
+    found = np.full((len(tested), len(classes)), 1e-9)
+    found[:, [list(classes).index(name) for name in classifier.classes_]] = classifier.predict_proba(tested)
+    return found / found.sum(1, keepdims=True)
+
+
+def _cells(frame: Frame, target: str) -> tuple[pd.DataFrame, list[Any]]:
+    """The columns without the target, images as bytes of PNG files, and the target."""
+    columns = {}
+    for name, column in frame.columns.items():
+        columns[name] = [_png(image) for image in column] if frame.kinds[name] == "image" else list(column)
+    y = columns.pop(target)
+    return pd.DataFrame(columns), y
+
+
+def _png(image: Image.Image) -> bytes:
+    image.save(content := io.BytesIO(), "PNG")
+    return content.getvalue()
 
 
 def _number_answers(ours: Ours, test: Path, target: str) -> list[Histogram | None]:

@@ -300,6 +300,16 @@ def test_predictions_belong_to_their_rows(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert report["notes"] == {} and set(accuracy) == {"boosting", "logistic", OURS}
 
 
+def test_estimators_predict_the_rows_target_by_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("openm6.train.multimodal_data.DEFAULT_MINUTES", 0.01)
+    frame, _ = linear(60)
+    data = OwnData("tiny", "table", "a test", "none", lambda _: frame, ("y", "size"))
+    report = run_one(data, 0.02, tmp_path, None, None)
+    assert report["notes"] == {} and report["failure"] == "" and report["tasks"] == []
+    found = {(score["target"], score["metric"]): score["values"][OURS] for score in report["scores"]}
+    assert 0 <= found["size", "accuracy"] <= 1 and 0 < found["y", "relative CRPS"] < 2, found
+
+
 def test_images_are_classified_in_the_order_of_their_rows(tmp_path: Path) -> None:
     images, labels = bars(60)
     frame = Frame({"image": images, "label": labels}, {"image": "image", "label": "category"})
