@@ -5,15 +5,15 @@ that a training example sees predictions of models that have not seen its row. H
 """
 
 # Letters: R rows, C number columns, E columns of words and images, Q categories, F features, K folds, M predictions,
-# T trees, N nodes, V vocabulary
+# T trees, N nodes
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ import PIL.Image
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from openm6.core.errors import CheckpointError
+from openm6.core.errors import CheckpointError, DataError
 from openm6.core.lru_cache import LRUCache
-from openm6.core.seeds import text_hash
+from openm6.core.seeds import content_key, text_hash
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Arrays, Part
 
@@ -36,7 +36,7 @@ MAX_PRODUCTS = 16  # columns of a table whose products are features
 CACHE_BYTES = 2**25
 _TABLES = "tables"
 TEXT, IMAGE = "\0text", "\0image"  # in what is given: all texts but categories, and an image
-MAX_LETTERS, COLUMN_WORDS = 20_000, 128  # of a text; words of the vocabulary that are columns, 1 if a text has them
+MAX_LETTERS = 8_000  # of the texts of a row that are read
 SIDE, CELLS, TURNS, LEVELS = 32, 4, 8, 4  # of images: pixels and cells of a side, directions, levels of a colour
 IMAGE_FEATURES = CELLS**2 * TURNS + LEVELS**3
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
@@ -60,9 +60,15 @@ class Prediction(NamedTuple):
     fraction: float = 0.0
 
 
-def fold_of(numbers: Mapping[str, Any] | None, categories: Mapping[str, Any] | None) -> int:
-    """Return the fold of a row, which depends on its values alone: equal rows are in the same one."""
-    return text_hash(repr([sorted((columns or {}).items()) for columns in (numbers, categories)])) % FOLDS
+def fold_of(record: Mapping[str, Any]) -> int:
+    """Return the fold of a record, which depends on its values alone: equal ones are in the same fold.
+
+    Texts and images count, too: by a number of few values alone, folds would tell which value it is.
+    """
+    columns = [sorted((record.get(key) or {}).items()) for key in ("numbers", "categories")]
+    texts = (record.get("text_en"), record.get("text_zh"), *(record.get("extra") or {}).values())
+    image = content_key(record["image"]) if record.get("image") else None
+    return text_hash(repr([*columns, *(x for x in (*texts, image) if isinstance(x, str | bytes))])) % FOLDS
 
 
 def given_columns(parts: Iterable[Part]) -> dict[str, Any]:
@@ -73,16 +79,16 @@ def given_columns(parts: Iterable[Part]) -> dict[str, Any]:
         if isinstance(shown, Mapping):
             found.update(shown)
         elif part.modality == "text":
-            found[TEXT] = f"{found.get(TEXT, '')} {part.raw}"
+            found[TEXT] = f"{found.get(TEXT, '')} {part.raw}"[:MAX_LETTERS]
         elif part.modality == "image":
             found[IMAGE] = part.raw
     return found
 
 
-def words_in(text: str) -> Counter[str]:
-    """Count words, single Chinese characters, and pairs of both."""
-    words = _WORD.findall(text[:MAX_LETTERS].lower())
-    return Counter([*words, *map(" ".join, pairwise(words))])
+def words_in(text: str) -> list[str]:
+    """Return each word, single Chinese character and pair of both once."""
+    words = _WORD.findall(text.lower())
+    return list(dict.fromkeys([*words, *map(" ".join, pairwise(words))]))
 
 
 def image_features(raw: Any) -> np.ndarray:
@@ -140,8 +146,8 @@ class TablePredictors:
     one by one. arrays: `scale` (C+E 4), location and scale of each number and of its logarithm, NaN if it has none;
     `mean` (K+1 F) and `covariance` (K+1 F F) of the features without each fold, then with all rows; by column:
     `log`, whether its logarithm is predicted, `penalty` (C 2) of ridge, `weight` (C M-1) in the blend, `change` (0:
-    no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `idf` (V); `image`, the components of
-    image features and, last, their mean.
+    no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `image`, the components of image
+    features and, last, their mean.
     """
 
     def __init__(
@@ -158,6 +164,7 @@ class TablePredictors:
             if own := {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{index}/")}:
                 self.trees[index] = Trees(own)
         self._ridges = LRUCache[tuple[np.ndarray, ...]](CACHE_BYTES)
+        self._images = LRUCache[np.ndarray](CACHE_BYTES)
         count, first = len(arrays["scale"]), len(self.numbers)
         self.logs = np.flatnonzero(np.isfinite(arrays["scale"][:, 2]))
         self.pairs = np.triu_indices(first if first <= MAX_PRODUCTS else 0)
@@ -182,30 +189,28 @@ class TablePredictors:
         codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
         columns = [np.asarray(values, float).reshape(len(rows), -1)]
         if self.vocabulary:
-            words = np.stack([self.words(row) for row in rows])[:, :COLUMN_WORDS]
-            columns.append(np.where(np.isnan(words), np.nan, words > 0))
+            columns.append(np.stack([self.words(row) for row in rows]))
         if "image" in self.arrays:
             *basis, mean = self.arrays["image"]
             columns.append((np.stack([self.image(row) for row in rows]) - mean) @ np.stack(basis, 1))
         return np.concatenate(columns, 1), np.asarray(codes, int).reshape(len(rows), len(named))
 
     def words(self, row: Given) -> np.ndarray:
-        """TF-IDF of the text that is given, NaN without one.  # -> V"""
-        if not isinstance(row.get(TEXT), str):
-            return np.full(len(self.vocabulary), np.nan)
-        found = np.zeros(len(self.vocabulary))
-        for word, count in words_in(row[TEXT]).items():
-            if word in self.vocabulary:
-                found[self.vocabulary[word]] = 1 + math.log(count)
-        found *= self.arrays["idf"]
-        return found / max(float(np.linalg.norm(found)), 1e-9)
+        """1 for each word of the vocabulary in the text that is given, else 0; NaN without a text."""
+        found = np.full(len(self.vocabulary), 0.0 if TEXT in row else np.nan)
+        found[[self.vocabulary[word] for word in words_in(row.get(TEXT, "")) if word in self.vocabulary]] = 1
+        return found
 
     def image(self, row: Given) -> np.ndarray:
-        """Features of the image that is given, NaN without one.  # -> F"""
-        if IMAGE not in row or "image" not in self.arrays:
-            return np.full(IMAGE_FEATURES, np.nan)
-        raw = row[IMAGE]
-        return raw if isinstance(raw, np.ndarray) and raw.ndim == 1 else image_features(raw)
+        """Features of the image that is given, NaN without one that can be read.  # -> F"""
+        raw = row.get(IMAGE)
+        if isinstance(raw, np.ndarray) and raw.ndim == 1:
+            return raw
+        key = content_key(raw) if isinstance(raw, bytes) else None
+        with suppress(DataError):
+            # Rows come back in every epoch, and decoding takes longest.
+            return self._images.get_or_compute(key, lambda: image_features(raw))
+        return np.full(IMAGE_FEATURES, np.nan)
 
     def features(self, values: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """NaN where a column is missing.  # R C, R Q -> R F"""

@@ -190,7 +190,7 @@ class Task:
         }
         target = built.target
         if target.modality == "numbers" and isinstance(target.raw, Mapping):
-            fold = fold_of(record.get("numbers"), record.get("categories")) if context.train else None
+            fold = fold_of(record) if context.train else None
             options = {**target.options, "given": given_columns(inputs.values()), "fold": fold}
             target = replace(target, options=options)
         return Built(inputs, target, built.key, built.words)

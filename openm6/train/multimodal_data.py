@@ -152,7 +152,7 @@ def table_predictors(
     predicted: dict[str, list[Task]] = {}
     for component in recipe.mixture:
         task, source = recipe.task(component.task), sources.get(component.source)
-        fits = task.output_modality == "numbers" and "series" not in task.inputs
+        fits = task.output_modality == "numbers" and "series" not in task.inputs and not task.chat
         if fits and source is not None and not isinstance(source, PairSource):
             predicted.setdefault(component.source, []).append(task)
     minutes = recipe.loop.minutes or DEFAULT_MINUTES
@@ -174,19 +174,23 @@ def table_predictors(
 
 def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str, Any]], list[int]]:
     """Return records as simple predictors see them, what tasks show or ask for, and their folds."""
-    sizes = [len(record.get("image") or b"") for record in _readable(source, SAMPLED)]
+    shown = any(slot.modality == "image" for task in tasks for slot in task.inputs.values())
+    sizes = [len(record.get("image") or b"") for record in _readable(source, SAMPLED) if shown]
     most = min(MAX_IMAGES, IMAGE_BYTES // max(1, int(np.mean(sizes)))) if any(sizes) else MAX_ROWS
     rows, folds = [], []
-    for record in _readable(source, most):
+    for index, record in enumerate(_readable(source, most)):
         row: dict[str, Any] = {}
         with suppress(DataError):
-            for task in tasks:
-                for language in task.languages(record)[:1]:
-                    target = task.build(record, Context(language, np.random.default_rng(0))).target
-                    row = {**target.options.get("given", {}), **row, **target.raw}
-            row |= {IMAGE: image_features(row[IMAGE])} if IMAGE in row else {}
-        rows.append(row)
-        folds.append(fold_of(record.get("numbers"), record.get("categories")))
+            for task, language in ((task, name) for task in tasks for name in task.languages(record)[:1]):
+                # Where a task shows no other columns, the one that it asks for differs from record to record.
+                target = task.build(record, Context(language, np.random.default_rng(index))).target
+                row = {**target.options["given"], **row, **target.raw}
+        image = row.pop(IMAGE, None)
+        with suppress(DataError):
+            row |= {} if image is None else {IMAGE: image_features(image)}
+        if row:
+            rows.append(row)
+            folds.append(fold_of(record))
     return rows, folds
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from openm6.modalities.interface import Arrays
 from openm6.modalities.series import fit_scale
 from openm6.modalities.simple_predictors import (
-    COLUMN_WORDS,
     FARTHEST,
     FOLDS,
     IMAGE,
@@ -40,7 +39,8 @@ PRIOR_ROWS = 10  # of the mean of a word
 # Measured on one core: seconds of a step of boosting, and of each of its inputs and rows.
 STEP_SECONDS, CELL_SECONDS = 1.5e-3, 2e-8
 KEPT_COLUMNS = (0.2, 1.0)  # in the copies of rows that trees are fitted to as well
-MAX_VOCABULARY, IMAGE_COMPONENTS = 2048, 32
+TEXT_WORDS, IMAGE_COMPONENTS = 128, 32  # that are columns
+COUNTED_LETTERS = 2**22  # of texts in which words are counted, in a second and some 100 MB
 
 
 def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float) -> TablePredictors | None:
@@ -53,6 +53,9 @@ def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float) -> TableP
     if not table.numbers or len(table.numbers) + others < 2:
         return None
     values, codes = table.read(rows)
+    # Columns of words and images, in units of their own.
+    more = values[:, len(table.numbers) :]
+    table.arrays["scale"][len(table.numbers) :, :2] = np.stack([np.nanmean(more, 0), np.nanstd(more, 0) + 1e-9], 1)
     seen = np.isfinite(values[:, : len(table.numbers)])
     fitted = [index for index in range(len(table.numbers))
               if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1]  # fmt: skip
@@ -76,15 +79,12 @@ def _empty(rows: Sequence[Given]) -> TablePredictors:
     """Number columns that are not constant, with their scales, categories and words of texts that occur again."""
     numbers: dict[str, list[float]] = {}
     words: dict[str, Counter[str]] = {}
-    documents: Counter[str] = Counter()
     for row in rows:
-        documents.update(words_in(row.get(TEXT, "")).keys())
         for name, value in row.items():
-            if isinstance(value, str):
-                words.setdefault(name, Counter()).update([value] if value and name != TEXT else [])
-            elif isinstance(value, (int, float)) and math.isfinite(value):
+            if name not in (TEXT, IMAGE) and isinstance(value, str):
+                words.setdefault(name, Counter()).update([value] if value else [])
+            elif name not in (TEXT, IMAGE) and value is not None and math.isfinite(value):
                 numbers.setdefault(name, []).append(float(value))
-    words.pop(TEXT, None)
     kept = [name for name, found in sorted(numbers.items()) if len(set(found)) > 1][:MAX_COLUMNS]
     scale = []
     for name in kept:
@@ -99,10 +99,11 @@ def _empty(rows: Sequence[Given]) -> TablePredictors:
         if 1 < len(found) <= MAX_ALL_WORDS - sum(map(len, several.values())):
             several[name] = found
     count = len(kept)
-    vocabulary = [word for word, number in documents.most_common(MAX_VOCABULARY) if 1 < number < len(rows)]
+    counted = rows[:: 1 + sum(len(row.get(TEXT, "")) for row in rows) // COUNTED_LETTERS]
+    documents = Counter(word for row in counted for word in words_in(row.get(TEXT, "")))
+    common = [word for word, number in documents.most_common(2 * TEXT_WORDS) if 1 < number < len(counted)]
+    vocabulary = common[:TEXT_WORDS]
     arrays: Arrays = {
-        "scale": np.asarray(scale).reshape(-1, 4),
-        "idf": np.asarray([1 + math.log(len(rows) / documents[word]) for word in vocabulary]),
         "log": np.zeros(count, bool),
         "penalty": np.ones((count, 2)),
         "weight": np.zeros((count, PREDICTIONS - 1)),
@@ -113,11 +114,8 @@ def _empty(rows: Sequence[Given]) -> TablePredictors:
         mean = np.mean(images, 0)
         _, basis = np.linalg.eigh(np.cov(np.stack(images), rowvar=False))
         arrays["image"] = np.concatenate([basis.T[: -IMAGE_COMPONENTS - 1 : -1], mean[None]])
-    # Columns of words and images, in units of their own.
-    size = min(len(vocabulary), COLUMN_WORDS) + len(arrays.get("image", ["mean"])) - 1
-    more = TablePredictors([], {}, {**arrays, "scale": np.zeros((size, 4))}, vocabulary).read(rows)[0]
-    own = np.stack([np.nanmean(more, 0), np.nanstd(more, 0) + 1e-9], 1) if more.size else np.zeros((0, 2))
-    arrays["scale"] = np.concatenate([arrays["scale"], np.pad(own, ((0, 0), (0, 2)), constant_values=math.nan)])
+    size = len(vocabulary) + len(arrays.get("image", ["mean"])) - 1
+    arrays["scale"] = np.asarray([*scale, *np.full((size, 4), np.nan)]).reshape(-1, 4)
     return TablePredictors(kept, several, arrays, vocabulary)
 
 
@@ -220,6 +218,7 @@ def _fit_trees(
         inputs = table.tree_inputs(index, means[-1], values, codes)
         kept = rng.random((len(rows), inputs.shape[1])) < rng.uniform(*KEPT_COLUMNS, (len(rows), 1))
         x = np.concatenate([inputs[rows], np.where(kept, inputs[rows], np.nan)])
+        x[:, np.isnan(x).all(0)] = 0  # scikit-learn needs a value; no tree splits by a constant
         model = HistGradientBoostingRegressor(
             learning_rate=LEARNING_RATE * STEPS / steps, max_iter=steps, max_leaf_nodes=LEAVES, max_depth=DEPTH,
             min_samples_leaf=int(np.clip(len(rows) // 15, 3, 20)), early_stopping=False, random_state=0,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from openm6.core.config import build
@@ -13,7 +15,9 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.core.run_folder import RunFolder
 from openm6.data.source import Source
 from openm6.data.sources import PairsConfig, PairSource
-from openm6.train.multimodal_data import SAMPLED, check_sources, table_predictors
+from openm6.modalities.simple_predictors import IMAGE, TEXT, fold_of, from_bytes
+from openm6.tasks.registry import TASKS
+from openm6.train.multimodal_data import MAX_IMAGES, SAMPLED, check_sources, predictor_rows, table_predictors
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource
 
@@ -117,3 +121,44 @@ def test_pairs_have_no_predictors(tmp_path: Path) -> None:
     sources: dict[str, Source] = {"both": PairSource("both", *sides, PairsConfig(left="a", right="b"))}
     assert len(sources["both"]) == 90
     assert table_predictors(build(MultimodalRecipe, values, "r.yaml"), sources, RunFolder(tmp_path)) == b""
+
+
+def review(number: int) -> dict[str, Any]:
+    """Words that tell the stars, but for some records without text, and one image in eight that is broken."""
+    stars = number % 3
+    numbers = {"stars": float(stars), "thumbs": float(2 * stars)}
+    text = f"{('bad', 'fair', 'good')[stars]} shop number {number % 11}"
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (9, 7), (80 * stars, 20, 20)).save(stream, "PNG")
+    image = stream.getvalue() if number % 8 else b"broken"
+    return {"id": str(number), "numbers": numbers, "image": image} | ({"text_en": text} if number % 5 else {})
+
+
+def test_predictors_of_texts_and_images_have_not_seen_the_record(tmp_path: Path) -> None:
+    values = {
+        "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
+        "mixture": [{"source": "mine", "task": "text_regression"}],
+    }
+    records = [review(number) for number in range(240)]
+    source = ListSource("mine", records)
+    content = table_predictors(build(MultimodalRecipe, values, "r.yaml"), {"mine": source}, RunFolder(tmp_path))
+    (table,) = from_bytes(content, "file")
+    assert table.numbers == ["stars", "thumbs"], "each has predictors, although no record shows the other one"
+    for record in records[1:5]:
+        for column, value in record["numbers"].items():
+            found = table.predict(column, {TEXT: record["text_en"]}, fold_of(record))
+            loc, scale, log = found.units
+            assert not log and abs(loc + scale * found.values[0] - value) < 0.5
+
+
+def test_rows_of_predictors_hold_features_of_images_that_can_be_read() -> None:
+    source = ListSource("mine", [review(number) for number in range(40)])
+    rows, folds = predictor_rows(source, [TASKS["record_regression"]])
+    assert len(rows) == len(folds) == 40
+    assert [IMAGE in row for row in rows] == [bool(number % 8) for number in range(40)]
+    assert all(row[IMAGE].ndim == 1 for row in rows if IMAGE in row)
+    assert [TEXT in row for row in rows] == [bool(number % 5) for number in range(40)]
+    without, _ = predictor_rows(ListSource("mine", [{"id": "0", "text_en": "no number"}]), [TASKS["text_regression"]])
+    assert without == []
+    many = ListSource("mine", [review(number) for number in range(1, 5)] * (MAX_IMAGES // 2))
+    assert len(predictor_rows(many, [TASKS["tabular_regression"]])[0]) == len(many), "their images are not shown"

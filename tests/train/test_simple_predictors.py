@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from sklearn.ensemble import HistGradientBoostingRegressor
 
@@ -46,8 +48,12 @@ def made(count: int = 240, seed: int = 0) -> list[Row]:
     return rows
 
 
+def fold(numbers: Any, categories: Any) -> int:
+    return fold_of({"numbers": numbers, "categories": categories})
+
+
 def fit(rows: list[Row], seconds: float) -> TablePredictors | None:
-    folds = np.asarray([fold_of(*row) for row in rows])
+    folds = np.asarray([fold(*row) for row in rows])
     return fit_table([{**numbers, **categories} for numbers, categories in rows], folds, seconds)
 
 
@@ -82,24 +88,29 @@ def test_new_rows_are_predicted_about_as_well_as_expected(table: TablePredictors
 def test_a_row_does_not_influence_what_is_predicted_of_it_in_training(table: TablePredictors):
     rows = made()
     numbers, categories = rows[0]
-    fold = fold_of(numbers, categories)
+    own = fold(numbers, categories)
     # Another value that leaves the row in its fold.
     changed = next(row for value in range(5000, 5100)
-                   if fold_of(row := {**numbers, "step": float(value)}, categories) == fold)  # fmt: skip
+                   if fold(row := {**numbers, "step": float(value)}, categories) == own)  # fmt: skip
     other = fit([(changed, categories), *rows[1:]], seconds=30)
     assert other is not None
     given = {**numbers, **categories}
     for held in range(FOLDS):
         before, after = (one.predict("step", given, held).values for one in (table, other))
         # The scales of columns are fitted to all rows, and differ by a little.
-        assert (np.abs(after[1:] - before[1:]).max() < 0.02) == (held == fold)
+        assert (np.abs(after[1:] - before[1:]).max() < 0.02) == (held == own)
 
 
 def test_equal_rows_share_a_fold_and_folds_are_about_even():
     numbers: dict[str, float | None] = {"a": 1.0, "b": None}
-    assert fold_of(numbers, {}) == fold_of({"b": None, "a": 1.0}, None)
-    counts = np.bincount([fold_of(*row) for row in made(1000)], minlength=FOLDS)
+    assert fold(numbers, {}) == fold({"b": None, "a": 1.0}, None)
+    counts = np.bincount([fold(*row) for row in made(1000)], minlength=FOLDS)
     assert counts.min() > 140
+    for key, values in (("text_en", ("a", "b", "c", "d")), ("extra", ({"note": "a"}, {"note": "b"}, {"note": "c"}))):
+        rated = [{"id": index, "numbers": {"stars": 1.0}, key: value} for index, value in enumerate(values * 2)]
+        assert len({fold_of(row) for row in rated}) > 1 and fold_of(rated[0]) == fold_of(rated[len(values)])
+    images = [{"numbers": {"stars": 1.0}, "image": bytes([value])} for value in range(8)]
+    assert len({fold_of(row) for row in images}) > 1 and fold_of(images[0]) == fold_of(dict(images[0]))
 
 
 def test_trees_predict_as_scikit_learn_does():
@@ -204,3 +215,10 @@ def test_numbers_are_predicted_from_texts_and_images():
     np.testing.assert_array_equal(read.predict("depth", {TEXT: "a rose of 3", IMAGE: red}).values, low.values)
     alone = [table.predict("depth", given) for given in ({TEXT: "a sea"}, {IMAGE: red}, {})]
     assert all(np.isfinite(one.values).all() and one.change >= low.change for one in alone)
+    broken = table.predict("depth", {TEXT: "a sea", IMAGE: b"no image"})
+    np.testing.assert_array_equal(broken.values, alone[0].values, "as without one")
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (200, 20, 20)).save(file, "PNG")
+    for _ in range(2):  # decoded, and from the cache
+        shown = table.predict("depth", {IMAGE: file.getvalue()})
+        np.testing.assert_array_equal(shown.values, table.predict("depth", {IMAGE: red}).values)
