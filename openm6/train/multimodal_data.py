@@ -181,7 +181,7 @@ def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str
     for index, record in enumerate(_readable(source, most)):
         row: dict[str, Any] = {}
         with suppress(DataError):
-            for task, language in ((task, name) for task in tasks for name in task.languages(record)[:1]):
+            for task, language in ((one, name) for one in tasks for name in one.languages(record)[:1]):
                 # Where a task shows no other columns, the one that it asks for differs from record to record.
                 target = task.build(record, Context(language, np.random.default_rng(index))).target
                 row = {**target.options["given"], **row, **target.raw}
