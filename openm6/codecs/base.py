@@ -103,7 +103,7 @@ class QuantizerStats:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A latent after quantizing, B P C, its codes, `inputs` before it and `cells` left of them, B P G D; levels: D."""
+    """A quantized latent B P C, codes B P G, the `inputs` of quantizing and the `cells` left, B P G D; levels D."""
 
     latent: Tensor
     codes: Tensor

@@ -20,8 +20,8 @@ from openm6.core.errors import ConfigError, OutputError
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk, but for Windows, which cannot open folders."""
-    if path.is_dir() and os.name == "nt":
+    """Wait until a file's bytes or a folder's names are on the disk: until then a power cut may undo them."""
+    if path.is_dir() and os.name == "nt":  # cannot open folders, and orders renames by itself
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

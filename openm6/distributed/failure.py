@@ -127,7 +127,7 @@ def open_store(name: str) -> dist.Store:
 
 
 def wait_for(store: dist.Store, key: str) -> None:
-    """Wait for a key, however long it takes, as a collective would fail; TrainingError if the store has gone."""
+    """Wait for a key, however long: a collective would fail after its timeout. TrainingError if the store has gone."""
     try:
         for look in count():
             if store.check([key]):

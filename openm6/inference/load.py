@@ -123,7 +123,7 @@ def precision_of(dtype: str) -> Precision | None:
 
 
 def convert_weights(omni: Omni, precision: Precision) -> None:
-    """Convert a model in place, once, int8: matrices of layers, and a copy of the embedding as head; log its memory."""
+    """Convert a model once, in place (int8: matrices of layers, a copy of the embedding as head); log its memory."""
     if precision == "bfloat16":
         omni.round_weights()
     elif precision == "int8" and omni.text.int8_head is None:
@@ -152,9 +152,13 @@ def weight_bytes(omni: Omni) -> int:
 
 
 def load(
-    path: Path, device: torch.device | str = "auto", num_gpu_layers: int | None = None, host_copy: bool = True,
-    precision: Precision | None = None, compiled: bool = False,
-) -> LoadedModel:  # fmt: skip
+    path: Path,
+    device: torch.device | str = "auto",
+    num_gpu_layers: int | None = None,
+    host_copy: bool = True,
+    precision: Precision | None = None,
+    compiled: bool = False,
+) -> LoadedModel:
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
     With `num_gpu_layers`, only so many layers stay on the device; the others are offloaded, see offloaded.py. Without

@@ -76,7 +76,7 @@ def draw_from(scores: Tensor, quantile: Tensor) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set to -inf what is outside the top k, or the smallest set of mass p, of each row.  # B V, B, B -> B V"""
+    """Set to -inf what is outside the top k (V: all) or the smallest set of mass p (1: all).  # B V, B, B -> B V"""
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     beyond = torch.arange(logits.shape[-1], device=logits.device) >= top_k[:, None]
     mass = ordered.masked_fill(beyond, float("-inf")).softmax(-1)

@@ -80,7 +80,7 @@ def compile_failure(device: torch.device) -> str | None:
 
 
 def failure_of(trial: Callable[[], bool]) -> str | None:
-    """Run a trial, which returns whether it is right; return why it failed, and the remedy; a lost GPU is raised."""
+    """Run a trial that returns whether it is right; return why not, and the remedy; raise if memory or GPU fails."""
     try:
         return None if trial() else "a first small kernel returned a wrong result"
     except (torch.AcceleratorError, torch.OutOfMemoryError):

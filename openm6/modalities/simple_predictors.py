@@ -159,6 +159,8 @@ class TablePredictors:
     ) -> None:
         self.numbers, self.categories, self.arrays = list(numbers), categories, arrays
         self.vocabulary = {word: index for index, word in enumerate(vocabulary)}
+        seen = (TEXT,) * bool(vocabulary) + (IMAGE,) * ("image" in arrays)
+        self.inputs = {*self.numbers, *categories, *seen}
         self.trees: dict[int, Trees] = {}
         for index in range(len(self.numbers)):
             if own := {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{index}/")}:
@@ -238,13 +240,7 @@ class TablePredictors:
         """How many of the columns given predict another one: none without predictors of it."""
         if column not in self.numbers or self.arrays["change"][self.numbers.index(column)] <= 0:
             return 0
-        return sum(name != column and self.is_input(name) for name in given)
-
-    def is_input(self, name: str) -> bool:
-        """Whether something given is an input of predictors."""
-        if name in (TEXT, IMAGE):
-            return bool(self.vocabulary) if name == TEXT else "image" in self.arrays
-        return name in self.numbers or name in self.categories
+        return len((self.inputs & given.keys()) - {column})
 
     def predict(self, column: str, given: Given, fold: int | None = None) -> Prediction:
         """The predictions of a column from others, by models that have not seen the rows of `fold`, if there is one."""

@@ -141,7 +141,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, stats: list[RouterStats]) -> None:
-        """Move the routers' biases towards balance, after each training step; `stats` of one are summed."""
+        """Move routers' biases towards balance after a training step; several `stats` of one router are summed."""
         totals: dict[Router, Tensor] = {}
         for found in stats:
             router = self.blocks[found.layer].router

@@ -39,7 +39,7 @@ def _paper(
     name: str, description: str, width: int, num_layers: int, num_heads: int, hidden: int,
     num_experts: int = 0, num_prototypes: int = 1, moe_layer_freq: int = 1,
 ) -> Preset:  # fmt: skip
-    """A model of the M6 papers: as many key-value heads, GELU; experts as in M6-T: one per prototype, capacity 1.25."""
+    """Of the M6 papers: a key-value head per head, GELU; as in M6-T one expert per prototype, capacity 1.25."""
     experts = ExpertsConfig(
         intermediate_size=hidden, num_experts=num_experts, num_prototypes=num_prototypes, hidden_act="gelu",
         balance="none", router_z_loss_coef=0.0, capacity_factor=1.25,

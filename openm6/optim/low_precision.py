@@ -43,7 +43,7 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
     """Stochastic rounding of fp32 to bf16 (E[result] = x); NaN and infinities are kept, finite values stay finite."""
     shifted = (x.view(torch.int32) + (bits & 0xFFFF)) & -65536
     rounded = shifted.view(torch.float32).clamp(-BF16_LARGEST, BF16_LARGEST)
-    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
+    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)  # bits added to a NaN may make it a number
 
 
 def round_to_levels(x: Tensor, bits: Tensor) -> Tensor:

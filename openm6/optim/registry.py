@@ -1,4 +1,4 @@
-"""The list of optimizers and their parameter groups; adding one is a function and one line."""
+"""The list of optimizers and their parameter groups; adding one is one entry."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, str | None]:
-    """Return one sentence for the errors of a body, and the path of its field: of several forms the best."""
+    """Return one sentence for the errors of a body, and the path of its field: of several forms the deepest."""
     located = [(_path(error, body), error) for error in errors]
     # The type of a part decides before what its fields lack.
     deepest = max((path for path, _ in located), key=len)

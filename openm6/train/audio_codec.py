@@ -27,7 +27,7 @@ NUM_FORMANTS = 5
 
 
 class AudioDataConfig(CodecDataConfig):
-    """How clips are drawn: `voices` by formula, of the rest `mixed` two at once; of all `coloured` by a room."""
+    """Fractions: `voices` by formula, of the rest `mixed` of two; of all `coloured` by a room, `noisy` with noise."""
 
     batch: int = Field(default=32, ge=2)
     seconds: float = Field(default=1.0, gt=0.2)
@@ -124,7 +124,7 @@ class AudioSubject:
         return play(bank.samples, start, end, speed, begin, self.length)
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
-        """Return multi-scale log-mel L1, spectral convergence, log-magnitude; and for the phase a little more."""
+        """Return log-mel L1, spectral convergence, log-magnitude; a little L1 for the phase, which codes lack."""
         config = self.config
         mel = stft = whole = torch.zeros((), device=self.device)
         for size, window in self.windows.items():

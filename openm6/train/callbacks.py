@@ -388,5 +388,5 @@ class Interrupt:
         if not self.requested:
             self.requested = number
             get_log().info("stopping after this step; press Ctrl-C again to stop at once without saving")
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT:  # `timeout` and others send SIGTERM both to a process and to its group
             raise KeyboardInterrupt

@@ -143,7 +143,7 @@ class TrainStep:
         return report
 
     def update_ahead(self, batch: Batch, step: int, total: int | None) -> StepReport | None:
-        """As `update`, but the device decides whether to apply the step; return an unread report of the last."""
+        """As `update`, but the device decides whether to apply it, without a wait; return the last unread report."""
         result, numbers = self._launch(batch, step, total)
         before = self.read_report()  # the device has this step's passes to compute meanwhile
         assert isinstance(self.optimizer, AdamW)

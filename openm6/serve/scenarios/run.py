@@ -226,7 +226,7 @@ def scenarios_json(trained: Path | None = None) -> str:
     library, listed = _listed(trained)
     found = [
         {"domain": library.domain_of[scenario.name], **scenario.model_dump(mode="json")}
-        | ({"ready": able.ready, "needs": list(able.missing), "state": able.text()} if able is not None else {})
+        | ({} if able is None else {"ready": able.ready, "needs": list(able.missing), "state": able.text()})
         for scenario, able in listed
     ]
     return json.dumps({"scenarios": found}, ensure_ascii=False, indent=1)
