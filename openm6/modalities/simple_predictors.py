@@ -151,16 +151,11 @@ class TablePredictors:
     """
 
     def __init__(
-        self,
-        numbers: Sequence[str],
-        categories: Mapping[str, Sequence[str]],
-        arrays: Arrays,
-        vocabulary: Sequence[str] = (),
+        self, numbers: Sequence[str], categories: Mapping[str, Sequence[str]], arrays: Arrays, vocabulary: Sequence[str]
     ) -> None:
         self.numbers, self.categories, self.arrays = list(numbers), categories, arrays
         self.vocabulary = {word: index for index, word in enumerate(vocabulary)}
-        seen = (TEXT,) * bool(vocabulary) + (IMAGE,) * ("image" in arrays)
-        self.inputs = {*self.numbers, *categories, *seen}
+        self.inputs = {*self.numbers, *categories, *[TEXT] * bool(vocabulary), *[IMAGE] * ("image" in arrays)}
         self.trees: dict[int, Trees] = {}
         for index in range(len(self.numbers)):
             if own := {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{index}/")}:
@@ -276,9 +271,8 @@ class TablePredictors:
     def ridge(self, index: int, features: np.ndarray, fold: int) -> tuple[list[float], float]:
         """A column by both degrees, and the smaller of the errors that they expect.  # F ->"""
         usable = np.isfinite(features) & (self.owners != index).all(1)
-        solved = self._ridges.get_or_compute(
-            (index, fold, usable.tobytes()), lambda: self._solve(index, fold, usable)
-        )  # fmt: skip
+        key = (index, fold, usable.tobytes())
+        solved = self._ridges.get_or_compute(key, lambda: self._solve(index, fold, usable))
         mean, target = self.arrays["mean"][fold], self.target(index, bool(self.arrays["log"][index]))
         pairs = zip(solved[:2], solved[2:4], strict=True)
         found = [float(mean[target] + (features[chosen] - mean[chosen]) @ solution) for chosen, solution in pairs]
@@ -300,8 +294,7 @@ class TablePredictors:
 
 def to_bytes(tables: Sequence[TablePredictors]) -> bytes:
     """Tables as a safetensors file."""
-    listed = [{"numbers": one.numbers, "categories": one.categories, "vocabulary": list(one.vocabulary)}
-              for one in tables]  # fmt: skip
+    listed = [{"numbers": x.numbers, "categories": x.categories, "vocabulary": list(x.vocabulary)} for x in tables]
     arrays = {f"{number}/{name}": np.ascontiguousarray(array)
               for number, one in enumerate(tables) for name, array in one.arrays.items()}  # fmt: skip
     return save(arrays, {_TABLES: json.dumps(listed, ensure_ascii=False)})
@@ -318,5 +311,4 @@ def from_bytes(content: bytes, where: str) -> list[TablePredictors]:
     for name, array in arrays.items():
         number, _, own = name.partition("/")
         by_table[int(number)][own] = array
-    return [TablePredictors(one["numbers"], one["categories"], own, one["vocabulary"])
-            for one, own in zip(listed, by_table, strict=True)]  # fmt: skip
+    return [TablePredictors(**one, arrays=own) for one, own in zip(listed, by_table, strict=True)]

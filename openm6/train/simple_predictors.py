@@ -101,8 +101,8 @@ def _empty(rows: Sequence[Given]) -> TablePredictors:
     count = len(kept)
     counted = rows[:: 1 + sum(len(row.get(TEXT, "")) for row in rows) // COUNTED_LETTERS]
     documents = Counter(word for row in counted for word in words_in(row.get(TEXT, "")))
-    common = [word for word, number in documents.most_common(2 * TEXT_WORDS) if 1 < number < len(counted)]
-    vocabulary = common[:TEXT_WORDS]
+    common = documents.most_common(2 * TEXT_WORDS)
+    vocabulary = [word for word, number in common if 1 < number < len(counted)][:TEXT_WORDS]
     arrays: Arrays = {
         "log": np.zeros(count, bool),
         "penalty": np.ones((count, 2)),
