@@ -23,7 +23,7 @@ from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform, with_negatives
 from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
-from openm6.data.records import Record, contents_of
+from openm6.data.records import Record, check_columns, contents_of
 from openm6.data.source import Source
 from openm6.data.sources import PairSource, open_sources
 from openm6.data.windows import WindowSource
@@ -208,6 +208,12 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
                 more = list(_readable(source, SEARCHED))
                 found, looked = [record for record in more if task.languages(record)], len(more)
                 records += found[:1]
+            if not found and source.columns and task.name in recipe.tasks:
+                # Of each text, the column and those in English and Chinese.
+                named, known = recipe.tasks[task.name].columns(), {*source.columns}
+                known |= {column[:-3] for column in known if column.endswith(("_en", "_zh"))}
+                wanted = [*named.get("numbers", ()), *named.get("categories", ()), *named.get("extra", ())[::3]]
+                check_columns(wanted, sorted(known), f"task {task.name}: source {name!r}")
             if not found:
                 raise ConfigError(
                     f"task {task.name} finds nothing to read in source {name!r}: "

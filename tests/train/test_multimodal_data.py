@@ -62,6 +62,31 @@ def test_a_field_that_no_record_has_is_an_error() -> None:
         check([bare(n) for n in range(100)], "text_denoising", "text_classification")
 
 
+@pytest.mark.parametrize(
+    ("field", "target", "sentence"),
+    [
+        ("text", {"number": "prise"}, "task own: source 'mine' has no column 'prise'; did you mean 'price'"),
+        ({"text": "titel"}, {"number": "price"}, "task own: source 'mine' has no column 'titel'; did you mean 'title'"),
+        ("image", {"number": "price"}, "task own finds nothing to read in source 'mine'"),
+        ("audio", {"number": "price"}, "task own finds nothing to read in source 'mine'"),
+    ],
+)
+def test_a_column_of_an_own_task_that_the_data_lack_is_named(field: Any, target: Any, sentence: str) -> None:
+    """A column of photos that are all missing is no missing column."""
+    source = ListSource("mine", [{"id": str(n), "numbers": {"price": 1.0}} for n in range(5)])
+    source.columns = {"photo": ["image"], "price": ["numbers"], "title": ["title"]}
+    task = {"inputs": {"title": field}, "target": target, "prompts": {"en": "{title} Price?"}}
+    values = {
+        "tasks": {"own": task},
+        "sources": {"mine": {"kind": "jsonl", "path": "unread", "fields": {"image": "photo"}}},
+        "mixture": [{"source": "mine", "task": "own"}],
+    }
+    if field == "audio":
+        task |= {"inputs": {"audio": "audio"}, "prompts": {"en": "{audio} Price?"}}
+    with pytest.raises((ConfigError, DataError), match=sentence):
+        check_sources(build(MultimodalRecipe, values, "r.yaml"), {"mine": source})
+
+
 def test_a_source_of_broken_records_says_why() -> None:
     with pytest.raises(DataError, match="all of the 3 records looked at in source 'mine' are broken: mine, row 0"):
         check([None, None, None], "text_classification")
