@@ -40,6 +40,7 @@ from openm6.inference.load import LoadedModel, load, read_texts
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import POOL
+from openm6.modalities.registry import MODALITIES
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import SeriesStats
 from openm6.modalities.simple_predictors import from_bytes
@@ -103,7 +104,10 @@ class MultimodalTraining(TrainingTask):
         self.stem_elements = recipe.modalities.image.stem_elements
         if start is not None:
             start.load_weights(self.omni)
-            freeze(self.omni, recipe.model.freeze)
+            tasks = [recipe.task(component.task) for component in recipe.mixture]
+            found = {slot.modality for task in tasks for slot in (task.target, *task.inputs.values())}
+            chats = MODALITIES if any(task.chat for task in tasks) else ()
+            freeze(self.omni, recipe.model.freeze, {"text", POOL, *found, *chats})
         # In place; tensors on `meta` stay there.
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):
             if not tensor.is_meta:

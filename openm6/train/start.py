@@ -107,9 +107,10 @@ def with_start(
     return recipe.model_copy(update=chosen), values
 
 
-def freeze(omni: Omni, names: list[str]) -> None:
+def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
     """Exclude weights from training by modality, `backbone`, `embeddings` or prefix; ConfigError for another name.
 
+    `used`: the modalities of the mixture, for which something must be left to train.
     Beside modality experts or low-rank adapters, the rest of the backbone belongs to the text, and adapters freeze it.
     """
     parts = {kind: {"series": "numbers"}.get(part := kind.partition("_")[0], part) for kind in omni.adapters}
@@ -127,7 +128,8 @@ def freeze(omni: Omni, names: list[str]) -> None:
             raise ConfigError(f"model.freeze names {name!r}, which no parameter's name begins with; {hint}")
         for parameter in frozen:
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in omni.parameters()):
+    left = [key.split(".") for key, parameter in omni.named_parameters() if parameter.requires_grad]
+    if not any(key[0] == "backbone" or parts[key[1]] in used for key in left):
         raise ConfigError(f"model.freeze={names} leaves nothing to train: take a name out")
 
 

@@ -192,7 +192,9 @@ class TrainStep:
                 self.choose_execution(batch.tokens)
                 self._prepared = True
             result = self.training.loss(batch)
-        result.loss.backward()
+        # Of some batches, frozen weights leave nothing to train.
+        if result.loss.requires_grad:
+            result.loss.backward()
         self.ranks.sum_gradients(self.parameters)
         self.ranks.forget_unused(self.training.optional_parameters())
         return result, self._clip()
@@ -263,7 +265,8 @@ class StepNumbers:
         self._step, self._rate, self._work = step, rate, result.work
         self._layers, self._counts = len(result.loads), counts
         self._metrics = dict(result.metrics)
-        loss, norm = result.loss.detach().float(), norm.detach().float()
+        loss = result.loss.detach().float()
+        norm = norm.detach().to(loss)  # without any gradient, it is on the CPU
         self.skip = loss * 0 + norm * 0
         balance = [*(stats.load_cv for stats in result.loads), *(stats.dropped for stats in result.loads)]
         tensors = (value for value in result.metrics.values() if isinstance(value, Tensor))

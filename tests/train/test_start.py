@@ -145,6 +145,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "frozen noise": ({"model": {"freeze": ["text"]}}, "freeze keeps weights of a start"),
     "unknown part": ({"freeze": ["txt"]}, r"names 'txt', which no .* did you mean 'text'\? \(known: text, image"),
     "all": ({"freeze": ["backbone", "adapters"]}, "leaves nothing to train"),
+    "all that is used": ({"freeze": ["backbone", "text", "numbers"]}, "leaves nothing to train"),
     "other codec": ({"modalities": {"image": {"patch": 16}}}, "modalities.image.patch differs from that of"),
     "other prompts": ({"modalities": {"prompt_attention": "causal"}}, "modalities.prompt_attention differs"),
     "replay of nothing": ({"model": {}, "replay": 0.1}, "replay=0.1 is for the mixture of a start"),
@@ -180,6 +181,16 @@ def test_a_start_of_another_version_and_another_start_are_refused(start: Path, t
         read_model(recipe)
 
 
+def test_a_batch_without_anything_to_train_changes_nothing(start: Path, tmp_path: Path) -> None:
+    """Of record_regression, images may be inputs, and here are none."""
+    recipe = tuned_recipe(start, write_table(tmp_path), steps=2, freeze=["backbone", "text", "numbers"])
+    recipe["mixture"] = [{"source": "penguins", "task": "record_regression"}]
+    recipe["eval"] = {"at_end": False}
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    before, after = weights(start), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def held_out_loss(run: Path, values: dict[str, Any]) -> float:
     """The loss per example of a run on held-out records of a recipe's mixture."""
     loaded: LoadedModel = load(run, "cpu")
@@ -198,7 +209,7 @@ def test_replay_keeps_the_old_task_and_a_start_helps_the_new_one(tmp_path: Path)
         "model": MODEL, "modalities": {"text": {"vocab_size": 400}, "numbers": {"predictors": "none"}},
         "sources": {"penguins": {"kind": "embedded", "name": "penguins"}},
         "mixture": [{"source": "penguins", "task": "tabular_classification"}],
-        "packing": {"batch_size": 4, "seq_len": 128}, "eval": {"at_end": False},
+        "packing": {"batch_size": 2, "seq_len": 128}, "eval": {"at_end": False},
         "loop": loop | {"steps": 80, "optimizer": {"learning_rate": 0.003}},
     }  # fmt: skip
     table = write_table(tmp_path, 300, ("Adelie", "Gentoo"))
@@ -207,7 +218,7 @@ def test_replay_keeps_the_old_task_and_a_start_helps_the_new_one(tmp_path: Path)
             "boxes": {"kind": "csv", "path": str(table), "fields": {"numbers": ["side", "depth"], "label": "shape"}}
         },
         "mixture": [{"source": "boxes", "task": "tabular_classification"}],
-        "loop": loop | {"steps": 40, "optimizer": {"learning_rate": 0.0003}},
+        "loop": loop | {"steps": 40, "optimizer": {"learning_rate": 0.001}},
     }
     tuned = {key: value for key, value in new.items() if key != "modalities"} | {
         "model": {"start": str(tmp_path / "old")}
