@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from openm6.core.errors import ConfigError, DataError, nearest
+from openm6.core.errors import ConfigError, DataError, MissingColumnError, nearest
 from openm6.data.records import COLUMN_KEYS, Fields, Record, RowReader, check_columns
 from openm6.data.table import ArrowTable
 from openm6.data.windows import WindowsConfig
@@ -76,7 +76,10 @@ def predict(
     check_levels(quantile_levels)
     numeric, known = target in loaded.numbers.scales, {*loaded.numbers.scales}
     configs = source_configs(loaded.description.sources, str(loaded.checkpoint))
-    for one in trained_for(loaded, "numbers" if numeric else "text"):
+    failure: DataError | None = None
+    trained = trained_for(loaded, "numbers" if numeric else "text")
+    # Of own data first, and of sources whose columns are known.
+    for one in sorted(trained, key=lambda x: (x.of_start, getattr(configs.get(x.source), "fields", None) is None)):
         task, config = loaded.tasks[one.task], configs.get(one.source)
         own, task_fields = getattr(config, "fields", None), getattr(config, "task_fields", None)
         fields = own or _fields(table.names, loaded, target)
@@ -88,9 +91,13 @@ def predict(
         else:
             labelled = isinstance(task.target, Text) and task.target.name == "label" and fields.label == target
             fits = labelled or (target in mapped and (numeric or task.optional))
-        if not fits:
+        if not fits or (failure and own is None):
             continue
-        records = frame_records(table, fields, target, task_fields)
+        try:
+            records = frame_records(table, fields, target, task_fields)
+        except MissingColumnError as error:  # another source may have others
+            failure = failure or error
+            continue
         found: dict[str, Any] = {}
         if numeric:
             answers = number_answers(loaded, task, records, target)
@@ -105,7 +112,7 @@ def predict(
             texts = dict(zip(examples, answer(loaded, list(examples.values()), MaskedSampling()), strict=True))
             found["predictions"] = [texts.get(row) for row in range(len(records))]
         return type(frame)(found, index=frame.index)
-    raise DataError(f"the model predicts no column {target!r}; {nearest(target, sorted(known))}")
+    raise failure or DataError(f"the model predicts no column {target!r}; {nearest(target, sorted(known))}")
 
 
 def check_levels(levels: Sequence[float]) -> None:

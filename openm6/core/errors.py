@@ -25,6 +25,10 @@ class MissingFieldError(DataError):
     """A record without a field that a task needs: it is skipped for that task, and not broken."""
 
 
+class MissingColumnError(DataError):
+    """A table without a column that is named."""
+
+
 class CheckpointError(OpenM6Error):
     """A checkpoint that is missing, incomplete, of another shape, or could not be written."""
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from openm6.core.config import Config
-from openm6.core.errors import DataError, nearest
+from openm6.core.errors import DataError, MissingColumnError, nearest
 
 Record = dict[str, Any]
 """One row of data. Keys that the row does not fill are absent.
@@ -306,7 +306,7 @@ def listed_columns(key: str, fields: Fields | None, task_fields: Fields | None, 
 
 
 def check_columns(names: Iterable[str], columns: Sequence[str], where: str) -> None:
-    """Raise DataError, with the nearest column, if one of the names is not a column."""
+    """Raise MissingColumnError, with the nearest column, if one of the names is not a column."""
     for column in names:
         if column not in columns:
-            raise DataError(f"{where} has no column {column!r}; {nearest(column, list(columns))}")
+            raise MissingColumnError(f"{where} has no column {column!r}; {nearest(column, list(columns))}")
