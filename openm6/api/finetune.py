@@ -42,10 +42,11 @@ def finetune(
 ) -> OpenM6:
     """Train a model further on your data, and return it.
 
-    start: the folder of a run or checkpoint, or a Hub id
+    start: the folder of a run or checkpoint, a name as of `load`, or a Hub id
     data: a table or folder, as of `openm6 data inspect`; a DataFrame; a recipe as a path or mapping
     target: the column to predict; without one, all that the data allow is learned
-    time_limit: seconds of training; with `steps`, so many steps instead. A recipe that sets `loop.steps` keeps to it
+    time_limit: seconds of training, unless a recipe sets `loop.minutes` or `loop.steps`
+    steps: so many steps instead, also of a recipe
     out: a new folder for the run; without one nothing is left on the disk
     replay: fraction of the examples that are from the mixture of the start, so that it forgets less
     freeze: what keeps its weights, such as "backbone" or "text"
@@ -62,14 +63,16 @@ def finetune(
             raise ConfigError(f"{run.path} is not empty: choose another folder")
         try:
             values = _recipe(data, target, str(start), time_limit / 60, run)
-            named, loop = values.get("model") or {}, values.get("loop") or {}
-            if named.get("start", str(start)) != str(start):
+            named, loop, evaluated = sections = [values.get(name) or {} for name in ("model", "loop", "eval")]
+            if not all(isinstance(section, Mapping) for section in sections):
+                raise ConfigError("model, loop and eval of a recipe are mappings, as in openm6 data inspect")
+            if Path(str(named.get("start") or start)) != Path(start):
                 raise ConfigError(f"the recipe starts from {named['start']}, and not from {start}: name one of them")
             limit = {"steps": "auto", "minutes": time_limit / 60} if steps is None else {"steps": steps}
             values["loop"] = {"seed": seed, **limit, **loop} | (limit if steps is not None else {})
-            values["model"] = {"start": str(start), "freeze": list(freeze) or named.get("freeze", [])}
+            values["model"] = {**named, "start": str(start)} | ({"freeze": list(freeze)} if freeze else {})
             values |= {"replay": replay} if replay else {}
-            values["eval"] = {**(values.get("eval") or {}), "at_end": False}
+            values["eval"] = {**evaluated, "at_end": False}
             return load(train_values(values, "finetune", run, device).checkpoint, device)
         except OpenM6Error:
             if not list_checkpoints(run.checkpoints):

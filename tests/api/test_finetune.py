@@ -52,6 +52,23 @@ def test_a_frame_with_photos_is_kept_in_a_run_that_knows_both(run: Path, folder:
     assert openm6.load(folder / "tuned").predict(old, target="body_mass_g")["predictions"].notna().all()
 
 
+def test_a_column_of_both_is_predicted_from_the_columns_of_the_new_data(run: Path, folder: Path) -> None:
+    """A task of the start has more inputs, and its table more columns."""
+    loop = {"steps": 1, "tensorboard": False}
+    for name, columns in (("full", ["weight", "price", "title"]), ("small", ["weight", "price"])):
+        shop(16)[columns].to_csv(f"{name}.csv", index=False)
+    texts = {"kind": "csv", "path": "full.csv", "fields": {"numbers": ["weight", "price"], "text_en": "title"}}
+    numbers = {"kind": "csv", "path": "small.csv", "fields": {"numbers": ["weight", "price"]}}
+    first = {"sources": {"full": texts}, "mixture": [{"source": "full", "task": "record_regression"}], "loop": loop}
+    then = {"sources": {"small": numbers}, "mixture": [{"source": "small", "task": "tabular_regression"}], "loop": loop}
+    openm6.finetune(run, first, out="first")
+    for replay in (0.5, 0.0):
+        model = openm6.finetune("first", then, replay=replay)
+        assert model.predict(pd.DataFrame({"weight": [1.0]}), "price")["predictions"].notna().all()
+    with pytest.raises(OpenM6Error, match="no column 'weight'"):
+        model.predict(pd.DataFrame({"width": [1.0]}), "price")
+
+
 def test_a_recipe_keeps_what_it_sets(run: Path) -> None:
     fields = {"numbers": ["weight", "price"]}
     shop(16).to_parquet("shop.parquet")
@@ -65,6 +82,10 @@ def test_a_recipe_keeps_what_it_sets(run: Path) -> None:
     assert model.loaded.checkpoint.name == "step-1"
     with pytest.raises(OpenM6Error, match="the recipe starts from other, and not from"):
         openm6.finetune(run, recipe | {"model": {"start": "other"}})
+    adapters = openm6.finetune(run, recipe | {"model": {"start": f"{run}/", "lora": {"r": 8}}})
+    assert adapters.loaded.description.backbone.lora.r == 8
+    with pytest.raises(OpenM6Error, match="has a shape of its own: leave preset out"):
+        openm6.finetune(run, recipe | {"model": {"preset": "nano"}})
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -81,6 +102,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no part": ({"freeze": ["eyes"]}, "model.freeze names 'eyes'"),
     "all replay": ({"replay": 1.0}, "replay: Input should be less than 1"),
     "not empty": ({"out": "."}, r"\. is not empty"),
+    "no mapping": ({"data": {"sources": {}, "loop": 3}, "target": None}, "model, loop and eval .* are mappings"),
     "two targets": ({"data": {"sources": {}}}, "a recipe names its targets itself"),
 }  # fmt: skip
 
