@@ -63,7 +63,7 @@ class Prediction(NamedTuple):
 def fold_of(record: Mapping[str, Any]) -> int:
     """Return the fold of a record, which depends on its values alone: equal ones are in the same fold.
 
-    Texts and images count, too: by a number of few values alone, folds would tell which value it is.
+    Texts and images count, too: by a number of few values alone, folds would depend on the answer.
     """
     columns = [sorted((record.get(key) or {}).items()) for key in ("numbers", "categories")]
     texts = (record.get("text_en"), record.get("text_zh"), *(record.get("extra") or {}).values())
