@@ -212,8 +212,8 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
                 # Of each text, the column and those in English and Chinese.
                 named, known = recipe.tasks[task.name].columns(), {*source.columns}
                 known |= {column[:-3] for column in known if column.endswith(("_en", "_zh"))}
-                wanted = [*named.get("numbers", ()), *named.get("categories", ()), *named.get("extra", ())[::3]]
-                check_columns(wanted, sorted(known), f"task {task.name}: source {name!r}")
+                needed = [*named.get("numbers", ()), *named.get("categories", ()), *named.get("extra", ())[::3]]
+                check_columns(needed, sorted(known), f"task {task.name}: source {name!r}")
             if not found:
                 raise ConfigError(
                     f"task {task.name} finds nothing to read in source {name!r}: "
