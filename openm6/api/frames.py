@@ -20,18 +20,15 @@ from openm6.core.errors import ConfigError, DataError, MissingColumnError, neare
 from openm6.data.records import COLUMN_KEYS, Fields, Record, RowReader, check_columns
 from openm6.data.table import ArrowTable
 from openm6.data.windows import WindowsConfig
-from openm6.evaluate.answers import answer
+from openm6.evaluate.answers import answer, class_scores
 from openm6.evaluate.run import source_configs
-from openm6.inference.engine import score_texts
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
-from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_segments, target_segment
 from openm6.models.description import TrainedTask
 from openm6.tasks.builders import hold_out, hold_out_category, hold_out_number
 from openm6.tasks.own import AnyText, SomeNumbers
-from openm6.tasks.slots import SHORT, Derived, Text
+from openm6.tasks.slots import Derived, Text
 from openm6.tasks.task import Example, Task
 
 if TYPE_CHECKING:
@@ -215,14 +212,9 @@ def class_probabilities(
     loaded: LoadedModel, task: Task, records: Sequence[Record | None], target: str, classes: Sequence[str]
 ) -> np.ndarray:
     """Return probabilities of classes by the likelihoods of their names, equal if a record cannot be asked.  # N K"""
-    parts = [Part("text", name, {"max_tokens": SHORT}) for name in classes]
-    candidates = [target_segment(part, loaded.modalities) for part in parts]
     examples = _examples(task, *_without_category(task, records, target))
-    prompts = [source_segments(example.source, loaded.modalities) for example in examples.values()]
     found = np.full((len(records), len(classes)), 1 / len(classes))
-    nll = score_texts(loaded, prompts, candidates)
-    odds = np.exp(nll.min(1, keepdims=True) - nll)
-    found[list(examples)] = odds / odds.sum(1, keepdims=True)
+    found[list(examples)] = np.exp(class_scores(loaded, list(examples.values()), classes))
     return found
 
 

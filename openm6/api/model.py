@@ -259,7 +259,8 @@ class OpenM6:
         parts = self._input_parts({"prompt": query, "image": image, "audio": audio, "numbers": numbers})
         targets = [self.loaded.text.target(text) for text in candidates]
         (nll,) = score_texts(self.loaded, [source_segments(parts, self.loaded.modalities)], targets)
-        return rank_texts(candidates, nll.tolist(), list(map(len, targets)), normalise)
+        found = self.loaded.numbers.ranking(nll, candidates, list(map(len, targets)), parts)
+        return rank_texts(candidates, [one for one, _ in found], [length for _, length in found], normalise)
 
     def predict(
         self,
@@ -271,9 +272,9 @@ class OpenM6:
         """Return predictions of a column for each row, by the other columns that the model was trained on.
 
         The result has the index of `df`. `predictions` is the median of a number, with a column per quantile level,
-        named by it. Of a category it is the text that the model writes or, with `classes`, the likeliest, with
-        a column of probabilities per class. NaN or None stands where a row lacks what the task needs. Cells of images
-        and audio are paths or bytes of files.
+        named by it. Of a category it is the likeliest of `classes`, with a column of probabilities per class; without
+        `classes` the likeliest of the training if it has simple predictors, or the text that the model writes. NaN or
+        None stands where a row lacks what the task needs. Cells of images and audio are paths or bytes of files.
 
         Raises:
             DataError: the model does not predict this column, one is missing or of several types, or a cell is broken.

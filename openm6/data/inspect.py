@@ -51,6 +51,8 @@ WEIGHTS_BESIDE = {"text_to_image": 0.2, "image_captioning": 0.2}
 # Passes over all that can be asked of few records, from which a run may learn them by heart: then some are for
 # validation, and the run ends early. A run takes about so many tokens, and an example so many without and with media.
 MAX_PASSES, VALIDATION_FRACTION, MIN_RECORDS = 100, 0.1, 50
+# Tasks of labels, and the validation records that they are given of so many, for the weights of simple predictors.
+LABELLED, CALIBRATED, MIN_LABELLED = re.compile("(tabular|record|text)_classification|_categorization"), 150, 500
 TOKENS_PER_MINUTE, TOKENS, MEDIA_TOKENS = 500_000, 40, 100
 # Read for the season of a series: windows, of at most so many rows.
 WINDOWS, MAX_ROWS = 50, 1536
@@ -171,14 +173,15 @@ def _early_stopping(reports: list[DatasetReport], minutes: float) -> dict[str, A
         examples = minutes * TOKENS_PER_MINUTE / (MEDIA_TOKENS if media else TOKENS) * len(report.tasks) / count
         few[report.name] = report.train >= MIN_RECORDS and examples >= MAX_PASSES * report.questions
     # Windows of series are few without harm, as artificial ones are mixed in.
-    if not all(x.validation or (few[x.name] and x.kind != "windows") for x in reports):
-        return {}
+    stops = all(x.validation or (few[x.name] and x.kind != "windows") for x in reports)
     for report in reports:
-        if not report.validation:
-            report.source["validation_fraction"] = VALIDATION_FRACTION
-            report.validation = round(VALIDATION_FRACTION * report.train)
+        labelled = report.train >= MIN_LABELLED and any(LABELLED.search(name) for name in report.tasks)
+        if not report.validation and (stops or labelled):
+            fraction = VALIDATION_FRACTION if stops else round(min(VALIDATION_FRACTION, CALIBRATED / report.train), 3)
+            report.source["validation_fraction"] = fraction
+            report.validation = round(fraction * report.train)
             report.train -= report.validation
-    return {"held_out": {"every": 50}, "early_stopping_patience": 5, "load_best_model_at_end": True}
+    return {"held_out": {"every": 50}, "early_stopping_patience": 5, "load_best_model_at_end": True} if stops else {}
 
 
 def _image_settings(reports: list[DatasetReport], fixed: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,11 +11,14 @@ from openm6.core.errors import DataError
 from openm6.core.seeds import numpy_generator
 from openm6.data.prepare import with_negatives
 from openm6.data.source import Source
-from openm6.inference.engine import generate_texts
+from openm6.inference.engine import generate_texts, score_texts
 from openm6.inference.load import LoadedModel
+from openm6.inference.prefill import Prompt
 from openm6.inference.run import BATCH, Answer, decode_targets
 from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments, target_segment
+from openm6.tasks.slots import SHORT
 from openm6.tasks.task import Example, Task
 
 Converted = TypeVar("Converted")
@@ -49,6 +52,18 @@ def build_examples(
     return examples, converted, errors
 
 
+def class_nll(loaded: LoadedModel, examples: Sequence[Example], classes: Sequence[str]) -> np.ndarray:
+    """Return the negative log-likelihood of the names of classes in answer to each example.  # B L"""
+    candidates = [target_segment(Part("text", name, {"max_tokens": SHORT}), loaded.modalities) for name in classes]
+    return score_texts(loaded, [source_segments(one.source, loaded.modalities) for one in examples], candidates)
+
+
+def class_scores(loaded: LoadedModel, examples: Sequence[Example], classes: Sequence[str]) -> np.ndarray:
+    """Return the log-probability of each class, by the model and by simple predictors if there are any.  # B L"""
+    nll = class_nll(loaded, examples, classes)
+    return loaded.numbers.label_scores(nll, classes, [one.target.options for one in examples])
+
+
 def answer(loaded: LoadedModel, examples: list[Example], sampling: MaskedSampling) -> list[Answer]:
     """One answer per example; all must have targets of the same modality. Inpainting keeps what is visible.
 
@@ -61,9 +76,24 @@ def answer(loaded: LoadedModel, examples: list[Example], sampling: MaskedSamplin
     if modality == "text":
         default = loaded.text.max_tokens
         longest = max(int(example.target.options.get("max_tokens", default)) for example in examples)
-        return list(generate_texts(loaded, prompts, Sampling(max_tokens=longest)))
+        return _answer_texts(loaded, examples, prompts, longest)
     found: list[Answer] = []
     for start in range(0, len(examples), BATCH):
         targets = [target_segment(example.target, loaded.modalities) for example in examples[start : start + BATCH]]
         found += decode_targets(loaded, prompts[start : start + BATCH], modality, targets, sampling)
     return found
+
+
+def _answer_texts(loaded: LoadedModel, examples: list[Example], prompts: list[Prompt], longest: int) -> list[Answer]:
+    """The most probable class of a label that has simple predictors; other answers are generated."""
+    by_classes: dict[tuple[str, ...], list[int]] = {}
+    for index, example in enumerate(examples):
+        label = loaded.numbers.label_predictions(example.target.options)
+        by_classes.setdefault(tuple(label.classes) if label else (), []).append(index)
+    free = by_classes.pop((), [])
+    texts = generate_texts(loaded, [prompts[index] for index in free], Sampling(max_tokens=longest))
+    found: dict[int, Answer] = dict(zip(free, texts, strict=True))
+    for classes, own in by_classes.items():
+        best = class_scores(loaded, [examples[index] for index in own], classes).argmax(1)
+        found |= zip(own, [classes[one] for one in best], strict=True)
+    return [found[index] for index in range(len(examples))]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,10 +39,14 @@ from openm6.modalities.series import (
 )
 from openm6.modalities.simple_predictors import (
     PREDICTIONS,
+    TEXT,
     Given,
+    LabelPrediction,
     Prediction,
     TablePredictors,
+    equal_weights,
     given_columns,
+    log_softmax,
 )
 from openm6.modalities.text import Text
 
@@ -59,18 +63,14 @@ class Numbers(Modality):
     """Reads `{column: value}` or a series; predicts columns or the steps after a series.
 
     `scales` holds location and scale of each column, `series` what is known of those that are read over time, `ridges`
-    what was fitted to their windows, and `widths` the correction of predicted distributions by kind and column.
-    `predictors` are those of each table that has any.
+    what was fitted to their windows, and `widths` the correction of predicted distributions by kind and column, or
+    weights of the model and of each expert by label. `predictors` are those of each table that has any.
     """
 
     name: ClassVar[str] = "numbers"
 
     def __init__(
-        self,
-        text: Text,
-        scales: Scales,
-        series: Mapping[str, SeriesStats],
-        predictors: Sequence[TablePredictors] = (),
+        self, text: Text, scales: Scales, series: Mapping[str, SeriesStats], predictors: Sequence[TablePredictors] = ()
     ) -> None:
         self.text = text
         self.scales = scales
@@ -167,6 +167,44 @@ class Numbers(Modality):
                 if match := re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}: ({longest})(?!\w)", text):
                     found[name] = match[1]
         return found
+
+    def label_predictions(self, options: Options, classes: Iterable[str] = ()) -> LabelPrediction | None:
+        """What simple predictors make of a label, or None. It has these classes, if there are any.
+
+        `options` are those of a target: what is `given`, and the `column` of the label. Without it, the text must name
+        it, unless there are more than two classes, as `yes` and `no` answer many questions.
+        """
+        given, names = options.get("given") or {}, set(classes)
+        # Tables are counted from the last, as those of a start follow new ones.
+        usable = [
+            (len((table.inputs & given.keys()).difference(label.hidden)), number, column)
+            for number, table in enumerate(reversed(self.predictors), 1) for column, label in table.labels.items()
+            if names <= set(label.classes) and (
+                options["column"] in label.hidden if "column" in options
+                else len(names) > 2 or (names and any(x.replace("_", " ") in given.get(TEXT, "") for x in label.hidden))
+            )
+        ]  # fmt: skip
+        most, number, column = max(usable, default=(0, 0, ""))
+        return self.predictors[-number].predict_label(column, given, number) if most else None
+
+    def label_scores(self, nll: np.ndarray, classes: Sequence[str], targets: Sequence[Options]) -> np.ndarray:
+        """Log-probabilities of classes, by the model and by simple predictors if there are any.  # B L -> B L"""
+        found = log_softmax(-nll)
+        for row, options in enumerate(targets):
+            if predicted := self.label_predictions(options, classes):
+                experts = predicted.with_model(found[row], classes)
+                weights = [*self.widths.get(predicted.key, {}).values()] or equal_weights(experts)
+                found[row] = log_softmax(np.asarray(weights) @ experts)
+        return found
+
+    def ranking(
+        self, nll: Sequence[float], texts: Sequence[str], lengths: Sequence[int], parts: Sequence[Part]
+    ) -> list[tuple[float, int]]:
+        """Nats and length of each text after a prompt, the length 1 if they are classes of a label with predictors."""
+        options = {"given": self.given(parts)}
+        if len(texts) > 1 and self.label_predictions(options, texts) is not None:
+            nll, lengths = -self.label_scores(np.asarray([nll]), texts, [options])[0], [1] * len(texts)
+        return list(zip(map(float, nll), lengths, strict=True))
 
     def _prediction(self, column: str, given: Given, fold: int | None) -> Prediction:
         """What simple predictors make of a column from others; without any, its middle and scale."""

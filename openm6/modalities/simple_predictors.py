@@ -1,11 +1,11 @@
 """Simple predictors of the columns of a source from what a record holds: linear models and boosted trees.
 
-They are fitted before training (train/simple_predictors.py), once to all rows and once without each fold of them, so
-that a training example sees predictions of models that have not seen its row. Here they are read and applied.
+train/simple_predictors.py fits those of numbers to all rows and without each fold, so that a training example sees
+models that have not seen its row, and those of labels, which have no part in training. Here they are read and applied.
 """
 
 # Letters: R rows, C number columns, E columns of words and images, Q categories, F features, K folds, M predictions,
-# T trees, N nodes
+# T trees, N nodes, V vocabulary, L labels
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -36,12 +35,15 @@ MAX_PRODUCTS = 16  # columns of a table whose products are features
 CACHE_BYTES = 2**25
 _TABLES = "tables"
 TEXT, IMAGE = "\0text", "\0image"  # in what is given: all texts but categories, and an image
-MAX_LETTERS = 8_000  # of the texts of a row that are read
+MAX_LETTERS, TEXT_WORDS = 8_000, 128  # of the texts of a row that are read; words of the vocabulary that are columns
 SIDE, CELLS, TURNS, LEVELS = 32, 4, 8, 4  # of images: pixels and cells of a side, directions, levels of a colour
 IMAGE_FEATURES = CELLS**2 * TURNS + LEVELS**3
+EXPERTS = ("columns", "text", "image", "trees")  # what labels are predicted from; trees take all of it
+LEAST = math.log(1e-4)  # of the logarithm of a probability
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 _CELL = np.add.outer(np.arange(SIDE) * CELLS // SIDE * CELLS, np.arange(SIDE) * CELLS // SIDE) * TURNS
 
+Words = Mapping[str, Sequence[str]]  # of each category
 Given = Mapping[str, Any]
 """Values by column: numbers and categories; besides TEXT, and IMAGE or its features."""
 
@@ -108,10 +110,10 @@ def image_features(raw: Any) -> np.ndarray:
 
 
 class Trees:
-    """Boosted trees of one column, K times T of N nodes each.
+    """Boosted trees of one column, K times T of N nodes each; the outputs of a label take turns.
 
     A node sends a row to the `left` if its `feature` is at most `threshold`, or missing and `missing_left`; a leaf
-    sends it to itself. `words` are the inputs that stand for the words of categories.  # K T N, of baseline K
+    sends it to itself. `words` are the inputs that stand for the words of categories.  # K T N, of baseline K outputs
     """
 
     def __init__(self, arrays: Arrays) -> None:
@@ -121,45 +123,67 @@ class Trees:
         self.feature, self.threshold, self.missing_left, self.value = (
             arrays[name].ravel() for name in ("feature", "threshold", "missing_left", "value")
         )
-        self.baseline, self.words, self.depth = arrays["baseline"], arrays["words"], 0
+        self.baseline, self.words, self.depth = arrays["baseline"].reshape(folds, -1), arrays["words"], 0
         nodes = offset.ravel()
         while len(inner := nodes[self.left[nodes] != nodes]):
             nodes = np.concatenate([self.left[inner], self.right[inner]])
             self.depth += 1
 
     def predict(self, fold: int, inputs: np.ndarray) -> np.ndarray:
-        """Sums over the trees of a fold, as scikit-learn's predictions.  # R F -> R"""
+        """Sums over the trees of a fold, as scikit-learn's raw predictions.  # R F -> R outputs"""
         first = (fold * self.count + np.arange(self.count)) * self.size
         node, row = np.tile(first, (len(inputs), 1)), np.arange(len(inputs))[:, None]
         for _ in range(self.depth):
             seen = inputs[row, self.feature.take(node)]
             goes_left = (seen <= self.threshold.take(node)) | (np.isnan(seen) & self.missing_left.take(node))
             node = np.where(goes_left, self.left.take(node), self.right.take(node))
-        return self.value.take(node).sum(1) + self.baseline[fold]
+        own = self.value.take(node).reshape(len(inputs), -1, self.baseline.shape[1])
+        return own.swapaxes(1, 2).sum(2) + self.baseline[fold]
+
+
+class LabelPrediction(NamedTuple):
+    """Log-probabilities of classes by each expert, zeros if nothing is given of it; `key` is that of its weights."""
+
+    key: str
+    classes: list[str]
+    experts: np.ndarray  # M L
+
+    def with_model(self, own: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+        """Log-probabilities of some classes, those of the model before those of the experts.  # L -> M+1 L"""
+        return np.stack([np.maximum(own, LEAST), *self.experts[:, [self.classes.index(name) for name in classes]]])
+
+
+class Label(NamedTuple):
+    """A category or a label that is predicted: its classes, and the columns that equal it and that it stands for."""
+
+    classes: list[str]
+    hidden: list[str]
 
 
 class TablePredictors:
-    """The predictors of the number columns of one source.
+    """The predictors of the number columns and the labels of one source.
 
     Features of linear models are numbers, logarithms of those that are positive, words of categories, and products of
     two numbers. The most frequent words of texts, and components of images, are E more columns that are never missing
     one by one. arrays: `scale` (C+E 4), location and scale of each number and of its logarithm, NaN if it has none;
     `mean` (K+1 F) and `covariance` (K+1 F F) of the features without each fold, then with all rows; by column:
     `log`, whether its logarithm is predicted, `penalty` (C 2) of ridge, `weight` (C M-1) in the blend, `change` (0:
-    no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `image`, the components of image
-    features and, last, their mean.
+    no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `idf` (V); `image`, the components of
+    image features and, last, their mean; `label COLUMN EXPERT` (L F+1), a linear model, and `label COLUMN trees/name`.
     """
 
     def __init__(
-        self, numbers: Sequence[str], categories: Mapping[str, Sequence[str]], arrays: Arrays, vocabulary: Sequence[str]
+        self, numbers: Sequence[str], categories: Words, arrays: Arrays, vocabulary: Sequence[str], labels: Any = None
     ) -> None:
         self.numbers, self.categories, self.arrays = list(numbers), categories, arrays
+        self.codes = [{word: code for code, word in enumerate(words)} for words in categories.values()]
         self.vocabulary = {word: index for index, word in enumerate(vocabulary)}
         self.inputs = {*self.numbers, *categories, *[TEXT] * bool(vocabulary), *[IMAGE] * ("image" in arrays)}
-        self.trees: dict[int, Trees] = {}
-        for index in range(len(self.numbers)):
-            if own := {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{index}/")}:
-                self.trees[index] = Trees(own)
+        self.labels = {name: Label(*label) for name, label in (labels or {}).items()}
+        self.trees: dict[int | str, Trees] = {}
+        for name in (*range(len(self.numbers)), *(f"label {name} trees" for name in self.labels)):
+            if own := {key.rpartition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{name}/")}:
+                self.trees[name] = Trees(own)
         self._ridges = LRUCache[tuple[np.ndarray, ...]](CACHE_BYTES)
         self._images = LRUCache[np.ndarray](CACHE_BYTES)
         count, first = len(arrays["scale"]), len(self.numbers)
@@ -171,11 +195,6 @@ class TablePredictors:
         # The columns that each feature depends on, categories after numbers.  # F 2
         self.owners = np.concatenate([np.stack([single, single], 1), np.stack(self.pairs, 1)])
 
-    @cached_property
-    def codes(self) -> list[dict[str, int]]:
-        """The number of each word of each category."""
-        return [{word: code for code, word in enumerate(words)} for words in self.categories.values()]
-
     def read(self, rows: Sequence[Given]) -> tuple[np.ndarray, np.ndarray]:
         """Numbers, NaN if missing, and codes of categories: -1 missing, -2 not among the words.  # R C, R Q"""
         own = [[row.get(name) for name in self.numbers] for row in rows]
@@ -186,7 +205,7 @@ class TablePredictors:
         codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
         columns = [np.asarray(values, float).reshape(len(rows), -1)]
         if self.vocabulary:
-            columns.append(np.stack([self.words(row) for row in rows]))
+            columns.append(np.stack([self.words(row)[:TEXT_WORDS] for row in rows]))
         if "image" in self.arrays:
             *basis, mean = self.arrays["image"]
             columns.append((np.stack([self.image(row) for row in rows]) - mean) @ np.stack(basis, 1))
@@ -249,7 +268,7 @@ class TablePredictors:
             trees = self.trees[index]
             inputs = {one: self.tree_inputs(index, trees.words[one], values, codes)
                       for one in (range(FOLDS) if fold is None else (fold,))}  # fmt: skip
-            found[-1] = float(np.mean([trees.predict(one, x) for one, x in inputs.items()]))
+            found[-1] = float(np.mean([trees.predict(one, x)[:, 0] for one, x in inputs.items()]))
         clipped = np.clip(found, *self.arrays["range"][index])
         with_all = self.ridge(index, np.zeros(len(features)), moments)[1]
         ratio = max(1.0, error / max(with_all, 1e-9))
@@ -291,10 +310,49 @@ class TablePredictors:
             left.append(max(covariance[target, target] - right @ solutions[-1], 0.0))
         return (*features, *solutions, np.sqrt(min(left)))
 
+    def label_inputs(self, label: Label, rows: Sequence[Given]) -> dict[str, np.ndarray]:
+        """What each expert predicts a label from, NaN where nothing is given.  # -> R F"""
+        shown = [{name: value for name, value in row.items() if name not in label.hidden} for row in rows]
+        values, codes = self.read(shown)
+        features = self.features(values, codes)[:, : self.num_single]
+        owner, first = self.owners[: self.num_single, 0], len(self.numbers)
+        text = np.stack([self.words(row) for row in shown]) * self.arrays["idf"]
+        return {
+            "columns": features[:, (owner < first) | (owner >= values.shape[1])],
+            "text": text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-9),
+            "image": np.stack([self.image(row) for row in shown]),
+            "trees": np.concatenate([values, np.where(codes < 0, np.nan, codes)], 1),
+        }
+
+    def predict_label(self, column: str, given: Given, number: int = 1) -> LabelPrediction:
+        """What each expert makes of a label; `number` is that of this source in the key of the weights."""
+        label = self.labels[column]
+        found = np.zeros((len(EXPERTS), len(label.classes)))
+        for expert, (name, x) in enumerate(self.label_inputs(label, [given]).items()):
+            key = f"label {column} {name}"
+            if np.isfinite(x).any() and (key in self.trees or key in self.arrays):
+                linear = self.arrays.get(key)
+                logits = self.trees[key].predict(0, x)[0] if linear is None else linear @ [*np.nan_to_num(x[0]), 1]
+                logits = np.append(-logits, logits) / 2 if len(logits) == 1 else logits
+                found[expert] = np.maximum(log_softmax(logits), LEAST)
+        return LabelPrediction(f"label {number} {column} {''.join(map(str, 1 * found.any(1)))}", label.classes, found)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of the last axis.  # … L -> … L"""
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def equal_weights(experts: np.ndarray) -> np.ndarray:
+    """Weights of equal parts of those that predict anything.  # M+1 L -> M+1"""
+    return np.full(len(experts), 1 / max(1, experts.any(1).sum()))
+
 
 def to_bytes(tables: Sequence[TablePredictors]) -> bytes:
     """Tables as a safetensors file."""
-    listed = [{"numbers": x.numbers, "categories": x.categories, "vocabulary": list(x.vocabulary)} for x in tables]
+    listed = [{"numbers": x.numbers, "categories": x.categories, "vocabulary": list(x.vocabulary), "labels": x.labels}
+              for x in tables]  # fmt: skip
     arrays = {f"{number}/{name}": np.ascontiguousarray(array)
               for number, one in enumerate(tables) for name, array in one.arrays.items()}  # fmt: skip
     return save(arrays, {_TABLES: json.dumps(listed, ensure_ascii=False)})

@@ -48,7 +48,7 @@ class CheckpointConfig(Config):
     scales: dict[str, tuple[float, float]]
     series: dict[str, SeriesStats] = {}
     ridges: dict[str, tuple[str, str]] = {}  # of series, as text
-    widths: dict[str, dict[str, float]] = {}  # of predicted distributions, by kind and column
+    widths: dict[str, dict[str, float]] = {}  # of predicted distributions, by kind and column; weights of labels
     trained_tasks: list[TrainedTask]
     tasks: dict[str, Any] = {}  # own ones among them, as in the recipe
     embedding: PoolConfig | None = None  # None: no trained task makes embeddings

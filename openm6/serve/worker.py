@@ -268,7 +268,8 @@ class Worker:
             position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
             if isinstance(prepared.request, RankRequest):
                 nll = score_candidates(omni, self.slots, slot, position, prepared.targets)
-                value = list(zip(nll, map(len, prepared.targets), strict=True))
+                asked, lengths = prepared.request, list(map(len, prepared.targets))
+                value = self.loaded.numbers.ranking(nll, asked.candidates, lengths, asked.parts)
             else:
                 value = predict_numbers(omni, self.slots, [slot], [position], prepared.targets)[0]
         self._end(handle, value, sum(map(len, prepared.targets)))

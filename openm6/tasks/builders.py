@@ -163,7 +163,7 @@ def hold_out_category(record: Record, context: Context, column: str | None = Non
     values = categories(record)
     column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
     answer = values[column]
-    target = Part("text", answer, {"max_tokens": SHORT})
+    target = Part("text", answer, {"max_tokens": SHORT, "column": column})
     return Built(_shown(record, context, column, answer), target, f"{column}={answer}", {"column": _words(column)})
 
 

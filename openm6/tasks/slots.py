@@ -94,7 +94,10 @@ class Text(Slot):
         return bool(self.value(record, language))
 
     def part(self, record: Record, language: str) -> Part:
-        return Part("text", as_text(self.value(record, language)), {"max_tokens": self.max_tokens})
+        column = f"{self.name}_zh" if self.name == "label" and language == "zh" else self.name
+        # A short text is a label, but for answers to questions of any kind.
+        named = {"column": column} if self.max_tokens <= SHORT and self.name != "answer" else {}
+        return Part("text", as_text(self.value(record, language)), {"max_tokens": self.max_tokens, **named})
 
     def key(self, record: Record, language: str) -> str:
         return as_text(self.value(record, language))

@@ -161,6 +161,11 @@ class Task:
         # The dataclass is frozen for its users.
         self.__dict__.update(derived)
 
+    @property
+    def may_be_label(self) -> bool:
+        """Whether its answers are short texts that are compared as a whole."""
+        return self.output_modality == "text" and self.metrics == ("exact_match",) and not self.needs_negatives
+
     def languages(self, record: Record) -> list[str]:
         """Languages in which this record has an example; a spoken record is bound to the language it is spoken in."""
         spoken = (record.get("extra") or {}).get("spoken_language")
@@ -189,7 +194,7 @@ class Task:
             or (slot.present(record, context.language) and not isinstance(slot, Derived))
         }
         target = built.target
-        if target.modality == "numbers" and isinstance(target.raw, Mapping):
+        if "column" in target.options or (target.modality == "numbers" and isinstance(target.raw, Mapping)):
             fold = fold_of(record) if context.train else None
             options = {**target.options, "given": given_columns(inputs.values()), "fold": fold}
             target = replace(target, options=options)

@@ -1,4 +1,4 @@
-"""Calibration after training: how much wider or narrower predicted distributions must be, by validation records."""
+"""Calibration after training by validation records: widths of distributions, weights of predictions of labels."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ import numpy as np
 from openm6.core.log import get_log
 from openm6.data.prepare import example_sequence
 from openm6.data.sources import open_sources
-from openm6.evaluate.answers import answer, build_examples
+from openm6.evaluate.answers import answer, build_examples, class_nll
 from openm6.evaluate.results import true_values
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram, fit_width
 from openm6.modalities.registry import Modalities
 from openm6.modalities.series import NumberSeries
+from openm6.modalities.simple_predictors import EXPERTS, LabelPrediction, equal_weights, log_softmax
 from openm6.tasks.task import Example
 from openm6.train.recipe import MultimodalRecipe
 
 CALIBRATED = 200  # validation records of a source
+# Of the weights of labels: the most, and how strongly they are drawn to equal ones.
+MAX_WEIGHT, PRIOR_RECORDS = 3.0, 2.0
 # The width without validation records: the future of a series differs from all that was seen of it.
 PRIORS = {"numbers_out": 1.0, "series_out": 1.25}
 
 
 def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> list[list[Example]]:
-    """Return validation records as examples of each part of the mixture that predicts numbers, without broken ones."""
-    parts = [part for part in recipe.mixture if recipe.task(part.task).output_modality == "numbers"]
+    """Return validation records as examples of each part of the mixture that is calibrated, without broken ones."""
+    parts = [part for part in recipe.mixture
+             if (task := recipe.task(part.task)).output_modality == "numbers" or task.may_be_label]  # fmt: skip
     # All sources, since pairs are of others.
     sources = open_sources(recipe.sources, "validation") if parts else {}
     check = partial(example_sequence, modalities=modalities)
-    made = (build_examples(recipe.task(part.task), sources[part.source], CALIBRATED, (0, "calibration"), check)
-            for part in parts)  # fmt: skip
-    return [examples for examples, _, _ in made]
+    return [build_examples(recipe.task(part.task), sources[part.source], CALIBRATED, (0, "calibration"), check)[0]
+            for part in parts]  # fmt: skip
 
 
 def fit_widths(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dict[str, dict[str, float]]:
-    """Return the width of each number column that the examples of each task hold.
+    """Return the width of each number column that the examples of each task hold, and the weights of labels.
 
-    Those of rows and of series are apart, by the kind of their tokens. The central 80 % interval then holds 80 % of
+    Widths of rows and of series are apart, by the kind of their tokens. The central 80 % interval then holds 80 % of
     their values, as far as these are many.
     """
-    needed: dict[tuple[str, str], list[float]] = {}
-    blocks: dict[tuple[str, str], set[str]] = {}
+    needed: dict[tuple[str, str], list[tuple[float, str]]] = {}
     training = loaded.omni.training
     loaded.omni.eval()
-    for examples in calibration:
+    for examples in (one for one in calibration if one and one[0].target.modality == "numbers"):
         for example, histogram in zip(examples, answer(loaded, examples, MaskedSampling()), strict=True):
             assert isinstance(histogram, Histogram)
             kind = "series_out" if isinstance(example.target.raw, NumberSeries) else "numbers_out"
@@ -54,14 +56,45 @@ def fit_widths(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dic
             seen = np.isfinite(values)
             ratios = histogram.width_needed(values[seen]).tolist()
             for name, ratio in zip(np.asarray(names)[seen].tolist(), ratios, strict=True):
-                needed.setdefault((kind, name), []).append(ratio)
-                blocks.setdefault((kind, name), set()).add(example.block or example.record_id)
+                needed.setdefault((kind, name), []).append((ratio, example.block or example.record_id))
+    weights = _fit_label_weights(loaded, calibration)
     loaded.omni.train(training)
     found: dict[str, dict[str, float]] = {}
-    for (kind, column), ratios in sorted(needed.items()):
-        found.setdefault(kind, {})[column] = fit_width(np.asarray(ratios), len(blocks[kind, column]), PRIORS[kind])
+    for (kind, column), pairs in sorted(needed.items()):
+        ratios, blocks = np.asarray([ratio for ratio, _ in pairs]), {block for _, block in pairs}
+        found.setdefault(kind, {})[column] = fit_width(ratios, len(blocks), PRIORS[kind])
     for kind, widths in found.items():
         listed = ", ".join(f"{name} {width:.2f}" for name, width in widths.items())
         name = {"numbers_out": "rows", "series_out": "series"}[kind]
         get_log().info(f"intervals of {name} by validation records, in widths of those predicted: {listed}")
-    return found
+    return found | weights
+
+
+def _fit_label_weights(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dict[str, dict[str, float]]:
+    """Return the weights of the model's and of simple log-probabilities of labels, by what is given of them."""
+    # scipy takes a second to import: only a training with labels needs it.
+    from scipy.optimize import minimize  # noqa: PLC0415
+
+    asked: dict[str, list[tuple[Example, LabelPrediction]]] = {}
+    for example in (example for examples in calibration for example in examples):
+        predicted = loaded.numbers.label_predictions(example.target.options)
+        if predicted is not None and example.answer in predicted.classes:
+            asked.setdefault(predicted.key, []).append((example, predicted))
+    weights = {}
+    for key, pairs in sorted(asked.items()):
+        classes = pairs[0][1].classes
+        own = log_softmax(-class_nll(loaded, [example for example, _ in pairs], classes))
+        experts = np.stack([one.with_model(row, classes) for row, (_, one) in zip(own, pairs, strict=True)])  # R M+1 L
+        loss = partial(_label_loss, experts=experts, truth=np.asarray([classes.index(one.answer) for one, _ in pairs]))
+        fitted = minimize(loss, equal_weights(experts[0]), bounds=[(0, MAX_WEIGHT)] * experts.shape[1]).x.tolist()
+        weights[key] = dict(zip(("model", *EXPERTS), fitted, strict=True))
+        listed = ", ".join(f"{name} {one:.2f}" for name, one in weights[key].items())
+        get_log().info(f"{key}: weights by {len(pairs)} validation records: {listed}")
+    return weights
+
+
+def _label_loss(weights: np.ndarray, experts: np.ndarray, truth: np.ndarray) -> float:
+    """The mean log loss, and how far the weights are from equal ones.  # M+1, R M+1 L, R"""
+    far = ((weights - equal_weights(experts[0])) ** 2).sum() * PRIOR_RECORDS / len(truth)
+    scores = log_softmax(np.einsum("m,rml->rl", weights, experts))
+    return float(far - scores[np.arange(len(truth)), truth].mean())

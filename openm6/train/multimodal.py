@@ -350,8 +350,7 @@ class MultimodalTraining(TrainingTask):
             widths = fit_widths(loaded, self._calibration)
             # Of columns of a start, those it had.
             before = self.description.widths
-            widths = {kind: before.get(kind, {}) | widths.get(kind, {}) for kind in before | widths}
-            self.numbers.widths = widths
+            self.numbers.widths = widths = {k: before.get(k, {}) | widths.get(k, {}) for k in before | widths}
             self.description = self.description.model_copy(update={"widths": widths})
         files: dict[str, str | bytes] = {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
         return files | ({PREDICTORS_FILE: self.predictors} if self.predictors else {})

@@ -36,10 +36,10 @@ from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_
 from openm6.modalities.simple_predictors import IMAGE, TablePredictors, fold_of, image_features, to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
-from openm6.tasks.slots import Context
+from openm6.tasks.slots import Context, Derived, categories, pinned
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.simple_predictors import MAX_ROWS, fit_table
+from openm6.train.simple_predictors import MAX_ROWS, Labels, fit_table
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
@@ -143,8 +143,8 @@ def table_predictors(
 
     Those `known` follow: if columns are in both, the new ones predict them.
 
-    A source has predictors if a task predicts one of its numbers. Pairs have none: a row comes back with other partners
-    in later epochs, and would be in several folds.
+    A source has predictors if a task predicts one of its numbers, or a label. Pairs have none: a row comes back with
+    other partners in later epochs, and would be in several folds.
     """
     if checkpoints := list_checkpoints(run.checkpoints):
         kept = checkpoints[-1] / PREDICTORS_FILE
@@ -152,8 +152,8 @@ def table_predictors(
     predicted: dict[str, list[Task]] = {}
     for component in recipe.mixture:
         task, source = recipe.task(component.task), sources.get(component.source)
-        fits = task.output_modality == "numbers" and "series" not in task.inputs and not task.chat
-        if fits and source is not None and not isinstance(source, PairSource):
+        fits = (task.output_modality == "numbers" or task.may_be_label) and "series" not in task.inputs
+        if fits and not task.chat and source is not None and not isinstance(source, PairSource):
             predicted.setdefault(component.source, []).append(task)
     minutes = recipe.loop.minutes or DEFAULT_MINUTES
     seconds = {"auto": FITTING_FRACTION * 60 * minutes / max(1, len(predicted)), "ridge": 0.0}
@@ -161,37 +161,44 @@ def table_predictors(
     kind = recipe.modalities.numbers.predictors
     for name, tasks in predicted.items() if kind in seconds else ():
         began = time.monotonic()
-        rows, folds = predictor_rows(sources[name], tasks)
-        if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind])):
+        rows, folds, labels = predictor_rows(sources[name], tasks)
+        if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind], labels)):
             tables.append(table)
             get_log().info(
-                f"source {name}: simple predictors of {len(table.numbers)} columns, trees for "
-                f"{len(table.trees)} of them, fitted to {len(rows):,} records in {time.monotonic() - began:.1f} s"
+                f"source {name}: simple predictors of {len(table.numbers)} numbers and {len(table.labels)} labels, "
+                f"trees for {len(table.trees)}, fitted to {len(rows):,} records in {time.monotonic() - began:.1f} s"
             )
     tables += known
     return to_bytes(tables) if tables else b""
 
 
-def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return records as simple predictors see them, what tasks show or ask for, and their folds."""
+def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str, Any]], list[int], Labels]:
+    """Return records as simple predictors see them, what tasks show or ask for, their folds, and their labels."""
     shown = any(slot.modality == "image" for task in tasks for slot in task.inputs.values())
     sizes = [len(record.get("image") or b"") for record in _readable(source, SAMPLED) if shown]
     most = min(MAX_IMAGES, IMAGE_BYTES // max(1, int(np.mean(sizes)))) if any(sizes) else MAX_ROWS
-    rows, folds = [], []
+    rows, folds, labels = [], [], []
     for index, record in enumerate(_readable(source, most)):
-        row: dict[str, Any] = {}
+        row, named = dict[str, Any](), dict[str, str]()
         with suppress(DataError):
             for task, language in ((one, name) for one in tasks for name in one.languages(record)[:1]):
                 # Where a task shows no other columns, the one that it asks for differs from record to record.
                 target = task.build(record, Context(language, np.random.default_rng(index))).target
-                row = {**target.options["given"], **row, **target.raw}
+                row = {**target.options.get("given", {}), **row}
+                if target.modality == "numbers":
+                    row |= target.raw
+                elif "column" in target.options:
+                    any_category = isinstance(task.target, Derived) and not pinned(record)
+                    named |= categories(record) if any_category else {target.options["column"]: target.raw}
+            row |= {name: named[name] for name in categories(record) if name in named}
         image = row.pop(IMAGE, None)
         with suppress(DataError):
             row |= {} if image is None else {IMAGE: image_features(image)}
         if row:
             rows.append(row)
             folds.append(fold_of(record))
-    return rows, folds
+            labels.append(named)
+    return rows, folds, labels
 
 
 def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> None:

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ from openm6.modalities.simple_predictors import (
     IMAGE,
     PREDICTIONS,
     TEXT,
+    TEXT_WORDS,
     Given,
+    Label,
     TablePredictors,
     Trees,
     words_in,
 )
 
+Labels = Sequence[Mapping[str, str]]  # of each row, by column
 MAX_ROWS, MIN_ROWS = 8_000, 20  # of a table, and those with a value of the column
 MAX_COLUMNS = 64
 # Words of a category and of all categories that are features, and the rows each of them is in.
@@ -39,28 +43,39 @@ PRIOR_ROWS = 10  # of the mean of a word
 # Measured on one core: seconds of a step of boosting, and of each of its inputs and rows.
 STEP_SECONDS, CELL_SECONDS = 1.5e-3, 2e-8
 KEPT_COLUMNS = (0.2, 1.0)  # in the copies of rows that trees are fitted to as well
-TEXT_WORDS, IMAGE_COMPONENTS = 128, 32  # that are columns
+MAX_VOCABULARY, IMAGE_COMPONENTS = 2048, 32  # words for labels
 COUNTED_LETTERS = 2**22  # of texts in which words are counted, in a second and some 100 MB
+# Labels: most classes, rows of each, rows that a column equals it in, and inverse penalties of the linear models.
+MAX_CLASSES, MIN_CLASS_ROWS, SAME = 50, 2, 0.98
+INVERSE_PENALTY = {"columns": 1.0, "text": 10.0, "image": 20.0}
+# Of the time of a label, for each linear model, and measured on one core: seconds of an iteration per input and class.
+LINEAR_FRACTION, LINEAR_SECONDS, ITERATIONS = 0.15, 4e-9, (30, 300)
 
 
-def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float) -> TablePredictors | None:
-    """Predictors of each number column from all else that a row holds, None if no column has any; `fold` of each row.
+def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: Labels = ()) -> TablePredictors | None:
+    """Predictors of each number column and label from all else that a row holds, None if nothing has any.
 
-    Trees take about `seconds`, by an estimate from the sizes: the same rows always have the same predictors.
+    `fold` and `labels` are of each row. All take `seconds`, by an estimate that the same rows always have.
     """
-    table = _empty(rows)
-    others = len(table.categories) + bool(table.vocabulary) + ("image" in table.arrays)
-    if not table.numbers or len(table.numbers) + others < 2:
+    table = _empty(rows, MAX_VOCABULARY if any(labels) else TEXT_WORDS)
+    columns = sorted({column for row in labels for column in row}, key=lambda name: (name in table.categories, name))
+    inputs = len(table.numbers) + len(table.categories) + bool(table.vocabulary) + ("image" in table.arrays)
+    if inputs < 2 - bool(columns):
         return None
     values, codes = table.read(rows)
     # Columns of words and images, in units of their own.
     more = values[:, len(table.numbers) :]
     table.arrays["scale"][len(table.numbers) :, :2] = np.stack([np.nanmean(more, 0), np.nanstd(more, 0) + 1e-9], 1)
+    per_target = seconds / max(1, len(columns) + len(table.numbers))
+    for column in columns:
+        if not any(column in label.hidden for label in table.labels.values()):  # equal ones have the same
+            _fit_label(table, column, rows, labels, per_target)
+    seconds = per_target * len(table.numbers)
     seen = np.isfinite(values[:, : len(table.numbers)])
     fitted = [index for index in range(len(table.numbers))
               if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1]  # fmt: skip
     features = table.features(values, codes)
-    table.arrays |= _moments(features, fold)
+    table.arrays |= _moments(features, fold) if fitted else {}
     found = {index: _fit_ridge(table, index, values[:, index], features, fold) for index in fitted}
     blended = {index: _blend(table, index, *found[index]) for index in fitted}
     cells = 2 * min(len(values), MAX_TREE_ROWS) * (values.shape[1] + codes.shape[1])
@@ -70,12 +85,56 @@ def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float) -> TableP
     worst = sorted(fitted, key=lambda index: -blended[index])[: int(seconds / (step * steps))]
     for index in sorted(worst):
         truth, predicted = found[index]
-        own = _fit_trees(table, index, values, codes, fold, truth, steps)
+        own = _fit_trees(table, index, (values, codes), fold, truth, steps)
         _blend(table, index, truth, np.concatenate([predicted, own[:, None]], 1))
-    return table if fitted else None
+    return table if fitted or table.labels else None
 
 
-def _empty(rows: Sequence[Given]) -> TablePredictors:
+def _fit_label(table: TablePredictors, column: str, rows: Sequence[Given], labels: Labels, seconds: float) -> None:
+    """Fit linear models and trees of a label, unless it has too few or too many classes."""
+    # scikit-learn and scipy take a second to import: only a training with labels needs them.
+    from scipy.sparse import csr_array  # noqa: PLC0415
+    from sklearn.ensemble import HistGradientBoostingClassifier  # noqa: PLC0415
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+
+    counts = Counter(row[column] for row in labels if row.get(column))
+    classes = sorted(word for word, count in counts.items() if count >= MIN_CLASS_ROWS)
+    own = [(row, named) for row, named in zip(rows, labels, strict=True) if named.get(column) in classes]
+    if not 2 <= len(classes) <= MAX_CLASSES or len(own) < max(MIN_ROWS, SAME * counts.total()):
+        return
+    equal = Counter(name for row, named in own for name, word in {**row, **named}.items()
+                    if isinstance(word, str) and word == named[column])  # fmt: skip
+    label = Label(classes, sorted(name for name, count in equal.items() if count >= SAME * len(own) and name != TEXT))
+    table.labels[column] = label
+    # A text that holds a category is not shown when it is asked for.
+    shown = [{name: value for name, value in row.items()
+              if name != TEXT or column not in row or named[column].lower() not in value.lower()}
+             for row, named in own]  # fmt: skip
+    truth, rng = np.asarray([classes.index(named[column]) for _, named in own]), np.random.default_rng(0)
+    outputs = len(classes) if len(classes) > 2 else 1
+    for expert, x in table.label_inputs(label, shown).items():
+        key, seen = f"label {column} {expert}", np.flatnonzero(np.isfinite(x).any(1))
+        if len(seen) < MIN_ROWS or len(np.unique(truth[seen])) < len(classes):
+            continue
+        if expert in INVERSE_PENALTY:
+            inputs = np.nan_to_num(x[seen])
+            step = LINEAR_SECONDS * (1 + np.count_nonzero(inputs)) * outputs / LINEAR_FRACTION
+            model = LogisticRegression(C=INVERSE_PENALTY[expert], max_iter=int(np.clip(seconds / step, *ITERATIONS)))
+            with warnings.catch_warnings(action="ignore"):  # that it has not converged when the time is over
+                model.fit(csr_array(inputs) if expert == "text" else inputs, truth[seen])
+            table.arrays[key] = np.ascontiguousarray(np.concatenate([model.coef_, model.intercept_[:, None]], 1))
+            continue
+        seen = np.sort(rng.choice(seen, min(len(seen), MAX_TREE_ROWS), replace=False))
+        step = outputs * (STEP_SECONDS + CELL_SECONDS * 2 * len(seen) * x.shape[1])
+        steps = min(STEPS, int(seconds * (1 - 3 * LINEAR_FRACTION) / step))
+        if steps >= MIN_STEPS and (table.numbers or table.categories or table.vocabulary):
+            trees = _boosted(HistGradientBoostingClassifier, x[seen], truth[seen], steps, rng)
+            arrays = {**tree_arrays([trees]), "words": np.zeros((1, 0))}
+            table.trees[key] = Trees(arrays)
+            table.arrays |= {f"{key}/{name}": array for name, array in arrays.items()}
+
+
+def _empty(rows: Sequence[Given], most_words: int) -> TablePredictors:
     """Number columns that are not constant, with their scales, categories and words of texts that occur again."""
     numbers: dict[str, list[float]] = {}
     words: dict[str, Counter[str]] = {}
@@ -101,9 +160,10 @@ def _empty(rows: Sequence[Given]) -> TablePredictors:
     count = len(kept)
     counted = rows[:: 1 + sum(len(row.get(TEXT, "")) for row in rows) // COUNTED_LETTERS]
     documents = Counter(word for row in counted for word in words_in(row.get(TEXT, "")))
-    common = documents.most_common(2 * TEXT_WORDS)
-    vocabulary = [word for word, number in common if 1 < number < len(counted)][:TEXT_WORDS]
+    common = documents.most_common(2 * most_words)
+    vocabulary = [word for word, number in common if 1 < number < len(counted)][:most_words]
     arrays: Arrays = {
+        "idf": np.asarray([1 + math.log(len(counted) / documents[word]) for word in vocabulary]),
         "log": np.zeros(count, bool),
         "penalty": np.ones((count, 2)),
         "weight": np.zeros((count, PREDICTIONS - 1)),
@@ -114,7 +174,7 @@ def _empty(rows: Sequence[Given]) -> TablePredictors:
         mean = np.mean(images, 0)
         _, basis = np.linalg.eigh(np.cov(np.stack(images), rowvar=False))
         arrays["image"] = np.concatenate([basis.T[: -IMAGE_COMPONENTS - 1 : -1], mean[None]])
-    size = len(vocabulary) + len(arrays.get("image", ["mean"])) - 1
+    size = min(len(vocabulary), TEXT_WORDS) + len(arrays.get("image", ["mean"])) - 1
     arrays["scale"] = np.asarray([*scale, *np.full((size, 4), np.nan)]).reshape(-1, 4)
     return TablePredictors(kept, several, arrays, vocabulary)
 
@@ -192,19 +252,13 @@ def _blend(table: TablePredictors, index: int, truth: np.ndarray, predicted: np.
 
 
 def _fit_trees(
-    table: TablePredictors,
-    index: int,
-    values: np.ndarray,
-    codes: np.ndarray,
-    fold: np.ndarray,
-    truth: np.ndarray,
-    steps: int,
+    table: TablePredictors, index: int, shown: tuple[np.ndarray, ...], fold: np.ndarray, truth: np.ndarray, steps: int
 ) -> np.ndarray:
     """Fit trees of a column without each fold; return what they predict of its rows.  # -> R"""
     # scikit-learn takes a second to import: only a training with a table needs it.
     from sklearn.ensemble import HistGradientBoostingRegressor  # noqa: PLC0415
 
-    rng = np.random.default_rng(index)
+    (values, codes), rng = shown, np.random.default_rng(index)
     predicted, models, means = np.full(len(truth), np.nan), [], []
     for held in range(FOLDS):
         rows = np.flatnonzero((fold != held) & np.isfinite(truth))
@@ -216,25 +270,31 @@ def _fit_trees(
         prior = PRIOR_ROWS * truth[rows].mean()
         means.append(np.asarray([(one.sum() + prior) / (len(one) + PRIOR_ROWS) for one in own]))
         inputs = table.tree_inputs(index, means[-1], values, codes)
-        kept = rng.random((len(rows), inputs.shape[1])) < rng.uniform(*KEPT_COLUMNS, (len(rows), 1))
-        x = np.concatenate([inputs[rows], np.where(kept, inputs[rows], np.nan)])
-        x[:, np.isnan(x).all(0)] = 0  # scikit-learn needs a value; no tree splits by a constant
-        model = HistGradientBoostingRegressor(
-            learning_rate=LEARNING_RATE * STEPS / steps, max_iter=steps, max_leaf_nodes=LEAVES, max_depth=DEPTH,
-            min_samples_leaf=int(np.clip(len(rows) // 15, 3, 20)), early_stopping=False, random_state=0,
-        )  # fmt: skip
-        models.append(model.fit(x, np.tile(np.clip(truth[rows], -FARTHEST, FARTHEST), 2)))
+        clipped = np.clip(truth[rows], -FARTHEST, FARTHEST)
+        models.append(_boosted(HistGradientBoostingRegressor, inputs[rows], clipped, steps, rng))
         if (fold == held).any():
-            predicted[fold == held] = model.predict(inputs[fold == held])
+            predicted[fold == held] = models[-1].predict(inputs[fold == held])
     arrays = {**tree_arrays(models), "words": np.stack(means)}
     table.trees[index] = Trees(arrays)
     table.arrays |= {f"{index}/{name}": array for name, array in arrays.items()}
     return predicted
 
 
+def _boosted(kind: type, inputs: np.ndarray, truth: np.ndarray, steps: int, rng: np.random.Generator) -> Any:
+    """Trees that are fitted to rows, and to copies of them that lack some columns.  # R F, R"""
+    kept = rng.random(inputs.shape) < rng.uniform(*KEPT_COLUMNS, (len(inputs), 1))
+    model = kind(
+        learning_rate=LEARNING_RATE * STEPS / steps, max_iter=steps, max_leaf_nodes=LEAVES, max_depth=DEPTH,
+        min_samples_leaf=int(np.clip(len(inputs) // 15, 3, 20)), early_stopping=False, random_state=0,
+    )  # fmt: skip
+    x = np.concatenate([inputs, np.where(kept, inputs, np.nan)])
+    x[:, np.isnan(x).all(0)] = 0  # scikit-learn needs a value; no tree splits by a constant
+    return model.fit(x, np.tile(truth, 2))
+
+
 def tree_arrays(models: Sequence[Any]) -> Arrays:
-    """The trees of HistGradientBoostingRegressors with equally many steps, see `Trees`."""
-    nodes = [[predictor.nodes for (predictor,) in model._predictors] for model in models]
+    """The trees of models of HistGradientBoosting with equally many steps, see `Trees`."""
+    nodes = [[one.nodes for predictors in model._predictors for one in predictors] for model in models]
     shape = (len(models), len(nodes[0]), max(len(tree) for trees in nodes for tree in trees))
     itself = np.broadcast_to(np.arange(shape[2], dtype=np.int16), shape)
     arrays: Arrays = {
@@ -244,7 +304,7 @@ def tree_arrays(models: Sequence[Any]) -> Arrays:
         "right": itself.copy(),
         "missing_left": np.zeros(shape, bool),
         "value": np.zeros(shape, np.float32),
-        "baseline": np.asarray([float(model._baseline_prediction[0, 0]) for model in models]),
+        "baseline": np.concatenate([model._baseline_prediction for model in models]).astype(float),
     }
     fields = {"feature": "feature_idx", "threshold": "num_threshold", "left": "left", "right": "right",
               "missing_left": "missing_go_to_left"}  # fmt: skip

@@ -122,3 +122,33 @@ def test_a_question_shows_columns_as_numbers_and_in_words() -> None:
     text = parts[1].raw
     assert known.given(parts) == {"b": 2.0, "cut_kind": "Very Good", TEXT: f" {text}"}
     assert known.given([Part("text", "the cut kind: Very Goodish")]).keys() == {TEXT}
+
+
+def test_probabilities_of_labels_are_those_of_the_model_and_of_simple_predictors() -> None:
+    words = ("cold", "warm")
+    rows = [{"t": float(n % 60 - 30), TEXT: f"day {n}"} for n in range(120)]
+    labels = [{"weather": words[row["t"] > 0]} for row in rows]
+    table = fit_table(rows, np.arange(120) % FOLDS, 0, labels)
+    assert table is not None and table.labels["weather"].classes == ["cold", "warm"]
+    known = Numbers(Text(train_tokenizer(["a"], 300)), {"t": (0.0, 1.0)}, {}, [table])
+    unsure, prompt = np.asarray([[3.0, 3.0]]), [Part("numbers", {"t": 25.0}), Part("text", "What is its weather?")]
+    asked = {"column": "weather", "given": {"t": 25.0}}
+    scores = known.label_scores(unsure, words, [asked])
+    np.testing.assert_allclose(np.exp(scores).sum(), 1)
+    assert scores[0, 1] > math.log(0.8)
+    np.testing.assert_allclose(known.label_scores(unsure, words[::-1], [asked]), scores[:, ::-1])
+    (cold, first), (warm, second) = known.ranking([3.0, 3.5], words, [2, 4], prompt)
+    assert warm < cold and first == second == 1
+    key = known.label_predictions(asked)
+    assert key is not None and key.key.startswith("label 1 weather ")
+    other_table = fit_table([{"t": row["t"], "u": 1 - row["t"]} for row in rows], np.arange(120) % FOLDS, 0)
+    assert other_table is not None
+    # Weights of a start count when other tables come before its own.
+    known.predictors = [other_table, *known.predictors]
+    assert known.label_predictions(asked).key == key.key  # type: ignore[union-attr]
+    known.widths = {key.key: {"model": 1.0, "columns": 0.0, "text": 0.0, "image": 0.0, "trees": 0.0}}
+    np.testing.assert_allclose(known.label_scores(unsure, words, [asked]), np.log([[0.5, 0.5]]))
+    for other in ({"column": "weather"}, {"column": "mood", "given": {"t": 1.0}}, {"given": {"t": 1.0}}, {}):
+        assert known.label_predictions(other) is None
+    assert known.label_predictions(asked, ("cold", "mild")) is None
+    assert known.ranking([3.0, 3.5], ("cold", "mild"), [2, 4], prompt) == [(3.0, 2), (3.5, 4)]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
 
+import openm6
 from openm6.core.errors import OutputError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.data.sources import open_sources
@@ -131,3 +133,25 @@ def test_regressions_are_in_the_checkpoint_and_serve_any_horizon_with_and_withou
         arrays = loaded.numbers.target(NumberSeries("sales", [1.0] * 24, raw.past, clock)).arrays
         ridge = arrays["units"][0, 0] + arrays["units"][0, 1] * arrays["forecasts"].reshape(24, -1)[:, -1]
         assert np.nanmean(np.abs(ridge - truth)) < 4, "the season goes on"
+
+
+def test_labels_are_predicted_by_simple_predictors_too_with_weights_by_validation_records(tmp_path: Path) -> None:
+    colours = ("red", "green", "blue")
+    rows = [{"size": n % 60, "colour": colours[n % 60 // 20]} for n in range(300)]
+    (tmp_path / "rows.csv").write_text("size,colour\n" + "".join(f"{row['size']},{row['colour']}\n" for row in rows))
+    source = {"kind": "csv", "path": str(tmp_path / "rows.csv"), "test_fraction": 0.2, "validation_fraction": 0.2}
+    source["fields"] = {"numbers": ["size"], "categories": ["colour"]}
+    recipe = tiny_recipe(STEPS, save_every=STEPS)
+    recipe["modalities"]["numbers"] = {"predictors": "auto"}
+    recipe |= {"sources": {"rows": source}, "mixture": [{"source": "rows", "task": "record_classification"}]}
+    train_recipe(write_recipe(tmp_path, {**recipe, "eval": {**recipe["eval"], "at_end": False}}), out=tmp_path / "run")
+    again = openm6.load(tmp_path / "run", device="cpu")
+    ((key, weights),) = again.loaded.numbers.widths.items()
+    assert key == "label 1 colour 1001" and weights["trees"] > 0.3
+    frame = pd.DataFrame({"size": [5, 30, 55]})
+    found = again.predict(frame, target="colour", classes=colours)
+    for one in (found, again.predict(frame, target="colour")):
+        assert one["predictions"].tolist() == list(colours)
+    np.testing.assert_allclose(found[list(colours)].sum(axis=1), 1)
+    ranked = again.rank("What is its colour?", colours, numbers={"size": 30.0})
+    assert ranked[0].candidate == "green" and ranked[0].log_likelihood > -0.7

@@ -126,7 +126,7 @@ def test_predictors_are_fitted_once_and_kept_by_checkpoints(
     with caplog.at_level(logging.INFO):
         fitted = table_predictors(recipe, sources, run)
     trees = {"auto": "trees for 2", "ridge": "trees for 0"}.get(kind)
-    words = f"simple predictors of 2 columns, {trees} of them"
+    words = f"simple predictors of 2 numbers and 0 labels, {trees}, fitted"
     assert bool(fitted) == (trees is not None) == (words in caplog.text)
     assert "source other" not in caplog.text
     checkpoint = run.checkpoints / "step-5"
@@ -135,6 +135,18 @@ def test_predictors_are_fitted_once_and_kept_by_checkpoints(
     assert table_predictors(recipe, sources, run) == b"", "it goes on without what it began without"
     (checkpoint / "predictors.safetensors").write_bytes(b"kept")
     assert table_predictors(recipe, sources, run) == b"kept"
+
+
+def test_all_categories_have_predictors_and_equal_ones_the_same(tmp_path: Path) -> None:
+    values = {
+        "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
+        "mixture": [{"source": "mine", "task": "record_classification"}],
+    }
+    named = [{"c": "xyz"[n % 3], "d": "uv"[n % 7 > 3], "e": "uv"[n % 7 > 3]} for n in range(90)]
+    source = ListSource("mine", [{**row(n), "categories": own} for n, own in enumerate(named)])
+    fitted = table_predictors(build(MultimodalRecipe, values, "r.yaml"), {"mine": source}, RunFolder(tmp_path))
+    (table,) = from_bytes(fitted, "file")
+    assert {name: label.hidden for name, label in table.labels.items()} == {"c": ["c"], "d": ["d", "e"]}
 
 
 def test_pairs_have_no_predictors(tmp_path: Path) -> None:
@@ -178,12 +190,12 @@ def test_predictors_of_texts_and_images_have_not_seen_the_record(tmp_path: Path)
 
 def test_rows_of_predictors_hold_features_of_images_that_can_be_read() -> None:
     source = ListSource("mine", [review(number) for number in range(40)])
-    rows, folds = predictor_rows(source, [TASKS["record_regression"]])
+    rows, folds, _ = predictor_rows(source, [TASKS["record_regression"]])
     assert len(rows) == len(folds) == 40
     assert [IMAGE in row for row in rows] == [bool(number % 8) for number in range(40)]
     assert all(row[IMAGE].ndim == 1 for row in rows if IMAGE in row)
     assert [TEXT in row for row in rows] == [bool(number % 5) for number in range(40)]
-    without, _ = predictor_rows(ListSource("mine", [{"id": "0", "text_en": "no number"}]), [TASKS["text_regression"]])
-    assert without == []
+    without = predictor_rows(ListSource("mine", [{"id": "0", "text_en": "no number"}]), [TASKS["text_regression"]])
+    assert without == ([], [], [])
     many = ListSource("mine", [review(number) for number in range(1, 5)] * (MAX_IMAGES // 2))
     assert len(predictor_rows(many, [TASKS["tabular_regression"]])[0]) == len(many), "their images are not shown"

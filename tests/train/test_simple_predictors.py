@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from openm6.core.errors import CheckpointError
 from openm6.modalities.interface import Part
 from openm6.modalities.simple_predictors import (
+    EXPERTS,
     FOLDS,
     IMAGE,
     TEXT,
@@ -121,7 +122,7 @@ def test_trees_predict_as_scikit_learn_does():
     models = [HistGradientBoostingRegressor(max_iter=20, max_leaf_nodes=size).fit(x, y) for size in (8, 5)]
     trees = Trees({**tree_arrays(models), "words": np.zeros((2, 0))})
     for fold, model in enumerate(models):
-        np.testing.assert_allclose(trees.predict(fold, x), model.predict(x), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(trees.predict(fold, x)[:, 0], model.predict(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,41 @@ def seen(count: int = 150) -> list[dict[str, Any]]:
     return rows
 
 
+def labelled(count: int = 150) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows whose text, image and number each tell the colour half of the time, and a column that equals it."""
+    rng = np.random.default_rng(1)
+    rows: list[dict[str, Any]] = []
+    labels = []
+    for _ in range(count):
+        colour = int(rng.integers(3))
+        told = [colour if rng.random() < 0.5 else int(rng.integers(3)) for _ in range(3)]
+        pixels = np.full((8, 8, 3), 20, np.uint8)
+        pixels[..., told[1]] = 200
+        rows.append({
+            TEXT: f"a {('rose', 'leaf', 'sea')[told[0]]} of {rng.integers(9)}", IMAGE: image_features(pixels),
+            "depth": told[2] + 0.1 * float(rng.normal()), "same": COLOURS[colour],
+        })  # fmt: skip
+        labels.append({"colour": COLOURS[colour], "same": COLOURS[colour]})
+    return rows, labels
+
+
+def test_labels_are_predicted_from_columns_texts_and_images_but_not_from_themselves():
+    rows, labels = labelled()
+    table = fit_table(rows[:100], np.arange(100) % FOLDS, 30, labels[:100])
+    assert table is not None and table.labels == {"colour": (sorted(COLOURS), ["colour", "same"])}
+    (read,) = from_bytes(to_bytes([table]), "file")
+    truth = [sorted(COLOURS).index(label["colour"]) for label in labels[100:]]
+    found = np.stack([read.predict_label("colour", row).experts for row in rows[100:]])
+    np.testing.assert_array_equal(found[0], table.predict_label("colour", rows[100]).experts)
+    for index, expert in enumerate(EXPERTS):
+        right = (found[:, index].argmax(1) == truth).mean()
+        assert right > 0.55, expert
+    np.testing.assert_allclose(np.exp(found).sum(2), 1, atol=1e-3)
+    alone = read.predict_label("colour", {TEXT: "the sea", "same": "red"})
+    assert alone.key == "label 1 colour 0101" and alone.experts[1].argmax() == sorted(COLOURS).index("blue")
+    assert not read.predict_label("colour", {"same": "red"}).experts.any()
+
+
 def test_numbers_are_predicted_from_texts_and_images():
     rows = seen()
     table = fit_table(rows, np.arange(len(rows)) % FOLDS, 0)
@@ -222,3 +258,13 @@ def test_numbers_are_predicted_from_texts_and_images():
     for _ in range(2):  # decoded, and from the cache
         shown = table.predict("depth", {IMAGE: file.getvalue()})
         np.testing.assert_array_equal(shown.values, table.predict("depth", {IMAGE: red}).values)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_trees_of_labels_predict_as_scikit_learn_does(classes: int):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3))
+    y = (np.digitize(x[:, 0] * x[:, 1], [-0.3, 0.3]) + classes - 3).clip(0)
+    model = HistGradientBoostingClassifier(max_iter=10).fit(x, y)
+    raw = Trees({**tree_arrays([model]), "words": np.zeros((1, 0))}).predict(0, x)
+    np.testing.assert_allclose(np.squeeze(raw), np.squeeze(model.decision_function(x)), rtol=1e-5, atol=1e-6)
