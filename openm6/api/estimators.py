@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ from openm6.api.frames import (
     read_file,
 )
 from openm6.api.model import OpenM6, load
-from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TRAINING_FILE
 from openm6.core.run_folder import RunFolder
 from openm6.data.propose import column_of
 from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields
@@ -80,14 +78,6 @@ class _TableEstimator(BaseEstimator):
         """Whether training is too short for predictions to be good."""
         return self.max_steps is not None and self.max_steps < FEW_STEPS
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "model_"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "checkpoint_" in state:
-            self.model_ = _open(self.checkpoint_, self.device)
-
     def _table(self, X: Any, y: Any = None, reset: bool = False) -> tuple[dict[str, Any], Any]:  # noqa: N803
         """The columns of X by name and y, checked; what scikit-learn refuses is a TableError in its words."""
         try:
@@ -125,10 +115,9 @@ class _TableEstimator(BaseEstimator):
             self.fields_ = _fields(table.arrow, self.target_, numeric=self._task == "record_regression")
             seed = int(check_random_state(self.random_state).randint(MAX_SEED))
             pq.write_table(with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
-            self.checkpoint_ = self._train(Path(folder), len(y), seed)
-        self.model_ = _open(self.checkpoint_, self.device)
+            self.model_ = self._train(Path(folder), len(y), seed)
 
-    def _train(self, folder: Path, rows: int, seed: int) -> dict[str, bytes]:
+    def _train(self, folder: Path, rows: int, seed: int) -> OpenM6:
         fields, path = self.fields_.model_dump(exclude_none=True), str(folder / "table.parquet")
         source = {"kind": "parquet", "path": path, "fields": fields, "target": self.target_, "test_fraction": 0.0}
         loop: dict[str, Any] = {"seed": seed, "num_processes": 1, "tensorboard": False, "keep_last": 1}
@@ -149,7 +138,7 @@ class _TableEstimator(BaseEstimator):
         }
         result = train_values(values, type(self).__name__, RunFolder(folder / "run"), self.device)
         self.n_iter_ = result.steps
-        return _kept(result.checkpoint)
+        return load(result.checkpoint, self.device)
 
     def _records(self, X: Any) -> list[Any]:  # noqa: N803
         check_is_fitted(self)
@@ -285,20 +274,3 @@ def with_files(table: pa.Table, fields: Fields) -> pa.Table:
             content = [path and read_file(path, limit) for path in table.column(name).to_pylist()]
             table = table.set_column(table.column_names.index(name), name, pa.array(content, pa.binary()))
     return table
-
-
-def _kept(checkpoint: Path) -> dict[str, bytes]:
-    """The files of a checkpoint by name, without those that only training needs."""
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    names = set(state["files"]) - {OPTIMIZER_FILE, TRAINING_FILE}
-    state["files"] = {name: size for name, size in state["files"].items() if name in names}
-    found = {name: (checkpoint / name).read_bytes() for name in sorted(names | {MODEL_FILE})}
-    return found | {STATE_FILE: json.dumps(state).encode()}
-
-
-def _open(checkpoint: Mapping[str, bytes], device: str) -> OpenM6:
-    """The model of the files of a checkpoint."""
-    with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
-        for name, content in checkpoint.items():
-            (Path(folder) / name).write_bytes(content)
-        return load(folder, device)

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,17 @@ from openm6.api.values import (
     parts_of_messages,
     write_answer,
 )
+from openm6.checkpoint.folder import PREDICTORS_FILE, latest, read_state
+from openm6.checkpoint.save import Snapshot, save
 from openm6.core.config import build
-from openm6.core.errors import ConfigError
+from openm6.core.errors import CheckpointError, ConfigError, OutputError, first_line
+from openm6.core.files import new_folder
+from openm6.core.run_folder import RunFolder
+from openm6.evaluate.energy import read_account
+from openm6.evaluate.results import EvalReport, run_facts
+from openm6.evaluate.summary import card
 from openm6.hub.importing import import_model
-from openm6.hub.pretrained import find_model
+from openm6.hub.pretrained import find_model, read_json
 from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
 from openm6.inference.engine import embed as embed_parts
 from openm6.inference.load import LoadedModel, convert_weights, precision_of
@@ -36,6 +45,8 @@ from openm6.inference.sampling import Decoding
 from openm6.kernels.probe import capabilities
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
+from openm6.modalities.simple_predictors import to_bytes
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,6 +127,82 @@ class OpenM6:
 
     def __repr__(self) -> str:
         return f"OpenM6({str(self.loaded.checkpoint)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `save_pretrained` writes as bytes, and the device, unless another machine may lack it."""
+        with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
+            self.save_pretrained(folder := Path(temporary, "model"))
+            files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        return {"files": files, "device": "cpu" if self.loaded.omni.device.type == "cpu" else "auto"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
+            for name, content in state["files"].items():
+                Path(folder, name).write_bytes(content)
+            self.loaded = load(folder, state["device"]).loaded
+
+    from_pretrained = staticmethod(load)
+
+    def save_pretrained(self, folder: str | Path, license: str | None = None) -> None:
+        """Write the weights in memory, tokenizer and model card to a new folder, which `openm6.load` reads.
+
+        Low-rank adapters are merged. `license` is an identifier of the Hub, such as "apache-2.0".
+
+        Raises:
+            ConfigError: the folder is not empty, or weights are in int8 or offloaded.
+            OutputError, CheckpointError: it cannot be written; nothing is left of it.
+
+        >>> m6.save_pretrained("published")
+        >>> OpenM6.from_pretrained("published")
+        OpenM6('published')
+        """
+        omni, description = self.loaded.omni, self.loaded.description.to_publish()
+        if omni.text.int8_head is not None or omni.backbone.executor.offloaded:
+            raise ConfigError("weights in int8 or offloaded are not saved: load the model in fp32 or bf16, as a whole")
+        tokenizer = self.loaded.text.tokenizer.to_str()
+        files: dict[str, str | bytes] = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: tokenizer}
+        files |= {PREDICTORS_FILE: to_bytes(found)} if (found := self.loaded.numbers.predictors) else {}
+        state = {"stage": description.backbone.stage, "precision": "fp32", "optimizer": "adamw"}
+        text = _card(self.loaded, Path(folder).name)
+        if license is not None:
+            text = re.sub("^license: .*$", lambda _: f"license: {license}", text, count=1, flags=re.MULTILINE)
+        with new_folder(Path(folder)) as partial:
+            saved = save(Snapshot(0, omni, {}, state, files=files), partial, keep=1)
+            # The state does not list it, so that it may be edited.
+            (saved / "README.md").write_text(text, encoding="utf-8", newline="\n")
+            for path in saved.iterdir():
+                path.rename(partial / path.name)
+            saved.rmdir()
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, commit_message: str = "Upload model",
+        license: str | None = None,
+    ) -> str:  # fmt: skip
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face Hub; return its address.
+
+        The repository is made if there is none, by the user of `hf auth login` or HF_TOKEN.
+
+        Raises:
+            ConfigError: as `save_pretrained`, or huggingface_hub is not installed.
+            OutputError: there is no network, or no right to write there.
+
+        >>> m6.push_to_hub("someone/model", private=True)  # doctest: +SKIP
+        """
+        try:
+            # An optional dependency.
+            from huggingface_hub import HfApi  # noqa: PLC0415
+        except ModuleNotFoundError:
+            raise ConfigError("publishing needs an optional package: pip install huggingface_hub") from None
+        with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
+            self.save_pretrained(folder := Path(temporary, Path(repo_id).name), license)
+            try:
+                url = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+                HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=commit_message)
+            # The library raises errors of its own, of its HTTP client and of the system.
+            except Exception as error:
+                reason = f"({first_line(error)}): log in with hf auth login, check name and network"
+                raise OutputError(f"{repo_id} could not be published {reason}") from None
+        return str(url)
 
     def generate(
         self,
@@ -328,6 +415,19 @@ class OpenM6:
         """The parts of inputs without the words of any task."""
         question = Question(output="text", **_inputs(row | {"prompt": row["prompt"] or ""}))
         return [part for part in prompt_parts(question, self.loaded, chat=False) if part.raw not in ("", " ")]
+
+
+def _card(loaded: LoadedModel, name: str) -> str:
+    """The card beside the weights, or of the run that evaluated them, or else a new one without results."""
+    checkpoint, energy = loaded.checkpoint.resolve(), None
+    state, run = read_state(checkpoint) if checkpoint.exists() else {}, RunFolder(checkpoint.parent.parent)
+    evaluated = read_json(run.path / "report.json").get("steps", -1) == state.get("step")
+    kept = (run.path if evaluated else checkpoint) / "README.md"
+    if kept.is_file() and "library_name: openm6" in (text := kept.read_text(encoding="utf-8")):
+        return text
+    with suppress(CheckpointError):
+        energy = read_account(run) if latest(run.path) == checkpoint else None
+    return card(EvalReport([], 0.0, str(checkpoint)), run_facts(name, loaded.omni, loaded.description, state, energy))
 
 
 def _decoding(text: dict[str, Any], masked: dict[str, Any], both: dict[str, Any]) -> Decoding:

@@ -63,3 +63,8 @@ def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=MIN_SIMILARITY)
     listing = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
     return f"did you mean {close[0]!r}? (known: {listing})" if close else f"known: {listing}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, 200 characters at most, or its class if it has none."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -62,6 +63,22 @@ def as_output_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{path} could not be written ({error.strerror or error}): {advice_for(error)}") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder to fill, which then gets the name `path`; ConfigError if that is not empty, else an OutputError."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} is not empty: choose another folder")
+    with as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+            partial = Path(temporary) / path.name
+            partial.mkdir()
+            yield partial
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
 
 
 def advice_for(error: OSError) -> str:

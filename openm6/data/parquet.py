@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from openm6.core.errors import DataError, nearest
+from openm6.core.errors import DataError, first_line, nearest
 from openm6.data.records import check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
-from openm6.data.storage import find_files, first_line, is_remote, refuse_foreign
+from openm6.data.storage import find_files, is_remote, refuse_foreign
 from openm6.data.table import ArrowTable, Table, TableConfig
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"

@@ -56,11 +56,6 @@ def open_binary(path: str) -> IO[bytes]:
         raise DataError(f"{path} cannot be opened: {error}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, for a sentence of ours."""
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-
-
 def read_beside(table_path: str, name: str, limit: int) -> bytes:
     """The bytes of a file in the folder of a table that names it; DataError outside, if missing or over `limit`."""
     if "\x00" in name or len(name) > 4096:

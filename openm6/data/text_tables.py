@@ -23,11 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from pydantic import Field, field_validator
 
-from openm6.core.errors import DataError
+from openm6.core.errors import DataError, first_line
 from openm6.core.log import get_log
 from openm6.data.number_formats import NumberFormat, number_format
 from openm6.data.records import decode_utf8, listed_columns, unless_broken
-from openm6.data.storage import first_line, is_remote, only_file, open_binary
+from openm6.data.storage import is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
 
 SEPARATORS = (",", ";", "\t", "|")  # the first of those that fit equally well is used

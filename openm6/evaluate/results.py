@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from openm6.checkpoint.folder import STATE_FILE, latest
+from openm6.codecs.registry import codec_scores
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
@@ -26,6 +27,8 @@ from openm6.inference.run import Answer
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.series import NumberSeries
+from openm6.models.description import CheckpointConfig
+from openm6.models.omni import Omni
 
 Interval = tuple[float, float]
 RESAMPLES = 2000
@@ -149,10 +152,11 @@ class RunFacts:
     steps: int
     seconds: float  # of training
     codecs: dict[str, dict[str, float]]  # scores of the codecs used, by name
-    energy: EnergyAccount | None = None  # None: the run was not metered
+    energy: EnergyAccount | None = None  # None: it is not known
     weights_of_step: int | None = None  # the one with the lowest held-out loss; None: the last
     held_out_loss: float | None = None  # theirs
     stopped_at: int | None = None  # the step after which the held-out loss had not fallen for long
+    description: CheckpointConfig | None = None
 
     @property
     def weights(self) -> str:
@@ -164,6 +168,22 @@ class RunFacts:
             lowest = f"whose held-out loss was the lowest, {self.held_out_loss:.4g}"
             sentences.append(f"The weights are those of step {self.weights_of_step:,}, {lowest}.")
         return " ".join(sentences)
+
+
+def run_facts(
+    name: str, omni: Omni, description: CheckpointConfig, state: dict[str, Any], energy: EnergyAccount | None
+) -> RunFacts:
+    """The facts about a model by the state of its checkpoint, which lacks progress if it was imported."""
+    progress, best = state.get("progress", {}), state.get("callbacks", {}).get("held_out") or {}
+    total, active = omni.count_parameters()
+    codecs = (description.modalities.image.codec, description.modalities.audio.codec)
+    return RunFacts(
+        name=name, preset=description.preset, total_parameters=total, active_parameters=active,
+        tokens=int(progress.get("tokens", 0)), steps=int(progress.get("step", 0)),
+        seconds=float(progress.get("seconds", 0)), codecs={codec: codec_scores(codec) for codec in codecs},
+        energy=energy, weights_of_step=best.get("loaded"), held_out_loss=best.get("loss"),
+        stopped_at=best.get("stopped_at"), description=description,
+    )  # fmt: skip
 
 
 FILE = "evaluation.json"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from openm6.core.files import plain_data
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 from openm6.evaluate.formatting import count, duration, signed, significance
 from openm6.evaluate.metrics import metric_title, score
 from openm6.evaluate.results import EvalReport, RunFacts, TaskResult
+from openm6.tasks.registry import all_tasks
 
 # Width in characters below which the table leaves columns out.
 WIDE = 120
@@ -83,8 +88,8 @@ def print_table(report: EvalReport, console: Console) -> None:
 
 
 def card(report: EvalReport, facts: RunFacts) -> str:
-    """The model card: size and training, scores, energy and limits."""
-    energy = "The energy of its training was not metered."
+    """The model card: metadata for the Hugging Face Hub, size and training, scores, energy and limits."""
+    energy = "The energy of its training is not known."
     if (account := facts.energy) is not None:
         energy = (
             f"{in_joules(account.tracker.joules)} ({account.joules_per_token:.3g} J per token; read by "
@@ -97,13 +102,16 @@ def card(report: EvalReport, facts: RunFacts) -> str:
         f"| {score(result.metric, result.baseline)} | {answered(result)} |"
         for result in report.results
     ]
+    trained = f"Trained for {count(facts.steps)} steps on {count(facts.tokens)} tokens in {duration(facts.seconds)}."
     parts = [
+        f"---\n{yaml.safe_dump(_metadata(report, facts), sort_keys=False, allow_unicode=True)}---",
         f"# {_inline(facts.name)}",
-        f"A model of OpenM6, preset `{_inline(facts.preset)}`: {count(facts.total_parameters)} parameters, "
-        f"{count(facts.active_parameters)} active per token. Trained for {count(facts.steps)} steps on "
-        f"{count(facts.tokens)} tokens in {duration(facts.seconds)}. {facts.weights}".rstrip(),
+        f"A model of OpenM6{facts.preset and f', preset `{_inline(facts.preset)}`'}: {count(facts.total_parameters)} "
+        f"parameters, {count(facts.active_parameters)} active per token. {trained if facts.steps else ''} "
+        f"{facts.weights}".rstrip(),
+        "`openm6.load` loads it in Python, from its folder or by the id of its repository on the Hub.",
         "## Scores",
-        "Scores on test records; `report.html` shows answers.",
+        "Scores on test records." if rows else "It was not evaluated.",
         "\n".join(["| task | metric | score | baseline | records |", "|---|---|---|---|---|", *rows]) if rows else "",
         "## Energy",
         energy,
@@ -112,6 +120,39 @@ def card(report: EvalReport, facts: RunFacts) -> str:
         "own records (`openm6 evaluate RUN --data FILE`) before you rely on it.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(report: EvalReport, facts: RunFacts) -> dict[str, Any]:
+    """What is known of a model in the form of the Hub: languages of its prompts, origins, emissions, scores."""
+    found: dict[str, Any] = {"library_name": "openm6", "pipeline_tag": "any-to-any", "license": "unknown"}
+    if (description := facts.description) is not None:
+        known, tasks = all_tasks(description.tasks), {one.task for one in description.trained_tasks}
+        found["pipeline_tag"] = "any-to-any" if tasks else "text-generation"
+        found["language"] = sorted({code for name in tasks & known.keys() for code in known[name].prompts})
+        paths = {one["path"] for one in description.sources.values() if one.get("kind") == "datasets"}
+        found["datasets"] = sorted(path for path in paths if not Path(path).expanduser().exists())
+        base = Path(description.base_model)  # a local path is absolute, one on the Hub is OWNER/NAME or a file in it
+        found["base_model"] = "" if base.is_absolute() else "/".join(base.parts[:2])
+    if (account := facts.energy) is not None:
+        found["co2_eq_emissions"] = {
+            "emissions": account.grams(account.tracker.joules),
+            "source": f"metered by OpenM6 ({account.tracker.source}), {account.grid.grams_per_kwh:g} g CO2e per kWh",
+            "geographical_location": account.grid.name,
+        }
+    results = [
+        {
+            "task": {"type": one.task.replace("_", "-"), "name": one.task},
+            "dataset": {"type": one.source, "name": one.source, "split": "test"},
+            "metrics": [
+                {"type": metric, "name": metric_title(metric), "value": value}
+                for metric, value in plain_data({one.metric: one.value, **one.metrics}).items()
+                if value is not None
+            ],
+        }
+        for one in report.results
+    ]
+    found["model-index"] = [{"name": facts.name, "results": results}] if results else []
+    return {name: value for name, value in plain_data(found).items() if value}
 
 
 def _inline(text: str) -> str:

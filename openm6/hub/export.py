@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections import ChainMap
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from openm6.checkpoint.load import open_reader, read_weight
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, write_shards, write_tensors
 from openm6.core.errors import ConfigError
-from openm6.core.files import as_output_error
+from openm6.core.files import new_folder
 from openm6.hub.architectures import EMBEDDING, HEAD, StoredTensor, layer_tensors, outer_tensors, settings_of
 from openm6.hub.gguf_file import write_gguf
 from openm6.hub.peft import write_adapter
@@ -56,8 +54,6 @@ def export_run(
         raise ConfigError(
             f"a plain decoder cannot express {' and '.join(left_out)}: add --text-only to export the text path without"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty: choose another folder")
     config, reader = description.backbone, open_reader(folder)
     tokenizer, text = _exported_text(description, content, str(folder / TOKENIZER_FILE))
     context = description.modalities.text.max_tokens
@@ -66,24 +62,14 @@ def export_run(
     kind = settings["model_type"]
     layers = [layer_tensors(kind, config, layer) for layer in range(config.num_layers)]
     groups = [outer_tensors(config, text.vocab_size, text.tie_word_embeddings), *layers]
-    partial_out = out.with_name(f".{out.name}.partial")
-    with as_output_error(out):
-        shutil.rmtree(partial_out, ignore_errors=True)
-        partial_out.mkdir(parents=True)
-        try:
-            if form == "peft":
-                write_adapter(partial_out, reader, kind, config, description.base_model, fused)
-            else:
-                write = _write_hf if form == "hf" else _write_gguf
-                merged = load(folder, "cpu").omni.state_dict() if config.lora is not None else {}
-                read = partial(_read, reader, text.vocab_size, merged)
-                write(partial_out, groups, read, settings, tokenizer, text, dtype)
-            if out.exists():
-                out.rmdir()
-            os.rename(partial_out, out)
-        except BaseException:
-            shutil.rmtree(partial_out, ignore_errors=True)
-            raise
+    with new_folder(out) as partial_out:
+        if form == "peft":
+            write_adapter(partial_out, reader, kind, config, description.base_model, fused)
+        else:
+            write = _write_hf if form == "hf" else _write_gguf
+            merged = load(folder, "cpu").omni.state_dict() if config.lora is not None else {}
+            read = partial(_read, reader, text.vocab_size, merged)
+            write(partial_out, groups, read, settings, tokenizer, text, dtype)
     without = f"; left out: {' and '.join(left_out)}, so answers differ from ours" if left_out else ""
     return f"{out}: {kind}, {config.num_layers} layers{without}"
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +18,8 @@ from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import open_reader
 from openm6.checkpoint.save import Shard, Snapshot, named_tensors, save
 from openm6.core.config import Config, build
-from openm6.core.errors import ConfigError
-from openm6.core.files import replace_text
+from openm6.core.errors import ConfigError, first_line
+from openm6.core.files import new_folder, replace_text
 from openm6.core.run_folder import RunFolder
 from openm6.hub.architectures import (
     EMBEDDING,
@@ -76,7 +75,7 @@ PLAIN = Additions()
 def import_model(source: str, out: Path, receipt: bool = True, additions: Additions = PLAIN) -> str:
     """Write a published decoder as a run at `out`; return what was imported, and how exactly.
 
-    Everything is checked before anything is written (CheckpointError, ConfigError); if writing fails, `out` is removed.
+    Everything is checked before anything is written (CheckpointError, ConfigError); if writing fails, nothing is left.
     """
     pretrained = open_pretrained(source)
     base = config = backbone_config(pretrained.settings)
@@ -95,15 +94,13 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
         modalities=ModalitiesConfig(text=text, prompt_attention="causal"),
         scales={},
         trained_tasks=[],
-        base_model=source,
+        base_model=str(Path(source).resolve()) if Path(source).exists() else source,
     )
     tokenizer = read_tokenizer(pretrained.tokenizer, str(pretrained.path))
     modalities = build_modalities(description.modalities, tokenizer, {})
     with torch.device("meta"):
         omni = Omni(config, modalities)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty: choose another folder")
-    try:
+    with new_folder(out) as run:
         weights = {one.ours: one.read(pretrained.weights) for one in outer}
         for name in {EMBEDDING, HEAD} & weights.keys():
             # More rows, each the mean of all, change the sum of a softmax by at most their fraction.
@@ -115,12 +112,9 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
             Shard(_layer(config, index, {one.ours: one.read(pretrained.weights) for one in layer}, additions))
             for index, layer in enumerate(layers)
         )
-        _write_run(out, description, pretrained, weights, shards)
+        _write_run(run, description, pretrained, weights, shards)
         del weights
-        exactness = _receipt(pretrained, out, base, config) if receipt else "no receipt asked for"
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+        exactness = _receipt(pretrained, run, base, config) if receipt else "no receipt asked for"
     total = sum(parameter.numel() for parameter in omni.backbone.parameters()) / 1e6
     return (
         f"{out}: {kind}, {config.num_layers} layers, {total:,.1f} million parameters besides embeddings; {exactness}\n"
@@ -225,8 +219,7 @@ def _receipt(pretrained: Pretrained, out: Path, base: BackboneConfig, config: Ba
         theirs = reference_logits(pretrained, tokens)
     # Whatever another library raises: the run is whole without it.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        return f"no receipt: transformers does not compute this model ({reason})"
+        return f"no receipt: transformers does not compute this model ({first_line(error)})"
     difference = (ours - theirs).abs().max().item()
     return (
         f"receipt: logits of {len(ids)} tokens differ from transformers by at most {difference:.1e} in fp32 "

@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 from openm6.checkpoint.folder import INDEX_FILE
 from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
-from openm6.core.errors import CheckpointError, nearest
+from openm6.core.errors import CheckpointError, first_line, nearest
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
 from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
 from openm6.models.description import TOKENIZER_FILE
 
 # No format that could run code is ever fetched.
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
 _HUB_ID, _NAME = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"\w[\w.-]*")
 
 
@@ -131,13 +131,10 @@ def download(source: str) -> Path:
         if len(parts) == 3:
             return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2]))
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_FILES)))
-    except ModuleNotFoundError:
-        raise
     # The library raises errors of its own, of its HTTP client and of the system.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{source} is neither a local path nor can it be downloaded ({reason}): check the name and the network"
+            f"{source} is neither a local path nor can it be downloaded ({first_line(error)}): check name and network"
         ) from None
 
 

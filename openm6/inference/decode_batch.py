@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openm6.core.device import check_alive
+from openm6.core.errors import first_line
 from openm6.core.log import get_log
 from openm6.inference.decode import DecodeStep, TextHead
 from openm6.inference.sampling import Sampling, filter_logits, gumbel
-from openm6.kernels.probe import first_line
 
 SamplingMode = Literal["greedy", "unfiltered", "filtered"]
 # Rows of a pass from which on a product's bits do not depend on how many more there are (measured, MKL).

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from openm6.core.errors import ConfigError
+from openm6.core.errors import ConfigError, first_line
 
 BF16_CAPABILITY = (8, 0)  # from which on tensor cores multiply bf16
 INSTALLED = importlib.util.find_spec("triton") is not None  # searches for the package without importing it
@@ -105,11 +105,6 @@ def use_writable_cache() -> None:
     there = next(path for path in (home / ".triton", home, *home.parents) if path.exists())
     if CACHE not in os.environ and not os.access(there, os.W_OK | os.X_OK):
         os.environ[CACHE] = str(Path(tempfile.gettempdir()) / f"openm6-triton-{home.name}")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class if it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _check_kernel(device: torch.device) -> bool:

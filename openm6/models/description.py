@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from openm6.core.config import Config, build
@@ -58,6 +59,16 @@ class CheckpointConfig(Config):
     def to_json(self) -> str:
         """The text of model.json."""
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1)
+
+    def to_publish(self) -> CheckpointConfig:
+        """Return it without low-rank adapters, which are merged, and without folders of this machine."""
+
+        def bare(value: Any) -> Any:
+            return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+        sources = {key: {name: bare(value) for name, value in one.items()} for key, one in self.sources.items()}
+        backbone = self.backbone.model_copy(update={"lora": None})
+        return self.model_copy(update={"backbone": backbone, "sources": sources, "base_model": bare(self.base_model)})
 
 
 def read_description(text: str, where: str) -> CheckpointConfig:

