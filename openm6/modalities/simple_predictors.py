@@ -335,7 +335,8 @@ class TablePredictors:
                 logits = self.trees[key].predict(0, x)[0] if linear is None else linear @ [*np.nan_to_num(x[0]), 1]
                 logits = np.append(-logits, logits) / 2 if len(logits) == 1 else logits
                 found[expert] = np.maximum(log_softmax(logits), LEAST)
-        return LabelPrediction(f"label {number} {column} {''.join(map(str, 1 * found.any(1)))}", label.classes, found)
+        known = "".join("1" if row.any() else "0" for row in found)
+        return LabelPrediction(f"label {number} {column} {known}", label.classes, found)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
