@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from openm6.cli.group import print_result
-from openm6.core.config import build
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint of the run.")]
@@ -120,6 +119,7 @@ def import_model(
     Example: openm6 import Qwen/Qwen3-0.6B --out runs/qwen
     """
     # torch takes seconds to import
+    from openm6.core.config import build
     from openm6.hub.importing import Additions
     from openm6.hub.importing import import_model as import_decoder
 

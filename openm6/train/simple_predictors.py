@@ -72,7 +72,8 @@ def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: L
             _fit_label(table, column, rows, labels, per_target)
     seconds = per_target * len(table.numbers)
     seen = np.isfinite(values[:, : len(table.numbers)])
-    fitted = [index for index in range(len(table.numbers))
+    # A number that is alone beside labels has no inputs.
+    fitted = [index for index in range(len(table.numbers) if inputs > 1 else 0)
               if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1]  # fmt: skip
     features = table.features(values, codes)
     table.arrays |= _moments(features, fold) if fitted else {}
