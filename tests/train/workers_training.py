@@ -100,7 +100,7 @@ def workers_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> L
 if __name__ == "__main__":
     start_log()
     try:
-        train(WorkersTraining(pause=0.3), workers_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
+        train(WorkersTraining(pause=0.1), workers_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
     except Interrupted as stop:  # as the command line does
         sys.stderr.write(f"{stop}\n")
         sys.exit(stop.exit_code)
