@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -39,6 +40,14 @@ def test_script_and_notebook_are_equal(script: Path) -> None:
 def test_a_notebook_opens_with_its_badge_and_what_it_needs(script: Path) -> None:
     first = re.search(r"# %% \[markdown\]\n(.*?)\n# %%", script.read_text(encoding="utf-8"), re.DOTALL)
     assert first and BADGE.format(script.stem) in first[1] and "It needs `pip install ." in first[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_the_scores_of_a_notebook_are_worth_showing(script: Path) -> None:
+    cells = json.loads(script.with_suffix(".ipynb").read_text("utf-8"))["cells"]
+    printed = "".join(line for cell in cells for out in cell.get("outputs", ()) for line in out.get("text", ()))
+    scores = [int(score) for score in re.findall(r"(\d+)%", printed)]
+    assert all(score >= 20 for score in scores) and (scores or script.stem == "energy"), printed
 
 
 @pytest.mark.slow

@@ -64,12 +64,14 @@ def test_every_call_runs_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatc
     # A second of training instead of minutes, and none for trees.
     start = openm6.OpenM6Regressor.__init__
     monkeypatch.setattr(start, "__defaults__", (None, 1.0, *start.__defaults__[2:]))
+    finetune = openm6.finetune
+    monkeypatch.setattr(openm6, "finetune", lambda *given, **named: finetune(*given, **named | {"time_limit": 1.0}))
     monkeypatch.setattr("openm6.train.multimodal_data.DEFAULT_MINUTES", 0.01)
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     known = {"df": goods(), "X": goods()[["weight", "title"]], "y": goods()["price"], "candidates": ["apple", "plum"]}
     known["results"] = results = []
     for node in ast.parse(block).body:
-        line = ast.get_source_segment(block, node).replace("time_limit=180", "time_limit=1")
+        line = ast.get_source_segment(block, node)
         exec(f"results.append({line})" if isinstance(node, ast.Expr) else line, known)
     _, text, _, said, predicted, forecast, embedded, ranked, quantiles = results
     assert (home / "apple.png").stat().st_size and (home / "seven.wav").stat().st_size
