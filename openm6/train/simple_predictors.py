@@ -31,6 +31,7 @@ from openm6.modalities.simple_predictors import (
 Labels = Sequence[Mapping[str, str]]  # of each row, by column
 MAX_ROWS, MIN_ROWS = 8_000, 20  # of a table, and those with a value of the column
 MAX_COLUMNS = 64
+FEW_VALUES = 12  # of a column that only words and images predict
 # Words of a category and of all categories that are features, and the rows each of them is in.
 MAX_WORDS, MAX_ALL_WORDS, MIN_REPEATED = 16, 128, 2
 MIN_POSITIVE = 0.99  # of the values of a column whose logarithm is a feature
@@ -72,9 +73,12 @@ def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: L
             _fit_label(table, column, rows, labels, per_target)
     seconds = per_target * len(table.numbers)
     seen = np.isfinite(values[:, : len(table.numbers)])
-    # A number that is alone beside labels has no inputs.
+    # A number that is alone beside labels has no inputs. One of few values, beside words and images only, is
+    # recognised as classes are: a histogram around a prediction would be wider than one at these values.
+    alone = len(table.numbers) + len(table.categories) == 1
     fitted = [index for index in range(len(table.numbers) if inputs > 1 else 0)
-              if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1]  # fmt: skip
+              if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1
+              and not (alone and len(np.unique(values[seen[:, index], index])) <= FEW_VALUES)]  # fmt: skip
     features = table.features(values, codes)
     table.arrays |= _moments(features, fold) if fitted else {}
     found = {index: _fit_ridge(table, index, values[:, index], features, fold) for index in fitted}

@@ -260,6 +260,14 @@ def test_numbers_are_predicted_from_texts_and_images():
         np.testing.assert_array_equal(shown.values, table.predict("depth", {IMAGE: red}).values)
 
 
+@pytest.mark.parametrize(("levels", "fitted"), [(10, False), (40, True)])
+def test_few_values_beside_images_alone_have_no_predictors(levels: int, fitted: bool):
+    rng = np.random.default_rng(0)
+    depths = rng.integers(0, levels, 200)
+    rows = [{"depth": float(depth), IMAGE: image_features(np.full((8, 8, 3), 3 * depth, np.uint8))} for depth in depths]
+    assert (fit_table(rows, np.arange(len(rows)) % FOLDS, 0) is not None) is fitted
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_trees_of_labels_predict_as_scikit_learn_does(classes: int):
     rng = np.random.default_rng(0)
