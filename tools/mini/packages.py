@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -326,10 +328,15 @@ class Packages:
 
     def import_requirements(self) -> None:
         """Make the libraries of `requirements.txt` importable, installed into the cache unless they are there."""
-        target = self.cache / "libraries"
+        # A list that has changed is installed again, beside the old one.
+        digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:8]
+        target = self.cache / f"libraries-{digest}"
         if not target.is_dir():
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
             subprocess.run([*command, "--require-hashes", "-r", str(REQUIREMENTS)], check=True)
+            partial.rename(target)
         if str(target) not in sys.path:
             sys.path.append(str(target))
 
