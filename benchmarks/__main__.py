@@ -11,7 +11,7 @@ from openm6.cli.group import HELP_OPTIONS, PlainGroup, make_app
 
 BENCHMARKS = (
     "train", "experts", "packing", "fp8", "serve", "decode", "generate", "plan", "offload", "rank", "simulate",
-    "all-to-all", "scaling", "reshard", "batches", "gpu", "own-data",
+    "all-to-all", "scaling", "reshard", "batches", "gpu", "own-data", "multitask", "transfer",
 )  # fmt: skip
 
 
