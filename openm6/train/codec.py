@@ -15,9 +15,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from openm6.codecs.base import Codec, QuantizerConfig, QuantizerStats
-from openm6.codecs.registry import CODECS, save_codec
+from openm6.codecs.registry import CODECS, load_codec, save_codec
 from openm6.core.config import Config
-from openm6.core.errors import DataError, TrainingError, nearest
+from openm6.core.errors import ConfigError, DataError, TrainingError, nearest
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
@@ -42,6 +42,7 @@ class CodecDataConfig(Config):
 class CodecRecipe(Config):
     """Settings that image and audio codecs have in common.
 
+    `start` names the trained codec, of the same shape, that training continues from; None: training from nothing.
     One record in `held_out` of each source is never trained on and selects the best averaged weights. In the last
     `settle_fraction` of the run the latent's statistics are frozen. A run fails if, after `guard_from` steps, more
     than `max_saturated` of the latent is beyond reach of the gradient, or a channel carries less than `min_bits` of
@@ -49,6 +50,7 @@ class CodecRecipe(Config):
     """
 
     kind: str
+    start: str | None = None
     codec: QuantizerConfig
     data: CodecDataConfig = CodecDataConfig()
     sources: dict[str, AnySourceConfig] = Field(min_length=1)
@@ -104,7 +106,7 @@ class CodecTraining(TrainingTask):
     def __init__(self, recipe: CodecRecipe, subject: CodecSubject, device: torch.device) -> None:
         self.recipe, self.subject, self.device = recipe, subject, device
         seed_everything(recipe.loop.seed, "weights")
-        codec = CODECS[recipe.kind.removeprefix("codec-")][1](recipe.codec)
+        codec = first_codec(recipe)
         self.codec = self.model = codec.to(device)
         self.averaged = deepcopy(codec).requires_grad_(False).eval()
         self.best = deepcopy(self.averaged)
@@ -193,6 +195,16 @@ class CodecTraining(TrainingTask):
         scores = {"held_out": self.subject.held_out_scores(self.best), "test": self.subject.test_scores(self.best)}
         replace_text(run.path / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
         get_log().info(f"wrote {run.path / CODEC_FILE}: {json.dumps(scores['test'])}")
+
+
+def first_codec(recipe: CodecRecipe) -> Codec:
+    """Return a new codec, or the recipe's start; ConfigError if that has another shape than the recipe's codec."""
+    if recipe.start is None:
+        return CODECS[recipe.kind.removeprefix("codec-")][1](recipe.codec)
+    codec = load_codec(recipe.start)
+    if codec.config != recipe.codec:
+        raise ConfigError(f"start={recipe.start} has another shape than codec, which must be {codec.config!r}")
+    return codec.requires_grad_(True).train()
 
 
 def read_records(

@@ -30,13 +30,14 @@ class ImageDataConfig(CodecDataConfig):
     """How training images are drawn: batch size, sides in pixels with their weights, and how much is changed.
 
     `drawn` is the fraction made of random shapes; of the rest, `warped` are turned and resized (others only moved by
-    whole pixels), `composed` get another backdrop, `recoloured` other colours.
+    whole pixels, or not at all if `still`), `composed` get another backdrop, `recoloured` other colours.
     """
 
     batch: int = Field(default=256, ge=2)
     sides: dict[int, float] = Field(default={64: 0.85, 32: 0.15}, min_length=1)
     drawn: float = Field(default=0.2, ge=0, lt=1)
     warped: float = Field(default=0.5, ge=0, le=1)
+    still: float = Field(default=0.0, ge=0, le=1)
     composed: float = Field(default=0.35, ge=0, le=1)
     recoloured: float = Field(default=0.35, ge=0, le=1)
 
@@ -69,14 +70,13 @@ def to_pixels(images: Iterable[Image], side: int) -> Tensor:
 
 
 class Bank:
-    """The images of all sources in one side, where their backgrounds are, and how often each is drawn."""
+    """The images of all sources in one side, and how often each is drawn."""
 
     def __init__(
         self, images: dict[str, list[Image]], side: int, source_weights: dict[str, float], device: torch.device
     ) -> None:
         """A source without a weight counts as many images as it has."""
         self.images = torch.cat([to_pixels(part, side) for part in images.values()]).to(device)  # N 3 S S uint8
-        self.masks = background_mask(self.images.float() / 255.0) > 0  # N 1 S S
         sizes = {name: [1.0] * len(part) for name, part in images.items()}
         self.weights = draw_weights(sizes, source_weights).float().to(device)  # N
 
@@ -128,8 +128,11 @@ class ImageSubject:
         """Return images of the bank and their background masks, moved alike.  # -> B 3 S S, B 1 S S"""
         bank = self.banks[side]
         chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
-        layers = torch.cat([bank.images[chosen].float() / 255.0, bank.masks[chosen].float()], 1)
+        images = bank.images[chosen].float() / 255.0
+        layers = torch.cat([images, background_mask(images)], 1)
         moved = warp(layers, self.config.warped, rng)
+        if self.config.still:
+            moved = torch.where(rng.bernoulli(self.config.still, count, 1, 1, 1), layers, moved)
         return moved[:, :3], moved[:, 3:]
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
@@ -193,7 +196,9 @@ def background_mask(images: Tensor) -> Tensor:
     border[..., 0, :] = border[..., -1, :] = border[..., 0] = border[..., -1] = 1.0
     reached = white * border
     for _ in range(2 * side):
-        reached = F.max_pool2d(reached, 3, 1, 1) * white
+        before, reached = reached, F.max_pool2d(reached, 3, 1, 1) * white
+        if torch.equal(before, reached):
+            break
     return reached
 
 

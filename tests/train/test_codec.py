@@ -49,6 +49,18 @@ def test_a_run_writes_a_codec_that_loads_and_its_scores(tmp_path: Path) -> None:
     assert result.scores["psnr"] <= training.best_score
 
 
+def test_training_starts_from_the_weights_of_a_codec_of_the_same_shape(tmp_path: Path) -> None:
+    before = image_training()
+    train(before, before.recipe.loop, RunFolder.open(tmp_path))
+    start = tmp_path / CODEC_FILE
+    further, saved = image_training(start=str(start)), load_codec(start)
+    for codec in (further.codec, further.averaged):
+        assert all(torch.equal(own, saved.state_dict()[name]) for name, own in codec.state_dict().items())
+    assert further.codec.training and all(own.requires_grad for own in further.codec.parameters())
+    with pytest.raises(ConfigError, match="another shape than codec"):
+        image_training(start="image-64")
+
+
 def test_a_resumed_run_writes_the_same_codec_bit_for_bit(tmp_path: Path) -> None:
     whole = image_training()
     train(whole, whole.recipe.loop, RunFolder.open(tmp_path / "whole"))
