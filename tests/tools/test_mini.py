@@ -19,6 +19,7 @@ from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from tools.mini import avatars, build, corpus, facts, images, names, packages, raster, speech, tables
 
+ROOT = Path(__file__).parents[2]
 CODES = {"1F34E": ("apple", "苹果"), "1F410": ("goat", "山羊"), "1F697": ("car", "汽车"), "1F3E0": ("house", "房屋")}
 
 
@@ -146,9 +147,9 @@ def test_the_recipe_reads_the_parts(made_up, tmp_path):
     assert ids[0] and not ids[0] & ids[1]
 
 
-def test_share_alike_and_test_only_parts_never_train():
-    recipe, _ = read_recipe(recipe_path("mini"), [])
-    assert isinstance(recipe, MultimodalRecipe)
+@pytest.mark.parametrize("name", ["mini", *(str(path) for path in (ROOT / "tools" / "mini").glob("*.yaml"))])
+def test_share_alike_and_test_only_parts_never_train(name):
+    recipe, _ = read_recipe(recipe_path(name), [])
     paths = [Path(source.path).stem for source in recipe.sources.values() if hasattr(source, "path")]
     assert paths and all(build.PARTS[name].trains for name in paths)
     keys = {key for name in paths for key in build.PARTS[name].packages}
