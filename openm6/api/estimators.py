@@ -242,7 +242,7 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
 
 def _fields(table: pa.Table, target: str, numeric: bool) -> Fields:
     """What fills a record: numbers by their type, all else by what the cells look like."""
-    found: dict[str, Any] = {"numbers": [], "categories": []}
+    found: dict[str, Any] = {"numbers": [], "categories": [], "dates": {}}
     for name in table.column_names[:-1]:
         kind, language = "number", None
         if not pa.types.is_primitive(table.schema.field(name).type) or pa.types.is_temporal(
@@ -252,6 +252,8 @@ def _fields(table: pa.Table, target: str, numeric: bool) -> Fields:
             kind, language = column.kind, column.language
         if kind == "number":
             found["numbers"].append(name)
+        elif kind == "date" and len(column.formats) < 2:
+            found["dates"][name] = next(iter(column.formats), None)
         elif kind in LIMITS:
             if kind in found:
                 raise TableError(f"columns {found[kind]!r} and {name!r} both hold files of {kind}: keep one")

@@ -26,10 +26,10 @@ from openm6.data.records import (
     unless_broken,
 )
 from openm6.data.source import Source, split_named
-from openm6.data.windows import is_date
+from openm6.modalities.dates import date_formats, is_date
 from openm6.modalities.image import read_image
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import Context
+from openm6.tasks.slots import Context, categories, input_only, predictable
 from openm6.tasks.task import Task
 
 Kind = Literal[
@@ -65,6 +65,7 @@ class Column:
     missing: int  # cells of the sample
     distinct: int
     summary: str  # one line for a person
+    formats: tuple[str, ...] = ()  # of dates, unless they need none; several if they can be read in several ways
 
     @property
     def coded(self) -> bool:
@@ -83,7 +84,9 @@ def column_of(name: str, cells: Sequence[Any]) -> Column:
         chinese, latin = (sum(len(letters.findall(text)) for text in texts) for letters in (_CHINESE, _LATIN))
         language = "zh" if chinese > latin / 2 else "en"
     distinct = len(filled) if kind in _MEDIA else len({str(cell) for cell in filled})
-    return Column(name, kind, language, len(cells) - len(filled), distinct, _summary(kind, filled))
+    formats = date_formats(filled) if kind == "date" else ()
+    choice = f"; format {' or '.join(formats)}?" if len(formats) > 1 else ""
+    return Column(name, kind, language, len(cells) - len(filled), distinct, _summary(kind, filled) + choice, formats)
 
 
 def _kind(name: str, cells: Sequence[Any]) -> Kind:
@@ -218,15 +221,16 @@ def propose_fields(columns: Sequence[Column]) -> Fields | None:
             picked.setdefault(text, picked[label])
     numbers = [column.name for column in columns if column.kind == "number"]
     categories = [column.name for column in columns if column.kind == "category"]
-    return Fields(**picked, numbers=numbers or None, categories=categories or None)
+    dates = {x.name: next(iter(x.formats), None) for x in columns if x.kind == "date" and len(x.formats) < 2}
+    return Fields(**picked, numbers=numbers or None, categories=categories or None, dates=dates or None)
 
 
 def _inputs(record: Record) -> int:
     """Columns of a record that hold anything, an image, a recording and a text among them."""
     media = sum(key in record for key in ("image", "audio", "tags_en", "tags_zh"))
     text = any(record.get(x) not in (None, record.get(y)) for x, y in TEXT_AND_LABEL.values())
-    columns = [*(record.get("numbers") or {}).values(), *(record.get("categories") or {}).values()]
-    return media + text + sum(value is not None for value in columns)
+    columns = [*predictable(record).values(), *categories(record).values(), *([True] if input_only(record) else [])]
+    return media + text + len(columns)
 
 
 def propose_tasks(records: Sequence[Record]) -> list[str]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from openm6.core.config import Config
 from openm6.core.errors import DataError, MissingColumnError, nearest
+from openm6.modalities.dates import date_columns, date_names
+from openm6.tasks.slots import INPUT_ONLY
 
 Record = dict[str, Any]
 """One row of data. Keys that the row does not fill are absent.
@@ -213,6 +215,7 @@ class Fields(Config):
     answer: str | None = None
     numbers: list[str] | None = None
     categories: list[str] | None = None
+    dates: dict[str, str | None] | None = None  # column: its format, or none if it can be read in one way
     extra: list[str] | None = None
 
 
@@ -254,10 +257,12 @@ class RowReader:
         self._numbers, self._categories, self._extra = (
             listed_columns(key, fields, task_fields, columns) for key in ("numbers", "categories", "extra")
         )
+        self._dates = dict(fields.dates or {}) if fields is not None else {}
+        self._date_parts = [name for column in self._dates for name in date_names(column)]
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
         # Of each column that is read, the keys that it fills; a column of `extra` fills a key of its own name.
         self.columns: dict[str, list[str]] = {}
-        numbers = [*self._numbers, *(PAIRED_COLUMNS if self._paired else ())]
+        numbers = [*self._numbers, *self._dates, *(PAIRED_COLUMNS if self._paired else ())]
         fills = [
             *named.items(),
             *(("numbers", name) for name in numbers),
@@ -295,6 +300,10 @@ class RowReader:
             record["numbers"] = {k: as_number(v, f"num_values[{k}]") for k, v in zip(names, values, strict=True)}
         if self._extra:
             record["extra"] = record.get("extra", {}) | {name: plain(row.get(name)) for name in self._extra}
+        for name, form in self._dates.items():
+            cell = decode_utf8(row.get(name), name)
+            record["numbers"] = record.get("numbers", {}) | date_columns(None if is_blank(cell) else cell, name, form)
+            record["extra"] = record.get("extra", {}) | {INPUT_ONLY: self._date_parts}
         return record
 
 

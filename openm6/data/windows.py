@@ -1,12 +1,11 @@
-"""Windows of a time series cut out of a table, tested on what lies after the training rows; time columns parsed."""
+"""Windows of a time series cut out of a table, tested on what lies after the training rows; time columns read."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time
+from datetime import date, datetime, time
 from decimal import Decimal
 from functools import partial
 from typing import Any, Literal
@@ -19,21 +18,9 @@ from openm6.data.media import table_config
 from openm6.data.records import Record, as_number, is_blank
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 from openm6.data.table import Table
+from openm6.modalities.dates import FORMS, Parse, is_date, parsed, plain_number, strptime, to_seconds
 
 TRIED = 50  # first cells that rule out most forms before a whole column is parsed
-LONGEST = 32  # letters of a date
-_DATES = ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y",
-          "%d %b %Y", "%d-%b-%Y", "%Y-%b-%d", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")  # fmt: skip
-_MONTHS = ("%Y-%m", "%Y/%m", "%m/%Y", "%m.%Y", "%m-%Y", "%YM%m", "%Y-%b", "%Y %b", "%Y %B", "%b %Y", "%b-%Y", "%B %Y",
-           "%H:%M", "%H:%M:%S")  # fmt: skip
-FORMATS = (*(day + clock for day in _DATES for clock in ("", " %H:%M", " %H:%M:%S")), *_MONTHS)
-# 01.2024, which as a number would sort by month
-_DOTTED_MONTH = re.compile(r"(0[1-9]|1[0-2])\.(1[89]|2[01])\d\d")
-_YEAR = re.compile(r"\d{4}")
-_QUARTER = re.compile(r"(?P<year>\d{4})[- ]?Q(?P<quarter>[1-4])|Q(?P<first>[1-4])[- /]?(?P<last>\d{4})", re.IGNORECASE)
-
-Parse = Callable[[str], float]
-"""A time as text -> a number that sorts by time; ValueError if the text has another form."""
 
 
 def parse_times(cells: Sequence[Any], column: str, where: str, time_format: str | None = None) -> list[float]:
@@ -52,36 +39,25 @@ def parse_times(cells: Sequence[Any], column: str, where: str, time_format: str 
     return times
 
 
-def is_date(cell: Any) -> bool:
-    """Whether a cell holds a date or a month, read in one way or in two; a number alone is no sign of time."""
-    if isinstance(cell, date):
-        return True
-    text = cell.strip() if isinstance(cell, str) else ""
-    # Most texts are ruled out before any form is tried.
-    if len(text) > LONGEST or not _YEAR.search(text):
-        return False
-    return not _parsed([text], _plain_number) and any(_parsed([text], parse) for parse in _FORMS.values())
-
-
 def _parse_texts(texts: list[str], where: str, time_format: str | None) -> list[float]:
     if time_format is not None:
-        parse = partial(_strptime, time_format=time_format)
-        times = _parsed(texts, parse)
+        parse = partial(strptime, time_format=time_format)
+        times = parsed(texts, parse)
         if times is None:
             row, text = _first_unlike(texts, parse)
             raise DataError(
                 f"{where} holds {text!r} in row {row}, which time_format {time_format!r} does not fit: change either"
             )
         return times
-    numbers = _parsed(texts, _plain_number)
+    numbers = parsed(texts, plain_number)
     if numbers is not None:
         return numbers
-    forms = {name: parse for name, parse in _FORMS.items() if _parsed(texts[:TRIED], parse)}
-    found = {name: times for name, parse in forms.items() if (times := _parsed(texts, parse))}
+    forms = {name: parse for name, parse in FORMS.items() if parsed(texts[:TRIED], parse)}
+    found = {name: times for name, parse in forms.items() if (times := parsed(texts, parse))}
     if not found:
         # The first cell that the form of most cells does not parse.
         tried = texts[:TRIED]
-        best = max((_plain_number, *_FORMS.values()), key=lambda form: sum(bool(_parsed([one], form)) for one in tried))
+        best = max((plain_number, *FORMS.values()), key=lambda form: sum(bool(parsed([one], form)) for one in tried))
         row, text = _first_unlike(texts, best)
         raise DataError(
             f"{where} holds {text!r} in row {row}, which is not a number or date like the others: "
@@ -95,52 +71,14 @@ def _parse_texts(texts: list[str], where: str, time_format: str | None) -> list[
     return first
 
 
-def _parsed(texts: Sequence[str], parse: Parse) -> list[float] | None:
-    """All times of one form, or None if one of them has another."""
-    try:
-        return [parse(text) for text in texts]
-    except (ValueError, OverflowError):
-        return None
-
-
 def _first_unlike(texts: Sequence[str], parse: Parse) -> tuple[int, str]:
     """Row and beginning of the first text of another form."""
-    return next((row, text[:40]) for row, text in enumerate(texts) if not _parsed([text], parse))
-
-
-def _plain_number(text: str) -> float:
-    if _DOTTED_MONTH.fullmatch(text):
-        raise ValueError(text)
-    return float(text)
-
-
-def _quarter(text: str) -> float:
-    found = _QUARTER.fullmatch(text)
-    if found is None:
-        raise ValueError(text)
-    return _seconds(datetime(int(found["year"] or found["last"]), 3 * int(found["quarter"] or found["first"]) - 2, 1))
-
-
-def _strptime(text: str, time_format: str) -> float:
-    return _seconds(datetime.strptime(text, time_format))
-
-
-def _seconds(moment: datetime) -> float:
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-_FORMS: dict[str, Parse] = {
-    "ISO": lambda text: _seconds(datetime.fromisoformat(text)),
-    "quarter": _quarter,
-    **{name: partial(_strptime, time_format=name) for name in FORMATS},
-}
+    return next((row, text[:40]) for row, text in enumerate(texts) if not parsed([text], parse))
 
 
 def _time_number(cell: Any, where: str) -> float:
-    if isinstance(cell, datetime):
-        return _seconds(cell)
     if isinstance(cell, date):
-        return _seconds(datetime(cell.year, cell.month, cell.day))
+        return to_seconds(cell)
     if isinstance(cell, time):
         return cell.hour * 3600 + cell.minute * 60 + cell.second + cell.microsecond / 1e6
     if isinstance(cell, (int, float, Decimal)):

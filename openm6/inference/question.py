@@ -11,6 +11,7 @@ from pathlib import Path
 from openm6.core.errors import ConfigError, DataError
 from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import Audio, read_audio
+from openm6.modalities.dates import is_date
 from openm6.modalities.image import Image, read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
@@ -40,7 +41,7 @@ class Question:
     text: str | None = None
     image: Path | str | bytes | None = None
     audio: Path | str | bytes | None = None
-    numbers: dict[str, float | None] | None = None
+    numbers: dict[str, float | str | None] | None = None  # texts are dates
     series: NumberSeries | None = None
     column: str | None = None
     ahead: int = 8
@@ -203,17 +204,17 @@ def parse_fractions(words: str | None, count: int, name: str) -> tuple[float, ..
     return fractions
 
 
-def parse_numbers(words: str | None) -> dict[str, float | None] | None:
-    """Parse `mass=3.5,length=`; nothing after the equals sign means missing; else raise ConfigError."""
+def parse_numbers(words: str | None) -> dict[str, float | str | None] | None:
+    """Parse `mass=3.5,length=,day=2024-01-31`; nothing after the equals sign means missing; else raise ConfigError."""
     if words is None:
         return None
-    numbers: dict[str, float | None] = {}
+    numbers: dict[str, float | str | None] = {}
     for part in words.split(","):
         name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not name:
             raise ConfigError(f"--numbers has {part!r}, which must look like name=3.5")
         try:
-            numbers[name] = _number(value)
+            numbers[name] = value if is_date(value) else _number(value)
         except ValueError:
             raise ConfigError(
                 f"--numbers has {part!r}, which must look like name=3.5, a finite number, or name= if it is missing"

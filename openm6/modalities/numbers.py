@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from openm6.core.errors import DataError, nearest
 from openm6.core.lru_cache import LRUCache
+from openm6.modalities.dates import split_dates
 from openm6.modalities.histogram import BINS, LIMIT, Histogram, mix_neighbours, one_hot_bins, smooth_bins
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
 from openm6.modalities.regression import FittedRidges
@@ -78,6 +79,7 @@ class Numbers(Modality):
         self.ridges: Mapping[str, FittedRidges] = {}
         self.widths: Mapping[str, Mapping[str, float]] = {}
         self.predictors = predictors
+        self.dates: Mapping[str, str | None] = {}  # columns of dates and their formats
         # Rows come back in every epoch.
         self._cache = LRUCache[Arrays](CACHE_BYTES)
         self._name_ids = functools.lru_cache(4096)(lambda name: text.encode(" " + name.replace("_", " "))[:8])
@@ -161,6 +163,7 @@ class Numbers(Modality):
     def given(self, parts: Sequence[Part]) -> Given:
         """The columns that a prompt shows: numbers, and categories named in its texts, as `cut: Ideal`."""
         found, text = given_columns(parts), " ".join(part.raw for part in parts if part.modality == "text")
+        found = split_dates(found, self.dates)
         for table in self.predictors:
             for name, words in table.categories.items():
                 longest = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
@@ -214,6 +217,8 @@ class Numbers(Modality):
         return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False))
 
     def _arrays(self, raw: Any) -> Arrays:
+        if isinstance(raw, Mapping) and self.dates:
+            raw = split_dates(raw, self.dates)
         if not isinstance(raw, Mapping) or not raw:
             raise DataError("numbers were expected as {column: value} or a series, and at least one of them")
         compute = functools.partial(self._features, raw)

@@ -102,4 +102,6 @@ def build_model(
     numbers = cast(Numbers, modalities["numbers"])
     numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
     numbers.widths = description.widths
+    fields = [source.get("fields") or {} for source in description.sources.values()]
+    numbers.dates = {column: form for one in fields for column, form in (one.get("dates") or {}).items()}
     return Omni(description.backbone, modalities, description.embedding, meta_matrices), modalities

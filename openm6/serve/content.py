@@ -80,10 +80,10 @@ class Series(BaseModel):
 
 
 class NumbersPart(BaseModel):
-    """Values of columns (null: missing), or a series."""
+    """Values of columns, dates as text (null: missing), or a series."""
 
     type: Literal["numbers"]
-    numbers: dict[str, float | None] | None = None
+    numbers: dict[str, float | str | None] | None = None
     series: Series | None = None
 
 

@@ -29,6 +29,7 @@ from openm6.tasks.slots import (
     localised,
     observed,
     pinned,
+    predictable,
 )
 
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
@@ -102,7 +103,7 @@ def draw_couplet(record: Record, context: Context) -> Built:
 
 def hold_out(record: Record, context: Context, column: str | None = None) -> Built:
     """One column that has a value, drawn each time unless it is named, and all other columns."""
-    values = observed(record)
+    values = predictable(record)
     column = column or sorted(values)[int(context.rng.integers(len(values)))]
     others = {name: number for name, number in record["numbers"].items() if name != column}
     return Built(
@@ -151,7 +152,7 @@ def _has_inputs(record: Record, language: str) -> bool:
 
 def hold_out_number(record: Record, context: Context, column: str | None = None) -> Built:
     """One number, drawn each time unless it is named, and what else the record holds."""
-    values = observed(record)
+    values = predictable(record)
     column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
     target = Part("numbers", {column: values[column]})
     key = f"{column}={values[column]}"
@@ -192,7 +193,7 @@ def split_series(record: Record, context: Context) -> Built:
 
 def ask_column(record: Record, context: Context) -> Built:
     """A question whether a column lies above a bound near its value, and the answer."""
-    seen, rng = observed(record), context.rng
+    seen, rng = predictable(record), context.rng
     name = sorted(seen)[int(rng.integers(len(seen)))]
     above = bool(rng.random() < 0.5)
     margin = max(abs(seen[name]), 1.0) * float(rng.uniform(*MARGIN))
@@ -267,13 +268,13 @@ def mask_span(record: Record, context: Context) -> Built:
 REST_OF_TEXT = Derived("text", split_text, lambda record, language: len(_text(record, language)) >= MIN_CHARACTERS)
 UNMASKED_TEXT = Derived("text", mask_words)
 SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language)))
-NUMBER = Derived("numbers", hold_out, lambda record, _: observed(record))
+NUMBER = Derived("numbers", hold_out, lambda record, _: predictable(record))
 # The price, from all other columns.
 PRICE = Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record))
-ANY_NUMBER = Derived("numbers", hold_out_number, lambda record, lang: observed(record) and _has_inputs(record, lang))
+ANY_NUMBER = Derived("numbers", hold_out_number, lambda row, lang: predictable(row) and _has_inputs(row, lang))
 ANY_CATEGORY = Derived("text", hold_out_category, lambda record, lang: categories(record) and _has_inputs(record, lang))
 FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
-COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: observed(record))
+COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: predictable(record))
 ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))
 TEXT_MATCH = Derived("text", match_text)
 AUDIO_MATCH = Derived("text", match_audio)

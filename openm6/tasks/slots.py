@@ -162,7 +162,7 @@ class Numbers(Slot):
     modality = "numbers"
 
     def present(self, record: Record, language: str) -> bool:
-        return len(record.get("numbers") or {}) >= self.min_columns
+        return len((record.get("numbers") or {}).keys() - input_only(record)) >= self.min_columns
 
     def part(self, record: Record, language: str) -> Part:
         return Part("numbers", dict(record["numbers"]))
@@ -170,6 +170,8 @@ class Numbers(Slot):
 
 # The key of `extra` with the column that is always held out of a record.
 PINNED = "pinned_column"
+# The key of `extra` with the number columns that are never held out.
+INPUT_ONLY = "input_only_columns"
 
 
 def pinned(record: Record) -> str | None:
@@ -181,6 +183,17 @@ def observed(record: Record) -> dict[str, float]:
     """The number columns of a record that hold a value."""
     numbers = record.get("numbers") or {}
     return {name: value for name, value in numbers.items() if value is not None and not math.isnan(value)}
+
+
+def input_only(record: Record) -> list[str]:
+    """The number columns of a record that are never the target: the parts of its dates."""
+    return (record.get("extra") or {}).get(INPUT_ONLY) or []
+
+
+def predictable(record: Record) -> dict[str, float]:
+    """The number columns of a record that hold a value and may be the target."""
+    without = input_only(record)
+    return {name: value for name, value in observed(record).items() if name not in without}
 
 
 def categories(record: Record) -> dict[str, str]:

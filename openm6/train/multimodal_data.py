@@ -36,7 +36,7 @@ from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_
 from openm6.modalities.simple_predictors import IMAGE, TablePredictors, fold_of, image_features, to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
-from openm6.tasks.slots import Context, Derived, categories, pinned
+from openm6.tasks.slots import Context, Derived, categories, input_only, pinned
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.simple_predictors import MAX_ROWS, Labels, fit_table
@@ -162,7 +162,8 @@ def table_predictors(
     for name, tasks in predicted.items() if kind in seconds else ():
         began = time.monotonic()
         rows, folds, labels = predictor_rows(sources[name], tasks)
-        if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind], labels)):
+        parts = {column for record in _readable(sources[name], SAMPLED) for column in input_only(record)}
+        if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind], labels, parts)):
             tables.append(table)
             get_log().info(
                 f"source {name}: simple predictors of {len(table.numbers)} numbers and {len(table.labels)} labels, "

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,10 @@ INVERSE_PENALTY = {"columns": 1.0, "text": 10.0, "image": 20.0}
 LINEAR_FRACTION, LINEAR_SECONDS, ITERATIONS = 0.15, 4e-9, (30, 300)
 
 
-def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: Labels = ()) -> TablePredictors | None:
-    """Predictors of each number column and label from all else that a row holds, None if nothing has any.
+def fit_table(
+    rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: Labels = (), inputs_only: Collection[str] = ()
+) -> TablePredictors | None:
+    """Predictors of each number column, but `inputs_only`, and label from all else of a row, None if nothing has any.
 
     `fold` and `labels` are of each row. All take `seconds`, by an estimate that the same rows always have.
     """
@@ -67,16 +69,17 @@ def fit_table(rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: L
     # Columns of words and images, in units of their own.
     more = values[:, len(table.numbers) :]
     table.arrays["scale"][len(table.numbers) :, :2] = np.stack([np.nanmean(more, 0), np.nanstd(more, 0) + 1e-9], 1)
-    per_target = seconds / max(1, len(columns) + len(table.numbers))
+    targets = [index for index, name in enumerate(table.numbers) if name not in inputs_only]
+    per_target = seconds / max(1, len(columns) + len(targets))
     for column in columns:
         if not any(column in label.hidden for label in table.labels.values()):  # equal ones have the same
             _fit_label(table, column, rows, labels, per_target)
-    seconds = per_target * len(table.numbers)
+    seconds = per_target * len(targets)
     seen = np.isfinite(values[:, : len(table.numbers)])
     # A number that is alone beside labels has no inputs. One of few values, beside words and images only, is
     # recognised as classes are: a histogram around a prediction would be wider than one at these values.
     alone = len(table.numbers) + len(table.categories) == 1
-    fitted = [index for index in range(len(table.numbers) if inputs > 1 else 0)
+    fitted = [index for index in (targets if inputs > 1 else ())
               if seen[:, index].sum() >= MIN_ROWS and len(np.unique(fold[seen[:, index]])) > 1
               and not (alone and len(np.unique(values[seen[:, index], index])) <= FEW_VALUES)]  # fmt: skip
     features = table.features(values, codes)

@@ -76,6 +76,31 @@ def test_columns_of_every_kind() -> None:
     np.testing.assert_allclose(alone, found[:, 1], rtol=1e-4)
 
 
+def test_dates_of_a_frame_are_inputs(tmp_path: Path) -> None:
+    frame = shop(16)[["weight"]].assign(
+        sold=pd.date_range("2024-01-30", periods=16, freq="36h"), made=[f"{row + 13}.01.2023" for row in range(16)]
+    )
+    frame.loc[3, "sold"] = pd.NaT
+    regressor = openm6.OpenM6Regressor(**TINY).fit(frame, shop(16)["price"])
+    assert regressor.fields_.dates == {"sold": None, "made": "%d.%m.%Y"}
+    found = regressor.predict(frame)
+    assert np.isfinite(found).all()
+    later = frame.assign(sold=frame["sold"] + pd.Timedelta(days=100))
+    assert not np.allclose(regressor.predict(later), found), "the dates are read"
+    # Typed dates and texts are the same, and those of a prompt the same as those of a table.
+    assert regressor.predict(frame.assign(made=pd.to_datetime(frame["made"], dayfirst=True))) == pytest.approx(found)
+    model = regressor.model_
+    assert model.predict(frame, target="price")["0.5"].to_numpy() == pytest.approx(
+        regressor.predict(frame, output_type="median")
+    )
+    row = {"weight": 3.0, "made": "14.01.2023", "sold": "2024-02-01T18:00"}
+    assert np.isfinite(model.generate(numbers=row, output="numbers", target="price").median)
+    with pytest.raises(OpenM6Error, match=r"column 'made' holds 'soon', which does not fit its format '%d.%m.%Y'"):
+        model.generate(numbers=row | {"made": "soon"}, output="numbers", target="price")
+    with pytest.raises(ValueError, match=r"row 0 of X: column 'made' holds 'soon'"):
+        regressor.predict(frame.assign(made="soon"))
+
+
 def test_a_classifier_and_its_pickle() -> None:
     frame = shop(16)
     classifier = openm6.OpenM6Classifier(**TINY).fit(frame.drop(columns="colour"), frame["colour"])

@@ -217,6 +217,29 @@ def test_dates_of_two_readings_ask_for_a_format(tmp_path):
         inspect_path(str(tmp_path / "x.csv")).usable_recipe()
 
 
+def test_dates_of_a_table_are_inputs(tmp_path):
+    rows = [
+        f"{1 + n % 28:02d}.{1 + n % 12:02d}.2023,2023-06-{1 + n % 30:02d},{1 + n % 9:02d}/05/2024,{n % 50},{n * 7 % 31}"
+        for n in range(300)
+    ]
+    (tmp_path / "x.csv").write_text("ordered_at,sent,paid,weight,price\n" + "\n".join(rows) + "\n")
+    inspection = inspect_path(str(tmp_path / "x.csv"))
+    (found,) = inspection.datasets
+    recipe = recipe_of(inspection)
+    assert recipe.sources["x"].fields.dates == {"ordered_at": "%d.%m.%Y", "sent": None}
+    assert "sent month" in open_sources(recipe.sources, "train")["x"][0]["numbers"]
+    assert found.unused == ["paid"] and found.broken == 0
+    assert found.columns[2].summary.endswith("; format %m/%d/%Y or %d/%m/%Y?")
+    assert found.tasks == ["record_regression"]
+
+
+def test_a_series_has_no_task_that_predicts_it_from_dates_alone(tmp_path):
+    rows = [f"{1950 + n // 12}-{1 + n % 12:02d},{n}" for n in range(144)]
+    (tmp_path / "x.csv").write_text("month,load\n" + "\n".join(rows) + "\n")
+    inspection = inspect_path(str(tmp_path / "x.csv"))
+    assert [one.tasks for one in inspection.datasets] == [[], ["time_series_forecasting"]]
+
+
 def test_a_text_that_tells_its_label_is_no_task(tmp_path):
     rows = [f"the {kind} ware number {n},{kind}" for n in range(30) for kind in ("red", "blue")]
     (tmp_path / "t.csv").write_text("text,label\n" + "\n".join(rows) + "\n")

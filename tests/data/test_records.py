@@ -14,6 +14,8 @@ from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
 from openm6.data import records
 from openm6.data.records import Fields, RowReader, as_bytes, as_list, as_number, as_numbers, as_series, as_text
+from openm6.tasks.registry import TASKS
+from openm6.tasks.slots import Context, observed
 
 
 def no_files(name: str, limit: int) -> bytes:
@@ -119,6 +121,33 @@ def test_a_row_through_named_columns():
         "numbers": {"price": 3.5, "rating": None},
         "extra": {"seller": "Jo"},
     }
+
+
+def test_dates_are_inputs_and_never_the_target():
+    fields = Fields(numbers=["price", "rating"], dates={"sold": "%d.%m.%Y", "made": None})
+    dated = RowReader(["price", "rating", "sold", "made"], fields, read_file, "shop.csv")
+    assert dated.columns["sold"] == ["numbers"]
+    record = dated.read({"price": "3.5", "rating": 4, "sold": b"31.01.2024", "made": "2023-12-24T18:00"})
+    assert record["numbers"]["sold month"] == 1 and record["numbers"]["made hour"] == 18
+    for task in map(TASKS.get, ("record_regression", "tabular_regression")):
+        built = [task.build(record, Context("en", np.random.default_rng(seed))) for seed in range(40)]
+        assert {name for one in built for name in one.target.raw} == {"price", "rating"}
+        assert all(one.inputs["numbers"].raw["sold weekday"] == 3 for one in built)
+    empty = dated.read({"price": "3.5", "rating": None, "sold": "NA", "made": None})
+    assert empty["numbers"]["sold year"] is None and observed(empty) == {"price": 3.5}
+    with pytest.raises(DataError, match="column 'sold' holds 'soon', which does not fit its format"):
+        dated.read({"price": "3.5", "sold": "soon"})
+
+
+def test_dates_alone_are_nothing_to_predict():
+    record = RowReader(["day", "price"], Fields(numbers=["price"], dates={"day": None}), read_file, "t.csv").read(
+        {"day": "2024-01-31", "price": ""}
+    )
+    assert not any(TASKS[name].languages(record) for name in ("record_regression", "tabular_regression"))
+    with pytest.raises(DataError, match="t.csv has no column 'dya'; known: day"):
+        RowReader(["day"], Fields(numbers=["day"], dates={"dya": None}), read_file, "t.csv")
+    with pytest.raises(ConfigError, match="dates"):
+        build(Fields, {"dates": ["day"]}, "t.yaml")
 
 
 def test_one_column_may_fill_two_keys():

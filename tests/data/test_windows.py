@@ -14,7 +14,8 @@ from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.data.windows import FORMATS, WindowsConfig, is_date, parse_times
+from openm6.data.windows import WindowsConfig, parse_times
+from openm6.modalities.dates import FORMATS
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import Context
 
@@ -304,26 +305,3 @@ def test_what_is_refused(cells: list[Any], time_format: str | None, sentence: st
 def test_zones_are_compared_in_one_clock() -> None:
     late, early = parse(["2024-01-01T02:00+00:00", "2024-01-01T02:00+05:00"])
     assert late - early == 5 * 3600
-
-
-@pytest.mark.parametrize(
-    ("cell", "expected"),
-    [
-        ("1949-01", True),
-        ("01/02/2024", True),
-        ("Jan 2024", True),
-        ("1977-Jan", True),
-        ("1977 January", True),
-        ("2024Q1", True),
-        ("Q1 2024", True),
-        ("2024-01-31T10:00:00.5+01:00", True),
-        (date(2024, 1, 1), True),
-        ("2024", False),
-        ("20240131", False),
-        (1, False),
-        ("a cup of 2024", False),
-        ("word " * 100 + "2024", False),
-    ],
-)
-def test_dates_are_recognised(cell: Any, expected: bool) -> None:
-    assert is_date(cell) is expected

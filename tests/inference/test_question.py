@@ -225,10 +225,11 @@ def test_an_image_is_a_path_or_bytes(image: Path) -> None:
 
 def test_words_as_columns() -> None:
     assert parse_numbers("mass=3.5, length=,x=-1e3") == {"mass": 3.5, "length": None, "x": -1000.0}
+    assert parse_numbers("day=2024-01-31, at=31.01.2024 10:00") == {"day": "2024-01-31", "at": "31.01.2024 10:00"}
     assert parse_numbers(None) is None
 
 
-@pytest.mark.parametrize("words", ["a", "a=x", "=3", "a=1,,b=2", "a=nan", "a=inf", "a=-1e999", "a=1=2"])
+@pytest.mark.parametrize("words", ["a", "a=x", "a=31.02.2024", "=3", "a=1,,b=2", "a=nan", "a=inf", "a=-1e999", "a=1=2"])
 def test_columns_that_are_none(words: str) -> None:
     with pytest.raises(ConfigError, match=r"^--numbers has '.*', which must look like name=3.5"):
         parse_numbers(words)

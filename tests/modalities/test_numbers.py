@@ -71,6 +71,20 @@ def test_what_cannot_be_read_is_refused(numbers: Numbers, raw: object, sentence:
             method(raw)
 
 
+def test_dates_are_read_as_their_parts() -> None:
+    scales = dict.fromkeys(("length", "day year", "day month", "day weekday", "day hour"), (0.0, 1.0))
+    numbers = Numbers(Text(train_tokenizer(["day month"], 300)), scales, {})
+    numbers.dates = {"day": "%d.%m.%Y"}
+    read = numbers.source({"length": 2.0, "day": "31.01.2024"}).arrays
+    parts = numbers.source({"length": 2.0, "day year": 2024 + 30 / 365.25, "day month": 1.0, "day weekday": 3.0}).arrays
+    assert all(np.array_equal(read[name], parts[name]) for name in parts)
+    assert numbers.source({"day": None}).arrays["observed"].tolist() == [False] * 3
+    given = numbers.given([Part("numbers", {"length": 2.0, "day": "31.01.2024"})])
+    assert (given["day month"], "day" in given) == (1.0, False)
+    with pytest.raises(DataError, match=r"column 'day' holds '2024-01-31', which does not fit its format"):
+        numbers.source({"day": "2024-01-31"})
+
+
 def test_extreme_values_stay_finite(numbers: Numbers) -> None:
     arrays = numbers.source({"body_mass": 1e300, "length": -1e300}).arrays
     assert arrays["values"].tolist() == [LIMIT, -LIMIT]

@@ -99,6 +99,10 @@ BAD = {
         chat([{"type": "numbers", "numbers": {"nothing": 1}}]),
         "the model has no column 'nothing'",
     ),
+    "a date of no column of dates": (
+        chat([{"type": "numbers", "numbers": {"mass": "2024-01-31"}}]),
+        "mass='2024-01-31' is not a number",
+    ),
     "no column": (chat("a", modalities=["numbers"]), "the number to predict is not named"),
     "too deep": (json.loads("[" * 30 + "]" * 30), "nested deeper than 8"),
     "too many messages": (chat(turns=3), "messages"),

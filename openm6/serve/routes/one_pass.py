@@ -132,7 +132,7 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     return Ranking(model=server.name, data=ranked[: body.top], usage=usage_of(answers)).with_energy(answers)
 
 
-Row = dict[str, float | None]
+Row = dict[str, float | str | None]  # dates as text
 
 
 class PredictionBody(BaseModel):

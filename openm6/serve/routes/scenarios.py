@@ -50,7 +50,7 @@ Name = Annotated[str, Path(max_length=64)]
 # The first wrong item ends a list: one error for each of many would take longer than the answer.
 NumberList = Annotated[list[float], Field(fail_fast=True)]
 TextList = Annotated[list[str], Field(fail_fast=True)]
-Value = str | Series | dict[str, float | None] | NumberList | TextList
+Value = str | Series | dict[str, float | str | None] | NumberList | TextList
 
 
 class ScenarioInput(BaseModel):

@@ -116,7 +116,7 @@ def _is_valid(kind: InputKind, value: Any) -> bool:
         case ("text", str()) | ("image" | "audio", bytes()):
             return True
         case "numbers", dict():
-            return _are_numbers(value.values())
+            return _are_numbers(x for x in value.values() if not isinstance(x, str))  # dates as text
         case "series", {"name": str(), "values": [_, *_] as values, **others}:
             return not others and _are_numbers(values)
         case "candidates", list():
