@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openm6.core.log import get_log
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.modalities.audio import RATE, read_audio
@@ -49,8 +50,8 @@ class Design:
 
 
 # Pixels are 0 for white to 255; log-mels 0 for silence to FLOOR.
-AVATARS = Design(3, (32, 64, 96), (8, 8), (2, 2), 6.0, 5)
-SYLLABLES = Design(1, (32, 64, 96), (8, 12), (2, 6), 0.15, 14)
+AVATARS = Design(3, (24, 48, 64), (8, 8), (2, 2), 6.0, 4)
+SYLLABLES = Design(1, (24, 48, 64), (8, 12), (2, 6), 0.15, 10)
 
 
 class ConvNet(nn.Module):
@@ -130,6 +131,7 @@ def cached(name: str, corpus: Path, cache: Path, design: Design, make: Callable[
     digest = hashlib.sha256(corpus.read_bytes() + repr(design).encode()).hexdigest()[:12]
     file = cache / f"{name}-{digest}.safetensors"
     if not file.is_file():
+        get_log().info(f"training the small network of {name} once, which takes minutes")
         found = make()
         cache.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")

@@ -274,23 +274,22 @@ def icons_drawn(run: Evaluation) -> Evaluated:
     asked = run.ask("text_to_image", records)
     gallery = _real_icons(run)
     groups = [_candidates(one.record, gallery[one.record["extra"]["style_en"]]) for one in asked]
-    needed = {label + style: image for group in groups for label, style, image in group}
-    known = dict(zip(needed, run.features(list(needed.values())), strict=True))
+    images = list(dict.fromkeys(image for group in groups for _, image in group))
+    known = dict(zip(images, run.features(images), strict=True))
     codec = run.loaded.image
     real = [codec.decode(torch.from_numpy(codec.encode(one.record["image"]))) for one in asked]
     values = []
-    for images in ([one.answer for one in asked], real):
-        drawn = run.features(images)
+    for drawn in (run.features([one.answer for one in asked]), run.features(real)):
         values.append([
-            float(nearest(own, np.stack([known[label + style] for label, style, _ in group])) == 0)
+            float(nearest(own, np.stack([known[image] for _, image in group])) == 0)
             for own, group in zip(drawn, groups, strict=True)
         ])  # fmt: skip
     details = by_group(values[0], [one.record["extra"]["style_en"] for one in asked])
     return mean_of(values[0], float(np.mean(values[1])), {"candidates": min(map(len, groups)), **details})
 
 
-Candidate = tuple[str, str, bytes]
-"""The label, the style and the image of a real icon."""
+Candidate = tuple[str, bytes]
+"""The label and the image of a real icon."""
 
 
 def _real_icons(run: Evaluation) -> dict[str, list[Candidate]]:
@@ -304,13 +303,13 @@ def _real_icons(run: Evaluation) -> dict[str, list[Candidate]]:
     found = {}
     for style, rows in by_style.items():
         chosen = sorted(rows, key=partial(fraction_of, "candidate", style))[: CANDIDATES + 1]
-        found[style] = [(label, style, rows[label][0][rows[label][1]]["image"]) for label in chosen]
+        found[style] = [(label, rows[label][0][rows[label][1]]["image"]) for label in chosen]
     return found
 
 
 def _candidates(record: Record, real: Sequence[Candidate]) -> list[Candidate]:
     """The real icon of a record, and others of its style."""
-    own = (record["label"], record["extra"]["style_en"], record["image"])
+    own = (record["label"], record["image"])
     return [own, *(one for one in real if one[0] != own[0])][:CANDIDATES]
 
 
