@@ -61,7 +61,7 @@ def load(
 ) -> OpenM6:
     """Load the model of a run's folder (its newest checkpoint), of a checkpoint's folder, a name, or of a Hub id.
 
-    A name, such as "mini", is that of a folder in OPENM6_HOME/models (~/.openm6/models by default).
+    A name, such as "mini", is that of a folder in OPENM6_HOME/models or ~/.openm6/models, or of a shipped model.
 
     `device` is auto, cpu, cuda or cuda:N. `dtype` is auto (bfloat16 on a GPU that computes it, else float32), float32,
     bfloat16 or int8. With `num_gpu_layers` the other layers are offloaded to host memory. With `compiled`, layers
@@ -95,7 +95,7 @@ def from_hf(
 
 
 def answer_question(
-    path: Path,
+    path: Path | str,
     question: Question,
     decoding: Decoding,
     out: Path | None = None,

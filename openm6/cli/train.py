@@ -21,6 +21,12 @@ Dtype = Annotated[
     str, typer.Option(metavar="auto|fp32|bf16|int8", help="Weights of the model; auto: by device, see docs/serving.md.")
 ]
 Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")]
+Model = Annotated[str, typer.Argument(metavar="[MODEL]", help="Folder of a run or checkpoint, or name of a model.")]
+
+
+def model_of(model: str) -> Path | str:
+    """Return what is no plain name as a path: it is never looked for on the Hub."""
+    return model if Path(model).name == model else Path(model)
 
 
 def demo(

@@ -22,7 +22,8 @@ from openm6.models.description import TOKENIZER_FILE
 
 # No format that could run code is ever fetched.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
-_HUB_ID, _NAME = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"\w[\w.-]*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,21 @@ def download(source: str) -> Path:
 
 
 def find_model(name: str | Path) -> Path:
-    """Return the folder of a model: a path, a name in OPENM6_HOME/models, or an id of the Hub, fetched first."""
+    """Return the folder of a model: a path, a name in OPENM6_HOME/models or ~/.openm6/models, or that of a shipped one,
+    or an id of the Hub, fetched first.
+    """
     path, text = Path(name).expanduser(), str(name)
     if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
         return path
     if not _HUB_ID.fullmatch(text):
-        models = Path(os.environ.get("OPENM6_HOME") or "~/.openm6").expanduser() / "models"
-        if _NAME.fullmatch(text) and (models / text).is_dir():
-            return models / text
-        known = sorted(one.name for one in models.iterdir() if one.is_dir()) if models.is_dir() else []
+        homes = [name for name in (os.environ.get("OPENM6_HOME"), "~/.openm6") if name]
+        folders = [*(Path(home).expanduser() / "models" for home in homes), SHIPPED]
+        found = [one for folder in folders if folder.is_dir() for one in sorted(folder.iterdir()) if one.is_dir()]
+        if named := [one for one in found if one.name == text]:
+            return named[0]
         raise CheckpointError(
-            f"there is no folder {text!r}, and no model of this name in {models}: name a run's folder, such as "
-            f"runs/demo; {nearest(text, known)}"
+            f"there is no folder {text!r}, and no model of this name in {folders[0]}: name a run's folder, such as "
+            f"runs/demo, which openm6 demo trains; {nearest(text, sorted({one.name for one in found}))}"
         )
     try:
         return download(text)

@@ -17,6 +17,7 @@ from openm6.core.config import Config, apply_overrides
 from openm6.core.config import build as build_config
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
+from openm6.hub.pretrained import find_model
 from openm6.inference.load import check, load
 from openm6.serve.app import create_app
 from openm6.serve.config import ServeConfig
@@ -82,14 +83,15 @@ def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
 
 
 def serve_replicas(
-    trained: Path, config: ServeConfig, name: str | None = None, settings: list[str] | None = None
+    trained: Path | str, config: ServeConfig, name: str | None = None, settings: list[str] | None = None
 ) -> None:
-    """Serve a run or checkpoint (else CheckpointError) on Ray until it is interrupted; `settings`: ReplicaConfig's."""
+    """Serve a model (a folder or name, else CheckpointError) on Ray until interrupted; `settings`: ReplicaConfig's."""
     if config.engine.device.startswith("cuda:"):
         raise ConfigError("Ray assigns each replica its own GPU: use --device cuda, without a number")
     replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")
-    check(trained)  # an error is raised here, not in every replica
-    run_replicas(partial(app_of, trained.resolve(), config, name or trained.resolve().name), config, replicas)
+    folder = find_model(trained).resolve()
+    check(folder)  # an error is raised here, not in every replica
+    run_replicas(partial(app_of, folder, config, name or folder.name), config, replicas)
     get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
     try:
         threading.Event().wait()

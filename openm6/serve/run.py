@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from openm6.core.config import apply_overrides, build
 from openm6.core.errors import ConfigError, EngineError
 from openm6.core.log import get_log
+from openm6.hub.pretrained import find_model
 from openm6.inference.load import load
 from openm6.serve.app import create_app
 from openm6.serve.config import Limits, ServeConfig
@@ -44,12 +45,12 @@ def read_serve_config(settings: list[str], keys: Path | None = None) -> ServeCon
 
 
 def serve(
-    trained: Path,
+    trained: Path | str,
     config: ServeConfig,
     name: str | None = None,
     configure_app: Callable[[FastAPI], FastAPI] = lambda app: app,
 ) -> None:
-    """Serve a run or checkpoint until it is interrupted; `configure_app` may add to the app, as the playground does.
+    """Serve a model (a folder or name) until it is interrupted; `configure_app` may add to the app, as the playground.
 
     Raise CheckpointError without a model, ConfigError for an address, EngineError if the engine fails.
     """
@@ -60,8 +61,9 @@ def serve(
                 f"no API keys: whoever reaches {config.host} may ask the model, open the page and upload files; "
                 f"set {KEY_VARIABLE} or --keys"
             )
-        engine = Engine(load(trained, config.engine.device, config.engine.num_gpu_layers), config.engine)
-        app = configure_app(create_app(engine, config, name or trained.resolve().name))
+        folder = find_model(trained)
+        engine = Engine(load(folder, config.engine.device, config.engine.num_gpu_layers), config.engine)
+        app = configure_app(create_app(engine, config, name or folder.resolve().name))
         server = http_server(app, config.limits)
         engine.on_failure = partial(setattr, server, "should_exit", True)
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
