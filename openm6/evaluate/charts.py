@@ -177,7 +177,9 @@ class ValueChart:
 def value_charts(answer: Histogram, truth: Any) -> list[ValueChart]:
     """A chart for each predicted value, MAX_VALUES at most."""
     # The model predicts the observed values only.
-    pairs = [pair for pair in zip(*true_values(truth), strict=True) if math.isfinite(pair[1])]
+    named = list(zip(*true_values(truth), strict=True))
+    # Without any value there is no truth to compare with.
+    pairs = [pair for pair in named if math.isfinite(pair[1])] or named
     if len(pairs) != len(answer.probability):
         # A truth of another length cannot be matched to the distributions.
         pairs = [("", math.nan)] * len(answer.probability)
@@ -201,7 +203,8 @@ def _value_chart(answer: Histogram, index: int, name: str, truth: float) -> Valu
         frame.vertical(median, "median", top=30),
         *([frame.vertical(truth, "truth")] if math.isfinite(truth) else []),
     ]
-    description = f"median {plain(median)}, 80 % between {plain(low)} and {plain(high)}, truth {plain(truth)}"
+    description = f"median {plain(median)}, 80 % between {plain(low)} and {plain(high)}"
+    description += f", truth {plain(truth)}" * math.isfinite(truth)
     x = [(value, plain(value)) for value in ticks(frame.left, frame.right, 5)]
     return ValueChart(frame.chart(shapes, description, x), name, low, median, high, truth)
 
@@ -217,11 +220,12 @@ class ForecastChart:
 
 
 def forecast_chart(past: NumberSeries, answer: Histogram, truth: Any) -> ForecastChart | None:
-    """The chart of a forecast; None if the distributions cannot be matched to steps."""
+    """The chart of a forecast, whose truth may be missing; None if the distributions cannot be matched to steps."""
     _, future = true_values(truth)
     before = np.array(past.values or [None], float)[-max(MIN_PAST, PAST_HORIZONS * len(future)) :]
     steps = np.arange(1, len(future) + 1)
-    observed = np.isfinite(future)
+    known = int(np.isfinite(future).sum())
+    observed = np.isfinite(future) | (known == 0)
     if observed.sum() != len(answer.probability):
         return None
     quantiles = {level: answer.quantile(level) for level in (0.1, 0.25, 0.5, 0.75, 0.9)}
@@ -235,12 +239,13 @@ def forecast_chart(past: NumberSeries, answer: Histogram, truth: Any) -> Forecas
         frame.line(np.concatenate([[0], steps]), np.concatenate([before[-1:], future]), "truth"),
         frame.line(steps[observed], quantiles[0.5], "line"),
     ]
+    shapes = [shape for shape in shapes if known or shape.name != "truth"]
     predicted, true = (" ".join(plain(value) for value in v[:12]) for v in (quantiles[0.5], future))
     drawing = frame.chart(
         shapes,
-        f"{words(past.name)}: predicted {predicted}; truth {true}",
+        f"{words(past.name)}: predicted {predicted}" + f"; truth {true}" * bool(known),
         x=[(frame.left, f"{plain(frame.left - 1)} steps"), (0, "now"), (len(future), f"+{len(future)}")],
         y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top, 3)],
     )
     inside = (quantiles[0.1] <= future[observed]) & (future[observed] <= quantiles[0.9])
-    return ForecastChart(drawing, past.name, int(inside.sum()), len(inside))
+    return ForecastChart(drawing, past.name, int(inside.sum()), known)

@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.resources import files
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -72,16 +72,15 @@ def report_json(report: EvalReport, facts: RunFacts) -> str:
 
 def report_html(run: RunFolder, report: EvalReport, facts: RunFacts) -> str:
     """The whole page; training curves come from the run's metrics.jsonl."""
-    template = files("openm6.evaluate").joinpath("report.html").read_text(encoding="utf-8")
-    data = report_data(run, report, facts)
-    return report_environment().from_string(template).render(data) + "\n"
+    return report_environment().get_template("report.html").render(report_data(run, report, facts)) + "\n"
 
 
 def report_environment() -> jinja2.Environment:
     """The template engine: all text is escaped, and an unknown name in the template is an error."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        finalize=_printable, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     filters = (
         plain, count, short_count, duration, score, metric_title, words, signed, shorten, significance, answered,
     )  # fmt: skip
@@ -166,8 +165,8 @@ def sample_data(sample: Sample, media: MediaBudget) -> dict[str, Any]:
     """
     parts, answer, truth = sample.inputs[:MAX_PARTS], sample.answer, sample.truth
     if isinstance(answer, str):
-        correct = same_text(answer, str(truth))
-        text = {"answer": answer.strip(), "truth": str(truth).strip(), "correct": correct}
+        true = "" if truth is None else str(truth).strip()
+        text = {"answer": answer.strip(), "truth": true, "correct": bool(true) and same_text(answer, str(truth))}
         return {"inputs": [_input(part, media) for part in parts], "text": text}
     if isinstance(answer, Histogram):
         inputs = [_input(part, media) for part in parts]
@@ -188,7 +187,8 @@ def sample_data(sample: Sample, media: MediaBudget) -> dict[str, Any]:
         ]
     inputs = [_input(part, media) for part in parts if part.modality in ("text", "numbers")]
     row = [media.add(part, "input") for part in parts if part.modality in ("image", "audio")]
-    row += [media.add(Part(kind, answer), "model"), media.add(Part(kind, truth, options), "truth")]
+    row += [media.add(Part(kind, answer), "model")]
+    row += [] if truth is None else [media.add(Part(kind, truth, options), "truth")]
     return {"inputs": inputs, "media": row}
 
 
