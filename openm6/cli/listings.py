@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openm6.cli.group import print_result
+from openm6.cli.train import model_of
 from openm6.core.errors import ConfigError
 from openm6.core.files import replace_text
 
@@ -48,7 +49,7 @@ def presets() -> None:
 
 def scenarios(
     trained: Annotated[
-        Path | None, typer.Argument(metavar="[RUN|CHECKPOINT]", help="Report the readiness of each for this model.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Report the readiness of each for this model.")
     ] = None,
     json_path: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the list as JSON; -: standard output.")
@@ -65,12 +66,13 @@ def scenarios(
     # torch takes seconds to import
     from openm6.serve.scenarios.run import list_scenarios, scenarios_json
 
+    named = None if trained is None else model_of(trained)
     if json_path is None:
-        Console().print(list_scenarios(trained, "zh" if language == "zh" else "en"))
+        Console().print(list_scenarios(named, "zh" if language == "zh" else "en"))
     elif json_path == "-":
-        typer.echo(scenarios_json(trained))
+        typer.echo(scenarios_json(named))
     else:
-        replace_text(Path(json_path), scenarios_json(trained))
+        replace_text(Path(json_path), scenarios_json(named))
 
 
 def in_short(count: int) -> str:

@@ -14,7 +14,7 @@ from openm6.cli.inspect import inspect
 from openm6.cli.listings import presets, scenarios, tasks
 from openm6.cli.plan import plan
 from openm6.cli.train import convert, demo, export, import_model, train
-from openm6.cli.use import generate, serve
+from openm6.cli.use import generate, serve, try_model
 
 app = make_app()
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect your own data.")
@@ -23,6 +23,7 @@ data_app.command()(inspect)
 for command in (demo, train, evaluate, generate, serve, scenarios, plan, energy, convert, export, tasks, presets):
     app.command()(command)
 app.command("import")(import_model)
+app.command("try")(try_model)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`openm6 generate` and `openm6 serve`: one answer of a trained model, and its HTTP API."""
+"""`openm6 generate`, `try` and `serve`: one answer of a trained model, its examples on a page, and its HTTP API."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated, cast
 import typer
 
 from openm6.cli.group import print_result
-from openm6.cli.train import Device, Dtype, NumGpuLayers, Trained
+from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, model_of
 from openm6.core.errors import ConfigError
 
 
 def generate(
-    trained: Trained,
     output: Annotated[str, typer.Option(help="Output modality: text, image, audio or numbers.")],
+    model: Model = "mini",
     text: Annotated[str | None, typer.Option(help="Text input.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image input (file).")] = None,
     audio: Annotated[Path | None, typer.Option(help="Audio input (file).")] = None,
@@ -69,11 +69,11 @@ def generate(
         language=language,
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
-    print_result(answer_question(trained, question, settings, out, num_gpu_layers, device, dtype))
+    print_result(answer_question(model_of(model), question, settings, out, num_gpu_layers, device, dtype))
 
 
 def serve(
-    trained: Trained,
+    model: Model = "mini",
     settings: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings: engine.max_num_seqs=32, limits.pixels=…"),
@@ -103,6 +103,9 @@ def serve(
     \b
     Example: openm6 serve runs/demo --port 8000
     """
+    if "=" in model:
+        model, settings = "mini", [model, *(settings or [])]
+    trained = model_of(model)
     settings = [f"host={host}", f"port={port}", f"engine.device={device}", *(settings or [])]
     if allow_host:
         settings.append(f"hosts={json.dumps(allow_host)}")
@@ -129,3 +132,20 @@ def serve(
         serve_api(trained, config, name, configure_app=add_playground)
     else:
         serve_api(trained, config, name)
+
+
+def try_model(
+    model: Model = "mini",
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("try.html"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer examples that belong to a model, in all its pairs of modalities, on one page.
+
+    \b
+    Example: openm6 try runs/demo --out try.html
+    """
+    # torch takes seconds to import
+    from openm6.serve.scenarios.run import try_model as write_page
+
+    print_result(write_page(model_of(model), out, device, dtype))

@@ -27,7 +27,8 @@ class TrainedTask(Config):
     """One thing the model was trained on: a task over a source.
 
     `words` are the minimum and maximum words of its input texts, None if unknown; `modalities` those of a chat;
-    `of_start`: in the run that this one started from alone; `weight` is that in the mixture.
+    `of_start`: in the run that this one started from alone; `weight` is that in the mixture; `columns` are the numbers
+    that it predicts.
     """
 
     task: str
@@ -36,6 +37,7 @@ class TrainedTask(Config):
     modalities: list[str] = []
     of_start: bool = False
     weight: float = 1.0
+    columns: list[str] = []
 
 
 class CheckpointConfig(Config):

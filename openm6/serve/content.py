@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from openm6.inference.load import LoadedModel
 from openm6.inference.question import chat_prompt
 from openm6.modalities.audio import RATE
-from openm6.modalities.image import Image, read_image, to_square
+from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
@@ -242,14 +242,6 @@ def _transparent(data: bytes) -> np.ndarray:
     with Pillow.open(io.BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
     return np.asarray(image.convert("RGBA").getchannel("A")) < 255
-
-
-def restore_outside(drawn: Pillow.Image, source: bytes, mask: np.ndarray, image: Image) -> Pillow.Image:
-    """Return the drawn image within the mask, and the source, made square like it, everywhere else."""
-    kept = to_square(read_image(source, image.max_pixels), image.side)
-    outside = Pillow.fromarray(np.where(mask, 0, 255).astype(np.uint8)).convert("RGB")
-    keep = to_square(outside, image.side).convert("L")
-    return Pillow.composite(kept, drawn, keep.point(lambda value: 255 if value == 255 else 0))
 
 
 def language_of(text: str) -> str:

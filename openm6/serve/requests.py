@@ -1,4 +1,4 @@
-"""Requests to the engine, its answers and refusals, as plain data without HTTP, and the tokens of a request.
+"""Requests to the engine, its answers and refusals, as plain data without HTTP; tokens of a request, files of answers.
 
 `prepare` runs in threads of its own, before a request is queued: files are decoded and inputs are checked there.
 """
@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+from PIL import Image as Pillow
+
 from openm6.core.errors import DataError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.modalities.image import Image, box_mask, read_image, to_square
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import opened, source_segments, split_opening
 from openm6.modalities.series import NumberSeries
@@ -227,3 +231,23 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
         case RankRequest():
             return [loaded.text.target(candidate) for candidate in request.candidates]
     return []
+
+
+def decode_codes(request: CodesRequest, codes: Any, loaded: LoadedModel) -> Pillow.Image | np.ndarray:
+    """Return the image, or the samples of the audio, that answer a request; around a box the source is kept."""
+    if request.modality == "audio":
+        return loaded.audio.decode(codes)
+    drawn = loaded.image.decode(codes)
+    if request.source is not None and request.mask is not None:
+        width, height = read_image(request.source).size
+        mask = box_mask(request.mask, height, width).reshape(height, width)
+        drawn = restore_outside(drawn, request.source, mask, loaded.image)
+    return drawn
+
+
+def restore_outside(drawn: Pillow.Image, source: bytes, mask: np.ndarray, image: Image) -> Pillow.Image:
+    """Return the drawn image within the mask, and the source, made square like it, everywhere else."""
+    kept = to_square(read_image(source, image.max_pixels), image.side)
+    outside = Pillow.fromarray(np.where(mask, 0, 255).astype(np.uint8)).convert("RGB")
+    keep = to_square(outside, image.side).convert("L")
+    return Pillow.composite(kept, drawn, keep.point(lambda value: 255 if value == 255 else 0))

@@ -73,7 +73,7 @@ class Server:
     @cached_property
     def library(self) -> ScenarioLibrary:
         """The scenarios, those of the model's own tasks among them."""
-        return library_of(self.loaded.description)
+        return library_of(self.loaded.description, self.loaded.checkpoint)
 
     @property
     def limits(self) -> Limits:

@@ -36,7 +36,7 @@ from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_
 from openm6.modalities.simple_predictors import IMAGE, TablePredictors, fold_of, image_features, to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
-from openm6.tasks.slots import Context, Derived, categories, input_only, pinned
+from openm6.tasks.slots import Context, Derived, categories, input_only, pinned, predictable
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.simple_predictors import MAX_ROWS, Labels, fit_table
@@ -237,15 +237,17 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
 
 
 def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[TrainedTask]:
-    """Return the tasks of the mixture with the lengths of their texts, and for chats what else messages hold."""
+    """Return the tasks of the mixture: lengths of texts, for chats what else messages hold, columns to predict."""
     found = []
     for part in recipe.mixture:
         task, source = recipe.task(part.task), sources[part.source]
         records = _readable(source, COUNTED if task.chat else 0)
         modalities = sorted({item["type"] for record in records for item in contents_of(record)} - {"text"})
         words = words_read(task, source)
+        records = _readable(source, COUNTED if task.output_modality == "numbers" else 0)
+        columns = sorted({name for record in records for name in predictable(record)})
         one = TrainedTask(task=part.task, source=part.source, words=words, modalities=modalities, weight=part.weight)
-        found.append(one)
+        found.append(one.model_copy(update={"columns": columns}))
     return found
 
 

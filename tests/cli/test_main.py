@@ -295,3 +295,37 @@ def test_every_command_that_computes_asks_for_its_device(
 def test_a_plan_for_a_gpu_of_the_table_has_no_device() -> None:
     shown = runner.invoke(app, ["plan", "nano", "--gpu", "h100", "--device", "cpu"])
     assert shown.exit_code == 1 and "leave out --gpu" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [("", "mini"), ("mine", "mine"), ("runs/x", Path("runs/x")), ("./mine/", Path("mine"))],
+)
+def test_a_model_is_named_by_folder_or_name_and_mini_by_default(
+    monkeypatch: pytest.MonkeyPatch, words: str, model: Path | str
+) -> None:
+    called = Called(monkeypatch)
+    monkeypatch.setattr("openm6.inference.question.Question", partial(called.call, "question"))
+    for line in (f"generate {words} --text a --output text", f"try {words}", f"serve {words}"):
+        shown = runner.invoke(app, line.split())
+        assert shown.exit_code == 0, shown.output
+    found = {name: given[0] for name, given, _ in called.calls if given}
+    assert found["answer_question"] == found["try_model"] == found["serve"] == model
+
+
+def test_settings_of_a_server_need_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Called(monkeypatch)
+    assert runner.invoke(app, ["serve", "engine.max_num_seqs=2"]).exit_code == 0
+    calls = {name: words for name, words, _ in called.calls}
+    assert "engine.max_num_seqs=2" in calls["read_serve_config"][0]
+
+
+def test_without_a_shipped_model_a_sentence_names_the_way_to_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openm6.hub.pretrained.SHIPPED", tmp_path)
+    monkeypatch.setenv("OPENM6_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shown = runner.invoke(app, ["generate", "--text", "a", "--output", "text"])
+    assert shown.exit_code == 1 and shown.stderr.count("\n") == 1
+    assert "such as runs/demo, which openm6 demo trains" in shown.stderr

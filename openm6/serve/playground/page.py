@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,18 @@ from openm6.inference.question import chat_prompt
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.serve.middleware import PLAYGROUND, match_key
-from openm6.serve.playground.parts import FIGURES, WORDS, ImageInput, make_inputs, show_answer, uploaded, values_in
+from openm6.serve.playground.parts import (
+    FIGURES,
+    WORDS,
+    ImageInput,
+    make_card,
+    make_inputs,
+    show_answer,
+    uploaded,
+    values_in,
+)
 from openm6.serve.requests import CodesRequest, Request, TextRequest
-from openm6.serve.scenarios.run import example_fits, scenario_request
+from openm6.serve.scenarios.run import example_fits, example_values, examples_of, scenario_request
 from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, readiness
 from openm6.serve.server import Server
 
@@ -27,6 +38,8 @@ Images = list[tuple[Any, str]]
 # On a phone the answer, or why there is none, comes below the screen; the page takes a moment to hold it.
 SHOW = """() => setTimeout(
     () => document.getElementById("note").scrollIntoView({block: "nearest", behavior: "smooth"}), 200)"""
+SHOW_FORM = """() => document.getElementById("state").scrollIntoView({block: "center", behavior: "smooth"})"""
+CLICKED = Path(__file__).with_name("cards.js")
 
 
 def add_playground(app: FastAPI) -> FastAPI:
@@ -61,6 +74,9 @@ class Page:
         self.library = server.library
         # Components whose label changes with the language, each with the key of its words.
         self.labels: list[tuple[gradio.components.Component | gradio.Tab, str]] = []
+        # Answers to the model's examples, by language, made for the first visitor.
+        self.cards: dict[Language, list[str]] = {"en": [], "zh": []}
+        self.making = asyncio.Lock()
 
     def build(self) -> gradio.Blocks:
         """Return the page as Gradio's blocks."""
@@ -71,6 +87,8 @@ class Page:
                 self.language = gradio.Radio(
                     LANGUAGES, value="en", label=WORDS["language"].en, elem_id="language", min_width=250
                 )
+            cards = gradio.HTML("", elem_id="cards", js_on_load=CLICKED.read_text("utf-8"))
+            self.picked = gradio.State((None, 0))
             with gradio.Row():
                 tab = "scenarios" if self._readiness(first).trained else "freely"
                 with gradio.Column(min_width=320), gradio.Tabs(selected=tab):
@@ -78,8 +96,13 @@ class Page:
                     self._free_tab()
                 with gradio.Column(min_width=320):
                     self._answer_panel()
-            self.domain.change(self.choose_domain, [self.domain, self.language], [self.scenario])
+            # By `change`, a card would be replaced by the first scenario of its domain.
+            self.domain.input(self.choose_domain, [self.domain, self.language], [self.scenario])
             self.labels.append((self.language, "language"))
+            opened = [blocks.load, self.language.change]
+            gradio.on(opened, self.show_cards, self.language, cards, show_progress="hidden", concurrency_limit=None)
+            chosen = [self.domain, self.scenario, self.picked]
+            cards.click(self.choose_card, [self.language], chosen, show_progress="hidden").then(None, js=SHOW_FORM)
             worded: list[Any] = [self.title, self.domain, self.scenario, self.output, self.ask]
             worded += [component for component, _ in self.labels]
             self.language.change(self.choose_language, [self.language, self.domain, self.scenario], worded)
@@ -109,15 +132,17 @@ class Page:
             self.scenario = gradio.Dropdown(
                 self._choices(domain, "en"), value=first.name, label=WORDS["scenario"].en, elem_id="scenario"
             )
-            gradio.render([self.scenario, self.language])(self._show_scenario)
+            gradio.render([self.scenario, self.language, self.picked])(self._show_scenario)
             self.seed = gradio.Number(0, label=WORDS["seed"].en, precision=0, minimum=0, maximum=2**31 - 1)
         self.labels += [(tab, "scenarios"), (self.seed, "seed")]
 
-    def _show_scenario(self, name: str, language: Language) -> None:
-        """Add what a scenario is, its inputs, filled with the example if it fits the model, and its button."""
+    def _show_scenario(self, name: str, language: Language, picked: tuple[str | None, int] = (None, 0)) -> None:
+        """Add what a scenario is, its inputs, filled with the picked example or the first that fits, and its button."""
         scenario = self.library.scenarios[name]
         gradio.Markdown(self.about(scenario, language), elem_id="state")
-        inputs = make_inputs(scenario, language, self.fits(scenario, language))
+        index = picked[1] if picked[0] == name else 0
+        example = example_values(scenario, language, index) if self.fits(scenario, language) else {}
+        inputs = make_inputs(scenario, language, example)
         run = gradio.Button(WORDS["run"].text(language), variant="primary", elem_id="run")
         # Not by the name in the dropdown: these inputs are of this scenario, and text must not be read as a path.
         asked = [self.language, self.seed, self.drawn, *inputs]
@@ -154,6 +179,23 @@ class Page:
         self.drawn = gradio.State([])
         self.panel = [text, image, audio, figure, note, gallery, self.drawn]
         self.labels += [(text, "answer"), (image, "image"), (audio, "audio"), (gallery, "gallery")]
+
+    async def show_cards(self, language: Language) -> AsyncIterator[str]:
+        """Yield the gallery each time that one more answer is there; each is made once, one after the other."""
+        description, cards = self.server.loaded.description, self.cards[language]
+        examples = list(examples_of(self.library, description, self.server.scores, [language]))
+        while len(cards) < len(examples):
+            async with self.making:
+                if len(cards) < len(examples):
+                    cards.append(await make_card(self.server, examples[len(cards)]))
+            yield "".join(cards)
+        yield "".join(cards)
+
+    def choose_card(self, language: Language, event: gradio.EventData) -> list[Any]:
+        """Return the domain, the scenario and the example of a card."""
+        domain = self.library.domain_of[event.name]
+        choices = self._choices(domain, language)
+        return [domain, gradio.update(choices=choices, value=event.name), (event.name, int(event.index))]
 
     def choose_domain(self, domain: str, language: Language) -> Any:
         """Return the scenarios of a domain, the first that works chosen."""

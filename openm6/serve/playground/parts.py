@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from abc import ABCMeta
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,20 @@ import soundfile
 from PIL import Image as Pillow
 
 from openm6.core.config import build, read_yaml
-from openm6.core.errors import DataError
+from openm6.core.errors import DataError, OpenM6Error
+from openm6.evaluate.media import MediaBudget
+from openm6.evaluate.report import sample_data
 from openm6.modalities.audio import RATE
+from openm6.modalities.histogram import Histogram
+from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
 from openm6.serve.content import CHECKS, pcm
 from openm6.serve.errors import BadRequestError
 from openm6.serve.requests import Request
-from openm6.serve.routes.scenarios import decoded
-from openm6.serve.scenarios.run import MEDIA, example_values
+from openm6.serve.routes.scenarios import COVERAGE, decoded
+from openm6.serve.scenarios.run import MEDIA, Example, sample_of
 from openm6.serve.scenarios.scenario import Bilingual, InputKind, Language, Scenario
-from openm6.serve.schemas import Distribution, coverage_of
+from openm6.serve.schemas import Distribution, coverage_of, distribution_of
 from openm6.serve.server import Server
 
 _WORDS = read_yaml(Path(__file__).with_name("words.yaml"))
@@ -46,9 +50,8 @@ ImageInput: Any = ABCMeta.__new__(
 )
 
 
-def make_inputs(scenario: Scenario, language: Language, filled: bool = True) -> list[gradio.components.Component]:
-    """Return a component for each input of a scenario, with its example or empty."""
-    example = example_values(scenario, language) if filled else {}
+def make_inputs(scenario: Scenario, language: Language, example: Mapping[str, Any]) -> list[Any]:
+    """Return a component for each input of a scenario, with what the example gives or empty."""
     found = []
     for name, declared in scenario.inputs.items():
         kind, label = declared.kind, declared.label.text(language)
@@ -58,13 +61,14 @@ def make_inputs(scenario: Scenario, language: Language, filled: bool = True) -> 
         # Without `interactive`, Gradio disables a component with a value that is made while the page is rendered.
         form: Any = {"label": label, "elem_id": f"input-{name}", "interactive": True}
         if kind == "image":
-            image = Pillow.open(io.BytesIO(example[name])).convert("RGBA") if filled else None
+            image = Pillow.open(io.BytesIO(example[name])).convert("RGBA") if name in example else None
             found.append(ImageInput(image, type="filepath", format="png", height=200, **form))
         elif kind == "audio":
-            audio = soundfile.read(io.BytesIO(example[name]), dtype="int16")[::-1] if filled else None  # rate first
+            # The rate first.
+            audio = soundfile.read(io.BytesIO(example[name]), dtype="int16")[::-1] if name in example else None
             found.append(gradio.Audio(audio, type="filepath", **form))
         else:
-            found.append(gradio.Textbox(write_typed(kind, example[name]) if filled else None, lines=2, **form))
+            found.append(gradio.Textbox(write_typed(kind, example[name]) if name in example else None, lines=2, **form))
     return found
 
 
@@ -135,7 +139,9 @@ def _plain(number: float | None) -> str:
     return "" if number is None else f"{number:g}"
 
 
-CLIENT = "playground"
+# As clients of the engine; the answers of the gallery do not wait before those to a visitor.
+CLIENT, GALLERY = "playground", "gallery"
+CARD_BYTES = 2**18  # of the images and audio of a card
 WIDTH, HEIGHT, EDGE = 560, 180, 34
 FIGURES: Any = (
     jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -210,3 +216,20 @@ def vector_strip(vector: Sequence[float]) -> str:
     width = WIDTH / max(1, len(vector))
     bars = [(round(index * width, 2), value > 0, round(abs(value) / largest, 2)) for index, value in enumerate(vector)]
     return str(FIGURES.vector(bars, round(width, 2)))
+
+
+async def make_card(server: Server, example: Example) -> str:
+    """Return the answer to an example as a card of the gallery; empty if there is none."""
+    try:
+        [handle] = await server.engine.ask_all([example.request], GALLERY, server.limits.seconds)
+        answer = await handle.answer()
+    except OpenM6Error:
+        return ""
+    server.metrics.add(GALLERY, answer)
+    sample = await asyncio.to_thread(sample_of, example.request, answer, server.loaded)
+    shown = await asyncio.to_thread(sample_data, sample, MediaBudget(CARD_BYTES))
+    title, figure = example.scenario.title.text(example.language), ""
+    if isinstance(sample.answer, Histogram):
+        past = next((part.raw.values for part in sample.inputs if isinstance(part.raw, NumberSeries)), ())
+        figure = interval_chart(example.scenario.column or title, distribution_of(sample.answer, COVERAGE), past)
+    return str(FIGURES.card(example.scenario.name, example.index, title, shown, figure))

@@ -27,12 +27,11 @@ from openm6.serve.content import (
     image_file,
     language_of,
     part_prompt,
-    restore_outside,
     text_prompt,
 )
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
-from openm6.serve.requests import Answer, CodesRequest, TextRequest
+from openm6.serve.requests import Answer, CodesRequest, TextRequest, restore_outside
 from openm6.serve.schemas import (
     CoveredReply,
     EnergyReply,

@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 
 from openm6.core.errors import ConfigError
 from openm6.inference.load import LoadedModel
-from openm6.modalities.image import box_mask, read_image
 from openm6.serve.config import Limits
 from openm6.serve.content import (
     CHECKS,
@@ -22,11 +21,10 @@ from openm6.serve.content import (
     decode_base64,
     decode_data_url,
     image_data_url,
-    restore_outside,
 )
 from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.middleware import StrictRoute
-from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request
+from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request, decode_codes
 from openm6.serve.scenarios.run import example_fits, example_values, scenario_request
 from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, readiness
 from openm6.serve.schemas import (
@@ -217,15 +215,8 @@ def decoded(request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, 
     """Return an answer under the name of its field in `ScenarioAnswer`, images and audio as pixels and samples."""
     value = answer.value
     match request:
-        case CodesRequest(modality="image"):
-            drawn = loaded.image.decode(value)
-            if request.source is not None and request.mask is not None:  # around the box everything is kept
-                width, height = read_image(request.source).size
-                mask = box_mask(request.mask, height, width).reshape(height, width)
-                drawn = restore_outside(drawn, request.source, mask, loaded.image)
-            return {"image": drawn}
         case CodesRequest():
-            return {"audio": loaded.audio.decode(value)}
+            return {request.modality: decode_codes(request, value, loaded)}
         case NumbersRequest():
             return {"numbers": {request.name: distribution_of(value, COVERAGE)}}
         case RankRequest():

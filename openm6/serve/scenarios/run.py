@@ -1,4 +1,4 @@
-"""A scenario with its inputs as a request to the engine, its examples, and all of them listed or run on a model.
+"""A scenario as a request to the engine, its examples, and all of them listed, run on a model or tried on a page.
 
 Images and audio of an example name one record of the data in the package: `emoji#emoji/1FAB4`.
 """
@@ -6,32 +6,53 @@ Images and audio of an example name one record of the data in the package: `emoj
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from openm6.checkpoint.folder import latest
-from openm6.core.errors import ConfigError, DataError, OpenM6Error, nearest
+from openm6.core.errors import CheckpointError, ConfigError, DataError, OpenM6Error, nearest
 from openm6.core.files import replace_text
 from openm6.data.parquet import EMBEDDED_MARK, EmbeddedConfig
+from openm6.data.prepare import with_negatives
 from openm6.data.records import Record
 from openm6.data.sources import Split, open_sources
-from openm6.inference.load import load, precision_of
+from openm6.evaluate.answers import evenly_spaced
+from openm6.evaluate.media import MediaBudget
+from openm6.evaluate.report import MEDIA_BYTES, report_environment, sample_data
+from openm6.evaluate.results import Sample
+from openm6.evaluate.run import source_configs
+from openm6.hub.pretrained import find_model
+from openm6.inference.load import LoadedModel, load, precision_of
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
+from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
 from openm6.models.description import MODEL_FILE, CheckpointConfig, read_description
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request, TextRequest
+from openm6.serve.requests import (
+    Answer,
+    CodesRequest,
+    EmbedRequest,
+    NumbersRequest,
+    RankRequest,
+    Request,
+    TextRequest,
+    decode_codes,
+)
 from openm6.serve.scenarios.scenario import (
     LANGUAGES,
     PROMPTED,
@@ -40,15 +61,20 @@ from openm6.serve.scenarios.scenario import (
     Readiness,
     Scenario,
     ScenarioLibrary,
+    Scores,
     library_of,
     read_library,
     read_scores,
     readiness,
 )
+from openm6.tasks.registry import all_tasks
+from openm6.tasks.slots import Context
 from openm6.tasks.task import fill_prompt
 
 Values = Mapping[str, Any]
+EMPTY: tuple[Any, ...] = (None, "", b"", {}, [])
 MEDIA = ("image", "audio")  # kinds of inputs, and the fields of records that hold them
+SEARCHED = 20  # test records of a source in which an example is looked for
 
 
 def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> Request:
@@ -62,11 +88,14 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
             hint = nearest(name, sorted(scenario.inputs))
             raise DataError(f"scenario {scenario.name} takes no input {name!r}; {hint}")
     for name, declared in scenario.inputs.items():
-        if values.get(name) in (None, "", b"", {}, []):
+        if values.get(name) in EMPTY:
+            if declared.optional and any(one not in EMPTY for one in values.values()):
+                continue
             raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): add it")
         if not _is_valid(declared.kind, values[name]):
             raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[declared.kind]}")
-    inputs = {name: _part(scenario, name, values) for name, given in scenario.inputs.items() if given.kind in PROMPTED}
+    kinds = {name: given.kind for name, given in scenario.inputs.items() if values.get(name) not in EMPTY}
+    inputs = {name: _part(scenario, name, values) for name, kind in kinds.items() if kind in PROMPTED}
     column = str(scenario.column)
     parts = tuple(fill_prompt(scenario.prompt.text(language), inputs, {"column": column.replace("_", " ")}))
     if scenario.output == "text":
@@ -161,22 +190,51 @@ def example_record(name: str) -> Record:
     raise ConfigError(f"no record is called {name!r}: name one as emoji#emoji/1FAB4")
 
 
-def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:
-    """Return the inputs of a scenario's example, images and audio as bytes of a file."""
-    values = dict(scenario.examples[language])
+def example_values(scenario: Scenario, language: Language, index: int = 0) -> dict[str, Any]:
+    """Return the inputs of an example, the model's own if it brings some; images and audio as bytes of a file."""
+    own = [one[language] for one in scenario.own_examples if language in one]
+    values = dict(own[min(index, len(own) - 1)] if own else scenario.examples[language])
     for name, declared in scenario.inputs.items():
-        if declared.kind in MEDIA:
-            values[name] = example_record(values[name])[declared.kind]
+        if declared.kind in MEDIA and name in values:
+            kind, word = declared.kind, values[name]
+            values[name] = example_record(word)[kind] if "#" in word else Path(scenario.folder, word).read_bytes()
     return values
+
+
+def recorded_request(scenario: Scenario, language: Language, description: CheckpointConfig) -> Request | None:
+    """Return the request for a test record of the model's sources, if these can be opened; else None."""
+    known, rng = all_tasks(description.tasks), np.random.default_rng(0)
+    for one in description.trained_tasks:
+        if one.task not in scenario.tasks or one.task not in known or one.source not in description.sources:
+            continue
+        with suppress(OpenM6Error):
+            configs, task = source_configs(description.sources, "model.json"), known[one.task]
+            source = open_sources(configs, "test", [one.source])[one.source]
+            for index in evenly_spaced(len(source), SEARCHED):
+                record = source[index]
+                if language in task.languages(record):
+                    record = with_negatives(record, source, rng) if task.needs_negatives else record
+                    inputs = task.build(record, Context(language, rng)).inputs
+                    return scenario_request(scenario, language, _values_of(inputs, set(scenario.inputs)))
+    return None
+
+
+def _values_of(inputs: Mapping[str, Part], names: set[str]) -> dict[str, Any]:
+    """The inputs of an example of a task as those of a scenario, which have these names."""
+    found: dict[str, Any] = {name: part.raw for name, part in inputs.items() if name in names}
+    series = {name: raw for name, raw in found.items() if isinstance(raw, NumberSeries)}
+    found |= {name: {"name": raw.name, "values": list(raw.values)} for name, raw in series.items()}
+    options = (option for part in inputs.values() for option in part.options.items())
+    return found | {name: list(value) for name, value in options if name in names and value}
 
 
 def example_fits(scenario: Scenario, language: Language, description: CheckpointConfig) -> bool:
     """Whether a model was trained on such inputs as the example holds: its columns, and data of the package.
 
-    A checkpoint that does not name its sources passes; a scenario without examples does not.
+    Those that it brings fit. A checkpoint that does not name its sources passes; a scenario without examples does not.
     """
-    if not scenario.examples:
-        return False
+    if scenario.own_examples or not scenario.examples:
+        return any(language in example for example in scenario.own_examples)
     tasks = description.trained_tasks
     known = _package_data(description, {trained_task.source for trained_task in tasks})
     used = {trained_task.source for trained_task in tasks if trained_task.task in scenario.tasks}
@@ -208,7 +266,7 @@ MAX_ANSWER = 48  # characters in the table
 ONE_AT_A_TIME = EngineConfig(max_num_seqs=1, max_num_media=1, max_model_len=4096, batch_invariant=False)
 
 
-def list_scenarios(trained: Path | None = None, language: Language = "en") -> Table:
+def list_scenarios(trained: Path | str | None = None, language: Language = "en") -> Table:
     """Return a table with one row per scenario; for a run, which are ready. Raise CheckpointError if it is none."""
     last = "recipe" if trained is None else "state"
     table = Table("scenario", "domain", "inputs", "output", "what it does", last, box=None)
@@ -221,7 +279,7 @@ def list_scenarios(trained: Path | None = None, language: Language = "en") -> Ta
     return table
 
 
-def scenarios_json(trained: Path | None = None) -> str:
+def scenarios_json(trained: Path | str | None = None) -> str:
     """Return every field of each scenario as JSON; with a run, also `ready`, `needs` and `state`. Raise as above."""
     library, listed = _listed(trained)
     found = [
@@ -232,14 +290,14 @@ def scenarios_json(trained: Path | None = None) -> str:
     return json.dumps({"scenarios": found}, ensure_ascii=False, indent=1)
 
 
-def _listed(trained: Path | None) -> tuple[ScenarioLibrary, list[tuple[Scenario, Readiness | None]]]:
+def _listed(trained: Path | str | None) -> tuple[ScenarioLibrary, list[tuple[Scenario, Readiness | None]]]:
     """All scenarios, each with its readiness by the checkpoint and the report of a run if one is named."""
     if trained is None:
         library = read_library()
         return library, [(scenario, None) for scenario in library.scenarios.values()]
-    path = latest(trained) / MODEL_FILE
+    path = latest(find_model(trained)) / MODEL_FILE
     description, scores = read_description(path.read_text(encoding="utf-8"), str(path)), read_scores(path.parent)
-    library = library_of(description)
+    library = library_of(description, path.parent)
     return library, [(scenario, readiness(scenario, description, scores)) for scenario in library.scenarios.values()]
 
 
@@ -260,9 +318,10 @@ def run_scenarios(
     """Run the examples of all scenarios, in both languages, and write them to `json_path`; raise CheckpointError."""
     config = ONE_AT_A_TIME.model_copy(update={"weights": precision_of(dtype) or "auto"})
     with Engine(load(trained, device), config) as engine:
-        scenarios = library_of(engine.loaded.description).scenarios.values()
-        pairs = product((scenario for scenario in scenarios if scenario.examples), LANGUAGES)
-        results = [run_example(engine, scenario, language) for scenario, language in pairs]
+        scenarios = library_of(engine.loaded.description, engine.loaded.checkpoint).scenarios.values()
+        pairs = product(scenarios, LANGUAGES)
+        shown = [(one, words) for one, words in pairs if any(words in x for x in (one.examples, *one.own_examples))]
+        results = [run_example(engine, scenario, language) for scenario, language in shown]
     if json_path is not None:
         states = Counter(result.state for result in results)
         report: dict[str, Any] = {state: states[state] for state in ("answered", "untrained", "failed")}
@@ -308,3 +367,71 @@ def results_table(results: list[ExampleResult]) -> Table:
         answer = answer if len(answer) <= MAX_ANSWER else answer[: MAX_ANSWER - 1] + "…"
         table.add_row(result.scenario, result.language, result.state, answer, f"{result.seconds:.2f}")
     return table
+
+
+class Example(NamedTuple):
+    """An example that belongs to a model; `index` counts those of a scenario in a language."""
+
+    scenario: Scenario
+    language: Language
+    index: int
+    request: Request
+
+
+def examples_of(
+    library: ScenarioLibrary, description: CheckpointConfig, scores: Scores, languages: Iterable[Language] = LANGUAGES,
+    recorded: bool = False,
+) -> Iterator[Example]:  # fmt: skip
+    """Yield examples of all scenarios that are ready; with `recorded`, a test record stands in where none fits."""
+    for scenario, language in product(library.scenarios.values(), languages):
+        if scenario.output not in MODALITIES or not readiness(scenario, description, scores).ready:
+            continue
+        own = sum(language in one for one in scenario.own_examples) or example_fits(scenario, language, description)
+        for index in range(own):
+            values = example_values(scenario, language, index)
+            yield Example(scenario, language, index, scenario_request(scenario, language, values))
+        if recorded and not own and (request := recorded_request(scenario, language, description)):
+            yield Example(scenario, language, 0, request)
+
+
+def sample_of(request: Request, answer: Answer, loaded: LoadedModel) -> Sample:
+    """Return an answer as the report shows those to test records, without a truth."""
+    value: Any = answer.value
+    truth: Any = None
+    if isinstance(request, CodesRequest):
+        value = decode_codes(request, value, loaded)
+    elif isinstance(request, NumbersRequest):
+        is_series = request.series is not None
+        truth = NumberSeries(request.name, [None] * request.ahead) if is_series else {request.name: math.nan}
+    return Sample(list(request.parts), value, truth, "")
+
+
+def try_model(trained: Path | str, out: Path, device: str = "auto", dtype: str = "auto") -> str:
+    """Answer a model's examples on one page; return the sentence to print.
+
+    Raise CheckpointError if there is no model or nothing to try, OutputError if the page cannot be written.
+    """
+    folder, began = find_model(trained), time.perf_counter()
+    config = ONE_AT_A_TIME.model_copy(update={"weights": precision_of(dtype) or "auto"})
+    with Engine(load(folder, device), config) as engine:
+        loaded, scores, media = engine.loaded, read_scores(engine.loaded.checkpoint), MediaBudget(MEDIA_BYTES)
+        library = library_of(loaded.description, loaded.checkpoint)
+        cells: dict[tuple[str, str], list[tuple[Example, Any]]] = {}
+        others = []
+        examples = list(examples_of(library, loaded.description, scores, recorded=True))
+        for example in track(examples, "answers", console=Console(stderr=True), transient=True):
+            with suppress(OpenM6Error):
+                answer = engine.ask_and_wait(example.request)
+                shown = sample_data(sample_of(example.request, answer, loaded), media)
+                cell = cells.setdefault((example.scenario.input_modality, example.scenario.output), [])
+                # One answer in each language.
+                same = [one.scenario is example.scenario and one.language != example.language for one, _ in cell]
+                (cell if all(same) else others).append((example, shown))
+    if not cells:
+        raise CheckpointError(
+            f"nothing to try with {trained}: no example fits a scenario that it is ready for, and its data are not here"
+        )
+    name, seconds = folder.resolve().name, time.perf_counter() - began
+    data = {"name": name, "cells": cells, "others": others, "modalities": list(MODALITIES), "seconds": seconds}
+    replace_text(out, report_environment().get_template("try.html").render(data) + "\n")
+    return f"answers of {name} in {len(cells)} of {len(MODALITIES) ** 2} pairs of modalities: open {out}"

@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,12 @@ from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding
 from openm6.models.description import CheckpointConfig
-from openm6.tasks.own import SomeNumbers
 from openm6.tasks.registry import all_tasks, unknown_task
 from openm6.tasks.slots import MAX_TOKENS
 from openm6.tasks.task import Task
 
 FOLDER = Path(__file__).parent / "library"
+EXAMPLES_FILE = "examples.yaml"  # beside the weights of a model
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
@@ -63,10 +62,11 @@ KINDS: dict[InputKind, Bilingual] = {
 
 
 class Input(Config):
-    """One input; without a title it is called after its kind."""
+    """One input; without a title it is called after its kind. One that is `optional` may be left out."""
 
     kind: InputKind
     title: Bilingual | None = None
+    optional: bool = False
 
     @property
     def label(self) -> Bilingual:
@@ -79,7 +79,10 @@ class Scenario(Config):
     prompt: the words of a trained task; `{name}` is the slot of an input, `{column}` the column that is predicted
     ahead: steps of a series that are forecast; column: the column that is predicted
     tasks: what a model must have been trained on; recipe: the shipped one that trains it
+    data: the end of the path of a source that one of the tasks must have been trained on, if not any will do
     examples: inputs to try, for each language, or none; images and audio are named as `data#id` (see run.py)
+    variants: fields in place of these, for models that were trained on other tasks that answer it
+    own_examples: those that a model brings, with their images and audio in `folder`
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -92,8 +95,12 @@ class Scenario(Config):
     ahead: int = Field(default=8, ge=1, le=64)
     decoding: Decoding = Decoding()
     tasks: list[str] = Field(min_length=1)
+    data: str = ""
     recipe: str
     examples: dict[Language, dict[str, Any]]
+    variants: list[dict[str, Any]] = Field(default=[], exclude=True)
+    own_examples: list[dict[Language, dict[str, Any]]] = Field(default=[], exclude=True)
+    folder: str = Field(default="", exclude=True)
 
     @field_validator("tasks")
     @classmethod
@@ -118,7 +125,19 @@ class Scenario(Config):
             raise ValueError("name the column that is predicted, if a number is, and only then")
         if ("candidates" in kinds) != (self.output == "ranking"):
             raise ValueError("a ranking needs candidates, and nothing else does")
+        self.forms()  # raises if one is broken
         return self
+
+    def forms(self) -> list[Scenario]:
+        """Return the scenario, and one for each variant."""
+        own = {**self.model_dump(), "examples": {}}
+        return [self, *(Scenario.model_validate({**own, **variant}) for variant in self.variants)]
+
+    @property
+    def input_modality(self) -> str:
+        """That of the first input that is no text."""
+        found = {"image": "image", "audio": "audio", "numbers": "numbers", "series": "numbers"}
+        return next((found[given.kind] for given in self.inputs.values() if given.kind in found), "text")
 
     def kind_of(self, kind: InputKind) -> str | None:
         """Return the name of the first input of a kind."""
@@ -154,37 +173,62 @@ def read_library(folder: Path = FOLDER) -> ScenarioLibrary:
     return ScenarioLibrary(domains)
 
 
-def library_of(description: CheckpointConfig) -> ScenarioLibrary:
-    """Return the scenarios of the package and, as one more domain, one for each own task of a model."""
-    library = read_library()
-    known = all_tasks(description.tasks)
-    own = [_own_scenario(known[name], known) for name in description.tasks]
-    if not own:
-        return library
-    domain = Domain(title=Bilingual(en="Own tasks", zh="自定义任务"), scenarios=own)
-    return ScenarioLibrary({**library.domains, "own": domain})
+def library_of(description: CheckpointConfig, folder: Path | None = None) -> ScenarioLibrary:
+    """Return the scenarios of the package in the forms that a model was trained for, with the examples that it brings.
+
+    One more domain has a scenario for each other task that it was trained on. `folder` is that of its checkpoint, where
+    examples.yaml has lists of examples by scenario, and images and audio are files beside it or `data#id`.
+    """
+    path, known = (folder or Path()) / EXAMPLES_FILE, all_tasks(description.tasks)
+    brought = read_yaml(path) if folder is not None and path.is_file() else {}
+    domains = dict(read_library().domains)
+    covered: set[str] = set()
+    for name, domain in domains.items():
+        found = []
+        for scenario in domain.scenarios:
+            # The first form that it was trained for, or the first of all.
+            forms = [form for form in scenario.forms() if not _missing(form, description)]
+            covered |= {task for form in forms for task in form.tasks}
+            changes = {"own_examples": brought.get(scenario.name, []), "folder": str(folder)}
+            found.append((forms or [scenario])[0].model_copy(update=changes))
+        domains[name] = domain.model_copy(update={"scenarios": found})
+    own: list[Scenario] = []
+    names = dict.fromkeys([*description.tasks, *(one.task for one in description.trained_tasks)])
+    for task in (known[name] for name in names if name in known and name not in covered):
+        # Some have no form, such as a regression of which no column is recorded.
+        with suppress(ValueError):
+            scenario = _own_scenario(task, description, brought.get(task.name, []), str(folder))
+            own += [] if task.contrastive or task.chat else [scenario]
+    if own:
+        domains["own"] = Domain(title=Bilingual(en="Tasks of this model", zh="该模型的任务"), scenarios=own)
+    return ScenarioLibrary(domains)
 
 
-def _own_scenario(task: Task, known: Mapping[str, Task]) -> Scenario:
-    """The scenario of an own task: its inputs, its first prompts, its target; without examples."""
+def _own_scenario(task: Task, description: CheckpointConfig, examples: list[Any], folder: str) -> Scenario:
+    """The scenario of a task that the library lacks: its inputs, its first prompts, its target; with own examples."""
     prompts = {language: found[0] for language, found in task.prompts.items()}
     first = next(iter(prompts.values()))
+    predicted = [name for one in description.trained_tasks if one.task == task.name for name in one.columns]
+    column = next(iter([*getattr(task.target, "columns", ()), *predicted]), None)
     values = {
         "name": task.name,
         "title": {"en": task.summary, "zh": task.summary},
         "summary": {"en": task.summary, "zh": task.summary},
         "inputs": {
-            name: {"kind": slot.modality, "title": {"en": name, "zh": name}} for name, slot in task.inputs.items()
+            name: {"kind": slot.modality, "title": {"en": name, "zh": name}, "optional": task.optional}
+            for name, slot in task.inputs.items()
         },
         "output": task.output_modality,
         "prompt": {language: prompts.get(language, first) for language in LANGUAGES},
-        "column": task.target.columns[0] if isinstance(task.target, SomeNumbers) else None,
+        "column": column if task.output_modality == "numbers" else None,
         "decoding": {"text": {"max_tokens": getattr(task.target, "max_tokens", MAX_TOKENS)}},
         "tasks": [task.name],
         "recipe": "config.yaml",
         "examples": {},
+        "own_examples": examples,
+        "folder": folder,
     }
-    return Scenario.model_validate(values, context={"tasks": known})
+    return Scenario.model_validate(values, context={"tasks": {task.name: task}})
 
 
 @dataclass(frozen=True)
@@ -201,8 +245,9 @@ Scores = dict[str, list[Score]]  # by task; none for a task that was not evaluat
 
 
 def read_scores(checkpoint: Path) -> Scores:
-    """Return the scores in the report of the run of a checkpoint; empty if there is no such report."""
-    path = checkpoint.parent.parent / "report.json"
+    """Return the scores in the report beside a checkpoint or of its run; empty if there is no such report."""
+    own = checkpoint / "report.json"
+    path = own if own.is_file() else checkpoint.parent.parent / "report.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["tasks"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -256,10 +301,20 @@ class Readiness:
 
 def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores | None = None) -> Readiness:
     """Return what a model lacks for a scenario, by its checkpoint and report; one good source of a task is enough."""
-    trained = {trained_task.task for trained_task in description.trained_tasks}
-    missing = [task for task in scenario.tasks if task not in trained]
-    if not missing and scenario.column is not None and scenario.column not in description.scales:
-        missing = [f"the column {scenario.column}"]
     found = [(scores or {}).get(task, []) for task in scenario.tasks]
     weak = [own[0] for own in found if own and not any(score.better for score in own)]
-    return Readiness(tuple(missing), scenario.recipe, weak[0] if weak else None)
+    return Readiness(_missing(scenario, description), scenario.recipe, weak[0] if weak else None)
+
+
+def _missing(scenario: Scenario, description: CheckpointConfig) -> tuple[str, ...]:
+    """What a model lacks: tasks, data, or the column to be predicted."""
+    found = [one for one in description.trained_tasks if one.task in scenario.tasks]
+    trained = {one.task for one in found}
+    if lacking := tuple(task for task in scenario.tasks if task not in trained):
+        return lacking
+    read = [str(value) for one in found for value in description.sources.get(one.source, {}).values()]
+    if not any(value.endswith(scenario.data) for value in ["", *read]):
+        return (f"the data {scenario.data}",)
+    # Checkpoints of earlier versions do not list the columns of each task.
+    columns = {name for one in found for name in one.columns} or set(description.scales)
+    return (f"the column {scenario.column}",) if scenario.column not in (None, *columns) else ()

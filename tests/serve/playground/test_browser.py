@@ -158,3 +158,15 @@ def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.Browser) ->
                 page.wait_for_timeout(1500)
             assert page.locator("#run").count() == count
         page.close()
+
+
+def test_it_opens_on_a_gallery_whose_cards_fill_the_form(page: playwright.Page) -> None:
+    cards = page.locator("#cards .card")
+    playwright.expect(cards.first).to_be_visible(timeout=PATIENCE)
+    playwright.expect(page.locator("#cards .card[data-name=read_aloud] audio")).to_be_attached(timeout=PATIENCE)
+    page.click("#cards .card[data-name=couplet]")
+    playwright.expect(page.locator("#state")).to_contain_text("couplet", timeout=PATIENCE)
+    playwright.expect(page.locator("#input-line textarea")).to_have_value("千山鸟飞绝", timeout=PATIENCE)
+    # The dropdown of the domain still works after a card was chosen.
+    choose(page, "domain", "Design and arts")
+    playwright.expect(page.locator("#state")).to_contain_text("●", timeout=PATIENCE)

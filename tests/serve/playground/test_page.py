@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import gradio
 
 from openm6.models.description import CheckpointConfig
 from openm6.serve.playground.page import Page
+from openm6.serve.scenarios.run import Example
 from openm6.serve.scenarios.scenario import Scenario, Score, Scores, library_of, read_library
 from openm6.serve.server import Server
 from tests.serve.scenarios.test_ask import EMOJI, OWN, trained
@@ -80,3 +82,30 @@ def test_inputs_are_read_as_those_of_the_scenario_that_they_were_made_for() -> N
     runs = [one for one in blocks.fns.values() if isinstance(one.fn, partial)]
     assert [one.fn.args for one in runs] == [(found.library.scenarios["caption"],)]
     assert found.scenario not in runs[0].inputs
+
+
+def test_a_card_chooses_its_scenario_and_example() -> None:
+    found = page(trained((("image_captioning", "emoji"),), {"emoji": EMOJI}))
+    found.build()
+    event = cast(gradio.EventData, SimpleNamespace(name="caption", index=1))
+    domain, chosen, picked = found.choose_card("en", event)
+    assert (domain, chosen["value"], picked) == ("images", "caption", ("caption", 1))
+
+
+def test_the_gallery_grows_card_by_card_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    async def card(server: Server, example: Example) -> str:
+        made.append(example.scenario.name)
+        await asyncio.sleep(0)
+        return f"<{example.scenario.name}>"
+
+    monkeypatch.setattr("openm6.serve.playground.page.make_card", card)
+    found = page(trained((("image_captioning", "emoji"),), {"emoji": EMOJI}))
+
+    async def visits() -> list[list[str]]:
+        return [[shown async for shown in found.show_cards("en")] for _ in range(2)]
+
+    first, second = asyncio.run(visits())
+    assert first[-1] == second[-1] == "<caption><alt_text>" and second == ["<caption><alt_text>"]
+    assert made == ["caption", "alt_text"]

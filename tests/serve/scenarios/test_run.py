@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from openm6.api.model import OpenM6
+from openm6.core.errors import CheckpointError
 from openm6.inference.load import LoadedModel
 from openm6.models.description import TrainedTask
 from openm6.serve.config import EngineConfig
@@ -18,10 +21,12 @@ from openm6.serve.scenarios.run import (
     results_table,
     run_example,
     run_scenarios,
+    try_model,
 )
 from openm6.serve.scenarios.scenario import read_library
 from openm6.tasks.registry import TASKS
-from tests.small_model import embedding_model, loaded
+from tests.data.sample_images import png
+from tests.small_model import demo_configs, embedding_model, loaded
 
 LIBRARY = read_library()
 QUICK = (
@@ -93,3 +98,50 @@ def test_the_results_as_a_table() -> None:
         ExampleResult("b", "zh", "untrained", "needs", 0.0),
     ]
     assert results_table(found).row_count == 2
+
+
+PAIRS = (
+    ("text_to_image", "digits"), ("image_classification", "digits"), ("text_to_speech", "spoken"),
+    ("tabular_regression", "penguins"), ("time_series_forecasting", "weather"), ("image_inpainting", "digits"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Models by name: `mini`, with examples of its own, stands in for that of the package."""
+    OpenM6(loaded(trained_tasks=PAIRS)).save_pretrained(tmp_path / "models" / "mini")
+    (tmp_path / "models" / "mini" / "red.png").write_bytes(png("red", 40))
+    (tmp_path / "models" / "mini" / "examples.yaml").write_text(
+        "illustration: [{en: {text: a red <kite>}, zh: {text: 红风筝}}, {en: {text: a blue kite}}]\n"
+        "read_digit: [{en: {image: red.png}}]\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("OPENM6_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cells(page: str) -> int:
+    return page.count('<td><p class="pair">') + page.count('<td>\n<p class="pair">')
+
+
+def test_a_page_of_answers_to_the_examples_that_a_model_brings(home: Path) -> None:
+    shown = try_model("mini", home / "try.html")
+    assert shown == f"answers of mini in 5 of 16 pairs of modalities: open {home / 'try.html'}"
+    page = (home / "try.html").read_text(encoding="utf-8")
+    assert "a red &lt;kite&gt;" in page and "红风筝" in page and "a blue kite" in page
+    assert page.count("not trained, or no example") == 11
+    # Offline: nothing but data URLs is referred to, and nothing runs.
+    assert not re.search(r"<script|https?://|@import|url\(", page) and "audio/wav;base64" in page
+    assert "truth" not in re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
+
+
+def test_without_examples_test_records_are_tried(home: Path) -> None:
+    """A task that the library lacks, over data that are here."""
+    model = loaded(trained_tasks=(("record_regression", "penguins"), ("image_captioning", "gone")))
+    sources = {"penguins": demo_configs()["penguins"].model_dump(mode="json"), "gone": {"kind": "parquet", "path": "x"}}
+    OpenM6(replace(model, description=model.description.model_copy(update={"sources": sources}))).save_pretrained("own")
+    assert try_model(Path("own"), home / "try.html").startswith("answers of own in 1 of 16 pairs")
+    OpenM6(loaded(trained_tasks=())).save_pretrained("nothing")
+    with pytest.raises(CheckpointError, match="nothing to try with nothing"):
+        try_model(Path("nothing"), home / "try.html")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import yaml
 
 from openm6.core.errors import ConfigError
 from openm6.data.sources import open_sources
-from openm6.models.description import TrainedTask
+from openm6.models.description import CheckpointConfig, TrainedTask
 from openm6.serve.scenarios.scenario import (
     FOLDER,
     LANGUAGES,
     PROMPTED,
     Scenario,
+    ScenarioLibrary,
+    library_of,
     read_library,
     read_scores,
     readiness,
@@ -26,6 +29,8 @@ from openm6.train.run import read_recipe, recipe_path
 from tests.small_model import loaded
 
 LIBRARY = read_library()
+# The words of a caption of line drawings in the corpus of the recipe mini, see tools/mini/images.py.
+LINES = (", Tabler outline icon", "，Tabler线框图标")
 ALL = LIBRARY.scenarios.values()
 NAMED_IN_THE_PLAN = {
     "product_title", "selling_points", "live_script", "poem", "couplet", "caption", "alt_text", "visual_question",
@@ -48,11 +53,21 @@ def test_there_are_forty_and_the_promised_ones_are_among_them() -> None:
     }
 
 
-@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
+def without(prompt: str, left_out: set[str]) -> str:
+    """A prompt of a task whose inputs are optional, without some of them."""
+    return re.sub(r"\{(\w+)\} ?", lambda slot: "" if slot[1] in left_out else slot[0], prompt)
+
+
+@pytest.mark.parametrize("scenario", [form for one in ALL for form in one.forms()], ids=lambda scenario: scenario.name)
 def test_its_prompt_is_one_of_its_task(scenario: Scenario) -> None:
     for language in LANGUAGES:
         words = scenario.prompt.text(language)
-        trained = [prompt for name in scenario.tasks for prompt in TASKS[name].prompts[language]]
+        tasks = [TASKS[name] for name in scenario.tasks]
+        lacking = {name for task in tasks if task.optional for name in task.inputs} - set(scenario.inputs)
+        trained = [without(prompt, lacking) for task in tasks for prompt in task.prompts[language]]
+        if scenario.data == "icons.parquet":
+            # The style is a part of the text.
+            trained = [prompt.replace("{text}", f"{{text}}{style}") for prompt in trained for style in LINES]
         if scenario.output == "embedding":  # either side of a pair stands alone
             assert words in ("{text}", "{image}", "{audio}")
         else:
@@ -192,3 +207,82 @@ def test_without_a_report_nothing_is_doubted(tmp_path: Path) -> None:
     assert read_scores(tmp_path / "checkpoints" / "step-5") == {}
     (tmp_path / "report.json").write_text("no JSON", encoding="utf-8")
     assert read_scores(tmp_path / "checkpoints" / "step-5") == {}
+
+
+# Columns that the tasks of a recipe predict, as a checkpoint records them.
+COLUMNS = {
+    "digits": ["digit"],
+    "spoken": ["digit"],
+    "penguins": ["bill_length_mm", "body_mass_g"],
+    "instruments": ["loudness", "pitch"],
+    "cities": ["latitude", "longitude", "people"],
+    "diamonds": ["carat", "depth", "price"],
+    "homes": ["median", "sales"],
+    "lives": ["people"],
+    "cars": ["city mpg"],
+    "films": ["minutes"],
+    "country_table": ["population"],
+    "element_table": ["density"],
+}
+
+
+def described(name: str) -> CheckpointConfig:
+    """The description of a model that was trained by a shipped recipe."""
+    recipe, values = read_recipe(recipe_path(name), [])
+    assert recipe.kind == "multimodal"
+    numbers = [one for one in recipe.mixture if recipe.task(one.task).output_modality == "numbers"]
+    columns = {(one.task, one.source): COLUMNS.get(one.source, []) for one in numbers}
+    tasks = [
+        TrainedTask(task=one.task, source=one.source, columns=columns.get((one.task, one.source), []))
+        for one in recipe.mixture
+    ]
+    scales = {column: (0.0, 1.0) for names in COLUMNS.values() for column in names}
+    changes = {"trained_tasks": tasks, "sources": values["sources"], "scales": scales, "tasks": values.get("tasks", {})}
+    return loaded().description.model_copy(update=changes)
+
+
+def ready(description: CheckpointConfig) -> tuple[ScenarioLibrary, set[str]]:
+    library = library_of(description)
+    return library, {name for name, one in library.scenarios.items() if readiness(one, description).ready}
+
+
+def test_thirty_scenarios_are_ready_with_the_recipe_mini_and_no_others() -> None:
+    description = described("mini")
+    library, found = ready(description)
+    assert len(found & set(LIBRARY.scenarios)) >= 30
+    own = {"style_recognition", "play_note", "fact_recall", "kinship_term"}
+    assert found - set(LIBRARY.scenarios) == own
+    # What it was never trained on.
+    assert not found & {"restyle", "review_sentiment", "question_answering", "product_title", "number_report"}
+    assert library.scenarios["spoken_number"].column == "pitch"
+    assert library.scenarios["price_prediction"].tasks == ["record_regression"]
+    pairs = {(one.input_modality, one.output) for name, one in library.scenarios.items() if name in found}
+    assert len(pairs) == 16
+
+
+def test_a_model_of_one_weather_series_forecasts_no_sales() -> None:
+    library, found = ready(described("demo"))
+    assert "weather_forecast" in found
+    assert not found & {"demand_forecast", "price_prediction", "design_sketch"}
+    assert library.scenarios["spoken_number"].column == "digit"
+
+
+def test_a_column_that_another_task_predicts_does_not_count() -> None:
+    description = described("mini")
+    tasks = [one for one in description.trained_tasks if one.source != "diamonds"]
+    found = ready(description.model_copy(update={"trained_tasks": tasks}))[1]
+    assert "price" in description.scales and "price_prediction" not in found
+
+
+def test_a_trained_task_that_the_library_lacks_has_a_scenario_of_its_own() -> None:
+    trained = [TrainedTask(task="record_regression", source="own", columns=["rent"])]
+    description = loaded().description.model_copy(update={"trained_tasks": trained, "scales": {"rent": (0.0, 1.0)}})
+    library, found = ready(description)
+    scenario = library.scenarios["record_regression"]
+    assert scenario.column == "rent" and library.domain_of["record_regression"] == "own"
+    assert found == {"record_regression"} and all(given.optional for given in scenario.inputs.values())
+
+
+def test_a_report_beside_the_weights_counts_too(tmp_path: Path) -> None:
+    reported(tmp_path, {"image_captioning/emoji": entry(0.021, 0.033)})
+    assert not readiness(CAPTION, DESCRIPTION, read_scores(tmp_path)).ready
