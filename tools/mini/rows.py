@@ -477,7 +477,7 @@ def series_losses(asked: Asked, history: tuple[list[str], np.ndarray], season: i
 
 def couplet_form(run: Evaluation) -> Evaluated:
     """Lower lines of the length of the upper line, without any of its characters."""
-    asked = run.ask("couplet", run.records("couplets", ANSWERED))
+    asked = run.ask("couplet_completion", run.records("couplets", ANSWERED))
     trained = set(run.source("couplets", "train").values("answer"))
     pairs = [(one.record["question"], str(one.answer).strip("。 ")) for one in asked]
     long = [float(len(upper) == len(lower)) for upper, lower in pairs]
@@ -489,7 +489,7 @@ def couplet_form(run: Evaluation) -> Evaluated:
 
 def couplet_likelihood(run: Evaluation) -> Evaluated:
     """Bits per character of true lower lines that the run saves in comparison with a 5-gram model of the training."""
-    pairs = run.examples("couplet", run.records("couplets", ANSWERED))
+    pairs = run.examples("couplet_completion", run.records("couplets", ANSWERED))
     train = run.source("couplets", "train")
     lines = zip(train.values("question"), train.values("answer"), strict=True)
     model = CharacterModel(f"{upper}，{lower}。" for upper, lower in lines)

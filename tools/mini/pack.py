@@ -1,0 +1,162 @@
+"""Pack a run of the recipe `mini` as a model of the package: small weights, and examples with their images and audio.
+
+    python -m tools.mini.pack runs/mini --out openm6/shipped/mini [--weights auto] [--corpus build/mini]
+
+Weights are bf16, or int8 with a scale for each block if bf16 takes too much space. Both are read as any checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import yaml
+from torch import Tensor
+
+from openm6.api.model import load
+from openm6.checkpoint.folder import (
+    EXPONENT,
+    MODEL_FILE,
+    PREDICTORS_FILE,
+    SEPARATOR,
+    STATE_FILE,
+    latest,
+    read_state,
+)
+from openm6.checkpoint.load import open_reader
+from openm6.checkpoint.save import write_tensors
+from openm6.core.config import read_yaml
+from openm6.core.errors import ConfigError
+from openm6.core.files import new_folder, to_json
+from openm6.inference.load import read_texts
+from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
+from openm6.models.description import TOKENIZER_FILE
+from openm6.optim.low_precision import fit_exponent, to_levels
+from openm6.serve.scenarios.run import example_values, scenario_request
+from openm6.serve.scenarios.scenario import EXAMPLES_FILE, library_of, readiness
+
+MAX_BYTES = 30 * 10**6
+MAX_SECONDS = 2.0
+# Smaller tensors keep their precision: norms, biases, scales.
+SMALL = 4096
+EXAMPLES = Path(__file__).with_name("examples.yaml")
+SUFFIXES = {b"\x89PNG": ".png", b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
+
+
+def pack(
+    run: Path, out: Path, weights: str = "auto", corpus: Path = Path("build/mini"), examples: Path = EXAMPLES
+) -> str:
+    """Write the folder of a model from a run; return what to print.
+
+    Raises:
+        CheckpointError: there is no run.
+        ConfigError: the folder is not empty, would be too large, or an example is wrong.
+    """
+    checkpoint = latest(run)
+    description, tokenizer = read_texts(checkpoint)
+    reader, state = open_reader(checkpoint), read_state(checkpoint)
+    whole = {name: reader.read(name) for name in reader.names if SEPARATOR not in name}
+    kept = {"step": state["step"], **{key: state[key] for key in ("format", "openm6", "stage") if key in state}}
+    choices = ("bf16", "int8") if weights == "auto" else (weights,)
+    for chosen in choices:
+        with new_folder(out) as partial:
+            write_tensors(partial / MODEL_FILE, compact(whole, chosen))
+            (partial / DESCRIPTION_FILE).write_text(description.to_publish().to_json(), encoding="utf-8", newline="\n")
+            (partial / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8", newline="\n")
+            write_examples(examples, corpus, partial)
+            for file in (checkpoint / PREDICTORS_FILE, run / "report.json", run / "README.md"):
+                if file.is_file():
+                    shutil.copyfile(file, partial / file.name)
+            # The card and the examples may be edited.
+            listed = (MODEL_FILE, DESCRIPTION_FILE, TOKENIZER_FILE, PREDICTORS_FILE)
+            sizes = {name: (partial / name).stat().st_size for name in listed if (partial / name).is_file()}
+            content = {**kept, "precision": chosen, "optimizer": "adamw", "files": sizes}
+            (partial / STATE_FILE).write_text(to_json(content, indent=1), encoding="utf-8", newline="\n")
+            size = sum(file.stat().st_size for file in partial.iterdir())
+            if size > MAX_BYTES and chosen == choices[-1]:
+                raise ConfigError(f"{out} would take {size:,} bytes, more than {MAX_BYTES:,}: train a smaller model")
+            unready = check_examples(partial)
+        if size <= MAX_BYTES:
+            break
+        shutil.rmtree(out)
+    began = time.perf_counter()
+    load(out)
+    seconds = time.perf_counter() - began
+    slow = f", MORE than {MAX_SECONDS:g} s" if seconds > MAX_SECONDS else ""
+    listed_unready = f"\nexamples of scenarios that are not ready: {', '.join(unready)}" if unready else ""
+    return f"{out}: {chosen}, {size / 1e6:.1f} MB, loaded in {seconds:.2f} s{slow}{listed_unready}"
+
+
+@torch.no_grad()
+def compact(whole: dict[str, Tensor], weights: str) -> dict[str, Tensor]:
+    """Large matrices in bf16, or as int8 levels with the exponents of their blocks; all else as it is."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in whole.items():
+        if tensor.dim() < 2 or tensor.numel() < SMALL or not tensor.is_floating_point():
+            found[name] = tensor
+        elif weights == "bf16":
+            found[name] = tensor.to(torch.bfloat16)
+        else:
+            exponent = fit_exponent(tensor.float())
+            found[name] = to_levels(tensor.float(), exponent).round().clamp(-127, 127).to(torch.int8)
+            found[f"{name}{SEPARATOR}{EXPONENT}"] = exponent
+    return found
+
+
+def write_examples(examples: Path, corpus: Path, folder: Path) -> None:
+    """Write the examples, and the images and audio of those that name a test record of the corpus as `icons#ID`."""
+    found = read_yaml(examples)
+    for scenario in found.values():
+        for values in (values for example in scenario for values in example.values()):
+            for name, word in values.items():
+                source, mark, key = word.partition("#") if isinstance(word, str) else ("", "", "")
+                if mark and (path := corpus / f"{source}.parquet").is_file():
+                    content = held_out_media(path, key)
+                    stem = re.sub(r"[^a-z0-9]+", "-", f"{source}-{key}".lower()).strip("-")
+                    values[name] = stem + SUFFIXES[content[:4]]
+                    (folder / values[name]).write_bytes(content)
+    text = yaml.safe_dump(found, allow_unicode=True, sort_keys=False, width=120)
+    (folder / EXAMPLES_FILE).write_text(text, encoding="utf-8", newline="\n")
+
+
+def held_out_media(path: Path, key: str) -> bytes:
+    """The image or audio of a record that was never trained."""
+    rows: list[dict[str, Any]] = pq.read_table(path, filters=[("id", "=", key)]).to_pylist()
+    if not rows or rows[0]["split"] != "test":
+        raise ConfigError(f"{path} has no test record {key!r}: name another in the examples")
+    return rows[0].get("image") or rows[0]["audio"]
+
+
+def check_examples(folder: Path) -> list[str]:
+    """Build the request of each example; return the scenarios that the model was not trained for."""
+    description, _ = read_texts(folder)
+    library = library_of(description, folder)
+    if unknown := read_yaml(folder / EXAMPLES_FILE).keys() - library.scenarios.keys():
+        raise ConfigError(f"the examples name {min(unknown)!r}, which is no scenario of this model")
+    shown = [one for one in library.scenarios.values() if one.own_examples]
+    for scenario in shown:
+        for language in ("en", "zh"):
+            count = sum(language in example for example in scenario.own_examples)
+            for index in range(count):
+                scenario_request(scenario, language, example_values(scenario, language, index))  # type: ignore[arg-type]
+    return [one.name for one in shown if not readiness(one, description).trained]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights", choices=("auto", "bf16", "int8"), default="auto")
+    parser.add_argument("--corpus", type=Path, default=Path("build/mini"))
+    given = parser.parse_args()
+    print(pack(given.run, given.out, given.weights, given.corpus))
+
+
+if __name__ == "__main__":
+    main()
