@@ -16,7 +16,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from openm6.core.errors import ConfigError
 from tests.load.server import served
 
-SIZE = {"width": 1200, "height": 1240}
+SIZE = {"width": 1200, "height": 1160}
 WORDS = ("the digit seven", "the digit five", "the digit zero", "the digit three")
 PATIENCE = 60_000  # milliseconds
 
