@@ -16,6 +16,8 @@ from openm6.checkpoint.save import Saver, named_tensors
 from openm6.core.errors import CheckpointError
 from openm6.optim.low_precision import from_levels
 
+Names = tuple[str, ...]
+
 
 def is_sharded(folder: Path) -> bool:
     """Return whether ranks wrote their shards of the weights to files of their own."""
@@ -27,28 +29,29 @@ def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
     return CheckpointReader(folder, "all" if is_sharded(folder) else kind)
 
 
-def load_model(folder: Path, model: nn.Module, layout: Any = None, new: tuple[str, ...] = ()) -> None:
+def load_model(folder: Path, model: nn.Module, layout: Any = None, new: Names = (), unread: Names = ()) -> None:
     """Fill a model (not on `meta`) from a folder, on all ranks of a `layout`; CheckpointError if it does not fit.
 
-    Names with one of `new` in them may be missing there.
+    Names with one of `new` in them may be missing there, those with one of `unread` are passed over.
     """
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device; move the model to a device before loading into it")
     if layout is None:
-        load_placed(folder, model, new)
+        load_placed(folder, model, new, unread)
         return
     reader = open_reader(folder)
     _check_names(reader, set(targets), set(targets))
     load_parts(reader, _sharded().with_offsets(model, targets, layout))
 
 
-def load_placed(folder: Path, model: nn.Module, new: tuple[str, ...] = ()) -> CheckpointReader:
+def load_placed(folder: Path, model: nn.Module, new: Names = (), unread: Names = ()) -> CheckpointReader:
     """Fill what of a model is not on `meta`, as `load_model`; return the reader, for the rest when it is needed."""
     reader, named = open_reader(folder), named_tensors(model)
     missing = {name for name in named if name not in reader and any(part in name for part in new)}
-    targets = {name: tensor for name, tensor in named.items() if not tensor.is_meta and name not in missing}
-    _check_names(reader, set(targets), set(named))
+    passed = {name for name in {*named, *reader.names} if any(part in name for part in unread)}
+    targets = {key: tensor for key, tensor in named.items() if not tensor.is_meta and key not in missing | passed}
+    _check_names(reader, set(targets), set(named) | passed)
     for name, target in targets.items():  # before anything is copied
         if reader.shape(name) != tuple(target.shape):
             reader.read_into(name, target)  # raises

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from openm6.codecs.base import Codec, Quantized, QuantizerConfig, ResidualQuantizer
+from openm6.codecs.base import FSQCodec, Quantized, QuantizerConfig, ResidualQuantizer
 from openm6.core.errors import DataError
 from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_window
 from openm6.ops.matmul import matmul
@@ -72,17 +72,34 @@ class ConvNext(nn.Module):
         return x + self.scale * self.down(F.gelu(self.up(mixed)))
 
 
-class AudioCodec(Codec):
-    """Mono audio in [-1, 1] at the config's rate, to codes and back."""
+class LogMels(nn.Module):
+    """Log-mels of audio, scaled to about unit variance.  # B S -> B N M"""
 
-    kind: ClassVar[str] = "audio"
-    config: AudioCodecConfig
     filters: Tensor
     window: Tensor
 
     def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
         self.config = config
+        filters = mel_filters(config.num_mels, config.window, config.rate)
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("window", unit_window(config.window), persistent=False)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        magnitudes = spectrum(samples.float(), self.window, self.config.hop).abs()
+        return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
+
+
+class AudioCodec(FSQCodec):
+    """Mono audio in [-1, 1] at the config's rate, to codes and back."""
+
+    kind: ClassVar[str] = "audio"
+    config: AudioCodecConfig
+
+    def __init__(self, config: AudioCodecConfig) -> None:
+        super().__init__()
+        self.config, self.step = config, config.samples_per_position
+        self.mels = LogMels(config)
         width, count = config.width, config.encoder_blocks + config.decoder_blocks
         blocks = [ConvNext(width, config.expansion, 1.0 / count) for _ in range(count)]
         self.first = nn.Conv1d(config.num_mels, width, 7, padding=3)
@@ -96,14 +113,6 @@ class AudioCodec(Codec):
         self.decoder = nn.Sequential(*blocks[config.encoder_blocks :], nn.LayerNorm(width))
         self.head = nn.Linear(width, 2 * (config.window // 2 + 1))
         nn.init.constant_(self.head.bias[: config.window // 2 + 1], QUIET)
-        filters = mel_filters(config.num_mels, config.window, config.rate)
-        self.register_buffer("filters", filters, persistent=False)
-        self.register_buffer("window", unit_window(config.window), persistent=False)
-
-    def mels(self, samples: Tensor) -> Tensor:
-        """Log-mels that the encoder reads, scaled to about unit variance.  # B S -> B N M"""
-        magnitudes = spectrum(samples.float(), self.window, self.config.hop).abs()
-        return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
 
     def quantized(self, raw: Tensor) -> Quantized:
         """The quantized latent of audio; the end is padded with silence to a whole position.  # B S -> B T C"""
@@ -127,4 +136,4 @@ class AudioCodec(Codec):
             values = F.linear(hidden.float(), self.head.weight, self.head.bias)
             level, phase = values.chunk(2, -1)  # B N 2K -> B N K
             spectra = torch.polar(level.clamp(max=LOUDEST).exp(), phase)
-            return overlap_add(spectra, self.window, self.config.hop)
+            return overlap_add(spectra, self.mels.window, self.config.hop)

@@ -1,5 +1,5 @@
-"""What every codec offers: finite scalar quantization (FSQ, arXiv 2309.15505), which rounds each channel of a latent to
-one of a few levels, in two ways: groups side by side, or stage after stage."""
+"""What every codec offers, and finite scalar quantization (FSQ, arXiv 2309.15505), which rounds channels of a latent to
+one of a few levels each, in two ways: groups side by side, or stage after stage."""
 
 # Shapes: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code,
 # channel d of which has L_d levels; a code packs D cells, the first one varying fastest
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -215,10 +215,39 @@ class ResidualQuantizer(nn.Module):
         return torch.stack([out(value) for out, value in stages]).sum(0)
 
 
+class CodesShape(NamedTuple):
+    """What a position of a codec without FSQ holds: `groups` codes of `codebook_size` values each."""
+
+    groups: int
+    codebook_size: int
+
+
 class Codec(nn.Module, ABC):
-    """Turns raw images or audio into a grid of discrete codes and back."""
+    """Turns raw images or audio into a grid of discrete codes and back.
+
+    A position covers `step` pixels along each side, or samples at 16 kHz.
+    """
 
     kind: ClassVar[str]
+    config: QuantizerConfig | CodesShape
+    step: int
+
+    @abstractmethod
+    def vectors(self) -> Tensor:
+        """The vector that stands for each code of each group; those of near codes are near.  # G N D"""
+
+    @abstractmethod
+    def encode(self, raw: Tensor) -> Tensor:
+        """Codes of raw input; no gradient; DataError if it cannot read its shape.  # B raw -> B positions G, int64"""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Raw output of codes, within [-1, 1]; no gradient.  # B positions G -> B raw"""
+
+
+class FSQCodec(Codec):
+    """A codec that is trained here."""
+
     config: QuantizerConfig
     quantizer: GroupedQuantizer | ResidualQuantizer
 
@@ -235,14 +264,18 @@ class Codec(nn.Module, ABC):
         quantized = self.quantized(raw)
         return self.synthesize(quantized.latent), quantized
 
+    def vectors(self) -> Tensor:
+        """FSQ coordinates in [-1, 1], of all groups alike."""
+        levels = torch.tensor(self.config.levels)
+        cells = unpack(torch.arange(self.config.codebook_size), levels)
+        return cell_values(cells, levels).expand(self.config.groups, -1, -1)
+
     @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
-        """Codes of raw input; no gradient; raises DataError as `quantized` does.  # B raw -> B positions G, int64"""
         return self.quantized(raw).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Raw output of codes, within [-1, 1]; no gradient.  # B positions G -> B raw"""
         return self.synthesize(self.quantizer.latent_of(codes)).clamp(-1.0, 1.0)
 
     def latent_norms(self) -> list[LatentNorm]:
@@ -250,7 +283,7 @@ class Codec(nn.Module, ABC):
         return [module for module in self.modules() if isinstance(module, LatentNorm)]
 
 
-def bits_per_code(codes: Tensor, codec: Codec) -> float:
+def bits_per_code(codes: Tensor, codec: FSQCodec) -> float:
     """Bits that one position's codes carry, channel by channel, out of vector_size channels.  # N G -> float"""
     total = 0.0
     cells = unpack(codes, torch.tensor(codec.config.levels, device=codes.device)).flatten(-2)  # N G -> N C

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from openm6.codecs.base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
+from openm6.codecs.base import FSQCodec, GroupedQuantizer, Quantized, QuantizerConfig
 from openm6.core.errors import DataError
 
 STEM = 4  # pixels folded into channels before the first convolution, which makes the codec fast on a CPU
@@ -59,7 +59,7 @@ def _output(width: int, channels: int) -> list[nn.Module]:
     return [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)]
 
 
-class ImageCodec(Codec):
+class ImageCodec(FSQCodec):
     """Images in [-1, 1] of any size divisible by the stride, to codes and back: B 3 H W to B h w G."""
 
     kind: ClassVar[str] = "image"
@@ -67,7 +67,7 @@ class ImageCodec(Codec):
 
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
-        self.config, widths = config, config.widths
+        self.config, self.step, widths = config, config.stride, config.widths
         layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, widths[0], 3, padding=1)]
         for scale, width in enumerate(widths):
             if scale:

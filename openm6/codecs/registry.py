@@ -1,4 +1,4 @@
-"""Codecs by name or file: one safetensors file each, the config in its metadata; small trained ones are shipped."""
+"""Codecs by name or file: one safetensors file each, the config in its metadata, or a folder of another library."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
-from openm6.codecs.base import Codec
+from openm6.codecs.base import Codec, FSQCodec
+from openm6.codecs.external import PREFIX, load_external
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError, ConfigError, nearest
 from openm6.core.extensions import installed
 
-CODECS: dict[str, tuple[type[Config], type[Codec]]] = {
+CODECS: dict[str, tuple[type[Config], type[FSQCodec]]] = {
     "image": (ImageCodecConfig, ImageCodec),
     "audio": (AudioCodecConfig, AudioCodec),
 }
@@ -30,7 +31,7 @@ def shipped_codecs() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
 
 
-def save_codec(codec: Codec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
+def save_codec(codec: FSQCodec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
     """Write weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file."""
     tensors = {
         name: tensor.to(dtype if tensor.dim() > 1 else torch.float32).contiguous().cpu()
@@ -41,19 +42,24 @@ def save_codec(codec: Codec, path: Path | str, dtype: torch.dtype = torch.float1
     save_file(tensors, str(path), {METADATA_KEY: json.dumps(about)})
 
 
-def load_codec(name_or_path: Path | str) -> Codec:
-    """A codec in fp32 on the CPU, in evaluation mode, without gradients.
+def load_codec(name_or_path: Path | str, codebooks: int | None = None) -> Codec:
+    """A codec in fp32 on the CPU, in evaluation mode, without gradients; of an external one the first codebooks.
 
     Other packages add codecs by entry points `openm6.codecs`: functions that return one. ConfigError: neither a shipped
     or installed name nor a file; CheckpointError: the file is no codec, or its weights do not fit its config.
     """
     name, path = str(name_or_path), Path(name_or_path)
+    if name.startswith(PREFIX):
+        codec: Codec = load_external(name, "codec", codebooks)
+        return codec
+    if codebooks is not None:
+        raise ConfigError(f"codebooks={codebooks} is for a codec from transformers, which {name} is not: leave it out")
     if "/" not in name and (shipped := SHIPPED / f"{name}.safetensors").is_file():
         path = shipped
     elif not path.is_file():
         added = installed("openm6.codecs", FunctionType)
         if name in added:
-            codec: Codec = added[name]()
+            codec = added[name]()
             return codec.requires_grad_(False).eval()
         known = (*shipped_codecs(), *added)
         raise ConfigError(f"no codec {name!r}, neither as a file nor by name; {nearest(name, known)}")

@@ -78,7 +78,7 @@ def image_features(raw: object) -> np.ndarray:
 
 def _audio_features(audio: Audio, raw: object) -> np.ndarray:
     """The log-mels of the voiced span, resampled to AUDIO_FRAMES and standardized."""
-    frames = audio.source(read_audio(raw)).arrays["patches"].reshape(-1, audio.num_mels)  # time, mels
+    frames = audio.patches(read_audio(raw)).reshape(-1, audio.num_mels)  # time, mels
     loud = np.flatnonzero(frames.mean(1) > frames.mean(1).max() - 2.0)
     voiced = frames[loud[0] : loud[-1] + 1] if len(loud) else frames
     positions = np.linspace(0, len(voiced) - 1, AUDIO_FRAMES).round().astype(int)

@@ -14,7 +14,9 @@ import soundfile
 import torch
 from torch import Tensor
 
-from openm6.codecs.audio import AudioCodec
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig, LogMels
+from openm6.codecs.base import Codec
+from openm6.codecs.external import AudioEncoder
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of
@@ -82,7 +84,7 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
 def audio_grid(count: int, samples: int) -> TokenGrid:
     """The grid of `count` tokens of so many samples: number and twice the middle; middles in seconds."""
     index = np.arange(count, dtype=np.int32)
-    middle = (2 * index + 1) * (samples // UNIT) // 2
+    middle = (2 * index + 1) * samples // (2 * UNIT)
     seconds = (np.arange(count) + 0.5) * (samples / RATE)
     positions = np.stack([seconds, np.zeros(count)], axis=1).astype(np.float32)
     return TokenGrid(np.stack([index, middle, middle], axis=1), positions, (1, count))
@@ -92,15 +94,15 @@ class Audio(CodesModality):
     """Audio as patches of 8 log-mel frames in, and up to a number of seconds in positions of 40 ms out."""
 
     name: ClassVar[str] = "audio"
-    codec: AudioCodec
 
-    def __init__(self, codec: AudioCodec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS) -> None:
-        self.codec = codec
-        self.seconds = seconds
-        self.max_seconds = max_seconds
-        self.hop = codec.config.samples_per_position
-        self.num_mels = codec.config.num_mels
-        self.patch_size = FRAMES * self.num_mels
+    def __init__(
+        self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: AudioEncoder | None = None
+    ) -> None:
+        self.codec, self.encoder, self.seconds, self.max_seconds = codec, encoder, seconds, max_seconds
+        self.hop = codec.step
+        self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
+        self.num_mels = self.mels.config.num_mels
+        self.patch_size = FRAMES * self.num_mels if encoder is None else encoder.width
         self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES)
         self.code_cache, self._sample_cache = (LRUCache[np.ndarray](CACHE_BYTES // 2) for _ in range(2))
         # Entries of a few bytes: a bound on their number.
@@ -111,33 +113,52 @@ class Audio(CodesModality):
 
         A span is given as fractions of the length, so source and target must be equally long.
         """
-        seconds, mask_span = options.get("seconds"), options.get("mask_span")
+        seconds, mask_span, speed = options.get("seconds"), options.get("mask_span"), options.get("speed", 1.0)
         if mask_span is not None:
             seconds = seconds or self.seconds
-        frames = self._frames(raw, seconds, options.get("speed", 1.0))
-        # The source of an inpainted part must keep time with it.
-        if rng is not None and mask_span is None:
-            frames = _augmented(frames, rng)
-        count = -(-len(frames) // FRAMES)
-        if len(frames) % FRAMES:
-            silence = np.full((count * FRAMES - len(frames), self.num_mels), frames.min(), np.float32)
-            frames = np.concatenate([frames, silence])
+        if self.encoder is None:
+            # The source of an inpainted part must keep time with it.
+            patches = self.patches(raw, seconds, speed, rng if mask_span is None else None)
+            grid = audio_grid(len(patches), FRAMES * RATE // 100)
+        else:
+            patches = self._encoded(raw, self.encoder, seconds, speed, mask_span)
+            grid = audio_grid(len(patches), self.encoder.step)
         truncated = seconds is not None and self.is_longer(raw, seconds)
-        grid = audio_grid(count, FRAMES * RATE // 100)
-        mask = None if mask_span is None else span_mask(mask_span, count)
-        return self._source(frames.reshape(count, -1), mask, grid, truncated)
+        mask = None if mask_span is None else span_mask(mask_span, len(patches))
+        return self._source(patches, mask, grid, truncated)
+
+    def _encoded(self, raw: Any, encoder: AudioEncoder, seconds: Any, speed: float, mask_span: Any) -> np.ndarray:
+        """Features of the audio, in which a masked span is silent; cached without one.  # N F"""
+
+        def compute() -> np.ndarray:
+            samples = self._samples(raw, speed)
+            if seconds:
+                samples = _fitted(samples, self.length(seconds) * self.hop)
+            is_masked = span_mask(mask_span, -(-len(samples) // encoder.step)).repeat(encoder.step)[: len(samples)]
+            return encoder(np.where(is_masked, np.float32(0), samples))
+
+        key = key_of(raw) if mask_span is None else None
+        return self.mel_cache.get_or_compute(key and (key, seconds, speed), compute)
+
+    def patches(self, raw: Any, seconds: float | None = None, speed: float = 1.0, rng: Rng = None) -> np.ndarray:
+        """Log-mels of 8 frames each; a generator asks for augmentation.  # N F"""
+        frames = self._frames(raw, seconds, speed)
+        if rng is not None:
+            frames = _augmented(frames, rng)
+        silence = np.full((-len(frames) % FRAMES, self.num_mels), frames.min(), np.float32)
+        return np.concatenate([frames, silence]).reshape(-1, FRAMES * self.num_mels)
 
     def _frames(self, raw: Any, seconds: float | None, speed: float) -> np.ndarray:
         """Log-mels of the audio, cut or padded to `seconds`; cached without the silence at the end.  # F M"""
-        hop = self.codec.config.hop
+        hop = self.mels.config.hop
 
         def compute() -> np.ndarray:
             samples = self._samples(raw, speed)
             length = self.length(seconds) * self.hop if seconds else len(samples) + -len(samples) % hop
             with torch.no_grad():
-                frames = self.codec.mels(torch.from_numpy(_fitted(samples, length))[None])[0].numpy()
+                frames = self.mels(torch.from_numpy(_fitted(samples, length))[None])[0].numpy()
             # A frame reads samples beyond its own.
-            heard = -(-(len(samples) + self.codec.config.window) // hop)
+            heard = -(-(len(samples) + self.mels.config.window) // hop)
             return frames[:heard].copy()
 
         key = key_of(raw)

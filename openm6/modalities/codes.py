@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.codecs.base import Codec, cell_values, unpack
+from openm6.codecs.base import Codec
 from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import content_key
 from openm6.modalities.image_stem import OF_SIZE
@@ -174,7 +174,7 @@ class CodesModality(Modality):
 
     def encode_values(self, values: list[np.ndarray]) -> np.ndarray:
         """Codes of inputs of one shape, as the codec takes them.  # B N G"""
-        return self.codec.encode(torch.from_numpy(np.stack(values))).flatten(1, -2).numpy().astype(np.int16)
+        return self.codec.encode(torch.from_numpy(np.stack(values))).flatten(1, -2).numpy().astype(np.int32)
 
     def _encode(self, key: Hashable, read: Callable[[], np.ndarray]) -> np.ndarray:
         """Codes of what `read` returns, from the cache if they are there.  # N G"""
@@ -244,7 +244,7 @@ class CodesModality(Modality):
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(hidden_size)
-        out = CodesAdapter(position, hidden_size, self.codec.config.levels, self.codec.config.groups)
+        out = CodesAdapter(position, hidden_size, self.codec.vectors())
         patches = PatchAdapter(position, self.stem(hidden_size), hidden_size)
         return {f"{self.name}_in": patches, f"{self.name}_out": out}
 
@@ -270,34 +270,35 @@ class PatchAdapter(Adapter):
 
 
 class CodesAdapter(Adapter):
-    """Embed visible codes by their FSQ vectors (near codes stay near), and predict the codes of a position in turn."""
+    """Embed visible codes by `vectors` of the codec (near codes stay near), and predict those of a position in turn."""
 
     earlier: Tensor
-    levels: Tensor
+    table: Tensor
+    first: Tensor
 
-    def __init__(
-        self, position: FourierPositionEmbedding, hidden_size: int, levels: tuple[int, ...], groups: int
-    ) -> None:
+    def __init__(self, position: FourierPositionEmbedding, hidden_size: int, vectors: Tensor) -> None:
         super().__init__()
-        self.groups, dims = groups, len(levels)
+        groups, size, dims = vectors.shape
+        self.groups = groups
         self.shown = nn.Linear(groups * dims, hidden_size)
         self.mask = nn.Parameter(torch.empty(hidden_size))
         # That of the patches, so that the model finds a masked region by its position in the source.
         self.place = position
         self.hidden_to_groups = nn.Linear(hidden_size, groups * BOTTLENECK)
         self.codes_to_groups = nn.Linear(groups * dims, groups * BOTTLENECK, bias=False)
-        self.to_codes = nn.Parameter(torch.empty(groups, BOTTLENECK, math.prod(levels)))
+        self.to_codes = nn.Parameter(torch.empty(groups, BOTTLENECK, size))
         # Row block g (BOTTLENECK rows) may depend on column block j (dims columns) only if j < g.
         blocks = torch.ones(groups, groups).tril(-1)
         self.register_buffer("earlier", torch.kron(blocks, torch.ones(BOTTLENECK, dims)), persistent=False)
+        self.register_buffer("table", vectors.flatten(0, 1), persistent=False)
         # A tensor made in each pass would be copied to the device again, and the host would wait for it.
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("first", size * torch.arange(groups), persistent=False)
         nn.init.normal_(self.mask, std=0.02)
         nn.init.normal_(self.to_codes, std=BOTTLENECK**-0.5)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Return FSQ coordinates in [-1, 1] of the codes of a position.  # N G -> N V"""
-        return cell_values(unpack(codes, self.levels), self.levels).flatten(-2)  # N G L -> N V
+        """Return the vectors of the codes of a position, or of its first groups.  # N G -> N V"""
+        return F.embedding(codes + self.first[: codes.shape[-1]], self.table).flatten(-2)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         vectors = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D

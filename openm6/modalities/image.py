@@ -18,7 +18,8 @@ from PIL import ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from openm6.codecs.image import ImageCodec
+from openm6.codecs.base import Codec
+from openm6.codecs.external import ImageEncoder
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
@@ -26,6 +27,7 @@ from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_o
 from openm6.modalities.image_stem import ConvStem, kept_elements
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
+MaskBox = tuple[float, float, float, float] | np.ndarray | None
 # Units of rotary positions along each side of an image.
 SIDE_UNITS = 32
 MAX_PIXELS = 32_000_000
@@ -125,7 +127,8 @@ def image_grid(down: int, across: int) -> TokenGrid:
 
 
 class ImageConfig(Config):
-    """`codec` is a shipped name or a file; generated images are squares of `side` pixels.
+    """`codec` is a shipped name, a file or a model as transformers:NAME; generated images are squares of `side` pixels.
+    `encoder`: a model as transformers:NAME, whose frozen features replace patches and augmentation, and their settings.
 
     An image that is read becomes `min_patches` to `max_patches` patches of `patch` x `patch` pixels, enlarged or shrunk
     to that. `stem`: patches are embedded by a linear layer each, or by convolutions over the image. `augmentation` of
@@ -134,6 +137,7 @@ class ImageConfig(Config):
     """
 
     codec: str = "image-64"
+    encoder: str | None = None
     side: int = Field(default=64, ge=8, le=4096)
     min_patches: int = Field(default=0, ge=0)  # 0: small images keep their size
     max_patches: int = Field(default=64, ge=1)
@@ -146,7 +150,7 @@ class ImageConfig(Config):
     @property
     def stem_elements(self) -> int:
         """Elements that the stem keeps of a patch for its backward pass, if they count beside those of the layers."""
-        return kept_elements(self.patch) if self.stem == "conv" else 0
+        return kept_elements(self.patch) if self.stem == "conv" and self.encoder is None else 0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -160,17 +164,18 @@ class Image(CodesModality):
 
     name: ClassVar[str] = "image"
 
-    def __init__(self, codec: ImageCodec, config: ImageConfig) -> None:
-        side = config.side
-        self.codec, self.config, self.max_pixels = codec, config, config.max_pixels
-        self.patch_size = config.patch**2 * 3
-        self.side = side
-        self.target_grid = image_grid(side // codec.config.stride, side // codec.config.stride)
+    def __init__(self, codec: Codec, config: ImageConfig, encoder: ImageEncoder | None = None) -> None:
+        self.codec, self.config, self.max_pixels, self.encoder = codec, config, config.max_pixels, encoder
+        self.patch_size = config.patch**2 * 3 if encoder is None else encoder.width
+        self.side = side = config.side
+        self.target_grid = image_grid(side // codec.step, side // codec.step)
         self.code_cache, self._pixel_cache = (LRUCache[np.ndarray](CACHE_BYTES) for _ in range(2))
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
         mask_box = options.get("mask_box")
+        if self.encoder is not None:
+            return self._encoded(raw, self.encoder, mask_box)
         values = self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw))
         gain = np.ones((), np.float32)
         # An inpainted region must keep its position.
@@ -190,8 +195,23 @@ class Image(CodesModality):
             segment.arrays["shapes"] = np.full((len(patches), 2), (down, across))
         return segment
 
+    def _encoded(self, raw: Any, encoder: ImageEncoder, mask_box: MaskBox) -> Segment:
+        """Features of the image, from which a masked region is hidden; cached without one."""
+
+        def compute() -> np.ndarray:
+            image = read_image(raw, self.max_pixels)
+            hidden = box_mask(mask_box, 256, 256).reshape(256, 256)
+            image.paste("grey", mask=PIL.Image.fromarray(hidden).resize(image.size))
+            return encoder(image)
+
+        features = self._pixel_cache.get_or_compute(key_of(raw) if mask_box is None else None, compute)
+        down, across, _ = features.shape
+        mask = None if mask_box is None else box_mask(mask_box, down, across)
+        return self._source(features.reshape(down * across, -1), mask, image_grid(down, across))
+
     def stem(self, hidden_size: int) -> nn.Module:
-        return ConvStem(self.config.patch, hidden_size) if self.config.stem == "conv" else super().stem(hidden_size)
+        is_conv = self.config.stem == "conv" and self.encoder is None
+        return ConvStem(self.config.patch, hidden_size) if is_conv else super().stem(hidden_size)
 
     def _fit(self, raw: Any) -> np.ndarray:
         """An image resized to whole patches within the limits on their number.  # H W 3"""
@@ -231,9 +251,6 @@ class Image(CodesModality):
         values = self.codec.decode(codes.cpu().view(1, *self.target_grid.shape, -1))[0]
         levels = ((values.clamp(-1, 1) + 1) * 127.5).round().byte()
         return PIL.Image.fromarray(levels.permute(1, 2, 0).numpy())
-
-
-MaskBox = tuple[float, float, float, float] | np.ndarray | None
 
 
 def box_mask(mask_box: MaskBox, down: int, across: int) -> np.ndarray:

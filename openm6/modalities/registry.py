@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from openm6.codecs.audio import AudioCodec
-from openm6.codecs.image import ImageCodec
+from openm6.codecs.external import ExternalCodec, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
@@ -38,6 +37,7 @@ class Modalities(dict[str, Modality]):
     """
 
     prompt_attention: PromptAttention = "bidirectional"
+    external: Mapping[str, str] = MappingProxyType({})  # hashes of weights from transformers, by setting
 
     def __missing__(self, name: str) -> Modality:
         raise ConfigError(f"no modality is called {name!r}; {nearest(name, sorted(self))}")
@@ -56,12 +56,15 @@ class TextConfig(Config):
 
 
 class AudioConfig(Config):
-    """`codec` is a shipped name or a file; a generated recording lasts `seconds`.
+    """`codec` is a shipped name, a file or a model as transformers:NAME; a generated recording lasts `seconds`.
 
-    Targets that are longer are cut, shorter ones padded with silence; `max_seconds` bounds the inputs.
+    `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME, of which
+    frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds` bounds the inputs.
     """
 
     codec: str = "audio"
+    codebooks: int | None = Field(default=None, ge=1)
+    encoder: str | None = None
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
 
@@ -85,6 +88,22 @@ class ModalitiesConfig(Config):
     )
 
 
+def load_networks(config: ModalitiesConfig) -> dict[str, Any]:
+    """Codecs and encoders by setting; ConfigError: one of another modality, or a side that does not fit."""
+    found: dict[str, Any] = {}
+    for name, section in (("image", config.image), ("audio", config.audio)):
+        codec = found[f"{name}.codec"] = load_codec(section.codec, getattr(section, "codebooks", None))
+        if codec.kind != name:
+            hint = f"name one, as {type(section)().codec}"
+            raise ConfigError(f"modalities.{name}.codec={section.codec!r} is no {name} codec: {hint}")
+        if section.encoder is not None:
+            found[f"{name}.encoder"] = load_external(section.encoder, f"{name} encoder")
+    side, step = config.image.side, found["image.codec"].step
+    if side % step:
+        raise ConfigError(f"modalities.image.side={side} must be a multiple of the codec's stride, {step}")
+    return found
+
+
 def build_modalities(
     config: ModalitiesConfig,
     tokenizer: Tokenizer,
@@ -92,29 +111,18 @@ def build_modalities(
     series: Mapping[str, SeriesStats] = NO_SERIES,
     predictors: Sequence[TablePredictors] = (),
 ) -> Modalities:
-    """The four modalities of one model.
-
-    Raises:
-        ConfigError: a codec of another modality, or an image side that its stride does not divide.
-    """
-    image_codec, audio_codec = load_codec(config.image.codec), load_codec(config.audio.codec)
-    if not isinstance(image_codec, ImageCodec):
-        raise ConfigError(f"modalities.image.codec={config.image.codec!r} is no image codec: name one, as image-64")
-    if not isinstance(audio_codec, AudioCodec):
-        raise ConfigError(f"modalities.audio.codec={config.audio.codec!r} is no audio codec: name one, as audio")
-    if config.image.side % image_codec.config.stride:
-        raise ConfigError(
-            f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "
-            f"{image_codec.config.stride}"
-        )
+    """The four modalities of one model. Errors as `load_networks`."""
+    networks = load_networks(config)
     text, audio = Text(tokenizer, config.text.max_tokens, config.text.imported), config.audio
     modalities = Modalities(
         text=text,
-        image=Image(image_codec, config.image),
-        audio=Audio(audio_codec, audio.seconds, audio.max_seconds),
+        image=Image(networks["image.codec"], config.image, networks.get("image.encoder")),
+        audio=Audio(networks["audio.codec"], audio.seconds, audio.max_seconds, networks.get("audio.encoder")),
         numbers=Numbers(text, scales, series, predictors),
     )
     modalities.prompt_attention = config.prompt_attention
+    external = {name: one for name, one in networks.items() if "encoder" in name or isinstance(one, ExternalCodec)}
+    modalities.external = {name: weights_sha256(one) for name, one in external.items()}
     return modalities
 
 

@@ -48,6 +48,7 @@ class CheckpointConfig(Config):
     base_model: str = ""  # what its text was imported from
     backbone: BackboneConfig
     modalities: ModalitiesConfig
+    external: dict[str, str] = {}  # sha256 of the weights of its codecs and encoders from transformers, by setting
     scales: dict[str, tuple[float, float]]
     series: dict[str, SeriesStats] = {}
     ridges: dict[str, tuple[str, str]] = {}  # of series, as text
@@ -97,10 +98,13 @@ def build_model(
 ) -> tuple[Omni, Modalities]:
     """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json.
 
-    `meta_matrices` as in `Backbone`, `predictors` as in `Numbers`.
+    `meta_matrices` as in `Backbone`, `predictors` as in `Numbers`. CheckpointError: a codec or an encoder from
+    transformers has other weights than it was trained with.
     """
     tokens = read_tokenizer(tokenizer, where)
     modalities = build_modalities(description.modalities, tokens, description.scales, description.series, predictors)
+    if other := [name for name, found in description.external.items() if modalities.external.get(name) != found]:
+        raise CheckpointError(f"modalities.{other[0]} has other weights than in the training: use that version of it")
     numbers = cast(Numbers, modalities["numbers"])
     numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
     numbers.widths = description.widths

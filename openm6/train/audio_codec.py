@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openm6.codecs.audio import AudioCodecConfig
-from openm6.codecs.base import Codec, bits_per_code
+from openm6.codecs.base import FSQCodec, bits_per_code
 from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec import CodecDataConfig, CodecRecipe, DeviceRng, draw_weights, hold_out, read_records
@@ -84,10 +84,10 @@ class AudioSubject:
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
         self.filters = {size: mel_filters(n, size, rate).to(device) for size, n in MEL_SCALES.items()}
 
-    def held_out_scores(self, codec: Codec) -> dict[str, float]:
+    def held_out_scores(self, codec: FSQCodec) -> dict[str, float]:
         return audio_scores(codec, self.held_out)
 
-    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
+    def test_scores(self, codec: FSQCodec) -> dict[str, dict[str, float]]:
         clips = read_records(self.recipe.sources, "test", "audio", read_clip)
         return {name: audio_scores(codec, part) for name, part in clips.items()}
 
@@ -144,7 +144,7 @@ class AudioSubject:
 
 
 @torch.no_grad()
-def audio_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
+def audio_scores(codec: FSQCodec, clips: list[Tensor]) -> dict[str, float]:
     """Return the L1 (natural log) between log-mels of whole clips before and after, and the bits per position."""
     device = next(codec.parameters()).device
     window, filters = unit_window(1024).to(device), mel_filters(80, 1024, 16000).to(device)

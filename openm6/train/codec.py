@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from openm6.codecs.base import Codec, QuantizerConfig, QuantizerStats
+from openm6.codecs.base import FSQCodec, QuantizerConfig, QuantizerStats
 from openm6.codecs.registry import CODECS, load_codec, save_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, TrainingError, nearest
@@ -95,9 +95,9 @@ class CodecSubject(Protocol):
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor: ...
 
-    def held_out_scores(self, codec: Codec) -> dict[str, float]: ...
+    def held_out_scores(self, codec: FSQCodec) -> dict[str, float]: ...
 
-    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]: ...
+    def test_scores(self, codec: FSQCodec) -> dict[str, dict[str, float]]: ...
 
 
 class CodecTraining(TrainingTask):
@@ -197,12 +197,12 @@ class CodecTraining(TrainingTask):
         get_log().info(f"wrote {run.path / CODEC_FILE}: {json.dumps(scores['test'])}")
 
 
-def first_codec(recipe: CodecRecipe) -> Codec:
+def first_codec(recipe: CodecRecipe) -> FSQCodec:
     """Return a new codec, or the recipe's start; ConfigError if that has another shape than the recipe's codec."""
     if recipe.start is None:
         return CODECS[recipe.kind.removeprefix("codec-")][1](recipe.codec)
     codec = load_codec(recipe.start)
-    if codec.config != recipe.codec:
+    if not isinstance(codec, FSQCodec) or codec.config != recipe.codec:
         raise ConfigError(f"start={recipe.start} has another shape than codec, which must be {codec.config!r}")
     return codec.requires_grad_(True).train()
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from openm6.checkpoint.folder import PREDICTORS_FILE, latest, read_state
+from openm6.checkpoint.folder import PREDICTORS_FILE, latest, list_checkpoints, read_state
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
@@ -39,7 +39,7 @@ from openm6.inference.load import LoadedModel, load, read_texts
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import POOL
-from openm6.modalities.registry import MODALITIES
+from openm6.modalities.registry import MODALITIES, load_networks
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import SeriesStats
 from openm6.modalities.simple_predictors import from_bytes
@@ -73,6 +73,7 @@ class MultimodalTraining(TrainingTask):
     """Build modalities and model from a recipe and train them on its mixture."""
 
     packer: Packer
+    description: CheckpointConfig
     after_step_needs_loads_alone = True
 
     def __init__(
@@ -85,6 +86,7 @@ class MultimodalTraining(TrainingTask):
             num_experts = config.experts.num_experts if config.experts else None
             mesh = recipe.parallel.resolve(self.ranks.size, num_experts, device.type == "cuda")
             check_mesh(recipe, mesh, config)
+        load_networks(recipe.modalities)  # raises before anything is fitted
         sources = open_sources(recipe.sources, "train")
         used = {component.source: sources[component.source] for component in recipe.mixture}
         start = open_start(recipe, run)
@@ -97,12 +99,13 @@ class MultimodalTraining(TrainingTask):
             recipe.loop.offloaded and (start is None or start.checkpoint is None),
             from_bytes(self.predictors, PREDICTORS_FILE) if self.predictors else (),
         )
+        self.description = self.description.model_copy(update={"external": self.modalities.external})
         self.numbers = cast(Numbers, self.modalities["numbers"])
         self.numbers.ridges = ridges  # with those of folds, for training windows
         self.model = self.omni
         self.stem_elements = recipe.modalities.image.stem_elements
         if start is not None:
-            start.load_weights(self.omni)
+            start.load_weights(self.omni, recipe.modalities)
             tasks = [recipe.task(component.task) for component in recipe.mixture]
             found = {slot.modality for task in tasks for slot in (task.target, *task.inputs.values())}
             chats = MODALITIES if any(task.chat for task in tasks) else ()
@@ -148,6 +151,9 @@ class MultimodalTraining(TrainingTask):
             self.description = start.merge(self.description)
             if self.ranks.is_main_process:
                 replace_text(run.path / START_FILE, start.description.to_json())
+        if begun := list_checkpoints(run.checkpoints):
+            external = read_texts(begun[-1])[0].external
+            self.description = self.description.model_copy(update={"external": external})
         return ridges
 
     def batches(self) -> Iterator[Batch]:

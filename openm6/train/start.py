@@ -54,13 +54,16 @@ class Start:
         before = [one for one in start.trained_tasks if (one.task, one.source) not in trained]
         joined = {name: getattr(own, name) | getattr(start, name) for name in ("scales", "series", "tasks", "sources")}
         joined["trained_tasks"] = [*own.trained_tasks, *(x.model_copy(update={"of_start": True}) for x in before)]
-        kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths")}
+        kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths", "external")}
         return own.model_copy(update=joined | kept)
 
-    def load_weights(self, omni: Omni) -> None:
-        """Fill a model with the start's weights; pool and low-rank adapters that it does not have keep their first."""
+    def load_weights(self, omni: Omni, chosen: ModalitiesConfig) -> None:
+        """Fill a model with the start's weights; pool, adapters and modalities that it lacks keep their first."""
         if self.checkpoint is not None:
-            load_model(self.checkpoint, omni, new=(".lora.", f"adapters.{POOL}."))
+            own = self.description.modalities
+            unlike = [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
+            unread = tuple(f"adapters.{name}_" for name in unlike)
+            load_model(self.checkpoint, omni, new=(".lora.", f"adapters.{POOL}."), unread=unread)
 
 
 def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
@@ -101,7 +104,7 @@ def with_start(
     shape = {"preset": found.preset or recipe.model.preset, "overrides": overrides}
     chosen = {
         "model": recipe.model.model_copy(update=shape),
-        "modalities": _modalities(recipe.modalities, found.modalities, str(name)),
+        "modalities": _modalities(recipe.modalities, found, str(name)),
         "embedding": found.embedding or recipe.embedding,
     }
     return recipe.model_copy(update=chosen), values
@@ -173,12 +176,18 @@ def _with_replay(recipe: MultimodalRecipe, values: dict[str, Any], start: Start)
     }
 
 
-def _modalities(own: ModalitiesConfig, start: ModalitiesConfig, name: str) -> ModalitiesConfig:
+def _untrained(start: CheckpointConfig) -> tuple[str, ...]:
+    """The modalities of an imported decoder whose settings a run may choose."""
+    return () if start.trained_tasks else ("image", "audio")
+
+
+def _modalities(own: ModalitiesConfig, start: CheckpointConfig, name: str) -> ModalitiesConfig:
     """The start's modalities with the run's settings that no weight depends on; ConfigError for one that differs."""
-    chosen = start.model_dump()
+    chosen, free = start.modalities.model_dump(), _untrained(start)
     for section, given in own.model_dump(exclude_unset=True).items():
         kept, settings = (chosen[section], given) if isinstance(given, dict) else (chosen, {section: given})
-        if other := [key for key, value in settings.items() if key not in OWN_SETTINGS and value != kept[key]]:
+        fixed = [] if section in free else [key for key in settings if key not in OWN_SETTINGS]
+        if other := [key for key in fixed if settings[key] != kept[key]]:
             setting = f"{section}.{other[0]}" if kept is not chosen else section
             raise ConfigError(f"modalities.{setting} differs from that of {name}, on which its weights depend: drop it")
         kept |= settings

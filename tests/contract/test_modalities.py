@@ -1,4 +1,4 @@
-"""What every registered modality must do, on a few raw inputs of each."""
+"""What every registered modality must do, and those with models of `transformers`, on a few raw inputs of each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.registry import MODALITIES, source_segments, target_segment
+from openm6.modalities.registry import MODALITIES, Modalities, source_segments, target_segment
 from openm6.modalities.series import NumberSeries
 from openm6.models.omni import Omni
+from tests.external_models import external_modalities
 from tests.small_model import BACKBONE, modalities, omni
 
 RNG = np.random.default_rng(0)
@@ -30,11 +31,21 @@ EXAMPLES: dict[str, list[Any]] = {
         NumberSeries(next(iter(COLUMNS)), [3.0, None, 5.0], [1.0, 2.0, None, 4.0] * 5, (0.0, 86_400.0)),
     ],
 }
-CASES = [(name, number) for name in MODALITIES for number in range(len(EXAMPLES[name]))]
+EXTERNAL = ("image by name", "audio by name")
+NAMES = (*MODALITIES, *EXTERNAL)
+CASES = [(name, number) for name in NAMES for number in range(len(EXAMPLES[name.split()[0]]))]
 
 
 def example(name: str, number: int) -> Any:
-    return EXAMPLES[name][number]
+    return EXAMPLES[name.split()[0]][number]
+
+
+def all_of(name: str) -> Modalities:
+    return external_modalities() if name in EXTERNAL else modalities()
+
+
+def modality(name: str) -> Any:
+    return all_of(name)[name.split()[0]]
 
 
 def tensors(tokens: Segment) -> dict[str, Tensor]:
@@ -59,10 +70,10 @@ def test_the_model_is_made_of_every_registered_modality() -> None:
 
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_a_source_is_read_and_never_learned(name: str, number: int) -> None:
-    tokens = modalities()[name].source(example(name, number))
+    tokens = modality(name).source(example(name, number))
     check_shapes(tokens)
     assert tokens.placement == "source" and not tokens.learn.any()
-    again = modalities()[name].source(example(name, number))
+    again = modality(name).source(example(name, number))
     for key, array in tokens.arrays.items():
         assert np.array_equal(array, again.arrays[key]), "without a generator a source must repeat exactly"
 
@@ -70,7 +81,7 @@ def test_a_source_is_read_and_never_learned(name: str, number: int) -> None:
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_a_target_is_learned_and_never_read_as_a_source(name: str, number: int) -> None:
     for rng in (None, np.random.default_rng(3)):
-        tokens = modalities()[name].target(example(name, number), rng)
+        tokens = modality(name).target(example(name, number), rng)
         check_shapes(tokens)
         assert tokens.placement in ("causal", "block")
         if "is_masked" in tokens.arrays:
@@ -79,7 +90,7 @@ def test_a_target_is_learned_and_never_read_as_a_source(name: str, number: int) 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_without_a_generator_all_there_is_to_hide_is_hidden(name: str, number: int) -> None:
-    tokens = modalities()[name].target(example(name, number))
+    tokens = modality(name).target(example(name, number))
     if "is_masked" in tokens.arrays:
         assert tokens.arrays["is_masked"].all() and tokens.learn.all()
     elif "observed" in tokens.arrays:
@@ -92,7 +103,7 @@ def test_without_a_generator_all_there_is_to_hide_is_hidden(name: str, number: i
 @pytest.mark.parametrize(("name", "number"), CASES)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_augmentation_follows_the_generator(name: str, number: int, seed: int) -> None:
-    for method in (modalities()[name].source, modalities()[name].target):
+    for method in (modality(name).source, modality(name).target):
         first, second = (method(example(name, number), np.random.default_rng(seed)) for _ in range(2))
         for key, array in first.arrays.items():
             assert np.array_equal(array, second.arrays[key])
@@ -101,10 +112,10 @@ def test_augmentation_follows_the_generator(name: str, number: int, seed: int) -
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_adapters_embed_and_judge(name: str, number: int) -> None:
     torch.manual_seed(0)
-    adapters = modalities()[name].adapters(64)
+    adapters = modality(name).adapters(64)
     for tokens in (
-        modalities()[name].source(example(name, number)),
-        modalities()[name].target(example(name, number), np.random.default_rng(0)),
+        modality(name).source(example(name, number)),
+        modality(name).target(example(name, number), np.random.default_rng(0)),
     ):
         vectors = adapters[tokens.kind].embed(tensors(tokens))
         assert vectors.shape == (len(tokens), 64) and bool(vectors.isfinite().all())
@@ -120,26 +131,29 @@ def test_adapters_embed_and_judge(name: str, number: int) -> None:
 @pytest.mark.parametrize("name", MODALITIES)
 def test_kinds_of_token_belong_to_one_modality_alone(name: str) -> None:
     others = {kind for other in MODALITIES if other != name for kind in modalities()[other].adapters(64)}
-    assert modalities()[name].adapters(64) and not set(modalities()[name].adapters(64)) & others
+    assert modality(name).adapters(64) and not set(modality(name).adapters(64)) & others
 
 
-@pytest.mark.parametrize("reads", MODALITIES)
-@pytest.mark.parametrize("gives", MODALITIES)
+@pytest.mark.parametrize("reads", NAMES)
+@pytest.mark.parametrize("gives", NAMES)
 def test_any_modality_can_follow_from_any(reads: str, gives: str) -> None:
-    source = source_segments([Part(reads, example(reads, 0))], modalities())
-    target = target_segment(Part(gives, example(gives, 0)), modalities(), np.random.default_rng(0))
+    external = {reads, gives} & set(EXTERNAL)
+    whole = external_modalities() if external else modalities()
+    source = source_segments([Part(reads.split()[0], example(reads, 0))], whole)
+    target = target_segment(Part(gives.split()[0], example(gives, 0)), whole, np.random.default_rng(0))
     batch = collate([[build_sequence([*source, target], "x")]], len(source[0]) + len(target) + 3)
-    losses, _ = omni().compute_loss(batch)
+    model = Omni(BACKBONE, whole).eval().requires_grad_(False) if external else omni()
+    losses, _ = model.compute_loss(batch)
     assert list(losses) == [target.kind]
     assert len(losses[target.kind].nll) == target.learn.sum()
     assert bool(losses[target.kind].nll.isfinite().all())
     assert float(losses[target.kind].weight.sum()) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", MODALITIES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("raw", [object(), 3.5, b"", b"\x00\x01 nonsense"])
 def test_nonsense_is_a_data_error_of_one_sentence(name: str, raw: object) -> None:
-    for method in (modalities()[name].source, modalities()[name].target):
+    for method in (modality(name).source, modality(name).target):
         with pytest.raises(DataError) as caught:
             method(raw)
         assert 10 < len(str(caught.value)) < 300 and "\n" not in str(caught.value)
@@ -152,18 +166,18 @@ def test_a_text_is_given_back_by_decode() -> None:
         assert text.decode(labels.tolist()) == raw
 
 
-@pytest.mark.parametrize("name", ["image", "audio"])
+@pytest.mark.parametrize("name", ["image", "audio", *EXTERNAL])
 def test_codes_are_given_back_by_decode(name: str) -> None:
-    modality: Any = modalities()[name]
-    for raw in EXAMPLES[name]:
-        tokens = modality.target(raw)
+    own = modality(name)
+    for raw in EXAMPLES[name.split()[0]]:
+        tokens = own.target(raw)
         codes = torch.from_numpy(tokens.arrays["codes"])
-        assert 0 <= int(codes.min()) and int(codes.max()) < modality.codec.config.codebook_size
-        decoded = modality.decode(codes)
-        if name == "image":
-            assert decoded.size == (modality.side, modality.side) and decoded.mode == "RGB"
+        assert 0 <= int(codes.min()) and int(codes.max()) < own.codec.config.codebook_size
+        decoded = own.decode(codes)
+        if name.startswith("image"):
+            assert decoded.size == (own.side, own.side) and decoded.mode == "RGB"
         else:
-            assert decoded.shape == (len(tokens) * modality.hop,) and np.isfinite(decoded).all()
+            assert decoded.shape == (len(tokens) * own.hop,) and np.isfinite(decoded).all()
 
 
 def test_numbers_are_given_back_by_their_scale() -> None:

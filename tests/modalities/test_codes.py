@@ -31,13 +31,21 @@ from tests.data.sample_images import png
 from tests.small_model import modalities
 
 LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
+
+
+def vectors_of(levels: tuple[int, ...], groups: int) -> Tensor:
+    """Those of all codes of each group."""
+    sizes = torch.tensor(levels)
+    return cell_values(unpack(torch.arange(math.prod(levels)), sizes), sizes).expand(groups, -1, -1)
+
+
 IMAGE: Any = modalities()["image"]
 
 
 @pytest.fixture
 def adapter() -> CodesAdapter:
     torch.manual_seed(0)
-    return CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, LEVELS, GROUPS)
+    return CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, vectors_of(LEVELS, GROUPS))
 
 
 @pytest.fixture
@@ -179,7 +187,7 @@ def test_the_likelihood_of_a_place_is_the_product_over_its_groups(
 
 def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
     torch.manual_seed(0)
-    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, (2, 2), 2)
+    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, vectors_of((2, 2), 2))
     every = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     hidden = torch.randn(1, WIDTH).expand(16, -1)
     arrays = {"codes": every, "shown": every, "is_masked": torch.ones(16, dtype=torch.bool)}
@@ -188,8 +196,8 @@ def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
 
 @pytest.mark.parametrize("name", ["image-64", "image-256", "audio"])
 def test_vectors_are_the_coordinates_of_the_codec(name: str) -> None:
-    codec = load_codec(name)
-    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, codec.config.levels, codec.config.groups)
+    codec: Any = load_codec(name)
+    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, codec.vectors())
     codes = torch.randint(
         0, codec.config.codebook_size, (50, codec.config.groups), generator=torch.Generator().manual_seed(0)
     )
