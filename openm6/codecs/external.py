@@ -59,7 +59,7 @@ class JanusCodec(ExternalCodec):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        # The library knows one size of images.
+        # The library decodes images of one size alone.
         self.model.quantize.quant_state_dims = list(codes.shape[1:3])
         pixels: Tensor = self.model.decode(codes.flatten(1))
         return pixels.clamp(-1.0, 1.0)

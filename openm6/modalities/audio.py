@@ -19,7 +19,7 @@ from openm6.codecs.base import Codec
 from openm6.codecs.external import AudioEncoder
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
-from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of
+from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
@@ -103,7 +103,7 @@ class Audio(CodesModality):
         self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
         self.num_mels = self.mels.config.num_mels
         self.patch_size = FRAMES * self.num_mels if encoder is None else encoder.width
-        self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES)
+        self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
         self.code_cache, self._sample_cache = (LRUCache[np.ndarray](CACHE_BYTES // 2) for _ in range(2))
         # Entries of a few bytes: a bound on their number.
         self.duration_cache = LRUCache[np.ndarray](2**20)

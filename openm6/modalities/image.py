@@ -23,7 +23,7 @@ from openm6.codecs.external import ImageEncoder
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
-from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
+from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
 from openm6.modalities.image_stem import ConvStem, kept_elements
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
@@ -169,7 +169,8 @@ class Image(CodesModality):
         self.patch_size = config.patch**2 * 3 if encoder is None else encoder.width
         self.side = side = config.side
         self.target_grid = image_grid(side // codec.step, side // codec.step)
-        self.code_cache, self._pixel_cache = (LRUCache[np.ndarray](CACHE_BYTES) for _ in range(2))
+        self.code_cache = LRUCache[np.ndarray](CACHE_BYTES)
+        self._pixel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
@@ -210,8 +211,7 @@ class Image(CodesModality):
         return self._source(features.reshape(down * across, -1), mask, image_grid(down, across))
 
     def stem(self, hidden_size: int) -> nn.Module:
-        is_conv = self.config.stem == "conv" and self.encoder is None
-        return ConvStem(self.config.patch, hidden_size) if is_conv else super().stem(hidden_size)
+        return ConvStem(self.config.patch, hidden_size) if self.config.stem_elements else super().stem(hidden_size)
 
     def _fit(self, raw: Any) -> np.ndarray:
         """An image resized to whole patches within the limits on their number.  # H W 3"""

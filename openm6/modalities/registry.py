@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from openm6.codecs.external import ExternalCodec, load_external, weights_sha256
+from openm6.codecs.base import FSQCodec
+from openm6.codecs.external import load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
@@ -121,8 +122,7 @@ def build_modalities(
         numbers=Numbers(text, scales, series, predictors),
     )
     modalities.prompt_attention = config.prompt_attention
-    external = {name: one for name, one in networks.items() if "encoder" in name or isinstance(one, ExternalCodec)}
-    modalities.external = {name: weights_sha256(one) for name, one in external.items()}
+    modalities.external = {name: weights_sha256(one) for name, one in networks.items() if not isinstance(one, FSQCodec)}
     return modalities
 
 

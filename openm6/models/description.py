@@ -98,8 +98,7 @@ def build_model(
 ) -> tuple[Omni, Modalities]:
     """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json.
 
-    `meta_matrices` as in `Backbone`, `predictors` as in `Numbers`. CheckpointError: a codec or an encoder from
-    transformers has other weights than it was trained with.
+    `meta_matrices` as in `Backbone`, `predictors` as in `Numbers`. CheckpointError: other weights of an encoder.
     """
     tokens = read_tokenizer(tokenizer, where)
     modalities = build_modalities(description.modalities, tokens, description.scales, description.series, predictors)
