@@ -223,14 +223,11 @@ class CodesShape(NamedTuple):
 
 
 class Codec(nn.Module, ABC):
-    """Turns raw images or audio into a grid of discrete codes and back.
-
-    A position covers `step` pixels along each side, or samples at 16 kHz.
-    """
+    """Turns raw images or audio into a grid of discrete codes and back."""
 
     kind: ClassVar[str]
     config: QuantizerConfig | CodesShape
-    step: int
+    step: int  # pixels along each side, or samples at 16 kHz, of one position
 
     @abstractmethod
     def vectors(self) -> Tensor:
@@ -283,11 +280,12 @@ class FSQCodec(Codec):
         return [module for module in self.modules() if isinstance(module, LatentNorm)]
 
 
-def bits_per_code(codes: Tensor, codec: FSQCodec) -> float:
-    """Bits that one position's codes carry, channel by channel, out of vector_size channels.  # N G -> float"""
+def bits_per_code(codes: Tensor, codec: Codec) -> float:
+    """Bits that one position's codes carry, code by code, or channel by channel of FSQ.  # N G -> float"""
     total = 0.0
-    cells = unpack(codes, torch.tensor(codec.config.levels, device=codes.device)).flatten(-2)  # N G -> N C
-    for channel in cells.unbind(-1):
+    if isinstance(codec, FSQCodec):
+        codes = unpack(codes, torch.tensor(codec.config.levels, device=codes.device)).flatten(-2)  # N G -> N C
+    for channel in codes.unbind(-1):
         fractions = channel.unique(return_counts=True)[1].double() / len(channel)
         total -= float((fractions * fractions.log2()).sum())
     return total

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openm6.codecs.audio import AudioCodecConfig
-from openm6.codecs.base import FSQCodec, bits_per_code
+from openm6.codecs.base import Codec, FSQCodec, bits_per_code
 from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec import CodecDataConfig, CodecRecipe, DeviceRng, draw_weights, hold_out, read_records
@@ -144,7 +144,7 @@ class AudioSubject:
 
 
 @torch.no_grad()
-def audio_scores(codec: FSQCodec, clips: list[Tensor]) -> dict[str, float]:
+def audio_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
     """Return the L1 (natural log) between log-mels of whole clips before and after, and the bits per position."""
     device = next(codec.parameters()).device
     window, filters = unit_window(1024).to(device), mel_filters(80, 1024, 16000).to(device)

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from openm6.codecs.base import FSQCodec, bits_per_code
+from openm6.codecs.base import Codec, FSQCodec, bits_per_code
 from openm6.codecs.image import ImageCodecConfig
 from openm6.data.source import Split
 from openm6.modalities.image import read_image, to_square
@@ -171,7 +171,7 @@ def ssim(target: Tensor, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def image_scores(codec: FSQCodec, images: Tensor) -> dict[str, float]:
+def image_scores(codec: Codec, images: Tensor) -> dict[str, float]:
     """Return PSNR, SSIM and used bits of images that were encoded and decoded.  # N 3 S S uint8"""
     device = next(codec.parameters()).device
     found: list[tuple[Tensor, Tensor]] = []

@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from openm6.codecs.base import bits_per_code
 from openm6.codecs.external import PREFIX, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.errors import DataError, OpenM6Error
@@ -49,6 +50,7 @@ def test_images_become_the_codes_of_janus_and_back() -> None:
     codes, tokens = codec.encode(raw), theirs.encode(raw).image_tokens.view(2, -1)
     assert codes.shape == (2, 8, 8, 1) and torch.equal(codes.flatten(1), tokens) and len(tokens.unique()) > 8
     assert torch.allclose(codec.decode(codes), theirs.decode(tokens).clamp(-1, 1), atol=1e-5)
+    assert 3 < bits_per_code(codes.flatten(0, 2), codec) <= 6
     assert codec.decode(codes[:, :4, :2]).shape == (2, 3, 32, 16), "the library knows squares of one size alone"
     with pytest.raises(DataError, match="multiples of 8"):
         codec.encode(raw[:, :, :60])
