@@ -62,7 +62,10 @@ def pack(
     description, tokenizer = read_texts(checkpoint)
     reader, state = open_reader(checkpoint), read_state(checkpoint)
     whole = {name: reader.read(name) for name in reader.names if SEPARATOR not in name}
-    kept = {"step": state["step"], **{key: state[key] for key in ("format", "openm6", "stage") if key in state}}
+    kept: dict[str, Any] = {
+        "step": state["step"],
+        **{key: state[key] for key in ("format", "openm6", "stage") if key in state},
+    }
     choices = ("bf16", "int8") if weights == "auto" else (weights,)
     for chosen in choices:
         with new_folder(out) as partial:
@@ -144,7 +147,7 @@ def check_examples(folder: Path) -> list[str]:
         for language in ("en", "zh"):
             count = sum(language in example for example in scenario.own_examples)
             for index in range(count):
-                scenario_request(scenario, language, example_values(scenario, language, index))  # type: ignore[arg-type]
+                scenario_request(scenario, language, example_values(scenario, language, index))
     return [one.name for one in shown if not readiness(one, description).trained]
 
 

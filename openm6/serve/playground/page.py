@@ -120,10 +120,8 @@ class Page:
 
     def fits(self, scenario: Scenario, language: Language) -> bool:
         """Whether the example is shown, if there is one."""
-        trained = self._readiness(scenario).trained
-        return bool(scenario.examples) and (
-            not trained or example_fits(scenario, language, self.server.loaded.description)
-        )
+        untrained = bool(scenario.examples) and not self._readiness(scenario).trained
+        return untrained or example_fits(scenario, language, self.server.loaded.description)
 
     def _scenario_tab(self, first: Scenario) -> None:
         with gradio.Tab(WORDS["scenarios"].en, id="scenarios") as tab:

@@ -68,7 +68,7 @@ def make_inputs(scenario: Scenario, language: Language, example: Mapping[str, An
             audio = soundfile.read(io.BytesIO(example[name]), dtype="int16")[::-1] if name in example else None
             found.append(gradio.Audio(audio, type="filepath", **form))
         else:
-            found.append(gradio.Textbox(write_typed(kind, example[name]) if name in example else None, lines=2, **form))
+            found.append(gradio.Textbox(write_typed(kind, example[name]) if name in example else "", lines=2, **form))
     return found
 
 
@@ -232,4 +232,4 @@ async def make_card(server: Server, example: Example) -> str:
     if isinstance(sample.answer, Histogram):
         past = next((part.raw.values for part in sample.inputs if isinstance(part.raw, NumberSeries)), ())
         figure = interval_chart(example.scenario.column or title, distribution_of(sample.answer, COVERAGE), past)
-    return str(FIGURES.card(example.scenario.name, example.index, title, shown, figure))
+    return str(FIGURES.card(example.scenario.name, example.number, title, shown, figure))

@@ -370,11 +370,11 @@ def results_table(results: list[ExampleResult]) -> Table:
 
 
 class Example(NamedTuple):
-    """An example that belongs to a model; `index` counts those of a scenario in a language."""
+    """An example that belongs to a model; `number` counts those of a scenario in a language."""
 
     scenario: Scenario
     language: Language
-    index: int
+    number: int
     request: Request
 
 
@@ -417,7 +417,7 @@ def try_model(trained: Path | str, out: Path, device: str = "auto", dtype: str =
         loaded, scores, media = engine.loaded, read_scores(engine.loaded.checkpoint), MediaBudget(MEDIA_BYTES)
         library = library_of(loaded.description, loaded.checkpoint)
         cells: dict[tuple[str, str], list[tuple[Example, Any]]] = {}
-        others = []
+        others: list[tuple[Example, Any]] = []
         examples = list(examples_of(library, loaded.description, scores, recorded=True))
         for example in track(examples, "answers", console=Console(stderr=True), transient=True):
             with suppress(OpenM6Error):

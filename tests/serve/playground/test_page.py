@@ -109,3 +109,11 @@ def test_the_gallery_grows_card_by_card_and_is_made_once(monkeypatch: pytest.Mon
     first, second = asyncio.run(visits())
     assert first[-1] == second[-1] == "<caption><alt_text>" and second == ["<caption><alt_text>"]
     assert made == ["caption", "alt_text"]
+
+
+def test_an_example_that_a_model_brings_fits_also_in_another_form() -> None:
+    description = trained((("record_regression", "own"),), {"own": OWN}, price=1.0)
+    found = page(description)
+    brought = {"own_examples": [{"en": {"numbers": {"price": 1.0}}}]}
+    scenario = library_of(description).scenarios["price_prediction"].model_copy(update=brought)
+    assert scenario.tasks == ["record_regression"] and found.fits(scenario, "en") and not found.fits(scenario, "zh")
