@@ -6,7 +6,7 @@ Each function takes a record and the context of the example, and returns both si
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -138,8 +138,10 @@ def _words(column: str) -> str:
     return column.replace("_", " ")
 
 
-def _has_inputs(record: Record, language: str) -> bool:
-    """Whether a record holds more than a target, and prompts of this language suit its text, else its categories."""
+def _may_ask(values: Mapping[str, Any], record: Record, language: str) -> bool:
+    """Whether a record holds a target among the values, and more, and prompts suit its text, else its categories."""
+    if (pinned(record) or next(iter(values), None)) not in values:
+        return False
     others = sum(bool(record.get(key)) for key in ("image", "audio", f"text_{language}", f"tags_{language}"))
     if others + len(observed(record)) + len(categories(record)) < 2:
         return False
@@ -271,8 +273,8 @@ SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_t
 NUMBER = Derived("numbers", hold_out, lambda record, _: predictable(record))
 # The price, from all other columns.
 PRICE = Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record))
-ANY_NUMBER = Derived("numbers", hold_out_number, lambda row, lang: predictable(row) and _has_inputs(row, lang))
-ANY_CATEGORY = Derived("text", hold_out_category, lambda record, lang: categories(record) and _has_inputs(record, lang))
+ANY_NUMBER = Derived("numbers", hold_out_number, lambda row, lang: _may_ask(predictable(row), row, lang))
+ANY_CATEGORY = Derived("text", hold_out_category, lambda row, lang: _may_ask(categories(row), row, lang))
 FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
 COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: predictable(record))
 ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))

@@ -15,7 +15,7 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.data import records
 from openm6.data.records import Fields, RowReader, as_bytes, as_list, as_number, as_numbers, as_series, as_text
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import Context, observed
+from openm6.tasks.slots import PINNED, Context, observed
 
 
 def no_files(name: str, limit: int) -> bytes:
@@ -148,6 +148,13 @@ def test_dates_alone_are_nothing_to_predict():
         RowReader(["day"], Fields(numbers=["day"], dates={"dya": None}), read_file, "t.csv")
     with pytest.raises(ConfigError, match="dates"):
         build(Fields, {"dates": ["day"]}, "t.yaml")
+
+
+@pytest.mark.parametrize(("target", "tasks"), [("price", [True, False]), ("cut", [False, True]), (None, [True, True])])
+def test_the_target_of_a_source_is_asked_for_by_tasks_of_its_kind(target, tasks):
+    record = {"numbers": {"price": 1.0}, "categories": {"cut": "Ideal"}, "extra": {PINNED: target}}
+    names = ("record_regression", "record_classification")
+    assert [bool(TASKS[name].languages(record)) for name in names] == tasks
 
 
 def test_one_column_may_fill_two_keys():
