@@ -133,7 +133,8 @@ def part_rows() -> dict[str, list[dict]]:
             for split, number in both
         ],
         "couplets": [
-            {"id": f"couplet/{number}", "split": "test" if number == 2 else "train", "question": upper, "answer": lower}
+            {"id": f"couplet/{number}", "split": "test" if number == 2 else "train", "question": upper, "answer": lower,
+             "text_zh": f"{upper}，{lower}。"}
             for number, (upper, lower) in enumerate(pairs)
         ],
         "kinship": [

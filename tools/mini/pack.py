@@ -45,7 +45,7 @@ MAX_BYTES = 30 * 10**6
 MAX_SECONDS = 2.0
 # Smaller tensors keep their precision: norms, biases, scales.
 SMALL = 4096
-EXAMPLES = Path(__file__).with_name("examples.yaml")
+EXAMPLES = Path(__file__).with_name("shipped") / "examples.yaml"
 SUFFIXES = {b"\x89PNG": ".png", b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
 
 
