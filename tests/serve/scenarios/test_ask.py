@@ -93,7 +93,7 @@ def test_the_number_wanted_is_not_read() -> None:
         ("fill_region", {"image": b"x", "mask_box": [0.5, 0, 0.2, 1]}, "four fractions"),
         ("repair_audio", {"audio": b"x", "mask_span": [0.1, 1.5]}, "two fractions"),
         ("weather_forecast", {"series": {"name": "x", "values": ["a"]}}, "a name and values"),
-        ("machine_state", {"numbers": {"a": "b"}}, "values by column"),
+        ("machine_state", {"numbers": {"a": ["b"]}}, "values by column"),
         ("search_ranking", {"query": "x", "candidates": ["a", ""]}, "a list of texts"),
     ],
 )
