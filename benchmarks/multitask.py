@@ -22,12 +22,14 @@ from scipy.stats import t as student
 
 from benchmarks.harness import Json, Report
 from openm6.checkpoint.folder import read_state
+from openm6.core.config import build
 from openm6.core.errors import ConfigError, Interrupted, nearest
 from openm6.core.files import check_writable, replace_text
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.evaluator import LEAST
 from openm6.evaluate.formatting import plain, words
 from openm6.evaluate.run import evaluate
+from openm6.optim.config import ScheduleConfig
 from openm6.train.run import read_recipe, recipe_path, train_values
 
 LIMIT = 24 * 3600.0  # seconds; the whole comparison takes hours
@@ -129,7 +131,7 @@ def bench_multitask(
             general = train(GENERALIST, values, mixture, whole, seed, folder)
             runs.append(general.to_json())
             for component in mixture:
-                name, length = name_of(component), part
+                name, length = name_of(component), {"steps": general.steps / len(mixture), **part}
                 for kind in (TIME, EXAMPLES):
                     special = train(f"{name}, {kind}", values, [component], length, seed, folder)
                     runs.append(special.to_json())
@@ -156,11 +158,24 @@ def choose(mixture: Sequence[dict[str, Any]], tasks: str | None) -> list[dict[st
     return chosen
 
 
-def check_files(*paths: Path | None) -> None:
-    """Raise an error before anything is trained if a file cannot be written."""
-    for path in paths:
+def check_files(image: Path | None, table: Path | None) -> None:
+    """Raise an error before anything is trained if a file cannot be written, or the image not be drawn."""
+    for path in (image, table):
         if path is not None:
             check_writable(path, str(path))
+    if image is not None:
+        new_figure(1)
+        if image.suffix not in (".png", ".svg", ".pdf"):
+            raise ConfigError(f"--image {image}: end its name in .png, .svg or .pdf")
+
+
+def new_figure(lines: int) -> Any:
+    """Return an empty figure for so many tasks; ConfigError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
+    except ImportError:
+        raise ConfigError("--image needs matplotlib: pip install 'openm6[report]'") from None
+    return Figure(figsize=(8, 1.2 + 0.35 * lines), layout="constrained")
 
 
 @contextmanager
@@ -220,15 +235,16 @@ def needed_sources(sources: Mapping[str, Any], mixture: Sequence[Mapping[str, An
 
 
 def loop_of(loop: Mapping[str, Any], length: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return the settings of the loop for a run of some steps or minutes, whose warm-up is no long part of it."""
+    """Return the settings of the loop for a run of some steps or minutes, whose warm-up is no long part of it.
+
+    With minutes, `steps` are those that they may have room for, if that is known.
+    """
     found = {name: one for name, one in loop.items() if name not in ("steps", "minutes")} | {"seed": seed}
-    if "minutes" in length:
-        return found | {"steps": "auto", "minutes": length["minutes"]}
-    steps = max(1, round(length["steps"]))
-    schedule = dict(loop.get("schedule") or {})
-    if "warmup_steps" in schedule:
-        schedule["warmup_steps"] = min(schedule["warmup_steps"], int(WARMUP * steps))
-    return found | {"steps": steps} | ({"schedule": schedule} if schedule else {})
+    if "steps" in length:
+        steps, schedule = max(1, round(length["steps"])), dict(loop.get("schedule") or {})
+        warmup = min(build(ScheduleConfig, schedule, "loop.schedule").warmup_steps, int(WARMUP * steps))
+        found |= {"steps": steps, "schedule": schedule | {"warmup_steps": warmup}}
+    return found | ({"steps": "auto", "minutes": length["minutes"]} if "minutes" in length else {})
 
 
 def steps_for(examples: int, timed: Trained) -> int:
@@ -293,13 +309,9 @@ def relative(row: Mapping[str, Any]) -> tuple[float, float, float]:
 
 def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draw the advantages as points with intervals, one line per task and one colour per kind."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
-    except ImportError:
-        raise ConfigError("--image needs matplotlib: pip install 'openm6[report]'") from None
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(tasks)), layout="constrained")
+    figure = new_figure(len(tasks))
     axes = figure.subplots()
     for number, kind in enumerate(kinds):
         own = [row for row in rows if row["kind"] == kind]

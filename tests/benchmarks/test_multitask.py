@@ -14,6 +14,7 @@ from benchmarks.multitask import (
     Pairs,
     Score,
     bench_multitask,
+    check_files,
     choose,
     loop_of,
     markdown,
@@ -101,6 +102,15 @@ def test_choice_of_tasks_sources_and_lengths() -> None:
     loop = {"minutes": 5, "steps": "auto", "schedule": {"warmup_steps": 50}, "save_every": 9}
     assert loop_of(loop, {"steps": 20}, 2) == {"seed": 2, "steps": 20, "schedule": {"warmup_steps": 4}, "save_every": 9}
     assert loop_of(loop, {"minutes": 0.5}, 0)["minutes"] == 0.5
+    # A specialist of a minute would else spend it on the warm-up of the recipe, or of a recipe that names none.
+    timed = {"seed": 0, "steps": "auto", "minutes": 0.5, "schedule": {"warmup_steps": 8}}
+    assert loop_of(loop, {"minutes": 0.5, "steps": 40.4}, 0) == {**timed, "save_every": 9}
+    assert loop_of({}, {"steps": 50}, 0)["schedule"] == {"warmup_steps": 10}
+
+
+def test_an_image_that_cannot_be_drawn_is_an_error_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"end its name in \.png"):
+        check_files(tmp_path / "points.txt", None)
 
 
 def test_transfer_starts_from_a_run_and_from_nothing_with_its_shape(tmp_path: Path) -> None:
