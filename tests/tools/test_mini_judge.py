@@ -199,6 +199,21 @@ def test_a_row_without_its_part_or_task_states_the_reason(evaluation, tmp_path):
         evaluation.examples("image_tagging_of_nothing", [])
 
 
+def test_degenerate_couplets_and_empty_descriptions_are_no_success(evaluation, monkeypatch):
+    def ask(task_name, records, words="天天天天天"):
+        pairs = rows.Evaluation.examples(evaluation, task_name, records)
+        text = words if task_name == "couplet_completion" else ""
+        return [rows.Asked(record, example, text) for record, example in pairs]
+
+    monkeypatch.setattr(evaluation, "ask", ask)
+    found = rows.couplet_form(evaluation)
+    assert found.value == 0 and found.details["length"] == 1 and found.details["different lines"] == 1
+    described = rows.avatars_described(evaluation)
+    assert described.value == described.details["empty text"] < 0.5
+    monkeypatch.setattr(evaluation, "ask", lambda task_name, records: ask(task_name, records, "星垂平野阔"))
+    assert rows.couplet_form(evaluation).value == 1
+
+
 def test_ranges_of_goals():
     assert judge.ROWS["avatars-drawn"].reached(0.93) and not judge.ROWS["avatars-drawn"].reached(0.92)
     coverage = judge.ROWS["diamonds-coverage"]

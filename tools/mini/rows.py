@@ -219,7 +219,10 @@ def avatars_described(run: Evaluation) -> Evaluated:
         true = one.record["categories"]
         found = read_caption(str(one.answer), phrases[one.example.language, true["style"]])
         values.append(float(np.mean([*compare_attributes(found, true, attributes).values()])))
-    return mean_of(values, details=by_group(values, [one.example.language for one in asked]))
+    # What an empty text reaches, since most attributes may be absent.
+    empty = _mean_rate([compare_attributes({}, one.record["categories"], attributes) for one in asked])
+    languages = [one.example.language for one in asked]
+    return mean_of(values, details={"empty text": empty, **by_group(values, languages)})
 
 
 Phrases = dict[str, dict[str, str]]
@@ -476,14 +479,15 @@ def series_losses(asked: Asked, history: tuple[list[str], np.ndarray], season: i
 
 
 def couplet_form(run: Evaluation) -> Evaluated:
-    """Lower lines of the length of the upper line, without any of its characters."""
+    """Lower lines of the length of the upper line, without any of its characters, and not one character repeated."""
     asked = run.ask("couplet_completion", run.records("couplets", ANSWERED))
     trained = set(run.source("couplets", "train").values("answer"))
     pairs = [(one.record["question"], str(one.answer).strip("。 ")) for one in asked]
     long = [float(len(upper) == len(lower)) for upper, lower in pairs]
-    new = [float(bool(lower) and not set(upper) & set(lower)) for upper, lower in pairs]
+    new = [float(len(set(lower)) > 1 and not set(upper) & set(lower)) for upper, lower in pairs]
     details = {"length": float(np.mean(long)), "new characters": float(np.mean(new))}
     details["not a line of the training"] = float(np.mean([lower not in trained for _, lower in pairs]))
+    details["different lines"] = len({lower for _, lower in pairs}) / len(pairs)
     return mean_of([own * other for own, other in zip(long, new, strict=True)], details=details)
 
 
