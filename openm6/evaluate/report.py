@@ -200,7 +200,10 @@ def _input(part: Part, media: MediaBudget) -> str | Media | NumberSeries | dict[
         return part.raw
     if isinstance(part.raw, dict):
         shown = list(part.raw.items())[:MAX_COLUMNS]
-        columns = {name: "missing" if value is None else plain(float(value)) for name, value in shown}
+        columns = {  # dates are text
+            name: value if isinstance(value, str) else "missing" if value is None else plain(float(value))
+            for name, value in shown
+        }
         return {"columns": columns, "left_out": len(part.raw) - len(shown)}
     return str(part.raw).strip().replace(MASK_CHARACTER, TEXT_GAP)
 

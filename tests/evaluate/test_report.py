@@ -19,12 +19,14 @@ from PIL import Image
 
 from openm6.codecs.registry import codec_scores
 from openm6.core.errors import OutputError
+from openm6.evaluate.media import MediaBudget
 from openm6.evaluate.report import (
     MEDIA_BYTES,
     codec_rows,
     report_environment,
     report_html,
     report_json,
+    sample_data,
     shorten,
     write_report,
 )
@@ -211,6 +213,12 @@ def test_a_value_outside_its_interval_is_called_so(tmp_path: Path) -> None:
     )
     text = "".join(page_of(tmp_path, EvalReport([task], 1.0, "x")).text)
     assert "outside" in text and "inside" not in text
+
+
+def test_dates_and_missing_values_among_the_inputs_are_shown() -> None:
+    given = Part("numbers", {"sold": "2024-01-03", "size": 3.5, "price": None})
+    shown = sample_data(Sample([given], "yes", None, "1"), MediaBudget(0))
+    assert shown["inputs"][0]["columns"] == {"sold": "2024-01-03", "size": "3.5", "price": "missing"}
 
 
 def test_a_gap_in_a_text_is_seen(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import gradio
 from fastapi import FastAPI
 
 from openm6.core.errors import DataError, OpenM6Error
+from openm6.core.log import get_log
 from openm6.inference.question import chat_prompt
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
@@ -180,13 +181,17 @@ class Page:
 
     async def show_cards(self, language: Language) -> AsyncIterator[str]:
         """Yield the gallery each time that one more answer is there; each is made once, one after the other."""
-        description, cards = self.server.loaded.description, self.cards[language]
-        examples = list(examples_of(self.library, description, self.server.scores, [language]))
-        while len(cards) < len(examples):
-            async with self.making:
-                if len(cards) < len(examples):
-                    cards.append(await make_card(self.server, examples[len(cards)]))
-            yield "".join(cards)
+        cards, description = self.cards[language], self.server.loaded.description
+        try:
+            found = examples_of(self.library, description, self.server.scores, [language])
+            examples = await asyncio.to_thread(list, found)  # files are read
+            while len(cards) < len(examples):
+                async with self.making:
+                    if len(cards) < len(examples):
+                        cards.append(await make_card(self.server, examples[len(cards)]))
+                yield "".join(cards)
+        except OpenM6Error as error:
+            get_log().warning(f"gallery: {error}; the next visitor may get the rest")
         yield "".join(cards)
 
     def choose_card(self, language: Language, event: gradio.EventData) -> list[Any]:

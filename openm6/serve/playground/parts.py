@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from abc import ABCMeta
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +20,13 @@ from openm6.core.errors import DataError, OpenM6Error
 from openm6.evaluate.media import MediaBudget
 from openm6.evaluate.report import sample_data
 from openm6.modalities.audio import RATE
+from openm6.modalities.dates import is_date
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
 from openm6.serve.content import CHECKS, pcm
 from openm6.serve.errors import BadRequestError
-from openm6.serve.requests import Request
+from openm6.serve.requests import EngineUnavailableError, QueueFullError, Request
 from openm6.serve.routes.scenarios import COVERAGE, decoded
 from openm6.serve.scenarios.run import MEDIA, Example, sample_of
 from openm6.serve.scenarios.scenario import Bilingual, InputKind, Language, Scenario
@@ -106,11 +108,11 @@ def read_typed(kind: InputKind, text: str) -> Any:
     return _numbers(text) if kind in ("box", "span") else text
 
 
-def _column(line: str) -> tuple[str, float | None]:
-    name, equals, value = line.replace("：", "=").replace(":", "=").partition("=")
-    if not equals or not name.strip():
+def _column(line: str) -> tuple[str, float | str | None]:
+    name, *values = (part.strip() for part in re.split("[：:=]", line, maxsplit=1))
+    if not name or not values:
         raise DataError(f"{line.strip()!r} must look like mass = 3.5")
-    return name.strip(), _number(value)
+    return name, values[0] if is_date(values[0]) else _number(values[0])
 
 
 def _numbers(text: str) -> list[float | None]:
@@ -135,8 +137,8 @@ def write_typed(kind: InputKind, value: Any) -> str:
     return ", ".join(map(_plain, value)) if kind in ("box", "span") else str(value)
 
 
-def _plain(number: float | None) -> str:
-    return "" if number is None else f"{number:g}"
+def _plain(number: float | str | None) -> str:
+    return "" if number is None else number if isinstance(number, str) else f"{number:g}"
 
 
 # As clients of the engine; the answers of the gallery do not wait before those to a visitor.
@@ -219,10 +221,15 @@ def vector_strip(vector: Sequence[float]) -> str:
 
 
 async def make_card(server: Server, example: Example) -> str:
-    """Return the answer to an example as a card of the gallery; empty if there is none."""
+    """Return the answer to an example as a card of the gallery; empty if there will be none, now or later.
+
+    Raise QueueFullError or EngineUnavailableError, after which another visitor may get it.
+    """
     try:
         [handle] = await server.engine.ask_all([example.request], GALLERY, server.limits.seconds)
         answer = await handle.answer()
+    except (QueueFullError, EngineUnavailableError):
+        raise
     except OpenM6Error:
         return ""
     server.metrics.add(GALLERY, answer)

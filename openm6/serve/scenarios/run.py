@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from openm6.checkpoint.folder import latest
+from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError, DataError, OpenM6Error, nearest
 from openm6.core.files import replace_text
 from openm6.data.parquet import EMBEDDED_MARK, EmbeddedConfig
@@ -54,6 +55,7 @@ from openm6.serve.requests import (
     decode_codes,
 )
 from openm6.serve.scenarios.scenario import (
+    EXAMPLES_FILE,
     LANGUAGES,
     PROMPTED,
     InputKind,
@@ -181,9 +183,10 @@ _FORMS = {
 def example_record(name: str) -> Record:
     """Return the record that `data#id` names, from the embedded data; raise ConfigError if there is none."""
     data, _, key = name.partition("#")
+    config = build(EmbeddedConfig, {"name": data}, f"example {name}")
     splits: tuple[Split, ...] = ("test", "train")
     for split in splits:
-        source = open_sources({data: EmbeddedConfig(name=data)}, split)[data]
+        source = open_sources({data: config}, split)[data]
         ids = source.values("id")
         if key in ids:
             return source[ids.index(key)]
@@ -196,9 +199,18 @@ def example_values(scenario: Scenario, language: Language, index: int = 0) -> di
     values = dict(own[min(index, len(own) - 1)] if own else scenario.examples[language])
     for name, declared in scenario.inputs.items():
         if declared.kind in MEDIA and name in values:
-            kind, word = declared.kind, values[name]
-            values[name] = example_record(word)[kind] if "#" in word else Path(scenario.folder, word).read_bytes()
+            word = str(values[name])
+            # A record without such a field leaves the input empty, which the request refuses.
+            values[name] = example_record(word).get(declared.kind) if "#" in word else _own_file(scenario, word)
     return values
+
+
+def _own_file(scenario: Scenario, name: str) -> bytes:
+    """A file beside the weights of the model, and no other."""
+    path = Path(scenario.folder, name)
+    if Path(name).name != name or not path.is_file():
+        raise DataError(f"{EXAMPLES_FILE} names {name!r} for {scenario.name}, which is no file in {scenario.folder}")
+    return path.read_bytes()
 
 
 def recorded_request(scenario: Scenario, language: Language, description: CheckpointConfig) -> Request | None:

@@ -144,6 +144,12 @@ class Scenario(Config):
         return next((name for name, declared in self.inputs.items() if declared.kind == kind), None)
 
 
+class OwnExamples(Config):
+    """The examples that a model brings, by scenario."""
+
+    examples: dict[str, list[dict[Language, dict[str, Any]]]]
+
+
 class Domain(Config):
     """A file of scenarios that belong together."""
 
@@ -177,10 +183,12 @@ def library_of(description: CheckpointConfig, folder: Path | None = None) -> Sce
     """Return the scenarios of the package in the forms that a model was trained for, with the examples that it brings.
 
     One more domain has a scenario for each other task that it was trained on. `folder` is that of its checkpoint, where
-    examples.yaml has lists of examples by scenario, and images and audio are files beside it or `data#id`.
+    examples.yaml has lists of examples by scenario, and images and audio are files beside it or `data#id`; ConfigError
+    if it is broken.
     """
     path, known = (folder or Path()) / EXAMPLES_FILE, all_tasks(description.tasks)
-    brought = read_yaml(path) if folder is not None and path.is_file() else {}
+    read = read_yaml(path) if folder is not None and path.is_file() else {}
+    brought = build(OwnExamples, {"examples": read}, str(path)).examples
     domains = dict(read_library().domains)
     covered: set[str] = set()
     for name, domain in domains.items():
@@ -197,8 +205,8 @@ def library_of(description: CheckpointConfig, folder: Path | None = None) -> Sce
     for task in (known[name] for name in names if name in known and name not in covered):
         # Some have no form, such as a regression of which no column is recorded.
         with suppress(ValueError):
-            scenario = _own_scenario(task, description, brought.get(task.name, []), str(folder))
-            own += [] if task.contrastive or task.chat else [scenario]
+            if not (task.contrastive or task.chat):
+                own.append(_own_scenario(task, description, brought.get(task.name, []), str(folder)))
     if own:
         domains["own"] = Domain(title=Bilingual(en="Tasks of this model", zh="该模型的任务"), scenarios=own)
     return ScenarioLibrary(domains)

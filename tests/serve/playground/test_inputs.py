@@ -82,7 +82,7 @@ def test_an_image_is_passed_on_unread_also_when_its_label_has_changed(tmp_path: 
     ("kind", "value"),
     [
         ("text", "seven"),
-        ("numbers", {"mass": 3.5, "length": None, "digit": 7.0}),
+        ("numbers", {"mass": 3.5, "length": None, "digit": 7.0, "sold": "2024-01-03 10:30"}),
         ("series", {"name": "price", "values": [3.5, None, 4.0]}),
         ("candidates", ["a cup", "一个杯子"]),
         ("box", [0.25, 0.0, 1.0, 0.5]),

@@ -16,6 +16,7 @@ import gradio
 
 from openm6.models.description import CheckpointConfig
 from openm6.serve.playground.page import Page
+from openm6.serve.requests import QueueFullError
 from openm6.serve.scenarios.run import Example
 from openm6.serve.scenarios.scenario import Scenario, Score, Scores, library_of, read_library
 from openm6.serve.server import Server
@@ -109,6 +110,25 @@ def test_the_gallery_grows_card_by_card_and_is_made_once(monkeypatch: pytest.Mon
     first, second = asyncio.run(visits())
     assert first[-1] == second[-1] == "<caption><alt_text>" and second == ["<caption><alt_text>"]
     assert made == ["caption", "alt_text"]
+
+
+def test_a_card_that_a_full_server_refuses_is_left_to_the_next_visitor(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[object] = ["<one>", QueueFullError("the queue is full", 1), "<two>"]
+
+    async def card(server: Server, example: Example) -> object:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("openm6.serve.playground.page.make_card", card)
+    found = page(trained((("image_captioning", "emoji"),), {"emoji": EMOJI}))
+
+    async def visits() -> list[list[str]]:
+        return [[shown async for shown in found.show_cards("en")] for _ in range(2)]
+
+    first, second = asyncio.run(visits())
+    assert first[-1] == "<one>" and second[-1] == "<one><two>"
 
 
 def test_an_example_that_a_model_brings_fits_also_in_another_form() -> None:

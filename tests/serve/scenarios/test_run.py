@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from openm6.api.model import OpenM6
-from openm6.core.errors import CheckpointError
+from openm6.core.errors import CheckpointError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.models.description import TrainedTask
 from openm6.serve.config import EngineConfig
@@ -134,6 +134,22 @@ def test_a_page_of_answers_to_the_examples_that_a_model_brings(home: Path) -> No
     # Offline: nothing but data URLs is referred to, and nothing runs.
     assert not re.search(r"<script|https?://|@import|url\(", page) and "audio/wav;base64" in page
     assert "truth" not in re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("examples", "error"),
+    [
+        ("read_digit: [{en: {image: blue.png}}]", "names 'blue.png' for read_digit, which is no file in"),
+        ("read_digit: [{en: {image: ../../other.png}}]", "which is no file in"),
+        ("read_digit: [{en: {image: spoken#spoken/1}}]", "spoken"),
+        ("read_digit: {image: red.png}", r"examples\.yaml"),
+    ],
+)
+def test_broken_examples_are_errors_in_a_sentence(home: Path, examples: str, error: str) -> None:
+    (home / "other.png").write_bytes(png("red", 40))
+    (home / "models" / "mini" / "examples.yaml").write_text(examples, encoding="utf-8")
+    with pytest.raises(OpenM6Error, match=error):
+        try_model("mini", home / "try.html")
 
 
 def test_without_examples_test_records_are_tried(home: Path) -> None:
