@@ -125,8 +125,8 @@ class AudioEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, samples: np.ndarray) -> np.ndarray:
         """Features in half precision, of as many samples at a time as the model was trained on.  # S -> N F"""
-        most = self.processor.n_samples
-        parts = [self.encode(samples[start : start + most]) for start in range(0, len(samples), most)]
+        limit = self.processor.n_samples
+        parts = [self.encode(samples[start : start + limit]) for start in range(0, len(samples), limit)]
         return torch.cat(parts).half().numpy()
 
     def encode(self, samples: np.ndarray) -> Tensor:

@@ -43,9 +43,9 @@ def date_formats(cells: Sequence[Any]) -> tuple[str, ...]:
     found = {name: [parsed([text], parse) for text in texts] for name, parse in FORMS.items()}
     most = max(sum(map(bool, times)) for times in found.values())
     best = {name: times for name, times in found.items() if sum(map(bool, times)) == most}
-    return (
-        () if {"ISO", "quarter"} & best.keys() else tuple({str(best[name]): name for name in reversed(best)}.values())
-    )
+    if {"ISO", "quarter"} & best.keys():
+        return ()
+    return tuple({str(times): name for name, times in reversed(best.items())}.values())
 
 
 def date_names(column: str) -> list[str]:
@@ -76,7 +76,8 @@ def split_dates(row: Mapping[str, Any], forms: Mapping[str, str | None]) -> dict
 def _seconds_of(cell: Any, column: str, form: str | None) -> float:
     if isinstance(cell, date):
         return to_seconds(cell)
-    text = str(cell).strip()
+    # 20240131 is a float if other cells of its column are missing.
+    text = (f"{cell:.15g}" if isinstance(cell, float) else str(cell)).strip()
     known = [FORMS["ISO"]] if parsed([text], FORMS["ISO"]) else list(FORMS.values())
     parses = [partial(strptime, time_format=form)] if form else known
     times = {time for parse in parses for time in parsed([text], parse) or () if form or len(text) <= LONGEST}
@@ -90,7 +91,8 @@ def parsed(texts: Sequence[str], parse: Parse) -> list[float] | None:
     """All times of one form, or None if one of them has another."""
     try:
         return [parse(text) for text in texts]
-    except (ValueError, OverflowError):
+    # A format that names a part twice is a broken pattern.
+    except (ValueError, OverflowError, re.error):
         return None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from openm6.core.errors import DataError, nearest
 from openm6.core.lru_cache import LRUCache
-from openm6.modalities.dates import split_dates
+from openm6.modalities.dates import date_names, split_dates
 from openm6.modalities.histogram import BINS, LIMIT, Histogram, mix_neighbours, one_hot_bins, smooth_bins
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
 from openm6.modalities.regression import FittedRidges
@@ -162,8 +162,8 @@ class Numbers(Modality):
 
     def given(self, parts: Sequence[Part]) -> Given:
         """The columns that a prompt shows: numbers, and categories named in its texts, as `cut: Ideal`."""
-        found, text = given_columns(parts), " ".join(part.raw for part in parts if part.modality == "text")
-        found = split_dates(found, self.dates)
+        found = self._with_dates(given_columns(parts))
+        text = " ".join(part.raw for part in parts if part.modality == "text")
         for table in self.predictors:
             for name, words in table.categories.items():
                 longest = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
@@ -217,16 +217,20 @@ class Numbers(Modality):
         return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False))
 
     def _arrays(self, raw: Any) -> Arrays:
-        if isinstance(raw, Mapping) and self.dates:
-            raw = split_dates(raw, self.dates)
         if not isinstance(raw, Mapping) or not raw:
             raise DataError("numbers were expected as {column: value} or a series, and at least one of them")
+        raw = self._with_dates(raw)
         compute = functools.partial(self._features, raw)
         try:
             return dict(self._cache.get_or_compute(tuple(raw.items()), compute))
         # A value that has no hash is no number, either.
         except TypeError:
             return compute()
+
+    def _with_dates(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with the parts of its dates, but for those that training had no value of, such as an hour."""
+        unseen = {part for column in self.dates for part in date_names(column)} - self.scales.keys()
+        return {name: value for name, value in split_dates(row, self.dates).items() if name not in unseen}
 
     def _features(self, raw: Mapping[str, Any]) -> Arrays:
         scale = np.asarray([self.scale(name) for name in raw])  # N 2

@@ -108,5 +108,7 @@ def build_model(
     numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
     numbers.widths = description.widths
     fields = [source.get("fields") or {} for source in description.sources.values()]
-    numbers.dates = {column: form for one in fields for column, form in (one.get("dates") or {}).items()}
+    dates = {column: form for one in fields for column, form in (one.get("dates") or {}).items()}
+    # A column may hold numbers in another source.
+    numbers.dates = {column: form for column, form in dates.items() if column not in description.scales}
     return Omni(description.backbone, modalities, description.embedding, meta_matrices), modalities

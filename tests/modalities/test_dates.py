@@ -49,6 +49,7 @@ WEDNESDAY = {"day year": 2024 + 30 / 365.25, "day month": 1.0, "day weekday": 3.
         ("01/31/24", "%m/%d/%y"),
         ("20240131", "%Y%m%d"),
         (20240131, "%Y%m%d"),
+        (20240131.0, "%Y%m%d"),
         (date(2024, 1, 31), None),
         (datetime(2024, 1, 31), "%d.%m.%Y"),
         (pd.Timestamp("2024-01-31", tz="UTC"), None),
@@ -94,6 +95,7 @@ def test_a_missing_date_is_missing_in_all_its_parts(cell: Any) -> None:
         ("01/02/2024", None, "'01/02/2024', which can be read in two ways: fix it, or set its format in `dates`"),
         ("2024-01-31", "%d.%m.%Y", "'2024-01-31', which does not fit its format '%d.%m.%Y'"),
         ("31.01.2024", "dd.mm.yyyy", "does not fit its format 'dd.mm.yyyy'"),
+        ("3131", "%d%d", "does not fit its format '%d%d'"),
         ("1" * 400, None, "which is not a date"),
     ],
 )

@@ -85,6 +85,15 @@ def test_dates_are_read_as_their_parts() -> None:
         numbers.source({"day": "2024-01-31"})
 
 
+def test_an_hour_that_no_date_of_the_training_had_is_left_out() -> None:
+    scales = dict.fromkeys(("day year", "day month", "day weekday"), (0.0, 1.0))
+    numbers = Numbers(Text(train_tokenizer(["day"], 300)), scales, {})
+    numbers.dates = {"day": None}
+    with_hour, without = ({"day": f"2024-01-31{clock}"} for clock in ("T13:30", ""))
+    assert np.array_equal(numbers.source(with_hour).arrays["values"], numbers.source(without).arrays["values"])
+    assert numbers.given([Part("numbers", with_hour)]) == numbers.given([Part("numbers", without)])
+
+
 def test_extreme_values_stay_finite(numbers: Numbers) -> None:
     arrays = numbers.source({"body_mass": 1e300, "length": -1e300}).arrays
     assert arrays["values"].tolist() == [LIMIT, -LIMIT]

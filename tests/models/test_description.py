@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from openm6.models.description import read_description
-from tests.small_model import loaded
+from openm6.modalities.text import train_tokenizer
+from openm6.models.description import build_model, read_description
+from tests.small_model import WORDS, loaded
 
 
 def test_how_sources_are_read_is_kept() -> None:
@@ -18,3 +19,10 @@ def test_a_model_that_says_nothing_of_it_reads_its_sources_whole() -> None:
     values = json.loads(loaded().description.to_json())
     del values["modalities"]["prompt_attention"]
     assert read_description(json.dumps(values), "model.json").modalities.prompt_attention == "bidirectional"
+
+
+def test_dates_of_one_source_that_are_numbers_of_another_are_read_as_numbers() -> None:
+    sources = {"shop": {"fields": {"dates": {"price": None, "day": "%d.%m.%Y"}}}, "texts": {"fields": None}}
+    description = loaded().description.model_copy(update={"sources": sources})
+    _, modalities = build_model(description, train_tokenizer(WORDS, 320).to_str(), "tokenizer.json")
+    assert modalities["numbers"].dates == {"day": "%d.%m.%Y"}
