@@ -237,9 +237,10 @@ def needed_sources(sources: Mapping[str, Any], mixture: Sequence[Mapping[str, An
 def loop_of(loop: Mapping[str, Any], length: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return the settings of the loop for a run of some steps or minutes, whose warm-up is no long part of it.
 
-    With minutes, `steps` are those that they may have room for, if that is known.
+    With minutes, `steps` are those that they may have room for, if that is known. No run is stopped early.
     """
-    found = {name: one for name, one in loop.items() if name not in ("steps", "minutes")} | {"seed": seed}
+    replaced = ("steps", "minutes", "early_stopping_patience")
+    found = {name: one for name, one in loop.items() if name not in replaced} | {"seed": seed}
     if "steps" in length:
         steps, schedule = max(1, round(length["steps"])), dict(loop.get("schedule") or {})
         warmup = min(build(ScheduleConfig, schedule, "loop.schedule").warmup_steps, int(WARMUP * steps))

@@ -105,7 +105,8 @@ def test_choice_of_tasks_sources_and_lengths() -> None:
     # A specialist of a minute would else spend it on the warm-up of the recipe, or of a recipe that names none.
     timed = {"seed": 0, "steps": "auto", "minutes": 0.5, "schedule": {"warmup_steps": 8}}
     assert loop_of(loop, {"minutes": 0.5, "steps": 40.4}, 0) == {**timed, "save_every": 9}
-    assert loop_of({}, {"steps": 50}, 0)["schedule"] == {"warmup_steps": 10}
+    stopping = {"early_stopping_patience": 5}
+    assert loop_of(stopping, {"steps": 50}, 0) == {"seed": 0, "steps": 50, "schedule": {"warmup_steps": 10}}
 
 
 def test_an_image_that_cannot_be_drawn_is_an_error_before_training(tmp_path: Path) -> None:

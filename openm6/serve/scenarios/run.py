@@ -25,7 +25,7 @@ from rich.table import Table
 from openm6.checkpoint.folder import latest
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError, DataError, OpenM6Error, nearest
-from openm6.core.files import replace_text
+from openm6.core.files import check_writable, replace_text
 from openm6.data.parquet import EMBEDDED_MARK, EmbeddedConfig
 from openm6.data.prepare import with_negatives
 from openm6.data.records import Record
@@ -421,8 +421,10 @@ def sample_of(request: Request, answer: Answer, loaded: LoadedModel) -> Sample:
 def try_model(trained: Path | str, out: Path, device: str = "auto", dtype: str = "auto") -> str:
     """Answer a model's examples on one page; return the sentence to print.
 
-    Raise CheckpointError if there is no model or nothing to try, OutputError if the page cannot be written.
+    Raise CheckpointError if there is no model or nothing to try, OutputError if the page cannot be written, ConfigError
+    if its folder is missing.
     """
+    check_writable(out, "--out")
     folder, began = find_model(trained), time.perf_counter()
     config = ONE_AT_A_TIME.model_copy(update={"weights": precision_of(dtype) or "auto"})
     with Engine(load(folder, device), config) as engine:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from openm6.api.model import OpenM6
-from openm6.core.errors import CheckpointError, OpenM6Error
+from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.models.description import TrainedTask
 from openm6.serve.config import EngineConfig
@@ -150,6 +150,11 @@ def test_broken_examples_are_errors_in_a_sentence(home: Path, examples: str, err
     (home / "models" / "mini" / "examples.yaml").write_text(examples, encoding="utf-8")
     with pytest.raises(OpenM6Error, match=error):
         try_model("mini", home / "try.html")
+
+
+def test_a_page_without_a_folder_is_an_error_before_anything_is_answered(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out .*there is no folder"):
+        try_model("gone", home / "pages" / "try.html")
 
 
 def test_without_examples_test_records_are_tried(home: Path) -> None:
