@@ -100,8 +100,11 @@ class Page:
             # By `change`, a card would be replaced by the first scenario of its domain.
             self.domain.input(self.choose_domain, [self.domain, self.language], [self.scenario])
             self.labels.append((self.language, "language"))
-            opened = [blocks.load, self.language.change]
-            gradio.on(opened, self.show_cards, self.language, cards, show_progress="hidden", concurrency_limit=None)
+            # The gallery of the language that was chosen last, also if another one is being shown.
+            gradio.on(
+                [blocks.load, self.language.change], self.show_cards, self.language, cards, show_progress="hidden",
+                concurrency_limit=None, trigger_mode="always_last",
+            )  # fmt: skip
             chosen = [self.domain, self.scenario, self.picked]
             cards.click(self.choose_card, [self.language], chosen, show_progress="hidden").then(None, js=SHOW_FORM)
             worded: list[Any] = [self.title, self.domain, self.scenario, self.output, self.ask]

@@ -112,6 +112,12 @@ def test_the_gallery_grows_card_by_card_and_is_made_once(monkeypatch: pytest.Mon
     assert made == ["caption", "alt_text"]
 
 
+def test_the_gallery_follows_the_language_also_while_it_is_made() -> None:
+    blocks = page(trained((("image_captioning", "emoji"),), {"emoji": EMOJI})).build()
+    [shown] = [one for one in blocks.fns.values() if one.name == "show_cards"]
+    assert len(shown.targets) == 2 and shown.trigger_mode == "always_last"
+
+
 def test_a_card_that_a_full_server_refuses_is_left_to_the_next_visitor(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes: list[object] = ["<one>", QueueFullError("the queue is full", 1), "<two>"]
 
