@@ -72,13 +72,13 @@ BODIES: dict[type[BaseModel], list[Any]] = {
     SpeechBody: [{"input": ""}, {"input": "a", "response_format": "midi"}, {"input": "a", "speed": 9}, {"input": {}}],
     EmbeddingBody: [{}, {"input": 3}, {"input": [3]}, {"input": {"type": "video_url"}}, {"input": [[1, 2]]},
                 {"input": "a", "encoding_format": "x"}, {"input": [{"type": "image_url"}]}],
-    PredictionBody: [{"rows": []}, {"rows": [{"a": "x"}]}, {"rows": {}}, {"series": {"name": "a", "values": []}},
+    PredictionBody: [{"rows": []}, {"rows": [{"a": ["x"]}]}, {"rows": {}}, {"series": {"name": "a", "values": []}},
                  {"series": {"values": [1]}}, {"rows": [{"a": 1}], "coverage": 1}, {"rows": [[]]}],
     RankingBody: [{"query": "a", "candidates": []}, {"query": "a", "candidates": [""]}, {"candidates": ["a"]},
               {"query": 3, "candidates": ["a"]}, {"query": "a", "candidates": [["a"]]}],
-    ScenarioBody: [{}, {"inputs": {}}, {"inputs": {"x": 3}}, {"inputs": {"x": {"name": "a"}}},
+    ScenarioBody: [{}, {"inputs": {}}, {"inputs": {"x": 3}}, {"inputs": {"x": {"name": ["a"]}}},
                    {"inputs": {"x": [[]]}}, {"inputs": {"x": "a"}, "language": "fr"}, {"inputs": []},
-                   {"inputs": {"x": "a"}, "seed": -1}, {"inputs": {"x": {"a": "b"}}}],
+                   {"inputs": {"x": "a"}, "seed": -1}, {"inputs": {"x": {"a": {"b": "c"}}}}],
 }  # fmt: skip
 
 
