@@ -27,7 +27,7 @@ def test_the_command_is_one_that_the_program_understands() -> None:
     serve = command.commands[words[1]]  # type: ignore[attr-defined]
     context = serve.make_context("serve", [*words[2:], *SERVICE["command"]], resilient_parsing=False)
     assert context.params["host"] == "0.0.0.0" and context.params["playground"]
-    assert str(context.params["trained"]) == SERVICE["volumes"][0].split(":")[1]
+    assert str(context.params["model"]) == SERVICE["volumes"][0].split(":")[1]
 
 
 def test_a_container_is_healthy_while_its_engine_is_ready_and_can_compile() -> None:
