@@ -41,7 +41,7 @@ WRONG_FRACTION = 0.05
 BOTTLENECK = 64
 # Of the codes, and of what is read, of files: an image that is used in every epoch goes through the codec once.
 CACHE_BYTES = 64 * 2**20
-FEATURE_BYTES = 2**30  # of features of frozen encoders, which take a thousand times as long
+FEATURE_BYTES = 2**30  # of features of frozen encoders, the slowest to make
 # Images or recordings that the codec encodes at once, and that wait for it.
 GROUP, WAITING = 8, 32
 _file_keys = LRUCache[tuple[bytes, bytes]](2**24)

@@ -115,8 +115,7 @@ def evaluate_rows(
 
 def main(words: list[str] | None = None) -> None:
     """Read the command line, evaluate, and print the table."""
-    command = " ".join(("python", "-m", "tools.mini.judge"))
-    parser = argparse.ArgumentParser(prog=command, description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.mini.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run or checkpoint")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--only", action="append", default=[], choices=sorted(ROWS), help="a row; may be repeated")

@@ -19,7 +19,7 @@ from openm6.core.errors import DataError
 from openm6.models.description import TrainedTask
 from openm6.train.run import read_recipe, recipe_path
 from tests import small_model
-from tools.mini import avatars, judge, networks, rows
+from tools.mini import avatars, evaluate, networks, rows
 from tools.mini.corpus import write_part
 from tools.mini.networks import AvatarEvaluator, Design, SyllableEvaluator
 from tools.mini.pretrained import EfficientNetLite0, spoken_words
@@ -178,8 +178,8 @@ def evaluation(corpus, tmp_path, monkeypatch) -> rows.Evaluation:
 
 def test_each_row_has_a_value_interval_goal_and_number(evaluation):
     lines: list[str] = []
-    found = judge.evaluate_rows(evaluation, judge.ROWS, lines.append)
-    assert list(found) == list(judge.ROWS) and len(lines) == len(judge.ROWS) == 18
+    found = evaluate.evaluate_rows(evaluation, evaluate.ROWS, lines.append)
+    assert list(found) == list(evaluate.ROWS) and len(lines) == len(evaluate.ROWS) == 18
     assert not {name: row["failure"] for name, row in found.items() if "failure" in row}
     for row in found.values():
         low, high = row["interval"]
@@ -193,7 +193,7 @@ def test_each_row_has_a_value_interval_goal_and_number(evaluation):
 def test_a_row_without_its_part_or_task_states_the_reason(evaluation, tmp_path):
     evaluation.corpus = tmp_path
     lines: list[str] = []
-    found = judge.evaluate_rows(evaluation, ["kinship"], lines.append)
+    found = evaluate.evaluate_rows(evaluation, ["kinship"], lines.append)
     assert "kinship.parquet" in found["kinship"]["failure"] and "kinship.parquet" in lines[0]
     with pytest.raises(DataError, match="not trained on image_tagging_of_nothing"):
         evaluation.examples("image_tagging_of_nothing", [])
@@ -215,11 +215,11 @@ def test_degenerate_couplets_and_empty_descriptions_are_no_success(evaluation, m
 
 
 def test_ranges_of_goals():
-    assert judge.ROWS["avatars-drawn"].reached(0.93) and not judge.ROWS["avatars-drawn"].reached(0.92)
-    coverage = judge.ROWS["diamonds-coverage"]
+    assert evaluate.ROWS["avatars-drawn"].reached(0.93) and not evaluate.ROWS["avatars-drawn"].reached(0.92)
+    coverage = evaluate.ROWS["diamonds-coverage"]
     assert [coverage.reached(value) for value in (0.74, 0.8, 0.9)] == [False, True, False]
-    assert not judge.ROWS["couplets-likelihood"].reached(0.0) and judge.ROWS["couplets-likelihood"].reached(0.1)
-    assert coverage.goal == "75.0 % to 85.0 %" and judge.ROWS["couplets-likelihood"].goal == "> 0"
+    assert not evaluate.ROWS["couplets-likelihood"].reached(0.0) and evaluate.ROWS["couplets-likelihood"].reached(0.1)
+    assert coverage.goal == "75.0 % to 85.0 %" and evaluate.ROWS["couplets-likelihood"].goal == "> 0"
 
 
 class Few:
