@@ -1,4 +1,4 @@
-# make demo: train and judge the small model on the data in the package, two cores, some minutes
+# make demo: train and evaluate the small model on the data in the package, two cores, some minutes
 # make test, make check: what every change must pass
 # make test-gpu: the tests that need a GPU; make bench-gpu PART=1 (then 2): the measurements that docs/benchmarks.md lacks
 # GPU_PYTHON names an interpreter that has all packages, where none can be installed: make test-gpu GPU_PYTHON=python3
