@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -114,3 +115,15 @@ def test_the_examples_of_mini_cover_all_pairs_in_both_languages() -> None:
     sources = {word.partition("#")[0] for word in words if isinstance(word, str) and "#" in word}
     assert sources <= set(read_recipe(recipe_path("mini"), [])[1]["sources"])
     assert len(examples) >= 30
+
+
+def test_the_card_shows_the_rows(run: Path, tmp_path: Path) -> None:
+    (run / "README.md").write_text("# mini\n", encoding="utf-8")
+    found = {"value": 0.91, "interval": [0.88, 0.94], "n": 100, "ceiling": None, "reached": True}
+    rows = {"kinship": found, "words-spoken": {"failure": "the part is missing"}}
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    pack.pack(run, tmp_path / "packed", "bf16", tmp_path, written(tmp_path, {}), tmp_path / "rows.json")
+    card = (tmp_path / "packed" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# mini\n") and "python -m tools.mini.evaluate mini" in card
+    assert "| 91.0 % | 88.0 % to 94.0 % | ≥ 85.0 % | yes | 100 | exact |" in card
+    assert "| the part is missing |" in card

@@ -94,6 +94,15 @@ def table_line(name: str, row: Row, found: Evaluated | str) -> str:
     return f"{begin} {' | '.join(values)} |"
 
 
+def saved_table(report: dict[str, Any]) -> str:
+    """Return the table of the results that `--json` wrote."""
+    lines = [HEADER]
+    for name, entry in report["rows"].items():
+        values = {key: entry[key] for key in ("value", "interval", "n", "ceiling") if key in entry}
+        lines.append(table_line(name, ROWS[name], entry.get("failure") or Evaluated(**values)))
+    return "\n".join(lines)
+
+
 def evaluate_rows(
     run: Evaluation, names: Iterable[str], show: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:

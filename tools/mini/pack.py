@@ -1,13 +1,15 @@
 """Pack a run of the recipe `mini` as a model of the package: small weights, and examples with their images and audio.
 
-    python -m tools.mini.pack runs/mini --out openm6/shipped/mini [--weights auto] [--corpus build/mini]
+    python -m tools.mini.pack runs/mini --out openm6/shipped/mini --rows rows.json
 
-Weights are bf16, or int8 with a scale for each block if bf16 takes too much space. Both are read as any checkpoint.
+`rows.json` is what `python -m tools.mini.evaluate --json rows.json` writes; the card shows its table. Weights are bf16,
+or int8 with a scale for each block if bf16 takes too much space. Both are read as any checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import time
@@ -40,17 +42,24 @@ from openm6.models.description import TOKENIZER_FILE
 from openm6.optim.low_precision import fit_exponent, to_levels
 from openm6.serve.scenarios.run import example_values, scenario_request
 from openm6.serve.scenarios.scenario import EXAMPLES_FILE, library_of, readiness
+from tools.mini.evaluate import saved_table
 
 MAX_BYTES = 30 * 10**6
 MAX_SECONDS = 2.0
 # Smaller tensors keep their precision: norms, biases, scales.
 SMALL = 4096
 EXAMPLES = Path(__file__).with_name("shipped") / "examples.yaml"
+CARD_FILE, LICENSE = "README.md", "apache-2.0"
 SUFFIXES = {b"\x89PNG": ".png", b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
 
 
 def pack(
-    run: Path, out: Path, weights: str = "auto", corpus: Path = Path("build/mini"), examples: Path = EXAMPLES
+    run: Path,
+    out: Path,
+    weights: str = "auto",
+    corpus: Path = Path("build/mini"),
+    examples: Path = EXAMPLES,
+    rows: Path | None = None,
 ) -> str:
     """Write the folder of a model from a run; return what to print.
 
@@ -73,9 +82,11 @@ def pack(
             (partial / DESCRIPTION_FILE).write_text(description.to_publish().to_json(), encoding="utf-8", newline="\n")
             (partial / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8", newline="\n")
             write_examples(examples, corpus, partial)
-            for file in (checkpoint / PREDICTORS_FILE, run / "report.json", run / "README.md"):
+            for file in (checkpoint / PREDICTORS_FILE, run / "report.json"):
                 if file.is_file():
                     shutil.copyfile(file, partial / file.name)
+            if (run / CARD_FILE).is_file():
+                (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows), encoding="utf-8", newline="\n")
             # The card and the examples may be edited.
             listed = (MODEL_FILE, DESCRIPTION_FILE, TOKENIZER_FILE, PREDICTORS_FILE)
             sizes = {name: (partial / name).stat().st_size for name in listed if (partial / name).is_file()}
@@ -94,6 +105,27 @@ def pack(
     slow = f", MORE than {MAX_SECONDS:g} s" if seconds > MAX_SECONDS else ""
     listed_unready = f"\nexamples of scenarios that are not ready: {', '.join(unready)}" if unready else ""
     return f"{out}: {chosen}, {size / 1e6:.1f} MB, loaded in {seconds:.2f} s{slow}{listed_unready}"
+
+
+def card(path: Path, rows: Path | None) -> str:
+    """The card of the run, with the licence of the model and the table of its rows, if they were evaluated."""
+    text = re.sub("^license: .*$", f"license: {LICENSE}", path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    if rows is None:
+        return text
+    return f"""{text}
+## Answers evaluated by other means
+
+Held-out records of the corpus, evaluated by published networks, networks trained on real records, and comparison; the
+last column is what real records reach in place of answers (`tools/mini/README.md`, Evaluation). What the goals need
+and is not reached stands as it is.
+
+```sh
+python -m tools.mini.build --out build/mini
+python -m tools.mini.evaluate mini --corpus build/mini
+```
+
+{saved_table(json.loads(rows.read_text(encoding="utf-8")))}
+"""
 
 
 @torch.no_grad()
@@ -157,8 +189,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", choices=("auto", "bf16", "int8"), default="auto")
     parser.add_argument("--corpus", type=Path, default=Path("build/mini"))
+    parser.add_argument("--rows", type=Path)
     given = parser.parse_args()
-    print(pack(given.run, given.out, given.weights, given.corpus))
+    print(pack(given.run, given.out, given.weights, given.corpus, rows=given.rows))
 
 
 if __name__ == "__main__":
