@@ -23,7 +23,6 @@ _STEP_NAME = re.compile(r"step-(\d+)")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of one step lies."""
     return checkpoints / f"step-{step}"
 
 

@@ -130,7 +130,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _sharded() -> ModuleType:
-    """Return checkpoint/sharded.py."""
     # torch.distributed.tensor takes seconds to import, for sharded models only
     from openm6.checkpoint import sharded  # noqa: PLC0415
 

@@ -27,7 +27,6 @@ SHIPPED = Path(__file__).parent / "weights"
 
 
 def shipped_codecs() -> tuple[str, ...]:
-    """Names of the trained codecs that came with the package."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
 
 

@@ -68,7 +68,6 @@ def check_alive(device: torch.device) -> None:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import signal
 
-# `describe` is 0.67 like `transcribe`, and means something else.
-MIN_SIMILARITY = 0.75
+MIN_SIMILARITY = 0.75  # `describe` is 0.67 like `transcribe`, and means something else
 
 
 class OpenM6Error(Exception):

@@ -49,7 +49,6 @@ class RunFolder:
         return read_yaml(self.config) if self.config.exists() else {}
 
     def write_config(self, values: dict[str, Any]) -> None:
-        """Write the run's settings in their order."""
         replace_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def set_config(self, section: str, key: str, value: Any) -> None:

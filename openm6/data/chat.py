@@ -11,24 +11,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from openm6.core.errors import DataError, nearest
-from openm6.data.records import (
-    MAX_AUDIO_BYTES,
-    MAX_IMAGE_BYTES,
-    OpenFile,
-    Record,
-    RowReader,
-    as_bytes,
-    as_numbers,
-    as_text,
-    check_columns,
-)
+from openm6.data import records
 from openm6.data.storage import is_remote, read_beside
 from openm6.data.table import Table, TableConfig
 from openm6.data.text_tables import JSONL_ENDINGS, JsonlConfig
 
 TURNS = ("messages", "conversations")  # columns, of which a chat has one
 # Columns of files for the marks in texts, and the files allowed.
-MEDIA = {"image": ("images", MAX_IMAGE_BYTES), "audio": ("audios", MAX_AUDIO_BYTES)}
+MEDIA = {"image": ("images", records.MAX_IMAGE_BYTES), "audio": ("audios", records.MAX_AUDIO_BYTES)}
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -43,23 +33,22 @@ _MARK = re.compile(r"<(image|audio|video)>")
 
 
 def is_chat(columns: Sequence[str]) -> bool:
-    """Whether a table with these columns holds conversations."""
     return any(name in columns for name in TURNS)
 
 
-class ChatReader(RowReader):
+class ChatReader(records.RowReader):
     """Turns one line into a record with `messages`, whichever form they have."""
 
-    def __init__(self, columns: Sequence[str], open_file: OpenFile, where: str) -> None:
+    def __init__(self, columns: Sequence[str], open_file: records.OpenFile, where: str) -> None:
         if not is_chat(columns):
-            check_columns(TURNS[:1], columns, where)
+            records.check_columns(TURNS[:1], columns, where)
         self.single = {}
         used = [*TURNS, "system", "tools", "videos", *(column for column, _ in MEDIA.values())]
         self.columns = {name: ["messages"] for name in used if name in columns}
         self.columns |= {"id": ["id"]} if "id" in columns else {}
         self._open_file = open_file
 
-    def read(self, row: Mapping[str, Any]) -> Record:
+    def read(self, row: Mapping[str, Any]) -> records.Record:
         """The record of one row; DataError without an answer, for an unknown role, a video, or marks without files."""
         turns = row.get("messages") or row.get("conversations")
         if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns) or not turns:
@@ -77,8 +66,8 @@ class ChatReader(RowReader):
                 raise DataError(f"{len(files[kind])} of {column} has no mark: write <{kind}> where each belongs")
         if not any(message["role"] == "assistant" for message in messages[1:]):
             raise DataError("no turn of the assistant follows another: there is no answer to learn")
-        record: Record = {"messages": messages}
-        name = as_text(row.get("id"), "id")
+        record: records.Record = {"messages": messages}
+        name = records.as_text(row.get("id"), "id")
         return record if name is None else {"id": name, **record}
 
     def _message(self, turn: Mapping[str, Any], index: int, files: dict[str, list[Any]]) -> dict[str, Any]:
@@ -103,7 +92,7 @@ class ChatReader(RowReader):
             if index % 2:
                 parts.append(self._file(segment, _next_file(segment, where, files)))
             elif segment:
-                parts.append({"type": "text", "text": as_text(segment, where)})
+                parts.append({"type": "text", "text": records.as_text(segment, where)})
         return parts
 
     def _part(self, item: Any, where: str, files: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -119,9 +108,9 @@ class ChatReader(RowReader):
         kind = KINDS[name]
         value = next((item[key] for key in (name, "path", "url", "bytes") if item.get(key) is not None), None)
         if kind == "text":
-            return [{"type": "text", "text": as_text(value, where) or ""}]
+            return [{"type": "text", "text": records.as_text(value, where) or ""}]
         if kind == "numbers":
-            numbers = as_numbers(value, where)
+            numbers = records.as_numbers(value, where)
             if not numbers:
                 raise DataError(f"{where} has numbers without a column: write {{column: value}}")
             return [{"type": "numbers", "numbers": numbers}]
@@ -135,7 +124,7 @@ class ChatReader(RowReader):
 
     def _file(self, kind: str, value: Any) -> dict[str, Any]:
         column, limit = MEDIA[kind]
-        content = as_bytes(value, column, limit, partial(_read, self._open_file))
+        content = records.as_bytes(value, column, limit, partial(_read, self._open_file))
         if content is None:
             raise DataError(f"an entry of {column} is empty: name a file")
         return {"type": kind, kind: content}
@@ -162,7 +151,7 @@ def _next_file(kind: str, where: str, files: dict[str, list[Any]]) -> Any:
     return files[kind].pop(0)
 
 
-def _read(open_file: OpenFile, name: str, limit: int) -> bytes:
+def _read(open_file: records.OpenFile, name: str, limit: int) -> bytes:
     """The bytes of a data URL, or of a file beside the chat."""
     if name.startswith("data:"):
         try:

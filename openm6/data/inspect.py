@@ -54,8 +54,7 @@ MAX_PASSES, VALIDATION_FRACTION, MIN_RECORDS = 100, 0.1, 50
 # Tasks of labels, and the validation records that they are given of so many, for the weights of simple predictors.
 LABELLED, CALIBRATED, MIN_LABELLED = re.compile("(tabular|record|text)_classification|_categorization"), 150, 500
 TOKENS_PER_MINUTE, TOKENS, MEDIA_TOKENS = 500_000, 40, 100
-# Read for the season of a series: windows, of at most so many rows.
-WINDOWS, MAX_ROWS = 50, 1536
+WINDOWS, MAX_ROWS = 50, 1536  # read for the season of a series: windows, of at most so many rows
 MIN_SERIES = 40  # rows from which a series is proposed
 # What a task predicts that predicts a column of a kind.
 OUTPUTS = {"image": "image", "audio": "audio", "number": "numbers", "category": "text", "free text": "text"}
@@ -97,7 +96,6 @@ class DatasetReport:
         return (self.unreadable / self.rows if self.rows else 0) + self.broken / max(1, self.sampled)
 
     def add_problem(self, where: str, reason: object) -> None:
-        """Note something broken; the reason may name the location itself."""
         problem = str(reason) if where in str(reason) else f"{where}: {reason}"
         if len(self.problems) < MAX_PROBLEMS and problem not in self.problems:
             self.problems.append(problem)
@@ -195,7 +193,6 @@ def _image_settings(reports: list[DatasetReport], fixed: Sequence[str]) -> dict[
 
 
 def _parts(report: DatasetReport) -> list[dict[str, Any]]:
-    """The mixture's parts of one source."""
     beside = WEIGHTS_BESIDE if any(name.startswith("record_") for name in report.tasks) else {}
     weights = {name: {"weight": beside[name]} if name in beside else {} for name in report.tasks}
     return [{"source": report.name, "task": name, **weight} for name, weight in weights.items()]

@@ -15,22 +15,15 @@ import numpy as np
 from pydantic import Field
 
 from openm6.core.errors import DataError
+from openm6.data import records
 from openm6.data.parquet import EMBEDDED_MARK, ParquetConfig
-from openm6.data.records import (
-    AUDIO_ENDINGS,
-    IMAGE_ENDINGS,
-    MAX_AUDIO_BYTES,
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    RowReader,
-    decode_utf8,
-)
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, present_split, rows_by_hash, split_named
 from openm6.data.storage import find_files, is_remote, open_binary, read_beside
 from openm6.data.table import Table, TableConfig, TableSource
 from openm6.data.text_tables import CsvConfig, JsonlConfig
 
-MAX_BYTES = dict.fromkeys(IMAGE_ENDINGS, MAX_IMAGE_BYTES) | dict.fromkeys(AUDIO_ENDINGS, MAX_AUDIO_BYTES)
+MAX_BYTES = dict.fromkeys(records.IMAGE_ENDINGS, records.MAX_IMAGE_BYTES)
+MAX_BYTES |= dict.fromkeys(records.AUDIO_ENDINGS, records.MAX_AUDIO_BYTES)
 
 
 def split_of(file: Path) -> Split | None:
@@ -66,7 +59,7 @@ class FolderTable(Table):
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
         file = self._files[row]
-        kind = "image" if file.suffix.lower() in IMAGE_ENDINGS else "audio"
+        kind = "image" if file.suffix.lower() in records.IMAGE_ENDINGS else "audio"
         cells: dict[str, Any] = {"id": file.as_posix(), kind: file.as_posix()}
         if self._config.labels:
             # The innermost folder, unless that is the split's.
@@ -74,8 +67,8 @@ class FolderTable(Table):
             cells["label"] = folders[-1] if folders else None
         text, caption = self.names[-1], file.with_suffix(".txt")
         if self._config.captions and text in columns and (self._root / caption).is_file():
-            content = self.open_file(caption.as_posix(), MAX_TEXT_BYTES)
-            cells[text] = decode_utf8(content, caption.name).strip()
+            content = self.open_file(caption.as_posix(), records.MAX_TEXT_BYTES)
+            cells[text] = records.decode_utf8(content, caption.name).strip()
         return cells
 
 
@@ -87,8 +80,7 @@ class FolderConfig(SourceConfig):
     labels: bool = True  # the subfolder's name becomes `label`
     captions: bool = True  # `1.txt` beside `1.jpg` becomes the text
     language: Literal["en", "zh"] = "en"  # of the captions
-    # By a stable hash of the name, without train/ and test/.
-    test_fraction: float = Field(default=0.1, ge=0.0, le=0.9)
+    test_fraction: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash of the name, without train/ and test/
     validation_fraction: float = Field(default=0.0, ge=0.0, le=0.5)  # of the training files, if no folder holds any
     limit: int | None = Field(default=None, ge=1)
 
@@ -114,7 +106,8 @@ class FolderConfig(SourceConfig):
 
     def _source(self, name: str, root: Path, files: list[Path]) -> Source:
         table = FolderTable(self, root, files)
-        return TableSource(name, table, RowReader(table.names, None, table.open_file, self.path), np.arange(len(files)))
+        reader = records.RowReader(table.names, None, table.open_file, self.path)
+        return TableSource(name, table, reader, np.arange(len(files)))
 
     def _files(self, name: str) -> tuple[Path, list[Path]]:
         root = Path(self.path).expanduser()
@@ -129,7 +122,7 @@ class FolderConfig(SourceConfig):
 MAX_SHARDS = 100_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # Column -> the endings of the files that fill it.
-_FILLED_BY = {"image": IMAGE_ENDINGS, "audio": AUDIO_ENDINGS, "text_en": (".txt",), "label": (".cls",)}
+_FILLED_BY = {"image": records.IMAGE_ENDINGS, "audio": records.AUDIO_ENDINGS, "text_en": (".txt",), "label": (".cls",)}
 
 
 class _Sample(NamedTuple):
@@ -218,7 +211,7 @@ def _samples(shard: str) -> list[_Sample]:
 
 
 def _bytes_of(sample: _Sample, ending: str) -> bytes:
-    name, limit = f"{sample.key}.{ending}", MAX_BYTES.get(f".{ending}", MAX_TEXT_BYTES)
+    name, limit = f"{sample.key}.{ending}", MAX_BYTES.get(f".{ending}", records.MAX_TEXT_BYTES)
     start, size = sample.files[ending]
     if size > limit:
         raise DataError(f"{name} has {size:,} bytes; the most allowed is {limit:,}: shrink or cut it")

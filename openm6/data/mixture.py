@@ -43,7 +43,6 @@ class Component:
 
     @property
     def key(self) -> str:
-        """The component's name in the mixture's state."""
         return f"{self.source.name}/{self.task}"
 
 
@@ -90,7 +89,6 @@ class MixtureSampler:
         self._ahead: deque[SampleIndex] = deque()  # samples of all shards from the slowest own one on
 
     def draw(self) -> SampleIndex:
-        """The next sample of the whole sequence."""
         point = uniform(self.seed, self.global_index) * self._bounds[-1]
         component = bisect(self._bounds, point)
         epoch, offset = self._cursor[component]
@@ -106,7 +104,6 @@ class MixtureSampler:
         return sample
 
     def take(self, shard: DataShard) -> SampleIndex:
-        """The next sample of a shard."""
         while not self._ahead or self._ahead[-1].global_index < shard.next:
             self._ahead.append(self.draw())
         sample = self._ahead[shard.next - self._ahead[0].global_index]

@@ -46,7 +46,6 @@ class PackingConfig(Config):
 
     @property
     def rows(self) -> int:
-        """The number of rows of a batch, over all ranks."""
         return DEFAULT_ROWS if self.batch_size == "auto" else self.batch_size
 
     def shards_for(self, size: int) -> int:

@@ -267,8 +267,7 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
 
 OPENED = 50  # about so many images are opened for their colours
 MIN_CHROMA = 10.0  # of 255: mean difference of the largest and smallest of red, green and blue, in images in colour
-# Of 16 x 16 pixels: small images are enlarged to so many, large ones reduced.
-MIN_PATCHES, MAX_PATCHES = 4, 16
+MIN_PATCHES, MAX_PATCHES = 4, 16  # of 16 x 16 pixels: small images are enlarged to so many, large ones reduced
 # Labels that a mirrored image may not have: numbers and letters.
 _WRITTEN = re.compile(r"\d|\b(\w|zero|one|two|three|four|five|six|seven|eight|nine)\b", re.IGNORECASE)
 _SIDES = {"left": "right", "right": "left", "左": "右", "右": "左", "clockwise": "anticlockwise",

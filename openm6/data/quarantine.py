@@ -49,7 +49,6 @@ class Quarantine:
 
     @property
     def broken_fraction(self) -> float:
-        """Broken records as a fraction of those seen."""
         return self.counts["broken"].total() / self.seen if self.seen else 0.0
 
     def accept(self, count: int = 1) -> None:
@@ -80,11 +79,9 @@ class Quarantine:
             )
 
     def state(self) -> dict[str, Any]:
-        """The counts, as JSON-able values."""
         return {"seen": self.seen, **{name: dict(counts) for name, counts in self.counts.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the counts of a `state`; the file keeps what it lists."""
         self.seen = int(state["seen"])
         self.counts = {name: Counter(state[name]) for name in COUNTS}
 

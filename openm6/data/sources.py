@@ -127,9 +127,7 @@ def open_sources(
 ) -> dict[str, Source]:
     """Every source of a recipe, or those named, by name, with the records of one split; that for training needs some.
 
-    Raises:
-        DataError: data that is missing or unreadable as a whole, a column that is not there, a training split
-            without records, or sources that refer to one another in a circle.
+    DataError: data or a column that is missing, or sources that refer to one another in a circle.
     """
     opened: dict[str, Source] = {}
 

@@ -38,7 +38,6 @@ class SyntheticSeriesSource(Source):
         return self.at(index, 0)
 
     def at(self, index: int, epoch: int) -> Record:
-        """The series of an index in an epoch: a pure function of both."""
         index, config = check_index(index, len(self)), self.config
         rng = numpy_generator(derive_seed(config.seed, "synthetic series", self.split), epoch, index)
         context = int(rng.integers(config.min_context, config.context + 1))

@@ -221,7 +221,6 @@ def _may_be_windows(line: bytes) -> bool:
 
 @cache
 def _warn_of_windows(path: str) -> None:
-    """Log once per file."""
     get_log().warning(f"{path} is not UTF-8 and is read as Windows-1252: if letters look wrong, save it as UTF-8")
 
 

@@ -170,14 +170,12 @@ class WindowsConfig(SourceConfig):
 
     @property
     def numbers(self) -> list[str]:
-        """All columns of numbers."""
         return [*self.columns, *self.past_covariates, *self.known_covariates]
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         return self._source(name, split)
 
     def open_held_out(self, name: str) -> Source:
-        """The windows of all rows."""
         return self.model_copy(update={"test_fraction": 0.0, "validation_fraction": 0.0})._source(name, "train")
 
     def _source(self, name: str, split: Split) -> Source:

@@ -24,29 +24,21 @@ from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
 RATE = 16_000
-# Of 10 ms in one input token.
-FRAMES = 8
-# Samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles.
-UNIT = 320
+FRAMES = 8  # of 10 ms in one input token
+UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
 # Target audio clips are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
 # few fixed speeds, so that the codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
-# A header may contain any rate, and the memory of resampling grows with it.
-MIN_RATE, MAX_RATE = 1_000, 768_000
+MIN_RATE, MAX_RATE = 1_000, 768_000  # a header may contain any rate, and the memory of resampling grows with it
 
 
 def read_audio(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """Mono samples in [-1, 1] at 16 kHz from the bytes of a WAV, FLAC, Ogg or MP3 file, or from such samples.  # S
 
-    Raises:
-        DataError: not an audio clip, broken, empty, of an unusual sampling rate, or longer than `max_seconds`, which
-            is read from the header before decoding.
+    DataError: not an audio clip, broken, empty, of an unusual rate, or longer than `max_seconds`, by its header.
     """
-    if isinstance(raw, np.ndarray):
-        samples, rate = raw.astype(np.float32), RATE
-    else:
-        samples, rate = _decode(raw, max_seconds)
+    samples, rate = (raw.astype(np.float32), RATE) if isinstance(raw, np.ndarray) else _decode(raw, max_seconds)
     if samples.ndim != 1 or not len(samples):
         raise DataError("the audio is empty: record it again")
     _check_duration(len(samples) / rate, max_seconds)
@@ -124,8 +116,7 @@ class Audio(CodesModality):
             patches = self._encoded(raw, self.encoder, seconds, speed, mask_span)
             grid = audio_grid(len(patches), self.encoder.step)
         truncated = seconds is not None and self.is_longer(raw, seconds)
-        mask = None if mask_span is None else span_mask(mask_span, len(patches))
-        return self._source(patches, mask, grid, truncated)
+        return self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
 
     def _encoded(self, raw: Any, encoder: AudioEncoder, seconds: Any, speed: float, mask_span: Any) -> np.ndarray:
         """Features of the audio, in which a masked span is silent; cached without one.  # N F"""
@@ -172,7 +163,6 @@ class Audio(CodesModality):
         return samples if speed == 1.0 else resample(samples, round(RATE * speed), RATE)
 
     def length(self, seconds: float | None) -> int:
-        """Return the number of positions of a generated recording."""
         return max(1, round((seconds or self.seconds) * RATE / self.hop))
 
     def is_longer(self, raw: Any, seconds: float | None = None) -> bool:
@@ -196,7 +186,6 @@ class Audio(CodesModality):
         return segment
 
     def blank(self, seconds: float | None = None) -> Segment:
-        """Return a target of which every position is masked."""
         return self._blank(audio_grid(self.length(seconds), self.hop))
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
@@ -234,7 +223,6 @@ def random_span(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def random_speed(rng: np.random.Generator) -> float:
-    """One of the speeds at which target audio clips are played while training."""
     return SPEEDS[int(rng.integers(len(SPEEDS)))]
 
 

@@ -21,11 +21,9 @@ from openm6.modalities.text import fit
 from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import PADDING, SequenceMeta
 
-# Tokens of a text that are left if it is cut to fit a row; less would hardly be an example.
-MIN_TEXT_TOKENS = 16
+MIN_TEXT_TOKENS = 16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
 ALIGNMENT = 64  # bytes from one tensor of a batch to the next, for wide loads
-# Cost of one learned token's head, in units of a token's cost in the backbone.
-HEAD_COST = 0.5
+HEAD_COST = 0.5  # cost of one learned token's head, in units of a token's cost in the backbone
 
 
 # Of a segment: the order of its first token, 1 if orders count up, its block or 0, and its position.
@@ -41,8 +39,7 @@ class PackedExample:
     length: int
     task: str = ""
     weight: float = 1.0
-    # Segments of the first side of a pair; 0: not a pair.
-    left: int = 0
+    left: int = 0  # segments of the first side of a pair; 0: not a pair
 
     def __len__(self) -> int:
         return self.length
@@ -54,7 +51,6 @@ class PackedExample:
 
     @property
     def truncated(self) -> bool:
-        """Whether anything of the record was cut."""
         return any(segment.truncated for segment in self.segments)
 
 
@@ -290,7 +286,6 @@ def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any]
 
 
 def count(batch: Batch) -> Counts:
-    """What a batch holds."""
     learned = {name: float(len(group.learned)) for name, group in batch.groups.items()}
     return Counts(batch.num_examples, batch.tokens, batch.meta.example_id.numel(), learned)
 

@@ -28,22 +28,18 @@ from openm6.modalities.image_stem import OF_SIZE
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Rng, Segment
 from openm6.ops.losses import grouped_cross_entropy
 
-# Waves of 4 sides (or seconds) down to an eighth of one.
-OCTAVES = (-2, -1, 0, 1, 2, 3)
+OCTAVES = (-2, -1, 0, 1, 2, 3)  # waves of 4 sides (or seconds) down to an eighth of one
 # Of the training masks: random positions, all, and a rectangle; the rest masks everything but a rectangle. Half of the
 # targets are masked as a whole, since only there does the model depend on its inputs.
 RANDOM_FRACTION, ALL_FRACTION, INSIDE_FRACTION = 0.35, 0.5, 0.075
-# Of the training labels, as in MaskGIT: generalizes better to unseen voices and handwriting.
-SMOOTHING = 0.1
+SMOOTHING = 0.1  # of the training labels, as in MaskGIT: generalizes better to unseen voices and handwriting
 # Of the visible codes is replaced by random ones, and learned, too: the model learns to correct codes.
 WRONG_FRACTION = 0.05
-# Numbers in the state of one group of the head.
-BOTTLENECK = 64
+BOTTLENECK = 64  # numbers in the state of one group of the head
 # Of the codes, and of what is read, of files: an image that is used in every epoch goes through the codec once.
 CACHE_BYTES = 64 * 2**20
 FEATURE_BYTES = 2**30  # of features of frozen encoders, the slowest to make
-# Images or recordings that the codec encodes at once, and that wait for it.
-GROUP, WAITING = 8, 32
+GROUP, WAITING = 8, 32  # images or recordings that the codec encodes at once, and that wait for it
 _file_keys = LRUCache[tuple[bytes, bytes]](2**24)
 
 
@@ -159,18 +155,16 @@ class CodesModality(Modality):
 
     codec: Codec
     code_cache: LRUCache[np.ndarray]
-    # Numbers in a patch.
-    patch_size: int
+    patch_size: int  # numbers in a patch
 
-    def _source(
-        self, patches: np.ndarray, is_masked: np.ndarray | None, grid: TokenGrid, truncated: bool = False
-    ) -> Segment:
+    def _source(self, patches: np.ndarray, is_masked: np.ndarray, grid: TokenGrid, truncated: bool = False) -> Segment:
         """Patches as input tokens; masked ones become zero.  # N F, N"""
-        learn = np.zeros(len(patches), bool)
-        if is_masked is not None:
+        if is_masked.any():
             patches = np.where(is_masked[:, None], np.float32(0), patches)
-        mask = learn if is_masked is None else is_masked
-        arrays = {"patches": patches, "is_masked": mask, "positions": grid.positions}
+        arrays, learn = (
+            {"patches": patches, "is_masked": is_masked, "positions": grid.positions},
+            np.zeros_like(is_masked),
+        )
         return Segment(f"{self.name}_in", arrays, grid.cells, grid.span, learn, moves=OWN_ORIGIN, truncated=truncated)
 
     def encode_values(self, values: list[np.ndarray]) -> np.ndarray:
@@ -240,7 +234,6 @@ class CodesModality(Modality):
         return segment
 
     def stem(self, hidden_size: int) -> nn.Module:
-        """The first layer of a patch."""
         return nn.Linear(self.patch_size, hidden_size)
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:

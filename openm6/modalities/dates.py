@@ -16,8 +16,7 @@ _DATES = ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y"
 _MONTHS = ("%Y-%m", "%Y/%m", "%m/%Y", "%m.%Y", "%m-%Y", "%YM%m", "%Y-%b", "%Y %b", "%Y %B", "%b %Y", "%b-%Y", "%B %Y",
            "%H:%M", "%H:%M:%S")  # fmt: skip
 FORMATS = (*(day + clock for day in _DATES for clock in ("", " %H:%M", " %H:%M:%S")), *_MONTHS)
-# 01.2024, which as a number would sort by month
-_DOTTED_MONTH = re.compile(r"(0[1-9]|1[0-2])\.(1[89]|2[01])\d\d")
+_DOTTED_MONTH = re.compile(r"(0[1-9]|1[0-2])\.(1[89]|2[01])\d\d")  # 01.2024, which as a number would sort by month
 _YEAR = re.compile(r"\d{4}")
 _QUARTER = re.compile(r"(?P<year>\d{4})[- ]?Q(?P<quarter>[1-4])|Q(?P<first>[1-4])[- /]?(?P<last>\d{4})", re.IGNORECASE)
 _FIRST, _LAST = -62_135_596_800.0, 253_402_300_799.0  # seconds of the years 1 and 9999

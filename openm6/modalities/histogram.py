@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,16 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BINS = 160
-# In t: asinh(45), so 45 scales from the location before a value is clipped into the outer bin.
-LIMIT = 4.5
-# Of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950).
-SMOOTHING = 0.75
+LIMIT = 4.5  # in t: asinh(45), so 45 scales from the location before a value is clipped into the outer bin
+SMOOTHING = 0.75  # of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950)
 # How much a width may be corrected, and the number of independent blocks of values for half of the correction.
 MIN_WIDTH, MAX_WIDTH, PRIOR_BLOCKS = 0.5, 4.0, 3.0
-# Fewer blocks only widen: the weights may have been chosen by their loss.
-MIN_BLOCKS = 10
-# Of a bin: standard deviation of the neighbours with which its first weights are mixed.
-MIXED_BINS = 2.0
+MIN_BLOCKS = 10  # fewer blocks only widen: the weights may have been chosen by their loss
+MIXED_BINS = 2.0  # of a bin: standard deviation of the neighbours with which its first weights are mixed
 # The mean leaves out this much of either tail of a distribution in logarithms: exp of the outer bins has no bound.
 TAIL = 1e-3
 
@@ -39,6 +36,16 @@ def smooth_bins(values: Tensor) -> Tensor:
     below = torch.special.ndtr((borders - values.float()[..., None]) / sigma)  # N B+1
     mass = below.diff(dim=-1)
     return mass / mass.sum(-1, keepdim=True).clamp(min=1e-6)
+
+
+def expected_nll(
+    log_probability: Tensor, location: Tensor, values: Tensor, change: Tensor, bins_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """-log p(x) up to the width of a bin, and |t|, if t = asinh((x - location) / change).  # N … B, N … -> N …, N …"""
+    off = (values - location) / change
+    t = off.asinh()
+    log_slope = change.log() + 0.5 * torch.log1p(off.square())  # of dx/dt
+    return -(log_probability * bins_of(t.clamp(-LIMIT, LIMIT))).sum(-1) + log_slope, t.abs()
 
 
 @torch.no_grad()
@@ -98,7 +105,6 @@ class Histogram:
         return np.array([np.interp(fraction, row, self.borders) for row in self._below()])
 
     def median(self) -> np.ndarray:
-        """Half lies below.  # M"""
         return self.quantile(0.5)
 
     def interval(self, coverage: float = 0.8) -> tuple[np.ndarray, np.ndarray]:

@@ -28,27 +28,21 @@ from openm6.modalities.image_stem import ConvStem, kept_elements
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
 MaskBox = tuple[float, float, float, float] | np.ndarray | None
-# Units of rotary positions along each side of an image.
-SIDE_UNITS = 32
+SIDE_UNITS = 32  # units of rotary positions along each side of an image
 MAX_PIXELS = 32_000_000
 # Strong augmentation, at most: logarithms of scale and aspect, angle in radians, shift across and down in sides;
 # brightness of each colour beside that of all.
 REACH = (0.2, 0.1, 0.15, 0.1, 0.1)
 TINTS = (0.92, 1.08)
-# Brightness of all colours, in any augmentation.
-CONTRASTS = (0.85, 1.1)
-# Pixels decoded for each that is kept: fewer would show after resizing.
-OVERSAMPLING = 4
+CONTRASTS = (0.85, 1.1)  # brightness of all colours, in any augmentation
+OVERSAMPLING = 4  # pixels decoded for each that is kept: fewer would show after resizing
 
 
 def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None = None) -> PIL.Image.Image:
     """An RGB image (transparency over white) from file bytes, a Pillow image, or an array H W 3 of bytes.
 
     If it is to be resized to `target_pixels`, the file of a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides.
-
-    Raises:
-        DataError: not an image, broken, or more than `max_pixels`; the size is read from the header, before
-            anything is unpacked, so a decompression bomb costs nothing.
+    DataError: not an image, broken, or of more than `max_pixels` by its header, before anything is unpacked.
     """
     if isinstance(raw, np.ndarray):
         return PIL.Image.fromarray(raw.astype(np.uint8)).convert("RGB")
@@ -113,8 +107,7 @@ def pixels(image: PIL.Image.Image | np.ndarray) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 127.5 - 1
 
 
-# The value of each level of brightness.
-LEVELS = pixels(np.arange(256))
+LEVELS = pixels(np.arange(256))  # the value of each level of brightness
 
 
 @functools.lru_cache(256)
@@ -189,9 +182,8 @@ class Image(CodesModality):
         side = self.config.patch
         down, across = values.shape[0] // side, values.shape[1] // side
         patches = values.reshape(down, side, across, side, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1, 3)
-        mask = None if mask_box is None else box_mask(mask_box, down, across)
         floats = (LEVELS.take(patches) * gain).reshape(len(patches), -1)
-        segment = self._source(floats, mask, image_grid(down, across))
+        segment = self._source(floats, box_mask(mask_box, down, across), image_grid(down, across))
         if self.config.stem == "conv":
             segment.arrays["shapes"] = np.full((len(patches), 2), (down, across))
         return segment
@@ -207,8 +199,8 @@ class Image(CodesModality):
 
         features = self._pixel_cache.get_or_compute(key_of(raw) if mask_box is None else None, compute)
         down, across, _ = features.shape
-        mask = None if mask_box is None else box_mask(mask_box, down, across)
-        return self._source(features.reshape(down * across, -1), mask, image_grid(down, across))
+        patches = features.reshape(down * across, -1)
+        return self._source(patches, box_mask(mask_box, down, across), image_grid(down, across))
 
     def stem(self, hidden_size: int) -> nn.Module:
         return ConvStem(self.config.patch, hidden_size) if self.config.stem_elements else super().stem(hidden_size)
@@ -233,7 +225,6 @@ class Image(CodesModality):
         return segment
 
     def blank(self) -> Segment:
-        """A target of which every position is masked."""
         return self._blank(self.target_grid)
 
     def encode(self, raw: Any) -> np.ndarray:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 WIDTHS = (32, 64, 128)  # channels at a half, a quarter and an eighth of the sides
 RESIDUAL = 0.5  # factor on the first weights of residual convolutions
-# Images computed at once are a multiple of this: a library compiles kernels for each number of them.
-IMAGES = 4
+IMAGES = 4  # images computed at once are a multiple of this: a library compiles kernels for each number of them
 OF_SIZE = "images of size "  # and a number: a table of `by_size` among the arrays of tokens
 SIDES = 2**20  # above any number of patches along a side
 

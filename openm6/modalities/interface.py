@@ -104,11 +104,7 @@ class Modality(ABC):
 
     @abstractmethod
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
-        """Input tokens. A generator asks for augmentation; None means the plain, repeatable form.
-
-        Raises:
-            DataError: the input is broken, empty or out of the stated bounds.
-        """
+        """Input tokens, augmented by a generator if there is one; DataError: broken, empty or out of bounds."""
 
     @abstractmethod
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:

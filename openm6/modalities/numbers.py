@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from openm6.core.errors import DataError, nearest
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.dates import date_names, split_dates
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, mix_neighbours, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll, mix_neighbours, one_hot_bins, smooth_bins
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import (
@@ -51,11 +51,9 @@ from openm6.modalities.simple_predictors import (
 )
 from openm6.modalities.text import Text
 
-# Of the features of rows.
-CACHE_BYTES = 2**23
+CACHE_BYTES = 2**23  # of the features of rows
 QUERY_FEATURES = 2 * PREDICTIONS + 4
-# Of the blend of simple predictions in the location, before training.
-BLEND_WEIGHT = 3.0
+BLEND_WEIGHT = 3.0  # of the blend of simple predictions in the location, before training
 
 Scales = dict[str, tuple[float, float]]
 
@@ -253,11 +251,7 @@ class Numbers(Modality):
         return ids
 
     def scale(self, name: str) -> tuple[float, float]:
-        """Location and scale of a column.
-
-        Raises:
-            DataError: the model has not seen this column.
-        """
+        """Location and scale of a column; DataError if the model has not seen it."""
         if name not in self.scales:
             raise DataError(f"the model has no column {name!r}; {nearest(name, sorted(self.scales))}")
         return self.scales[name]
@@ -348,21 +342,10 @@ class NumbersOut(Adapter):
                 for p, scale, log, width, seen in zip(*rows, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        nll, _ = self._expected(hidden, arrays, one_hot_bins)
+        nll, _ = expected_nll(*self.distribution(hidden, arrays), arrays["values"], arrays["change"], one_hot_bins)
         return (nll + arrays["log_unit"]) * arrays["observed"]
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        nll, distance = self._expected(hidden, arrays, smooth_bins)
-        predicted = arrays["forecasts"].any(-1)
+        predicted, found = arrays["forecasts"].any(-1), self.distribution(hidden, arrays)
+        nll, distance = expected_nll(*found, arrays["values"], arrays["change"], smooth_bins)
         return (nll + arrays["log_unit"] + DISTANCE_WEIGHT * distance * predicted) * arrays["observed"]
-
-    def _expected(
-        self, hidden: Tensor, arrays: dict[str, Tensor], bins_of: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """-log p(u) up to the width of a bin, and |t|, the distance to the location.  # -> N, N"""
-        log_probability, location = self.distribution(hidden, arrays)
-        off = (arrays["values"] - location) / arrays["change"]
-        t = off.asinh()
-        target = bins_of(t.clamp(-LIMIT, LIMIT))  # N B
-        log_slope = arrays["change"].log() + 0.5 * torch.log1p(off.square())  # of du/dt
-        return -(log_probability * target).sum(-1) + log_slope, t.abs()

@@ -22,10 +22,8 @@ from openm6.ops.losses import info_nce
 # call it equally often, with or without rows.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
-# The kind of token.
-POOL = "pool"
-# arXiv 2103.00020, section 2.5
-FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0
+POOL = "pool"  # the kind of token
+FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0  # arXiv 2103.00020, section 2.5
 
 
 class PoolConfig(Config):
@@ -68,7 +66,6 @@ class PoolAdapter(Adapter):
 
     @property
     def size(self) -> int:
-        """How many numbers an embedding has."""
         return self.project.out_features
 
     @property

@@ -133,10 +133,7 @@ def source_segments(
 
     A part with a `role` begins a turn, whose tokens attend to one another and to earlier turns, also in a model of
     bidirectional prompts. One that is `learned` is a target beside the sources, left out without a generator.
-
-    Raises:
-        ConfigError: no modality has the name of a part's.
-        DataError: a part is broken or out of bounds.
+    ConfigError: an unknown modality; DataError: a part is broken or out of bounds.
     """
     text, causal = modalities["text"], modalities.prompt_attention == "causal"
     assert isinstance(text, Text)
@@ -196,12 +193,7 @@ def opened(target: Segment, token: int | None) -> Segment:
 
 
 def target_segment(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Segment:
-    """A raw part as target tokens; a generator draws the training mask.
-
-    Raises:
-        ConfigError: no modality has the name of the part's.
-        DataError: the part is broken, or there is nothing in it to learn.
-    """
+    """A raw part as target tokens; a generator draws the training mask. Errors as `source_segments`."""
     segment = modalities[part.modality].target(part.raw, rng, part.options)
     if not segment.learn.any():
         raise DataError(f"nothing of this {part.modality} is observed, so there is nothing to learn from it")

@@ -24,10 +24,8 @@ LAGS = (8, 16, 32, 64, 96)
 PENALTIES = np.logspace(-1, 5, 13)
 FOLDS = 5  # runs of training windows, each forecast by what was fitted to the others
 MIN_WINDOWS = 16
-# More inputs are taken if they lower the error of the folds by this fraction.
-MIN_GAIN = 0.01
-# Of the length of a series: windows so much further away weigh half as much.
-HALF_LIFE = 0.5
+MIN_GAIN = 0.01  # more inputs are taken if they lower the error of the folds by this fraction
+HALF_LIFE = 0.5  # of the length of a series: windows so much further away weigh half as much
 
 
 def time_features(clock: Clock | None, first: int, count: int) -> np.ndarray:
@@ -76,7 +74,6 @@ class LagRidge:
 
     @property
     def timed(self) -> bool:
-        """Whether the time of the first step is an input."""
         return len(self.weights) > self.lags + self.level
 
     def forecast(self, values: np.ndarray, clock: Clock | None, horizon: int) -> np.ndarray:
@@ -94,7 +91,6 @@ class LagRidge:
 
     @classmethod
     def of_text(cls, text: str) -> LagRidge:
-        """What `to_text` returned."""
         lags, level, horizon, weights = text.split()
         array = np.frombuffer(base64.b64decode(weights), np.float32).reshape(-1, int(horizon))
         return cls(int(lags), level == "1", array)
@@ -130,12 +126,10 @@ class FittedRidges:
     folds: tuple[Ridges, ...] = ()
 
     def to_texts(self) -> tuple[str, str]:
-        """Those of all windows, as text."""
         return self.whole.plain.to_text(), self.whole.full.to_text()
 
     @classmethod
     def of_texts(cls, texts: tuple[str, str]) -> FittedRidges:
-        """What `to_texts` returned."""
         return cls(Ridges(*map(LagRidge.of_text, texts)))
 
     def of(self, position: tuple[int, int] | None) -> Ridges:

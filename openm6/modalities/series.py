@@ -11,7 +11,7 @@ head weighs, in units of the window's typical change from step to step or from s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,39 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, one_hot_bins, smooth_bins
+from openm6.modalities import regression
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll, one_hot_bins, smooth_bins
 from openm6.modalities.interface import Adapter, Arrays
-from openm6.modalities.regression import (
-    MAX_VALUE,
-    TIMES,
-    Clock,
-    FittedRidges,
-    Ridges,
-    autoregression,
-    fit_ridges,
-    time_features,
-)
 
 PATCH = 8
 FREQUENCIES = 16
-# Small on purpose: large ones memorize (arXiv 2203.05556 and its authors' later advice).
-FREQUENCY_STD = 0.3
+FREQUENCY_STD = 0.3  # small on purpose: large ones memorize (arXiv 2203.05556 and its authors' later advice)
 FORECASTS = 11
 WINDOW = 4  # features of a window: location and scale against the column's, typical change, number of steps
-PAST_FEATURES = 2 + 2 + TIMES
-FUTURE_FEATURES = 2 * FORECASTS + 1 + TIMES
-# A typical change is at least this fraction of the scale of the window.
-MIN_CHANGE = 0.02
-# Of the slope of a trend, each further step.
-DAMPING = 0.95
+PAST_FEATURES = 2 + 2 + regression.TIMES
+FUTURE_FEATURES = 2 * FORECASTS + 1 + regression.TIMES
+MIN_CHANGE = 0.02  # a typical change is at least this fraction of the scale of the window
+DAMPING = 0.95  # of the slope of a trend, each further step
 # In the training loss, of the distance to the location: the histogram alone would learn to lie beside it.
 DISTANCE_WEIGHT = 0.5
-# A lag is a period if the changes of a series correlate as much with those so many steps before.
-MIN_CORRELATION = 0.3
+MIN_CORRELATION = 0.3  # a lag is a period if the changes of a series correlate as much with those so many steps before
 MAX_CHANGES = 3.0  # medians of the changes
 MIN_ENERGY = 1e-20  # of these changes, against the values
-# The logarithm is taken if the changes grow with the level by at least this power.
-MIN_GROWTH = 0.5
+MIN_GROWTH = 0.5  # the logarithm is taken if the changes grow with the level by at least this power
 MIN_WINDOWS_STEPS = 16
 ROUNDING = 1e-14  # of the largest of equal values that sums and products have rounded
 
@@ -77,7 +63,7 @@ class NumberSeries:
     name: str
     values: Sequence[float | None]
     past: Sequence[float | None] = ()
-    clock: Clock | None = None
+    clock: regression.Clock | None = None
     stats: SeriesStats | None = None
     beside: Sequence[NumberSeries] = ()
     position: tuple[int, int] | None = None
@@ -114,7 +100,7 @@ def fit_series(windows: Sequence[np.ndarray]) -> SeriesStats:
     return SeriesStats(_period([np.log(window) for window in filled] if log else filled), log)
 
 
-def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> FittedRidges | None:
+def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> regression.FittedRidges | None:
     """The regressions of a column from training windows of equal lengths that have positions."""
     usable = [window for window in windows if window.position is not None]
     if len({(len(window.past), len(window.values)) for window in usable}) != 1:
@@ -126,9 +112,9 @@ def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> FittedRid
         whole = np.log(whole)
     ends = len(usable[0].past)
     timed = all(window.clock is not None for window in usable)
-    times = np.concatenate([time_features(window.clock, ends, 1) for window in usable]) if timed else None
+    times = np.concatenate([regression.time_features(window.clock, ends, 1) for window in usable]) if timed else None
     positions = [window.position for window in usable if window.position is not None]
-    return fit_ridges(whole[:, :ends], whole[:, ends:], times, positions)
+    return regression.fit_ridges(whole[:, :ends], whole[:, ends:], times, positions)
 
 
 def _growth(windows: list[np.ndarray]) -> float:
@@ -220,7 +206,7 @@ class Window:
 
 
 def simple_forecasts(
-    window: Window, horizon: int, clock: Clock | None = None, ridges: Ridges | None = None
+    window: Window, horizon: int, clock: regression.Clock | None = None, ridges: regression.Ridges | None = None
 ) -> np.ndarray:
     """What simple methods forecast, in units of the window: the head weighs them for each step.  # -> H K
 
@@ -244,11 +230,11 @@ def simple_forecasts(
     kept = float(rest[1:] @ rest[:-1] / max(rest[:-1] @ rest[:-1], 1e-12)) if length > 2 else 0.0
     fading = smooth + rest[-1] * np.clip(kept, 0.0, 0.98) ** step
     plain = np.full(horizon, 1.0)
-    own = autoregression(z, period, horizon)
+    own = regression.autoregression(z, period, horizon)
     fitted = [own, own]
     if ridges is not None:
         found = ridges.forecasts(window.loc + window.scale * z, clock, horizon)
-        fitted = [np.clip((x - window.loc) / window.scale, -MAX_VALUE, MAX_VALUE) for x in found]
+        fitted = [np.clip((x - window.loc) / window.scale, -regression.MAX_VALUE, regression.MAX_VALUE) for x in found]
     return np.stack([
         plain * z[-1], plain * level, plain * z.mean(), z[-1] + damped, last_season,
         last_season + drift * period * ((step - 1) // period + 1), smooth, fading, own, *fitted,
@@ -283,7 +269,7 @@ def past_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, f
     observed = np.isfinite(values)
     steps = np.concatenate(
         [np.where(observed, squashed(window.z), 0)[:, None], observed[:, None], lagged * observed[:, None],
-         time_features(series.clock, 0, count)], 1,
+         regression.time_features(series.clock, 0, count)], 1,
     )  # fmt: skip
     patches = max(1, -(-count // PATCH))
     features = np.zeros((patches * PATCH, PAST_FEATURES), np.float32)
@@ -295,7 +281,7 @@ def past_arrays(series: NumberSeries, stats: SeriesStats, column: tuple[float, f
 
 
 def future_arrays(
-    series: NumberSeries, stats: SeriesStats, column: tuple[float, float], ridges: Ridges | None = None
+    series: NumberSeries, stats: SeriesStats, column: tuple[float, float], ridges: regression.Ridges | None = None
 ) -> Arrays:
     """Features of the steps to forecast, and what was observed there.  # -> N P M, N W, N P …"""
     values, past = _floats(series.values), _floats(series.past)
@@ -306,7 +292,7 @@ def future_arrays(
     forecasts = simple_forecasts(window, patches * PATCH, series.clock, ridges)  # H K
     middle = forecasts.mean(1, keepdims=True)
     length = np.log1p(np.arange(len(forecasts)) / max(window.period, PATCH))[:, None]
-    times = time_features(series.clock, len(past), len(forecasts))
+    times = regression.time_features(series.clock, len(past), len(forecasts))
     steps = np.concatenate([squashed(forecasts), np.arcsinh((forecasts - middle) / window.change), length, times], 1)
     truth = np.full(len(forecasts), np.nan)
     truth[:count] = values
@@ -405,22 +391,12 @@ class SeriesOut(Adapter):
                 for p, scale, width, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        nll, _ = self._expected(hidden, arrays, one_hot_bins)
+        found, change = self.distribution(hidden, arrays), arrays["change"][:, None]
+        nll, _ = expected_nll(*found, arrays["values"], change, one_hot_bins)
         return ((nll + arrays["log_unit"]) * arrays["observed"]).sum(-1)
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         count = arrays["observed"].sum(-1).clamp(min=1)
-        nll, distance = self._expected(hidden, arrays, smooth_bins)
+        found, change = self.distribution(hidden, arrays), arrays["change"][:, None]
+        nll, distance = expected_nll(*found, arrays["values"], change, smooth_bins)
         return ((nll + DISTANCE_WEIGHT * distance) * arrays["observed"]).sum(-1) / count
-
-    def _expected(
-        self, hidden: Tensor, arrays: dict[str, Tensor], bins_of: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """-log p(z) of each step up to the width of a bin, and |t|, its distance to the location.  # -> N P, N P"""
-        log_probability, location = self.distribution(hidden, arrays)
-        change = arrays["change"][:, None]
-        off = (arrays["values"] - location) / change
-        t = off.asinh()
-        target = bins_of(t.clamp(-LIMIT, LIMIT))  # N P B
-        log_slope = change.log() + 0.5 * torch.log1p(off.square())  # of dz/dt
-        return -(log_probability * target).sum(-1) + log_slope, t.abs()

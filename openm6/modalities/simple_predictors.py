@@ -351,7 +351,6 @@ def equal_weights(experts: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(tables: Sequence[TablePredictors]) -> bytes:
-    """Tables as a safetensors file."""
     listed = [{"numbers": x.numbers, "categories": x.categories, "vocabulary": list(x.vocabulary), "labels": x.labels}
               for x in tables]  # fmt: skip
     arrays = {f"{number}/{name}": np.ascontiguousarray(array)

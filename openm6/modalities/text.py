@@ -24,10 +24,8 @@ from openm6.modalities.interface import NO_OPTIONS, Adapter, Cuttable, Modality,
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.losses import linear_cross_entropy
 
-# The character of a text that becomes the mask token.
-MASK_CHARACTER = "\N{OBJECT REPLACEMENT CHARACTER}"
-# Of the turns of a chat.
-ROLES = ("system", "user", "assistant")
+MASK_CHARACTER = "\N{OBJECT REPLACEMENT CHARACTER}"  # the character of a text that becomes the mask token
+ROLES = ("system", "user", "assistant")  # of the turns of a chat
 CACHED_TEXTS, CACHED_LENGTH = 4096, 200  # segments of texts of so many characters are kept
 
 
@@ -44,11 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(text: str, where: str) -> Tokenizer:
-    """The tokenizer in the JSON `text` of a tokenizer.json.
-
-    Raises:
-        ConfigError: it is not one.
-    """
+    """The tokenizer in the JSON `text` of a tokenizer.json; ConfigError if it is not one."""
     try:
         return Tokenizer.from_str(text)
     # The library raises bare Exception.

@@ -53,7 +53,6 @@ class Backbone(nn.Module):
 
     @property
     def blocks(self) -> list[TransformerBlock]:
-        """The layers."""
         return [cast(TransformerBlock, block) for block in self.layers]
 
     @property
@@ -134,7 +133,6 @@ class Backbone(nn.Module):
         return names
 
     def merge_lora(self) -> None:
-        """Add all low-rank updates to the matrices, and drop them."""
         for module in self.modules():
             if isinstance(module, Adaptable):
                 module.merge_lora()

@@ -103,7 +103,6 @@ class BackboneConfig(Config):
         return not dense_only and (layer + 1) % self.moe_layer_freq == 0 and layer not in self.dense_layers
 
     def feed_forward(self, layer: int) -> DenseConfig | ExpertsConfig:
-        """The feed-forward part of a layer."""
         part = self.experts if self.has_experts(layer) else self.dense
         if part is None:
             raise ValueError(f"layer {layer} has no feed-forward part: set dense or experts")
@@ -140,7 +139,6 @@ class BackboneConfig(Config):
 
     @property
     def sections(self) -> tuple[int, int, int]:
-        """Frequencies of time, height and width."""
         if self.rope_sections is not None:
             return self.rope_sections
         part = self.head_dim // 2 * 5 // 16

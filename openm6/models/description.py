@@ -60,7 +60,6 @@ class CheckpointConfig(Config):
     eval: dict[str, Any] = {}  # how to evaluate it, as in the recipe
 
     def to_json(self) -> str:
-        """The text of model.json."""
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1)
 
     def to_publish(self) -> CheckpointConfig:
@@ -75,11 +74,7 @@ class CheckpointConfig(Config):
 
 
 def read_description(text: str, where: str) -> CheckpointConfig:
-    """The description in the text of a model.json.
-
-    Raises:
-        CheckpointError: it is not JSON, or of another version.
-    """
+    """The description in the text of a model.json; CheckpointError: it is not JSON, or of another version."""
     try:
         values = json.loads(text)
     except ValueError:

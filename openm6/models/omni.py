@@ -57,7 +57,6 @@ class Omni(nn.Module):
             router.bias = bias
 
     def adapter(self, kind: str) -> Adapter:
-        """The adapter of one kind of token."""
         adapter = self.adapters[kind]
         assert isinstance(adapter, Adapter)
         return adapter

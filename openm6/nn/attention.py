@@ -151,5 +151,4 @@ class FlexAttention:
         return True
 
 
-# One for the process, made on first use, because importing must cost nothing.
-_flex = functools.cache(FlexAttention)
+_flex = functools.cache(FlexAttention)  # one for the process, made on first use, because importing must cost nothing

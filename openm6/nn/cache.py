@@ -28,12 +28,10 @@ class SlotCache:
         self.slots, self.capacity, self.lengths = slots, capacity, [0] * slots
 
     def check_capacity(self, length: int) -> None:
-        """Raise ConfigError if a slot has no room for `length` tokens."""
         if length > self.capacity:
             raise ConfigError(f"{length} tokens do not fit a slot of {self.capacity}: make slots larger")
 
     def move(self, source: int, target: int) -> None:
-        """Copy the content of one slot to another."""
         length = self.lengths[source]
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
@@ -68,7 +66,6 @@ class SlotWriter:
         self.cache, self.slot, self.start, self.end = cache, slot, start, start
 
     def extend(self, meta: SequenceMeta) -> SequenceMeta:
-        """Raise ConfigError if the slot has too little room."""
         self.end = self.start + meta.length
         self.cache.check_capacity(self.end)
         self.cache.lengths[self.slot] = self.end
@@ -94,7 +91,6 @@ class PackedWriter:
         self.cache, self.slots = cache, slots
 
     def extend(self, meta: SequenceMeta) -> SequenceMeta:
-        """Raise ConfigError if a slot has too little room."""
         sample = meta.example_id[0].long()  # S, without padding
         lengths = torch.bincount(sample, minlength=len(self.slots))
         starts = lengths.cumsum(0) - lengths

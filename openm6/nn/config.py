@@ -64,7 +64,6 @@ class ExpertsConfig(Config):
 
     @property
     def experts_per_token(self) -> int:
-        """Routed experts that one token goes through."""
         return self.top_k or self.num_prototypes or 0
 
     @property

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from openm6.ops.sequence import SequenceMeta, additive_mask, visible
 
-# Larger blocks waste work above the diagonal, smaller ones on small products.
-BLOCK_QUERIES = 128
+BLOCK_QUERIES = 128  # larger blocks waste work above the diagonal, smaller ones on small products
 
 
 @dataclass(frozen=True)

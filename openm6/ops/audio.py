@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Noise 80 dB below full scale, with unit windows; lower magnitudes are clamped before the logarithm.
-FLOOR = 1e-4
+FLOOR = 1e-4  # noise 80 dB below full scale, with unit windows; lower magnitudes are clamped before the logarithm
 
 
 def unit_window(size: int) -> Tensor:

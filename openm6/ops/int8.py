@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to so many rows a GPU multiplies int8 directly; for more, the weights are converted first.
-FEW_ROWS = 128
+FEW_ROWS = 128  # up to so many rows a GPU multiplies int8 directly; for more, the weights are converted first
 TINY = torch.tensor(1e-12)  # so that a row of zeros can be divided by its scale
 
 

@@ -20,8 +20,7 @@ from openm6.ops.matmul import cast_alike, matmul, matmul_add, matmul_dtype, pad_
 
 # Of one chunk. Each chunk reads and writes the weight's gradient once more, so they should be few and large.
 MAX_LOGITS = 2**27
-# On a CPU the passes over a chunk should find it in the cache.
-CPU_ROWS, CPU_LOGITS = 256, 2**20
+CPU_ROWS, CPU_LOGITS = 256, 2**20  # on a CPU the passes over a chunk should find it in the cache
 
 
 def linear_cross_entropy(

@@ -59,12 +59,10 @@ class SequenceMeta:
         return self.example_id >= 0
 
     def to(self, device: torch.device | str) -> SequenceMeta:
-        """Return the same metadata on another device."""
         parts = (part.to(device, non_blocking=True) for part in self.parts())
         return SequenceMeta(*parts, causal=self.causal)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return example_id, attn_order, block_id, positions."""
         return self.example_id, self.attn_order, self.block_id, self.positions
 
 

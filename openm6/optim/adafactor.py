@@ -22,8 +22,7 @@ RankSums = Generator[list[Tensor], None, Result]  # yields tensors that are to b
 Group = dict[str, Any]
 
 TINY = 1e-30  # added to squares, as in the paper
-# Minimum of √v and of the mean of the row means in `torch.optim.Adafactor`.
-TORCH_MIN = torch.finfo(torch.float32).eps
+TORCH_MIN = torch.finfo(torch.float32).eps  # minimum of √v and of the mean of the row means in `torch.optim.Adafactor`
 MIN_SIZE = 1e-3  # of the weights to step in proportion to
 AT_ONCE = 2**25  # values per rank whose updates wait together for the sums of other ranks
 
@@ -123,13 +122,11 @@ class Adafactor(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, spec_of: ShardSpecOf = replicated
     ) -> None:
-        """`spec_of` returns how a parameter is sharded."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.spec_of = spec_of
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without a closure
-        """Update every parameter that has a gradient."""
         for spec, bucket in self._buckets():
             advance([self._update(parameter, group) for parameter, group in bucket], spec)
 

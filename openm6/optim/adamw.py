@@ -60,7 +60,6 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without a closure
-        """Update every parameter that has a gradient."""
         in_kernel: list[tuple[Tensor, State]] = []
         for group in self.param_groups:
             plain: list[Tensor] = []
@@ -88,7 +87,6 @@ class AdamW(torch.optim.Optimizer):
             self._run_kernels(in_kernel)
 
     def trained(self, group: dict[str, Any]) -> list[Tensor]:
-        """Return the parameters of a group that this rule updates."""
         return [parameter for parameter in group["params"] if parameter.grad is not None]
 
     def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, State]:

@@ -59,7 +59,6 @@ def block_length(columns: int) -> int:
 
 
 def scale_of(exponent: Tensor) -> Tensor:
-    """Return the fp32 scales of int8 exponents."""
     return torch.exp2(exponent.to(torch.float32) / STEPS)
 
 
@@ -75,7 +74,6 @@ def to_levels(values: Tensor, exponent: Tensor) -> Tensor:
 
 
 def from_levels(levels: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights of levels: ... C -> ... C in `dtype`."""
     return (_blocked(levels).to(torch.float32) * scale_of(exponent).unsqueeze(-1)).flatten(-2).to(dtype)
 
 

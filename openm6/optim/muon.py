@@ -13,8 +13,7 @@ from openm6.optim.adamw import AdamW
 from openm6.optim.sharding import ShardSpec, ShardSpecOf, on_whole_matrices, replicated
 
 STEPS = 5  # bring all but the tiniest singular values into about 0.7 to 1.2
-# Of a quintic with the steepest slope at zero (Jordan 2024).
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of a quintic with the steepest slope at zero (Jordan 2024)
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,14 +51,12 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without a closure
-        """Update every parameter that has a gradient."""
         super().step()
         for group in self.param_groups:
             if group["muon"]:
                 self._update_matrices(group)
 
     def trained(self, group: dict[str, Any]) -> list[Tensor]:
-        """Return the parameters of a group that AdamW updates."""
         return [] if group["muon"] else super().trained(group)
 
     def _update_matrices(self, group: dict[str, Any]) -> None:

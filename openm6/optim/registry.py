@@ -33,7 +33,6 @@ OPTIMIZERS: dict[str, Build] = {
 
 
 def check_optimizer_name(name: str) -> None:
-    """Raise ConfigError for a name that is not in the list."""
     if name not in OPTIMIZERS:
         raise ConfigError(f"no optimizer {name!r}; {nearest(name, list(OPTIMIZERS))}")
 

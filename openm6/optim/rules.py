@@ -288,7 +288,6 @@ RULES: dict[WeightPrecision, Callable[[OptimizerConfig], UpdateRule]] = {
 
 
 def update_rule(config: OptimizerConfig) -> UpdateRule:
-    """Return the rule of `config.precision`."""
     return RULES[config.precision](config)
 
 

@@ -19,8 +19,7 @@ from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec import CodecDataConfig, CodecRecipe, DeviceRng, draw_weights, hold_out, read_records
 
-# Window -> mels (DAC, arXiv 2306.06546).
-MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
+MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # window -> mels (DAC, arXiv 2306.06546)
 STFT_WINDOWS = (512, 1024, 2048)
 NUM_HARMONICS = 48
 NUM_FORMANTS = 5

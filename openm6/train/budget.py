@@ -129,11 +129,9 @@ class Budget:
 
     @property
     def fits(self) -> bool:
-        """Return whether every tier has enough memory."""
         return all(self.total(tier) <= limit for tier, limit in self.free.items())
 
     def with_layers(self, layers: int) -> Budget:
-        """Return the budget of the first `layers` layers."""
         groups = self.config.layer_groups[:layers]
         config = self.config.model_copy(update={"num_layers": layers, "sharing": groups})
         return replace(self, config=config, layouts=self.layouts[: len(set(groups))])
@@ -148,12 +146,7 @@ class Budget:
 
 
 def check_budget(budget: Budget, rule: UpdateRule) -> None:
-    """Log the budget, and refuse what does not fit.
-
-    Raises:
-        ConfigError: a group is named that does not exist; or a tier is too small: the sentence names the largest number
-            of layers that would fit, else the largest preset, and which setting frees most.
-    """
+    """Log the budget; ConfigError for a group that does not exist, or a tier that is too small, see `refusal`."""
     configured, num_groups = budget.offload.num_gpu_layers, len(budget.layouts)
     if isinstance(configured, tuple) and (wrong := [index for index in configured if index >= num_groups]):
         raise ConfigError(f"loop.offload.num_gpu_layers lists {wrong[0]}: there are only 0 to {num_groups - 1}")

@@ -36,7 +36,6 @@ class Conversion:
     def __init__(
         self, folder: Path, state: dict[str, Any], precision: str | None, stage: Stage | None, moments: Moments
     ) -> None:
-        """Raises as `convert`."""
         self.description, self.tokenizer = read_texts(folder)
         self.old, self.moments, self.precision = self.description.backbone, moments, precision or state["precision"]
         if self.precision not in PRECISIONS:
@@ -123,7 +122,6 @@ class Conversion:
                     yield f"backbone.layers.{layer}.mlp.router.{leaf}{separator}{key}", reader.read(full) * factor
 
     def changed(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The old run's settings with what has changed."""
         loop, model = (dict(values.get(name) or {}) for name in ("loop", "model"))
         loop["optimizer"] = {**(loop.get("optimizer") or {}), "precision": self.precision}
         if not self.delinked:

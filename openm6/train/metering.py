@@ -131,13 +131,11 @@ class MeterCallback(Callback):
             self._read(0.0, lambda _: self._update_between())
 
     def _update_between(self) -> None:
-        """Attribute what no step used to the time between steps."""
         tracker = self.tracker
         tracker.between = max(0.0, tracker.joules - tracker.in_steps - tracker.repeated)
 
 
 def gpus_of(device: torch.device) -> tuple[int, ...]:
-    """Return the index of the GPU that a model on `device` uses; none for a CPU."""
     if device.type != "cuda":
         return ()
     return (device.index if device.index is not None else torch.cuda.current_device(),)

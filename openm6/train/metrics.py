@@ -53,7 +53,6 @@ class MetricAverager:
         self._seconds = 0.0
 
     def add(self, report: StepReport, seconds: float) -> None:
-        """Add one step, which took `seconds`."""
         self._tokens += report.tokens
         self._seconds += seconds
         if not report.applied:
@@ -64,7 +63,6 @@ class MetricAverager:
         self.add_numbers(named)
 
     def add_numbers(self, named: Mapping[str, float]) -> None:
-        """Add further numbers of one step."""
         for name, value in named.items():
             total = self._sums.setdefault(name, [0.0, 0])
             total[0] += value

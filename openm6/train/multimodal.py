@@ -23,16 +23,9 @@ from openm6.data.sources import open_sources
 from openm6.distributed.collectives import open_gather
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.meter import open_meter
+from openm6.evaluate import results
 from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
-from openm6.evaluate.results import (
-    EvalReport,
-    drop_evaluation,
-    last_checkpoint,
-    load_evaluation,
-    run_facts,
-    save_evaluation,
-)
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.summary import result_line
 from openm6.inference.load import LoadedModel, load, read_texts
@@ -48,19 +41,9 @@ from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConf
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
 from openm6.tasks.task import Example
+from openm6.train import multimodal_data as data
 from openm6.train.calibration import calibration_examples, fit_widths
 from openm6.train.metering import Attribution, gpus_of
-from openm6.train.multimodal_data import (
-    check_sources,
-    fit_all_ridges,
-    fit_all_series,
-    fit_scales,
-    open_packer,
-    pack_held_out,
-    table_predictors,
-    tokenizer_text,
-    trained_tasks,
-)
 from openm6.train.recipe import MultimodalRecipe, check_mesh
 from openm6.train.start import START_FILE, Start, freeze, open_start
 from openm6.train.step import seed_everything
@@ -123,8 +106,8 @@ class MultimodalTraining(TrainingTask):
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
         self.attribution = Attribution(self.omni, {component.task for component in recipe.mixture})
-        check_sources(recipe, sources)
-        self.packer = open_packer(recipe, sources, self.modalities, self.ranks, run.quarantine)
+        data.check_sources(recipe, sources)
+        self.packer = data.open_packer(recipe, sources, self.modalities, self.ranks, run.quarantine)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.max_parts = 1 if whole else max(1, self.tokens_per_step // PART_TOKENS)
@@ -137,15 +120,15 @@ class MultimodalTraining(TrainingTask):
         new = {name: source for name, source in sources.items() if name not in known}
         text, fitted = "", b""
         if self.ranks.is_main_process:
-            text = tokenizer_text(recipe, sources, run) if start is None else start.tokenizer
-            fitted = table_predictors(recipe, new, run, [] if start is None else start.predictors)
+            text = data.tokenizer_text(recipe, sources, run) if start is None else start.tokenizer
+            fitted = data.table_predictors(recipe, new, run, [] if start is None else start.predictors)
         self.tokenizer, self.predictors = self.ranks.broadcast_object((text, fitted))
-        series = fit_all_series(sources.values()) | ({} if before is None else before.series)
-        ridges = fit_all_ridges(new.values(), series)
+        series = data.fit_all_series(sources.values()) | ({} if before is None else before.series)
+        ridges = data.fit_all_ridges(new.values(), series)
         if before is not None:
             ridges |= {name: FittedRidges.of_texts(texts) for name, texts in before.ridges.items()}
             # Again, as training needs those of folds.
-            ridges |= fit_all_ridges((sources[name] for name in known), series)
+            ridges |= data.fit_all_ridges((sources[name] for name in known), series)
         self.description = _describe(recipe, sources, series, ridges)
         if start is not None:
             self.description = start.merge(self.description)
@@ -193,7 +176,7 @@ class MultimodalTraining(TrainingTask):
         return StepResult(loss, metrics, loads, work)
 
     def held_out_batches(self, count: int, choosing: bool = False) -> list[Batch]:
-        return pack_held_out(self.recipe, self.modalities, self.ranks, count, choosing)
+        return data.pack_held_out(self.recipe, self.modalities, self.ranks, count, choosing)
 
     def held_out_loss(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Return the training loss of other records: `loss` as it is minimised, and means over learned tokens by kind.
@@ -278,24 +261,23 @@ class MultimodalTraining(TrainingTask):
             offloaded = " --num-gpu-layers 0" if self.recipe.loop.offloaded else ""
             get_log().info(f"not evaluated, as eval.at_end is false; openm6 evaluate {run.path}{offloaded} does it")
             return
-        checkpoint, reported = last_checkpoint(run)
+        checkpoint, reported = results.last_checkpoint(run)
         if reported:
             get_log().info(f"{run.path} is trained, evaluated and reported: nothing is left to do")
             return
-        kept = load_evaluation(run, str(checkpoint))
+        kept = results.load_evaluation(run, str(checkpoint))
         report, joules = kept or self._evaluate(run, checkpoint)
         if kept is None:
-            save_evaluation(run, report, joules)
+            results.save_evaluation(run, report, joules)
         set_aside = summary_of_records(state["progress"]["cursor"]["quarantine"])
         if set_aside:
             get_log().info(f"{set_aside}; see {run.quarantine}" if run.quarantine.is_file() else set_aside)
         energy = read_account(run, evaluation=joules)
-        write_report(run, report, run_facts(run.name, self.omni, self.description, state, energy))
+        write_report(run, report, results.run_facts(run.name, self.omni, self.description, state, energy))
         get_log().info(f"wrote {run.path / 'report.html'}")
-        drop_evaluation(run)
+        results.drop_evaluation(run)
 
-    def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[EvalReport, float]:
-        """Return the scores of the model, and the joules of the evaluation."""
+    def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[results.EvalReport, float]:
         watts = self.recipe.loop.energy.cpu_watts
         # A process that is part of a group is not forked.
         settings = ["eval.num_processes=1"] if self.ranks.layout is not None else None
@@ -346,18 +328,17 @@ def _describe(
     series: dict[str, SeriesStats],
     ridges: dict[str, FittedRidges],
 ) -> CheckpointConfig:
-    """Return the description of the model for checkpoints; `sources` are those of the mixture."""
     text = recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})
     used = dict.fromkeys(component.task for component in recipe.mixture if component.task in recipe.tasks)
     return CheckpointConfig(
         preset=recipe.model.preset,
         backbone=build_backbone(recipe.model),
         modalities=recipe.modalities.model_copy(update={"text": text}),
-        scales=fit_scales(sources.values()),
+        scales=data.fit_scales(sources.values()),
         series=series,
         ridges={name: fitted.to_texts() for name, fitted in ridges.items()},
         embedding=recipe.pooling,
-        trained_tasks=trained_tasks(recipe, sources),
+        trained_tasks=data.trained_tasks(recipe, sources),
         tasks={name: recipe.tasks[name].model_dump(mode="json") for name in used},
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
         eval=recipe.eval.model_dump(mode="json"),

@@ -37,7 +37,6 @@ from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 
 def open_train_step(training: TrainingTask, config: LoopConfig, checkpoints: Path | None = None) -> TrainStep:
-    """The train_step that `config` asks for, of a run that is saved in `checkpoints`."""
     return OffloadedTrainStep(training, config, checkpoints) if config.offloaded else TrainStep(training, config)
 
 
@@ -139,7 +138,6 @@ class OffloadedTrainStep(TrainStep):
         self.backbone.executor = LayerExecutor(self.executor.dispatcher)
 
     def _open_store(self) -> None:
-        """Open the store of all groups of layers, and the executor that uses it."""
         config = self.backbone.config
         shapes = [matrix_shapes(block) for block in self.backbone.group_blocks]
         self.weights = self.training.ranks.layer_weights(shapes)
@@ -161,7 +159,6 @@ class OffloadedTrainStep(TrainStep):
         )
 
     def budget(self, layouts: list[RecordLayout]) -> Budget:
-        """What the run will take on the device, in host memory and on the disk."""
         others = sum(parameter.numel() for parameter in self.training.model.parameters())
         others -= sum(torch.Size(shape).numel() for one in self.weights.shapes for shape in one.values())
         kept = self.config.keep_last + 1 + self.config.load_best_model_at_end
@@ -232,5 +229,4 @@ def first_values(config: BackboneConfig, group: int, seed: int, device: torch.de
 
 
 def full_name(parameter: str, slot: str) -> str:
-    """The name of a slot in a checkpoint."""
     return parameter if slot == WEIGHT else f"{parameter}{SEPARATOR}{slot}"

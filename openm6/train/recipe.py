@@ -119,7 +119,6 @@ class MultimodalRecipe(Config):
 
     @property
     def vocabulary(self) -> int:
-        """Return the size of the tokenizer's vocabulary."""
         text = self.modalities.text
         return text.vocab_size or (text.imported or preset(self.model.preset)).vocab_size
 
@@ -131,11 +130,9 @@ class MultimodalRecipe(Config):
 
     @property
     def known_tasks(self) -> Mapping[str, Task]:
-        """All tasks by name, own ones among them."""
         return all_tasks(self.tasks)
 
     def task(self, name: str) -> Task:
-        """Return a task of the mixture."""
         return self.known_tasks[name]
 
 

@@ -41,11 +41,7 @@ SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 def recipe_path(name: str) -> Path:
-    """Return the file of a recipe: a path, or the name of a packaged one, such as `demo` or `recipes/demo.yaml`.
-
-    Raises:
-        ConfigError: neither exists.
-    """
+    """Return a recipe's file: a path, or a packaged one, such as `demo` or `recipes/demo.yaml`; else ConfigError."""
     path = Path(name)
     if path.is_file():
         return path
@@ -57,11 +53,7 @@ def recipe_path(name: str) -> Path:
 
 
 def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any]]:
-    """Return a checked recipe and its plain values.
-
-    Raises:
-        ConfigError: an unknown kind, key or value; the sentence names it.
-    """
+    """Return a checked recipe and its plain values; ConfigError, which names it, for a wrong kind, key or value."""
     values = apply_overrides(read_yaml(path), overrides)
     kind = str(values.get("kind", "multimodal"))
     if kind not in TRAININGS:
@@ -80,11 +72,7 @@ def train_recipe(
 
     Only rank 0 writes, and only it returns a result. After a restart by the launcher the run is resumed. Resuming reads
     the settings that the run began with from its own config.yaml; overrides come on top. `device_name`: as for
-    `resolve_device`.
-
-    Raises:
-        ConfigError: the recipe is unusable, there is no such device, or `out` holds no run to resume.
-        TrainingError, DataError, CheckpointError: as for `train`.
+    `resolve_device`. Raise as `train`; ConfigError: an unusable recipe, no such device, or no run to resume in `out`.
     """
     device, path = resolve_device(device_name), Path(recipe)
     run, parallel = RunFolder(out or Path("runs") / path.stem), ParallelConfig()
@@ -180,7 +168,6 @@ def with_batch_size(
 
 
 def _log_next_steps(recipe: Recipe, path: Path) -> None:
-    """Log commands for the model that was trained."""
     if isinstance(recipe, MultimodalRecipe):
         output, folder = recipe.task(recipe.mixture[0].task).output_modality, shlex.quote(str(path))
         get_log().info(

@@ -28,8 +28,7 @@ START_FILE = "start.json"
 # Settings of modalities that no weight depends on: a run may set its own.
 OWN_SETTINGS = ("max_tokens", "seconds", "max_seconds", "predictors", "min_patches", "max_patches", "max_pixels",
                 "augmentation", "flips")  # fmt: skip
-# Scales that the values of a column may differ from those in the start without a warning.
-FAR = 10.0
+FAR = 10.0  # scales that the values of a column may differ from those in the start without a warning
 
 
 @dataclass(frozen=True)

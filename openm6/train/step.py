@@ -168,7 +168,6 @@ class TrainStep:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether steps can be run by `update_ahead`."""
         possible = (
             self.device.type in AHEAD and self.training.after_step_needs_loads_alone and not self.config.offloaded
         )
