@@ -24,11 +24,9 @@ def optimizer_state_dict(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
-        if id(parameter) not in names:
-            raise ValueError("the optimizer moves a parameter that is not part of the training task's model")
+        assert id(parameter) in names, "the optimizer moves a parameter that is not part of the training task's model"
         for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the optimizer's state {key!r} must be a tensor to be saved")
+            assert isinstance(value, Tensor), f"the optimizer's state {key!r} must be a tensor to be saved"
             tensors[f"{names[id(parameter)]}{SEPARATOR}{key}"] = value
     return tensors
 
@@ -53,7 +51,7 @@ def load_optimizer_state(
 
 
 def delink_moments(tensors: Mapping[str, Tensor], sources: Mapping[str, str], moments: Moments) -> dict[str, Tensor]:
-    """Return an optimizer's tensors, each under `parameter::tensor`, for layers that no longer share weights.
+    """Return tensors, those of an optimizer under `parameter::tensor`, for layers that no longer share weights.
 
     Shared moments are those of G. A layer's own first moment is 1/L of it. Its second moment is 1/L of E[G²] if the
     g_l are independent of one another, 1/L² if they are all equal; the truth is between. `sources`: new parameter name
@@ -61,13 +59,13 @@ def delink_moments(tensors: Mapping[str, Tensor], sources: Mapping[str, str], mo
     """
     result: dict[str, Tensor] = {}
     for full_name, tensor in tensors.items():
-        name, _, key = full_name.partition(SEPARATOR)
+        name, separator, key = full_name.partition(SEPARATOR)
         names = [new for new, old in sources.items() if old == name]
         if not names:
             result[full_name] = tensor
         elif moments != "reset" or len(names) == 1:  # what only one layer used is still its own
             factor = moment_factor(key, len(names), moments)
-            result |= {f"{new}{SEPARATOR}{key}": tensor * factor for new in names}
+            result |= {f"{new}{separator}{key}": tensor * factor for new in names}
     return result
 
 
@@ -77,4 +75,4 @@ def moment_factor(key: str, uses: int, moments: Moments) -> float:
         return 1 / uses
     if key in SECOND_MOMENTS:
         return 1 / uses**2 if moments == "aligned" else 1 / uses
-    return 1.0  # a count of steps
+    return 1.0  # a count of steps, or weights

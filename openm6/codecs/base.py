@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import field_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from openm6.core.config import Config
@@ -28,10 +28,7 @@ def cell_values(cells: Tensor, levels: Tensor) -> Tensor:
 
 
 def quantize(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return quantized coordinates with a straight-through gradient, and their cells.  # ... D -> ... D, ... D
-
-    `z` is unbounded and should have about unit variance; it is computed in fp32, since rounding in bf16 moves cells.
-    """
+    """Coordinates of z (about unit variance) with a straight-through gradient, and cells, in fp32.  # twice ... D"""
     # Within (-1, 1), which cells divide evenly; about uniform for unit Gaussian z (iFSQ, arXiv 2601.17124).
     y = 2.0 * torch.sigmoid(1.6 * z.float()) - 1.0
     cells = torch.minimum(torch.floor((y + 1.0) * 0.5 * levels).long().clamp(min=0), levels - 1)
@@ -64,19 +61,13 @@ class QuantizerConfig(Config):
     groups: int
     levels: tuple[int, ...] = (8, 5, 5, 5)
 
-    @field_validator("levels")
-    @classmethod
-    def _small_enough(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
-        if not levels or min(levels) < 2 or math.prod(levels) > MAX_CODEBOOK:
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        if not self.levels or min(self.levels) < 2 or math.prod(self.levels) > MAX_CODEBOOK:
             raise ValueError(f"levels must be at least 2 and multiply to at most {MAX_CODEBOOK}, as [8, 5, 5, 5]")
-        return levels
-
-    @field_validator("groups")
-    @classmethod
-    def _some_groups(cls, groups: int) -> int:
-        if groups < 1:
+        if self.groups < 1:
             raise ValueError("groups must be 1 or more")
-        return groups
+        return self
 
     @property
     def codebook_size(self) -> int:
@@ -90,10 +81,7 @@ class QuantizerConfig(Config):
 
 @dataclass(frozen=True)
 class QuantizerStats:
-    """Statistics of a quantizer: a saturated one has no gradient, a channel of few bits carries no information.
-
-    `bits` holds the entropy of each channel in bits and `capacity` the most it could be, log2(levels).
-    """
+    """Saturation, which leaves no gradient, and the entropy of each channel in bits, of `capacity` = log2(levels)."""
 
     mean_magnitude: Tensor
     saturated: Tensor

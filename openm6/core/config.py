@@ -107,15 +107,11 @@ def _line_in(where: str, error: ValidationError) -> str:
         if found is not None:
             line, node = found[0].start_mark.line + 1, found[1]
     # Another value (or name of a key), or an unknown key that is not there, comes from the command line.
-    elsewhere = (
-        found is None if unknown else found is not None and first["input"] not in (_plain(node), first["loc"][-1])
-    )
+    elsewhere = unknown and found is None
+    if found is not None and not unknown:
+        value = yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
+        elsewhere = first["input"] not in (value, first["loc"][-1])
     return "" if line is None or elsewhere else f", line {line}"
-
-
-def _plain(node: yaml.Node) -> Any:
-    """Return the content of a node of YAML."""
-    return yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
 
 
 def _sentence(error: ValidationError) -> str:

@@ -23,10 +23,9 @@ ON_HEAP = 32 * 2**20  # blocks up to this size come from the heap, the most that
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device of this process: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+    """Return the device of this process: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`; else ConfigError.
 
-    Each of several processes of one launch has its own GPU; a process alone takes torch's current one. ConfigError if
-    there is no such name, or no such GPU.
+    Each of several processes of one launch has its own GPU; a process alone takes torch's current one.
     """
     asked = re.fullmatch(r"cuda(?::(\d+))?", name)
     if asked is None and name not in ("auto", "cpu"):

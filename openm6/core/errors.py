@@ -45,10 +45,7 @@ class EngineError(OpenM6Error):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped a run, which saved itself first; the message says how to resume.
-
-    The exit code is the shell's for a process that ended by this signal: 130 for Ctrl-C, 143 for SIGTERM.
-    """
+    """A signal stopped a run, which saved itself; the exit code is the shell's: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
         super().__init__(message)

@@ -1,7 +1,4 @@
-"""Random seeds as a pure function of their purpose, so that no generator state needs to be saved.
-
-Hashes of texts and contents, and the 64-bit mixer of the order of records; `ops.random_bits` mixes counters in tensors.
-"""
+"""Random seeds and orders as pure functions of their purpose, so that no generator state needs to be saved."""
 
 from __future__ import annotations
 
@@ -34,11 +31,7 @@ def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 def mix(*parts: int) -> int:
-    """Return 64 well-mixed bits of a few integers (the finaliser of SplitMix64, once per part).
-
-    NumPy does not promise the streams of its generators from version to version; a run resumed with another NumPy
-    must still see its data in the same order.
-    """
+    """Return 64 well-mixed bits of integers (SplitMix64's finaliser): NumPy's generators may change with versions."""
     state = 0
     for part in parts:
         state = (state ^ (part & _MASK)) + GOLDEN & _MASK

@@ -199,10 +199,7 @@ def _parts(report: DatasetReport) -> list[dict[str, Any]]:
 
 
 def _artificial_series(reports: list[DatasetReport]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """A source of artificial series beside the user's, and its part of the mixture: the more, the fewer windows.
-
-    Few windows alone are learned by heart within minutes, and intervals become far too narrow.
-    """
+    """Artificial series and their part of the mixture: the fewer windows, which would be memorised, the more."""
     if not reports:
         return None
     context, horizon = (max(report.source[key] for report in reports) for key in ("context", "horizon"))

@@ -134,11 +134,7 @@ class _Sample(NamedTuple):
 
 
 class TarTable(Table):
-    """Rows are samples; columns are endings of their files (`jpg`, `txt`, `cls`) and keys of their JSON.
-
-    Only the headers are read when it is opened. `image`, `audio`, `text_en` and `label` name whichever image,
-    audio, `txt` and `cls` file a sample has.
-    """
+    """Rows are samples; columns are endings of files (`jpg`, `txt`), what these fill (`image`), and keys of JSON."""
 
     def __init__(self, path: str) -> None:
         self.where = path

@@ -63,16 +63,9 @@ class MixtureSampler:
     """
 
     def __init__(self, components: Sequence[Component], seed: int) -> None:
-        if not components:
-            raise DataError("the mixture is empty: add at least one source with a task")
-        keys = [component.key for component in components]
         for component in components:
             if len(component.source) == 0:
                 raise DataError(f"{component.key} has no records to draw: check its path and split")
-            if not component.weight > 0 or component.weight == float("inf"):
-                raise DataError(f"{component.key} has weight {component.weight}: set a number above 0 or leave it out")
-            if keys.count(component.key) > 1:
-                raise DataError(f"the mixture holds {component.key} twice: add up the weights")
         self.components = tuple(components)
         self.seed = seed
         self._bounds = np.cumsum([component.weight for component in components]).tolist()

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, MissingFieldError, TrainingError
-from openm6.data.mixture import DataShard, MixtureSampler, SampleIndex, merge
+from openm6.data.mixture import DataShard, SampleIndex, merge
 from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine, merge_counts
 from openm6.modalities.batch import Batch, PackedExample, collate, shortened
@@ -72,17 +72,12 @@ class Packer:
         self, transform: ExampleTransform, config: PackingConfig, quarantine: Quarantine, rank: int = 0, size: int = 1
     ) -> None:
         self.transform, self.config, self.quarantine = transform, config, quarantine
-        self.rank, self.size = rank, size
+        self.sampler, self.rank, self.size = transform.sampler, rank, size
         # Of the samples in the buffers, by global index: what they become, kept to save time.
         self._built: dict[int, PackedExample] = {}
         # By component: samples since the last that became an example.
         self._fruitless = [0] * len(transform.sampler.components)
         self.sampler.set_shards(config.shards_for(size), rank, size)
-
-    @property
-    def sampler(self) -> MixtureSampler:
-        """The sequence of samples that is packed."""
-        return self.transform.sampler
 
     def state(self) -> dict[str, Any]:
         """JSON-able: position in the mixture, buffers of this rank's shards, and the quarantine's counts."""

@@ -182,10 +182,7 @@ MIN_RECORDS_FRACTION = 0.5  # of the sample must be able to pose a task
 
 
 def propose_fields(columns: Sequence[Column]) -> Fields | None:
-    """Which column fills which key; if several could, the one with a usual name, else the first.
-
-    None for a table that uses the record keys as its column names, and no others.
-    """
+    """Which column fills which key, usual names first; None if the columns are the record keys themselves."""
     names = {column.name for column in columns}
     if names & CANONICAL_COLUMNS and names <= CANONICAL_COLUMNS | DESCRIBING_COLUMNS:
         return None

@@ -29,10 +29,7 @@ COUNTS = {
 
 
 class Quarantine:
-    """Counts records seen and set aside; writes each broken one once to `path` as a line of JSON.
-
-    `limit` is the fraction of broken records at which the run stops, checked once `minimum` records were seen.
-    """
+    """Counts records, lists broken ones in `path`; stops at the fraction `limit` of them, from `minimum` records on."""
 
     def __init__(self, path: Path | None = None, limit: float = MAX_BROKEN, minimum: int = 200) -> None:
         self._path, self._limit, self._minimum = path, limit, minimum

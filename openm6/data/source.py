@@ -25,10 +25,7 @@ SPLIT_WORDS: dict[Split, frozenset[str]] = {
 
 
 class Source(ABC):
-    """Records by index; a record is built when asked for, so an open source is small.
-
-    Broken rows raise DataError when read, never when the source is opened.
-    """
+    """Records by index, built when asked for. Broken rows raise DataError when read, not when the source is opened."""
 
     name: str
     columns: Mapping[str, Sequence[str]] = MappingProxyType({})
@@ -79,10 +76,7 @@ def hash_fraction(key: str) -> float:
 def rows_by_hash(
     keys: Sequence[Any], test_fraction: float, split: Split, validation_fraction: float = 0.0
 ) -> np.ndarray:
-    """Row numbers of one split: equal keys are on the same side, also when rows are added later.
-
-    `validation_fraction` is that of the rows that are not for testing.
-    """
+    """Row numbers of one split, equal keys on one side; `validation_fraction` is of the rows not for testing."""
     fractions = np.fromiter((hash_fraction(str(key)) for key in keys), dtype=float, count=len(keys))
     border = test_fraction + validation_fraction * (1 - test_fraction)
     first, end = {"test": (0.0, test_fraction), "validation": (test_fraction, border), "train": (border, 2.0)}[split]
@@ -90,10 +84,7 @@ def rows_by_hash(
 
 
 def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
-    """Row numbers of one split by the words of a column (`train`, `test`, `validation`, …); DataError for other words.
-
-    Rows without a word train. If no row is for testing, those for validation are, and none validates.
-    """
+    """Row numbers of one split by the words of a column; rows without a word train. DataError for other words."""
     sides: dict[Any, Split] = {}
     for word in set(words):
         text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)

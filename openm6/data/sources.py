@@ -24,10 +24,7 @@ _JOINED = ("id", "source", "license")
 
 
 class PairSource(Source):
-    """Every left record that has a partner, with a right record of equal key, another one each epoch.
-
-    Keys of `left` win over those of `right`; `extra` is merged; `id`, `source` and `license` name both.
-    """
+    """Left records with partners of equal key, others each epoch; keys of `left` win, but ids and licenses join."""
 
     def __init__(self, name: str, left: Source, right: Source, config: PairsConfig) -> None:
         self.name, self._left, self._right = name, left, right

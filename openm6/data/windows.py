@@ -188,7 +188,9 @@ class WindowsConfig(SourceConfig):
         described = {key: table.column(column) for key, column in named.items() if column is not None}
         length = self.context + self.horizon
         windows: list[tuple[np.ndarray, dict[str, Any]]] = []
-        times = self._times(table)
+        times: np.ndarray | None = None  # None: the rows are in order as they are
+        if self.time is not None:
+            times = np.asarray(parse_times(table.column(self.time), self.time, self.path, self.time_format))
         dated = self.time_format is not None or any(map(is_date, described.get("start", ())[:1]))
         for rows in self._groups(table, times):
             tested = len(rows) - round(len(rows) * self.test_fraction)
@@ -209,12 +211,6 @@ class WindowsConfig(SourceConfig):
         if not windows and split == "train":
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
         return WindowSource(name, self, values, windows, times if dated else None)
-
-    def _times(self, table: Table) -> np.ndarray | None:
-        """The time of each row, None if the rows are in order as they are."""
-        if self.time is None:
-            return None
-        return np.asarray(parse_times(table.column(self.time), self.time, self.path, self.time_format))
 
     def _groups(self, table: Table, times: np.ndarray | None) -> list[np.ndarray]:
         """Row numbers of each group in order of time."""

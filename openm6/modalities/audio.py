@@ -101,10 +101,7 @@ class Audio(CodesModality):
         self.duration_cache = LRUCache[np.ndarray](2**20)
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
-        """Log-mel patches of all of it, or, with `mask_span`, of as much as a target holds.
-
-        A span is given as fractions of the length, so source and target must be equally long.
-        """
+        """Log-mel patches of all, or with `mask_span`, in fractions of the length, of as much as a target holds."""
         seconds, mask_span, speed = options.get("seconds"), options.get("mask_span"), options.get("speed", 1.0)
         if mask_span is not None:
             seconds = seconds or self.seconds
@@ -171,10 +168,7 @@ class Audio(CodesModality):
         return float(known) >= (self.length(seconds) + 1) * self.hop / RATE
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
-        """Codes of `seconds` of audio, masked by the training pattern, or, with `mask_span`, in the span alone.
-
-        A longer recording is cut at its end, a shorter one is followed by silence.
-        """
+        """Codes of `seconds` of audio, cut or padded with silence; masked as in training, or in `mask_span` alone."""
         speed = options.get("speed", 1.0)
         if rng is not None and "speed" not in options:
             speed = random_speed(rng)

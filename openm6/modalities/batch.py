@@ -20,6 +20,7 @@ from openm6.modalities.interface import Arrays, Segment
 from openm6.modalities.text import fit
 from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import PADDING, SequenceMeta
+from openm6.optim.sharding import assign_owners
 
 MIN_TEXT_TOKENS = 16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
 ALIGNMENT = 64  # bytes from one tensor of a batch to the next, for wide loads
@@ -302,19 +303,10 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         example = group.example.numpy()
         example_of[group.index.numpy()] = example
         cost += np.bincount(example, 1 + HEAD_COST * (group.weight.numpy() > 0), minlength=len(cost))
-    owner = np.asarray([*_divide(cost.tolist(), parts), -1])[example_of]  # R*S -> part; padding has none
+    owner = np.asarray([*assign_owners(cost.tolist(), parts), -1])[example_of]  # R*S -> part; padding has none
     held = count(batch)
     divided = [_part_of(batch, np.flatnonzero(owner == part), held) for part in range(parts)]
     return [replace(divided[0], cursor=batch.cursor), *divided[1:]]
-
-
-def _divide(cost: list[float], parts: int) -> list[int]:
-    """The part of each example: the most expensive first, each to the part with the lowest cost so far."""
-    load, owner = [0.0] * parts, [0] * len(cost)
-    for index in sorted(range(len(cost)), key=lambda index: -cost[index]):
-        owner[index] = load.index(min(load))
-        load[owner[index]] += cost[index]
-    return owner
 
 
 def _part_of(batch: Batch, tokens: np.ndarray, whole: Counts) -> Batch:

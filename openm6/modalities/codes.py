@@ -90,10 +90,7 @@ def encode_together() -> Iterator[None]:
 
 
 class TokenGrid(NamedTuple):
-    """The positions of N tokens of an image or recording; `shape` is how many there are down and across.
-
-    `cells` (N 3) for rotary embeddings, `positions` (N 2) for Fourier features, and the `span` to the next segment.
-    """
+    """N tokens of an image or recording: `cells` (N 3) for rotary, `positions` (N 2) for Fourier features; `shape`."""
 
     cells: np.ndarray
     positions: np.ndarray
@@ -105,10 +102,7 @@ class TokenGrid(NamedTuple):
 
 
 class FourierPositionEmbedding(nn.Module):
-    """Fourier features of a position in its own image or recording: rotary positions only encode distances.
-
-    Waves of several lengths along both axes are mixed into the hidden size.  # N 2 -> N D
-    """
+    """Waves of a position in its own image or recording, as rotary positions only encode distances.  # N 2 -> N D"""
 
     frequencies: Tensor
 

@@ -24,19 +24,12 @@ def widths_of(patch: int) -> tuple[int, ...]:
 
 
 def kept_elements(patch: int) -> int:
-    """Elements that the stem keeps of a patch for its backward pass: the pixels, and each map thrice.
-
-    A test compares them with what torch keeps. The images that complete a multiple of IMAGES come on top.
-    """
+    """Elements that the stem keeps of a patch for its backward pass (a test checks it): pixels, and each map thrice."""
     return 3 * patch**2 + sum(3 * width * (patch >> level) ** 2 for level, width in enumerate(widths_of(patch), 1))
 
 
 def by_size(shapes: np.ndarray) -> dict[str, np.ndarray]:
-    """For each size of images, which patches each one has, of the patches down and across in the image of each patch.
-
-    The shapes of these tables are the sizes, so that the pass over a batch reads none from the device.
-    # N 2 -> I H/P W/P each
-    """
+    """For each size of images, their patches; the shapes of these tables are the sizes.  # N 2 -> I H/P W/P each"""
     down, across = shapes.T
     tables = {}
     for number, size in enumerate(np.unique(down * SIDES + across).tolist()):

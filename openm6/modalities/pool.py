@@ -33,10 +33,7 @@ class PoolConfig(Config):
 
 
 def pooled(segments: list[Segment], key: str = "", space: str = "", learn: bool = False) -> list[Segment]:
-    """Source segments and the token that pools them, placed as they are.
-
-    Pairs compete within a `space`, those of equal keys never.
-    """
+    """Source segments and the token that pools them. Pairs compete within a `space`, those of equal keys never."""
     # 63 bits that stand for a word.
     arrays = {name: np.asarray([text_hash(word) >> 1]) for name, word in (("key", key), ("space", space))}
     placement = segments[-1].placement if segments else "source"

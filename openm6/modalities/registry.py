@@ -45,10 +45,7 @@ class Modalities(dict[str, Modality]):
 
 
 class TextConfig(Config):
-    """`vocab_size` tokens (default: the preset's) are learned from the mixture, unless `tokenizer` names a file.
-
-    `imported` is written by `openm6 import`.
-    """
+    """`vocab_size` tokens (default: the preset's) are learned, unless a file is named or a model is `imported`."""
 
     vocab_size: int | None = Field(default=None, ge=320, le=1_000_000)
     tokenizer: str | None = None

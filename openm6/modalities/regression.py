@@ -142,8 +142,7 @@ def fit_ridges(
 ) -> FittedRidges | None:
     """Fit to W windows, the penalty and the inputs chosen by the error on folds; None if there are too few.
 
-    past: W C; future: W H; times: W T of the first steps
-    positions: of each window its row among those of its series, and their number
+    past: W C; future: W H; times: W T of the first steps; positions: row among those of its series, and their number
     """
     begin, count = np.asarray(positions).T
     fold = begin * FOLDS // count

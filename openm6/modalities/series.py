@@ -129,10 +129,7 @@ def _growth(windows: list[np.ndarray]) -> float:
 
 
 def _period(windows: list[np.ndarray]) -> int:
-    """The lag at which changes correlate most, 1 if none does enough; of multiples of a lag, the shortest.
-
-    Large changes are clipped, or one of them would hide a season. Correlations that only fade with the lag are none.
-    """
+    """The lag at which clipped changes correlate most, the shortest of its multiples; 1 if correlations only fade."""
     longest = min(map(len, windows)) // 2
     total, norm = np.zeros(longest + 1), 0.0
     for window in windows:

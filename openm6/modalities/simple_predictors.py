@@ -63,10 +63,7 @@ class Prediction(NamedTuple):
 
 
 def fold_of(record: Mapping[str, Any]) -> int:
-    """Return the fold of a record, which depends on its values alone: equal ones are in the same fold.
-
-    Texts and images count, too: by a number of few values alone, folds would depend on the answer.
-    """
+    """Return the fold of a record by its values, texts and images alone: equal records are in the same fold."""
     columns = [sorted((record.get(key) or {}).items()) for key in ("numbers", "categories")]
     texts = (record.get("text_en"), record.get("text_zh"), *(record.get("extra") or {}).values())
     image = content_key(record["image"]) if record.get("image") else None

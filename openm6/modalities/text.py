@@ -1,7 +1,4 @@
-"""Text: byte-level BPE in and out; autoregressive as a target; there are no unknown tokens.
-
-A text that is too long is cut where it may be cut: long inputs lose tokens, the words of a prompt do not.
-"""
+"""Text: byte-level BPE in and out, without unknown tokens; long texts are cut within inputs, not within prompts."""
 
 from __future__ import annotations
 
@@ -53,8 +50,7 @@ def read_tokenizer(text: str, where: str) -> Tokenizer:
 class ImportedText(Config):
     """The text of an imported model: rows of its embedding, tokens around a text, and how messages become one.
 
-    bos: what its tokenizer puts before a text; eos: what closes an answer; chat_template: Jinja, as in Hugging Face's
-    tokenizer_config.json.
+    bos: precedes a text; eos: closes an answer; chat_template: Jinja, as in Hugging Face's tokenizer_config.json.
     """
 
     vocab_size: int = Field(gt=0)
@@ -117,11 +113,7 @@ class Text(Modality):
         return self.tokenizer.decode([token for token in ids if token < self.first_special and token != self.end])
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
-        """`raw` text as source tokens, at most `max_tokens`.
-
-        What is longer is cut within `cuttable` (spans of characters; default: anywhere), the longest first. The token
-        of a `role` stands before the text.
-        """
+        """`raw` text as at most `max_tokens` source tokens, cut within `cuttable` spans of characters."""
         segment_of = self._cached_source if len(_checked(raw)) <= CACHED_LENGTH else self._source
         return segment_of(raw, cuttable_in(raw, options), options.get("role"))
 
@@ -146,7 +138,6 @@ class Text(Modality):
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`start` t1 … tn with the labels t1 … tn `end`: each token predicts the next.
 
-        MASK_CHARACTER is a character like any other here.
         A text of more than `max_tokens` is cut there and has no end token, which would train to stop within a sentence.
         """
         segment_of = self._cached_target if len(_checked(raw)) <= CACHED_LENGTH else self._target
@@ -246,10 +237,7 @@ def cuttable_in(text: str, options: Options) -> tuple[Cuttable, ...]:
 
 
 def fit(segments: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segment]:
-    """The segments with at most `limit` tokens together; unchanged if less than `shortest` of a text would be left.
-
-    All texts are cut to one length, the largest that fits, so the longest lose first and short ones nothing.
-    """
+    """Segments of at most `limit` tokens together, texts cut to one length; as they are if that is below `shortest`."""
     lengths = [span.stop - span.start for segment in segments for span in segment.cuttable]
     excess = sum(map(len, segments)) - limit
     left = sum(lengths) - excess

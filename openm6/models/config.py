@@ -70,10 +70,6 @@ class BackboneConfig(Config):
             raise ValueError(f"rope_sections {list(self.sections)} must sum to half of head_dim={self.head_dim}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        return self
-
-    @model_validator(mode="after")
-    def _groups_fit(self) -> BackboneConfig:
         if isinstance(self.sharing, int) and self.sharing < 1:
             raise ValueError(f"sharing={self.sharing} must be 1 or more layers that share their weights")
         groups = self.layer_groups
@@ -87,10 +83,6 @@ class BackboneConfig(Config):
                     f"layers {first} and {layer} share weights (group {groups[layer]}), "
                     f"but only one of them holds experts"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_fit(self) -> BackboneConfig:
         if (self.lora or self.modality_experts) is not None and self.stage == "pseudo":
             raise ValueError("lora and modality_experts need layers with weights of their own: leave sharing out")
         if self.lora is not None and self.experts is not None and self.lora.r % 8:

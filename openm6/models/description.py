@@ -91,10 +91,7 @@ def build_model(
     meta_matrices: bool = False,
     predictors: Sequence[TablePredictors] = (),
 ) -> tuple[Omni, Modalities]:
-    """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json.
-
-    `meta_matrices` as in `Backbone`, `predictors` as in `Numbers`. CheckpointError: other weights of an encoder.
-    """
+    """A model with fresh weights, and its modalities, see `Backbone` and `Numbers`; CheckpointError: wrong encoder."""
     tokens = read_tokenizer(tokenizer, where)
     modalities = build_modalities(description.modalities, tokens, description.scales, description.series, predictors)
     if other := [name for name, found in description.external.items() if modalities.external.get(name) != found]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,23 +58,17 @@ class Omni(nn.Module):
             router.bias = bias
 
     def adapter(self, kind: str) -> Adapter:
-        adapter = self.adapters[kind]
-        assert isinstance(adapter, Adapter)
-        return adapter
+        return cast(Adapter, self.adapters[kind])
 
     @property
     def text(self) -> TextAdapter:
         """The adapter that holds the words."""
-        adapter = self.adapters["text"]
-        assert isinstance(adapter, TextAdapter)
-        return adapter
+        return cast(TextAdapter, self.adapters["text"])
 
     @property
     def pool(self) -> PoolAdapter | None:
         """The adapter that makes embeddings; None if the model was not trained to."""
-        adapter = dict(self.adapters.items()).get(POOL)
-        assert adapter is None or isinstance(adapter, PoolAdapter)
-        return adapter
+        return cast(PoolAdapter, self.adapters[POOL]) if POOL in self.adapters else None
 
     @property
     def device(self) -> torch.device:

@@ -93,10 +93,7 @@ class AttentionConfig(Config):
 
 
 class LoraConfig(Config):
-    """Low-rank adapters: rank, scale alpha / r (with `use_rslora` alpha / √r), and the projections that have one.
-
-    targets: all-linear, which is all but routers, or names of projections as in PEFT.
-    """
+    """Low-rank adapters of rank r, scaled by alpha / r (alpha / √r with `use_rslora`); targets are named as in PEFT."""
 
     r: int = Field(default=16, gt=0)
     alpha: float = Field(default=32.0, gt=0)

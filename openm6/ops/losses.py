@@ -28,8 +28,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return Σ token_weight · nll with its gradient, and the nll M (fp32, without a gradient).
 
-    hidden: M D; weight of the head: V D; label: M, 0 to V - 1; token_weight: M, constants; max_logits: logits that may
-    exist at once.
+    hidden: M D; weight of the head: V D; label: M; token_weight: M, constants; max_logits: that may exist at once
     """
     rows, head = cast_alike(hidden, weight)
     if rows.is_cpu:

@@ -32,8 +32,7 @@ Backend = Literal["permute", "fused", "per_expert"]
 def choose_backend(x: Tensor, num_choices: int, num_experts: int, simple: bool) -> Backend:
     """Return the implementation for N tokens x; `simple`: SwiGLU experts, all on this device, that drop nothing.
 
-    On a GPU the fused one needs bf16. On a CPU one expert at a time needs fp32, and so many rows that padding them
-    costs little.
+    On a GPU the fused one needs bf16; on a CPU one expert at a time needs fp32, and many rows, as it pads them.
     """
     if not simple:
         return "permute"
@@ -196,11 +195,7 @@ def _kernels(device: torch.device) -> Any:
 
 @torch.library.custom_op("openm6::sort_by_expert", mutates_args=())
 def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort choices by expert, stably: N K -> choice R, slot N K, ends E.
-
-    choice: the flat index n·K + k of the choice in row r; slot: its inverse; ends: last row of each expert, plus one,
-    int32.
-    """
+    """Sort choices by expert, stably: N K -> choice R (index n·K + k), slot N K (its inverse), ends E, int32."""
     if triton := _kernels(chosen.device):
         return triton.sort_by_expert(chosen, num_experts)
     choice, slot, counts = _sorted_by_expert(chosen, num_experts)

@@ -112,11 +112,7 @@ def pad_to_multiple(meta: SequenceMeta, multiple: int) -> SequenceMeta:
 
 
 def block_mask(meta: SequenceMeta, block: int = BLOCK) -> BlockMask:
-    """Return FlexAttention's mask of whole rows, padded to a multiple of `block`.
-
-    Blocks that are empty are skipped, and full ones need no rule. `create_block_mask` would evaluate the rule on all
-    pairs of tokens; this reads each token once.
-    """
+    """FlexAttention's mask of rows, padded to a multiple of `block`; it reads each token once, not all their pairs."""
     meta = pad_to_multiple(meta, block)
     example, order, private, _ = meta.parts()
 

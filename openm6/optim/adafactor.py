@@ -38,10 +38,9 @@ class Moments(NamedTuple):
 def update_moments(
     moments: Moments, gradient: Tensor, spec: ShardSpec = REPLICATED, active: Tensor | None = None
 ) -> RankSums[Tensor]:
-    """Update the moments by a gradient E R' C, and return which matrices were active: E.
+    """Update the moments by a gradient E R' C; return which matrices were active, by default those with a gradient: E.
 
-    Without `active` these are all with a gradient. If an expert got no token, its gradient is exactly 0 and nothing
-    decays; otherwise its next gradient would be scaled up.
+    Of an expert without tokens nothing decays; otherwise its next gradient would be scaled up.
     """
     square = gradient.square() + TINY
     sums = square.sum(-2)  # E C

@@ -19,11 +19,7 @@ State = dict[str, Any]  # of a parameter: `step`, `exp_avg` and `exp_avg_sq`
 
 
 class AdamW(torch.optim.Optimizer):
-    """Update every parameter by its two moments.
-
-    On a GPU with Triton one kernel for all tensors reads and writes each number once, and nothing waits. Elsewhere,
-    without stochastic rounding, it is torch's own update to the bit.
-    """
+    """Update every parameter by its two moments: on a GPU by one Triton kernel, elsewhere as torch does, to the bit."""
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,

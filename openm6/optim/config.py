@@ -31,10 +31,9 @@ def decay_start(total: int, config: ScheduleConfig) -> int:
 
 
 def lr_multiplier(step: int, total: int | None, config: ScheduleConfig) -> float:
-    """Return the factor on the learning rate in step `step` (the first is 1) of `total` (None: not known, no decay).
+    """Return the factor on the learning rate in step `step` (from 1) of `total` (None: not known yet, no decay).
 
-    The decay `1 - sqrt(x)` ends lower than a linear one at equal length (Hägele et al. 2024, arXiv 2405.18392,
-    section 3.2).
+    The decay `1 - sqrt(x)` ends lower than a linear one of equal length (arXiv 2405.18392, section 3.2).
     """
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     if total is None:

@@ -128,9 +128,9 @@ def _exchange_and_apply(
     return [torch.stack(list(islice(in_order, len(stack)))) for stack in stacks]
 
 
-def assign_owners(sizes: Sequence[int], ranks: int) -> list[int]:
+def assign_owners(sizes: Sequence[float], ranks: int) -> list[int]:
     """Return the rank that owns each tensor: the largest first, each to the rank with the least so far."""
-    load, owner = [0] * ranks, [0] * len(sizes)
+    load, owner = [0.0] * ranks, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         owner[index] = load.index(min(load))
         load[owner[index]] += sizes[index]

@@ -162,10 +162,7 @@ def check_budget(budget: Budget, rule: UpdateRule) -> None:
 
 
 def available(device: torch.device, offload: OffloadConfig, checkpoints: Path | None = None) -> FreeBytes:
-    """Return the free bytes by tier; a CPU has no tier of its own, and without a folder the disk does not matter.
-
-    On the disk older checkpoints in the folder count as free, since they are deleted.
-    """
+    """Return the free bytes by tier, of which a CPU has none; on the disk older checkpoints count, as they will go."""
     free: FreeBytes = {}
     if device.type == "cuda":
         free["device"] = float(torch.cuda.mem_get_info(device)[0])

@@ -40,11 +40,7 @@ def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> li
 
 
 def fit_widths(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dict[str, dict[str, float]]:
-    """Return the width of each number column that the examples of each task hold, and the weights of labels.
-
-    Widths of rows and of series are apart, by the kind of their tokens. The central 80 % interval then holds 80 % of
-    their values, as far as these are many.
-    """
+    """Return the width of each number column of the examples, rows and series apart, and the weights of labels."""
     needed: dict[tuple[str, str], list[tuple[float, str]]] = {}
     training = loaded.omni.training
     loaded.omni.eval()

@@ -48,11 +48,7 @@ class Progress:
 
 
 class RunLength:
-    """The number of steps of a run; None until it is known.
-
-    A measured number goes into the run's config.yaml, and from then on counts as a configured one: a run resumed or
-    repeated with that file takes exactly the same steps.
-    """
+    """The number of steps of a run; None until it is known. A measured one goes into config.yaml, for repeated runs."""
 
     def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
         self._config, self._run, self._ranks = config, run, ranks or ProcessGroupContext()
@@ -261,8 +257,7 @@ class HeldOutCallback(Callback):
 class StagesCallback(Callback):
     """Save the shared model when the switch is due, copy the weights for each layer, and warm up the learning rate.
 
-    A switch by time is written into the run's config.yaml as a step, so that a run repeated or resumed with that file
-    switches at the same one.
+    A switch by time is written into config.yaml as a step, for runs that are repeated or resumed.
     """
 
     name = "stages"

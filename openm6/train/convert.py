@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from openm6.checkpoint.folder import PREDICTORS_FILE, SEPARATOR, latest, list_checkpoints, read_state
 from openm6.checkpoint.load import load_training_tensors
-from openm6.checkpoint.optimizer import Moments, moment_factor
+from openm6.checkpoint.optimizer import Moments, delink_moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, Snapshot, save
 from openm6.core.errors import ConfigError
@@ -97,29 +97,20 @@ class Conversion:
         )
         return OptimizerState(state.values, first, second, state.count)
 
-    def others(self, reader: CheckpointReader, scaled: bool) -> Iterator[tuple[str, Tensor]]:
+    def others(self, reader: CheckpointReader, moments: Moments) -> dict[str, Tensor]:
         """All tensors but the matrices of layers; routers that layers no longer share once for each."""
         prefixes = [f"backbone.layers.{layer}." for layer in self.old.group_layers]
         pairs = zip(prefixes, self.blocks, strict=True)
         matrices = {prefix + name for prefix, block in pairs for name in block.matrices()}
-        shared = self.delinked and self.old.share_routers
-        routers = {f"{prefix}mlp.router.": group for group, prefix in enumerate(prefixes) if shared}
-        for full in reader.names:
-            name, separator, key = full.partition(SEPARATOR)
-            start, router, leaf = name.rpartition("mlp.router.")
-            group = routers.get(start + router)
-            if name in matrices:
-                continue
-            if group is None:
-                yield full, reader.read(full)
-                continue
-            uses = self.sources.count(group)
-            if scaled and self.moments == "reset" and uses > 1:
-                continue
-            factor = moment_factor(key, uses, self.moments) if scaled else 1.0
-            for layer, source in enumerate(self.sources):
-                if source == group:
-                    yield f"backbone.layers.{layer}.mlp.router.{leaf}{separator}{key}", reader.read(full) * factor
+        found = {name: reader.read(name) for name in reader.names if name.partition(SEPARATOR)[0] not in matrices}
+        if not (self.delinked and self.old.share_routers):
+            return found
+        routers = {
+            f"backbone.layers.{layer}.mlp.router.{leaf}": f"{prefixes[source]}mlp.router.{leaf}"
+            for layer, source in enumerate(self.sources)
+            for leaf in ("weight", "bias")
+        }
+        return delink_moments(found, routers, moments)
 
     def changed(self, values: dict[str, Any]) -> dict[str, Any]:
         loop, model = (dict(values.get(name) or {}) for name in ("loop", "model"))
@@ -157,8 +148,8 @@ def convert(
     if conversion.delinked:
         new_state["callbacks"] = {name: one for name, one in state.get("callbacks", {}).items() if name != "stages"}
     new_state |= {"stage": conversion.new.stage, "precision": conversion.precision}
-    weights = dict(conversion.others(conversion.weights, scaled=False))
-    optimizer = dict(conversion.others(conversion.kept, scaled=True))
+    weights = conversion.others(conversion.weights, "independent")
+    optimizer = conversion.others(conversion.kept, moments)
     snapshot = Snapshot(
         int(state["step"]), nn.Module(), optimizer, new_state, load_training_tensors(folder), files,
         conversion.groups(), len(conversion.sources), weights=weights,

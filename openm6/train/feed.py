@@ -180,10 +180,9 @@ class BatchFeed:
 
 
 class ExamplesAhead(ExampleTransform):
-    """The transform of a packer for which other processes make the examples; the next samples are sent to them ahead.
+    """The transform of a packer for which other processes make the examples, of the same samples, sent to them ahead.
 
-    Samples, and so examples, are those of the transform it replaces. A record is always sent to the same process, which
-    may have cached parts of it.
+    A record is always sent to the same process, which may have cached parts of it.
     """
 
     def __init__(self, packer: Packer, workers: Sequence[Connection]) -> None:

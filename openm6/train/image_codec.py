@@ -69,18 +69,6 @@ def to_pixels(images: Iterable[Image], side: int) -> Tensor:
     return torch.stack([torch.from_numpy(square).permute(2, 0, 1) for square in squares])
 
 
-class Bank:
-    """The images of all sources in one side, and how often each is drawn."""
-
-    def __init__(
-        self, images: dict[str, list[Image]], side: int, source_weights: dict[str, float], device: torch.device
-    ) -> None:
-        """A source without a weight counts as many images as it has."""
-        self.images = torch.cat([to_pixels(part, side) for part in images.values()]).to(device)  # N 3 S S uint8
-        sizes = {name: [1.0] * len(part) for name, part in images.items()}
-        self.weights = draw_weights(sizes, source_weights).float().to(device)  # N
-
-
 class ImageSubject:
     """The subject of an image codec's training: the `image` field of its sources."""
 
@@ -92,7 +80,11 @@ class ImageSubject:
         self.side = max(sides, key=lambda side: sides[side])
         self.positions_per_batch = self.config.batch * (self.side // recipe.codec.stride) ** 2
         kept, held = hold_out(self._read("train"), recipe.held_out)
-        self.banks = {side: Bank(kept, side, self.config.source_weights, device) for side in sides}
+        self.images = {  # by side, N 3 S S uint8
+            side: torch.cat([to_pixels(part, side) for part in kept.values()]).to(device) for side in sides
+        }
+        sizes = {name: [1.0] * len(part) for name, part in kept.items()}
+        self.weights = draw_weights(sizes, self.config.source_weights).float().to(device)  # N
         self.held_out = to_pixels(held, self.side)
 
     def _read(self, split: Split) -> dict[str, list[Image]]:
@@ -126,9 +118,8 @@ class ImageSubject:
 
     def _moved(self, count: int, side: int, rng: DeviceRng) -> tuple[Tensor, Tensor]:
         """Return images of the bank and their background masks, moved alike.  # -> B 3 S S, B 1 S S"""
-        bank = self.banks[side]
-        chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
-        images = bank.images[chosen].float() / 255.0
+        chosen = torch.multinomial(self.weights, count, replacement=True, generator=rng.generator)
+        images = self.images[side][chosen].float() / 255.0
         layers = torch.cat([images, background_mask(images)], 1)
         moved = warp(layers, self.config.warped, rng)
         if self.config.still:

@@ -229,10 +229,7 @@ class MultimodalTraining(TrainingTask):
         return self.recipe.packing.rows * self.recipe.packing.seq_len
 
     def delink(self) -> dict[str, str]:
-        """Copy the weights for each layer; a sharded model is built again, sharded as it was. Outputs stay the same.
-
-        At most one block at a time is gathered on a rank, and of its experts only those that the rank holds.
-        """
+        """Copy the weights for each layer; a sharded model is built again, sharded as it was, one block at a time."""
         if self.ranks.wrapped:
             # torch's distributed tensors take seconds to import: a process alone is spared them.
             from openm6.distributed.fsdp import UnitResharder, gather_parameters, shard_rest  # noqa: PLC0415

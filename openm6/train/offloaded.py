@@ -204,11 +204,7 @@ class OffloadedTrainStep(TrainStep):
 
 @torch.no_grad()
 def first_values(config: BackboneConfig, group: int, seed: int, device: torch.device, own: range) -> dict[str, Tensor]:
-    """First weights of one group of layers, of its experts those with an index in `own`.
-
-    They depend on (seed, group) alone, those of an expert on (seed, group, expert): no two groups, and on several
-    ranks no whole group, need to be in memory.
-    """
+    """First weights of one group of layers, of its experts those in `own`, by (seed, group, expert) alone."""
     mlp = config.feed_forward(config.group_layers[group])
     single = mlp.model_copy(update={"num_experts": 1} if isinstance(mlp, ExpertsConfig) else {})
     seed_everything(seed, "weight set", group)

@@ -39,7 +39,7 @@ class MixtureComponent(Config):
 
     source: str
     task: str
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class MultimodalRecipe(Config):

@@ -153,10 +153,7 @@ def with_learning_rate(recipe: Recipe, values: dict[str, Any]) -> tuple[Recipe, 
 def with_batch_size(
     recipe: Recipe, values: dict[str, Any], device: torch.device, ranks: ProcessGroupContext
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Return recipe and plain values with a number of rows, if `packing.batch_size` is auto and the device a GPU.
-
-    Only for a new run, or one restarted before it had settings: else it keeps its batches, also on another device.
-    """
+    """Return recipe and values of a new run with a number of rows, if `packing.batch_size` is auto, on a GPU."""
     if not isinstance(recipe, MultimodalRecipe) or recipe.packing.batch_size != "auto" or device.type != "cuda":
         return recipe, values
     free = min(ranks.gather(torch.cuda.mem_get_info(device)[0]))

@@ -235,10 +235,7 @@ def _fit_ridge(
 
 
 def _blend(table: TablePredictors, index: int, truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Set weights and typical error of a column; return its error against that of the median.
-
-    The weights are positive, sum to 1, and have nearly the least absolute error of predictions out of fold.
-    """
+    """Set positive weights of least absolute error, and the typical error; return the error against the median's."""
     # scipy takes a second to import: only a training with a table needs it.
     from scipy.optimize import nnls  # noqa: PLC0415
 

@@ -230,7 +230,7 @@ def test_broken_images_are_left_out_with_a_warning(tmp_path: Path, caplog: pytes
     training = image_training(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_fraction": 0.0}})
     subject = training.subject
     assert isinstance(subject, ImageSubject)
-    assert len(subject.held_out) == 1 and len(subject.banks[32].images) == 1
+    assert len(subject.held_out) == 1 and len(subject.images[32]) == 1
     assert "source 'mine', record 0 is left out" in caplog.text
 
 

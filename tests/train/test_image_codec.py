@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
-from openm6.train.codec import DeviceRng
+from openm6.train.codec import DeviceRng, draw_weights
 from openm6.train.image_codec import (
-    Bank,
     ImageSubject,
     background_mask,
     drawn_images,
@@ -58,9 +57,9 @@ def test_large_images_are_shrunk_when_read_and_small_ones_kept() -> None:
 
 
 def test_weights_are_per_source_and_others_count_by_their_size() -> None:
-    files = {"few": [plain(255, 0, 0)], "many": [plain(0, 255, 0)] * 9}
-    assert Bank(files, 8, {}, CPU).weights.tolist() == [1.0] * 10
-    weights = Bank(files, 8, {"few": 0.5, "many": 0.5}, CPU).weights
+    sizes = {"few": [1.0], "many": [1.0] * 9}
+    assert draw_weights(sizes, {}).tolist() == [1.0] * 10
+    weights = draw_weights(sizes, {"few": 0.5, "many": 0.5})
     assert weights[0] == pytest.approx(float(weights[1:].sum()))
 
 
