@@ -1,7 +1,6 @@
 """Sharded checkpoints: each rank writes its shards, by torch's distributed checkpoint, as safetensors without pickle.
 
-A file holds shards of tensors and, in its header, where in the whole they are. So any number of ranks, in any mesh, can
-read what any other wrote, and so can one process.
+A file states in its header where in the whole its shards are: any number of ranks, in any mesh, can read them.
 """
 
 from __future__ import annotations

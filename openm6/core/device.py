@@ -71,11 +71,7 @@ def usable_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process and its forks; does nothing if the C library is not glibc.
-
-    A training step on a CPU frees and allocates the same megabytes thousands of times. Each page that went back to
-    the system in between costs a fault and a clearing: 5 ms of 130 in a step of the demo.
-    """
+    """Keep freed memory in this process and its forks (of glibc): to claim it again took 5 ms of a step of 130 ms."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # musl
             mallopt = ctypes.CDLL(None).mallopt

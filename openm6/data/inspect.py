@@ -119,10 +119,9 @@ class Inspection:
 
 
 def inspect_path(path: str, minutes: float = 10.0, target: str | None = None, start: str | None = None) -> Inspection:
-    """Inspect a table, or a folder of tables, images or audio clips, and propose a recipe for a run of some minutes.
+    """Inspect tables or media at a path and propose a recipe: of some minutes, to predict a `target`, from a `start`.
 
-    `target` is the column to predict, if it is one alone; `start` the model to train further. Raise DataError if
-    nothing at the path can be read, or no table has the target.
+    DataError: nothing there can be read, or no table has the target.
     """
     reports = _inspect_all(path)
     if target is not None:

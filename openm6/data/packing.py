@@ -21,8 +21,7 @@ ENOUGH = 200  # draws in a row without an example, before they are a reason to s
 
 
 class PackingConfig(Config):
-    """A batch is `batch_size` rows of `seq_len` tokens; up to `buffer_size` examples that do not fit are
-    kept for the next one.
+    """A batch is `batch_size` rows of `seq_len` tokens; up to `buffer_size` examples wait for the next one.
 
     The rows are divided among `num_shards`, the data shards, each of which packs its own; a shard belongs to one rank.
     `auto`: one shard for one rank, one per row for several.

@@ -1,7 +1,6 @@
 """Records that cannot be trained on, set aside with their reasons; too many broken ones stop the run.
 
-Counted apart, and no reason to stop: records that lack a field that a task needs, and those too long for a row. Those
-of which only a part was used are counted as truncated; they are trained on.
+Counted apart: records that lack a field, those too long for a row, and those of which only a part was used.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ class Quarantine:
         return self.counts["broken"].total() / self.seen if self.seen else 0.0
 
     def accept(self, count: int = 1) -> None:
-        """Count records that were read."""
         self.seen += count
 
     def count(self, name: str, source: str) -> None:

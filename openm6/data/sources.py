@@ -122,10 +122,7 @@ AnySourceConfig = Annotated[
 def open_sources(
     configs: Mapping[str, SourceConfig], split: Split, names: Iterable[str] | None = None
 ) -> dict[str, Source]:
-    """Every source of a recipe, or those named, by name, with the records of one split; that for training needs some.
-
-    DataError: data or a column that is missing, or sources that refer to one another in a circle.
-    """
+    """The sources of a recipe, or those named, in one split; DataError: no data, no training records, or a circle."""
     opened: dict[str, Source] = {}
 
     def open_one(name: str, path: tuple[str, ...]) -> Source:

@@ -86,6 +86,9 @@ def read_beside(table_path: str, name: str, limit: int) -> bytes:
 _IMAGE = "an image: put images into a folder and read it with kind: folder, or name them in a table"
 _AUDIO = "an audio file: put audio files into a folder and read it with kind: folder, or name them in a table"
 _ARCHIVE = "an archive: unpack it and name the table or the folder in it"
+_COMPRESSED = "compressed: unpack it first"
+_TEXT = "a text: call it .csv if it is a table, or write its records as rows of a CSV"
+_PICKLE = "a pickle, which may run any code and is never opened: write it as Parquet or CSV"
 _JSON = "JSON: write one object per line and call the file .jsonl"
 # What a file may be instead of a table: how it begins, how its name ends, and what to do.
 _FOREIGN: list[tuple[tuple[bytes, ...], tuple[str, ...], str]] = [
@@ -96,25 +99,13 @@ _FOREIGN: list[tuple[tuple[bytes, ...], tuple[str, ...], str]] = [
     ((b"\xd0\xcf\x11\xe0",), (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"), "a spreadsheet: export the sheet as CSV"),
     ((), (".docx", ".odt", ".rtf", ".pptx"), "a document: write its tables or texts into a CSV"),
     ((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!"), (".zip", ".7z", ".rar"), _ARCHIVE),
-    (
-        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
-        (".gz", ".tgz", ".bz2", ".xz", ".zst"),
-        "compressed: unpack it first",
-    ),
+    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), (".gz", ".tgz", ".bz2", ".xz", ".zst"), _COMPRESSED),
     ((b"SQLite format 3",), (), "a database: export the table as CSV"),
     ((b"\x93NUMPY",), (), "a NumPy array: write it as Parquet or CSV with named columns"),
     ((b"\x89HDF",), (), "an HDF5 file: write its arrays as Parquet or CSV with named columns"),
     ((), (".json", ".geojson"), _JSON),
-    (
-        (),
-        (".txt", ".md", ".html", ".xml", ".yaml", ".yml", ".log"),
-        "a text: call it .csv if it is a table, or write its records as rows of a CSV",
-    ),
-    (
-        (),
-        (".pkl", ".pickle", ".pt", ".pth"),
-        "a pickle, which may run any code and is never opened: write it as Parquet or CSV",
-    ),
+    ((), (".txt", ".md", ".html", ".xml", ".yaml", ".yml", ".log"), _TEXT),
+    ((), (".pkl", ".pickle", ".pt", ".pth"), _PICKLE),
 ]
 
 

@@ -111,9 +111,8 @@ class TokenGroup:
     """All tokens of one kind in a batch, in whatever rows.
 
     `index` n: index in the flattened rows; `arrays`: features, and of images that are convolved the tables of
-    `by_size`; `example` n: index of the example in the batch; `weight` n: fraction of the example's loss that the token
-    carries (0 if nothing is learned); `learned` m: which of the n tokens have a weight, listed here because a GPU would
-    have to wait to count them.
+    `by_size`; `example` n: index of the example; `weight` n: fraction of the example's loss that the token carries;
+    `learned` m: those of the n tokens with a weight, listed here because a GPU would have to wait to count them.
     """
 
     index: Tensor

@@ -57,7 +57,6 @@ class CodesToCome:
         self.waiting: dict[tuple[CodesModality, Hashable], tuple[np.ndarray, list[Callable[[np.ndarray], None]]]] = {}
 
     def encode(self) -> None:
-        """Encode all that waits, and pass the codes on."""
         alike: dict[tuple[CodesModality, tuple[int, ...]], list[Hashable]] = {}
         for (modality, key), (values, _) in self.waiting.items():
             alike.setdefault((modality, values.shape), []).append(key)
@@ -195,8 +194,7 @@ class CodesModality(Modality):
         """Target tokens, masked by the training pattern, or in `region` alone, and what fills in their codes, N G.
 
         `mask_context` masks the codes around the region as well; without a generator only those in it carry a loss.
-        Training masks the context of half the examples, so that the model also inpaints from the source image or audio
-        alone, and then learns all codes.
+        Training masks the context of half the examples, and then learns all codes, to inpaint from the source alone.
         """
         if region is None:
             mask = learn = sample_mask(*grid.shape, rng)

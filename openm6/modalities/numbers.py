@@ -301,10 +301,7 @@ class NumbersIn(Adapter):
 
 
 class NumbersOut(Adapter):
-    """A query for the value of a column; the head weighs simple predictions and predicts a histogram around them.
-
-    With location a = Σ w_k · prediction_k the histogram is over t = asinh((u - a) / change); a = 0 if there are none.
-    """
+    """A query for the value of a column; the head weighs simple predictions and predicts a histogram around them."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

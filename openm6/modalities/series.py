@@ -345,10 +345,7 @@ class SeriesIn(Adapter):
 
 
 class SeriesOut(Adapter):
-    """A query for the next PATCH steps; the head weighs the simple forecasts and predicts a histogram around them.
-
-    Of a step with location a = Σ w_k · forecast_k the histogram is over t = asinh((z - a) / change).
-    """
+    """A query for the next PATCH steps; the head weighs the simple forecasts and predicts histograms around them."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -17,8 +17,7 @@ from openm6.core.log import get_log
 from openm6.kernels.probe import failure_of
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig
-from openm6.nn.layers import fill_normal
-from openm6.nn.lora import Adaptable
+from openm6.nn.layers import Adaptable
 from openm6.ops.attention import QueryBlocks, attend_query_blocks
 from openm6.ops.matmul import linear
 from openm6.ops.pointwise import rms_norm, rotate
@@ -64,10 +63,6 @@ class Attention(Adaptable):
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = nn.Parameter(torch.empty(heads * config.head_dim, config.hidden_size))  # (H+2G)·d D
         self.output = nn.Parameter(torch.empty(config.hidden_size, config.num_heads * config.head_dim))  # D H·d
-
-    def reset_parameters(self, deviation: float, output_deviation: float) -> None:
-        fill_normal(self.qkv, deviation)
-        fill_normal(self.output, output_deviation)
 
     def forward(
         self, x: Tensor, qk_norm: QKNorm | None, rotary: tuple[Tensor, Tensor], mask: Mask,

@@ -128,7 +128,6 @@ class RopeScaling(Config):
         return default if self.attention_factor is None else self.attention_factor
 
     def divisors(self, theta: float, count: int) -> tuple[float, ...]:
-        """What each of `count` frequencies is divided by."""
         if self.rope_type == "linear":
             return (self.factor,) * count
         context = self.original_max_position_embeddings

@@ -50,27 +50,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merge_into(self, matrix: Tensor) -> None:
-        """Add the update to the stored matrix in place."""
         first, second = (self.a, self.b) if self.axis else (self.b, self.a)
         for name, part in zip(self.outputs, matrix.split(list(self.outputs.values()), self.axis), strict=True):
             if name in self.a:
                 part += self.scale * (first[name] @ second[name])
-
-
-class Adaptable(nn.Module):
-    """Base class of modules whose matrices may have low-rank updates, by the name of the matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lora = nn.ModuleDict()
-
-    def updated(self, name: str, y: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The product y of a matrix with x, with its update if it has one."""
-        return self.lora[name](y, x, counts) if name in self.lora else y
-
-    def merge_lora(self) -> None:
-        """Add the updates to the matrices, and drop them."""
-        for name, update in self.lora.items():
-            assert isinstance(update, LowRank)
-            update.merge_into(self.get_parameter(name))
-        self.lora.clear()

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.layers import MLP, activate, fill_normal, first_width
-from openm6.nn.lora import Adaptable
+from openm6.nn.layers import MLP, Adaptable, activate, fill_normal, first_width
 from openm6.ops import moe as ops
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.matmul import cast_alike, grouped_mm
@@ -128,10 +127,6 @@ class Experts(Adaptable):
         experts, hidden = config.num_experts, config.intermediate_size
         self.up = nn.Parameter(torch.empty(experts, width, first_width(hidden, config.hidden_act)))  # E D P
         self.down = nn.Parameter(torch.empty(experts, hidden, width))  # E F D
-
-    def reset_parameters(self, deviation: float, output_deviation: float) -> None:
-        fill_normal(self.up, deviation)
-        fill_normal(self.down, output_deviation)
 
     def forward(
         self, x: Tensor, routing: Routing, valid: Tensor, dispatcher: TokenDispatcher, shared: MLP | None

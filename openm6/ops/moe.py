@@ -90,12 +90,10 @@ def z_loss(logits: Tensor, valid: Tensor, num_groups: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenPermutation:
-    """Which row of which expert holds each choice of each token.
+    """Which row of which expert holds each choice of each token; an expert's rows are adjacent, in the order of tokens.
 
-    source: R, the token that row r is a copy of
-    slot:   N K, the row of choice k of token n
-    kept:   N K bool, or None if nothing is dropped
-    counts: E, rows of each expert; rows of one expert are adjacent, in the order of their tokens
+    source: R, the token that row r is a copy of; slot: N K, the row of choice k of token n
+    kept: N K bool, or None if nothing is dropped; counts: E, rows of each expert
     """
 
     source: Tensor

@@ -124,10 +124,9 @@ def adamw_update(
     weights: list[Tensor], gradients: list[Tensor], states: Sequence[State], group: dict[str, Any],
     found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Count a step and update weights and moments in place, by torch's fused kernel.
+    """Count a step and update weights and moments in place, by torch's fused kernel; not at all if `found_inf` is 1.
 
-    group: `lr`, `betas`, `eps`, `weight_decay`. If `found_inf` is 1, nothing changes; on a GPU, where the fused
-    kernel counts on the device, it needs steps that are there.
+    group: `lr`, `betas`, `eps`, `weight_decay`; on a GPU the kernel counts steps that are there.
     """
     first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
     fused = steps[0].device == weights[0].device

@@ -80,9 +80,8 @@ def from_levels(levels: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
 def refit(levels: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """Return levels within ±127 and the exponents with which they mean the same as `levels`, which may exceed it.
 
-    Scales are sticky: fitted again in each step, they would move every weight of the block by rounding noise, also
-    those without a gradient. A scale grows by as little as it must, and halves (levels double, exactly) only if the
-    whole block has become small.
+    Scales are sticky: fitted again in each step, they would move every weight of the block by rounding noise. A scale
+    grows by as little as it must, and halves (levels double, exactly) only if the whole block has become small.
     """
     largest = _blocked(levels).abs().amax(-1)
     growth = (STEPS * torch.log2(largest.clamp(min=1e-30) / (LEVELS - 1))).ceil()

@@ -202,10 +202,7 @@ def noise(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
 
 
 def voices(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
-    """Return babble by the source-filter model: harmonics of a gliding pitch under gliding formants, hisses in between.
-
-    The amplitude of harmonic k of pitch f is the sum over formants of 1 / (1 + ((k·f - F) / bandwidth)²).  # -> B S
-    """
+    """Return babble by the source-filter model: harmonics of a gliding pitch under formants, and hisses.  # -> B S"""
     points = max(4, 10 * length // rate)
     octaves = rng.uniform(count, 1, low=6.3, high=8.6)
     pitch = torch.exp2(octaves + 0.25 * curve(rng.normal(count, points), length))

@@ -137,7 +137,6 @@ class Budget:
         return replace(self, config=config, layouts=self.layouts[: len(set(groups))])
 
     def of_preset(self, preset: Preset, rule: UpdateRule) -> Budget:
-        """Return the budget of a preset, trained in the same way."""
         with torch.device("meta"):
             blocks = Backbone(preset.backbone).group_blocks
         layouts = [RecordLayout(matrix_shapes(block), rule) for block in blocks]

@@ -255,10 +255,7 @@ class HeldOutCallback(Callback):
 
 
 class StagesCallback(Callback):
-    """Save the shared model when the switch is due, copy the weights for each layer, and warm up the learning rate.
-
-    A switch by time is written into config.yaml as a step, for runs that are repeated or resumed.
-    """
+    """Save the shared model when the switch is due, copy the weights for each layer, and warm up the learning rate."""
 
     name = "stages"
 

@@ -188,7 +188,6 @@ class CodecTraining(TrainingTask):
         return scores
 
     def finish(self, run: RunFolder) -> None:
-        """Write codec.safetensors and scores.json into the run's folder."""
         if self.best_score is None:
             self.best.load_state_dict(self.averaged.state_dict())
         save_codec(self.best, run.path / CODEC_FILE)

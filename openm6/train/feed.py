@@ -49,10 +49,8 @@ ENDED = TrainingError("the data ended before the run did: batches() must go on f
 
 @contextmanager
 def batches_ahead(training: TrainingTask, config: LoopConfig, device: torch.device) -> Iterator[Callable[[], Batch]]:
-    """Enter with a function that returns the next batch, which is valid until the next call.
-
-    Other processes make `loop.prefetch` batches ahead. Where none can be forked, on other systems than Linux, outside
-    of the main thread and in a daemonic process, a thread does.
+    """Enter with a function that returns the next batch, valid until the next call. Processes make `prefetch` ahead; a
+    thread does where none can be forked: on other systems, outside of the main thread and in a daemonic process.
     """
     is_main = threading.current_thread() is threading.main_thread() and not multiprocessing.current_process().daemon
     if can_fork() and is_main:
@@ -204,8 +202,12 @@ class ExamplesAhead(ExampleTransform):
     def __call__(self, sample: SampleIndex) -> PackedExample:
         try:
             self._send_next(self._shard_of.pop(sample.global_index))
+            worker = self._worker_of(sample)
             while sample.global_index not in self._made:
-                self._receive(self._worker_of(sample))
+                index, made = self._workers[worker].recv()
+                self._made[index] = made
+                self._unanswered[worker] -= 1
+                self._send_waiting(worker)
         except (EOFError, OSError):
             raise TrainingError("a process that makes examples has ended: go on with --resume") from None
         return _checked(self._made.pop(sample.global_index))
@@ -224,12 +226,6 @@ class ExamplesAhead(ExampleTransform):
         while self._waiting[worker] and self._unanswered[worker] < UNANSWERED:
             self._workers[worker].send(self._waiting[worker].popleft())
             self._unanswered[worker] += 1
-
-    def _receive(self, worker: int) -> None:
-        index, made = self._workers[worker].recv()
-        self._made[index] = made
-        self._unanswered[worker] -= 1
-        self._send_waiting(worker)
 
     def _worker_of(self, sample: SampleIndex) -> int:
         return sample.index % len(self._workers)

@@ -244,7 +244,6 @@ def energy(line: Line) -> str:
 
 
 def describe(line: Line, steps: int | None, pace: Pace) -> str:
-    """Return one plain line of text for a line of metrics or scores."""
     position = f"step {line['step']}" + (f"/{steps}" if steps is not None else "")
     if "evaluation" in line:
         scores = [f"{name} {value:.4g}" for name, value in line["evaluation"].items()]

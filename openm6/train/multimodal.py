@@ -75,13 +75,9 @@ class MultimodalTraining(TrainingTask):
         start = open_start(recipe, run)
         ridges = self._fit(used, start)
         seed_everything(recipe.loop.seed, "weights")
-        self.omni, self.modalities = build_model(
-            self.description,
-            self.tokenizer,
-            "the tokenizer",
-            recipe.loop.offloaded and (start is None or start.checkpoint is None),
-            from_bytes(self.predictors, PREDICTORS_FILE) if self.predictors else (),
-        )
+        empty = recipe.loop.offloaded and (start is None or start.checkpoint is None)
+        predictors = from_bytes(self.predictors, PREDICTORS_FILE) if self.predictors else ()
+        self.omni, self.modalities = build_model(self.description, self.tokenizer, "the tokenizer", empty, predictors)
         self.description = self.description.model_copy(update={"external": self.modalities.external})
         self.numbers = cast(Numbers, self.modalities["numbers"])
         self.numbers.ridges = ridges  # with those of folds, for training windows
@@ -129,7 +125,7 @@ class MultimodalTraining(TrainingTask):
             ridges |= {name: FittedRidges.of_texts(texts) for name, texts in before.ridges.items()}
             # Again, as training needs those of folds.
             ridges |= data.fit_all_ridges((sources[name] for name in known), series)
-        self.description = _describe(recipe, sources, series, ridges)
+        self.description = self._describe(sources, series, ridges)
         if start is not None:
             self.description = start.merge(self.description)
             if self.ranks.is_main_process:
@@ -138,6 +134,26 @@ class MultimodalTraining(TrainingTask):
             external = read_texts(begun[-1])[0].external
             self.description = self.description.model_copy(update={"external": external})
         return ridges
+
+    def _describe(
+        self, sources: dict[str, Source], series: dict[str, SeriesStats], ridges: dict[str, FittedRidges]
+    ) -> CheckpointConfig:
+        recipe = self.recipe
+        text = recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})
+        used = dict.fromkeys(component.task for component in recipe.mixture if component.task in recipe.tasks)
+        return CheckpointConfig(
+            preset=recipe.model.preset,
+            backbone=build_backbone(recipe.model),
+            modalities=recipe.modalities.model_copy(update={"text": text}),
+            scales=data.fit_scales(sources.values()),
+            series=series,
+            ridges={name: fitted.to_texts() for name, fitted in ridges.items()},
+            embedding=recipe.pooling,
+            trained_tasks=data.trained_tasks(recipe, sources),
+            tasks={name: recipe.tasks[name].model_dump(mode="json") for name in used},
+            sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
+            eval=recipe.eval.model_dump(mode="json"),
+        )
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -179,10 +195,7 @@ class MultimodalTraining(TrainingTask):
         return data.pack_held_out(self.recipe, self.modalities, self.ranks, count, choosing)
 
     def held_out_loss(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Return the training loss of other records: `loss` as it is minimised, and means over learned tokens by kind.
-
-        By task it is the mean over examples, of each over its learned tokens. The routers' side losses are left out.
-        """
+        """Return the training loss without side losses, and means over tokens by kind, over examples by task."""
         kinds, tasks = list(self.omni.adapters), sorted({component.task for component in self.recipe.mixture})
         nll, learned = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
         sums, posed = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0.0)
@@ -317,26 +330,3 @@ class MultimodalTraining(TrainingTask):
             self.description = self.description.model_copy(update={"widths": widths})
         files: dict[str, str | bytes] = {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
         return files | ({PREDICTORS_FILE: self.predictors} if self.predictors else {})
-
-
-def _describe(
-    recipe: MultimodalRecipe,
-    sources: dict[str, Source],
-    series: dict[str, SeriesStats],
-    ridges: dict[str, FittedRidges],
-) -> CheckpointConfig:
-    text = recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})
-    used = dict.fromkeys(component.task for component in recipe.mixture if component.task in recipe.tasks)
-    return CheckpointConfig(
-        preset=recipe.model.preset,
-        backbone=build_backbone(recipe.model),
-        modalities=recipe.modalities.model_copy(update={"text": text}),
-        scales=data.fit_scales(sources.values()),
-        series=series,
-        ridges={name: fitted.to_texts() for name, fitted in ridges.items()},
-        embedding=recipe.pooling,
-        trained_tasks=data.trained_tasks(recipe, sources),
-        tasks={name: recipe.tasks[name].model_dump(mode="json") for name in used},
-        sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
-        eval=recipe.eval.model_dump(mode="json"),
-    )

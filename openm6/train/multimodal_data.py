@@ -141,10 +141,8 @@ def table_predictors(
 ) -> bytes:
     """Return predictors.safetensors, or nothing: of the checkpoint that the run goes on from, or fitted to the sources.
 
-    Those `known` follow: if columns are in both, the new ones predict them.
-
-    A source has predictors if a task predicts one of its numbers, or a label. Pairs have none: a row comes back with
-    other partners in later epochs, and would be in several folds.
+    Those `known` follow. A source has predictors if a task predicts one of its numbers, or a label. Pairs have none: a
+    row comes back with other partners in later epochs, and would be in several folds.
     """
     if checkpoints := list_checkpoints(run.checkpoints):
         kept = checkpoints[-1] / PREDICTORS_FILE

@@ -33,9 +33,8 @@ class Batch(Protocol):
 class StepResult:
     """The result of one forward pass; on several ranks, or for parts of a batch, each a term of a sum.
 
-    `metrics` are scalars such as `loss/text`; a tensor among them stays on its device until the loop reads them all
-    at once. `loads` has one entry per sparse layer. The step's joules are attributed by `work`. All ranks have the same
-    names in them.
+    `metrics` are scalars such as `loss/text`; tensors stay on their device until the loop reads them. `loads` has one
+    entry per sparse layer; `work` is what the joules are attributed by. All ranks have the same names in them.
     """
 
     loss: Tensor
