@@ -154,10 +154,8 @@ class CodesModality(Modality):
         """Patches as input tokens; masked ones become zero.  # N F, N"""
         if is_masked.any():
             patches = np.where(is_masked[:, None], np.float32(0), patches)
-        arrays, learn = (
-            {"patches": patches, "is_masked": is_masked, "positions": grid.positions},
-            np.zeros_like(is_masked),
-        )
+        arrays = {"patches": patches, "is_masked": is_masked, "positions": grid.positions}
+        learn = np.zeros_like(is_masked)
         return Segment(f"{self.name}_in", arrays, grid.cells, grid.span, learn, moves=OWN_ORIGIN, truncated=truncated)
 
     def encode_values(self, values: list[np.ndarray]) -> np.ndarray:

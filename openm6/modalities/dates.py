@@ -53,7 +53,7 @@ def date_names(column: str) -> list[str]:
 
 
 def date_columns(cell: Any, column: str, form: str | None = None) -> dict[str, float | None]:
-    """A date in UTC as numbers, None if missing: year with its day, month, weekday from 1, hour but at midnight."""
+    """A date in UTC as numbers, None if missing: year with its day, month, weekday from 1, and the hour if not 0."""
     if cell is None or str(cell) in ("NaT", "nan"):  # of pandas and NumPy
         return dict.fromkeys(date_names(column)[:-1])
     seconds = _seconds_of(cell, column, form)

@@ -61,7 +61,7 @@ def replicated(parameter: Tensor) -> ShardSpec:
 
 
 def is_sharded_along(key: str, axis: int, dimensions: int) -> bool:
-    """Return whether a tensor kept for a parameter is sharded along `axis` as it is: `row_var` lacks columns, e.g."""
+    """Return whether a tensor kept for a parameter is sharded along `axis` as it is, or lacks that axis."""
     rows, columns = max(dimensions, 2) - 2, max(dimensions, 2) - 1
     missing = {ROW_MEANS: {columns}, COLUMN_MEANS: {rows}, COUNT: {rows, columns}}
     return axis not in missing.get(key, set())
