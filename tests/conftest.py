@@ -1,4 +1,4 @@
-"""Fleets of two and of four processes for the tests of several packages, and where Triton kernels are tested."""
+"""The order of the tests, fleets of two and of four processes for several packages, and where kernels are tested."""
 
 from __future__ import annotations
 
@@ -15,13 +15,28 @@ from openm6.core.device import resolve_device
 from tests.distributed.fleet import Fleet
 from tests.triton_interpreter import need_triton
 
+# Of several processes of tests, the first begins with these, and the others take over from the end of its list: those
+# that share fleets come first, so that few processes start any, and all that take long come before what is short.
+FIRST = (
+    "distributed/test_kills", "distributed/test_stops", "distributed/test_launch", "distributed/",
+    "checkpoint/test_sharded", "train/test_pseudo_to_real_ranks", "train/test_offloaded_ranks", "train/test_finish",
+    "test_torch_internals", "train/test_workers", "train/test_loop", "train/test_multimodal.py", "test_examples",
+    "api/", "test_demo_short", "hub/", "test_gpu_targets", "test_site", "evaluate/", "benchmarks/", "inference/",
+)  # fmt: skip
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count the tests of kernels among those of the GPU where they run on one."""
+    """Put long tests first, and count those of kernels among those of the GPU where they run on one."""
+    items.sort(key=_place)
     for item in items if torch.cuda.is_available() else ():
         if isinstance(item, pytest.Function) and "device" in item.fixturenames and _own_device(item):
             item.add_marker(pytest.mark.gpu)
+
+
+def _place(item: pytest.Item) -> int:
+    path = item.nodeid.removeprefix("tests/")
+    return next((place for place, start in enumerate(FIRST) if path.startswith(start)), len(FIRST))
 
 
 def _own_device(item: pytest.Function) -> bool:

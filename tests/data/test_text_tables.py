@@ -246,7 +246,7 @@ def test_a_long_cell_in_the_first_rows_hides_no_header(tmp_path, separator):
 
 def test_a_header_longer_than_the_sample(tmp_path):
     path = tmp_path / "wide.csv"
-    names = [f"a column with a long name, number {number:05}" for number in range(25_000)]
+    names = [f"{'a column with a long name, ' * 40}number {number:04}" for number in range(1200)]
     path.write_text("title\tprice\t" + "\t".join(names) + "\n" + ("a\t1" + "\t2" * len(names) + "\n") * 2)
     assert path.stat().st_size > SAMPLE_BYTES and sniff_separator(str(path)) == "\t"
     source = open_csv(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Forked from one process that has imported torch: importing it again takes seconds each.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "openm6.train.multimodal"])
+from tests.forked import CONTEXT
+
 PATIENCE = 120  # seconds that a function may take
 
 

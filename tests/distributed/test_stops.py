@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import pytest
 from openm6.checkpoint.folder import latest, step_of
 from openm6.core.run_folder import RunFolder
 from tests.distributed.recording_training import run_steps
+from tests.forked import Program, command_line
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 
@@ -44,17 +42,14 @@ def test_a_signal_to_the_group_saves_and_resumes(
     tmp_path: Path, word: signal.Signals, code: int, unbroken: dict[int, float]
 ) -> None:
     path, folder = recipe_file(tmp_path), tmp_path / "run"
-    command = [sys.executable, "-m", "openm6", "train", path, "--nproc", "2", "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 240
-    while len(losses(folder)) < 3 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, word)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == code, errors
+    words = ("train", path, "--nproc", "2", "--out", str(folder))
+    with Program(tmp_path / "errors", command_line, *words) as program:
+        deadline = time.monotonic() + 240
+        while len(losses(folder)) < 3 and time.monotonic() < deadline and program.process.is_alive():
+            time.sleep(0.01)
+        os.killpg(program.pid, word)
+        found, errors = program.ended(120)
+    assert found == code, errors
     step = step_of(latest(folder))
     assert 3 <= step < STEPS
     assert errors.count(f"stopped at step {step}, saved as") == 1 and "Traceback" not in errors

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -24,10 +22,9 @@ from openm6.train.config import LoopConfig
 from openm6.train.loop import RunLength, TrainResult, train
 from openm6.train.step import TrainStep
 from openm6.train.training_task import StepResult
-from tests.train.toy_training import ToyBatch, ToyTraining, assert_same_run, toy_config
+from tests.forked import Program
+from tests.train.toy_training import ToyBatch, ToyTraining, assert_same_run, main, toy_config
 from tests.train.workers_training import Part, WorkersTraining, workers_config
-
-ROOT = Path(__file__).parents[2]
 
 
 class CrashingTraining(ToyTraining):
@@ -91,18 +88,15 @@ def test_resumed_equals_unbroken(tmp_path: Path, whole: Callable[[str], Path], o
 def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path: Path, unbroken: Path) -> None:
     """The kill falls at another moment in each run of the test; whichever it is, the end is the same."""
     rng = random.SystemRandom()  # the usual generator was seeded by the runs of other tests
-    # Slow enough to be hit in the middle.
-    command = [sys.executable, "-m", "tests.train.toy_training", str(tmp_path), "--pause", "0.05"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     step, deadline = rng.choice([5, 10, 15, 20]), time.monotonic() + 60
-    while not any(line["step"] >= step for line in RunFolder(tmp_path).read_metrics()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(rng.random() * 0.2)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    # Slow enough to be hit in the middle.
+    with Program(tmp_path.with_name("errors"), main, str(tmp_path), 0.05) as program:
+        while not any(line["step"] >= step for line in RunFolder(tmp_path).read_metrics()):
+            assert program.process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        program.process.kill()
+        assert program.ended()[0] == -signal.SIGKILL
     # The kill may fall before the first checkpoint: then there is nothing to go on from, and the run begins again.
     assert not (tmp_path / "checkpoints" / "step-40").exists()
     train(ToyTraining(), toy_config(), RunFolder(tmp_path), resume=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +28,10 @@ from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
 from tests.data.sample_images import png
+from tests.forked import Program, command_line
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 from tests.train.toy_training import untimed
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 
 
@@ -117,17 +114,14 @@ def test_a_checkpoint_is_enough_to_evaluate_again(unbroken: Path, tmp_path: Path
 
 def kill_after(recipe: str, folder: Path, steps: int) -> None:
     """Trains in another process and kills it, without a chance to tidy up, once so many steps are written."""
-    command = [sys.executable, "-m", "openm6", "train", recipe, "--out", str(folder)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
-    )
-    metrics, waited = folder / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < waited:
-        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= steps:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL, "it ended before it could be killed"
+    with Program(folder.with_name("errors"), command_line, "train", recipe, "--out", str(folder)) as program:
+        metrics, waited = folder / "metrics.jsonl", time.monotonic() + 120
+        while program.process.is_alive() and time.monotonic() < waited:
+            if metrics.is_file() and metrics.read_bytes().count(b"\n") >= steps:
+                break
+            time.sleep(0.002)
+        program.process.kill()
+        assert program.ended()[0] == -signal.SIGKILL, "it ended before it could be killed"
 
 
 def test_killed_and_resumed_equals_unbroken(recipe: str, unbroken: Path, tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,11 @@ from openm6.core.run_folder import RunFolder
 from openm6.train.loop import train
 from openm6.train.step import TrainStep
 from openm6.train.workers import Workers, number_of_workers
+from tests.forked import Program
 from tests.train.toy_training import ToyTraining, assert_same_run, toy_config, untimed
-from tests.train.workers_training import WorkersTraining, workers_config
+from tests.train.workers_training import WorkersTraining, main, workers_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("optimizer", "workers"), [("adamw", 2), ("muon", 3)])
@@ -75,26 +75,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return folders
 
 
-def start(folder: Path, workers: int) -> subprocess.Popen[str]:
+@contextmanager
+def started(folder: Path, workers: int) -> Iterator[Program]:
     """A run as the leader of a process group, a few steps old."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.train.workers_training", str(folder), str(workers)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while len(untimed(folder)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return process
+    with Program(folder.with_name(f"{folder.name}-errors"), main, str(folder), workers) as program:
+        deadline = time.monotonic() + 60
+        while len(untimed(folder)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield program
 
 
 def test_a_killed_run_leaves_no_process_behind_and_resumes_exactly(tmp_path: Path, whole: dict[int, Path]) -> None:
-    process = start(tmp_path, workers=2)
-    others = children_of(process.pid)
-    assert len(others) == 2, "one worker and the process that makes batches"
-    process.kill()
-    process.communicate(timeout=60)
-    assert wait_until_gone(others)
+    with started(tmp_path, workers=2) as program:
+        others = children_of(program.pid)
+        assert len(others) == 2, "one worker and the process that makes batches"
+        program.process.kill()
+        assert program.ended()[0] == -signal.SIGKILL
+        assert wait_until_gone(others)
     train(WorkersTraining(), workers_config(2), RunFolder(tmp_path), resume=True)
     assert_same_run(whole[2], tmp_path)
 
@@ -109,14 +106,14 @@ def test_a_signal_to_the_whole_group_saves_and_resumes_exactly(
     """A terminal sends it so, as do `timeout` (twice), Slurm and containers."""
     if word == signal.SIGHUP and signal.getsignal(word) == signal.SIG_IGN:
         pytest.skip("these tests run under nohup, which runs obey")
-    process = start(tmp_path, workers)
-    others = children_of(process.pid)
-    os.killpg(process.pid, word)
-    if word == signal.SIGTERM:
-        os.killpg(process.pid, word)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == code, errors
-    assert wait_until_gone(others)
+    with started(tmp_path, workers) as program:
+        others = children_of(program.pid)
+        os.killpg(program.pid, word)
+        if word == signal.SIGTERM:
+            os.killpg(program.pid, word)
+        found, errors = program.ended()
+        assert found == code, errors
+        assert wait_until_gone(others)
     saved = latest(tmp_path)
     assert errors.splitlines()[-1] == (f"stopped at step {saved.name[5:]}, saved as {saved}: go on with --resume")
     assert "Traceback" not in errors and errors.count("stopping after this step") == 1

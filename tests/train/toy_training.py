@@ -1,11 +1,10 @@
 """A training task small enough for a test: two layers learn to tell which of four corners a noisy point lies in.
 
-Run as a program it trains into a folder, so that a test can kill it: `toy_training.py FOLDER [--resume] [--pause S]`.
+Its program trains into a folder, slowly, so that a test can kill it.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from openm6.checkpoint.folder import latest, read_state
-from openm6.core.errors import Interrupted
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import numpy_generator
 from openm6.nn.moe import RouterStats
@@ -137,16 +135,5 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert untimed(left) == untimed(right)
 
 
-def main(words: list[str]) -> int:
-    pause = float(words[words.index("--pause") + 1]) if "--pause" in words else 0.0
-    torch.set_num_threads(1)
-    try:
-        train(ToyTraining(pause=pause), toy_config(), RunFolder.open(words[0]), resume="--resume" in words)
-    except Interrupted as stop:
-        sys.stderr.write(f"{stop}\n")
-        return stop.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def main(folder: str, pause: float) -> None:
+    train(ToyTraining(pause=pause), toy_config(), RunFolder.open(folder))

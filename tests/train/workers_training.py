@@ -1,4 +1,4 @@
-"""A training task whose batches can be split; as a program it trains: `python workers_training.py FOLDER WORKERS`."""
+"""A training task whose batches can be split, and a program that trains it, for tests that stop or kill it."""
 
 from __future__ import annotations
 
@@ -97,10 +97,12 @@ def workers_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> L
     return toy_config(optimizer, steps, save_every=6).model_copy(update={"num_processes": workers})
 
 
-if __name__ == "__main__":
+def main(folder: str, workers: int) -> int:
+    """Train slowly enough to be hit in the middle."""
     start_log()
     try:
-        train(WorkersTraining(pause=0.1), workers_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
+        train(WorkersTraining(pause=0.1), workers_config(workers), RunFolder.open(folder))
     except Interrupted as stop:  # as the command line does
         sys.stderr.write(f"{stop}\n")
-        sys.exit(stop.exit_code)
+        return stop.exit_code
+    return 0
