@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from openm6.core.errors import OpenM6Error
 
 if TYPE_CHECKING:
-    from openm6.api.estimators import OpenM6Classifier, OpenM6Regressor
-    from openm6.api.finetune import finetune
+    from openm6.api.estimators import OpenM6Classifier, OpenM6Regressor, finetune
     from openm6.api.model import OpenM6, from_hf, load
     from openm6.api.values import Audio, Distribution
 
@@ -28,9 +27,9 @@ def __getattr__(name: str) -> object:
 
     if name in ("OpenM6Classifier", "OpenM6Regressor", "finetune"):
         # scikit-learn takes a second
-        from openm6.api import estimators, finetune  # noqa: PLC0415
+        from openm6.api import estimators  # noqa: PLC0415
 
-        return getattr(finetune if name == "finetune" else estimators, name)
+        return getattr(estimators, name)
     return getattr(model, name)
 
 

@@ -23,7 +23,7 @@ from openm6.modalities.registry import Modalities, source_segments, target_segme
 from openm6.models.omni import Omni
 from openm6.optim import registry
 from openm6.optim.config import OptimizerConfig
-from openm6.tasks import text
+from openm6.tasks import registry as task_registry
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import Text
 from openm6.tasks.task import Task
@@ -47,8 +47,8 @@ def run_example(heading: str, names: dict[str, Any]) -> tuple[dict[str, Any], An
 
 
 def test_task() -> None:
-    names, _ = run_example("Task", {**vars(text), "TASKS": {}})
-    ((name, task),) = names["TASKS"].items()
+    names, _ = run_example("Task", {**vars(task_registry), "BUILT_IN": {}})
+    ((name, task),) = names["BUILT_IN"].items()
     assert isinstance(task, Task) and name not in TASKS
     assert isinstance(task.target, Text) and (task.input_modality, task.output_modality) == ("text", "text")
     record = demo_sources()["emoji"][3]

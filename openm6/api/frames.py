@@ -63,7 +63,6 @@ def predict(
     quantile_levels: Sequence[float],
     classes: Sequence[Any] | None,
 ) -> pd.DataFrame:
-    """As `OpenM6.predict`."""
     columns = columns_of(frame)
     if not columns or not len(frame):
         raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")

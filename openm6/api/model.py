@@ -39,8 +39,7 @@ from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_
 from openm6.inference.engine import embed as embed_parts
 from openm6.inference.load import LoadedModel, convert_weights, precision_of
 from openm6.inference.load import load as load_checkpoint
-from openm6.inference.question import Box, Question, prompt_parts
-from openm6.inference.run import Answer, answer_parts, answer_questions
+from openm6.inference.question import Answer, Box, Question, answer_parts, answer_questions, prompt_parts
 from openm6.inference.sampling import Decoding
 from openm6.kernels.probe import capabilities
 from openm6.modalities.interface import Part
@@ -454,7 +453,6 @@ def _inputs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _output(answer: Answer, question: Question | None = None) -> Any:
-    """An answer as it is returned."""
     if isinstance(answer, np.ndarray):
         return Audio(answer)
     if isinstance(answer, str) or question is None or question.output != "numbers":

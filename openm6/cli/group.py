@@ -74,7 +74,6 @@ def make_app(group: type[TyperGroup] = PlainGroup) -> typer.Typer:
 
 
 def write_json(content: Any, path: Path | None) -> None:
-    """Write plain data as JSON, if a file is given."""
     if path is not None:
         replace_text(path, to_json(content, indent=2) + "\n")
 

@@ -88,7 +88,6 @@ class TrialTraining(MultimodalTraining):
 
 
 def part_of(config: EvalConfig, divisor: int) -> EvalConfig:
-    """An evaluation of one of `divisor` records."""
     config = config.limited(LEAST)
     counts = {"records": config.records, "answers": config.answers, "drawn": config.drawn}
     update = {name: -(-int(count) // divisor) for name, count in counts.items()}

@@ -60,8 +60,6 @@ class ParallelConfig(Config):
 
 
 class MeshShape(NamedTuple):
-    """The three axes of a run as numbers."""
-
     dp_replicate: int
     dp_shard: int
     ep: int
@@ -72,5 +70,4 @@ class MeshShape(NamedTuple):
 
     @property
     def copies_only(self) -> bool:
-        """Whether each rank holds the whole model."""
         return self.dp_shard == self.ep == 1

@@ -37,14 +37,11 @@ SLOT = "::"  # between a parameter's name and that of one of its optimizer's ten
 
 @dataclass(frozen=True)
 class Layout:
-    """The mesh of a run."""
-
     shape: MeshShape
     mesh: DeviceMesh
     dense: DeviceMesh  # dp_shard and ep as one axis: the ranks that hold one replica of the model among them
 
     def find(self, names: tuple[str, ...]) -> DeviceMesh:
-        """Return the submesh with these axes."""
         return self.dense if names == ("dense",) else self.mesh[names]
 
     def on_host(self) -> Layout:
@@ -53,7 +50,6 @@ class Layout:
 
 
 def open_layout(shape: MeshShape, device: torch.device) -> Layout:
-    """Open the mesh of the ranks that the launcher started."""
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=MeshShape._fields)
     return Layout(shape, mesh, mesh["dp_shard", "ep"]._flatten("dense"))
 
@@ -96,7 +92,6 @@ def shard_rest(model: nn.Module, layout: Layout) -> None:
 
 
 def _sum_only(module: nn.Module) -> None:
-    """Reduce by sums, not means."""
     for one in module.modules():
         if isinstance(one, FSDPModule):
             # Without the second line the division is asked of the backend, which gloo refuses and NCCL gets wrong in
@@ -218,7 +213,6 @@ class DTensorShardSpec(ShardSpec):
 
 
 def shard_spec_of(parameter: Tensor) -> ShardSpec:
-    """Return how a parameter of a model that `fsdp.shard` has sharded is divided."""
     return DTensorShardSpec(parameter) if isinstance(parameter, DTensor) else REPLICATED
 
 

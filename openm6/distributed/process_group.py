@@ -34,7 +34,6 @@ class LayerWeights:
         return self.shard_spec(index, name).group is not None
 
     def shard_spec(self, index: int, name: str) -> ShardSpec:
-        """Return how a matrix is divided."""
         return REPLICATED
 
     def part(self, index: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:

@@ -73,7 +73,6 @@ class WorkerPool:
             theirs.close()
 
     def send(self, message: Any) -> None:
-        """Send the same message to all workers."""
         for pipe in self.workers:
             self._send(pipe, message)
 
@@ -96,7 +95,6 @@ class WorkerPool:
             replies = [(busy.pop(pipe), self._receive(pipe)) for pipe in free]
 
     def close(self) -> None:
-        """End all processes."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:

@@ -1,30 +1,287 @@
-"""The energy meter: one counter for each device, read rarely enough to cost nothing, tagged by source."""
+"""The energy meter: one counter for each device, read rarely enough to cost nothing, tagged by source.
+
+Counters are registers of joules that wrap, or power over time: of GPUs (NVML), processors (RAPL), or estimates.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+import pynvml
 from pydantic import Field, field_validator
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.energy.carbon import WORLD, grid
-from openm6.energy.devices import (
-    SOURCES,
-    WATTS_PER_CORE,
-    Counter,
-    EnergyReading,
-    ProcessorEstimate,
-    installed_gib,
-    memory_estimate,
-    open_gpus,
-    open_packages,
-)
+
+Source = Literal["nvml", "rapl", "estimate"]
+SOURCES: tuple[Source, ...] = ("nvml", "rapl", "estimate")  # from the best to the least
+# The meter reads every few seconds (meter.POLL_SECONDS). A longer silence means that the machine slept or the process
+# was stopped; a counter may have wrapped unseen in it.
+SILENCE = 60.0
+
+Clock = Callable[[], float]
+
+
+@dataclass
+class EnergyReading:
+    """Joules by source, from the best to the least, and the seconds in which they were spent, if these are known."""
+
+    by_source: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def joules(self) -> float:
+        return sum(self.by_source.values())
+
+    @property
+    def source(self) -> str:
+        return "+".join(self.by_source)
+
+
+class Counter(ABC):
+    """The energy of one device since the counter was opened.
+
+    name: the device, in words; read: a value of the device, which fails with one of `errors` when it does not answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        read: Callable[[], float],
+        errors: tuple[type[Exception], ...] = (),
+        close: Callable[[], None] = lambda: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.name, self.source, self.errors, self.close = name, source, errors, close
+        self._read, self._clock = read, clock
+        self._joules = 0.0
+        self._value, self._now = read(), clock()
+
+    def joules(self) -> float:
+        """All joules so far; the sum never falls. Raises one of `errors` if the device does not answer any more."""
+        value, now = self._read(), self._clock()
+        self._joules += self._added(value, now - self._now)
+        self._value, self._now = value, now
+        return self._joules
+
+    @abstractmethod
+    def _added(self, value: float, seconds: float) -> float:
+        """Joules since the value before, so many seconds ago."""
+
+
+class EnergyRegister(Counter):
+    """A register of joules; an interval that is not known is dropped, never guessed.
+
+    wrap: the value at which the register starts from 0 again, None if it never does; max_watts: no device of its
+    kind draws more, so a larger rise is a reset; bridges_silence: whether it goes on while nobody reads.
+    """
+
+    max_watts: float
+    wrap: float | None = None
+    bridges_silence = False
+
+    def _added(self, value: float, seconds: float) -> float:
+        rise = value - self._value
+        if rise < 0 and self.wrap is not None:
+            rise += self.wrap
+        known = 0 <= rise <= self.max_watts * (seconds + 1.0) and (self.bridges_silence or seconds <= SILENCE)
+        return rise if known else 0.0
+
+
+class PowerOverTime(Counter):
+    """Watts read now and then, times the time between: an estimate, since the draw between two reads is unknown."""
+
+    def _added(self, value: float, seconds: float) -> float:
+        return (value + self._value) / 2 * seconds if seconds <= SILENCE else 0.0
+
+
+class BoardEnergy(EnergyRegister):
+    """The counter of one board since the driver was loaded; Volta and newer have it."""
+
+    max_watts = 4000.0
+    bridges_silence = True
+
+
+def open_gpus(indices: tuple[int, ...] | None) -> tuple[list[Counter], list[str]]:
+    """Counters of the GPUs of these indices in CUDA (None: all visible), and a sentence for each without."""
+    if indices == ():
+        return [], []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [], [f"no GPU is counted: {error}"]
+    counters: list[Counter] = []
+    notes: list[str] = []
+    try:
+        handles = _visible_handles()
+        for index in range(len(handles)) if indices is None else indices:
+            if index >= len(handles):
+                notes.append(f"GPU {index} is not counted: NVML does not show it")
+                continue
+            counter, note = _open(handles[index], index)
+            counters += [counter] if counter else []
+            notes += [note] if note else []
+    except (pynvml.NVMLError, ValueError) as error:
+        notes.append(f"GPUs are not counted in full: {error}")
+    finally:
+        pynvml.nvmlShutdown()
+    return counters, notes
+
+
+def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
+    """A counter that holds NVML open for itself, and a note about it, or none."""
+    name = f"GPU {index} {pynvml.nvmlDeviceGetName(handle)}"
+
+    def joules() -> float:
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+
+    def watts() -> float:
+        return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000.0
+
+    errors = (pynvml.NVMLError,)
+    for open_one in (
+        lambda: BoardEnergy(name, "nvml", joules, errors, pynvml.nvmlShutdown),
+        lambda: PowerOverTime(name, "estimate", watts, errors, pynvml.nvmlShutdown),
+    ):
+        # NVML counts how often it was started.
+        pynvml.nvmlInit()
+        try:
+            shared = f"{name}: MIG is on: the whole card is counted, not its slice" if _has_mig(handle) else ""
+            return open_one(), shared
+        except pynvml.NVMLError:
+            pynvml.nvmlShutdown()
+    return None, f"{name} is not counted: it reports neither energy nor power"
+
+
+def _visible_handles() -> list[Any]:
+    """Boards in CUDA's order; CUDA_VISIBLE_DEVICES holds indices, UUIDs or their beginnings."""
+    every = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return every
+    uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in every]
+    chosen = []
+    for word in (part.strip() for part in visible.split(",") if part.strip()):
+        if word.startswith("MIG-"):
+            slice_ = pynvml.nvmlDeviceGetHandleByUUID(word)
+            chosen.append(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(slice_))
+        elif word.isdigit() and int(word) < len(every):
+            chosen.append(every[int(word)])
+        else:
+            found = [handle for handle, uuid in zip(every, uuids, strict=True) if uuid.startswith(word)]
+            if not found:
+                break  # as CUDA does: what follows an unknown device is not visible
+            chosen.append(found[0])
+    return chosen
+
+
+def _has_mig(handle: Any) -> bool:
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
+    except pynvml.NVMLError:
+        return False
+
+
+POWERCAP = Path("/sys/class/powercap")
+IDLE_FRACTION = 0.1  # of its rated power that a processor draws at no load, as codecarbon assumes
+WATTS_PER_CORE = 5.0  # rated power by core: 64 cores of a server have some 350 W, 8 of a laptop some 45 W
+WATTS_PER_GIB = 0.375  # of memory: 3 W for 8 GB, as codecarbon assumed
+
+
+class RaplCounter(EnergyRegister):
+    """One zone of RAPL: a package or its memory. It wraps within minutes, so it must be read often."""
+
+    max_watts = 2000.0
+
+    def __init__(self, zone: Path, name: str) -> None:
+        self.wrap = int((zone / "max_energy_range_uj").read_text()) / 1e6
+        path = zone / "energy_uj"
+        super().__init__(name, "rapl", lambda: int(path.read_text()) / 1e6, (OSError, ValueError))
+
+
+def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]]:
+    """Counters of every package and its memory, whether the memory is among them, and why one is missing.
+
+    Zones are nested: core and uncore lie within the package, psys contains it, and intel-rapl-mmio shows it again, so
+    only packages and DRAM are summed. AMD's processors appear under the same names, without DRAM.
+    """
+    counters: list[Counter] = []
+    has_memory = False
+    zones = sorted(path for path in root.glob("intel-rapl:*") if (path / "name").is_file())
+    try:
+        for zone in zones:
+            kind = (zone / "name").read_text().strip()
+            if kind.startswith("package") or kind == "dram":
+                counters.append(RaplCounter(zone, f"{zone.name} {kind}"))
+                has_memory = has_memory or kind == "dram"
+    except PermissionError:
+        return [], False, [f"RAPL is there, but may not be read: let an administrator allow reading of {root}"]
+    except (OSError, ValueError) as error:
+        return [], False, [f"RAPL cannot be read: {error}"]
+    return counters, has_memory, []
+
+
+def own_cpu_seconds() -> float:
+    """Processor time of this process and of its children, those that have ended and, on Linux, those that live."""
+    spent, own, ticks = os.times(), os.getpid(), 0
+    seconds = spent.user + spent.system + spent.children_user + spent.children_system
+    try:
+        for child in Path(f"/proc/{own}/task/{own}/children").read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))  # utime, stime and those of its children
+        return seconds + ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:  # not Linux, or the child ended just now: it is counted among the ended ones next time
+        return seconds
+
+
+class ProcessorEstimate(Counter):
+    """Rated watts × (0.1 of the time + 0.9 of the fraction of cores that this process kept busy).
+
+    Without `idle` only the load counts: another process of the machine counts the rest.
+    """
+
+    def __init__(
+        self,
+        rated_watts: float,
+        cores: int,
+        clock: Clock = time.monotonic,
+        cpu_clock: Clock = own_cpu_seconds,
+        idle: bool = True,
+    ) -> None:
+        self._idle_watts = rated_watts * IDLE_FRACTION if idle else 0.0
+        self._busy_watts = rated_watts * (1 - IDLE_FRACTION) / cores
+        super().__init__(f"processor, {rated_watts:g} W rated", "estimate", cpu_clock, clock=clock)
+
+    def _added(self, value: float, seconds: float) -> float:
+        # A machine that slept counts only what was computed.
+        awake = seconds if seconds <= SILENCE else 0.0
+        return self._idle_watts * awake + self._busy_watts * max(0.0, value - self._value)
+
+
+def memory_estimate(gib: float, clock: Clock = time.monotonic) -> Counter:
+    """Watts per GiB of installed memory, whatever is stored in it."""
+    name, watts = f"memory, {gib:.0f} GiB at {WATTS_PER_GIB} W", gib * WATTS_PER_GIB
+    return PowerOverTime(name, "estimate", lambda: watts, clock=clock)
+
+
+def installed_gib() -> float:
+    """Memory of the machine; 0 if the system does not report it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError, AttributeError):  # AttributeError: Windows has no sysconf
+        return 0.0
+
 
 POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so it must be read in a long step, too
 MAX_REST = 1.0  # seconds
@@ -66,7 +323,6 @@ class Meter(AbstractContextManager["Meter"]):
 
     @property
     def devices(self) -> list[str]:
-        """What is counted and how, in words."""
         return [f"{counter.name} ({counter.source})" for counter in self._joules]
 
     def joules(self, fresh: bool = False) -> EnergyReading:

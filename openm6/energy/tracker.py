@@ -22,8 +22,6 @@ Work = Mapping[str, Mapping[str, WorkCount]]
 
 @dataclass
 class EnergyUse:
-    """What one stage, modality or task has cost so far."""
-
     joules: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
@@ -61,7 +59,6 @@ class EnergyTracker:
 
     @property
     def in_steps(self) -> float:
-        """Joules of the steps that count."""
         return sum(use.joules for use in self.stages.values())
 
     @property
@@ -79,10 +76,8 @@ class EnergyTracker:
                 uses.setdefault(name, EnergyUse()).add(joules * part, count.tokens, seconds * part)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EnergyTracker:
-        """Return the tracker that `to_json` stored."""
         return TypeAdapter(cls).validate_python(values)

@@ -14,7 +14,7 @@ from openm6.data.source import Source
 from openm6.inference.engine import generate_texts, score_texts
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt
-from openm6.inference.run import BATCH, Answer, decode_targets
+from openm6.inference.question import BATCH, Answer, decode_targets
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments, target_segment

@@ -28,8 +28,6 @@ Ticks = Sequence[tuple[float, str]]
 
 @dataclass(frozen=True)
 class Shape:
-    """An SVG path and the CSS class that styles it."""
-
     name: str
     path: str
 
@@ -87,7 +85,6 @@ class Frame:
         return Shape(name, f"M{path}Z" if path else "")
 
     def vertical(self, x: float, name: str, top: float = 0.0) -> Shape:
-        """A vertical line at `x`, from the bottom of the box to `top`."""
         return Shape(name, f"M{self.x(x):.2f} 100.00V{top:.2f}" if math.isfinite(x) else "")
 
     def chart(self, shapes: Iterable[Shape], description: str, x: Ticks = (), y: Ticks = ()) -> Chart:
@@ -124,7 +121,6 @@ def thin(values: np.ndarray, count: int = MAX_POINTS) -> list[np.ndarray]:
 
 
 def finite_mean(values: np.ndarray) -> float:
-    """Mean of the finite values; NaN if there is none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else math.nan
 

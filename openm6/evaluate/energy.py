@@ -47,7 +47,6 @@ class EnergyAccount:
         return self.joules_per_token * self.pue / GPT3_JOULES_PER_TOKEN
 
     def grams(self, joules: float) -> float:
-        """CO2e of some of the joules."""
         return self.grid.grams(joules, self.pue)
 
     def joules_per_point(self, stage: str) -> float | None:

@@ -5,27 +5,223 @@ et al., arXiv 2110.08420, section 2). Training drops the inputs of a tenth of th
 both terms. V-information subtracts from the *smallest* cross-entropy that a predictor without inputs reaches, so the
 frequencies of the training targets stand in for the model if they predict the test targets better. The mean gain is
 then at most the cross-entropy of the test answers under those frequencies, about their entropy, whatever the model.
+
+The same frequencies are baselines of text and codes; those of numbers are naive rules.
 """
 
-# Shapes: N examples
+# Shapes: M training targets, N test examples, P positions of a target, G codes per position, C codebook size
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from openm6.data.prepare import example_sequence, null_example
-from openm6.evaluate.baselines import AnswerFrequencies, TargetPrior
+from openm6.data.source import Source
+from openm6.evaluate.answers import build_examples
+from openm6.evaluate.formatting import words
+from openm6.evaluate.metrics import Scored, known_metrics, truths
 from openm6.inference.engine import MAX_ROWS, ROW_TOKENS
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import passes_of
 from openm6.modalities.batch import PackedExample, collate
+from openm6.modalities.histogram import BINS, LIMIT
+from openm6.modalities.interface import Segment
+from openm6.modalities.numbers import Numbers
+from openm6.modalities.registry import Modalities, target_segment
+from openm6.modalities.series import squashed
 from openm6.models.omni import Omni
-from openm6.tasks.task import Example
+from openm6.tasks.task import Example, Task
+
+MAX_TRAINING_EXAMPLES = 400
+# Candidate weights of a position's own frequencies, against those of all positions.
+POSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 0.9)
+PSEUDO_COUNT = 0.5
+
+
+class TargetPrior:
+    """p(y) from the targets of the training split; in this class, without any, no target has a probability."""
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        """-log2 p(y) of each target in bits; infinite for a target without probability.  # N"""
+        return np.full(len(examples), np.inf)
+
+
+class AnswerFrequencies(TargetPrior):
+    """Text: how often each answer occurs in the language of the prompt and for its column, add-half smoothed."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        for example in examples:
+            self.counts[example.language, example.column][example.answer] += 1
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        found = np.full(len(examples), np.inf)
+        for row, example in enumerate(examples):
+            answer, counts = example.answer, self.counts[example.language, example.column]
+            if answer in counts:
+                # One class more than was seen: the probability of a new answer.
+                total = counts.total() + PSEUDO_COUNT * (len(counts) + 1)
+                found[row] = -np.log2((counts[answer] + PSEUDO_COUNT) / total)
+        return found
+
+    def covers(self, examples: list[Example]) -> bool:
+        """Whether every answer occurred in training: the task has a closed set of answers."""
+        return all(example.answer in self.counts[example.language, example.column] for example in examples)
+
+
+class ValueFrequencies(TargetPrior):
+    """Numbers: a histogram of each column's training values over the bins of the number head."""
+
+    def __init__(self, examples: list[Example], numbers: Numbers) -> None:
+        self.numbers = numbers
+        self.counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(BINS))
+        for example in examples:
+            self.counts[target_column(example)] += np.bincount(self._bins(example), minlength=BINS)
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        found = []
+        for example in examples:
+            smoothed = self.counts[target_column(example)] + PSEUDO_COUNT / 4  # 160 bins would swamp few values
+            found.append(-np.log2(smoothed[self._bins(example)] / smoothed.sum()).sum())
+        return np.asarray(found)
+
+    def _bins(self, example: Example) -> np.ndarray:
+        """Bin of each observed value, on the scale of its column."""
+        loc, scale = self.numbers.scale(target_column(example))
+        values = squashed((truths(example) - loc) / scale)
+        return ((values + LIMIT) * (BINS / (2 * LIMIT))).astype(int).clip(0, BINS - 1)
+
+
+class CodeFrequencies(TargetPrior):
+    """Image and audio codes: frequencies by position and group, mixed with those of all positions.
+
+    The weight of the position's own frequencies is the one that predicts a held-out quarter of the training targets
+    best.
+    """
+
+    def __init__(self, targets: list[Segment], codebook_size: int) -> None:
+        codes = np.stack([target.arrays["codes"] for target in targets])  # M P G
+        held_out = np.arange(len(codes)) % 4 == 3
+        weight = 0.0
+        if held_out.any():
+            tables = {w: _code_bits(codes[~held_out], codebook_size, w) for w in POSITION_WEIGHTS}
+            weight = min(tables, key=lambda w: _lookup(tables[w], codes[held_out]).mean())
+        self.table = _code_bits(codes, codebook_size, weight)  # P G C
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        return np.asarray([_lookup(self.table, target.arrays["codes"])[target.learn].sum() for target in targets])
+
+
+def _code_bits(codes: np.ndarray, codebook_size: int, weight: float) -> np.ndarray:
+    """Bits of every code at every position.  # M P G -> P G C"""
+    _, positions, groups = codes.shape
+    own = np.zeros((positions, groups, codebook_size))
+    np.add.at(own, (np.arange(positions)[:, None], np.arange(groups), codes), 1)
+    pooled = own.sum(0) + PSEUDO_COUNT  # G C
+    pooled /= pooled.sum(-1, keepdims=True)
+    return -np.log2(weight * own / len(codes) + (1 - weight) * pooled)
+
+
+def _lookup(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Bits of codes.  # P G C, … P G -> … P G"""
+    positions, groups, _ = table.shape
+    return table[np.arange(positions)[:, None], np.arange(groups), codes]
+
+
+def target_column(example: Example) -> str:
+    return next(iter(example.answer)) if isinstance(example.answer, dict) else example.answer.name
+
+
+def training_examples(
+    task: Task, source: Source, seed: int, modalities: Modalities
+) -> tuple[list[Example], list[Segment]]:
+    """Some training records of a source as examples of a task, with their targets; broken ones are left out."""
+    return build_examples(
+        task, source, MAX_TRAINING_EXAMPLES, (seed, "baseline"), lambda one: target_segment(one.target, modalities)
+    )[:2]
+
+
+def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loaded: LoadedModel) -> TargetPrior:
+    """The input-free predictor of a task's targets, from training examples."""
+    if not examples:
+        return TargetPrior()
+    if task.output_modality == "text":
+        return AnswerFrequencies(examples)
+    if task.output_modality == "numbers":
+        return ValueFrequencies(examples, loaded.numbers)
+    modality = loaded.image if task.output_modality == "image" else loaded.audio
+    return CodeFrequencies(targets, modality.codec.config.codebook_size)
+
+
+def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarray | None:
+    """A metric of the baseline for each record; None if the task has no baseline.  # N
+
+    Text: the most frequent training answer of the language. Codes: their training frequencies by position. Numbers:
+    the error of the reference predictions, `mae`, which is the unit of `relative_crps`.
+    """
+    compute = known_metrics()[metric].values
+    if isinstance(prior, AnswerFrequencies) and compute is not None:
+        counts = [prior.counts[example.language, example.column] for example in scored.examples]
+        answers = [max(found, key=found.__getitem__, default="") for found in counts]
+        return compute(dataclasses.replace(scored, answers=list(answers)))
+    if metric == "mae":
+        return scored.reference_errors()
+    if metric == "relative_crps":
+        errors = scored.reference_errors()
+        return errors / max(float(errors.mean()), 1e-9)
+    if metric == "bits_per_code" and scored.prior_bits_per_code is not None:
+        return scored.prior_bits_per_code
+    return None
+
+
+def numbers_references(
+    task: Task, examples: list[Example], train: list[Example], loaded: LoadedModel
+) -> dict[str, list[np.ndarray]]:
+    """Predictions by the names of naive rules: the column's median; of a forecast, last value and seasonal naive."""
+    if task.baseline != "last_value":
+        return {words(task.baseline): column_statistics(examples, loaded, 0)}
+    references = {"last value": [_repeated(example, 1) for example in examples]}
+    if (season := find_season(train)) > 1:
+        references[f"seasonal naive, period {season}"] = [_repeated(example, season) for example in examples]
+    return references
+
+
+def column_statistics(examples: list[Example], loaded: LoadedModel, index: int) -> list[np.ndarray]:
+    """Location (0) or scale (1) of the column of each observed truth; errors are averaged in units of the scale."""
+    return [np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[index]) for example in examples]
+
+
+def find_season(train: list[Example]) -> int:
+    """The period of at least two steps with the best seasonal naive forecast of training windows; 1 if none fits."""
+    longest = min((len(_past(example)) for example in train), default=1)
+    errors = {
+        period: np.mean([np.abs(_repeated(example, period) - truths(example)).mean() for example in train])
+        for period in range(2, longest + 1)
+    }
+    return min(errors, key=errors.__getitem__, default=1)
+
+
+def _past(example: Example) -> list[float | None]:
+    return [v for part in example.source if part.modality == "numbers" for v in part.raw.values]
+
+
+def _repeated(example: Example, period: int) -> np.ndarray:
+    """The last `period` values repeated over the horizon, at the observed steps; missing values are forward-filled."""
+    past = np.asarray([np.nan if value is None else value for value in _past(example)], float)
+    if not np.isfinite(past).any():
+        past = np.zeros(1)
+    seen = np.maximum.accumulate(np.where(np.isfinite(past), np.arange(len(past)), -1))
+    past = past[np.where(seen >= 0, seen, np.flatnonzero(np.isfinite(past))[0])]
+    values = example.answer.values
+    steps = np.asarray([i for i, value in enumerate(values) if value is not None and np.isfinite(value)])
+    period = min(period, len(past))
+    return past[len(past) - period + steps % period]
 
 
 @dataclass(frozen=True)

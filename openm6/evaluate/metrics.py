@@ -21,7 +21,7 @@ from openm6.evaluate.answers import evenly_spaced
 from openm6.evaluate.formatting import NO_BREAK, plain, words
 from openm6.evaluate.results import true_values
 from openm6.inference.load import LoadedModel
-from openm6.inference.run import Answer
+from openm6.inference.question import Answer
 from openm6.modalities.audio import Audio, read_audio
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import box_mask, pixels, read_image, to_square
@@ -142,7 +142,6 @@ class Metric:
 
 
 def truths(example: Example) -> np.ndarray:
-    """The observed values of a numbers example."""
     _, values = true_values(example.answer)
     return values[np.isfinite(values)]
 
@@ -237,20 +236,17 @@ def metrics_for(modality: str) -> list[str]:
 
 
 def all_metrics(names: tuple[str, ...], scored: Scored) -> dict[str, np.ndarray]:
-    """Every named metric that applies, for each example."""
     known = known_metrics()
     found = {name: compute(scored) for name in names if (compute := known[name].values) is not None}
     return {name: values for name, values in found.items() if values is not None}
 
 
 def is_percent(metric: str) -> bool:
-    """Whether a metric is reported in per cent."""
     known = known_metrics()
     return known[metric].percent if metric in known else "recall_at_" in metric or "chance_at_" in metric
 
 
 def metric_title(metric: str) -> str:
-    """A metric's name for a person."""
     known = known_metrics()
     return known[metric].title if metric in known else words(metric)
 

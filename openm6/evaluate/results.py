@@ -23,7 +23,7 @@ from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.energy import EnergyAccount
-from openm6.inference.run import Answer
+from openm6.inference.question import Answer
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.series import NumberSeries
@@ -218,7 +218,6 @@ def load_evaluation(run: RunFolder, checkpoint: str) -> tuple[EvalReport, float]
 
 
 def drop_evaluation(run: RunFolder) -> None:
-    """Remove the saved results, once the report is written."""
     (run.path / FILE).unlink(missing_ok=True)
 
 

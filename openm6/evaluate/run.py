@@ -23,8 +23,6 @@ from openm6.models.description import CheckpointConfig, TrainedTask
 
 
 class _Sources(Config):
-    """The sources of a recipe, as a checkpoint stores them."""
-
     sources: dict[str, AnySourceConfig]
 
 

@@ -31,7 +31,6 @@ def answered(result: TaskResult) -> str:
 
 
 def result_line(result: TaskResult) -> str:
-    """One result as a line of a log."""
     value, baseline = (score(result.metric, number) for number in (result.value, result.baseline))
     low, high = (score(result.metric, end) for end in result.value_interval)
     bits_low, bits_high = (signed(end) for end in result.information_interval)

@@ -44,7 +44,6 @@ class Coverage:
         return not self.en
 
     def message(self, language: str) -> str:
-        """The sentence in a language."""
         return self.zh if language == "zh" else self.en
 
 

@@ -63,7 +63,7 @@ class DecodeBatch:
 
     `batch_invariant` pads every pass to whole multiples of 16 rows and runs all experts; a graph is padded to the
     largest number of rows. Padding rows write to slots that are not in use; their state is set again when a sequence
-    takes the slot. With `compiled`, layers run compiled on a CPU (compiled.py).
+    takes the slot. With `compiled`, layers run compiled on a CPU (decode.py).
     """
 
     def __init__(
@@ -90,7 +90,6 @@ class DecodeBatch:
 
     @property
     def free(self) -> int:
-        """Number of sequences that may be added."""
         return self.capacity - len(self.rows)
 
     @property
@@ -177,7 +176,6 @@ class DecodeBatch:
         return sampled, logits
 
     def _sample(self, logits: Tensor, mode: SamplingMode) -> Tensor:
-        """Sample every row by its own settings.  # B V -> B"""
         if mode == "greedy":
             return logits.argmax(-1)
         batch = len(logits)

@@ -48,7 +48,6 @@ class MaskedDecodeState:
 
     @property
     def progress(self) -> float:
-        """Fraction of the steps that are done."""
         return self.step / self.sampling.steps
 
     @property

@@ -45,7 +45,6 @@ class Unit:
 
     @property
     def span(self) -> int:
-        """Positions from this unit to the next."""
         return sum(segment.span for segment in self.segments)
 
 
@@ -150,7 +149,6 @@ def passes_of(items: Sequence[T], length_of: Callable[[T], int], limit: int) -> 
 
 
 def prompt_length(prompt: Prompt) -> int:
-    """Return the number of tokens of a prompt."""
     return sum(map(len, prompt))
 
 

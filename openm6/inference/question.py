@@ -1,20 +1,30 @@
-"""A question to a model: inputs and what is asked for, and its prompt in the words of the trained tasks."""
+"""A question to a model, its prompt in the words of the trained tasks, and answers, decoded as one batch."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
+
 from openm6.core.errors import ConfigError, DataError
+from openm6.core.log import get_log
+from openm6.inference.coverage import assess
+from openm6.inference.engine import generate_scored, predict_distributions
 from openm6.inference.load import LoadedModel
+from openm6.inference.masked import decode_masked
+from openm6.inference.prefill import Prompt
+from openm6.inference.sampling import Decoding, MaskedSampling
 from openm6.modalities.audio import Audio, read_audio
 from openm6.modalities.dates import is_date
+from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import Image, read_image
-from openm6.modalities.interface import Part
-from openm6.modalities.registry import MODALITIES
+from openm6.modalities.interface import Part, Segment
+from openm6.modalities.registry import MODALITIES, source_segments
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import join_texts
 from openm6.tasks.chat import Turn, chat_parts, join_neighbours, said
@@ -248,3 +258,67 @@ def _number(value: str) -> float | None:
     if not math.isfinite(number):
         raise ValueError(value)
     return number
+
+
+# Images, audio or rows of numbers decoded side by side.
+BATCH = 32
+
+Answer = str | PIL.Image.Image | np.ndarray | Histogram
+"""The output of a model: text, an image, 16 kHz samples, or distributions of numbers."""
+
+
+def answer_questions(loaded: LoadedModel, questions: Sequence[Question], decoding: Decoding) -> list[Answer]:
+    """Return the answers to questions, all of which ask for one modality; the one at i draws from seed + i."""
+    parts = [prompt_parts(question, loaded) for question in questions]
+    asked = zip(questions, parts, strict=True)
+    targets = [target_of(question, prompt, loaded) for question, prompt in asked if question.output != "text"]
+    return answer_parts(loaded, parts, questions[0].output, targets, decoding)
+
+
+def answer_parts(
+    loaded: LoadedModel, prompts: Sequence[Sequence[Part]], output: str, targets: Sequence[Segment], decoding: Decoding
+) -> list[Answer]:
+    """As `answer_questions`, of prompts as parts; `targets` are those of `target_of`, none for text."""
+    segments = [source_segments(parts, loaded.modalities) for parts in prompts]
+    found: list[Answer] = []
+    confidences: list[float | None] = [None] * len(prompts)
+    if output == "text":
+        for index, generated in enumerate(generate_scored(loaded, segments, decoding.text)):
+            found.append(generated.text)
+            confidences[index] = generated.confidence
+    for start in range(0, len(targets), BATCH):
+        sampling = decoding.masked.model_copy(update={"seed": decoding.masked.seed + start})
+        batch = slice(start, start + BATCH)
+        found += decode_targets(loaded, segments[batch], output, list(targets[batch]), sampling)
+    notes = [
+        assess(parts, output, loaded.description, confidence).en
+        for parts, confidence in zip(prompts, confidences, strict=True)
+    ]
+    for note in dict.fromkeys(filter(None, notes)):
+        get_log().warning(note)
+    return found
+
+
+def decode_targets(
+    loaded: LoadedModel, prompts: list[Prompt], modality: str, targets: list[Segment], sampling: MaskedSampling
+) -> list[Answer]:
+    """Return images, audio samples or distributions in answer to prompts, in one batch."""
+    if modality == "numbers":
+        return list(predict_distributions(loaded.omni, prompts, targets))
+    codec = loaded.image if modality == "image" else loaded.audio
+    return [codec.decode(codes) for codes in decode_masked(loaded.omni, prompts, targets, sampling).cpu()]
+
+
+def target_of(question: Question, parts: Sequence[Part], loaded: LoadedModel) -> Segment:
+    """Return what is decoded: all codes or those that are masked, a number, or the steps of a forecast."""
+    if question.output == "numbers":
+        name = question.target_column() if question.series is None else question.series.name
+        # A target needs values; these are only asked for.
+        value = loaded.numbers.scale(name)[0]
+        raw = {name: value} if question.series is None else question.series.to_forecast(question.ahead)
+        return loaded.numbers.target(raw, options={"given": loaded.numbers.given(parts)})
+    modality = loaded.image if question.output == "image" else loaded.audio
+    if question.is_inpainting:
+        (masked,) = (part for part in parts if part.modality == question.output)
+        return modality.target(masked.raw, options=masked.options)
+    return modality.blank()

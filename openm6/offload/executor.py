@@ -247,7 +247,6 @@ class _Span(torch.autograd.Function):
 def run_block(
     block: TransformerBlock, weights: dict[str, Tensor], x: Tensor, context: Context, layer: int
 ) -> BlockOutput:
-    """One layer with these weights in place of its own."""
     return functional_call(block, weights, (x, context, layer))
 
 

@@ -121,7 +121,6 @@ class ClusterOptions:
 
 
 def gpu_cluster(gpu: Gpu, options: ClusterOptions) -> Cluster:
-    """A cluster of a GPU from the table."""
     per_node = min(options.per_node, options.devices)
     assumed = []
     host = options.host_memory

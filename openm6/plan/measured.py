@@ -97,7 +97,6 @@ def plan_measured(
 
 
 def measured_steps(run: RunFolder) -> MeasuredSteps:
-    """Means of a run that wrote a line after every step."""
     lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
     first, *_, last = lines = [line for line in lines if "seconds" in line][WARMUP_STEPS:]
     count = len(lines) - 1

@@ -25,9 +25,9 @@ from starlette.exceptions import HTTPException
 from openm6 import __version__
 from openm6.core.errors import OpenM6Error
 from openm6.serve.config import ServeConfig
+from openm6.serve.content import Fetcher
 from openm6.serve.engine import Engine
 from openm6.serve.errors import ErrorBody, answer_failure
-from openm6.serve.fetching import Fetcher
 from openm6.serve.middleware import HTTPMiddleware
 from openm6.serve.routes import chat, media, one_pass, scenarios, status
 from openm6.serve.scenarios.scenario import read_scores

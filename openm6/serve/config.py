@@ -77,7 +77,6 @@ class EngineConfig(Config):
         return self
 
     def precision(self, device: torch.device) -> Precision:
-        """Return the precision of the weights on a device."""
         if self.weights != "auto":
             return self.weights
         return "bfloat16" if device.type == "cuda" and capabilities(device).bf16 else "float32"

@@ -173,12 +173,10 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether it accepts requests."""
         return self._running and self._thread.is_alive()
 
     @property
     def unavailable(self) -> EngineUnavailableError:
-        """The error to answer with when it is not ready."""
         return EngineUnavailableError(self.failure or "the engine does not run: start the server again")
 
     async def ask_all(self, requests: Iterable[Request], client: str, seconds: float) -> list[RequestHandle]:
@@ -273,6 +271,5 @@ class Engine:
 
 
 def cancel_all(handles: Iterable[RequestHandle]) -> None:
-    """Cancel requests whose answers are not needed any more."""
     for handle in handles:
         handle.cancel()

@@ -68,15 +68,12 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Failure:
-    """An error as it is answered."""
-
     status: int
     message: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self, code: str | None = None) -> ErrorBody:
-        """Return the JSON of the error."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         # A request may hold half a surrogate pair, and a message may quote it.
         message = self.message.encode("utf-8", "replace").decode("utf-8")
@@ -109,7 +106,6 @@ def failure_of(error: Exception) -> Failure:
 
 
 async def answer_failure(_: Request, error: Exception) -> JSONResponse:
-    """Answer any failure of an app in one form."""
     return failure_of(error).response()
 
 

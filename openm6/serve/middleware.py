@@ -104,8 +104,6 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """Reads bodies by `StrictRequest`."""
-
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 

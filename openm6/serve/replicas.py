@@ -75,7 +75,6 @@ def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: Re
 
 
 def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
-    """Return the app of one replica."""
     engine = Engine(load(trained, config.engine.device, config.engine.num_gpu_layers), config.engine)
     # Ray replaces a replica that has ended; the delay lets its last answers out.
     engine.on_failure = threading.Timer(1.0, os._exit, (1,)).start

@@ -91,7 +91,6 @@ class NumbersRequest(Request):
 
     @property
     def name(self) -> str:
-        """The first column that is predicted."""
         return self.series.name if self.series else self.columns[0]
 
 
@@ -166,7 +165,6 @@ class PreparedRequest:
 
     @cached_property
     def by_modality(self) -> dict[str, int]:
-        """Tokens of the prompt by modality."""
         found: Counter[str] = Counter()
         for segment in self.prompt:
             found[segment.kind.removesuffix("_in")] += len(segment)

@@ -56,7 +56,6 @@ class EnergyReply(BaseModel):
     joules_source: str | None = None
 
     def with_energy(self, answers: Sequence[Answer]) -> Self:
-        """Set the joules to those of the answers together."""
         measured = [answer.joules for answer in answers if answer.joules is not None]
         self.joules = sum(measured) if measured else None
         self.joules_source = next((answer.energy_source for answer in answers if answer.energy_source), None)
@@ -123,7 +122,6 @@ def coverage_of(request: Request, answer: Answer, description: CheckpointConfig)
 
 
 def distribution_of(histogram: Histogram, coverage: float) -> Distribution:
-    """Return mean, median and central interval of one value, or of several."""
     mean, median = _rounded(histogram.mean()), _rounded(histogram.median())
     low, high = map(_rounded, histogram.interval(coverage))
     return Distribution(mean=mean, median=median, low=low, high=high, coverage=coverage)
@@ -143,7 +141,6 @@ def _rounded(values: np.ndarray) -> float | list[float]:
 
 
 def chosen_seed(seed: int | None) -> int:
-    """Return the client's seed, or a random one."""
     return secrets.randbelow(MAX_SEED) if seed is None else seed
 
 

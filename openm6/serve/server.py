@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from openm6.inference.load import LoadedModel
 from openm6.serve.config import Limits, ServeConfig
+from openm6.serve.content import Fetcher
 from openm6.serve.engine import Engine, cancel_all
 from openm6.serve.errors import BadRequestError
-from openm6.serve.fetching import Fetcher
 from openm6.serve.requests import Answer, EngineUnavailableError, Request
 from openm6.serve.scenarios.scenario import ScenarioLibrary, Scores, library_of
 from openm6.serve.worker import RequestHandle
@@ -44,7 +44,6 @@ class Metrics:
         gauge("openm6_queue_tokens", "Tokens of work that wait").set_function(lambda: engine.queue.work)
 
     def add(self, kind: str, answer: Answer) -> None:
-        """Count one answer."""
         self.seconds.labels(kind).observe(answer.seconds)
         if answer.first_token_seconds:
             self.first_token.observe(answer.first_token_seconds)
@@ -56,8 +55,6 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Server:
-    """One model behind one address."""
-
     engine: Engine
     config: ServeConfig
     name: str
@@ -117,7 +114,6 @@ class Call:
 
 
 def server_of(http: HTTPRequest) -> Server:
-    """Return the server that an HTTP request reached."""
     found = http.app.state.server
     assert isinstance(found, Server)
     return found

@@ -82,7 +82,6 @@ class RequestHandle:
         return self._outcome.done()
 
     def cancel(self) -> None:
-        """Give the request up; the engine drops it at its next tick."""
         self.cancelled = True
 
     def finish(self, answer: Answer) -> None:
@@ -165,7 +164,6 @@ class Worker:
 
     @property
     def active(self) -> list[RequestHandle]:
-        """All requests in work."""
         return [row.key for row in self.text.rows] + [state.key for state in self.masked] + self.unread
 
     @property
@@ -192,7 +190,6 @@ class Worker:
         self._run(partial(self._start, handle), [handle])
 
     def tick(self) -> None:
-        """Run one step of everything in work."""
         if self.unread:
             self._run(self._read_together, list(self.unread))
         self.drop(lambda handle: handle.cancelled or handle.expired)
@@ -259,7 +256,6 @@ class Worker:
             self.unread.append(handle)
 
     def _answer_at_once(self, handle: RequestHandle) -> None:
-        """Answer a request that takes one pass after its prompt."""
         prepared, omni, slot = handle.prepared, self.loaded.omni, self.scratch_slot
         value: object
         if isinstance(prepared.request, EmbedRequest):
@@ -330,7 +326,6 @@ class Worker:
                 handle.notify()
 
     def _step_masked(self, group: list[MaskedDecodeState]) -> None:
-        """Run one decoding step of a group of images or audio."""
         done = masked_step(self.loaded.omni, self.slots, group)
         for state in group:
             if state in done:

@@ -95,7 +95,6 @@ def couplets(text: str) -> list[tuple[str, str]]:
 
 
 def draw_couplet(record: Record, context: Context) -> Built:
-    """The two lines of one couplet of a text."""
     found = couplets(_text(record, context.language))
     first, second = found[int(context.rng.integers(len(found)))]
     return Built({"line": Part("text", first)}, Part("text", second, {"max_tokens": COUPLET_TOKENS}), second)

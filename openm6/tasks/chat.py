@@ -52,7 +52,6 @@ def chat_parts(turns: Iterable[Turn]) -> list[Part]:
 
 
 def turns_of(record: Record) -> list[Turn]:
-    """The turns of a record's `messages`."""
     return [
         (message["role"], said(Part(item["type"], item[item["type"]]) for item in message["content"]))
         for message in record.get("messages") or ()

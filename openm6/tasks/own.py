@@ -181,7 +181,6 @@ class TaskConfig(Config):
         return same and field.column(name) == self.target.column("text")
 
     def task(self, name: str) -> Task:
-        """The task, called `name`."""
         languages: Literal["own", "any"] = "own" if set(self.prompts) == set(LANGUAGES) else "any"
         target = self.target.column(self.target.kind)
         return Task(

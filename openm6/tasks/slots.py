@@ -42,7 +42,6 @@ class Slot(ABC):
         return str(record.get("label") or record.get("id"))
 
     def metrics(self) -> tuple[str, ...]:
-        """The metrics of a task with this target."""
         return METRICS[self.modality]
 
 
@@ -83,7 +82,6 @@ class Text(Slot):
     modality = "text"
 
     def value(self, record: Record, language: str) -> Any:
-        """The field, or nothing."""
         if self.language == "any":
             return record.get(self.name)
         if self.language == "other":

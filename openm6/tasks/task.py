@@ -40,7 +40,6 @@ def literal_texts(prompt: str) -> list[str]:
 
 @functools.lru_cache(1024)
 def _split(prompt: str) -> tuple[str, ...]:
-    """Texts and names of a prompt in turn."""
     return tuple(_NAME.split(prompt))
 
 
@@ -81,7 +80,6 @@ def words_of(text: str) -> list[str]:
 
 
 def word_count(parts: Iterable[Part]) -> int:
-    """Words of all text among the parts."""
     return sum(len(words_of(str(part.raw))) for part in parts if part.modality == "text")
 
 

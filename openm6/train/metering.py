@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from openm6.energy.devices import SOURCES
-from openm6.energy.meter import open_meter
+from openm6.energy.meter import SOURCES, open_meter
 from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter

@@ -26,8 +26,7 @@ from openm6.nn.executor import LayerExecutor
 from openm6.nn.moe import MoE
 from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import OffloadedExecutor
-from openm6.offload.streams import open_streams
-from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes
+from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes, open_streams
 from openm6.optim.rules import WEIGHT, update_rule
 from openm6.plan.memory import FULL, HALF
 from openm6.train.budget import Budget, available, check_budget

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import openm6
-from openm6.api import finetune as module
 from openm6.core.errors import OpenM6Error
 from tests.api.test_frames import shop
 from tests.data.sample_images import png
@@ -33,7 +32,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_examples_of_docstrings_run(run: Path, folder: Path) -> None:
     penguins = pd.DataFrame({"flipper_length_mm": [190.0, 210.0] * 8, "body_mass_g": [4000.0, 5000.0] * 8})
     known = {"run": run, "penguins": penguins}
-    results = [doctest.DocTestRunner().run(one) for one in doctest.DocTestFinder().find(module, extraglobs=known)]
+    results = [
+        doctest.DocTestRunner().run(one) for one in doctest.DocTestFinder().find(openm6.finetune, extraglobs=known)
+    ]
     assert sum(one.attempted for one in results) == 2 and not any(one.failed for one in results)
     assert not any((folder / "temporary").iterdir())
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import baseline_llama
 from benchmarks.decode import COMPILED, compare
 from benchmarks.harness import Report
-from openm6.inference import compiled
+from openm6.inference import decode as compiled
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig
 

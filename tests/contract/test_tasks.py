@@ -16,7 +16,8 @@ from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS
 from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES
-from openm6.tasks.registry import SUBJECTS, TASKS, all_tasks, task_named
+from openm6.tasks import chat, design
+from openm6.tasks.registry import TASKS, all_tasks, task_named
 from openm6.tasks.slots import IMAGE
 from openm6.tasks.task import LANGUAGES, Example, Task
 from tests.data.lists import ListSource
@@ -87,8 +88,8 @@ def plain_texts(example: Example) -> str:
 
 
 def test_names_are_unique_and_their_own() -> None:
-    listed = [name for subject in SUBJECTS for name in subject.TASKS]
-    assert len(listed) == len(TASKS), "two tasks share a name"
+    # A linter finds names that are twice in one mapping.
+    assert all(TASKS[name].summary == task.summary for name, task in {**design.TASKS, **chat.TASKS}.items())
     assert all(task_named(name).name == name for name in TASKS)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from openm6.energy.devices import EnergyRegister
+from openm6.energy.meter import EnergyRegister
 
 
 def register(wrap: float | None = None, bridges: bool = False) -> Callable[[float, float], float]:

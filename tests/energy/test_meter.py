@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from openm6.energy import meter as meter_file
-from openm6.energy.devices import EnergyReading, Source
-from openm6.energy.meter import Meter, open_meter
+from openm6.energy.meter import EnergyReading, Meter, Source, open_meter
 
 
 class Ticking:

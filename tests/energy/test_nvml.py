@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from openm6.energy import devices
+from openm6.energy import meter as devices
 
 
 class Driver:

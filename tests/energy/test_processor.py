@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from openm6.energy import devices
-from openm6.energy.devices import ProcessorEstimate, memory_estimate, own_cpu_seconds
+from openm6.energy import meter as devices
+from openm6.energy.meter import ProcessorEstimate, memory_estimate, own_cpu_seconds
 
 
 def zone(root: Path, folder: str, name: str, microjoules: int) -> Path:

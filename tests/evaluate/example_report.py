@@ -12,7 +12,7 @@ from PIL import Image
 
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport, RunFacts, Sample, TaskResult
-from openm6.inference.run import Answer
+from openm6.inference.question import Answer
 from openm6.modalities.histogram import BINS, LIMIT, Histogram
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from openm6.evaluate.baselines import (
+from openm6.evaluate.likelihood import (
     AnswerFrequencies,
     CodeFrequencies,
     TargetPrior,

@@ -9,8 +9,7 @@ import pytest
 
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate import likelihood
-from openm6.evaluate.baselines import AnswerFrequencies, TargetPrior
-from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nll
+from openm6.evaluate.likelihood import AnswerFrequencies, TargetPrior, answer_entropy, likelihoods, sequence_nll
 from openm6.inference.load import LoadedModel
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part

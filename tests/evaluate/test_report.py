@@ -19,9 +19,9 @@ from PIL import Image
 
 from openm6.codecs.registry import codec_scores
 from openm6.core.errors import OutputError
-from openm6.evaluate.media import MediaBudget
 from openm6.evaluate.report import (
     MEDIA_BYTES,
+    MediaBudget,
     codec_rows,
     report_environment,
     report_html,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openm6.evaluate.answers import build_examples
-from openm6.evaluate.retrieval import Search, both_directions, evaluate_retrieval
+from openm6.evaluate.evaluator import Search, both_directions, evaluate_retrieval
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources, embedding_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.inference import compiled
+from openm6.inference import decode as compiled
 from openm6.inference.decode import DecodeStep, TextHead
 from openm6.inference.load import Precision, quantize
 from openm6.kernels.probe import compile_failure

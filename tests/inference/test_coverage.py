@@ -11,8 +11,7 @@ import pytest
 from openm6.core.errors import DataError
 from openm6.inference.coverage import MIN_CONFIDENCE, Coverage, assess, inputs_of
 from openm6.inference.load import LoadedModel
-from openm6.inference.question import Question
-from openm6.inference.run import answer_questions
+from openm6.inference.question import Question, answer_questions
 from openm6.inference.sampling import Decoding, Sampling
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig

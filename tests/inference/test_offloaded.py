@@ -17,9 +17,8 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.decode import TextHead
 from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.engine import generate_texts
-from openm6.inference.load import LoadedModel, convert_weights, load
+from openm6.inference.load import BUFFERS, LoadedModel, OffloadedInference, convert_weights, load, place_offloaded
 from openm6.inference.masked import decode_masked
-from openm6.inference.offloaded import BUFFERS, OffloadedInference, place_offloaded
 from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
@@ -28,8 +27,7 @@ from openm6.models.config import BackboneConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
 from openm6.models.omni import Omni
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.offload.streams import open_streams
-from openm6.offload.weight_store import WeightStore
+from openm6.offload.weight_store import WeightStore, open_streams
 from openm6.optim.rules import WEIGHT
 from tests.small_model import BACKBONE, loaded, modalities
 

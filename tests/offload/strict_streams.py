@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from openm6.offload.streams import Stream, Streams
-from openm6.offload.weight_store import WeightStore
+from openm6.offload.weight_store import Stream, Streams, WeightStore
 
 
 class LateStream(Stream):

@@ -23,7 +23,7 @@ from openm6.models.config import BackboneConfig
 from openm6.nn import attention
 from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import _row_parts, run_block
-from openm6.offload.streams import Streams, open_streams
+from openm6.offload.weight_store import Streams, open_streams
 from openm6.ops.sequence import CausalMask, causal_meta
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig

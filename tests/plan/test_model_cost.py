@@ -9,7 +9,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.plan.model_cost import (
+from openm6.plan.plan import (
     attention_operations,
     max_layer_parameters,
     operations_per_token,

@@ -18,9 +18,8 @@ import httpx
 import pytest
 
 from openm6.core.errors import ConfigError
-from openm6.serve.content import ImagePart, ImageURL
+from openm6.serve.content import MAX_FETCHES, Fetcher, ImagePart, ImageURL, is_public
 from openm6.serve.errors import BadRequestError
-from openm6.serve.fetching import MAX_FETCHES, Fetcher, is_public
 from openm6.serve.run import read_serve_config
 from tests.data.sample_images import png
 from tests.load.server import Address
@@ -213,7 +212,7 @@ def test_the_certificate_must_be_that_of_the_host(owner: str, tmp_path: Path, mo
     subprocess.run(made, check=True, capture_output=True)
     trusting = ssl.create_default_context(cafile=str(certificate))
     monkeypatch.setattr(ssl, "create_default_context", lambda **_: trusting)
-    monkeypatch.setattr("openm6.serve.fetching.is_public", lambda _: True)
+    monkeypatch.setattr("openm6.serve.content.is_public", lambda _: True)
     own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     own.load_cert_chain(certificate, key)
     names: list[str | None] = []
@@ -226,7 +225,7 @@ def test_the_certificate_must_be_that_of_the_host(owner: str, tmp_path: Path, mo
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        monkeypatch.setattr("openm6.serve.fetching.PORT", port)
+        monkeypatch.setattr("openm6.serve.content.PORT", port)
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         fetcher, part = Fetcher((HOST,), 1000, 10.0), image(f"https://{HOST}:{port}/a.png")
         fetcher.resolve = FakeWeb(GOOD, ["127.0.0.1"]).resolve  # type: ignore[method-assign]

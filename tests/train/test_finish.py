@@ -16,8 +16,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.distributed.processes import DistributedContext
 from openm6.evaluate.results import EvalReport
 from openm6.evaluate.run import evaluate
-from openm6.inference.load import LoadedModel, load
-from openm6.inference.offloaded import OffloadedInference
+from openm6.inference.load import LoadedModel, OffloadedInference, load
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, train_recipe

@@ -32,7 +32,7 @@ from openm6.evaluate.metrics import same_text
 from openm6.evaluate.results import Interval, bootstrap_interval
 from openm6.evaluate.run import source_configs
 from openm6.inference.load import LoadedModel
-from openm6.inference.run import Answer
+from openm6.inference.question import Answer
 from openm6.modalities.histogram import Histogram
 from openm6.tasks.task import Example
 from openm6.train.run import recipe_path

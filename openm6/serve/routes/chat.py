@@ -428,8 +428,6 @@ class _Events(StreamingResponse):
 
 
 def logprobs_of(tokens: Sequence[ScoredToken]) -> Logprobs:
-    """Return the scores of tokens in OpenAI's form."""
-
     def scored(text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 

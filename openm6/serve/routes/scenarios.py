@@ -163,7 +163,6 @@ def _named(server: Server, name: str) -> Scenario:
 
 
 def _entry(server: Server, scenario: Scenario) -> dict[str, Any]:
-    """The fields of a `ScenarioEntry`."""
     found = readiness(scenario, server.loaded.description, server.scores)
     return {
         **scenario.model_dump(include={"title", "summary", "output", "prompt", "tasks", "recipe"}),

@@ -31,8 +31,7 @@ from openm6.data.prepare import with_negatives
 from openm6.data.records import Record
 from openm6.data.sources import Split, open_sources
 from openm6.evaluate.answers import evenly_spaced
-from openm6.evaluate.media import MediaBudget
-from openm6.evaluate.report import MEDIA_BYTES, report_environment, sample_data
+from openm6.evaluate.report import MEDIA_BYTES, MediaBudget, report_environment, sample_data
 from openm6.evaluate.results import Sample
 from openm6.evaluate.run import source_configs
 from openm6.hub.pretrained import find_model
@@ -357,7 +356,6 @@ def run_example(engine: Engine, scenario: Scenario, language: Language) -> Examp
 
 
 def answer_text(scenario: Scenario, value: Any) -> str:
-    """Return an answer's value in a few words."""
     if isinstance(value, str):
         return value
     if isinstance(value, Histogram):
@@ -372,7 +370,6 @@ def answer_text(scenario: Scenario, value: Any) -> str:
 
 
 def results_table(results: list[ExampleResult]) -> Table:
-    """Return a table with one row per example."""
     table = Table("scenario", "language", "state", "answer", "s", box=None)
     for result in results:
         answer = result.answer.replace("\n", " ")

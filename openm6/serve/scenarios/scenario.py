@@ -40,8 +40,6 @@ SLOT = re.compile(r"\{(\w+)\}")
 
 
 class Bilingual(Config):
-    """The same in both languages."""
-
     en: str = Field(min_length=1)
     zh: str = Field(min_length=1)
 
@@ -140,7 +138,6 @@ class Scenario(Config):
         return next((found[given.kind] for given in self.inputs.values() if given.kind in found), "text")
 
     def kind_of(self, kind: InputKind) -> str | None:
-        """Return the name of the first input of a kind."""
         return next((name for name, declared in self.inputs.items() if declared.kind == kind), None)
 
 
@@ -285,16 +282,13 @@ class Readiness:
 
     @property
     def trained(self) -> bool:
-        """Whether the scenario may be used at all."""
         return not self.missing
 
     @property
     def ready(self) -> bool:
-        """Whether it is trained and better than its baseline."""
         return self.trained and self.weak is None
 
     def text(self, language: Language = "en") -> str:
-        """Return `ready`, what is needed, or the scores."""
         en, zh, weak = "ready", "可用", self.weak
         if self.missing:
             en = f"needs training on {', '.join(self.missing)} (openm6 train {self.recipe})"

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-from openm6.serve.playground.parts import FIGURES, interval_chart, vector_strip
+from openm6.serve.playground.page import FIGURES, interval_chart, vector_strip
 from openm6.serve.routes.scenarios import RankedCandidate
 from openm6.serve.schemas import Distribution
 

@@ -15,7 +15,7 @@ from gradio.data_classes import ImageData
 
 from openm6.core.errors import DataError
 from openm6.serve.config import Limits
-from openm6.serve.playground.parts import (
+from openm6.serve.playground.page import (
     ImageInput,
     make_inputs,
     read_typed,
