@@ -26,7 +26,7 @@ import pandas as pd
 from sklearn.datasets import load_diabetes
 
 from openm6.core.run_folder import RunFolder
-from openm6.evaluate.energy import read_account
+from openm6.evaluate.results import read_account
 from openm6.plan.hardware import ClusterOptions, gpu
 from openm6.plan.plan import plan_json
 from openm6.plan.request import PlanRequest, read_model

@@ -26,9 +26,8 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
 from openm6.models.description import TrainedTask
-from openm6.tasks.builders import hold_out, hold_out_category, hold_out_number
 from openm6.tasks.own import AnyText, SomeNumbers
-from openm6.tasks.slots import Derived, Text
+from openm6.tasks.slots import Derived, Text, hold_out, hold_out_category, hold_out_number
 from openm6.tasks.task import Example, Task
 
 if TYPE_CHECKING:

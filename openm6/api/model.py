@@ -30,8 +30,7 @@ from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError, OutputError, first_line
 from openm6.core.files import new_folder
 from openm6.core.run_folder import RunFolder
-from openm6.evaluate.energy import read_account
-from openm6.evaluate.results import EvalReport, run_facts
+from openm6.evaluate.results import EvalReport, read_account, run_facts
 from openm6.evaluate.summary import card
 from openm6.hub.importing import import_model
 from openm6.hub.pretrained import find_model, read_json

@@ -8,13 +8,11 @@ from typing import Annotated
 import typer
 
 from openm6 import __version__
-from openm6.cli.evaluate import energy, evaluate
 from openm6.cli.group import make_app
-from openm6.cli.inspect import inspect
-from openm6.cli.listings import presets, scenarios, tasks
+from openm6.cli.listings import inspect, presets, scenarios, tasks
 from openm6.cli.plan import plan
 from openm6.cli.train import convert, demo, export, import_model, train
-from openm6.cli.use import generate, serve, try_model
+from openm6.cli.use import energy, evaluate, generate, serve, try_model
 
 app = make_app()
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect your own data.")

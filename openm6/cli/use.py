@@ -1,16 +1,154 @@
-"""`openm6 generate`, `try` and `serve`: one answer of a trained model, its examples on a page, and its HTTP API."""
+"""`openm6 generate`, `try`, `serve`, `evaluate` and `energy`: answers of a trained model, its scores and its joules."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from openm6.cli.group import print_result
-from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, model_of
-from openm6.core.errors import ConfigError
+from openm6.cli.group import print_result, write_json
+from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, Trained, model_of
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.energy.carbon import GPT3_CAVEAT, in_joules
+
+if TYPE_CHECKING:
+    from openm6.energy.tracker import EnergyUse
+    from openm6.evaluate.results import EnergyAccount
+
+WIDTH, HEIGHT = 60, 10  # of the plot, in characters
+
+
+def evaluate(
+    trained: Trained,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="eval.KEY=VALUE", help="Settings, such as eval.answers=300.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks to evaluate; default: all.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Table or folder with other records.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
+    scenarios: Annotated[bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")] = False,
+    num_gpu_layers: NumGpuLayers = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Evaluate a trained model on held-out records.
+
+    \b
+    Example: openm6 evaluate runs/demo --tasks image_classification,text_to_image --json scores.json
+    All records: openm6 evaluate runs/demo eval.records=1000 eval.answers=1000
+    """
+    if scenarios:
+        if tasks is not None or data is not None or num_gpu_layers is not None or settings:
+            raise ConfigError("--scenarios runs examples of its own: leave all but --json, --device and --dtype out")
+        # torch takes seconds to import
+        from openm6.serve.scenarios.run import results_table, run_scenarios
+
+        Console().print(results_table(run_scenarios(trained, json_path, device, dtype)))
+        return
+    # torch takes seconds to import
+    from openm6.evaluate.run import evaluate as evaluate_model
+    from openm6.evaluate.summary import print_table
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
+    report = evaluate_model(
+        trained, names, data, json_path, settings or [], device=device, num_gpu_layers=num_gpu_layers, dtype=dtype
+    )
+    print_table(report, Console())
+
+
+def energy(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    country: Annotated[str | None, typer.Option(help="Country of the grid; default: the setting of the run.")] = None,
+    pue: Annotated[
+        float | None, typer.Option(help="Power usage effectiveness; default: the setting of the run.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the account as JSON.")] = None,
+) -> None:
+    """Print the energy account of a run: joules and grams of CO2e by stage, modality and task.
+
+    \b
+    Example: openm6 energy runs/demo --country FRA
+    """
+    print_energy(run, country, pue, json_path)
+
+
+def print_energy(path: Path, country: str | None, pue: float | None, json_path: Path | None) -> None:
+    """Print the energy account of a run; raises CheckpointError without a metered run."""
+    # torch takes seconds to import
+    from openm6.core.run_folder import RunFolder
+    from openm6.evaluate.results import read_account, read_lines
+
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run at {path}: check the path")
+    run = RunFolder(path)
+    account = read_account(run, country, pue)
+    write_json(account.to_json(), json_path)
+    console, tracker = Console(), account.tracker
+    console.print(Text(_summary(account)))
+    uses = {"stage": tracker.stages, "modality": tracker.modalities, "task": tracker.tasks}
+    for title, by_name in uses.items():
+        if by_name:
+            console.print(_table(account, title, by_name))
+    console.print(Text(_plot(read_lines(run))))
+    ratio = account.of_gpt3
+    words = f"{ratio:.3g} times" if ratio >= 1 else f"{ratio:.3%} of"
+    console.print(Text(f"Energy per token: {words} that of GPT-3's training. {GPT3_CAVEAT}"))
+
+
+def _summary(account: EnergyAccount) -> str:
+    tracker = account.tracker
+    parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in tracker.by_source.items())
+    repeated = f" {in_joules(tracker.repeated)} in steps that a crash lost." if tracker.repeated else ""
+    return (
+        f"{in_joules(tracker.joules)} for {tracker.tokens:,} tokens: "
+        f"{account.joules_per_token:.3g} J per token ({parts}). "
+        f"{account.grams(tracker.joules):.3g} g CO2e with the grid of {account.grid.name} "
+        f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
+        f"{in_joules(tracker.between)} between steps: waiting for data, evaluation, checkpoints.{repeated}"
+    )
+
+
+def _table(account: EnergyAccount, title: str, uses: dict[str, EnergyUse]) -> Table:
+    table = Table(box=None)
+    table.add_column(title, no_wrap=True)
+    last = ["J / nat of loss"] if title == "stage" else []
+    for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", *last):
+        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
+    most = max(use.joules for use in uses.values()) or 1.0
+    for name, use in sorted(uses.items(), key=lambda item: -item[1].joules):
+        per_1000, point = 1000 * use.joules / max(1, use.tokens), account.joules_per_point(name)
+        cells = [name, in_joules(use.joules), f"{account.grams(use.joules):.3g}", f"{use.tokens:,}", f"{per_1000:.3g}"]
+        cells += ["-" if point is None else in_joules(point)] if last else []
+        table.add_row(*(Text(cell) for cell in [*cells, "█" * round(16 * use.joules / most)]))
+    return table
+
+
+def _plot(lines: list[dict[str, Any]]) -> str:
+    """Loss over the joules that had been spent when it was reached."""
+    points = [
+        (line["joules"], line["loss"])
+        for line in lines
+        if isinstance(line.get("joules"), float) and isinstance(line.get("loss"), float)
+    ]
+    if len(points) < 2:
+        return "No plot: fewer than two lines of metrics hold joules and loss."
+    last, low = points[-1][0], min(loss for _, loss in points)
+    high = max(max(loss for _, loss in points), low + 1e-9)
+    rows = [[" "] * WIDTH for _ in range(HEIGHT)]
+    for joules, loss in points:
+        column = min(WIDTH - 1, int(joules / last * WIDTH)) if last > 0 else 0
+        row = min(HEIGHT - 1, int((high - loss) / (high - low) * HEIGHT))
+        rows[row][column] = "•"
+    labels = [f"{high:.3g}", *[""] * (HEIGHT - 2), f"{low:.3g}"]
+    drawn = [f"{label:>8} │{''.join(row)}" for label, row in zip(labels, rows, strict=True)]
+    axis = f"{'':>8} └{'─' * WIDTH}\n{'':>10}0 J{in_joules(last):>{WIDTH - 3}}"
+    return "\n".join(["loss over energy", *drawn, axis])
 
 
 def generate(
@@ -111,8 +249,8 @@ def serve(
         settings.append(f"hosts={json.dumps(allow_host)}")
     # torch takes seconds to import, and the server's packages are an extra
     from openm6.inference.load import precision_of
-    from openm6.serve.run import read_serve_config
-    from openm6.serve.run import serve as serve_api
+    from openm6.serve.app import read_serve_config
+    from openm6.serve.app import serve as serve_api
 
     precision = precision_of(dtype)
     settings = [*settings, f"engine.weights={precision}"] if precision else settings

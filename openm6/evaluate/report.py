@@ -29,10 +29,9 @@ from openm6.core.files import replace_text, to_json
 from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 from openm6.evaluate.charts import bar, finite_mean, forecast_chart, history, value_charts
-from openm6.evaluate.energy import Lines, read_lines
 from openm6.evaluate.formatting import count, duration, plain, short_count, signed, significance, words
 from openm6.evaluate.metrics import is_percent, known_metrics, metric_title, same_text, score
-from openm6.evaluate.results import EvalReport, RunFacts, Sample
+from openm6.evaluate.results import EvalReport, Lines, RunFacts, Sample, read_lines
 from openm6.evaluate.summary import answered, card
 from openm6.modalities.audio import RATE, read_audio
 from openm6.modalities.histogram import Histogram

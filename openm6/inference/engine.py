@@ -151,16 +151,14 @@ def predict_numbers(
     return adapter.histograms(hidden, arrays)
 
 
-def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, candidates: list[Segment]) -> list[float]:
-    """Return the nats of each text after a prompt in a slot, which stays as it is, from `position` on.  # -> N"""
-    return score_rows(omni, cache, [slot], [position], [candidates])[0].tolist()
-
-
 @torch.inference_mode()
 def score_rows(
     omni: Omni, cache: SlotCache, slots: list[int], positions: list[int], candidates: list[list[Segment]]
 ) -> np.ndarray:
-    """As `score_candidates` for slots whose candidates, in private blocks of a row, have the same lengths.  # -> B N"""
+    """Return the nats of each text after the prompt in its slot, which stays as it is, from its position on.  # -> B N
+
+    Candidates, in private blocks of a row, have the same lengths for all slots.
+    """
     first = candidates[0]
     found = []
     for few in passes_of(range(len(first)), lambda index: len(first[index]), ROW_TOKENS):

@@ -1,8 +1,8 @@
-"""The HTTP API of one engine.
+"""The HTTP API of one engine, and `openm6 serve`: a checkpoint behind an address.
 
 A request takes this way:
 
-1. `HTTPMiddleware` (middleware.py) counts it and checks size, speed and API key; `StrictRequest` parses the JSON.
+1. `HTTPMiddleware` (server.py) counts it and checks size, speed and API key; `StrictRequest` parses the JSON.
 2. A route (routes/) checks the body by its schema, turns it into plain `Request` objects (requests.py; messages and
    media by content.py, named uses by scenarios/), and passes them to the engine through its `Call` (server.py).
 3. `Engine.ask_all` (engine.py) prepares the tokens in threads of its own and queues a `RequestHandle` in a
@@ -15,23 +15,36 @@ A request takes this way:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import ipaddress
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import h11
+import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openm6 import __version__
-from openm6.core.errors import OpenM6Error
-from openm6.serve.config import ServeConfig
+from openm6.core.config import apply_overrides, build
+from openm6.core.errors import ConfigError, EngineError, OpenM6Error
+from openm6.core.log import get_log
+from openm6.hub.pretrained import find_model
+from openm6.inference.load import load
+from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.content import Fetcher
 from openm6.serve.engine import Engine
 from openm6.serve.errors import ErrorBody, answer_failure
-from openm6.serve.middleware import HTTPMiddleware
 from openm6.serve.routes import chat, media, one_pass, scenarios, status
 from openm6.serve.scenarios.scenario import read_scores
-from openm6.serve.server import Metrics, Server
+from openm6.serve.server import PLAYGROUND, HTTPMiddleware, Metrics, Server
 
 # A new route is a file in openm6/serve/routes and an entry here.
 ROUTES = (status, chat, media, one_pass, scenarios)
@@ -69,3 +82,121 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
         app.add_exception_handler(kind, answer_failure)
     app.add_middleware(HTTPMiddleware, keys=config.keys, limits=limits, metrics=metrics)
     return app
+
+
+KEY_VARIABLE = "OPENM6_API_KEYS"
+BACKLOG = 2048
+
+
+def read_serve_config(settings: list[str], keys: Path | None = None) -> ServeConfig:
+    """Return settings from `key=value` words, API keys from a file (by lines) or OPENM6_API_KEYS (by commas)."""
+    values: dict[str, Any] = apply_overrides({}, settings)
+    found = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
+    if keys is not None:
+        try:
+            found = [line.strip() for line in keys.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the keys in {keys} cannot be read: {error}") from None
+        if not found:
+            raise ConfigError(f"{keys} holds no key: write one on each line")
+    return build(ServeConfig, {**values, "keys": [*values.get("keys", []), *found]}, "serve")
+
+
+def serve(
+    trained: Path | str,
+    config: ServeConfig,
+    name: str | None = None,
+    configure_app: Callable[[FastAPI], FastAPI] = lambda app: app,
+) -> None:
+    """Serve a model (a folder or name) until it is interrupted; `configure_app` may add to the app, as the playground.
+
+    Raise CheckpointError without a model, ConfigError for an address, EngineError if the engine fails.
+    """
+    with bind(config.host, config.port) as listener:
+        host, port = listener.getsockname()[:2]
+        if not (config.keys or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
+            get_log().warning(
+                f"no API keys: whoever reaches {config.host} may ask the model, open the page and upload files; "
+                f"set {KEY_VARIABLE} or --keys"
+            )
+        folder = find_model(trained)
+        engine = Engine(load(folder, config.engine.device, config.engine.num_gpu_layers), config.engine)
+        app = configure_app(create_app(engine, config, name or folder.resolve().name))
+        server = http_server(app, config.limits)
+        engine.on_failure = partial(setattr, server, "should_exit", True)
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        get_log().info(f"serving {trained} on {address}/docs")
+        if getattr(app.state, "playground", False):
+            get_log().info(f"playground on {address}{PLAYGROUND}")
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass
+        except SystemExit:  # of uvicorn, if the engine cannot start
+            if engine.failure is None:
+                raise
+    if engine.failure is not None:
+        raise EngineError(engine.failure)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has this address to itself (port 0: a free one); raise ConfigError if it cannot be used."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        sentence = f"--host {host} cannot be used ({error.strerror}): name an address of this machine"
+        raise ConfigError(sentence) from None
+    family, *_, address = found[0]
+    try:
+        # At :: it answers IPv4, too.
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dual)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        sentence = f"{host}:{port} cannot be used ({reason}): stop what uses it, or choose another --port"
+        raise ConfigError(sentence) from None
+
+
+def http_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
+    """Return uvicorn with limits on connections, and on the size and the slowness of headers."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=5,
+            http=HeaderTimeoutProtocol,
+            limit_concurrency=limits.connections,
+            h11_max_incomplete_event_size=limits.header_bytes,
+        )
+    )
+
+
+class HeaderTimeoutProtocol(H11Protocol):
+    """Closes a connection on which the header of a request does not arrive in time; uvicorn would wait for ever."""
+
+    header_seconds = 10.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._update_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._update_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        super().connection_lost(exc)
+
+    def _update_deadline(self) -> None:
+        """Set the deadline while a header is awaited, and clear it once the header is complete."""
+        if self.conn.their_state is not h11.IDLE:
+            self._clear_deadline()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

@@ -25,7 +25,7 @@ from openm6.energy.meter import Meter
 from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
 from openm6.inference.decode_batch import DecodeBatch
-from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates, visible_text
+from openm6.inference.engine import embed_tokens, predict_numbers, score_rows, visible_text
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import MaskedDecodeState, masked_step
 from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
@@ -263,7 +263,7 @@ class Worker:
         else:
             position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
             if isinstance(prepared.request, RankRequest):
-                nll = score_candidates(omni, self.slots, slot, position, prepared.targets)
+                nll = score_rows(omni, self.slots, [slot], [position], [prepared.targets])[0].tolist()
                 asked, lengths = prepared.request, list(map(len, prepared.targets))
                 value = self.loaded.numbers.ranking(nll, asked.candidates, lengths, asked.parts)
             else:

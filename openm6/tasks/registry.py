@@ -15,7 +15,7 @@ from openm6.core.config import build
 from openm6.core.errors import ConfigError, nearest
 from openm6.core.extensions import installed
 from openm6.core.files import renamed
-from openm6.tasks import builders, chat, design
+from openm6.tasks import chat, design, slots
 from openm6.tasks.own import TaskConfig
 from openm6.tasks.slots import AUDIO, IMAGE, LABEL, NUMBERS, QUESTION, TEXT, Body, Derived, Gloss, Numbers, Text, Title
 from openm6.tasks.task import Task
@@ -36,11 +36,11 @@ BUILT_IN = {
         metrics=("char_bigram_f1",),
     ),
     "text_generation": Task(
-        summary="Continue a text", inputs={"text": Derived("text")}, target=builders.REST_OF_TEXT,
+        summary="Continue a text", inputs={"text": Derived("text")}, target=slots.REST_OF_TEXT,
         prompts={"en": ("{text}",), "zh": ("{text}",)}, metrics=("char_bigram_f1",),
     ),
     "text_denoising": Task(
-        summary="Restore the masked words of a text", inputs={"text": TEXT}, target=builders.UNMASKED_TEXT,
+        summary="Restore the masked words of a text", inputs={"text": TEXT}, target=slots.UNMASKED_TEXT,
         prompts={"en": ("Restore: {text}",), "zh": ("还原：{text}",)}, metrics=("char_bigram_f1", "exact_match"),
     ),
     "translation": Task(
@@ -74,7 +74,7 @@ BUILT_IN = {
         prompts={"en": ("{text} Category:",), "zh": ("{text} 类别：",)},
     ),
     "text_regression": Task(
-        summary="Predict a number from a text", inputs={"text": TEXT}, target=builders.NUMBER,
+        summary="Predict a number from a text", inputs={"text": TEXT}, target=slots.NUMBER,
         prompts={"en": ("{text} What is its {column}?",), "zh": ("{text} {column}是多少？",)},
     ),
     "poem_generation": Task(
@@ -82,7 +82,7 @@ BUILT_IN = {
         prompts={"en": ("A poem: {title}\n",), "zh": ("作诗：{title}\n",)}, metrics=("char_bigram_f1",),
     ),
     "couplet_completion": Task(
-        summary="Write the second line of a couplet", inputs={"line": Derived("text")}, target=builders.SECOND_LINE,
+        summary="Write the second line of a couplet", inputs={"line": Derived("text")}, target=slots.SECOND_LINE,
         prompts={"en": ("The line after: {line}\n",), "zh": ("对下联：{line}\n",)}, metrics=("char_bigram_f1",),
     ),
     "authorship_attribution": Task(
@@ -110,7 +110,7 @@ BUILT_IN = {
     ),
     "image_text_matching": Task(
         summary="Decide whether a text matches an image", inputs={"image": IMAGE, "text": TEXT},
-        target=builders.TEXT_MATCH,
+        target=slots.TEXT_MATCH,
         prompts={"en": ("{image} Is this {text}?",), "zh": ("{image} 这是{text}吗？",)}, needs_negatives=True,
     ),
     "image_tagging": Task(
@@ -122,12 +122,12 @@ BUILT_IN = {
         prompts={"en": ("draw {text}", "Draw {text}.", "A picture of {text}"), "zh": ("画{text}", "画一个{text}。")},
     ),
     "image_inpainting": Task(
-        summary="Generate the masked region of an image", inputs={"image": IMAGE}, target=builders.UNMASKED_IMAGE,
+        summary="Generate the masked region of an image", inputs={"image": IMAGE}, target=slots.UNMASKED_IMAGE,
         prompts={"en": ("{image} Fill in.",), "zh": ("{image} 补全。",)}, metrics=("bits_per_code", "masked_psnr"),
         is_inpainting=True,
     ),
     "image_regression": Task(
-        summary="Predict a number from an image", inputs={"image": IMAGE}, target=builders.NUMBER,
+        summary="Predict a number from an image", inputs={"image": IMAGE}, target=slots.NUMBER,
         prompts={"en": ("{image} What is the {column}?",), "zh": ("{image} {column}是多少？",)},
     ),
     "tabular_to_image": Task(
@@ -155,7 +155,7 @@ BUILT_IN = {
     ),
     "image_audio_matching": Task(
         summary="Decide whether a spoken word matches an image", inputs={"audio": AUDIO, "image": IMAGE},
-        target=builders.AUDIO_MATCH,
+        target=slots.AUDIO_MATCH,
         prompts={"en": ("{image} {audio} Is it this?",), "zh": ("{image} {audio} 是这个吗？",)}, needs_negatives=True,
     ),
     "text_to_speech": Task(
@@ -163,11 +163,11 @@ BUILT_IN = {
         prompts={"en": ("say {text}", "Say {text}."), "zh": ("说{text}", "请说{text}。")},
     ),
     "audio_inpainting": Task(
-        summary="Generate the masked span of an audio clip", inputs={"audio": AUDIO}, target=builders.UNMASKED_AUDIO,
+        summary="Generate the masked span of an audio clip", inputs={"audio": AUDIO}, target=slots.UNMASKED_AUDIO,
         prompts={"en": ("{audio} Fill in.",), "zh": ("{audio} 补全。",)}, is_inpainting=True,
     ),
     "audio_regression": Task(
-        summary="Predict a number from an audio clip", inputs={"audio": AUDIO}, target=builders.NUMBER,
+        summary="Predict a number from an audio clip", inputs={"audio": AUDIO}, target=slots.NUMBER,
         prompts={"en": ("{audio} What is the {column}?",), "zh": ("{audio} {column}是多少？",)},
     ),
     "tabular_to_audio": Task(
@@ -193,16 +193,16 @@ BUILT_IN = {
     ),
     "tabular_regression": Task(
         summary="Predict one column from the others", inputs={"numbers": Numbers(min_columns=2)},
-        target=builders.NUMBER,
+        target=slots.NUMBER,
         prompts={"en": ("{numbers} What is its {column}?",), "zh": ("{numbers} {column}是多少？",)},
     ),
     "text_tabular_regression": Task(
         summary="Predict one column from a text and the other columns",
-        inputs={"text": TEXT, "numbers": Numbers(min_columns=2)}, target=builders.NUMBER,
+        inputs={"text": TEXT, "numbers": Numbers(min_columns=2)}, target=slots.NUMBER,
         prompts={"en": ("{text} {numbers} What is its {column}?",), "zh": ("{text} {numbers} {column}是多少？",)},
     ),
     "record_classification": Task(
-        summary="Predict a category from all else that a record holds", inputs=ALL_INPUTS, target=builders.ANY_CATEGORY,
+        summary="Predict a category from all else that a record holds", inputs=ALL_INPUTS, target=slots.ANY_CATEGORY,
         prompts={
             "en": ("{image} {audio} {text} {tags} {numbers} {categories} What is its {column}?",),
             "zh": ("{image} {audio} {text} {tags} {numbers} {categories} {column}是什么？",),
@@ -210,7 +210,7 @@ BUILT_IN = {
         metrics=("exact_match",), optional=True,
     ),
     "record_regression": Task(
-        summary="Predict a number from all else that a record holds", inputs=ALL_INPUTS, target=builders.ANY_NUMBER,
+        summary="Predict a number from all else that a record holds", inputs=ALL_INPUTS, target=slots.ANY_NUMBER,
         prompts={
             "en": ("{image} {audio} {text} {tags} {numbers} {categories} What is its {column}?",),
             "zh": ("{image} {audio} {text} {tags} {numbers} {categories} {column}是多少？",),
@@ -218,12 +218,12 @@ BUILT_IN = {
         optional=True,
     ),
     "time_series_forecasting": Task(
-        summary="Forecast the next steps of a series", inputs={"series": Derived("numbers")}, target=builders.FUTURE,
+        summary="Forecast the next steps of a series", inputs={"series": Derived("numbers")}, target=slots.FUTURE,
         prompts={"en": ("{series} What comes next?",), "zh": ("{series} 接下来呢？",)}, baseline="last_value",
     ),
     "table_question_answering": Task(
         summary="Answer a question about a row of numbers", inputs={"numbers": NUMBERS, "question": Derived("text")},
-        target=builders.COLUMN_ANSWER,
+        target=slots.COLUMN_ANSWER,
         prompts={"en": ("{numbers} {question}",), "zh": ("{numbers} {question}",)},
     ),
     "table_to_text": Task(
@@ -241,7 +241,7 @@ BUILT_IN = {
         metrics=("exact_match", "char_bigram_f1"),
     ),
     "anomaly_detection": Task(
-        summary="Find the anomalous step of a series", inputs={"series": Derived("numbers")}, target=builders.ANOMALY,
+        summary="Find the anomalous step of a series", inputs={"series": Derived("numbers")}, target=slots.ANOMALY,
         prompts={"en": ("{series} Anomaly?",), "zh": ("{series} 异常？",)},
     ),
     # Of a shop. Besides image, title (`text`), keywords (`tags`), category (`label`) and numbers, they read what a
@@ -274,7 +274,7 @@ BUILT_IN = {
     ),
     "product_matching": Task(
         summary="Decide whether a title matches the image of a product", inputs={"image": IMAGE, "text": TEXT},
-        target=builders.TEXT_MATCH,
+        target=slots.TEXT_MATCH,
         prompts={"en": ("{image} {text} The same product?",), "zh": ("{image} {text} 是同款吗？",)},
         needs_negatives=True,
     ),
@@ -304,11 +304,11 @@ BUILT_IN = {
     ),
     "price_prediction": Task(
         summary="Predict the price of a product from image and title", inputs={"image": IMAGE, "title": TEXT},
-        target=builders.PRICE,
+        target=slots.PRICE,
         prompts={"en": ("{image} {title} What is its {column}?",), "zh": ("{image} {title} {column}是多少？",)},
     ),
     "demand_forecasting": Task(
-        summary="Forecast the sales of a product", inputs={"series": Derived("numbers")}, target=builders.FUTURE,
+        summary="Forecast the sales of a product", inputs={"series": Derived("numbers")}, target=slots.FUTURE,
         prompts={"en": ("{series} Sales to come?",), "zh": ("{series} 未来销量？",)}, baseline="last_value",
     ),
     **chat.TASKS,

@@ -1,16 +1,26 @@
-"""Slots: how a task finds a text, an image, an audio recording or numbers in a record."""
+"""Slots: how a task finds a text, an image, an audio recording or numbers in a record.
+
+Some targets are built together with some inputs, because both depend on one random decision: cuts, masks, columns,
+matches. Each function for them takes a record and the context of the example, and returns both sides.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from openm6.modalities.interface import Part
+from openm6.modalities.audio import random_span, random_speed
+from openm6.modalities.image import random_box
+from openm6.modalities.interface import Cuttable, Part
+from openm6.modalities.series import NumberSeries, SeriesStats, fit_scale
+from openm6.modalities.text import MASK_CHARACTER
 
 Record = dict[str, Any]
 MAX_TOKENS = 256
@@ -246,3 +256,254 @@ class Derived(Slot):
 
 IMAGE, AUDIO, NUMBERS = Media("image"), Media("audio"), Numbers()
 TEXT, LABEL, QUESTION = Text("text"), Text("label", max_tokens=SHORT), Text("question")
+
+
+YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
+# The fraction of the words (in Chinese: characters) of a text that is masked, and the mean length of a masked run.
+MASKED_FRACTION, MASKED_RUN = 0.15, 3
+# Shorter texts are not continued.
+MIN_CHARACTERS = 12
+COUPLET_TOKENS = 32
+_SENTENCE = re.compile(r"[。！？；.!?;\n]+")
+_COMMA = re.compile(r"[，,]")
+# Shorter series are not used. An anomaly moves one step by this many scales of the series.
+MIN_STEPS = 8
+ANOMALY_SCALES = 6.0
+# Of the columns, in the training examples that are not given all.
+KEPT_COLUMNS = (0.2, 1.0)
+# The bound in a question differs from the value by a fraction of it in this range.
+MARGIN = (0.1, 0.5)
+# Of the training windows, without their times: a series is often asked about without.
+NO_CLOCK = 0.2
+
+
+def _text(record: Record, language: str) -> str:
+    return as_text(localised(record, "text", language) or "")
+
+
+def split_text(record: Record, context: Context) -> Built:
+    """The beginning of a text and the rest, cut in the middle half, at a space if there is one."""
+    text = _text(record, context.language)
+    quarter = len(text) // 4
+    cut = int(context.rng.integers(quarter, max(quarter + 1, 3 * len(text) // 4)))
+    space = text.find(" ", cut)
+    cut = space if 0 <= space < len(text) - 1 else cut
+    # If the beginning is too long, its end is kept.
+    beginning = Part("text", text[:cut], {"cuttable": (Cuttable(0, cut, keep_end=True),)})
+    return Built({"text": beginning}, Part("text", text[cut:], {"max_tokens": MAX_TOKENS}), text)
+
+
+def mask_words(record: Record, context: Context) -> Built:
+    """A text with a mask for each masked run of words, and the text (T5, arXiv 1910.10683, section 3.3.4)."""
+    text = _text(record, context.language)
+    joint = "" if context.language == "zh" else " "
+    words = text.split(" ") if joint else list(text)
+    count = max(1, round(MASKED_FRACTION * len(words)))
+    runs = max(1, round(count / MASKED_RUN))
+    lengths = [count // runs + (index < count % runs) for index in range(runs)]
+    # Each run starts at its own word among those that stay, or after the last of them: no two runs touch.
+    starts = sorted(context.rng.choice(len(words) - count + 1, runs, replace=False).tolist())
+    kept: list[str] = []
+    done = masked = 0
+    for start, length in zip(starts, lengths, strict=True):
+        kept += [*words[done : start + masked], MASK_CHARACTER]
+        masked += length
+        done = start + masked
+    source = Part("text", joint.join([*kept, *words[done:]]))
+    return Built({"text": source}, Part("text", text, {"max_tokens": MAX_TOKENS}), text)
+
+
+def couplets(text: str) -> list[tuple[str, str]]:
+    """Neighbouring halves of equal length within a sentence: first line, second line."""
+    sentences = ([half.strip() for half in _COMMA.split(sentence)] for sentence in _SENTENCE.split(text))
+    pairs = ((halves[0], halves[1]) for halves in sentences if len(halves) == 2)
+    return [(first, second) for first, second in pairs if len(first) == len(second) >= 3]
+
+
+def draw_couplet(record: Record, context: Context) -> Built:
+    found = couplets(_text(record, context.language))
+    first, second = found[int(context.rng.integers(len(found)))]
+    return Built({"line": Part("text", first)}, Part("text", second, {"max_tokens": COUPLET_TOKENS}), second)
+
+
+def hold_out(record: Record, context: Context, column: str | None = None) -> Built:
+    """One column that has a value, drawn each time unless it is named, and all other columns."""
+    values = predictable(record)
+    column = column or sorted(values)[int(context.rng.integers(len(values)))]
+    others = {name: number for name, number in record["numbers"].items() if name != column}
+    return Built(
+        {"numbers": Part("numbers", others)},
+        Part("numbers", {column: values[column]}),
+        key=f"{column}={values[column]}",
+        words={"column": column.replace("_", " ")},
+    )
+
+
+def _shown(record: Record, context: Context, column: str, answer: str = "") -> dict[str, Part]:
+    """Numbers, categories and text of a record but for one column and for a text that holds the answer."""
+    rng, language = context.rng, context.language
+    # In half of the training examples some columns are left out, so that any number of them may be missing.
+    kept = float(rng.uniform(*KEPT_COLUMNS)) if context.train and rng.random() < 0.5 else 1.0
+
+    def others(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name != column and (kept == 1 or rng.random() < kept)}
+
+    numbers, named = others(observed(record)), others(categories(record))
+    text = _text(record, language)
+    parts = {"numbers": Part("numbers", numbers)} if numbers else {}
+    if named:
+        listed = "; ".join(f"{_words(name)}: {value}" for name, value in named.items())
+        parts["categories"] = Part("text", listed, {"columns": named})
+    if text and not (answer and answer.lower() in text.lower()) and (kept == 1 or rng.random() < kept):
+        parts["text"] = Part("text", text)
+    return parts
+
+
+def _words(column: str) -> str:
+    return column.replace("_", " ")
+
+
+def _may_ask(values: Mapping[str, Any], record: Record, language: str) -> bool:
+    """Whether a record holds a target among the values, and more, and prompts suit its text, else its categories."""
+    if (pinned(record) or next(iter(values), None)) not in values:
+        return False
+    others = sum(bool(record.get(key)) for key in ("image", "audio", f"text_{language}", f"tags_{language}"))
+    if others + len(observed(record)) + len(categories(record)) < 2:
+        return False
+    texts = {name: localised(record, "text", name) for name in YES_NO}
+    if any(texts.values()):
+        return bool(texts[language])
+    chinese = any("\u4e00" <= letter <= "\u9fff" for letter in "".join(categories(record).values()))
+    return chinese == (language == "zh")
+
+
+def hold_out_number(record: Record, context: Context, column: str | None = None) -> Built:
+    """One number, drawn each time unless it is named, and what else the record holds."""
+    values = predictable(record)
+    column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
+    target = Part("numbers", {column: values[column]})
+    key = f"{column}={values[column]}"
+    return Built(_shown(record, context, column), target, key, {"column": _words(column)})
+
+
+def hold_out_category(record: Record, context: Context, column: str | None = None) -> Built:
+    """One category, drawn each time unless it is named, and what else the record holds."""
+    values = categories(record)
+    column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
+    answer = values[column]
+    target = Part("text", answer, {"max_tokens": SHORT, "column": column})
+    return Built(_shown(record, context, column, answer), target, f"{column}={answer}", {"column": _words(column)})
+
+
+def split_series(record: Record, context: Context) -> Built:
+    """The context of a window and the steps to forecast, of one column with later values if there are several."""
+    extra, found = record["extra"], record["series"]
+    horizon = extra["horizon"]
+    known = extra.get("known_covariates", ())
+    covariates = [*extra.get("past_covariates", ()), *known]
+    columns = sorted(set(found) - set(covariates))
+    names = [name for name in columns if any(value is not None for value in found[name][-horizon:])] or columns
+    name = names[int(context.rng.integers(len(names)))]
+    values = found[name]
+    start = len(values) - horizon
+    past, clock = values[:start], extra.get("clock")
+    if clock is not None and context.train and context.rng.random() < NO_CLOCK:
+        clock = None
+    stats = SeriesStats(extra["period"], extra["log"]) if "period" in extra else None
+    beside = [NumberSeries(other, found[other] if other in known else found[other][:start], clock=clock)
+              for other in covariates]  # fmt: skip
+    series = NumberSeries(name, past, clock=clock, stats=stats, beside=beside)
+    position = extra.get("position") if context.train else None
+    future = NumberSeries(name, values[start:], past, clock, stats, position=position)
+    return Built({"series": Part("numbers", series)}, Part("numbers", future))
+
+
+def ask_column(record: Record, context: Context) -> Built:
+    """A question whether a column lies above a bound near its value, and the answer."""
+    seen, rng = predictable(record), context.rng
+    name = sorted(seen)[int(rng.integers(len(seen)))]
+    above = bool(rng.random() < 0.5)
+    margin = max(abs(seen[name]), 1.0) * float(rng.uniform(*MARGIN))
+    bound = float(f"{seen[name] + (-margin if above else margin):.3g}")
+    column = name.replace("_", " ")
+    questions = {"en": f"Is the {column} above {bound:g}?", "zh": f"{column}大于{bound:g}吗？"}
+    answer = YES_NO[context.language][int(above)]
+    return Built({"question": Part("text", questions[context.language])}, Part("text", answer), key=str(above))
+
+
+def _long_series(record: Record) -> dict[str, list[float | None]]:
+    series = record.get("series") or {}
+    return {name: values for name, values in series.items() if len(values) >= MIN_STEPS}
+
+
+def insert_anomaly(record: Record, context: Context) -> Built:
+    """A series, half of the time with one step moved, and that step, counted from 1, or none."""
+    rng, found = context.rng, _long_series(record)
+    name = sorted(found)[int(rng.integers(len(found)))]
+    values = list(found[name])
+    step, answers = None, {"en": "none", "zh": "无"}
+    if rng.random() < 0.5:
+        index = int(rng.integers(len(values)))
+        loc, scale = fit_scale(np.asarray([np.nan if value is None else value for value in values], float))
+        sign = 1 if rng.random() < 0.5 else -1
+        old = values[index]
+        values[index] = (loc if old is None else old) + sign * ANOMALY_SCALES * scale
+        step, answers = index + 1, {"en": f"step {index + 1}", "zh": f"第{index + 1}步"}
+    series = Part("numbers", NumberSeries(name, values))
+    return Built({"series": series}, Part("text", answers[context.language]), key=str(step))
+
+
+def draw_match(own: Part, negatives: Sequence[Any], context: Context) -> Built:
+    """The record's own part or, half of the time, a negative, and which of them it is."""
+    fits = not negatives or bool(context.rng.random() < 0.5)
+    shown = own if fits else Part(own.modality, negatives[int(context.rng.integers(len(negatives)))])
+    answer = Part("text", YES_NO[context.language][int(fits)])
+    return Built({own.modality: shown}, answer, key=str(fits))
+
+
+def match_text(record: Record, context: Context) -> Built:
+    """A text, and whether it is the record's."""
+    own = _text(record, context.language)
+    texts = [other.get(context.language) for other in record.get("others", ())]
+    return draw_match(Part("text", own), [text for text in texts if text not in (None, own)], context)
+
+
+def mask_box(record: Record, context: Context) -> Built:
+    """An image with a random box masked, as input and target."""
+    box = random_box(context.rng)
+    # The second draw is unused; without it all later draws of the example would change.
+    random_box(context.rng)
+    image = Part("image", record["image"], {"mask_box": box})
+    return Built({"image": image}, image)
+
+
+def match_audio(record: Record, context: Context) -> Built:
+    """A recording, and whether it is the record's; others have another label."""
+    others = [other for other in record.get("others", ()) if other.get("label") != record.get("label")]
+    negatives = [other["audio"] for other in others if other.get("audio")]
+    return draw_match(Part("audio", record["audio"]), negatives, context)
+
+
+def mask_span(record: Record, context: Context) -> Built:
+    """A recording with a random span masked, as input and target, both at one speed."""
+    span = random_span(context.rng)
+    speed = random_speed(context.rng) if context.train else 1.0
+    audio = Part("audio", record["audio"], {"mask_span": span, "speed": speed})
+    return Built({"audio": audio}, audio)
+
+
+REST_OF_TEXT = Derived("text", split_text, lambda record, language: len(_text(record, language)) >= MIN_CHARACTERS)
+UNMASKED_TEXT = Derived("text", mask_words)
+SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language)))
+NUMBER = Derived("numbers", hold_out, lambda record, _: predictable(record))
+# The price, from all other columns.
+PRICE = Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record))
+ANY_NUMBER = Derived("numbers", hold_out_number, lambda row, lang: _may_ask(predictable(row), row, lang))
+ANY_CATEGORY = Derived("text", hold_out_category, lambda row, lang: _may_ask(categories(row), row, lang))
+FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
+COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: predictable(record))
+ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))
+TEXT_MATCH = Derived("text", match_text)
+AUDIO_MATCH = Derived("text", match_audio)
+UNMASKED_IMAGE = Derived("image", mask_box)
+UNMASKED_AUDIO = Derived("audio", mask_span)

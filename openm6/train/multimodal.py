@@ -24,7 +24,6 @@ from openm6.distributed.collectives import open_gather
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.meter import open_meter
 from openm6.evaluate import results
-from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.summary import result_line
@@ -282,7 +281,7 @@ class MultimodalTraining(TrainingTask):
         set_aside = summary_of_records(state["progress"]["cursor"]["quarantine"])
         if set_aside:
             get_log().info(f"{set_aside}; see {run.quarantine}" if run.quarantine.is_file() else set_aside)
-        energy = read_account(run, evaluation=joules)
+        energy = results.read_account(run, evaluation=joules)
         write_report(run, report, results.run_facts(run.name, self.omni, self.description, state, energy))
         get_log().info(f"wrote {run.path / 'report.html'}")
         results.drop_evaluation(run)

@@ -15,9 +15,8 @@ import torch
 import openm6
 from openm6.core.errors import ConfigError, OutputError
 from openm6.core.run_folder import RunFolder
-from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
-from openm6.evaluate.results import run_facts
+from openm6.evaluate.results import read_account, run_facts
 from openm6.hub.importing import import_model
 from openm6.inference.load import load
 from tests.evaluate.example_report import eval_report

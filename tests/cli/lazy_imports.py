@@ -15,7 +15,7 @@ from unittest.mock import create_autospec
 import pytest
 
 CLI = Path(__file__).parents[2] / "openm6" / "cli"
-OWN_PAGES = {("openm6.cli.evaluate", "print_energy"), ("openm6.cli.inspect", "print_inspection")}
+OWN_PAGES = {("openm6.cli.use", "print_energy"), ("openm6.cli.listings", "print_inspection")}
 EXTRAS = {"ray"}  # packages that are too large for the extra [dev]
 
 

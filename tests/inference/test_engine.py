@@ -9,7 +9,7 @@ import torch
 from openm6.core.errors import ConfigError, DataError
 from openm6.evaluate.likelihood import sequence_nll
 from openm6.inference import engine
-from openm6.inference.engine import embed, predict_distributions, score_candidates
+from openm6.inference.engine import embed, predict_distributions, score_rows
 from openm6.inference.prefill import Prompt, passes_of, prefill
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
@@ -95,7 +95,7 @@ def test_candidates_have_the_likelihood_that_each_has_alone(
     cache = model.omni.backbone.new_cache(2, 64)
     position, _ = prefill(model.omni, prompt, cache, 1)
     before = cache.take(1)
-    found = score_candidates(model.omni, cache, 1, position, wanted)
+    found = score_rows(model.omni, cache, [1], [position], [wanted])[0].tolist()
     alone = sequence_nll(model.omni, [build_sequence([*prompt, tokens]) for tokens in wanted])
     np.testing.assert_allclose(found, alone, rtol=1e-5)
     assert len(set(np.round(found, 3))) == len(CANDIDATES) - 1, "equal candidates alone are equal"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from openm6.inference.engine import embed_tokens, generate_texts, predict_distributions, score_candidates
+from openm6.inference.engine import embed_tokens, generate_texts, predict_distributions, score_rows
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import decode_masked
 from openm6.inference.prefill import prefill
@@ -24,5 +24,5 @@ def answer_alone(loaded: LoadedModel, request: Request, max_length: int = 4096) 
         return embed_tokens(loaded, [prepared.prompt])[0]
     cache = omni.backbone.new_cache(1, prepared.prompt_length)
     position, _ = prefill(omni, prepared.prompt, cache, 0)
-    nll = score_candidates(omni, cache, 0, position, prepared.targets)
+    nll = score_rows(omni, cache, [0], [position], [prepared.targets])[0].tolist()
     return list(zip(nll, map(len, prepared.targets), strict=True))

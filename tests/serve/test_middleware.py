@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from PIL import Image
 
 from openm6.core.errors import ConfigError
+from openm6.serve.app import read_serve_config
 from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError
-from openm6.serve.middleware import read_json
-from openm6.serve.run import read_serve_config
+from openm6.serve.server import read_json
 from tests.data.sample_images import png, wav
 from tests.load.server import Address, Reply, form
 from tests.serve.running import answering, small_app
@@ -183,7 +183,7 @@ def test_while_a_body_is_parsed_others_are_answered(address: Address, monkeypatc
         assert go_on.wait(30)
         return read_json(body, depth, most)
 
-    monkeypatch.setattr("openm6.serve.middleware.read_json", slow)
+    monkeypatch.setattr("openm6.serve.server.read_json", slow)
     replies: list[Reply] = []
     hostile = threading.Thread(target=lambda: replies.append(address.post(CHAT, [[]] * 10)))
     hostile.start()

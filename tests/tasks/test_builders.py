@@ -8,9 +8,8 @@ import pytest
 from openm6.modalities.interface import Part
 from openm6.modalities.series import fit_scale
 from openm6.modalities.text import MASK_CHARACTER
-from openm6.tasks.builders import couplets, hold_out_category, hold_out_number, mask_words
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import Context
+from openm6.tasks.slots import Context, couplets, hold_out_category, hold_out_number, mask_words
 from tests.small_model import demo_sources
 
 POEM = "《江雪》 柳宗元\n千山鸟飞绝，万径人踪灭。\n孤舟蓑笠翁，独钓寒江雪。"

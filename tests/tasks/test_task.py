@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from openm6.tasks import design
-from openm6.tasks.builders import FUTURE, NUMBER
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import AUDIO, IMAGE, LABEL, NUMBERS, TEXT, Context, Derived, Slot
+from openm6.tasks.slots import AUDIO, FUTURE, IMAGE, LABEL, NUMBER, NUMBERS, TEXT, Context, Derived, Slot
 from openm6.tasks.task import RECALLS, Task
 from tests.small_model import demo_sources
 

@@ -34,7 +34,6 @@ from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
 from openm6.serve.content import CHECKS, pcm
 from openm6.serve.errors import BadRequestError
-from openm6.serve.middleware import PLAYGROUND, match_key
 from openm6.serve.requests import CodesRequest, EngineUnavailableError, QueueFullError, Request, TextRequest
 from openm6.serve.routes.scenarios import COVERAGE, decoded
 from openm6.serve.scenarios.run import (
@@ -48,7 +47,7 @@ from openm6.serve.scenarios.run import (
 )
 from openm6.serve.scenarios.scenario import Bilingual, InputKind, Language, Output, Readiness, Scenario, readiness
 from openm6.serve.schemas import Distribution, coverage_of, distribution_of
-from openm6.serve.server import Server
+from openm6.serve.server import PLAYGROUND, Server, match_key
 
 _WORDS = read_yaml(Path(__file__).with_name("words.yaml"))
 WORDS = {name: build(Bilingual, words, name) for name, words in _WORDS.items()}

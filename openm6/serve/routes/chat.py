@@ -28,7 +28,6 @@ from openm6.modalities.series import NumberSeries
 from openm6.serve.content import AudioFormat, ImageFormat, Message, audio_file, image_data_url, parts_of_messages
 from openm6.serve.engine import cancel_all
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit, failure_of
-from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request, ScoredToken, TextRequest
 from openm6.serve.schemas import (
     CoveredReply,
@@ -42,7 +41,7 @@ from openm6.serve.schemas import (
     seed_of,
     usage_of,
 )
-from openm6.serve.server import Server, ThisCall
+from openm6.serve.server import Server, StrictRoute, ThisCall
 from openm6.serve.worker import RequestHandle, follow
 
 # Fields of OpenAI's that would change the answer: the values that change nothing, besides null and empty ones.

@@ -30,7 +30,6 @@ from openm6.serve.content import (
     text_prompt,
 )
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
-from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, TextRequest, restore_outside
 from openm6.serve.schemas import (
     CoveredReply,
@@ -43,7 +42,7 @@ from openm6.serve.schemas import (
     seed_of,
     usage_of,
 )
-from openm6.serve.server import Call, Server, ThisCall
+from openm6.serve.server import Call, Server, StrictRoute, ThisCall
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=DOCUMENTED)
 AUDIO = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in AUDIO_TYPES.values()}

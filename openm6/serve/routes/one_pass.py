@@ -14,7 +14,6 @@ from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve.content import Content, ContentPart, Series, part_prompt, parts_of_content
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
-from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import EmbedRequest, NumbersRequest, RankRequest
 from openm6.serve.schemas import (
     Distribution,
@@ -25,7 +24,7 @@ from openm6.serve.schemas import (
     rank_candidates,
     usage_of,
 )
-from openm6.serve.server import Server, ThisCall
+from openm6.serve.server import Server, StrictRoute, ThisCall
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=DOCUMENTED)
 

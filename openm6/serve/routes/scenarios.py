@@ -23,7 +23,6 @@ from openm6.serve.content import (
     image_data_url,
 )
 from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
-from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request, decode_codes
 from openm6.serve.scenarios.run import example_fits, example_values, scenario_request
 from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, readiness
@@ -36,7 +35,7 @@ from openm6.serve.schemas import (
     distribution_of,
     rank_candidates,
 )
-from openm6.serve.server import Server, ThisCall, ThisServer
+from openm6.serve.server import Server, StrictRoute, ThisCall, ThisServer
 
 COVERAGE = 0.8
 MISSING: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No scenario has this name."}}

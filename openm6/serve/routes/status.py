@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from openm6.serve.errors import DOCUMENTED, ErrorBody
-from openm6.serve.middleware import PLAYGROUND
-from openm6.serve.server import ThisServer
+from openm6.serve.server import PLAYGROUND, ThisServer
 
 router = APIRouter()
 
