@@ -249,8 +249,8 @@ def serve(
         settings.append(f"hosts={json.dumps(allow_host)}")
     # torch takes seconds to import, and the server's packages are an extra
     from openm6.inference.load import precision_of
-    from openm6.serve.app import read_serve_config
-    from openm6.serve.app import serve as serve_api
+    from openm6.serve.run import read_serve_config
+    from openm6.serve.run import serve as serve_api
 
     precision = precision_of(dtype)
     settings = [*settings, f"engine.weights={precision}"] if precision else settings

@@ -5,6 +5,7 @@ Counters are registers of joules that wrap, or power over time: of GPUs (NVML), 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,29 +50,27 @@ class EnergyReading:
         return "+".join(self.by_source)
 
 
+@dataclass(eq=False)
 class Counter(ABC):
     """The energy of one device since the counter was opened.
 
     name: the device, in words; read: a value of the device, which fails with one of `errors` when it does not answer.
     """
 
-    def __init__(
-        self,
-        name: str,
-        source: Source,
-        read: Callable[[], float],
-        errors: tuple[type[Exception], ...] = (),
-        close: Callable[[], None] = lambda: None,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self.name, self.source, self.errors, self.close = name, source, errors, close
-        self._read, self._clock = read, clock
+    name: str
+    source: Source
+    read: Callable[[], float]
+    errors: tuple[type[Exception], ...] = ()
+    close: Callable[[], None] = lambda: None
+    clock: Clock = time.monotonic
+
+    def __post_init__(self) -> None:
         self._joules = 0.0
-        self._value, self._now = read(), clock()
+        self._value, self._now = self.read(), self.clock()
 
     def joules(self) -> float:
         """All joules so far; the sum never falls. Raises one of `errors` if the device does not answer any more."""
-        value, now = self._read(), self._clock()
+        value, now = self.read(), self.clock()
         self._joules += self._added(value, now - self._now)
         self._value, self._now = value, now
         return self._joules
@@ -80,6 +80,7 @@ class Counter(ABC):
         """Joules since the value before, so many seconds ago."""
 
 
+@dataclass(eq=False)
 class EnergyRegister(Counter):
     """A register of joules; an interval that is not known is dropped, never guessed.
 
@@ -87,9 +88,9 @@ class EnergyRegister(Counter):
     kind draws more, so a larger rise is a reset; bridges_silence: whether it goes on while nobody reads.
     """
 
-    max_watts: float
+    max_watts: float = math.inf
     wrap: float | None = None
-    bridges_silence = False
+    bridges_silence: bool = False
 
     def _added(self, value: float, seconds: float) -> float:
         rise = value - self._value
@@ -104,13 +105,6 @@ class PowerOverTime(Counter):
 
     def _added(self, value: float, seconds: float) -> float:
         return (value + self._value) / 2 * seconds if seconds <= SILENCE else 0.0
-
-
-class BoardEnergy(EnergyRegister):
-    """The counter of one board since the driver was loaded; Volta and newer have it."""
-
-    max_watts = 4000.0
-    bridges_silence = True
 
 
 def open_gpus(indices: tuple[int, ...] | None) -> tuple[list[Counter], list[str]]:
@@ -149,10 +143,11 @@ def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
     def watts() -> float:
         return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000.0
 
-    errors = (pynvml.NVMLError,)
+    errors, close = (pynvml.NVMLError,), pynvml.nvmlShutdown
     for open_one in (
-        lambda: BoardEnergy(name, "nvml", joules, errors, pynvml.nvmlShutdown),
-        lambda: PowerOverTime(name, "estimate", watts, errors, pynvml.nvmlShutdown),
+        # Volta and newer count since the driver was loaded.
+        lambda: EnergyRegister(name, "nvml", joules, errors, close, max_watts=4000.0, bridges_silence=True),
+        lambda: PowerOverTime(name, "estimate", watts, errors, close),
     ):
         # NVML counts how often it was started.
         pynvml.nvmlInit()
@@ -199,22 +194,16 @@ WATTS_PER_CORE = 5.0  # rated power by core: 64 cores of a server have some 350 
 WATTS_PER_GIB = 0.375  # of memory: 3 W for 8 GB, as codecarbon assumed
 
 
-class RaplCounter(EnergyRegister):
-    """One zone of RAPL: a package or its memory. It wraps within minutes, so it must be read often."""
-
-    max_watts = 2000.0
-
-    def __init__(self, zone: Path, name: str) -> None:
-        self.wrap = int((zone / "max_energy_range_uj").read_text()) / 1e6
-        path = zone / "energy_uj"
-        super().__init__(name, "rapl", lambda: int(path.read_text()) / 1e6, (OSError, ValueError))
+def _joules_in(path: Path) -> float:
+    return int(path.read_text()) / 1e6
 
 
 def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]]:
     """Counters of every package and its memory, whether the memory is among them, and why one is missing.
 
     Zones are nested: core and uncore lie within the package, psys contains it, and intel-rapl-mmio shows it again, so
-    only packages and DRAM are summed. AMD's processors appear under the same names, without DRAM.
+    only packages and DRAM are summed. AMD's processors appear under the same names, without DRAM. A register wraps
+    within minutes, so it must be read often.
     """
     counters: list[Counter] = []
     has_memory = False
@@ -223,7 +212,9 @@ def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]
         for zone in zones:
             kind = (zone / "name").read_text().strip()
             if kind.startswith("package") or kind == "dram":
-                counters.append(RaplCounter(zone, f"{zone.name} {kind}"))
+                read, wrap = partial(_joules_in, zone / "energy_uj"), _joules_in(zone / "max_energy_range_uj")
+                errors, name = (OSError, ValueError), f"{zone.name} {kind}"
+                counters.append(EnergyRegister(name, "rapl", read, errors, max_watts=2000.0, wrap=wrap))
                 has_memory = has_memory or kind == "dram"
     except PermissionError:
         return [], False, [f"RAPL is there, but may not be read: let an administrator allow reading of {root}"]

@@ -19,9 +19,9 @@ from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.hub.pretrained import find_model
 from openm6.inference.load import check, load
-from openm6.serve.app import create_app
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import create_app
 
 APPLICATION = "openm6"
 

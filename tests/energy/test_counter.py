@@ -12,8 +12,9 @@ from openm6.energy.meter import EnergyRegister
 def register(wrap: float | None = None, bridges: bool = False) -> Callable[[float, float], float]:
     """What a register of at most 500 W, which shows 100 J at first, adds up to when it shows a value at a time."""
     shown = [100.0, 0.0]
-    kind = type("Register", (EnergyRegister,), {"max_watts": 500.0, "wrap": wrap, "bridges_silence": bridges})
-    counter = kind("x", "rapl", lambda: shown[0], clock=lambda: shown[1])
+    counter = EnergyRegister(
+        "x", "rapl", lambda: shown[0], clock=lambda: shown[1], max_watts=500.0, wrap=wrap, bridges_silence=bridges
+    )
 
     def observe(value: float, now: float) -> float:
         shown[:] = value, now

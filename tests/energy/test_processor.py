@@ -58,10 +58,10 @@ def test_no_rapl_is_no_counter(tmp_path: Path) -> None:
 
 
 def test_a_counter_only_root_may_read_is_named(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(zone: Path, name: str) -> None:
+    def refuse(path: Path) -> float:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(devices, "RaplCounter", refuse)  # root, who may run the tests, reads everything
+    monkeypatch.setattr(devices, "_joules_in", refuse)  # root, who may run the tests, reads everything
     counters, has_memory, notes = devices.open_packages(powercap)
     assert counters == [] and not has_memory and "may not be read" in notes[0]
 

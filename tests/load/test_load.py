@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import create_app
 from tests.load.fuzz import fuzz, mutated
 from tests.load.server import Address
 from tests.load.soak import soak

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import create_app
 from tests.load.server import Address
 from tests.small_model import loaded
 

@@ -23,7 +23,6 @@ from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.modalities.series import NumberSeries
 from openm6.nn.moe import Router
-from openm6.serve.app import read_serve_config
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
 from openm6.serve.requests import (
@@ -38,6 +37,7 @@ from openm6.serve.requests import (
     TextRequest,
     prepare,
 )
+from openm6.serve.run import read_serve_config
 from openm6.serve.worker import EnergyAttribution, RequestHandle, Worker, follow
 from tests.data.sample_images import png, wav
 from tests.devices import CPU, GPU, needs_gpu

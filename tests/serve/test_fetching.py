@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from openm6.core.errors import ConfigError
-from openm6.serve.app import read_serve_config
 from openm6.serve.content import MAX_FETCHES, Fetcher, ImagePart, ImageURL, is_public
 from openm6.serve.errors import BadRequestError
+from openm6.serve.run import read_serve_config
 from tests.data.sample_images import png
 from tests.load.server import Address
 from tests.serve.running import answering, small_app

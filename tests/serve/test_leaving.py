@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.requests import PreparedRequest
+from openm6.serve.run import create_app
 from openm6.serve.worker import RequestHandle, Worker
 from tests.load.server import Address, Reply
 from tests.serve.running import running

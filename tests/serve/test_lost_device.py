@@ -24,7 +24,7 @@ BODY = json.dumps({"model": "default", "messages": [{"role": "user", "content": 
 # its last state can be asked for.
 PROGRAM = """
 import pathlib, sys, time, torch, uvicorn
-import openm6.serve.app, openm6.serve.worker
+import openm6.serve.run, openm6.serve.worker
 from openm6.cli.main import main
 from openm6.inference.load import LoadedModel
 from tests.small_model import loaded
@@ -55,7 +55,7 @@ class Held(uvicorn.Server):
             time.sleep(0.01)
         self.ends = ends
 
-openm6.serve.app.load = load
+openm6.serve.run.load = load
 openm6.serve.worker.prefill = lose
 uvicorn.Server = Held
 sys.argv = ["openm6", "serve", "runs/x", "engine.max_num_seqs=2", "engine.max_model_len=64", "--port", "0",

@@ -18,9 +18,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from openm6.core.errors import ConfigError
-from openm6.serve.app import read_serve_config
 from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError
+from openm6.serve.run import read_serve_config
 from openm6.serve.server import read_json
 from tests.data.sample_images import png, wav
 from tests.load.server import Address, Reply, form

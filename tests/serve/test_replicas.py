@@ -15,10 +15,10 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'open
 
 from ray import serve  # noqa: E402
 
-from openm6.serve.app import create_app  # noqa: E402
 from openm6.serve.config import EngineConfig, ServeConfig  # noqa: E402
 from openm6.serve.engine import Engine  # noqa: E402
 from openm6.serve.replicas import APPLICATION, ReplicaConfig, deployment, run_replicas  # noqa: E402
+from openm6.serve.run import create_app  # noqa: E402
 from tests.small_model import loaded  # noqa: E402
 
 pytestmark = pytest.mark.slow

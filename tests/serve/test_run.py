@@ -18,9 +18,9 @@ import torch
 from fastapi import FastAPI
 
 from openm6.core.errors import ConfigError, EngineError
-from openm6.serve.app import HeaderTimeoutProtocol, bind, create_app, http_server, serve
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import HeaderTimeoutProtocol, bind, create_app, http_server, serve
 from openm6.serve.worker import Worker
 from tests.serve.running import running
 from tests.small_model import loaded
@@ -33,7 +33,7 @@ JSON = {"content-type": "application/json"}
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(logging.getLogger("openm6"), "propagate", True)
     caplog.set_level(logging.INFO, "openm6")
-    monkeypatch.setattr("openm6.serve.app.load", lambda *_, **__: loaded(3))
+    monkeypatch.setattr("openm6.serve.run.load", lambda *_, **__: loaded(3))
     return caplog
 
 
@@ -111,7 +111,7 @@ def test_an_engine_that_cannot_start_is_an_error(
 def test_a_taken_port_is_said_before_anything_is_loaded(
     log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openm6.serve.app.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("openm6.serve.run.load", lambda *_, **__: pytest.fail("loaded"))
     with bind("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="another --port"):
         serve(Path("runs/x"), ServeConfig(port=taken.getsockname()[1]))
     assert "serving" not in log.text
@@ -142,7 +142,7 @@ def test_an_open_server_is_warned_about(
     log: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("openm6.serve.app.http_server", NeverRun)
+    monkeypatch.setattr("openm6.serve.run.http_server", NeverRun)
     serve(Path("runs/x"), config(host=host, keys=keys))
     lines = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
     assert len(lines) == warned and all("upload files" in line and "--keys" in line for line in lines)
@@ -161,7 +161,7 @@ def test_the_address_of_the_playground_is_printed(
         bind(host, 0).close()
     except ConfigError:
         pytest.skip("this machine has no such address")
-    monkeypatch.setattr("openm6.serve.app.http_server", NeverRun)
+    monkeypatch.setattr("openm6.serve.run.http_server", NeverRun)
     serve(Path("runs/x"), config(host=host), configure_app=with_playground)
     assert re.search(rf"playground on http://{shown}:[1-9]\d*/playground", log.text)
     assert "no API keys" not in log.text

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import create_app
 from tests.data.sample_images import png
 from tests.load.server import Address, Reply
 from tests.serve.running import answering

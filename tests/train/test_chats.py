@@ -12,9 +12,9 @@ import pytest
 
 import openm6
 from openm6.inference.load import load
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import create_app
 from openm6.train.run import train_recipe
 from tests.data.sample_images import png, wav
 from tests.serve.running import running

@@ -17,9 +17,9 @@ from openm6.data.sources import open_sources
 from openm6.evaluate.run import evaluate, source_configs
 from openm6.inference.load import load
 from openm6.inference.question import Question, prompt_parts
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import create_app
 from openm6.serve.scenarios.run import list_scenarios, run_scenarios
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe

@@ -9,7 +9,7 @@ import asyncio
 import io
 import re
 from abc import ABCMeta
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from openm6.serve.scenarios.run import (
     scenario_request,
 )
 from openm6.serve.scenarios.scenario import Bilingual, InputKind, Language, Output, Readiness, Scenario, readiness
-from openm6.serve.schemas import Distribution, coverage_of, distribution_of
+from openm6.serve.schemas import coverage_of, distribution_of
 from openm6.serve.server import PLAYGROUND, Server, match_key
 
 _WORDS = read_yaml(Path(__file__).with_name("words.yaml"))
@@ -186,52 +186,12 @@ async def show_answer(
             found = {"audio": (RATE, pcm(samples))}
         case {"numbers": numbers}:
             [(name, distribution)] = numbers.items()
-            found = {"figure": interval_chart(name, distribution, past)}
+            found = {"figure": str(FIGURES.chart(name, distribution, past))}
         case {"ranking": ranking}:
             found = {"figure": str(FIGURES.ranking(ranking))}
         case {"embedding": vector}:
-            found = {"figure": vector_strip(vector)}
+            found = {"figure": str(FIGURES.vector(vector))}
     return {**found, "note": note}
-
-
-def interval_chart(name: str, found: Distribution, past: Sequence[float | None] = ()) -> str:
-    """Return one number as a bar from low to high with its median, or a forecast as a band after what was observed."""
-    title = name.replace("_", " ")
-    if isinstance(found.median, list):
-        return _forecast(title, found, past)
-    low, median, high = float(found.low), float(found.median), float(found.high)  # type: ignore[arg-type]
-    span = (high - low) or abs(median) or 1.0
-    scale = (WIDTH - 2 * EDGE) / (high - low + span / 2)
-    marks = [(round(EDGE + (x - low + span / 4) * scale, 1), f"{x:.4g}") for x in (low, median, high)]
-    caption = f"{median:.4g} [{low:.4g}, {high:.4g}], {found.coverage:.0%}"
-    return str(FIGURES.interval(title, caption, marks))
-
-
-def _forecast(title: str, found: Distribution, past: Sequence[float | None]) -> str:
-    lows, medians, highs = (list(values) for values in (found.low, found.median, found.high))  # type: ignore[arg-type]
-    observed = [(step, value) for step, value in enumerate(past) if value is not None]
-    values = [value for _, value in observed] + lows + highs
-    bottom, top, last = min(values), max(values), max(1, len(past) + len(medians) - 1)
-    span = (top - bottom) or 1.0
-
-    def points(steps: Iterable[tuple[int, float]]) -> str:
-        return " ".join(
-            f"{EDGE + step / last * (WIDTH - 2 * EDGE):.1f},"
-            f"{HEIGHT - EDGE - (value - bottom) / span * (HEIGHT - 2 * EDGE):.1f}"
-            for step, value in steps
-        )
-
-    band = [*enumerate(lows, len(past)), *reversed(list(enumerate(highs, len(past))))]
-    caption = f"{', '.join(f'{value:.4g}' for value in medians)} ({found.coverage:.0%})"
-    lines = (points(band), points(observed), points(enumerate(medians, len(past))))
-    return str(FIGURES.forecast(title, caption, *lines, f"{top:.4g}", f"{bottom:.4g}"))
-
-
-def vector_strip(vector: Sequence[float]) -> str:
-    largest = max((abs(value) for value in vector), default=0.0) or 1.0
-    width = WIDTH / max(1, len(vector))
-    bars = [(round(index * width, 2), value > 0, round(abs(value) / largest, 2)) for index, value in enumerate(vector)]
-    return str(FIGURES.vector(bars, round(width, 2)))
 
 
 async def make_card(server: Server, example: Example) -> str:
@@ -252,7 +212,8 @@ async def make_card(server: Server, example: Example) -> str:
     title, figure = example.scenario.title.text(example.language), ""
     if isinstance(sample.answer, Histogram):
         past = next((part.raw.values for part in sample.inputs if isinstance(part.raw, NumberSeries)), ())
-        figure = interval_chart(example.scenario.column or title, distribution_of(sample.answer, COVERAGE), past)
+        found = distribution_of(sample.answer, COVERAGE)
+        figure = FIGURES.chart(example.scenario.column or title, found, past)
     return str(FIGURES.card(example.scenario.name, example.number, title, shown, figure))
 
 

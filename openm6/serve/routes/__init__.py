@@ -1,1 +1,1 @@
-"""The routes of the API by kind; `openm6/serve/app.py` lists them."""
+"""The routes of the API by kind; `openm6/serve/run.py` lists them."""

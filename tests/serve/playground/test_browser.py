@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("gradio", reason="the extra [serve] is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.playground.page import add_playground
+from openm6.serve.run import create_app
 from tests.serve.routes.test_scenarios import trained_model
 from tests.serve.running import running
 

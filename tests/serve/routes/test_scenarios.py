@@ -16,9 +16,9 @@ from PIL import Image
 from openm6.inference.load import LoadedModel
 from openm6.modalities.image import read_image, to_square
 from openm6.models.description import TrainedTask
-from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
+from openm6.serve.run import create_app
 from openm6.serve.scenarios.run import example_values
 from openm6.serve.scenarios.scenario import read_library
 from tests.serve.running import running
