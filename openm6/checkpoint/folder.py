@@ -1,7 +1,5 @@
 """Finding, checking and clearing away the `step-N` folders of a run."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

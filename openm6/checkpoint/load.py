@@ -1,7 +1,5 @@
 """Loading a checkpoint into a model and an optimizer; nothing is ever unpickled."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 from typing import Any

@@ -2,8 +2,6 @@
 
 # Dimensions: L layers that shared weights, g_l the gradient through layer l, G = Σ g_l the gradient of the shared ones
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Literal
 

@@ -4,8 +4,6 @@ A folder holds one `model.safetensors`, or several files with an index as other 
 optimizer. If ranks wrote their shards of the tensors, the headers state where in the whole these are.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import struct

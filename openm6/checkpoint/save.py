@@ -1,7 +1,5 @@
 """Saving a checkpoint: all of it under a temporary name, then one rename, so that it is whole or not there."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 A file states in its header where in the whole its shards are: any number of ranks, in any mesh, can read them.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Iterator
 from pathlib import Path

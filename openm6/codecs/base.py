@@ -4,8 +4,6 @@ one of a few levels each, in two ways: groups side by side, or stage after stage
 # Shapes: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code,
 # channel d of which has L_d levels; a code packs D cells, the first one varying fastest
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 # Shapes: B batch, H W pixels, h w positions, S samples, T positions, G codebooks of C vectors, N tokens of F features
 
-from __future__ import annotations
-
 import hashlib
 import re
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """Codecs by name or file: one safetensors file each, the config in its metadata, or a folder of another library."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import FunctionType

@@ -1,7 +1,5 @@
 """Reading settings: YAML file, then `key.path=value` overrides, checked against the fields of a config class."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The hardware of this process: its device, its cores, and its memory."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

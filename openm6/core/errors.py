@@ -1,7 +1,5 @@
 """Errors for users: one sentence on what is wrong and how to fix it."""
 
-from __future__ import annotations
-
 import difflib
 import signal
 

@@ -1,7 +1,5 @@
 """Entry points: what other installed packages add to a registry."""
 
-from __future__ import annotations
-
 import functools
 from importlib.metadata import entry_points
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Files and what is in them: writes that a crash leaves old or new, JSON that every parser reads, packaged tables."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import functools

@@ -1,7 +1,5 @@
 """The program's log: plain lines on standard error."""
 
-from __future__ import annotations
-
 import logging
 import sys
 

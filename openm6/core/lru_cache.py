@@ -1,7 +1,5 @@
 """A cache bounded by bytes: records, codes and mels of files, keys and values of prompts."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Random seeds and orders as pure functions of their purpose, so that no generator state needs to be saved."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

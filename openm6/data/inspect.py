@@ -1,7 +1,5 @@
 """Inspection of a user's data before a run: what there is, what its columns hold, what is broken, a recipe to try."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@ pace; its samples do not depend on the rank that holds it. So the position in th
 and no record is lost or seen twice when a run resumes on another number of ranks.
 """
 
-from __future__ import annotations
-
 from bisect import bisect
 from collections import deque
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Numbers as people write them in tables: decimal comma, thousands marks, percent and currencies, per column."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Tables in Arrow memory: Parquet files, the data that comes with the package, and the `datasets` library."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """A record through a task and the modalities: an example as a sequence of tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, replace
 from itertools import islice

@@ -1,7 +1,5 @@
 """The content of the columns of a user's table, and the fields, tasks and recipe that follow from it."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections import Counter

@@ -3,8 +3,6 @@
 Counted apart: records that lack a field, those too long for a row, and those of which only a part was used.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a record is: its keys, how a cell becomes the value of a key, and which column of a table fills which."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What every source of records is, the config that opens it, and which of its records train, validate and test."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType

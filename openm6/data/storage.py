@@ -1,7 +1,5 @@
 """Files that data comes from, local or remote (`s3://bucket/key`), and files that are no table."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path, PurePosixPath
 from typing import IO

@@ -1,7 +1,5 @@
 """Sources that are tables: one row becomes Python objects only when it is asked for."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -2,8 +2,6 @@
 
 # Letters: S samples, N tokens, F frames of 10 ms, M mels, T positions of 40 ms, G codes per position
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Callable, Hashable

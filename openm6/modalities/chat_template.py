@@ -1,7 +1,5 @@
 """The chat template of an imported tokenizer: turns with roles as the text that its model was trained on."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from datetime import datetime

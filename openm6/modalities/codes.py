@@ -8,8 +8,6 @@ p(c_1 … c_G | h) = Π_g p(c_g | h, c_<g), so that a position is drawn from one
 # Dimensions: N tokens, H and W tokens down and across, D hidden size, Q frequencies, F features of a patch, G codes per
 # position, C codebook size, V numbers in the vector of one position, B bottleneck
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager

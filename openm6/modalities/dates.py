@@ -1,7 +1,5 @@
 """Dates: a cell of any form that tables have, as a time that sorts, and as number columns that a model reads."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta

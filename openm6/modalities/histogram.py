@@ -2,8 +2,6 @@
 
 # Letters: N values, B bins, M predicted values
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

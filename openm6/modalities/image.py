@@ -2,8 +2,6 @@
 
 # Letters: N tokens, H and W tokens down and across, P side of a patch in pixels, G codes per position
 
-from __future__ import annotations
-
 import functools
 import io
 import math

@@ -2,8 +2,6 @@
 
 # Letters: N tokens, F numbers in a patch, P side of a patch, I images of one size, C channels, D hidden size
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What every modality offers: raw input to tokens on the way in, hidden states to a loss and raw output out."""
 
-from __future__ import annotations
-
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

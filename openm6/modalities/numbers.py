@@ -7,8 +7,6 @@ If a column has simple predictors, t is the distance to their predictions, in un
 
 # Letters: N tokens, K word ids of a name, M simple predictions, D hidden size, B bins, Q frequencies
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -2,8 +2,6 @@
 
 # Letters: n pool tokens, P = n/2 pairs, M pairs of all ranks, D hidden size, E size of an embedding
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The list of modalities, their settings, and raw parts turned into segments of a sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType

@@ -7,8 +7,6 @@ models that have not seen its row, and those of labels, which have no part in tr
 # Letters: R rows, C number columns, E columns of words and images, Q categories, F features, K folds, M predictions,
 # T trees, N nodes, V vocabulary, L labels
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Text: byte-level BPE in and out, without unknown tokens; long texts are cut within inputs, not within prompts."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

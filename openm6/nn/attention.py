@@ -2,8 +2,6 @@
 
 # Dimensions: B rows, S queries, T keys, D width, H query heads, G key-value heads, d size of a head
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -2,8 +2,6 @@
 
 # Dimensions: B rows, S tokens, D width
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 

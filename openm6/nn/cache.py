@@ -3,8 +3,6 @@
 # Dimensions: L layers, B slots, C capacity of a slot, S new tokens, T tokens so far,
 # G key-value heads, d size of a head
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

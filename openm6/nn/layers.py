@@ -2,8 +2,6 @@
 
 # Dimensions: D width, F hidden, P products of the first matrix: 2F for swiglu (gate and up in one), F for gelu
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 # Shapes: B rows, S tokens of a row, N = B·S, H query heads, G key-value heads, M = H/G, d head size, Q queries and
 # K keys of a block
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

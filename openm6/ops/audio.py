@@ -2,8 +2,6 @@
 
 # Shapes: B batch, S samples, W window, H hop (W a multiple of H), N = S / H frames, K = W/2 + 1 frequencies, M mels
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -7,8 +7,6 @@ therefore inputs of the forward pass, and the upstream gradient is one factor fo
 # Shapes: M tokens, D hidden size, V vocabulary, C tokens of a chunk; of classifiers: N positions, G classifiers,
 # B bottleneck, C classes; of InfoNCE: Q queries, G gallery, E embedding size
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

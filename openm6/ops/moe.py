@@ -13,8 +13,6 @@ product need not be kept for its gradient, and both adjoints of the permutation 
 # Shapes: N tokens, D hidden size, F intermediate size, E experts, K choices per token, Z prototypes, R rows sent to
 # experts (N·K if nothing is dropped), P ≥ R rows with padding
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal

@@ -6,8 +6,6 @@ Under torch.compile the plain forms are used: it fuses them, and does not suppor
 
 # Shapes: B rows, S tokens, H heads, d head size, D hidden size, F intermediate size
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

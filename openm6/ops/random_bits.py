@@ -7,8 +7,6 @@ random bits per weight, which GPU kernels repeat in registers, and 64 bits wide 
 
 # Shapes: any for words; B keys, N counters
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ many tensors advance together with one exchange for all of them, and the rules o
 
 # Shapes: E matrices (experts; 1 for a plain matrix), R rows, R' of them on this rank, C columns
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar

@@ -1,7 +1,5 @@
 """AdamW (arXiv 1711.05101), its moments in any dtype, with optional stochastic rounding of bf16 weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

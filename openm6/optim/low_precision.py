@@ -2,8 +2,6 @@
 
 # Shapes: E matrices of one tensor (experts; 1 for a plain matrix), n values of each, C columns, b values of a block
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Muon: momentum whose matrices are orthogonalized before they are applied; AdamW for all other parameters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

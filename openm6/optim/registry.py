@@ -1,7 +1,5 @@
 """The list of optimizers and their parameter groups; adding one is one entry."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -2,8 +2,6 @@
 
 # Shapes: E matrices (experts; 1 for a plain matrix), R rows, C columns
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

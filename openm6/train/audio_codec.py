@@ -2,8 +2,6 @@
 
 # Dimensions: B batch, S samples, N clips, L samples of all clips, K harmonics, F formants, P points of a curve
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Calibration after training by validation records: widths of distributions, weights of predictions of labels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

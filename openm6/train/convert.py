@@ -1,7 +1,5 @@
 """`openm6 convert`: a checkpoint in another precision, or taken from the pseudo stage to the real one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ One process packs batches. On a GPU, which trains faster, others make the exampl
 this process uses a GPU, since none of them does.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import mmap

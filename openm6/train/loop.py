@@ -13,8 +13,6 @@ A step can be read in six files, in this order:
 (ranks) and `train/offloaded.py` are optional variants.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing

@@ -2,8 +2,6 @@
 
 # Dimensions: n tokens of one kind, E examples
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Metrics of a run: averages over `log_every` steps, and the loggers that receive them (file, TensorBoard, display)."""
 
-from __future__ import annotations
-
 import math
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Multimodal training: one model, many tasks over many sources, packed rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property

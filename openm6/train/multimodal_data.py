@@ -1,7 +1,5 @@
 """What a recipe's sources hold for training: checks, tokenizer, scales of numbers, trained tasks, held-out batches."""
 
-from __future__ import annotations
-
 import math
 import time
 from array import array

@@ -1,7 +1,5 @@
 """The train step with offloaded weights: fetched for each use, updated as soon as their gradient is known."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace

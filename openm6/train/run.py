@@ -1,7 +1,5 @@
 """`openm6 train`: from a recipe file to a training task, a run folder and a trained model."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex

@@ -2,8 +2,6 @@
 
 # Letters: R rows, C number columns, F features, K folds, M predictions, L penalties
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

@@ -1,7 +1,5 @@
 """Fine-tuning: what a run takes over from the model that it starts from, and how its own data join that."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The interface between the loop and a kind of training: a model, batches, a loss, and what to save."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol

@@ -5,8 +5,6 @@ train step as a process alone or a distributed rank. Only the sum over ranks dif
 memory, each parameter's by the worker that owns it, always in the same order, and the owner updates it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
