@@ -82,8 +82,7 @@ def latest(path: Path | str) -> Path:
     given = Path(path)
     if not given.exists():
         raise CheckpointError(f"there is no run or checkpoint at {given}: check the path")
-    # Of any name, if it was copied from its run.
-    if _STEP_NAME.fullmatch(given.name) or (given / STATE_FILE).is_file():
+    if _STEP_NAME.fullmatch(given.name) or (given / STATE_FILE).is_file():  # of any name, if it was copied from its run
         read_state(given)
         return given
     inner = given / "checkpoints"

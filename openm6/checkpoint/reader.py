@@ -80,8 +80,7 @@ class CheckpointReader:
         if not paths:
             raise CheckpointError(f"{whole} is missing: name a folder that holds a whole checkpoint")
         self._parts: dict[str, dict[Shape, _Part]] = {}
-        # Copies that several ranks hold count once.
-        for part in chain.from_iterable(map(_parts_of, paths)):
+        for part in chain.from_iterable(map(_parts_of, paths)):  # copies that several ranks hold count once
             self._parts.setdefault(part.name, {})[part.offsets] = part
 
     @property

@@ -121,8 +121,7 @@ class AudioCodec(FSQCodec):
                 f"audio of shape {tuple(raw.shape)} does not fit the codec: it reads B samples, mono and not empty"
             )
         samples = F.pad(raw, (0, -raw.shape[1] % self.config.samples_per_position))
-        # Spectra and rounding need fp32.
-        with torch.autocast(samples.device.type, enabled=False):
+        with torch.autocast(samples.device.type, enabled=False):  # spectra and rounding need fp32
             mels = self.mels(samples)
         hidden = self.encoder(self.first(mels.mT).mT)  # B N M -> B N D
         latent = self.fold(hidden)  # B N D -> B T C

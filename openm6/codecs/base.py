@@ -117,8 +117,7 @@ class LatentNorm(nn.Module):
     def __init__(self, channels: int, momentum: float = 0.02) -> None:
         super().__init__()
         self.momentum = momentum
-        # Set for the last part of training, so that the decoder settles on fixed statistics.
-        self.frozen = False
+        self.frozen = False  # set for the last part of training, so that the decoder settles on fixed statistics
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
 

@@ -57,8 +57,7 @@ class JanusCodec(ExternalCodec):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        # The library decodes images of one size alone.
-        self.model.quantize.quant_state_dims = list(codes.shape[1:3])
+        self.model.quantize.quant_state_dims = list(codes.shape[1:3])  # the library decodes images of one size alone
         pixels: Tensor = self.model.decode(codes.flatten(1))
         return pixels.clamp(-1.0, 1.0)
 
@@ -116,8 +115,7 @@ class AudioEncoder(nn.Module):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__()
         self.model, self.processor, self.width = model, processor, int(model.config.hidden_size)
-        # Three convolutions halve the number of frames in a window.
-        frames = 2 * getattr(model.config, "n_window", 1)
+        frames = 2 * getattr(model.config, "n_window", 1)  # three convolutions halve the number of frames in a window
         self.step = round(frames * processor.hop_length / -(-frames // 8))
 
     @torch.no_grad()

@@ -92,8 +92,7 @@ class ImageCodec(FSQCodec):
                 f" multiples of {stride}; resize or pad them"
             )
         latent = self.encoder(raw).movedim(1, -1)  # B C h w -> B h w C
-        # Rounding must not depend on the precision around it.
-        with torch.autocast(raw.device.type, enabled=False):
+        with torch.autocast(raw.device.type, enabled=False):  # rounding must not depend on the precision around it
             return self.quantizer(latent)
 
     def synthesize(self, latent: Tensor) -> Tensor:

@@ -121,8 +121,7 @@ def _sentence(error: ValidationError) -> str:
         path = f"{path}.{key}" if path else str(key)
         if new:
             return f"the key {path!r} was renamed to {new!r}"
-        # YAML reads `on` and `1` as keys that are no text.
-        return f"unknown key {path!r}; {nearest(str(key), known)}"
+        return f"unknown key {path!r}; {nearest(str(key), known)}"  # YAML reads `on` and `1` as keys that are no text
     if first["type"] == "union_tag_invalid":
         known = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
         return f"{path}: no kind is called {first['ctx']['tag']!r}; {nearest(first['ctx']['tag'], known)}"

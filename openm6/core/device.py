@@ -85,8 +85,7 @@ def process_memory(key: str, process: str = "self") -> int | None:
 def reset_peak_memory() -> None:
     """Reset the peak of this process, `VmHWM`, if that is permitted."""
     with suppress(OSError):
-        # The 5 resets the peak alone (proc(5)).
-        (PROCESSES / "self/clear_refs").write_text("5")
+        (PROCESSES / "self/clear_refs").write_text("5")  # the 5 resets the peak alone (proc(5))
 
 
 def free_host_bytes() -> float:

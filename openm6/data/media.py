@@ -48,8 +48,7 @@ class FolderTable(Table):
         self.where = config.path
         self.names = ["id", "image", "audio", "label", f"text_{config.language}"]
         self._config, self._root, self._files = config, root, files
-        # Reads nothing outside the folder, links included.
-        self.open_file = partial(read_beside, str(root / "any"))
+        self.open_file = partial(read_beside, str(root / "any"))  # reads nothing outside the folder, links included
 
     def __len__(self) -> int:
         return len(self._files)

@@ -249,8 +249,7 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
         names += ["record_classification", "record_regression"]
     if not keys & {"image", "audio"}:
         labelled = [str(label).lower() in text.lower() for text, label in both if label and text is not None]
-        # To copy a word is not to learn it.
-        if sum(labelled) <= MIN_RECORDS_FRACTION * len(labelled):
+        if sum(labelled) <= MIN_RECORDS_FRACTION * len(labelled):  # to copy a word is not to learn it
             names.append("text_classification" if few_labels and len(labels) > 1 else "reverse_dictionary")
         names += ["question_answering", "keywords_to_text"]
         lengths = [len(text) for text, _ in both if text is not None]

@@ -33,8 +33,7 @@ class Quarantine:
         self._listed: set[tuple[str, str]] = set()  # source and id, also by an earlier part of the same run
         if path is not None and path.is_file():
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                # A crash may have cut off a line.
-                with suppress(ValueError, KeyError, TypeError):
+                with suppress(ValueError, KeyError, TypeError):  # a crash may have cut off a line
                     entry = json.loads(line)
                     self._listed.add((entry["source"], entry["id"]))
         self.seen = 0

@@ -117,8 +117,7 @@ def refuse_foreign(path: str, parquet: bool = False) -> None:
     if head.startswith(b"RIFF"):
         what = _IMAGE if head[8:12] == b"WEBP" else _AUDIO
     by_name = next((what for _, endings, what in _FOREIGN if path.lower().endswith(endings)), None)
-    # .xlsx is a ZIP archive, too.
-    if what == _ARCHIVE:
+    if what == _ARCHIVE:  # .xlsx is a ZIP archive, too
         what = by_name or what
     if parquet and what is None:
         what = by_name or (_JSON if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"[", b"{")) else None)

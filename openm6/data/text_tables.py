@@ -44,8 +44,7 @@ def sample_rows(path: str, separator: str, encoding: str = UTF8) -> Iterator[lis
     """The first rows of a CSV, the header among them; UTF-8 with each byte as one letter (Latin-1)."""
     with open_binary(path) as file:
         sample = file.read(SAMPLE_BYTES)
-        # A header of very many columns.
-        if b"\n" not in sample and b"\r" not in sample:
+        if b"\n" not in sample and b"\r" not in sample:  # a header of very many columns
             sample += file.read(BLOCK_BYTES - SAMPLE_BYTES)
     text = sample.decode(LATIN if encoding == UTF8 else encoding, "ignore").removeprefix("\xef\xbb\xbf")
     if len(sample) >= SAMPLE_BYTES:

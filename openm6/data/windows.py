@@ -63,8 +63,7 @@ def _parse_texts(texts: list[str], where: str, time_format: str | None) -> list[
             f"{where} holds {text!r} in row {row}, which is not a number or date like the others: "
             'correct it, or add a form such as time_format: "%m/%d/%Y" to the source'
         )
-    # ISO stands for all forms that agree with it.
-    first, *others = found.values()
+    first, *others = found.values()  # ISO stands for all forms that agree with it
     if any(times != first for times in others):
         choices = " or ".join(f'time_format: "{name}"' for name in found)
         raise DataError(f"{where} can be read in two ways, such as {texts[0]!r}: add {choices} to the source")

@@ -95,8 +95,7 @@ class Audio(CodesModality):
         self.patch_size = FRAMES * self.num_mels if encoder is None else encoder.width
         self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
         self.code_cache, self._sample_cache = (LRUCache[np.ndarray](CACHE_BYTES // 2) for _ in range(2))
-        # Entries of a few bytes: a bound on their number.
-        self.duration_cache = LRUCache[np.ndarray](2**20)
+        self.duration_cache = LRUCache[np.ndarray](2**20)  # entries of a few bytes: a bound on their number
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Log-mel patches of all, or with `mask_span`, in fractions of the length, of as much as a target holds."""
@@ -143,8 +142,7 @@ class Audio(CodesModality):
             length = self.length(seconds) * self.hop if seconds else len(samples) + -len(samples) % hop
             with torch.no_grad():
                 frames = self.mels(torch.from_numpy(_fitted(samples, length))[None])[0].numpy()
-            # A frame reads samples beyond its own.
-            heard = -(-(len(samples) + self.mels.config.window) // hop)
+            heard = -(-(len(samples) + self.mels.config.window) // hop)  # a frame reads samples beyond its own
             return frames[:heard].copy()
 
         key = key_of(raw)
@@ -231,8 +229,7 @@ def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     silence = int(rng.integers(0, 12))
     changed = np.empty((silence + len(stretched), mels))
     changed[:silence], changed[silence:] = stretched.min(), stretched
-    # SpecAugment, arXiv 1904.08779
-    for axis, max_width in ((0, 12), (1, 14)):
+    for axis, max_width in ((0, 12), (1, 14)):  # SpecAugment, arXiv 1904.08779
         width = int(rng.integers(0, max_width))
         start = int(rng.integers(0, max(1, changed.shape[axis] - width)))
         here = slice(start, start + width)

@@ -42,8 +42,7 @@ class TemplatedChat:
         self.template, self.tokens, self.special = template, tokens, special
         self.media: list[Part] = []
         self.messages: list[dict[str, str]] = []
-        # Of each turn: targets that are learned beside it, which stand before it.
-        self.learned: list[list[Part]] = [[]]
+        self.learned: list[list[Part]] = [[]]  # of each turn: targets that are learned beside it, which stand before it
         for part in parts:
             if part.options.get("learned"):
                 self.learned[-1].append(part)

@@ -126,8 +126,7 @@ def sample_mask(height: int, width: int, rng: Rng) -> np.ndarray:
         return mask
     inside = random_rectangle(height, width, rng)
     mask = inside if draw < RANDOM_FRACTION + ALL_FRACTION + INSIDE_FRACTION else ~inside
-    # A rectangle may fill a tiny grid.
-    return mask if mask.any() else np.ones(positions, bool)
+    return mask if mask.any() else np.ones(positions, bool)  # a rectangle may fill a tiny grid
 
 
 def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:

@@ -28,8 +28,7 @@ def is_date(cell: Any) -> bool:
     if isinstance(cell, date):
         return True
     text = cell.strip() if isinstance(cell, str) else ""
-    # Most texts are ruled out before any form is tried.
-    if len(text) > LONGEST or not _YEAR.search(text):
+    if len(text) > LONGEST or not _YEAR.search(text):  # most texts are ruled out before any form is tried
         return False
     return not parsed([text], plain_number) and any(parsed([text], parse) for parse in FORMS.values())
 

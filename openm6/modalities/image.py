@@ -54,8 +54,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
             )
         if target_pixels is not None and not isinstance(raw, PIL.Image.Image):
             image = _decoded_small(image, OVERSAMPLING * target_pixels)
-        # Turned as the camera was held.
-        return _in_rgb(ImageOps.exif_transpose(image))
+        return _in_rgb(ImageOps.exif_transpose(image))  # turned as the camera was held
     except PIL.Image.DecompressionBombError:
         raise DataError(f"the image is over the bound of {max_pixels:,} pixels: shrink it") from None
     except (OSError, ValueError, SyntaxError, TypeError) as error:
@@ -78,8 +77,7 @@ def _decoded_small(image: PIL.Image.Image, min_pixels: int) -> PIL.Image.Image:
 
 def _in_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """RGB of any mode, transparency over white."""
-    # 16-bit grey, which Pillow would cut off at 255.
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
         levels = np.asarray(image, np.float32) / 257
         image = PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -170,8 +168,7 @@ class Image(CodesModality):
             return self._encoded(raw, self.encoder, mask_box)
         values = self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw))
         gain = np.ones((), np.float32)
-        # An inpainted region must keep its position.
-        if rng is not None and mask_box is None:
+        if rng is not None and mask_box is None:  # an inpainted region must keep its position
             strong = self.config.augmentation == "strong"
             values = _transformed(values, rng) if strong else _moved(values, rng)
             if self.config.flips and rng.random() < 0.5:

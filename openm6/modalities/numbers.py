@@ -76,8 +76,7 @@ class Numbers(Modality):
         self.widths: Mapping[str, Mapping[str, float]] = {}
         self.predictors = predictors
         self.dates: Mapping[str, str | None] = {}  # columns of dates and their formats
-        # Rows come back in every epoch.
-        self._cache = LRUCache[Arrays](CACHE_BYTES)
+        self._cache = LRUCache[Arrays](CACHE_BYTES)  # rows come back in every epoch
         self._name_ids = functools.lru_cache(4096)(lambda name: text.encode(" " + name.replace("_", " "))[:8])
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:

@@ -147,8 +147,7 @@ def source_segments(
         segments.append(segment)
     if causal:
         segments = text.with_bos(segments)
-    # A template may leave nothing of a chat.
-    if opening and segments:
+    if opening and segments:  # a template may leave nothing of a chat
         segments[-1] = replace(segments[-1], opening=opening)
     return segments
 

@@ -138,8 +138,7 @@ def _period(windows: list[np.ndarray]) -> int:
         bound = MAX_CHANGES * float(np.median(np.abs(change)))
         change = np.clip(change, -bound, bound) if bound > 0 else change
         energy = float(change @ change)
-        # The changes of a line differ by rounding alone.
-        if energy > MIN_ENERGY * float(window @ window):
+        if energy > MIN_ENERGY * float(window @ window):  # the changes of a line differ by rounding alone
             total += [change[lag:] @ change[: len(change) - lag] / energy * len(change) / (len(change) - lag)
                       for lag in range(longest + 1)]  # fmt: skip
             norm += 1

@@ -118,18 +118,15 @@ class Text(Modality):
     def _source(self, text: str, spans: tuple[Cuttable, ...], role: str | None) -> Segment:
         ids, offsets = self._encode_with_offsets(text)
         if role is not None:
-            # Outside every span of the text.
-            ids, offsets = [self.roles[role], *ids], [(-1, -1), *offsets]
+            ids, offsets = [self.roles[role], *ids], [(-1, -1), *offsets]  # outside every span of the text
         starts, stops = np.asarray(offsets).reshape(-1, 2).T
         cuttable = []
-        # The tokens that lie wholly within each span.
-        for span in spans:
+        for span in spans:  # the tokens that lie wholly within each span
             first = int(np.searchsorted(starts, span.start, "left"))
             last = int(np.searchsorted(stops, span.stop, "right"))
             cuttable.append(Cuttable(first, max(first, last), span.keep_end))
         (segment,) = fit([_source_of(ids, tuple(cuttable))], self.max_tokens)
-        # The words that may not be cut may be longer than that.
-        if len(segment) > self.max_tokens:
+        if len(segment) > self.max_tokens:  # the words that may not be cut may be longer than that
             segment = select_tokens(segment, np.arange(len(segment)) < self.max_tokens)
         return segment
 
@@ -155,8 +152,7 @@ class Text(Modality):
         }
         length = len(ids) + 1
         learn = np.ones(length, bool)
-        # Its first tokens alone are the same text without the end token.
-        cuttable = (Cuttable(0, length),)
+        cuttable = (Cuttable(0, length),)  # its first tokens alone are the same text without the end token
         return Segment("text", arrays, line(length), length, learn, "causal", cuttable=cuttable)
 
     def chat(self, parts: Sequence[Part]) -> tuple[Sequence[Part], tuple[int, ...]]:
@@ -241,8 +237,7 @@ def fit(segments: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segm
     left = sum(lengths) - excess
     if excess <= 0 or left < 0 or not lengths:
         return list(segments)
-    # The largest c for which Σ min(length, c) is at most `left`.
-    for index, length in enumerate(sorted(lengths)):
+    for index, length in enumerate(sorted(lengths)):  # the largest c for which Σ min(length, c) is at most `left`
         longest = left // (len(lengths) - index)
         if length > longest:
             break

@@ -103,8 +103,7 @@ class CompiledExecutor(LayerExecutor):
         outputs = [output for output in (y, stats and stats.side_loss) if output is not None and output.requires_grad]
         inputs = [leaf for leaf in (x, *block.parameters()) if leaf.requires_grad]
         slopes = [torch.zeros_like(output) for output in outputs]
-        # A step's backward pass runs outside of autocast.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # a step's backward pass runs outside of autocast
             if outputs:
                 torch.autograd.grad(outputs, inputs, slopes, allow_unused=True)
 
@@ -116,8 +115,7 @@ class CompiledExecutor(LayerExecutor):
 
 def warn_of_failed_compiler(error: Exception, setting: str) -> None:
     """Name a failure of compiled blocks in one sentence; with `setting` they are not tried."""
-    # What the backend raised comes wrapped.
-    cause = getattr(error, "inner_exception", error)
+    cause = getattr(error, "inner_exception", error)  # what the backend raised comes wrapped
     get_log().warning(
         f"the compiler failed ({type(cause).__name__}: {first_line(cause)}), so the blocks run uncompiled and slower; "
         f"{setting} does not try"

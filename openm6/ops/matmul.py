@@ -185,8 +185,7 @@ def grouped_mm(rows: Tensor, weight: Tensor | Int8Weight, counts: Tensor) -> Ten
     if isinstance(weight, Int8Weight):
         return weight.grouped(rows, counts)
     rows, matrices = cast_alike(rows, weight)
-    # On a GPU the kernel supports bf16 only; other dtypes are slow.
-    if rows.is_cuda and rows.dtype != torch.bfloat16:
+    if rows.is_cuda and rows.dtype != torch.bfloat16:  # on a GPU the kernel supports bf16 only; other dtypes are slow
         groups = rows.split(counts.tolist())
         return torch.cat([group @ matrix for group, matrix in zip(groups, matrices.unbind(), strict=True)])
     ends = counts.cumsum(0).to(torch.int32)

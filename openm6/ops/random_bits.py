@@ -35,5 +35,4 @@ def uniform(seed: Tensor, draw: Tensor, count: int) -> Tensor:
     key = mix_64(seed * GOLDEN_64 + mix_64(draw + 1)) * MULTIPLIER_64
     counter = torch.arange(count, device=seed.device)
     bits = mix_64(key[:, None] + counter * GOLDEN_64) & 0xFFFFFF
-    # The last of 2²⁴ values would round to 1.
-    return ((bits.float() + 0.5) * 2.0**-24).clamp_(max=1 - 2.0**-24)
+    return ((bits.float() + 0.5) * 2.0**-24).clamp_(max=1 - 2.0**-24)  # the last of 2²⁴ values would round to 1

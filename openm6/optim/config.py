@@ -41,8 +41,7 @@ def lr_multiplier(step: int, total: int | None, config: ScheduleConfig) -> float
     start = decay_start(total, config)
     if step <= start:
         return warmup
-    # Below 1 in the last step, so that it still has an effect.
-    done = min(1.0, (step - start) / (total - start + 1))
+    done = min(1.0, (step - start) / (total - start + 1))  # below 1 in the last step, so that it still has an effect
     left = 1.0 - (math.sqrt(done) if config.decay == "sqrt" else done)
     return warmup * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
 

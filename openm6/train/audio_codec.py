@@ -212,8 +212,7 @@ def voices(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
     width = rng.uniform(count, NUM_FORMANTS, 1, low=50.0, high=220.0)
     gain = torch.exp(-0.6 * torch.arange(NUM_FORMANTS, device=rng.device))[None, :, None]
     waveform = torch.zeros(count, length, device=rng.device)
-    # One harmonic at a time: all at once would take gigabytes.
-    for k in range(1, NUM_HARMONICS + 1):
+    for k in range(1, NUM_HARMONICS + 1):  # one harmonic at a time: all at once would take gigabytes
         harmonic = k * pitch  # B S
         level = (gain / (1.0 + ((harmonic[:, None] - formants) / width).square())).sum(1) / math.sqrt(k)
         audible = harmonic < 0.48 * rate

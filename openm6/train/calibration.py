@@ -30,8 +30,7 @@ def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> li
     """Return validation records as examples of each part of the mixture that is calibrated, without broken ones."""
     parts = [part for part in recipe.mixture
              if (task := recipe.task(part.task)).output_modality == "numbers" or task.may_be_label]  # fmt: skip
-    # All sources, since pairs are of others.
-    sources = open_sources(recipe.sources, "validation") if parts else {}
+    sources = open_sources(recipe.sources, "validation") if parts else {}  # all sources, since pairs are of others
     check = partial(example_sequence, modalities=modalities)
     return [build_examples(recipe.task(part.task), sources[part.source], CALIBRATED, (0, "calibration"), check)[0]
             for part in parts]  # fmt: skip

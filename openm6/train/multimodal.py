@@ -86,8 +86,7 @@ class MultimodalTraining(TrainingTask):
             found = {slot.modality for task in tasks for slot in (task.target, *task.inputs.values())}
             chats = MODALITIES if any(task.chat for task in tasks) else ()
             freeze(self.omni, recipe.model.freeze, {"text", POOL, *found, *chats})
-        # In place; tensors on `meta` stay there.
-        for tensor in (*self.omni.parameters(), *self.omni.buffers()):
+        for tensor in (*self.omni.parameters(), *self.omni.buffers()):  # in place; tensors on `meta` stay there
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
         if self.ranks.size > 1:
@@ -178,8 +177,7 @@ class MultimodalTraining(TrainingTask):
             f"loss/{kind}": nll.get(kind, zero) / count for kind, count in counts.learned.items() if count
         }
         metrics["packing_efficiency"] = batch.tokens / counts.positions
-        # The routers' own means are over this rank's tokens.
-        fraction = batch.tokens / max(1.0, counts.tokens)
+        fraction = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
         loads = [replace(load, dropped=load.dropped * fraction) for load in loads]
         loss = total / counts.examples + fraction * side_loss(loads)
         # In a sharded model every rank needs a gradient for each weight, whichever its rows use (an image may be an

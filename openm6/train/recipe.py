@@ -94,8 +94,7 @@ class MultimodalRecipe(Config):
                 columns = self.tasks[component.task].columns()
                 for name in _tables_of(component.source, self.sources):
                     sources[name] = _with_columns(sources[name], columns)
-        # The config is frozen for its users.
-        self.__dict__["sources"] = sources
+        self.__dict__["sources"] = sources  # the config is frozen for its users
         return self
 
     @model_validator(mode="after")

@@ -159,8 +159,7 @@ def _with_replay(recipe: MultimodalRecipe, values: dict[str, Any], start: Start)
             f"replay={recipe.replay} finds nothing else that {recipe.model.start} was trained on: drop it"
         )
     needed = [one.source for one in trained]
-    # It grows, as pairs may be of pairs.
-    for source in needed:
+    for source in needed:  # it grows, as pairs may be of pairs
         needed += [found.sources[source][side] for side in ("left", "right") if side in found.sources[source]]
     fraction = recipe.replay / (1 - recipe.replay) * sum(own.values()) / sum(one.weight for one in trained)
     replayed = [{"source": one.source, "task": one.task, "weight": fraction * one.weight} for one in trained]

@@ -191,8 +191,7 @@ class TrainStep:
                 self.choose_execution(batch.tokens)
                 self._prepared = True
             result = self.training.loss(batch)
-        # Of some batches, frozen weights leave nothing to train.
-        if result.loss.requires_grad:
+        if result.loss.requires_grad:  # of some batches, frozen weights leave nothing to train
             result.loss.backward()
         self.ranks.sum_gradients(self.parameters)
         self.ranks.forget_unused(self.training.optional_parameters())
@@ -239,8 +238,7 @@ class TrainStep:
 def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) -> tuple[StepResult, Tensor]:
     """Return sums over ranks, by one all-reduce, and in fp64 the tokens and the numbers of `work` in their order."""
     counts = [float(tokens), *(value for named in result.work.values() for count in named.values() for value in count)]
-    # fp64, so that numbers of tokens stay whole numbers.
-    numbers = torch.tensor(counts, dtype=torch.float64)
+    numbers = torch.tensor(counts, dtype=torch.float64)  # fp64, so that numbers of tokens stay whole numbers
     if ranks.size == 1:
         return result, numbers
     device = result.loss.device
