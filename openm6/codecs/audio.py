@@ -2,10 +2,8 @@
 
 # Shapes: B batch, S samples, T positions, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +36,7 @@ class AudioCodecConfig(QuantizerConfig):
     stage_dropout: float = 0.5
 
     @model_validator(mode="after")
-    def _frames_overlap(self) -> AudioCodecConfig:
+    def _frames_overlap(self) -> Self:
         if self.window % self.hop or self.window < 2 * self.hop:
             raise ValueError("window must be a multiple of hop, at least twice it, so that frames overlap")
         return self

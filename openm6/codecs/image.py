@@ -2,9 +2,7 @@
 
 # Shapes: B batch, H W height and width in pixels, h w in positions, C channels of the latent, G groups
 
-from __future__ import annotations
-
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +24,7 @@ class ImageCodecConfig(QuantizerConfig):
     decoder_blocks: tuple[int, ...] = (2, 2)
 
     @model_validator(mode="after")
-    def _scales_agree(self) -> ImageCodecConfig:
+    def _scales_agree(self) -> Self:
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
             raise ValueError("widths, encoder_blocks and decoder_blocks must have one entry per scale each")
         if any(width % 8 for width in self.widths):

@@ -1,11 +1,9 @@
 """The folder of one run: paths of its settings, metrics, checkpoints and reports."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -23,7 +21,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def open(cls, path: Path | str) -> RunFolder:
+    def open(cls, path: Path | str) -> Self:
         """Return the run at `path`; make its folder if it does not exist yet, or raise OutputError."""
         folder = Path(path)
         with as_output_error(folder):

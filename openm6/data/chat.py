@@ -1,12 +1,10 @@
 """Conversations in JSON Lines, in the forms of OpenAI, ms-swift and LLaMA-Factory, and ShareGPT."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -172,7 +170,7 @@ class ChatConfig(TableConfig):
     kind: Literal["chat"] = "chat"
 
     @model_validator(mode="after")
-    def _no_fields(self) -> ChatConfig:
+    def _no_fields(self) -> Self:
         if self.fields is not None:
             raise ValueError("a chat has no fields: its columns have the names of the form that it has")
         return self

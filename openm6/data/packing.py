@@ -1,10 +1,8 @@
 """Examples packed into rows of tokens, with a cursor from which the next batch can be built again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,7 +32,7 @@ class PackingConfig(Config):
     num_shards: int | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
-    def _shards_divide(self) -> PackingConfig:
+    def _shards_divide(self) -> Self:
         if self.rows < 1:
             raise ValueError("batch_size must be at least 1, or auto")
         if isinstance(self.num_shards, int) and (self.num_shards < 1 or self.rows % self.num_shards):

@@ -2,14 +2,12 @@
 
 # Letters: R rows, S tokens per row, n tokens of one kind in the batch
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -158,7 +156,7 @@ class Batch:
     def num_examples(self) -> int:
         return len(self.tasks)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device, by one copy, for which a GPU is not waited for."""
         device = torch.device(device)
         if device == self.meta.example_id.device:

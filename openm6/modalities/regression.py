@@ -2,11 +2,10 @@
 
 # Letters: W windows, C steps of the past, H of the future, L lags, T features of a time, X inputs, F folds
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -90,7 +89,7 @@ class LagRidge:
         return f"{self.lags} {self.level:d} {self.weights.shape[1]} {base64.b64encode(self.weights.tobytes()).decode()}"
 
     @classmethod
-    def of_text(cls, text: str) -> LagRidge:
+    def of_text(cls, text: str) -> Self:
         lags, level, horizon, weights = text.split()
         array = np.frombuffer(base64.b64decode(weights), np.float32).reshape(-1, int(horizon))
         return cls(int(lags), level == "1", array)
@@ -129,7 +128,7 @@ class FittedRidges:
         return self.whole.plain.to_text(), self.whole.full.to_text()
 
     @classmethod
-    def of_texts(cls, texts: tuple[str, str]) -> FittedRidges:
+    def of_texts(cls, texts: tuple[str, str]) -> Self:
         return cls(Ridges(*map(LagRidge.of_text, texts)))
 
     def of(self, position: tuple[int, int] | None) -> Ridges:

@@ -1,9 +1,7 @@
 """The size and shape of a backbone, and how many parameters that makes; without torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -57,7 +55,7 @@ class BackboneConfig(Config):
     modality_experts: ModalityExpertsConfig | None = None
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> BackboneConfig:
+    def _parts_fit(self) -> Self:
         kinds = [self.has_experts(layer) for layer in range(self.num_layers)]
         if any(kinds) and self.experts is None:
             raise ValueError("set experts, or dense alone with moe_layer_freq left out")

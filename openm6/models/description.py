@@ -1,11 +1,9 @@
 """Everything besides weights and tokenizer that rebuilds a model: model.json in each checkpoint."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError
@@ -62,7 +60,7 @@ class CheckpointConfig(Config):
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1)
 
-    def to_publish(self) -> CheckpointConfig:
+    def to_publish(self) -> Self:
         """Return it without low-rank adapters, which are merged, and without folders of this machine."""
 
         def bare(value: Any) -> Any:

@@ -1,8 +1,6 @@
 """Named sizes: four to train and the papers' own, from which everything else of a model's shape follows."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -111,7 +109,7 @@ class ModelConfig(Config):
     lora: LoraConfig | None = None
 
     @model_validator(mode="after")
-    def _one_shape(self) -> ModelConfig:
+    def _one_shape(self) -> Self:
         if self.start is not None and (shape := sorted(self.model_fields_set & {"preset", "overrides"})):
             raise ValueError(f"start={self.start} has a shape of its own: leave {' and '.join(shape)} out")
         if self.freeze and self.start is None:

@@ -1,9 +1,7 @@
 """Sizes and choices of the layers; without torch, so that presets and plans are read at once."""
 
-from __future__ import annotations
-
 import math
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -49,7 +47,7 @@ class ExpertsConfig(Config):
     capacity_factor: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _choices_fit(self) -> ExpertsConfig:
+    def _choices_fit(self) -> Self:
         if (self.top_k is None) == (self.num_prototypes is None):
             raise ValueError("set either top_k or num_prototypes, not both and not neither")
         if self.top_k is not None and self.top_k > self.num_experts:

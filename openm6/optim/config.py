@@ -1,9 +1,7 @@
 """Settings of the update rule, and the learning rate over time: a pure function of the step."""
 
-from __future__ import annotations
-
 import math
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -65,7 +63,7 @@ class OptimizerConfig(Config):
     rounding: Literal["nearest", "stochastic"] = "nearest"  # adamw: of bf16 weights and second moments
 
     @model_validator(mode="after")
-    def _betas_in_range(self) -> OptimizerConfig:
+    def _betas_in_range(self) -> Self:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError("betas must both be at least 0 and below 1: lower them, e.g. [0.9, 0.95]")
         return self

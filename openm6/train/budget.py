@@ -1,12 +1,11 @@
 """The memory budget of a run by tier (device, host, disk), from its sizes; an error names what would fit."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -131,12 +130,12 @@ class Budget:
     def fits(self) -> bool:
         return all(self.total(tier) <= limit for tier, limit in self.free.items())
 
-    def with_layers(self, layers: int) -> Budget:
+    def with_layers(self, layers: int) -> Self:
         groups = self.config.layer_groups[:layers]
         config = self.config.model_copy(update={"num_layers": layers, "sharing": groups})
         return replace(self, config=config, layouts=self.layouts[: len(set(groups))])
 
-    def of_preset(self, preset: Preset, rule: UpdateRule) -> Budget:
+    def of_preset(self, preset: Preset, rule: UpdateRule) -> Self:
         with torch.device("meta"):
             blocks = Backbone(preset.backbone).group_blocks
         layouts = [RecordLayout(matrix_shapes(block), rule) for block in blocks]

@@ -1,13 +1,11 @@
 """Callbacks of the loop, each with its own state in the checkpoints; how long a run is; and signals to stop."""
 
-from __future__ import annotations
-
 import math
 import signal
 import threading
 from dataclasses import asdict, dataclass, field, replace
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -367,7 +365,7 @@ class Interrupt:
 
     requested = 0  # number of the first signal
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> Self:
         in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
         self._previous = {number: signal.signal(number, self._handle) for number in handled_stops() if in_main}
         return self

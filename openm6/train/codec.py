@@ -1,14 +1,12 @@
 """Training of image and audio codecs: averaged weights, the best of them, and the checks of the latent."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -63,7 +61,7 @@ class CodecRecipe(Config):
     min_bits: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _consistent(self) -> CodecRecipe:
+    def _consistent(self) -> Self:
         if not isinstance(self.loop.steps, int):
             raise ValueError("a codec's loop.steps must be a number, since its loss changes near the end")
         for name in self.data.source_weights:

@@ -1,8 +1,6 @@
 """Settings of the training loop: the section `loop:` of a recipe."""
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -23,6 +21,42 @@ class HeldOutConfig(Config):
 
     every: int = Field(default=100, ge=1)  # steps
     batches: int = Field(default=4, ge=1)
+
+
+class PlateauConfig(Config):
+    """A plateau of the loss: its mean over `window` steps is hardly below that of the window before."""
+
+    window: int = Field(default=200, ge=2)
+    improvement: float = Field(default=0.01, gt=0, lt=1)  # fraction of the loss
+
+
+class SwitchConfig(Config):
+    """When each layer gets its own weights: after a step, after so many minutes of steps, or at a plateau."""
+
+    step: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    plateau: PlateauConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if sum(way is not None for way in (self.step, self.minutes, self.plateau)) != 1:
+            raise ValueError("set one of step, minutes and plateau, e.g. switch: {step: 500}")
+        return self
+
+
+class StagesConfig(Config):
+    """Pseudo-to-Real (M6-10T, arXiv 2110.03888, section 3): the model's `sharing` holds until the switch.
+
+    moments: the optimizer's moments of a shared set are scaled for its layers, or reset (checkpoint/optimizer.py)
+    warmup_steps: over which the learning rate warms up again after the switch
+    noise: standard deviation of the noise added to each matrix at the switch, as a fraction of the matrix's own, so
+        that layers are no longer alike; 0 leaves the model's outputs exactly as they were
+    """
+
+    switch: SwitchConfig
+    moments: Moments = "independent"
+    warmup_steps: int = Field(default=20, ge=0)
+    noise: float = Field(default=0.0, ge=0, le=1)
 
 
 class LoopConfig(Config):
@@ -81,7 +115,7 @@ class LoopConfig(Config):
         return self.offload is not None or self.optimizer.precision != "fp32"
 
     @model_validator(mode="after")
-    def _consistent(self) -> LoopConfig:
+    def _consistent(self) -> Self:
         if self.offloaded and self.optimizer.name != "adamw":
             raise ValueError(
                 "offload and a precision below fp32 have an update rule of their own, with adamw for embeddings "
@@ -99,39 +133,3 @@ class LoopConfig(Config):
                 "steps: auto needs some steps at the full rate: set schedule.decay_fraction to 0.9 or less"
             )
         return self
-
-
-class PlateauConfig(Config):
-    """A plateau of the loss: its mean over `window` steps is hardly below that of the window before."""
-
-    window: int = Field(default=200, ge=2)
-    improvement: float = Field(default=0.01, gt=0, lt=1)  # fraction of the loss
-
-
-class SwitchConfig(Config):
-    """When each layer gets its own weights: after a step, after so many minutes of steps, or at a plateau."""
-
-    step: int | None = Field(default=None, ge=1)
-    minutes: float | None = Field(default=None, gt=0)
-    plateau: PlateauConfig | None = None
-
-    @model_validator(mode="after")
-    def _one_way(self) -> SwitchConfig:
-        if sum(way is not None for way in (self.step, self.minutes, self.plateau)) != 1:
-            raise ValueError("set one of step, minutes and plateau, e.g. switch: {step: 500}")
-        return self
-
-
-class StagesConfig(Config):
-    """Pseudo-to-Real (M6-10T, arXiv 2110.03888, section 3): the model's `sharing` holds until the switch.
-
-    moments: the optimizer's moments of a shared set are scaled for its layers, or reset (checkpoint/optimizer.py)
-    warmup_steps: over which the learning rate warms up again after the switch
-    noise: standard deviation of the noise added to each matrix at the switch, as a fraction of the matrix's own, so
-        that layers are no longer alike; 0 leaves the model's outputs exactly as they were
-    """
-
-    switch: SwitchConfig
-    moments: Moments = "independent"
-    warmup_steps: int = Field(default=20, ge=0)
-    noise: float = Field(default=0.0, ge=0, le=1)

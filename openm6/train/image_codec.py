@@ -2,12 +2,10 @@
 
 # Dimensions: B batch, N images, S side in pixels
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -50,7 +48,7 @@ class ImageCodecRecipe(CodecRecipe):
     data: ImageDataConfig = ImageDataConfig()
 
     @model_validator(mode="after")
-    def _sides_fit(self) -> ImageCodecRecipe:
+    def _sides_fit(self) -> Self:
         for side in self.data.sides:
             if side % self.codec.stride:
                 raise ValueError(f"data.sides: {side} must be a multiple of {self.codec.stride}, the stride")

@@ -1,10 +1,8 @@
 """A recipe of multimodal training: model, tasks, sources, evaluation; and the checks for several ranks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -86,7 +84,7 @@ class MultimodalRecipe(Config):
         return mixture
 
     @model_validator(mode="after")
-    def _read_columns(self) -> MultimodalRecipe:
+    def _read_columns(self) -> Self:
         """Let each table read the columns that own tasks name; a checkpoint keeps them in its sources."""
         sources = dict(self.sources)
         for component in self.mixture:
@@ -98,7 +96,7 @@ class MultimodalRecipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _names_exist(self) -> MultimodalRecipe:
+    def _names_exist(self) -> Self:
         for component in self.mixture:
             if component.source not in self.sources:
                 hint = nearest(component.source, sorted(self.sources))
