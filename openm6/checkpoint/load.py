@@ -114,7 +114,6 @@ def open_saver(layout: Any = None) -> Saver:
 
 
 def _check_names(reader: CheckpointReader, needed: set[str], known: set[str]) -> None:
-    """Raise CheckpointError for a weight that is needed and missing, or not known to the model."""
     saved = {name for name in reader.names if SEPARATOR not in name}
     fix = "load it with the config that it was saved with"
     if missing := sorted(needed - saved):

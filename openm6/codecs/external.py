@@ -128,8 +128,7 @@ class AudioEncoder(nn.Module):
     def encode(self, samples: np.ndarray) -> Tensor:
         settings = {"padding": "longest", "return_attention_mask": True, "return_tensors": "pt"}
         inputs = self.processor(samples, sampling_rate=RATE, **settings)
-        features: Tensor = self.model(inputs["input_features"], inputs["attention_mask"]).last_hidden_state
-        return features
+        return self.model(inputs["input_features"], inputs["attention_mask"]).last_hidden_state
 
 
 class WhisperEncoder(AudioEncoder):

@@ -47,8 +47,7 @@ def load_codec(name_or_path: Path | str, codebooks: int | None = None) -> Codec:
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name.startswith(PREFIX):
-        codec: Codec = load_external(name, "codec", codebooks)
-        return codec
+        return load_external(name, "codec", codebooks)
     if codebooks is not None:
         raise ConfigError(f"codebooks={codebooks} is for a codec from transformers, which {name} is not: leave it out")
     if "/" not in name and (shipped := SHIPPED / f"{name}.safetensors").is_file():

@@ -113,7 +113,6 @@ def _line_in(where: str, error: ValidationError) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    """Return the first error of pydantic as one sentence."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "unknown_key":

@@ -166,7 +166,6 @@ class ChatConfig(TableConfig):
     """Conversations, one per line of JSON, also as .gz: `messages`, or `conversations` of ShareGPT."""
 
     endings: ClassVar[tuple[str, ...]] = JSONL_ENDINGS
-
     kind: Literal["chat"] = "chat"
 
     @model_validator(mode="after")

@@ -411,5 +411,4 @@ def _may_be_time(column: Column) -> bool:
 
 
 def _evenly(length: int, most: int) -> list[int]:
-    """At most `most` indices, evenly distributed over `length`."""
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()

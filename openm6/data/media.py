@@ -168,7 +168,6 @@ class TarConfig(TableConfig):
     """WebDataset: uncompressed tars by path, folder, glob, `{000..012}` or address; never unpacked as a whole."""
 
     endings: ClassVar[tuple[str, ...]] = (".tar",)
-
     kind: Literal["tar"] = "tar"
 
     def load(self, path: str) -> TarTable:
@@ -232,7 +231,6 @@ def _json_of(sample: _Sample) -> dict[str, Any]:
 
 
 def _ending_for(column: str, endings: Collection[str]) -> str | None:
-    """The file of a sample that fills a column."""
     if column in endings:
         return column
     return next((ending for ending in endings if f".{ending}" in _FILLED_BY.get(column, ())), None)

@@ -78,7 +78,6 @@ class ParquetConfig(TableConfig):
     """Parquet: a file, a folder of them, a glob, or an address; held in memory column by column."""
 
     endings: ClassVar[tuple[str, ...]] = (".parquet",)
-
     kind: Literal["parquet"] = "parquet"
     max_gib: float = Field(default=8.0, gt=0)
 

@@ -128,7 +128,6 @@ def _are_codes(values: set[float], cells: int, distinct: int) -> bool:
 
 
 def _fits(kind: Kind, cell: Any) -> bool:
-    """Whether a cell may stand in a column of a kind."""
     if kind in ("list", "mapping"):
         return isinstance(cell, list if kind == "list" else Mapping)
     if kind not in _MEDIA:

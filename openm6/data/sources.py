@@ -1,7 +1,5 @@
 """The list of source kinds, opening all sources of a recipe, and pairs of records of two sources."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -21,6 +19,28 @@ from openm6.data.text_tables import CsvConfig, JsonlConfig
 from openm6.data.windows import WindowsConfig
 
 _JOINED = ("id", "source", "license")
+
+
+class PairsConfig(SourceConfig):
+    """Joins two sources of the recipe by a key; test pairs consist of test records only."""
+
+    kind: Literal["pairs"] = "pairs"
+    left: str
+    right: str
+    key: str = "label"
+    left_keys: list[str] | None = None  # record keys of the left source; all if not set
+    right_keys: list[str] | None = None
+
+    def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
+        for key in (self.key, *(self.left_keys or ()), *(self.right_keys or ())):
+            if key not in CANONICAL_KEYS:
+                raise DataError(f"pairs {name!r}: {key!r} is no record key; {nearest(key, CANONICAL_KEYS)}")
+        if self.key not in TEXT_KEYS:
+            raise DataError(
+                f"pairs {name!r}: key {self.key!r} holds no single text, so records cannot be joined by it: "
+                f"use one of {', '.join(TEXT_KEYS)}"
+            )
+        return PairSource(name, neighbour(self.left), neighbour(self.right), self)
 
 
 class PairSource(Source):
@@ -70,28 +90,6 @@ class PairSource(Source):
             if None not in found:
                 return found
         return super().values(key)
-
-
-class PairsConfig(SourceConfig):
-    """Joins two sources of the recipe by a key; test pairs consist of test records only."""
-
-    kind: Literal["pairs"] = "pairs"
-    left: str
-    right: str
-    key: str = "label"
-    left_keys: list[str] | None = None  # record keys of the left source; all if not set
-    right_keys: list[str] | None = None
-
-    def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        for key in (self.key, *(self.left_keys or ()), *(self.right_keys or ())):
-            if key not in CANONICAL_KEYS:
-                raise DataError(f"pairs {name!r}: {key!r} is no record key; {nearest(key, CANONICAL_KEYS)}")
-        if self.key not in TEXT_KEYS:
-            raise DataError(
-                f"pairs {name!r}: key {self.key!r} holds no single text, so records cannot be joined by it: "
-                f"use one of {', '.join(TEXT_KEYS)}"
-            )
-        return PairSource(name, neighbour(self.left), neighbour(self.right), self)
 
 
 def _open_kind(values: Any, check: Callable[[Any], SourceConfig]) -> SourceConfig:

@@ -2,10 +2,8 @@
 
 # Letters: L steps of a series
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -20,6 +18,29 @@ PERIOD_BOUNDS = (3, 48)
 # Chances of a part of a series.
 SEASON, TREND, SMOOTH, SHIFT, OUTLIERS, GAPS, PERCENT = 0.7, 0.7, 0.5, 0.15, 0.1, 0.15, 0.4
 SECONDS = 86_400.0
+
+
+class SyntheticSeriesConfig(SourceConfig):
+    """Artificial series without end: `count` in an epoch, each of `min_context` to `context` steps and a `horizon`."""
+
+    kind: Literal["synthetic_series"] = "synthetic_series"
+    column: str = "series"  # the name that they have in common
+    min_context: int = Field(default=24, ge=8, le=65536)
+    context: int = Field(default=96, ge=8, le=65536)
+    horizon: int = Field(default=16, ge=1, le=65536)
+    count: int = Field(default=100_000, ge=1)
+    test_count: int = Field(default=200, ge=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _contexts_in_order(self) -> Self:
+        if self.min_context > self.context:
+            raise ValueError(f"min_context {self.min_context} exceeds context {self.context}: change either")
+        return self
+
+    def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
+        count = {"train": self.count, "validation": 0, "test": self.test_count}[split]
+        return SyntheticSeriesSource(name, self, split, count)
 
 
 @dataclass(eq=False)
@@ -46,29 +67,6 @@ class SyntheticSeriesSource(Source):
         extra: dict[str, Any] = {"context": context, "horizon": config.horizon, "block": f"{epoch}/{index}"}
         extra |= {"period": period, "log": log}
         return {"id": f"{self.name}/{self.split}/{epoch}/{index}", "series": series, "extra": extra}
-
-
-class SyntheticSeriesConfig(SourceConfig):
-    """Artificial series without end: `count` in an epoch, each of `min_context` to `context` steps and a `horizon`."""
-
-    kind: Literal["synthetic_series"] = "synthetic_series"
-    column: str = "series"  # the name that they have in common
-    min_context: int = Field(default=24, ge=8, le=65536)
-    context: int = Field(default=96, ge=8, le=65536)
-    horizon: int = Field(default=16, ge=1, le=65536)
-    count: int = Field(default=100_000, ge=1)
-    test_count: int = Field(default=200, ge=0)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _contexts_in_order(self) -> SyntheticSeriesConfig:
-        if self.min_context > self.context:
-            raise ValueError(f"min_context {self.min_context} exceeds context {self.context}: change either")
-        return self
-
-    def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
-        count = {"train": self.count, "validation": 0, "test": self.test_count}[split]
-        return SyntheticSeriesSource(name, self, split, count)
 
 
 def draw_series(rng: np.random.Generator, length: int) -> tuple[np.ndarray, int, bool]:

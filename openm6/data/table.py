@@ -121,7 +121,6 @@ class TableConfig(SourceConfig):
     """Settings that every table shares: the columns, and how it is split."""
 
     endings: ClassVar[tuple[str, ...]] = ()  # of the files of this kind
-
     path: str
     fields: Fields | None = None
     task_fields: Fields | None = None  # columns that own tasks name, read if they are there; set by the recipe

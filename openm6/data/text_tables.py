@@ -36,7 +36,6 @@ SAMPLE_ROWS = 50
 BLOCK_BYTES = 16 << 20  # the longest row that can be read, the header included
 UTF8, LATIN, WINDOWS, UTF16 = "utf-8", "latin-1", "cp1252", "utf-16"
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x19\x1b-\x1f\x7f]")  # bytes of no text in one byte per letter
-
 _UNUSUAL = rb"[^0-9.eE+-]|\..*\."  # in a cell: not a number as Python writes it
 
 
@@ -227,7 +226,6 @@ class CsvConfig(TableConfig):
     """CSV with a header line unless `columns` names the columns."""
 
     endings: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
-
     kind: Literal["csv"] = "csv"
     separator: str | None = Field(default=None, min_length=1, max_length=1)  # found in the first rows
     columns: list[str] | None = Field(default=None, min_length=1)  # of a file without a header line
@@ -245,8 +243,6 @@ class CsvConfig(TableConfig):
 
 
 HEADER_LINES = 200  # the columns are those of the first lines
-
-
 JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
@@ -314,7 +310,6 @@ class JsonlConfig(TableConfig):
     """JSON Lines, UTF-8: one object per line; also as .gz."""
 
     endings: ClassVar[tuple[str, ...]] = JSONL_ENDINGS
-
     kind: Literal["jsonl"] = "jsonl"
 
     def load(self, path: str) -> JsonlTable:

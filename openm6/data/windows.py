@@ -1,14 +1,12 @@
 """Windows of a time series cut out of a table, tested on what lies after the training rows; time columns read."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -97,46 +95,6 @@ def _has_zone(cell: Any) -> bool:
 # Shapes: R rows of the table in order of time, C columns, L = context + horizon rows of a window
 
 
-@dataclass(eq=False)
-class WindowSource(Source):
-    """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
-
-    `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets), for training windows
-    `position` (the first row, and how many rows a window of this group can begin with) and, if the table has them,
-    `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
-    """
-
-    name: str
-    config: WindowsConfig
-    cells: np.ndarray  # R C, NaN if missing, infinite if the cell could not be read
-    windows: list[tuple[np.ndarray, dict[str, Any]]]  # the rows of the table of each, L, and what `extra` says of them
-    seconds: np.ndarray | None  # R, None if the times are unknown or no dates
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> Record:
-        config = self.config
-        rows, about = self.windows[check_index(index, len(self))]
-        values = self.cells[rows]  # L C
-        broken = np.argwhere(np.isinf(values))
-        if len(broken):
-            row, column = broken[0]
-            where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
-            raise DataError(f"{self.name}, {where}: not a finite number")
-        series = {
-            column: [None if np.isnan(value) else float(value) for value in values[:, index]]
-            for index, column in enumerate(config.numbers)
-        }
-        extra = {"context": config.context, "horizon": config.horizon, **about}
-        if self.seconds is not None:
-            times = self.seconds[rows]
-            extra["clock"] = (float(times[0]), float(np.median(np.diff(times))))
-        if len(config.numbers) > len(config.columns):
-            extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
-        return {"id": f"{self.name}/{int(rows[0])}", "series": series, "extra": extra}
-
-
 class WindowsConfig(SourceConfig):
     """Sliding windows over the number columns of a table (Parquet, CSV or JSONL; `embedded:NAME` too).
 
@@ -160,7 +118,7 @@ class WindowsConfig(SourceConfig):
     validation_fraction: float = Field(default=0.0, ge=0.0, le=0.5)  # of the training rows, the last ones
 
     @model_validator(mode="after")
-    def _columns_once(self) -> WindowsConfig:
+    def _columns_once(self) -> Self:
         if not self.columns or len(set(self.numbers)) != len(self.numbers):
             raise ValueError("columns must name at least one column, each once, and no covariate")
         if self.time_format is not None and self.time is None:
@@ -212,7 +170,6 @@ class WindowsConfig(SourceConfig):
         return WindowSource(name, self, values, windows, times if dated else None)
 
     def _groups(self, table: Table, times: np.ndarray | None) -> list[np.ndarray]:
-        """Row numbers of each group in order of time."""
         groups: dict[Any, list[int]] = defaultdict(list)
         for row, value in enumerate(table.column(self.group) if self.group else [None] * len(table)):
             groups[value].append(row)
@@ -225,6 +182,46 @@ class WindowsConfig(SourceConfig):
                     "separates the series as `group`, or leave `time` out to keep the order of the table"
                 )
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]
+
+
+@dataclass(eq=False)
+class WindowSource(Source):
+    """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
+
+    `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets), for training windows
+    `position` (the first row, and how many rows a window of this group can begin with) and, if the table has them,
+    `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
+    """
+
+    name: str
+    config: WindowsConfig
+    cells: np.ndarray  # R C, NaN if missing, infinite if the cell could not be read
+    windows: list[tuple[np.ndarray, dict[str, Any]]]  # the rows of the table of each, L, and what `extra` says of them
+    seconds: np.ndarray | None  # R, None if the times are unknown or no dates
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Record:
+        config = self.config
+        rows, about = self.windows[check_index(index, len(self))]
+        values = self.cells[rows]  # L C
+        broken = np.argwhere(np.isinf(values))
+        if len(broken):
+            row, column = broken[0]
+            where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
+            raise DataError(f"{self.name}, {where}: not a finite number")
+        series = {
+            column: [None if np.isnan(value) else float(value) for value in values[:, index]]
+            for index, column in enumerate(config.numbers)
+        }
+        extra = {"context": config.context, "horizon": config.horizon, **about}
+        if self.seconds is not None:
+            times = self.seconds[rows]
+            extra["clock"] = (float(times[0]), float(np.median(np.diff(times))))
+        if len(config.numbers) > len(config.columns):
+            extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
+        return {"id": f"{self.name}/{int(rows[0])}", "series": series, "extra": extra}
 
 
 def _number(cell: Any, column: str) -> float:

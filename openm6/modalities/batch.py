@@ -23,8 +23,6 @@ from openm6.optim.sharding import assign_owners
 MIN_TEXT_TOKENS = 16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
 ALIGNMENT = 64  # bytes from one tensor of a batch to the next, for wide loads
 HEAD_COST = 0.5  # cost of one learned token's head, in units of a token's cost in the backbone
-
-
 # Of a segment: the order of its first token, 1 if orders count up, its block or 0, and its position.
 SegmentRule = tuple[int, int, int, int]
 

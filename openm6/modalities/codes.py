@@ -215,7 +215,6 @@ class CodesModality(Modality):
         return Segment(kind, arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN, truncated), fill
 
     def _blank(self, grid: TokenGrid) -> Segment:
-        """A target of which every position is masked."""
         segment, fill = self._target(grid)
         fill(np.zeros((), np.int64))
         return segment

@@ -91,7 +91,6 @@ class Text(Modality):
         return self._encode_with_offsets(text)[0]
 
     def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of `text`, and start and end of each one in it."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         position = 0

@@ -18,8 +18,7 @@ from openm6.nn.attention import Mask
 from openm6.nn.block import Context, TransformerBlock, build_block
 from openm6.nn.cache import SlotCache, TokenCache
 from openm6.nn.executor import LayerExecutor
-from openm6.nn.layers import Adaptable, RMSNorm
-from openm6.nn.lora import LowRank
+from openm6.nn.layers import Adaptable, LowRank, RMSNorm
 from openm6.nn.moe import Router, RouterStats
 from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table

@@ -127,8 +127,7 @@ class FlexAttention:
                 )
             self.works[shape] = reason is None
         if self.works[shape]:
-            answer: Tensor = self._run(query, key, value, block_mask=mask, enable_gqa=True)
-            return answer
+            return self._run(query, key, value, block_mask=mask, enable_gqa=True)
         if self._dense[0] is not mask:
             self._dense = mask, create_mask(mask.mask_mod, len(query), 1, *mask.seq_lengths, device=str(query.device))
         return F.scaled_dot_product_attention(query, key, value, self._dense[1], enable_gqa=True)

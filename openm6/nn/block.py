@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from openm6.nn.attention import Attention, Mask, QKNorm
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, LoraConfig
-from openm6.nn.layers import MLP, RMSNorm
-from openm6.nn.lora import LowRank
+from openm6.nn.layers import MLP, LowRank, RMSNorm
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, TokenDispatcher
 
 BlockOutput = tuple[Tensor, RouterStats | None]
@@ -99,8 +98,7 @@ class TransformerBlock(nn.Module):
     def _feed_forward(self, network: MLP | MoE, x: Tensor, valid: Tensor, context: Context, layer: int) -> BlockOutput:
         if isinstance(network, MLP):
             return network(x), None
-        output: BlockOutput = network(x, valid, context.dispatcher, layer)
-        return output
+        return network(x, valid, context.dispatcher, layer)
 
     def _by_modality(self, x: Tensor, experts: MoE, context: Context, layer: int) -> BlockOutput:
         """Two kinds of tokens, each through its network, and the statistics of `router`; text alone as without."""

@@ -36,8 +36,7 @@ class LayerExecutor:
 
     def run_block(self, block: TransformerBlock, x: Tensor, context: Context, layer: int) -> BlockOutput:
         """Run one block for one layer: B S D -> B S D and its router's statistics."""
-        output: BlockOutput = block(x, context, layer)
-        return output
+        return block(x, context, layer)
 
     def run(
         self, blocks: Sequence[TransformerBlock], x: Tensor, meta: SequenceMeta, make_context: MakeContext
@@ -95,7 +94,6 @@ class CompiledExecutor(LayerExecutor):
         return super().run_block(block, x, context, layer)
 
     def _prove(self, block: TransformerBlock, x: Tensor, context: Context) -> None:
-        """Run a block forwards and backwards, and discard the gradients."""
         x = x.detach().requires_grad_(x.requires_grad)
         # Recomputation counts the tensors that a layer keeps; these are not its own.
         with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
@@ -109,8 +107,7 @@ class CompiledExecutor(LayerExecutor):
 
     def _compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         self.compilations += 1
-        compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
-        return compiled
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
 
 def warn_of_failed_compiler(error: Exception, setting: str) -> None:
@@ -133,8 +130,7 @@ class CheckpointedExecutor(LayerExecutor):
         if layer >= self.num_layers or not torch.is_grad_enabled():
             return self.inner.run_block(block, x, context, layer)
         again = capture_precision(x.device.type)
-        output: BlockOutput = checkpoint(
+        return checkpoint(
             self.inner.run_block, block, x, context, layer,
             use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again()),
         )  # fmt: skip
-        return output

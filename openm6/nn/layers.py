@@ -1,20 +1,67 @@
-"""Layers without state: initial values, matrices with low-rank updates, RMSNorm and the dense MLP."""
+"""Layers without state: initial values, low-rank updates of matrices (LoRA, 2106.09685), RMSNorm and the dense MLP."""
 
-# Dimensions: D width, F hidden, P products of the first matrix: 2F for swiglu (gate and up in one), F for gelu
+# Dimensions: D width, F hidden, P products of the first matrix: 2F for swiglu (gate and up in one), F for gelu;
+# I inputs, O outputs, r rank, E experts
+
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.nn.config import Activation, DenseConfig
-from openm6.nn.lora import LowRank
-from openm6.ops.matmul import linear
+from openm6.nn.config import Activation, DenseConfig, LoraConfig
+from openm6.ops.matmul import grouped_mm, linear
 from openm6.ops.pointwise import rms_norm, swiglu
 
 
 def fill_normal(weight: Tensor, deviation: float) -> None:
     """Fill in place with normal values, cut at three standard deviations."""
     nn.init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+
+
+class LowRank(nn.Module):
+    """The update W + (alpha / r) · B · A of a stored matrix, for each of the projections in it that is a target.
+
+    `a` is r I and `b` is O r for each of them; of experts E I r and E r O, as grouped products read them.
+    """
+
+    def __init__(self, config: LoraConfig, matrix: Tensor, outputs: dict[str, int]) -> None:
+        """`matrix` is O I or E I O; `outputs`: the number of outputs of each projection, in their order."""
+        super().__init__()
+        self.scale, self.outputs, self.axis = config.scale, outputs, 0 if matrix.ndim == 2 else 2
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for name, size in outputs.items():
+            if config.targets == "all-linear" or name in config.targets:
+                a, b = matrix.new_empty(config.r, matrix.shape[1]), matrix.new_empty(size, config.r)
+                if self.axis:
+                    a, b = matrix.new_empty(*matrix.shape[:2], config.r), matrix.new_empty(len(matrix), config.r, size)
+                self.a[name], self.b[name] = nn.Parameter(a), nn.Parameter(b)
+
+    def reset_parameters(self) -> None:
+        """Uniform values for A, as in a linear layer of torch, and zeros for B: the update is zero."""
+        for a, b in zip(self.a.values(), self.b.values(), strict=True):
+            bound = a.shape[1] ** -0.5
+            nn.init.uniform_(a, -bound, bound)
+            nn.init.zeros_(b)
+
+    def forward(self, y: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The product y of the matrix with x, plus the update; counts: rows of each expert.  # ... O, ... I -> ... O"""
+
+        def product(rows: Tensor, weight: Tensor) -> Tensor:
+            return linear(rows, weight) if counts is None else grouped_mm(rows, weight, counts)
+
+        parts = list(y.split(list(self.outputs.values()), -1))
+        for index, name in enumerate(self.outputs):
+            if name in self.a:
+                parts[index] = parts[index] + self.scale * product(product(x, self.a[name]), self.b[name])
+        return torch.cat(parts, -1)
+
+    @torch.no_grad()
+    def merge_into(self, matrix: Tensor) -> None:
+        first, second = (self.a, self.b) if self.axis else (self.b, self.a)
+        for name, part in zip(self.outputs, matrix.split(list(self.outputs.values()), self.axis), strict=True):
+            if name in self.a:
+                part += self.scale * (first[name] @ second[name])
 
 
 class Adaptable(nn.Module):

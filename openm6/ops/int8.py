@@ -49,7 +49,6 @@ class Int8Weight:
         return self.values.nbytes + self.scale.nbytes
 
     def __getitem__(self, index: int | Tensor) -> Int8Weight:
-        """Return the matrix of one expert, or those of several."""
         return Int8Weight(self.values[index], self.scale[index])
 
     def plain(self, dtype: torch.dtype) -> Tensor:

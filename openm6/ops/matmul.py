@@ -101,8 +101,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias without a gradient, for shapes that repeat: M K, N K, N -> M N, of any strides."""
     if not use_onednn(x, weight):
         return F.linear(x, weight, bias)
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return output
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def matmul_into(out: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -84,7 +84,6 @@ class AdamW(torch.optim.Optimizer):
         return [parameter for parameter in group["params"] if parameter.grad is not None]
 
     def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, State]:
-        """Return this rank's part of weight, gradient and moments."""
         local = self.spec_of(parameter).local
         assert parameter.grad is not None
         state = {key: local(value) for key, value in self.state[parameter].items()}

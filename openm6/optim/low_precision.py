@@ -10,7 +10,6 @@ from torch import Tensor
 from openm6.ops.random_bits import GOLDEN_32, mix_32
 
 BF16_LARGEST = torch.finfo(torch.bfloat16).max
-
 LEVELS = 127  # int8 weights are integers of -127 to 127 times their block's scale
 STEPS = 4  # scales per doubling: a scale is 2^(exponent/4), so that one byte spans 2^±32
 FILLED = 110  # level of a block's largest value at first: a margin to grow before the scale must

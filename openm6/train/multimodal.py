@@ -311,7 +311,6 @@ class MultimodalTraining(TrainingTask):
 
     @cached_property
     def _calibration(self) -> list[list[Example]]:
-        """What the widths of each checkpoint are fitted to, read once."""
         return calibration_examples(self.recipe, self.modalities)
 
     def files(self) -> dict[str, str | bytes]:

@@ -150,7 +150,6 @@ def _tables_of(source: str, sources: Mapping[str, SourceConfig]) -> list[str]:
 
 
 def _with_columns(config: AnySourceConfig, columns: Mapping[str, Any]) -> AnySourceConfig:
-    """The table with more columns for own tasks."""
     assert isinstance(config, TableConfig)
     known = config.task_fields.model_dump(exclude_none=True) if config.task_fields is not None else {}
     merged = {

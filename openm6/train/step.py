@@ -1,7 +1,5 @@
 """One training step: forward, backward, clip, update; a step whose loss or gradient is not finite changes nothing."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter
@@ -60,6 +58,49 @@ def seed_everything(seed: int, *purpose: str | int) -> None:
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
+
+
+class StepNumbers:
+    """The numbers of a report on their way to the host, in one copy; `skip` there is NaN if one is not finite."""
+
+    def __init__(self, step: int, rate: float, result: StepResult, counts: Tensor, norm: Tensor) -> None:
+        """`counts` as of `sum_over_ranks`; `norm`: that of the gradients."""
+        self._step, self._rate, self._work = step, rate, result.work
+        self._layers, self._counts = len(result.loads), counts
+        self._metrics = dict(result.metrics)
+        loss = result.loss.detach().float()
+        norm = norm.detach().to(loss)  # without any gradient, it is on the CPU
+        self.skip = loss * 0 + norm * 0
+        balance = [*(stats.load_cv for stats in result.loads), *(stats.dropped for stats in result.loads)]
+        tensors = (value for value in result.metrics.values() if isinstance(value, Tensor))
+        scalars = [value.detach().float().reshape(()) for value in (*balance, *tensors)]
+        numbers = torch.stack([loss.reshape(()), norm.reshape(()), *scalars]).double()
+        if counts.device == numbers.device:
+            numbers = torch.cat([numbers, counts])
+        self._numbers, self._event = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.current_stream(numbers.device).record_event()
+
+    def read(self) -> StepReport:
+        """Wait for the numbers, and return the report; a step is applied if its loss and norm are finite."""
+        if self._event is not None:
+            self._event.synchronize()
+        values = iter(self._numbers.tolist())
+        loss, grad_norm = next(values), next(values)
+        expert_load_cv, dropped = (list(islice(values, self._layers)) for _ in range(2))
+        metrics = {x: next(values) if isinstance(value, Tensor) else float(value) for x, value in self._metrics.items()}
+        left = iter(list(values) or self._counts.tolist())
+        tokens = round(next(left))
+        work = {
+            kind: {name: WorkCount(round(next(left)), next(left)) for name in named}
+            for kind, named in self._work.items()
+        }
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        return StepReport(
+            self._step, tokens, loss, grad_norm, self._rate, applied, metrics, expert_load_cv, dropped, work
+        )
 
 
 class TrainStep:
@@ -252,49 +293,6 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     loss, summed = next(sums), {name: next(sums) for name in metrics}
     loads = [replace(stats, load=next(sums), dropped=next(sums)) for stats in result.loads]
     return StepResult(loss, {**summed}, loads, result.work), next(sums)
-
-
-class StepNumbers:
-    """The numbers of a report on their way to the host, in one copy; `skip` there is NaN if one is not finite."""
-
-    def __init__(self, step: int, rate: float, result: StepResult, counts: Tensor, norm: Tensor) -> None:
-        """`counts` as of `sum_over_ranks`; `norm`: that of the gradients."""
-        self._step, self._rate, self._work = step, rate, result.work
-        self._layers, self._counts = len(result.loads), counts
-        self._metrics = dict(result.metrics)
-        loss = result.loss.detach().float()
-        norm = norm.detach().to(loss)  # without any gradient, it is on the CPU
-        self.skip = loss * 0 + norm * 0
-        balance = [*(stats.load_cv for stats in result.loads), *(stats.dropped for stats in result.loads)]
-        tensors = (value for value in result.metrics.values() if isinstance(value, Tensor))
-        scalars = [value.detach().float().reshape(()) for value in (*balance, *tensors)]
-        numbers = torch.stack([loss.reshape(()), norm.reshape(()), *scalars]).double()
-        if counts.device == numbers.device:
-            numbers = torch.cat([numbers, counts])
-        self._numbers, self._event = numbers, None
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._event = torch.cuda.current_stream(numbers.device).record_event()
-
-    def read(self) -> StepReport:
-        """Wait for the numbers, and return the report; a step is applied if its loss and norm are finite."""
-        if self._event is not None:
-            self._event.synchronize()
-        values = iter(self._numbers.tolist())
-        loss, grad_norm = next(values), next(values)
-        expert_load_cv, dropped = (list(islice(values, self._layers)) for _ in range(2))
-        metrics = {x: next(values) if isinstance(value, Tensor) else float(value) for x, value in self._metrics.items()}
-        left = iter(list(values) or self._counts.tolist())
-        tokens = round(next(left))
-        work = {
-            kind: {name: WorkCount(round(next(left)), next(left)) for name in named}
-            for kind, named in self._work.items()
-        }
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
-        return StepReport(
-            self._step, tokens, loss, grad_norm, self._rate, applied, metrics, expert_load_cv, dropped, work
-        )
 
 
 def matrix_noise(values: Tensor, noise: float, seed: int, spec: ShardSpec = REPLICATED, first: int = 0) -> Tensor:
