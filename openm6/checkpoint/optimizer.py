@@ -22,7 +22,8 @@ def optimizer_state_dict(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
-        assert id(parameter) in names, "the optimizer moves a parameter that is not part of the training task's model"
+        if id(parameter) not in names:
+            raise ValueError("the optimizer moves a parameter that is not part of the training task's model")
         for key, value in state.items():
             assert isinstance(value, Tensor), f"the optimizer's state {key!r} must be a tensor to be saved"
             tensors[f"{names[id(parameter)]}{SEPARATOR}{key}"] = value

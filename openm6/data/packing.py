@@ -61,8 +61,7 @@ class Packer:
     """First fit: each example goes into the first row with enough space; those that fit none start the next batch.
 
     A shard's rows are closed when `buffer_size` examples did not fit. They are kept as sample indices, not tokens, so
-    the cursor stays small and a resumed run builds the same rows. Of `size` ranks this is rank `rank`, which packs the
-    rows of its own shards.
+    the cursor stays small and a resumed run builds the same rows. Each rank packs the rows of its own shards.
     """
 
     def __init__(

@@ -175,8 +175,7 @@ class CsvTable(ArrowTable):
 def _encoding(path: str) -> str:
     """UTF-8; UTF-16 if the file begins with its mark; else Windows-1252 or, for broken rows in UTF-8, Latin-1.
 
-    Latin-1 reads any byte as a letter, and writes it back unchanged: Arrow cannot hand over a row with a wrong number
-    of cells whose bytes are not what was announced.
+    Latin-1 reads any byte as a letter and writes it back: Arrow cannot hand over broken rows in a wrong encoding.
     """
     try:
         with open_binary(path) as file:

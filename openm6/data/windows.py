@@ -99,8 +99,7 @@ class WindowsConfig(SourceConfig):
     """Sliding windows over the number columns of a table (Parquet, CSV or JSONL; `embedded:NAME` too).
 
     Split by time: in each group the last `test_fraction` of the rows are forecast by test windows, and the last
-    `validation_fraction` of those before by validation windows, both with contexts that may reach back into the rows
-    before; training windows hold training rows alone.
+    `validation_fraction` of those before by validation windows; their contexts may reach back into training rows.
     """
 
     kind: Literal["windows"] = "windows"

@@ -121,8 +121,7 @@ class ImageConfig(Config):
 
     An image that is read becomes `min_patches` to `max_patches` patches of `patch` x `patch` pixels, enlarged or shrunk
     to that. `stem`: patches are embedded by a linear layer each, or by convolutions over the image. `augmentation` of
-    training images: slight shifts, or also other scales, angles and colours. `flips`: half of the training images are
-    mirrored, which letters and digits do not allow.
+    training images: slight shifts, or also other scales, angles and colours. `flips`: half of them are mirrored.
     """
 
     codec: str = "image-64"

@@ -207,8 +207,7 @@ def simple_forecasts(
     """What simple methods forecast, in units of the window: the head weighs them for each step.  # -> H K
 
     Last value; mean of the last season; mean of all; damped trend; last season, plain and moved by its drift; season
-    and trend; the same with the last deviation from them, which fades; an autoregression; two regressions that were
-    fitted to the column, or the autoregression again.
+    and trend; the same with the last deviation, which fades; an autoregression; two fitted regressions, or it again.
     """
     z, period = window.z, window.period
     length, step = len(z), np.arange(1, horizon + 1)

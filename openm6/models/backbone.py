@@ -84,7 +84,9 @@ class Backbone(nn.Module):
         kinds: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:  # fmt: skip
         """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
-        assert x.shape == (meta.batch, meta.length, self.config.hidden_size)
+        expected = (meta.batch, meta.length, self.config.hidden_size)
+        if x.shape != expected:
+            raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
 
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
             rotary, mask = rotary_table(meta.positions, *self.config.rotary), choose_mask(meta, cache, x)

@@ -25,8 +25,7 @@ class TrainedTask(Config):
     """One thing the model was trained on: a task over a source.
 
     `words` are the minimum and maximum words of its input texts, None if unknown; `modalities` those of a chat;
-    `of_start`: in the run that this one started from alone; `weight` is that in the mixture; `columns` are the numbers
-    that it predicts.
+    `of_start`: in the run that this one started from alone; `weight`: in the mixture; `columns`: predicted numbers.
     """
 
     task: str

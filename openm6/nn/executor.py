@@ -58,8 +58,7 @@ class CompiledExecutor(LayerExecutor):
 
     Each kind of layer, shape and dtype first runs forwards and backwards for itself, because torch compiles a backward
     pass when it first runs, where a failure would end the step. Where that fails for any reason, and for all that comes
-    new afterwards, blocks run uncompiled: `broken`. What `works` stays compiled, because a recomputed layer must run
-    as it did in the forward pass.
+    new afterwards, blocks run uncompiled: `broken`. What `works` stays so, as a recomputed layer must run as before.
     """
 
     def __init__(self, dispatcher: TokenDispatcher | None = None, backend: str = "inductor") -> None:

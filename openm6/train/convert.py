@@ -126,8 +126,7 @@ def convert(
     """Write the newest checkpoint of `trained` into a new run at `out`, which `openm6 train --resume` continues.
 
     Weights of a lower precision are rounded stochastically. The optimizer's moments are kept as far as the new rule
-    stores them. CheckpointError: nothing to convert, or it is not of a multimodal model; ConfigError: the result would
-    be of no known kind, or `out` already holds a run.
+    stores them. CheckpointError: there is nothing to convert; ConfigError: no known result, or `out` holds a run.
     """
     folder = latest(trained)
     state = read_state(folder)

@@ -1,7 +1,6 @@
 """Batches made ahead by processes of their own, and the shared memory through which they reach the training.
 
-One process packs batches. On a GPU, which trains faster, others make the examples for it. All are forked, also if
-this process uses a GPU, since none of them does.
+One process packs batches. On a GPU, which trains faster, others make the examples for it. None of them uses a GPU.
 """
 
 import io

@@ -78,8 +78,7 @@ def train(
     `callbacks` act at every step, after those of the loop itself, in their order. `settings` become the run's
     config.yaml, but only once its checkpoint fits the training task: a wrong setting leaves the run as it was.
 
-    A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
-    from (seed, step) and the data's cursor is saved.
+    A run killed and resumed equals an unbroken one bit for bit on the CPU: all randomness comes from (seed, step).
 
     TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended; a
     GPU's memory ran out, or the GPU is gone; evaluating or reporting the trained model failed. CheckpointError: one
