@@ -19,10 +19,12 @@ ONLY ?=
 
 TORCH_VERSIONS ?= 2.11.0 2.15.0
 
-.PHONY: demo docs test test-gpu bench-gpu test-torch check format clean
+.PHONY: demo docs environment test test-gpu bench-gpu test-torch check style types format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/openm6 demo
+
+environment: $(VENV)/.ready-dev
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -40,9 +42,13 @@ test-torch-%:
 	$(PYTHON) tools/make_venv.py $(VENV)-torch-$* 'torch==$*' -e '.[dev]'
 	OMP_NUM_THREADS=1 $(VENV)-torch-$*/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-check: $(VENV)/.ready-dev
+check: style types
+
+style: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.ready-dev

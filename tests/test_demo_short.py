@@ -22,6 +22,7 @@ from tests.data.sample_images import png, wav
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "loop.steps=8",
+    "loop.minutes=0.1",  # little time for boosted trees
     "loop.save_every=8",
     "packing.batch_size=2",
     "eval.records=4",
