@@ -24,6 +24,10 @@ from openm6.data.text_tables import CsvConfig, JsonlConfig
 
 MAX_BYTES = dict.fromkeys(records.IMAGE_ENDINGS, records.MAX_IMAGE_BYTES)
 MAX_BYTES |= dict.fromkeys(records.AUDIO_ENDINGS, records.MAX_AUDIO_BYTES)
+MAX_SHARDS = 100_000
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+# Column -> the endings of the files that fill it.
+_FILLED_BY = {"image": records.IMAGE_ENDINGS, "audio": records.AUDIO_ENDINGS, "text_en": (".txt",), "label": (".cls",)}
 
 
 def split_of(file: Path) -> Split | None:
@@ -116,12 +120,6 @@ class FolderConfig(SourceConfig):
         if not files:
             raise DataError(f"no images or audio clips below {self.path} (looked for {' '.join(MAX_BYTES)})")
         return root, files
-
-
-MAX_SHARDS = 100_000
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-# Column -> the endings of the files that fill it.
-_FILLED_BY = {"image": records.IMAGE_ENDINGS, "audio": records.AUDIO_ENDINGS, "text_en": (".txt",), "label": (".cls",)}
 
 
 class _Sample(NamedTuple):

@@ -51,6 +51,25 @@ _MEDIA = {
 _RIFF = {"image": b"WEBP", "audio": b"WAVE"}  # bytes 8 to 12 of a RIFF file
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z]")
+CANONICAL_COLUMNS = frozenset(CANONICAL_KEYS) | frozenset(PAIRED_COLUMNS)
+DESCRIBING_COLUMNS = frozenset({"split", "kind", "image_w", "image_h", "audio_sr", "audio_sec", "label_id", "choices"})
+TEXT_NAMES = ("text", "caption", "title", "description", "sentence", "name", "summary", "body", "content")
+NAMED_KEYS = {"question": "question", "answer": "answer", "tags": "tags_en", "keywords": "tags_en"}
+TEXT_AND_LABEL = {"en": ("text_en", "label"), "zh": ("text_zh", "label_zh")}
+LONG_TEXT = 80  # letters from which a text is worth continuing
+MAX_LABELS = 50  # up to so many, labels are categories; more are names
+MIN_COLUMNS = 2.5  # from which a record is predicted column by column; an image with its label has two
+MIN_RECORDS_FRACTION = 0.5  # of the sample must be able to pose a task
+OPENED = 50  # about so many images are opened for their colours
+MIN_CHROMA = 10.0  # of 255: mean difference of the largest and smallest of red, green and blue, in images in colour
+MIN_PATCHES, MAX_PATCHES = 4, 16  # of 16 x 16 pixels: small images are enlarged to so many, large ones reduced
+# Labels that a mirrored image may not have: numbers and letters.
+_WRITTEN = re.compile(r"\d|\b(\w|zero|one|two|three|four|five|six|seven|eight|nine)\b", re.IGNORECASE)
+_SIDES = {"left": "right", "right": "left", "左": "右", "右": "左", "clockwise": "anticlockwise",
+          "anticlockwise": "clockwise", "counterclockwise": "clockwise"}  # fmt: skip
+_SIDE = re.compile(r"\b(?:left|right|(?:anti|counter)?clockwise)\b|左|右")
+POSED = 3  # records that each task is posed on; every prompt of a task shows all inputs
+ALWAYS_READ = ("id", "source", "license", "spoken_language", "extra", "series")  # whatever the tasks are
 
 
 @dataclass(frozen=True)
@@ -167,17 +186,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-CANONICAL_COLUMNS = frozenset(CANONICAL_KEYS) | frozenset(PAIRED_COLUMNS)
-DESCRIBING_COLUMNS = frozenset({"split", "kind", "image_w", "image_h", "audio_sr", "audio_sec", "label_id", "choices"})
-TEXT_NAMES = ("text", "caption", "title", "description", "sentence", "name", "summary", "body", "content")
-NAMED_KEYS = {"question": "question", "answer": "answer", "tags": "tags_en", "keywords": "tags_en"}
-TEXT_AND_LABEL = {"en": ("text_en", "label"), "zh": ("text_zh", "label_zh")}
-LONG_TEXT = 80  # letters from which a text is worth continuing
-MAX_LABELS = 50  # up to so many, labels are categories; more are names
-MIN_COLUMNS = 2.5  # from which a record is predicted column by column; an image with its label has two
-MIN_RECORDS_FRACTION = 0.5  # of the sample must be able to pose a task
-
-
 def propose_fields(columns: Sequence[Column]) -> Fields | None:
     """Which column fills which key, usual names first; None if the columns are the record keys themselves."""
     names = {column.name for column in columns}
@@ -258,16 +266,6 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
     return [name for name in names if records and posable[name] / len(records) >= MIN_RECORDS_FRACTION]
 
 
-OPENED = 50  # about so many images are opened for their colours
-MIN_CHROMA = 10.0  # of 255: mean difference of the largest and smallest of red, green and blue, in images in colour
-MIN_PATCHES, MAX_PATCHES = 4, 16  # of 16 x 16 pixels: small images are enlarged to so many, large ones reduced
-# Labels that a mirrored image may not have: numbers and letters.
-_WRITTEN = re.compile(r"\d|\b(\w|zero|one|two|three|four|five|six|seven|eight|nine)\b", re.IGNORECASE)
-_SIDES = {"left": "right", "right": "left", "左": "右", "右": "左", "clockwise": "anticlockwise",
-          "anticlockwise": "clockwise", "counterclockwise": "clockwise"}  # fmt: skip
-_SIDE = re.compile(r"\b(?:left|right|(?:anti|counter)?clockwise)\b|左|右")
-
-
 def is_coloured(image: PIL.Image.Image) -> bool:
     """Whether an image has colours, as photos have, and most scans of letters and digits have not."""
     levels = np.asarray(image.resize((16, 16)), np.float32)
@@ -294,10 +292,6 @@ def propose_images(records: Sequence[Record]) -> dict[str, Any]:
     mirrored = statistics.fmean(coloured or [0]) > 0.5 and _may_be_mirrored(records)
     found = {"stem": "conv", "patch": 16, "min_patches": MIN_PATCHES, "max_patches": MAX_PATCHES}
     return found | ({"flips": True} if mirrored else {})
-
-
-POSED = 3  # records that each task is posed on; every prompt of a task shows all inputs
-ALWAYS_READ = ("id", "source", "license", "spoken_language", "extra", "series")  # whatever the tasks are
 
 
 class _Watched(dict[str, Any]):

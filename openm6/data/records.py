@@ -25,10 +25,14 @@ Record = dict[str, Any]
 content a list of {type, text | image | audio | numbers}.
 """
 
+OpenFile = Callable[[str, int], bytes]  # a name in a table and the most bytes allowed -> the bytes of the file
+T = TypeVar("T")
+
 TEXT_KEYS = ("id", "source", "license", "text_en", "text_zh", "label", "label_zh", "question", "answer")
 LIST_KEYS = ("tags_en", "tags_zh")
 COLUMN_KEYS = (*TEXT_KEYS, *LIST_KEYS, "image", "audio")
 CANONICAL_KEYS = (*COLUMN_KEYS, "numbers", "categories", "series", "extra")
+PAIRED_COLUMNS = ("num_names", "num_values")
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
@@ -41,13 +45,6 @@ MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "null", "none", "-"})
 def contents_of(record: Record) -> list[dict[str, Any]]:
     """What is said in all messages of a record."""
     return [item for message in record.get("messages") or () for item in message["content"]]
-
-
-OpenFile = Callable[[str, int], bytes]
-"""Reads the file a table names: (path as written in the table, most bytes allowed) -> bytes."""
-
-
-T = TypeVar("T")
 
 
 def unless_broken(read: Callable[..., T], *arguments: Any) -> T | None:
@@ -192,9 +189,6 @@ def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes 
 def plain(value: Any) -> Any:
     """A cell for `extra`: NumPy scalars and arrays as plain Python values, everything else as it is."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-PAIRED_COLUMNS = ("num_names", "num_values")
 
 
 class Fields(Config):

@@ -12,8 +12,7 @@ from openm6.core.errors import DataError
 from openm6.core.seeds import text_hash
 from openm6.data.records import Record, unless_broken
 
-Split = Literal["train", "validation", "test"]
-"""`validation` is for the loss that is watched while training; a source need not have any of it."""
+Split = Literal["train", "validation", "test"]  # a source need not have validation records, for choices in training
 
 SPLIT_WORDS: dict[Split, frozenset[str]] = {
     "train": frozenset({"train", "training"}),
@@ -45,8 +44,7 @@ class Source(ABC):
         return [None if record is None else record.get(key) for record in records]
 
 
-Neighbour = Callable[[str], Source]
-"""Opens another source of the same recipe by name, in the same split."""
+Neighbour = Callable[[str], Source]  # opens another source of the same recipe by name, in the same split
 
 
 class SourceConfig(Config):

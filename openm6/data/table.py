@@ -17,6 +17,8 @@ from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_ind
 from openm6.data.storage import read_beside
 from openm6.tasks.slots import PINNED
 
+CACHE_BYTES = 32 * 2**20  # of the records of one source
+
 
 class UnreadableRowError(DataError):
     """A row that could not be parsed when the table was opened."""
@@ -49,9 +51,6 @@ class Table(ABC):
     def row_name(self, row: int) -> str:
         """Which row it is, for a person."""
         return f"row {row}"
-
-
-CACHE_BYTES = 32 * 2**20  # of the records of one source
 
 
 class ArrowTable(Table):

@@ -37,6 +37,8 @@ BLOCK_BYTES = 16 << 20  # the longest row that can be read, the header included
 UTF8, LATIN, WINDOWS, UTF16 = "utf-8", "latin-1", "cp1252", "utf-16"
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x19\x1b-\x1f\x7f]")  # bytes of no text in one byte per letter
 _UNUSUAL = rb"[^0-9.eE+-]|\..*\."  # in a cell: not a number as Python writes it
+HEADER_LINES = 200  # of JSON Lines, whose columns are those of the first lines
+JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
 def sample_rows(path: str, separator: str, encoding: str = UTF8) -> Iterator[list[str]]:
@@ -239,10 +241,6 @@ class CsvConfig(TableConfig):
 
     def load(self, path: str) -> CsvTable:
         return CsvTable(path, self)
-
-
-HEADER_LINES = 200  # the columns are those of the first lines
-JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
 def _open_unpacked(path: str) -> IO[bytes]:

@@ -25,6 +25,7 @@ ALIGNMENT = 64  # bytes from one tensor of a batch to the next, for wide loads
 HEAD_COST = 0.5  # cost of one learned token's head, in units of a token's cost in the backbone
 # Of a segment: the order of its first token, 1 if orders count up, its block or 0, and its position.
 SegmentRule = tuple[int, int, int, int]
+TensorSpec = tuple[int, torch.dtype, tuple[int, ...]]  # first byte, type and shape of a tensor in a blob
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,6 @@ def _of_tensors(
         name: TokenGroup(next(left), {key: next(left) for key in names}, *islice(left, 3))
         for name, names in keys.items()
     }
-
-
-TensorSpec = tuple[int, torch.dtype, tuple[int, ...]]  # first byte, type and shape of a tensor in a blob
 
 
 def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[TensorSpec]]:

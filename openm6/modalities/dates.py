@@ -19,8 +19,7 @@ _YEAR = re.compile(r"\d{4}")
 _QUARTER = re.compile(r"(?P<year>\d{4})[- ]?Q(?P<quarter>[1-4])|Q(?P<first>[1-4])[- /]?(?P<last>\d{4})", re.IGNORECASE)
 _FIRST, _LAST = -62_135_596_800.0, 253_402_300_799.0  # seconds of the years 1 and 9999
 
-Parse = Callable[[str], float]
-"""A time as text -> a number that sorts by time; ValueError if the text has another form."""
+Parse = Callable[[str], float]  # a time as text -> a number that sorts by time; ValueError for another form
 
 
 def is_date(cell: Any) -> bool:

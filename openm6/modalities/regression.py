@@ -12,8 +12,7 @@ import numpy as np
 # A sine and a cosine of the time of the day, of the week, of the month and of the year, in seconds.
 CYCLES = (86_400.0, 7 * 86_400.0, 30.436875 * 86_400.0, 365.2425 * 86_400.0)
 TIMES = 2 * len(CYCLES)
-Clock = tuple[float, float]
-"""The time of the first step and the length of a step, in seconds."""
+Clock = tuple[float, float]  # the time of the first step and the length of a step, in seconds
 
 ORDER, PENALTY = 8, 3.0  # of the regression within a window
 MIN_INPUT = 0.1  # deviation of an input, of that of the values

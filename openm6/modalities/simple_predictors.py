@@ -42,8 +42,7 @@ _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 _CELL = np.add.outer(np.arange(SIDE) * CELLS // SIDE * CELLS, np.arange(SIDE) * CELLS // SIDE) * TURNS
 
 Words = Mapping[str, Sequence[str]]  # of each category
-Given = Mapping[str, Any]
-"""Values by column: numbers and categories; besides TEXT, and IMAGE or its features."""
+Given = Mapping[str, Any]  # by column: numbers and categories; besides TEXT, and IMAGE or its features
 
 
 class Prediction(NamedTuple):

@@ -112,6 +112,7 @@ class Callback:
     """
 
     name: str
+    late = False  # whether all its reports may come after the next step has begun
 
     def load_state(self, run: RunState, state: dict[str, Any]) -> None:
         """Restore what `state` returned, and give the model the shape of the weights, which will be loaded next."""
@@ -124,7 +125,7 @@ class Callback:
 
     def needs_report(self, step: int) -> bool:
         """Return whether `after_step` must be called before the next step begins; on a GPU it is then waited for."""
-        return True
+        return not self.late
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         """Act when the step is done; return numbers that are averaged over the steps until the next log."""
@@ -149,7 +150,7 @@ class MemoryCallback(Callback):
     libraries included, and of workers only what they do not share; elsewhere nothing is logged.
     """
 
-    name = "memory"
+    name, late = "memory", True
 
     def start(self, run: RunState) -> None:
         self._device, self._watch_swap = run.train_step.device, run.config.offloaded
@@ -160,9 +161,6 @@ class MemoryCallback(Callback):
         reset_peak_memory()  # so that loading the data does not count
         # A forked process shares the latter with this one until it writes there.
         self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
-
-    def needs_report(self, step: int) -> bool:
-        return False
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if self._watch_swap and (swapped := process_memory("VmSwap") or 0) > MIN_SWAPPED:
@@ -322,13 +320,10 @@ class StagesCallback(Callback):
 class SpikeCallback(Callback):
     """Count and report `spikes`: losses far above their running mean."""
 
-    name = "spikes"
+    name, late = "spikes", True
 
     def __init__(self) -> None:
         self.count, self.mean, self.variance, self.seen = 0, 0.0, 0.0, 0
-
-    def needs_report(self, step: int) -> bool:
-        return False
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if self.observe(report.loss):

@@ -30,7 +30,7 @@ class MeterCallback(Callback):
     `metering_seconds`: what all this has taken of this process's time. The tracker goes into checkpoints.
     """
 
-    name = "meter"
+    name, late = "meter", True
 
     def __init__(self) -> None:
         self.tracker = EnergyTracker()
@@ -51,9 +51,6 @@ class MeterCallback(Callback):
         self._meter = open_meter(gpus_of(run.train_step.device), run.config.energy.cpu_watts)
         # Joules, tokens and seconds of training at the last log.
         self._logged = (self.tracker.joules, run.progress.tokens, run.progress.seconds)
-
-    def needs_report(self, step: int) -> bool:
-        return False
 
     def before_step(self, step: int) -> None:
         with self._timed():
