@@ -14,16 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openm6 import __version__
-from openm6.checkpoint.folder import (
-    INDEX_FILE,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    TRAINING_FILE,
-    partial_folder,
-    prune,
-    step_folder,
-)
+from openm6.checkpoint import folder
 from openm6.checkpoint.reader import TYPES, bytes_of
 from openm6.core.errors import CheckpointError
 from openm6.core.files import sync, to_json
@@ -63,49 +54,49 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
         if snapshot.num_shards:
             write_shards(partial, Shard(tensors, snapshot.optimizer), snapshot.shards, snapshot.num_shards)
         else:
-            write_tensors(partial / MODEL_FILE, tensors)
+            write_tensors(partial / folder.MODEL_FILE, tensors)
             if snapshot.optimizer:
-                write_tensors(partial / OPTIMIZER_FILE, snapshot.optimizer)
+                write_tensors(partial / folder.OPTIMIZER_FILE, snapshot.optimizer)
         return commit(snapshot, checkpoints, keep)
 
 
 @contextmanager
 def open_partial(checkpoints: Path, step: int) -> Iterator[Path]:
     """Make the folder to write to, without those of killed saves; if writing fails, remove it: CheckpointError."""
-    partial = partial_folder(checkpoints, step)
+    partial = folder.partial_folder(checkpoints, step)
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for folder in checkpoints.glob(".step-*.partial"):
-            shutil.rmtree(folder)
+        for killed in checkpoints.glob(".step-*.partial"):
+            shutil.rmtree(killed)
         partial.mkdir()
         yield partial
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{step_folder(checkpoints, step)} could not be written ({error.strerror or error}): free some space or "
-            "choose another folder, earlier checkpoints are intact"
+            f"{folder.step_folder(checkpoints, step)} could not be written ({error.strerror or error}): free some "
+            "space or choose another folder, earlier checkpoints are intact"
         ) from error
 
 
 def commit(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
     """Add all but the weights and moments, which are written, and rename the folder; then remove older ones."""
-    partial, target = (where(checkpoints, snapshot.step) for where in (partial_folder, step_folder))
+    partial, target = (where(checkpoints, snapshot.step) for where in (folder.partial_folder, folder.step_folder))
     if snapshot.training:
-        write_tensors(partial / TRAINING_FILE, snapshot.training)
+        write_tensors(partial / folder.TRAINING_FILE, snapshot.training)
     for name, content in snapshot.files.items():
         (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
     for path in partial.iterdir():
         sync(path)
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     state = {"format": FORMAT, "openm6": __version__, "step": snapshot.step, "files": sizes, **snapshot.state}
-    (partial / STATE_FILE).write_text(to_json(state, indent=1), encoding="utf-8", newline="\n")
-    sync(partial / STATE_FILE)
+    (partial / folder.STATE_FILE).write_text(to_json(state, indent=1), encoding="utf-8", newline="\n")
+    sync(partial / folder.STATE_FILE)
     sync(partial)
     if target.exists():
         shutil.rmtree(target)  # a broken or older one of the same step
     os.rename(partial, target)
     sync(checkpoints)
-    prune(checkpoints, keep, snapshot.kept)
+    folder.prune(checkpoints, keep, snapshot.kept)
     return target
 
 
@@ -125,20 +116,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             stream.write(bytes_of(tensor.detach().cpu().contiguous()))
 
 
-def write_shards(folder: Path, first: Shard, others: Iterable[Shard], count: int) -> None:
+def write_shards(target: Path, first: Shard, others: Iterable[Shard], count: int) -> None:
     """Write `first` and `count` others as `model-00001-of-…`, each before the next is made, and the index."""
     weight_map: dict[str, str] = {}
     total = index = 0
     for index, shard in enumerate(chain([first], others)):
         ending = f"-{index + 1:05d}-of-{count + 1:05d}.safetensors"
-        write_tensors(folder / f"model{ending}", shard.model)
+        write_tensors(target / f"model{ending}", shard.model)
         if shard.optimizer:
-            write_tensors(folder / f"optimizer{ending}", shard.optimizer)
+            write_tensors(target / f"optimizer{ending}", shard.optimizer)
         weight_map |= dict.fromkeys(shard.model, f"model{ending}")
         total += sum(tensor.numel() * tensor.element_size() for tensor in shard.model.values())
     assert index == count, "as many shards as were announced"
     listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(listing, indent=1), encoding="utf-8", newline="\n")
+    (target / folder.INDEX_FILE).write_text(json.dumps(listing, indent=1), encoding="utf-8", newline="\n")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

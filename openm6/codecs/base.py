@@ -73,7 +73,6 @@ class QuantizerConfig(Config):
 
     @property
     def vector_size(self) -> int:
-        """Numbers in one position's FSQ vector, over all groups."""
         return self.groups * len(self.levels)
 
 
@@ -261,7 +260,6 @@ class FSQCodec(Codec):
         return self.synthesize(self.quantizer.latent_of(codes)).clamp(-1.0, 1.0)
 
     def latent_norms(self) -> list[LatentNorm]:
-        """The normalizers whose statistics can be frozen."""
         return [module for module in self.modules() if isinstance(module, LatentNorm)]
 
 

@@ -10,16 +10,9 @@ import numpy as np
 import yaml
 
 from openm6.core.errors import DataError, nearest
+from openm6.data import propose
 from openm6.data.chat import ChatConfig, is_chat
 from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
-from openm6.data.propose import (
-    Column,
-    column_of,
-    propose_fields,
-    propose_images,
-    propose_tasks,
-    unused_columns,
-)
 from openm6.data.records import Record, contents_of
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
@@ -73,7 +66,7 @@ class DatasetReport:
     train: int = 0
     validation: int = 0
     test: int = 0
-    columns: list[Column] = field(default_factory=list)
+    columns: list[propose.Column] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     unreadable: int = 0  # rows of all that cannot be parsed
     broken: int = 0  # of the sampled rows, the unreadable ones not among them
@@ -227,7 +220,7 @@ def _inspect_all(path: str) -> list[DatasetReport]:
         report = DatasetReport(name_of(path), path, config.kind, rows=len(files))
         records = _try_source(report, config)
         keys = dict.fromkeys(key for record in records for key in record if key not in ("id", "image", "audio"))
-        report.columns = [column_of(key, [record.get(key) for record in records]) for key in keys]
+        report.columns = [propose.column_of(key, [record.get(key) for record in records]) for key in keys]
         return [report]
     for entry in entries:
         if entry.is_file():
@@ -255,7 +248,7 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
     if all(column.kind == "empty" for column in report.columns):
         report.add_problem(path, "no cell holds anything that can be read")
         return [report]
-    fields = None if isinstance(config, ChatConfig) else propose_fields(report.columns)
+    fields = None if isinstance(config, ChatConfig) else propose.propose_fields(report.columns)
     update = {"fields": fields, "test_path": test_path}
     _try_source(report, config.model_copy(update=update))
     series = _series(report, table)
@@ -273,7 +266,7 @@ def name_of(path: str) -> str:
     return re.sub(r"\W+", "_", stem).strip("_").lower() or "data"
 
 
-def _columns(table: Table, report: DatasetReport) -> list[Column]:
+def _columns(table: Table, report: DatasetReport) -> list[propose.Column]:
     """What the columns hold, by a sample of rows; if none can be read, nothing else would say why."""
     rows, reasons = [], []
     for index in _evenly(len(table), SAMPLE):
@@ -287,7 +280,7 @@ def _columns(table: Table, report: DatasetReport) -> list[Column]:
         report.broken += len(reasons)
         for reason in reasons:
             report.add_problem("", reason)
-    columns = [column_of(name, [row.get(name) for row in rows]) for name in table.names]
+    columns = [propose.column_of(name, [row.get(name) for row in rows]) for name in table.names]
     return [replace(x, summary=f"{x.summary} ({unit})") if (unit := table.units.get(x.name)) else x for x in columns]
 
 
@@ -298,11 +291,11 @@ def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> li
     named = isinstance(config, FolderConfig) or any(column.kind == "split" for column in report.columns)
     sources = _open(report, config, get_args(Split) if named else ("train", "test"))
     records = [record for split in ("train", "test") if split in sources for record in _read(report, sources[split])]
-    report.tasks = propose_tasks(records)
+    report.tasks = propose.propose_tasks(records)
     if any("image" in TASKS[name].inputs for name in report.tasks) and any("image" in record for record in records):
-        report.images = propose_images(records)
+        report.images = propose.propose_images(records)
     if "train" in sources:
-        report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])
+        report.unused = propose.unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])
     return records
 
 
@@ -405,7 +398,7 @@ def _no_neighbour(name: str) -> Source:
     raise DataError(f"there is no other source {name!r} here")
 
 
-def _may_be_time(column: Column) -> bool:
+def _may_be_time(column: propose.Column) -> bool:
     counts = column.kind in ("number", "identifier") and column.name.lower() in TIME_NAMES
     return (column.kind == "date" or counts) and not column.missing
 

@@ -170,7 +170,6 @@ def epochs_seen(state: Mapping[str, Any]) -> dict[str, float]:
 
 
 def merge(states: Sequence[Cursor]) -> Cursor:
-    """The position of the whole run from those of its ranks."""
     slowest = min(states, key=lambda state: state["mixture"]["global_index"])
     shards = {index: shard for state in states for index, shard in state["shards"].items()}
     return {**slowest, "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}

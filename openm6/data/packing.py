@@ -150,5 +150,4 @@ class Packer:
 
 
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cursor of the whole run from those of its ranks' packers."""
     return {**merge(states), "quarantine": merge_counts([state["quarantine"] for state in states])}

@@ -46,20 +46,6 @@ class AudioCodecRecipe(CodecRecipe):
     data: AudioDataConfig = AudioDataConfig()
 
 
-class AudioBank:
-    """The clips of all sources end to end, where each begins and ends, and how often each is drawn."""
-
-    def __init__(self, clips: dict[str, list[Tensor]], source_weights: dict[str, float], device: torch.device) -> None:
-        """A source without a weight counts by its seconds."""
-        every = [clip for part in clips.values() for clip in part]
-        lengths = torch.tensor([len(clip) for clip in every], dtype=torch.float64)
-        self.samples = torch.cat(every).to(device)  # L
-        self.end = lengths.cumsum(0).to(device)  # N
-        self.start = self.end - lengths.to(device)  # N
-        sizes = {name: [len(clip) for clip in part] for name, part in clips.items()}
-        self.weights = draw_weights(sizes, source_weights).to(device)  # N
-
-
 def read_clip(data: bytes) -> Tensor:
     """Decode an audio file to mono samples at 16 kHz; raise DataError if it is broken, empty or too long."""
     return torch.from_numpy(np.ascontiguousarray(read_audio(data), np.float32))
@@ -77,7 +63,13 @@ class AudioSubject:
         self.length = max(1, round(self.config.seconds * rate / step)) * step
         self.positions_per_batch = self.config.batch * self.length // step
         kept, self.held_out = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
-        self.bank = AudioBank(kept, self.config.source_weights, device)
+        # All clips end to end, where each begins and ends, and how often each is drawn, by default by its seconds.
+        every = [clip for part in kept.values() for clip in part]
+        sizes = {name: [len(clip) for clip in part] for name, part in kept.items()}
+        lengths = torch.tensor([len(clip) for clip in every], dtype=torch.float64)
+        self.samples, self.end = torch.cat(every).to(device), lengths.cumsum(0).to(device)  # L, N
+        self.start = self.end - lengths.to(device)  # N
+        self.weights = draw_weights(sizes, self.config.source_weights).to(device)  # N
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
         self.filters = {size: mel_filters(n, size, rate).to(device) for size, n in MEL_SCALES.items()}
 
@@ -109,16 +101,15 @@ class AudioSubject:
 
     def _clips(self, count: int, rng: DeviceRng) -> Tensor:
         """Return clips at random speeds that begin at random times.  # -> B S"""
-        bank = self.bank
-        chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
-        start, end = bank.start[chosen], bank.end[chosen]
+        chosen = torch.multinomial(self.weights, count, replacement=True, generator=rng.generator)
+        start, end = self.start[chosen], self.end[chosen]
         speed = torch.exp2(rng.uniform(count, low=-0.5, high=0.5)).double()
         speed = torch.where(rng.bernoulli(0.3, count), torch.ones_like(speed), speed)
         spare = (end - start - self.length * speed).clamp(min=0.0)  # long clips are cut anywhere
         start = start + (spare * rng.uniform(count)).floor()
         slack = (self.length - (end - start) / speed).clamp(min=0.0)  # short ones lie anywhere
         begin = (slack * rng.uniform(count)).floor()
-        return play(bank.samples, start, end, speed, begin, self.length)
+        return play(self.samples, start, end, speed, begin, self.length)
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
         """Return log-mel L1, spectral convergence, log-magnitude; a little L1 for the phase, which codes lack."""

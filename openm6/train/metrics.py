@@ -232,7 +232,6 @@ class Pace:
 
 
 def losses(line: Line) -> dict[str, float]:
-    """Return the losses and the training task's own metrics in a line."""
     return {name: value for name, value in line.items() if name not in _NOT_SHOWN and isinstance(value, float)}
 
 

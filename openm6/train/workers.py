@@ -80,7 +80,6 @@ class Workers(ProcessGroupContext):
         self._pool.close()
 
     def read(self) -> Batch:
-        """Return this process's part of the next batch, as `BatchFeed.read` does."""
         return self._feed.read(self.rank)
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:

@@ -11,7 +11,6 @@ import torch
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.train.audio_codec import (
-    AudioBank,
     AudioCodecRecipe,
     AudioSubject,
     audio_scores,
@@ -22,7 +21,7 @@ from openm6.train.audio_codec import (
     read_clip,
     voices,
 )
-from openm6.train.codec import DeviceRng
+from openm6.train.codec import DeviceRng, draw_weights
 
 CPU = torch.device("cpu")
 CODEC = AudioCodecConfig(width=16, encoder_blocks=1, decoder_blocks=1, latent=6)
@@ -57,12 +56,17 @@ def test_a_seed_gives_the_same_batch_within_range(subject: AudioSubject) -> None
 
 
 def test_clips_count_by_their_seconds_unless_their_source_has_a_weight() -> None:
-    sources = {"a": clips(wav(0.2)), "b": clips(wav(0.6), wav(0.2))}
-    plain = AudioBank(sources, {}, CPU)
-    assert torch.allclose(plain.weights / plain.weights.sum(), torch.tensor([0.2, 0.6, 0.2]).double())
-    assert plain.start.tolist() == [0, 3200, 12800] and plain.end.tolist() == [3200, 12800, 16000]
-    shared = AudioBank(sources, {"a": 0.5, "b": 0.5}, CPU).weights
+    sizes = {"a": [3200], "b": [9600, 3200]}
+    assert draw_weights(sizes, {}).tolist() == [3200, 9600, 3200]
+    shared = draw_weights(sizes, {"a": 0.5, "b": 0.5})
     assert float(shared[0]) == pytest.approx(float(shared[1:].sum()))
+
+
+def test_clips_lie_end_to_end(subject: AudioSubject) -> None:
+    assert subject.start[0] == 0 and subject.end[-1] == len(subject.samples)
+    assert torch.equal(subject.start[1:], subject.end[:-1]) and torch.equal(
+        subject.weights, subject.end - subject.start
+    )
 
 
 def test_playing_at_speed_one_copies_and_at_speed_two_skips() -> None:
