@@ -34,8 +34,7 @@ MAX_HORIZON = 24
 CONTEXT_FRACTION, LONG_CONTEXT = 1 / 12, 64
 # For testing and, of series of so many horizons, for the calibration of intervals.
 HELD_OUT, CALIBRATED_HORIZONS = 0.1, 20
-# Artificial series: the name of the source, its shortest context, windows from which it has no larger part than the
-# user's series, and the largest part.
+# Artificial series: their source, the shortest context, windows from which their part is 1, and the largest part.
 ARTIFICIAL, MIN_CONTEXT, ENOUGH_WINDOWS, MAX_ARTIFICIAL = "artificial_series", 24, 600, 9.0
 # Weights beside predictions of columns, which need most of the time.
 WEIGHTS_BESIDE = {"text_to_image": 0.2, "image_captioning": 0.2}
@@ -125,7 +124,6 @@ def inspect_path(path: str, minutes: float = 10.0, target: str | None = None, st
     if made := _artificial_series(series):
         sources[ARTIFICIAL], part = made
         mixture.append(part)
-    # The smallest model or the start, these sources, their tasks, the time.
     recipe = {
         "kind": "multimodal",
         "model": {"preset": "nano"} if start is None else {"start": start},

@@ -1,7 +1,5 @@
 """Folders of images or audio, WebDataset tars, and the reader that fits a path."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -43,36 +41,6 @@ def media_files(root: Path) -> list[Path]:
         shown = [name for name in names if not name.startswith(".")]
         found += [Path(folder, name).relative_to(root) for name in shown if name.lower().endswith(tuple(MAX_BYTES))]
     return sorted(found)
-
-
-class FolderTable(Table):
-    """One row per file: its name, the label of its subfolder, the caption beside it."""
-
-    def __init__(self, config: FolderConfig, root: Path, files: list[Path]) -> None:
-        self.where = config.path
-        self.names = ["id", "image", "audio", "label", f"text_{config.language}"]
-        self._config, self._root, self._files = config, root, files
-        self.open_file = partial(read_beside, str(root / "any"))  # reads nothing outside the folder, links included
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def row_name(self, row: int) -> str:
-        return f"file {self._files[row].as_posix()}"
-
-    def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        file = self._files[row]
-        kind = "image" if file.suffix.lower() in records.IMAGE_ENDINGS else "audio"
-        cells: dict[str, Any] = {"id": file.as_posix(), kind: file.as_posix()}
-        if self._config.labels:
-            # The innermost folder, unless that is the split's.
-            folders = file.parts[0 if split_of(file) is None else 1 : -1]
-            cells["label"] = folders[-1] if folders else None
-        text, caption = self.names[-1], file.with_suffix(".txt")
-        if self._config.captions and text in columns and (self._root / caption).is_file():
-            content = self.open_file(caption.as_posix(), records.MAX_TEXT_BYTES)
-            cells[text] = records.decode_utf8(content, caption.name).strip()
-        return cells
 
 
 class FolderConfig(SourceConfig):
@@ -120,6 +88,36 @@ class FolderConfig(SourceConfig):
         if not files:
             raise DataError(f"no images or audio clips below {self.path} (looked for {' '.join(MAX_BYTES)})")
         return root, files
+
+
+class FolderTable(Table):
+    """One row per file: its name, the label of its subfolder, the caption beside it."""
+
+    def __init__(self, config: FolderConfig, root: Path, files: list[Path]) -> None:
+        self.where = config.path
+        self.names = ["id", "image", "audio", "label", f"text_{config.language}"]
+        self._config, self._root, self._files = config, root, files
+        self.open_file = partial(read_beside, str(root / "any"))  # reads nothing outside the folder, links included
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def row_name(self, row: int) -> str:
+        return f"file {self._files[row].as_posix()}"
+
+    def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        file = self._files[row]
+        kind = "image" if file.suffix.lower() in records.IMAGE_ENDINGS else "audio"
+        cells: dict[str, Any] = {"id": file.as_posix(), kind: file.as_posix()}
+        if self._config.labels:
+            # The innermost folder, unless that is the split's.
+            folders = file.parts[0 if split_of(file) is None else 1 : -1]
+            cells["label"] = folders[-1] if folders else None
+        text, caption = self.names[-1], file.with_suffix(".txt")
+        if self._config.captions and text in columns and (self._root / caption).is_file():
+            content = self.open_file(caption.as_posix(), records.MAX_TEXT_BYTES)
+            cells[text] = records.decode_utf8(content, caption.name).strip()
+        return cells
 
 
 class _Sample(NamedTuple):

@@ -19,10 +19,8 @@ from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import NONE, task_named
 from openm6.tasks.task import Example, Task
 
-# Of every task's examples: what the answer's likelihood is without its inputs must be learned to be measured.
-NULL_FRACTION = 0.1
-# Of image and audio targets, beyond these: the whole source is dropped, prompt included, for classifier-free guidance.
-UNCONDITIONAL_FRACTION = 0.05
+NULL_FRACTION = 0.1  # of every task's examples: likelihoods without inputs must be learned to be measured
+UNCONDITIONAL_FRACTION = 0.05  # of image and audio targets, beyond these: no source, for classifier-free guidance
 OTHERS = 2  # records whose texts a matching task may show instead
 
 
@@ -42,7 +40,6 @@ def example_sequence(
 ) -> PackedExample:
     """The example as tokens; a generator means training. DataError if a part is broken or out of bounds."""
     if example.contrastive:
-        # Each side is closed by the token that pools it.
         space = f"{sorted({part.modality for part in example.source})} {example.target.modality}"
         sides = (source_segments(parts, modalities, rng) for parts in (example.source, [example.target]))
         left, right = (pooled(side, example.key, space, learn=True) for side in sides)

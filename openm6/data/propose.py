@@ -35,8 +35,7 @@ Kind = Literal[
 ]  # fmt: skip
 Language = Literal["en", "zh"]
 
-# Fraction of the cells that must agree before a column is called a kind; the others are reported as broken.
-MIN_AGREEING = 0.9
+MIN_AGREEING = 0.9  # of the cells, before a column is called a kind; the others are reported as broken
 MAX_CATEGORIES = 50
 MAX_CATEGORY_LETTERS = 40
 # Whole numbers stand for categories: 0 or 1 and on, at most so many, each of them in so many cells on average.

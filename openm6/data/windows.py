@@ -1,5 +1,7 @@
 """Windows of a time series cut out of a table, tested on what lies after the training rows; time columns read."""
 
+# Shapes: R rows of the table in order of time, C columns, L = context + horizon rows of a window
+
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,9 +92,6 @@ def _has_zone(cell: Any) -> bool:
         except ValueError:
             return False
     return isinstance(cell, datetime) and cell.tzinfo is not None
-
-
-# Shapes: R rows of the table in order of time, C columns, L = context + horizon rows of a window
 
 
 class WindowsConfig(SourceConfig):

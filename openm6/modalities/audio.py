@@ -25,8 +25,7 @@ RATE = 16_000
 FRAMES = 8  # of 10 ms in one input token
 UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
-# Target audio clips are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
-# few fixed speeds, so that the codes can be cached.
+# Of targets while training, which changes the voice (Ko et al., Interspeech 2015); few, so that codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
 MIN_RATE, MAX_RATE = 1_000, 768_000  # a header may contain any rate, and the memory of resampling grows with it
 

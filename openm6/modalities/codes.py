@@ -27,15 +27,12 @@ from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modalit
 from openm6.ops.losses import grouped_cross_entropy
 
 OCTAVES = (-2, -1, 0, 1, 2, 3)  # waves of 4 sides (or seconds) down to an eighth of one
-# Of the training masks: random positions, all, and a rectangle; the rest masks everything but a rectangle. Half of the
-# targets are masked as a whole, since only there does the model depend on its inputs.
+# Of training masks: random, all (only there does the model depend on its inputs), a rectangle; the rest all else.
 RANDOM_FRACTION, ALL_FRACTION, INSIDE_FRACTION = 0.35, 0.5, 0.075
 SMOOTHING = 0.1  # of the training labels, as in MaskGIT: generalizes better to unseen voices and handwriting
-# Of the visible codes is replaced by random ones, and learned, too: the model learns to correct codes.
-WRONG_FRACTION = 0.05
+WRONG_FRACTION = 0.05  # of the visible codes is replaced by random ones and learned, so that it corrects codes
 BOTTLENECK = 64  # numbers in the state of one group of the head
-# Of the codes, and of what is read, of files: an image that is used in every epoch goes through the codec once.
-CACHE_BYTES = 64 * 2**20
+CACHE_BYTES = 64 * 2**20  # of codes, and of what is read: a file goes through the codec once, not in every epoch
 FEATURE_BYTES = 2**30  # of features of frozen encoders, the slowest to make
 GROUP, WAITING = 8, 32  # images or recordings that the codec encodes at once, and that wait for it
 _file_keys = LRUCache[tuple[bytes, bytes]](2**24)

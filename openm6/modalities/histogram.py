@@ -17,8 +17,7 @@ SMOOTHING = 0.75  # of a bin: standard deviation of the soft target while traini
 MIN_WIDTH, MAX_WIDTH, PRIOR_BLOCKS = 0.5, 4.0, 3.0
 MIN_BLOCKS = 10  # fewer blocks only widen: the weights may have been chosen by their loss
 MIXED_BINS = 2.0  # of a bin: standard deviation of the neighbours with which its first weights are mixed
-# The mean leaves out this much of either tail of a distribution in logarithms: exp of the outer bins has no bound.
-TAIL = 1e-3
+TAIL = 1e-3  # of either end that the mean of a distribution in logarithms leaves out: exp has no bound there
 
 
 def one_hot_bins(values: Tensor) -> Tensor:

@@ -28,10 +28,8 @@ from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 MaskBox = tuple[float, float, float, float] | np.ndarray | None
 SIDE_UNITS = 32  # units of rotary positions along each side of an image
 MAX_PIXELS = 32_000_000
-# Strong augmentation, at most: logarithms of scale and aspect, angle in radians, shift across and down in sides;
-# brightness of each colour beside that of all.
-REACH = (0.2, 0.1, 0.15, 0.1, 0.1)
-TINTS = (0.92, 1.08)
+REACH = (0.2, 0.1, 0.15, 0.1, 0.1)  # strong augmentation: logs of scale and aspect, radians, shift across and down
+TINTS = (0.92, 1.08)  # and brightness of each colour beside that of all
 CONTRASTS = (0.85, 1.1)  # brightness of all colours, in any augmentation
 OVERSAMPLING = 4  # pixels decoded for each that is kept: fewer would show after resizing
 

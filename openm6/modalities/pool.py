@@ -16,8 +16,7 @@ from openm6.core.seeds import text_hash
 from openm6.modalities.interface import Adapter, Segment, line
 from openm6.ops.losses import info_nce
 
-# N … of this rank -> M … of all ranks in their order, and where this rank's rows begin; differentiable. Every rank must
-# call it equally often, with or without rows.
+# N … of this rank -> M … of all ranks, and where its rows begin; differentiable; all call it equally often.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 POOL = "pool"  # the kind of token

@@ -32,8 +32,7 @@ PAST_FEATURES = 2 + 2 + regression.TIMES
 FUTURE_FEATURES = 2 * FORECASTS + 1 + regression.TIMES
 MIN_CHANGE = 0.02  # a typical change is at least this fraction of the scale of the window
 DAMPING = 0.95  # of the slope of a trend, each further step
-# In the training loss, of the distance to the location: the histogram alone would learn to lie beside it.
-DISTANCE_WEIGHT = 0.5
+DISTANCE_WEIGHT = 0.5  # in the loss, of the distance to the location: the histogram alone would lie beside it
 MIN_CORRELATION = 0.3  # a lag is a period if the changes of a series correlate as much with those so many steps before
 MAX_CHANGES = 3.0  # medians of the changes
 MIN_ENERGY = 1e-20  # of these changes, against the values

@@ -6,16 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from openm6.core.config import Config
-from openm6.nn.config import (
-    AttentionConfig,
-    DenseConfig,
-    ExpertsConfig,
-    LoraConfig,
-    ModalityExpertsConfig,
-    QKNormKind,
-    RopeScaling,
-    matrices_of,
-)
+from openm6.nn import config as layers
 
 Stage = Literal["pseudo", "real"]
 
@@ -38,21 +29,21 @@ class BackboneConfig(Config):
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0, multiple_of=8)
-    dense: DenseConfig | None = None
-    experts: ExpertsConfig | None = None
+    dense: layers.DenseConfig | None = None
+    experts: layers.ExpertsConfig | None = None
     moe_layer_freq: int = Field(default=1, gt=0)
     dense_layers: tuple[int, ...] = ()
-    qk_norm: QKNormKind = True
+    qk_norm: layers.QKNormKind = True
     qkv_bias: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=1)
     rope_sections: tuple[int, int, int] | None = None
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: layers.RopeScaling | None = None
     sharing: tuple[int, ...] | int | Literal["all"] | None = None
     share_routers: bool = False
     initializer_range: float | None = Field(default=None, gt=0)
-    lora: LoraConfig | None = None
-    modality_experts: ModalityExpertsConfig | None = None
+    lora: layers.LoraConfig | None = None
+    modality_experts: layers.ModalityExpertsConfig | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -92,7 +83,7 @@ class BackboneConfig(Config):
         dense_only = self.experts is None and self.dense is not None
         return not dense_only and (layer + 1) % self.moe_layer_freq == 0 and layer not in self.dense_layers
 
-    def feed_forward(self, layer: int) -> DenseConfig | ExpertsConfig:
+    def feed_forward(self, layer: int) -> layers.DenseConfig | layers.ExpertsConfig:
         part = self.experts if self.has_experts(layer) else self.dense
         if part is None:
             raise ValueError(f"layer {layer} has no feed-forward part: set dense or experts")
@@ -144,8 +135,8 @@ class BackboneConfig(Config):
         return self.rope_theta, self.sections, divisors, scaling.amplitude
 
     @property
-    def attention(self) -> AttentionConfig:
-        return AttentionConfig.model_validate(self, from_attributes=True)
+    def attention(self) -> layers.AttentionConfig:
+        return layers.AttentionConfig.model_validate(self, from_attributes=True)
 
     @property
     def deviation(self) -> float:
@@ -176,9 +167,9 @@ def count_parameters(config: BackboneConfig) -> ParameterCount:
     total = active = config.hidden_size  # the final norm
     for layer, first in enumerate(config.shared_with):
         part = config.feed_forward(layer)
-        network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
+        network = layers.matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
         router, existing, used = 0, 1, 1
-        if isinstance(part, ExpertsConfig):
+        if isinstance(part, layers.ExpertsConfig):
             router = part.num_experts * config.hidden_size
             existing, used = part.num_shared + part.num_experts, part.num_shared + part.experts_per_token
         active += norms + router + attention + used * network

@@ -1,7 +1,6 @@
 """The key-value cache: sequences of different lengths, each in a slot of its own."""
 
-# Dimensions: L layers, B slots, C capacity of a slot, S new tokens, T tokens so far,
-# G key-value heads, d size of a head
+# Dimensions: L layers, B slots of C tokens, S new tokens, T tokens so far, G key-value heads, d size of a head
 
 import torch
 from torch import Tensor

@@ -1,7 +1,6 @@
 """Attention for packed rows on a CPU: each block of queries is multiplied with its visible keys only."""
 
-# Shapes: B rows, S tokens of a row, N = B·S, H query heads, G key-value heads, M = H/G, d head size, Q queries and
-# K keys of a block
+# Shapes: B rows, S tokens of a row, N = B·S, H query heads, G key-value heads, M = H/G, d head size, Q K a block
 
 from dataclasses import dataclass
 from typing import Any

@@ -16,8 +16,7 @@ from torch import Tensor
 from openm6 import kernels
 from openm6.ops.matmul import cast_alike, matmul, matmul_add, matmul_dtype, pad_rows
 
-# Of one chunk. Each chunk reads and writes the weight's gradient once more, so they should be few and large.
-MAX_LOGITS = 2**27
+MAX_LOGITS = 2**27  # of a chunk, each of which reads and writes the weight's gradient once more
 CPU_ROWS, CPU_LOGITS = 256, 2**20  # on a CPU the passes over a chunk should find it in the cache
 
 

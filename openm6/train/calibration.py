@@ -22,8 +22,7 @@ from openm6.train.recipe import MultimodalRecipe
 CALIBRATED = 200  # validation records of a source
 # Of the weights of labels: the most, and how strongly they are drawn to equal ones.
 MAX_WEIGHT, PRIOR_RECORDS = 3.0, 10.0
-# The width without validation records: the future of a series differs from all that was seen of it.
-PRIORS = {"numbers_out": 1.0, "series_out": 1.25}
+PRIORS = {"numbers_out": 1.0, "series_out": 1.25}  # widths without records: the future of a series differs
 
 
 def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> list[list[Example]]:

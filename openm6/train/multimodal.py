@@ -180,9 +180,8 @@ class MultimodalTraining(TrainingTask):
         fraction = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
         loads = [replace(load, dropped=load.dropped * fraction) for load in loads]
         loss = total / counts.examples + fraction * side_loss(loads)
-        # In a sharded model every rank needs a gradient for each weight, whichever its rows use (an image may be an
-        # input and none an output), or the others wait for it for ever. These sums of no numbers are zero with a
-        # gradient of zero: 0 times a weight that is not finite would be NaN, and would read all of it.
+        # In a sharded model every rank needs a gradient for each weight, whichever its rows use, or others wait for it
+        # for ever. Sums of no numbers have a gradient of zero; 0 times a weight that is not finite would be NaN.
         loss = loss + sum((weight.reshape(-1)[:0].sum() for weight in self.optional_parameters()), start=0.0)
         return StepResult(loss, metrics, loads, work)
 

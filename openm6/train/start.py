@@ -21,8 +21,7 @@ from openm6.models.description import CheckpointConfig, read_description
 from openm6.models.omni import Omni
 from openm6.train.recipe import MultimodalRecipe
 
-# In the folder of a run: the description of its start, so that resuming does not need the start.
-START_FILE = "start.json"
+START_FILE = "start.json"  # in the folder of a run: the description of its start, for resuming without it
 # Settings of modalities that no weight depends on: a run may set its own.
 OWN_SETTINGS = ("max_tokens", "seconds", "max_seconds", "predictors", "min_patches", "max_patches", "max_pixels",
                 "augmentation", "flips")  # fmt: skip
