@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, nearest
 from openm6.models.config import BackboneConfig, ParameterCount, count_parameters
-from openm6.nn.config import DenseConfig, ExpertsConfig, LoraConfig
+from openm6.nn.config import DenseConfig, ExpertsConfig, LoraConfig, ModalityExpertsConfig
 
 
 class Preset(Config):
@@ -99,7 +99,7 @@ PRESETS: dict[str, Preset] = {entry.name: entry for entry in (
 class ModelConfig(Config):
     """A preset by name, with any field of the backbone overridden; or the run, checkpoint or Hub id that training
     starts from, with what is frozen: a modality, `backbone`, `embeddings` (of words), or prefixes of parameters; with
-    `lora`, adapters are trained in place of the backbone and the text.
+    `lora`, adapters are trained in place of the backbone and the text. `modality_experts` adds experts to a start.
     """
 
     preset: str = "nano"
@@ -107,6 +107,7 @@ class ModelConfig(Config):
     start: str | None = None
     freeze: list[str] = []
     lora: LoraConfig | None = None
+    modality_experts: ModalityExpertsConfig | None = None
 
     @model_validator(mode="after")
     def _one_shape(self) -> Self:
@@ -116,6 +117,8 @@ class ModelConfig(Config):
             raise ValueError("freeze keeps weights of a start: add start: RUN, or leave freeze out")
         if self.lora is not None and self.start is None:
             raise ValueError("lora adapts the weights of a start: add start: RUN, or leave lora out")
+        if self.modality_experts is not None and self.start is None:
+            raise ValueError("modality_experts adds to a start: add start: RUN, or set overrides.modality_experts")
         return self
 
 

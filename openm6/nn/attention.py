@@ -15,7 +15,7 @@ from openm6.core.log import get_log
 from openm6.kernels.probe import failure_of
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig
-from openm6.nn.layers import Adaptable
+from openm6.nn.layers import Adaptable, UpdatesOfSome
 from openm6.ops.attention import QueryBlocks, attend_query_blocks
 from openm6.ops.matmul import linear
 from openm6.ops.pointwise import rms_norm, rotate
@@ -64,11 +64,12 @@ class Attention(Adaptable):
 
     def forward(
         self, x: Tensor, qk_norm: QKNorm | None, rotary: tuple[Tensor, Tensor], mask: Mask,
-        cache: TokenCache | None, layer: int, qkv_bias: Tensor | None = None,
+        cache: TokenCache | None, layer: int, qkv_bias: Tensor | None = None, some: UpdatesOfSome | None = None,
     ) -> Tensor:  # fmt: skip
         """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = self.updated("qkv", linear(x, self.qkv), x)
+        qkv = qkv if some is None else some.updated("qkv", qkv, x)
         qkv = qkv if qkv_bias is None else qkv + qkv_bias.to(qkv.dtype)
         qkv = qkv.unflatten(-1, (-1, self.config.head_dim))  # B S H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
@@ -79,7 +80,8 @@ class Attention(Adaptable):
             key, value = (part.to(query.dtype) for part in cache.write(layer, key, value))  # B T G d
         answer = attend(query, key, value, mask)
         answer = answer.flatten(2)  # B S H·d
-        return self.updated("output", linear(answer, self.output), answer)  # B S D
+        y = self.updated("output", linear(answer, self.output), answer)  # B S D
+        return y if some is None else some.updated("output", y, answer)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:

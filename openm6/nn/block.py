@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from openm6.nn.attention import Attention, Mask, QKNorm
 from openm6.nn.cache import TokenCache
-from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, LoraConfig
-from openm6.nn.layers import MLP, LowRank, RMSNorm
+from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, LoraConfig, ModalityExpertsConfig
+from openm6.nn.layers import MLP, LowRank, RMSNorm, UpdatesOfSome
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, TokenDispatcher
 
 BlockOutput = tuple[Tensor, RouterStats | None]
@@ -32,6 +32,15 @@ class Context:
     kinds: tuple[Tensor, Tensor] | None = None
 
 
+class ModalityExperts(MoE):
+    """Experts for the tokens of some modalities, and updates of the layer's attention for them, if there are any."""
+
+    def __init__(self, config: ModalityExpertsConfig, attention: Attention) -> None:
+        width = attention.config.hidden_size
+        super().__init__(Router(width, config), Experts(width, config), None)
+        self.attention = nn.ModuleDict() if config.lora is None else _updates_of(attention, config.lora)
+
+
 class TransformerBlock(nn.Module):
     """A layer: x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)).
 
@@ -39,7 +48,7 @@ class TransformerBlock(nn.Module):
     norms and biases are each layer's own, and so is its router unless the config shares it.
     """
 
-    def __init__(self, attention: Attention, mlp: MLP | MoE, modality_experts: MoE | None = None) -> None:
+    def __init__(self, attention: Attention, mlp: MLP | MoE, modality_experts: ModalityExperts | None = None) -> None:
         super().__init__()
         config = attention.config
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -85,9 +94,11 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> BlockOutput:
         """B S D -> B S D, and the router's statistics if the MLP has experts."""
-        normal = self.attention_norm(x)
+        normal, some = self.attention_norm(x), None
         rotary, mask, cache = context.rotary, context.mask, context.cache
-        x = x + self.attention(normal, self.qk_norm, rotary, mask, cache, layer, self.qkv_bias)
+        if self.modality_experts is not None and context.kinds is not None and len(self.modality_experts.attention):
+            some = UpdatesOfSome(self.modality_experts.attention, context.kinds[1])
+        x = x + self.attention(normal, self.qk_norm, rotary, mask, cache, layer, self.qkv_bias, some)
         normal = self.mlp_norm(x)
         if self.modality_experts is None:
             y, stats = self._feed_forward(self.mlp, normal, context.valid, context, layer)
@@ -122,7 +133,7 @@ class TransformerBlock(nn.Module):
 def build_block(
     attention: AttentionConfig, mlp: DenseConfig | ExpertsConfig, first: TransformerBlock | None = None,
     share_router: bool = False, meta_matrices: bool = False, lora: LoraConfig | None = None,
-    modality_experts: ExpertsConfig | None = None,
+    modality_experts: ModalityExpertsConfig | None = None,
 ) -> TransformerBlock:  # fmt: skip
     """Return a block, not yet filled, with own matrices (on `meta` if asked) or those of `first`, maybe its router."""
     width = attention.hidden_size
@@ -140,21 +151,23 @@ def build_block(
             assert router is not None
             shared = None if mlp.shared is None else MLP(width, mlp.shared)
             network = MoE(router, Experts(width, mlp), shared)
-    others = None
-    if modality_experts is not None:
-        others = MoE(Router(width, modality_experts), Experts(width, modality_experts), None)
+    others = None if modality_experts is None else ModalityExperts(modality_experts, own)
     if lora is not None:
         _add_lora(lora, own, network.experts if isinstance(network, MoE) else network)
     return TransformerBlock(own, network, others)
 
 
 def _add_lora(config: LoraConfig, attention: Attention, network: MLP | Experts) -> None:
-    sizes, hidden = attention.config, network.config.intermediate_size
-    key = sizes.num_kv_heads * sizes.head_dim
+    hidden = network.config.intermediate_size
     gate = {"gate_proj": hidden} if network.config.hidden_act == "swiglu" else {}
-    attention.lora["qkv"] = LowRank(
-        config, attention.qkv, {"q_proj": sizes.num_heads * sizes.head_dim, "k_proj": key, "v_proj": key}
-    )
-    attention.lora["output"] = LowRank(config, attention.output, {"o_proj": sizes.hidden_size})
+    attention.lora = _updates_of(attention, config)
     network.lora["up"] = LowRank(config, network.up, {**gate, "up_proj": hidden})
-    network.lora["down"] = LowRank(config, network.down, {"down_proj": sizes.hidden_size})
+    network.lora["down"] = LowRank(config, network.down, {"down_proj": attention.config.hidden_size})
+
+
+def _updates_of(attention: Attention, config: LoraConfig) -> nn.ModuleDict:
+    sizes = attention.config
+    key = sizes.num_kv_heads * sizes.head_dim
+    projections = {"q_proj": sizes.num_heads * sizes.head_dim, "k_proj": key, "v_proj": key}
+    qkv, output = LowRank(config, attention.qkv, projections), {"o_proj": sizes.hidden_size}
+    return nn.ModuleDict({"qkv": qkv, "output": LowRank(config, attention.output, output)})

@@ -72,12 +72,6 @@ class ExpertsConfig(Config):
         return DenseConfig(intermediate_size=self.intermediate_size * self.num_shared, hidden_act=self.hidden_act)
 
 
-class ModalityExpertsConfig(ExpertsConfig):
-    """Experts, with a router of their own, for the tokens of some modalities in place of the layer's network."""
-
-    modalities: tuple[str, ...] = ("image", "audio", "numbers")
-
-
 class AttentionConfig(Config):
     """What one attention layer needs of the backbone's config, where its fields are checked."""
 
@@ -101,6 +95,16 @@ class LoraConfig(Config):
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class ModalityExpertsConfig(ExpertsConfig):
+    """Experts, with a router of their own, for the tokens of some modalities in place of the layer's network.
+
+    lora: low-rank updates of the attention's projections for these tokens alone.
+    """
+
+    modalities: tuple[str, ...] = ("image", "audio", "numbers")
+    lora: LoraConfig | None = None
 
 
 class RopeScaling(Config):

@@ -1,9 +1,11 @@
 """Layers without state: initial values, low-rank updates of matrices (LoRA, 2106.09685), RMSNorm and the dense MLP."""
 
 # Dimensions: D width, F hidden, P products of the first matrix: 2F for swiglu (gate and up in one), F for gelu;
-# I inputs, O outputs, r rank, E experts
+# I inputs, O outputs, r rank, E experts, B rows of S tokens
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,9 @@ class LowRank(nn.Module):
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for name, size in outputs.items():
             if config.targets == "all-linear" or name in config.targets:
-                a, b = matrix.new_empty(config.r, matrix.shape[1]), matrix.new_empty(size, config.r)
+                a, b = torch.empty(config.r, matrix.shape[1]), torch.empty(size, config.r)
                 if self.axis:
-                    a, b = matrix.new_empty(*matrix.shape[:2], config.r), matrix.new_empty(len(matrix), config.r, size)
+                    a, b = torch.empty(*matrix.shape[:2], config.r), torch.empty(len(matrix), config.r, size)
                 self.a[name], self.b[name] = nn.Parameter(a), nn.Parameter(b)
 
     def reset_parameters(self) -> None:
@@ -62,6 +64,19 @@ class LowRank(nn.Module):
         for name, part in zip(self.outputs, matrix.split(list(self.outputs.values()), self.axis), strict=True):
             if name in self.a:
                 part += self.scale * (first[name] @ second[name])
+
+
+class UpdatesOfSome(NamedTuple):
+    """Low-rank updates, by the name of the matrix, for the tokens with an `index` in the flattened B S alone."""
+
+    updates: nn.ModuleDict
+    index: Tensor
+
+    def updated(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """The product y of a matrix with x, with the update of these tokens; others stay as they are.  # B S O"""
+        flat, index = y.flatten(0, 1), self.index
+        own = self.updates[name](flat[index], x.flatten(0, 1)[index])
+        return flat.index_copy(0, index, own.to(y.dtype)).view_as(y)
 
 
 class Adaptable(nn.Module):

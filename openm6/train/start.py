@@ -59,7 +59,7 @@ class Start:
             own = self.description.modalities
             unlike = [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
             unread = tuple(f"adapters.{name}_" for name in unlike)
-            load_model(self.checkpoint, omni, new=(".lora.", f"adapters.{POOL}."), unread=unread)
+            load_model(self.checkpoint, omni, new=(".lora.", ".modality_experts.", f"adapters.{POOL}."), unread=unread)
 
 
 def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
@@ -96,7 +96,11 @@ def with_start(
     if recipe.replay:
         values = _with_replay(recipe, values, start)
         recipe = build(MultimodalRecipe, values, "the recipe with replayed data")
+    experts, before = recipe.model.modality_experts, found.backbone.modality_experts
+    if None not in (experts, before) and experts != before:
+        raise ConfigError(f"model.modality_experts differs from that of {name}: leave it out")
     overrides = {**found.backbone.model_dump(), "lora": recipe.model.lora or found.backbone.lora}
+    overrides["modality_experts"] = experts or before
     shape = {"preset": found.preset or recipe.model.preset, "overrides": overrides}
     chosen = {
         "model": recipe.model.model_copy(update=shape),
