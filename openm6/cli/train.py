@@ -110,7 +110,7 @@ def import_model(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.")],
     receipt: Annotated[bool, typer.Option(help="Compare logits with transformers, if it is installed.")] = True,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter of PEFT for this model.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter of PEFT, or addition, for this model.")] = None,
     experts: Annotated[int | None, typer.Option(help="Copies of each dense network, as experts with a router.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="Experts per token.")] = 2,
     noise: Annotated[float, typer.Option(help="Noise on the copies, in standard deviations of a matrix.")] = 0.0,
@@ -139,11 +139,11 @@ def export(
     trained: Trained,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     form: Annotated[
-        Literal["hf", "gguf", "peft"],
-        typer.Option("--format", help="hf: safetensors for transformers; gguf: for llama.cpp; peft: its adapter."),
+        Literal["hf", "gguf", "peft", "addition"],
+        typer.Option("--format", help="hf (transformers), gguf (llama.cpp), peft, or addition: all beside the base."),
     ] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, or q8_0 for gguf; default: as stored, fp16 for gguf.")
+        str | None, typer.Option(help="fp32, bf16, fp16, q8_0 (gguf), int8 (addition); default: as stored, fp16, int8.")
     ] = None,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Export the text path of a model that does more than a plain decoder.")

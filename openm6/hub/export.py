@@ -20,6 +20,7 @@ from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, write_shards, write_tensors
 from openm6.core.errors import ConfigError
 from openm6.core.files import new_folder
+from openm6.hub.addition import export_addition
 from openm6.hub.architectures import EMBEDDING, HEAD, StoredTensor, layer_tensors, outer_tensors, settings_of
 from openm6.hub.gguf_file import write_gguf
 from openm6.hub.peft import write_adapter
@@ -29,6 +30,7 @@ from openm6.models.description import TOKENIZER_FILE, CheckpointConfig
 from openm6.tasks.registry import all_tasks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ADDITION_TYPES = {"int8", "bf16", "fp32"}
 GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 ONE_FILE = 2**31  # bytes of weights from which on each layer has a file of its own
 MARKS = ("<|start|>", "<|end|>", "<|mask|>")
@@ -40,14 +42,17 @@ def export_run(
     """Write the text path of a run's newest checkpoint to `out`; return what was written, and what is left out.
 
     form: `hf`, a folder for `AutoModelForCausalLM`, in the stored dtype by default; `gguf`, a file in fp16 by
-    default; `peft`, low-rank adapters alone, which are merged otherwise, see `write_adapter` for `fused`. Written under
-    a temporary name, so that `out` is whole or not there. ConfigError if no plain decoder computes the same, unless
-    `text_only` accepts that for prompts and modalities.
+    default; `peft`, low-rank adapters alone, which are merged otherwise, see `write_adapter` for `fused`; `addition`,
+    what it adds to an imported decoder, in int8 by default. Written under a temporary name, so that `out` is whole or
+    not there. ConfigError if no plain decoder computes the same, unless `text_only` accepts that for prompts and
+    modalities.
     """
-    allowed = GGUF_TYPES if form == "gguf" else DTYPES
+    allowed = {"gguf": GGUF_TYPES, "addition": ADDITION_TYPES}.get(form, DTYPES)
     if dtype is not None and dtype not in allowed:
         raise ConfigError(f"--dtype {dtype} is not one of {', '.join(allowed)} for --format {form}")
     folder = latest(run)
+    if form == "addition":
+        return export_addition(run, folder, out, dtype or "int8")
     description, content = read_texts(folder)
     left_out = _inexpressible(description)
     if left_out and not text_only:

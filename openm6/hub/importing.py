@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,18 +21,18 @@ from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, first_line
 from openm6.core.files import new_folder, replace_text
 from openm6.core.run_folder import RunFolder
+from openm6.hub.addition import Addition, base_tensors, check_weights, read_addition
 from openm6.hub.architectures import (
     EMBEDDING,
     HEAD,
+    NORM,
     backbone_config,
     check_tensors,
-    layer_tensors,
-    outer_tensors,
     settings_of,
 )
 from openm6.hub.gguf_file import GgufFile
 from openm6.hub.peft import read_adapter
-from openm6.hub.pretrained import Pretrained, open_pretrained
+from openm6.hub.pretrained import ADDITION_FILE, Pretrained, open_pretrained
 from openm6.modalities.registry import Modalities, ModalitiesConfig, TextConfig, build_modalities
 from openm6.modalities.text import read_tokenizer
 from openm6.models.backbone import Backbone
@@ -56,9 +56,10 @@ HEAD_ROWS = 8192  # of the output layer that are widened at a time
 class Additions(Config):
     """What an import adds to a decoder.
 
-    adapter: a folder of PEFT. experts, top_k: copies of each dense network, of which a token goes through `top_k`.
-    noise: on the copies, in standard deviations of their matrices. reinit: fraction of the units of each copy that is
-    drawn again (2502.19261). modalities: those whose tokens get experts of their own.
+    adapter: a folder of PEFT, or an addition of ours, which has all that is added. experts, top_k: copies of each dense
+    network, of which a token goes through `top_k`. noise: on the copies, in standard deviations of their matrices.
+    reinit: fraction of the units of each copy that is drawn again (2502.19261). modalities: those whose tokens get
+    experts of their own.
     """
 
     adapter: Path | None = None
@@ -78,28 +79,19 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
     Everything is checked before anything is written (CheckpointError, ConfigError); if writing fails, nothing is left.
     """
     pretrained = open_pretrained(source)
-    base = config = backbone_config(pretrained.settings)
-    kind, tied = pretrained.settings["model_type"], pretrained.text.tie_word_embeddings
-    adapters: dict[str, Tensor] = {}
-    if additions.adapter is not None:
-        lora, adapters = read_adapter(additions.adapter, kind, base)
-        config = base.model_copy(update={"lora": lora})
-    config = _with_experts(config, additions)
-    outer = outer_tensors(config, pretrained.text.vocab_size, tied)
-    layers = [layer_tensors(kind, base, layer) for layer in range(base.num_layers)]
-    check_tensors(pretrained.weights, [*outer, *(one for layer in layers for one in layer)], str(pretrained.path))
-    text = TextConfig(max_tokens=pretrained.settings.get("max_position_embeddings", 2048), imported=pretrained.text)
-    description = CheckpointConfig(
-        backbone=config,
-        modalities=ModalitiesConfig(text=text, prompt_attention="causal"),
-        scales={},
-        trained_tasks=[],
-        base_model=str(Path(source).resolve()) if Path(source).exists() else source,
-    )
+    base = backbone_config(pretrained.settings)
+    outer, *layers = base_tensors(pretrained)
+    stored = [*outer, *(one for layer in layers for one in layer)]
+    check_tensors(pretrained.weights, stored, str(pretrained.path))
+    description, added, files = _described(source, pretrained, base, additions)
+    config = description.backbone
     tokenizer = read_tokenizer(pretrained.tokenizer, str(pretrained.path))
     modalities = build_modalities(description.modalities, tokenizer, {})
     with torch.device("meta"):
-        omni = Omni(config, modalities)
+        omni = Omni(config, modalities, description.embedding)
+    fresh = _fresh_adapters(modalities, config)
+    if description.trained_tasks:
+        check_weights(fresh | added, stored, omni, str(additions.adapter))
     with new_folder(out) as run:
         weights = {one.ours: one.read(pretrained.weights) for one in outer}
         for name in {EMBEDDING, HEAD} & weights.keys():
@@ -107,19 +99,43 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
             if missing := len(omni.text.embedding.weight) - len(weights[name]):
                 mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
                 weights[name] = torch.cat([weights[name], mean.expand(missing, -1)])
-        weights |= _fresh_adapters(modalities, config) | adapters
+        weights |= fresh | added
         shards = (
-            Shard(_layer(config, index, {one.ours: one.read(pretrained.weights) for one in layer}, additions))
+            Shard(_layer(config, index, {one.ours: one.read(pretrained.weights) for one in layer}, additions, added))
             for index, layer in enumerate(layers)
         )
-        _write_run(run, description, pretrained, weights, shards)
+        _write_run(run, description, pretrained, weights, shards, files)
         del weights
         exactness = _receipt(pretrained, run, base, config) if receipt else "no receipt asked for"
     total = sum(parameter.numel() for parameter in omni.backbone.parameters()) / 1e6
     return (
-        f"{out}: {kind}, {config.num_layers} layers, {total:,.1f} million parameters besides embeddings; {exactness}\n"
+        f"{out}: {pretrained.settings['model_type']}, {config.num_layers} layers, {total:,.1f} million parameters "
+        f"besides embeddings; {exactness}\n"
         f'try openm6 generate {out} --output text --text "The capital of France is"'
     )
+
+
+def _described(source: str, pretrained: Pretrained, config: BackboneConfig, additions: Additions) -> Addition:
+    """The description of the run, and the weights and files that are added to those of the decoder."""
+    weights: dict[str, Tensor] = {}
+    base_model = str(Path(source).resolve()) if Path(source).exists() else source
+    if (adapter := additions.adapter) is not None:
+        if (adapter / ADDITION_FILE).is_file():
+            if additions != Additions(adapter=adapter):
+                raise ConfigError(f"{adapter} has all that is added: leave the other options out")
+            found = read_addition(adapter, pretrained)
+            return found._replace(description=found.description.model_copy(update={"base_model": base_model}))
+        lora, weights = read_adapter(adapter, pretrained.settings["model_type"], config)
+        config = config.model_copy(update={"lora": lora})
+    text = TextConfig(max_tokens=pretrained.settings.get("max_position_embeddings", 2048), imported=pretrained.text)
+    description = CheckpointConfig(
+        backbone=_with_experts(config, additions),
+        modalities=ModalitiesConfig(text=text, prompt_attention="causal"),
+        scales={},
+        trained_tasks=[],
+        base_model=base_model,
+    )
+    return Addition(description, weights, {})
 
 
 def _with_experts(config: BackboneConfig, additions: Additions) -> BackboneConfig:
@@ -141,14 +157,16 @@ def _with_experts(config: BackboneConfig, additions: Additions) -> BackboneConfi
 
 
 @torch.no_grad()
-def _layer(config: BackboneConfig, layer: int, tensors: dict[str, Tensor], additions: Additions) -> dict[str, Tensor]:
+def _layer(
+    config: BackboneConfig, layer: int, tensors: dict[str, Tensor], additions: Additions, added: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors of one layer: those imported, copies of a dense network as experts, first values of new ones."""
     prefix, new = f"backbone.layers.{layer}.", nn.ModuleDict()
     copied = config.experts if additions.experts is not None else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(layer)
         for name, experts in (("mlp", copied), ("modality_experts", config.modality_experts)):
-            if experts is not None:
+            if experts is not None and f"{prefix}{name}.router.weight" not in added:
                 moe = MoE(Router(config.hidden_size, experts), Experts(config.hidden_size, experts), None)
                 moe.router.reset_parameters(config.deviation)
                 moe.experts.reset_parameters(config.deviation, config.output_deviation)
@@ -188,7 +206,7 @@ def _fresh_adapters(modalities: Modalities, config: BackboneConfig) -> dict[str,
 
 def _write_run(
     out: Path, description: CheckpointConfig, pretrained: Pretrained, weights: dict[str, Tensor],
-    shards: Iterator[Shard],
+    shards: Iterator[Shard], files: dict[str, str | bytes],
 ) -> None:  # fmt: skip
     run = RunFolder.open(out)
     replace_text(run.path / TOKENIZER_FILE, pretrained.tokenizer)
@@ -198,7 +216,7 @@ def _write_run(
         weights=weights,
         optimizer={},
         state={"stage": "real", "precision": "fp32", "optimizer": "adamw", "base_model": description.base_model},
-        files={MODEL_FILE: description.to_json(), TOKENIZER_FILE: pretrained.tokenizer},
+        files={MODEL_FILE: description.to_json(), TOKENIZER_FILE: pretrained.tokenizer, **files},
         shards=shards,
         num_shards=description.backbone.num_layers,
     )
@@ -233,11 +251,8 @@ def imported_logits(run: Path, config: BackboneConfig, tokens: Tensor, rows: int
     reader = open_reader(latest(run))
     with torch.device("meta"):
         backbone = Backbone(config)
-    prefix = "backbone."
-    backbone.load_state_dict(
-        {name: reader.read(prefix + name) for name in named_tensors(backbone)}, assign=True, strict=False
-    )
-    _widen_layers(backbone.layers)
+    backbone.final_norm.load_state_dict({"weight": reader.read(NORM)}, assign=True)
+    _stream_layers(backbone.layers, lambda layer, name: reader.read(f"backbone.layers.{layer}.{name}"))
     embedding = reader.read(EMBEDDING)
     hidden, _ = backbone(embedding[tokens].float(), causal_meta(*tokens.shape))
     head = reader.read(HEAD) if HEAD in reader else embedding
@@ -260,37 +275,37 @@ def reference_logits(pretrained: Pretrained, tokens: Tensor) -> Tensor:
     elif "num_experts_per_tok" in pretrained.settings:
         # It holds experts in another form than the files.
         model = transformers.AutoModelForCausalLM.from_pretrained(pretrained.path, dtype="auto")
+        held = [dict(layer.named_parameters()) for layer in model.model.layers]
+        _stream_layers(model.model.layers, lambda layer, name: held[layer][name])
     else:
         model = _dense_reference(transformers, transformers.AutoConfig.from_pretrained(pretrained.path), pretrained)
-    _widen_layers(model.model.layers)
     embedded = model.get_input_embeddings()(tokens).float()
     hidden = model.eval().model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     return _logits(hidden[0], model.get_output_embeddings().weight)
 
 
 def _dense_reference(library: Any, config: Any, pretrained: Pretrained) -> Any:
-    """A dense model of `transformers` with each weight in memory once; the library itself maps the files as well."""
+    """A dense model of `transformers` that reads its layers while it computes."""
     with torch.device("meta"):
         model = library.AutoModelForCausalLM.from_config(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    state = {name: pretrained.weights.read(name) for name, _ in model.named_parameters()}
-    model.load_state_dict(state, assign=True, strict=False)
+    names = [name for name, _ in model.named_parameters() if not name.startswith("model.layers.")]
+    model.load_state_dict({name: pretrained.weights.read(name) for name in names}, assign=True, strict=False)
     model.tie_weights()
+    _stream_layers(model.model.layers, lambda layer, name: pretrained.weights.read(f"model.layers.{layer}.{name}"))
     return model
 
 
-def _widen_layers(layers: nn.ModuleList) -> None:
-    """Let each layer compute in fp32, one at a time: only that one takes more memory than its stored weights."""
-    for layer in layers:
-        kept = {name: tensor.dtype for name, tensor in layer.named_parameters()}
-        if any(dtype != torch.float32 for dtype in kept.values()):
-            layer.register_forward_pre_hook(lambda module, _: module.float() and None)
-            layer.register_forward_hook(lambda module, *_, kept=kept: _narrow(module, kept))
+def _stream_layers(layers: nn.ModuleList, read: Callable[[int, str], Tensor]) -> None:
+    """Let each layer have its weights, of its index and their name in it, in fp32 and only while it computes."""
 
+    def fill(layer: nn.Module, index: int) -> None:
+        state = {name: read(index, name).float() for name, _ in layer.named_parameters()}
+        layer.load_state_dict(state, assign=True, strict=False)
 
-def _narrow(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda module, _, index=index: fill(module, index))
+        layer.register_forward_hook(lambda module, *_: module.to("meta") and None)
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from openm6.models.description import TOKENIZER_FILE
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHIPPED = Path(__file__).parents[1] / "shipped"
+ADDITION_FILE = "addition.json"  # of what belongs on an imported decoder, see hub/addition.py
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,13 @@ def find_model(name: str | Path) -> Path:
     """
     path, text = Path(name).expanduser(), str(name)
     if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
-        return path
+        return _whole(path, path.name)
     if not _HUB_ID.fullmatch(text):
         homes = [name for name in (os.environ.get("OPENM6_HOME"), "~/.openm6") if name]
         folders = [*(Path(home).expanduser() / "models" for home in homes), SHIPPED]
         found = [one for folder in folders if folder.is_dir() for one in sorted(folder.iterdir()) if one.is_dir()]
         if named := [one for one in found if one.name == text]:
-            return named[0]
+            return _whole(named[0], text)
         raise CheckpointError(
             f"there is no folder {text!r}, and no model of this name in {folders[0]}: name a run's folder, such as "
             f"runs/demo, which openm6 demo trains; {nearest(text, sorted({one.name for one in found}))}"
@@ -162,3 +163,14 @@ def find_model(name: str | Path) -> Path:
         raise CheckpointError(
             f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"
         ) from None
+
+
+def _whole(path: Path, name: str) -> Path:
+    """The path of a model; CheckpointError if it is an addition alone."""
+    if (path / ADDITION_FILE).is_file():
+        base = read_json(path / ADDITION_FILE).get("base_model")
+        raise CheckpointError(
+            f"{path} is an addition to {base}: put it onto that model, as "
+            f"openm6 import {base} --adapter {path} --out ~/.openm6/models/{name}"
+        )
+    return path

@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 import yaml
-from torch import Tensor
 
 from openm6.api.model import load
 from openm6.checkpoint.folder import (
-    EXPONENT,
     MODEL_FILE,
     PREDICTORS_FILE,
     SEPARATOR,
@@ -36,18 +33,16 @@ from openm6.checkpoint.save import write_tensors
 from openm6.core.config import read_yaml
 from openm6.core.errors import ConfigError
 from openm6.core.files import new_folder, to_json
+from openm6.hub.addition import compact
 from openm6.inference.load import read_texts
 from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
 from openm6.models.description import TOKENIZER_FILE
-from openm6.optim.low_precision import fit_exponent, to_levels
 from openm6.serve.scenarios.run import example_values, scenario_request
 from openm6.serve.scenarios.scenario import EXAMPLES_FILE, library_of, readiness
 from tools.mini.evaluate import saved_table
 
 MAX_BYTES = 30 * 10**6
 MAX_SECONDS = 2.0
-# Smaller tensors keep their precision: norms, biases, scales.
-SMALL = 4096
 EXAMPLES = Path(__file__).with_name("shipped") / "examples.yaml"
 CARD_FILE, LICENSE = "README.md", "apache-2.0"
 SUFFIXES = {b"\x89PNG": ".png", b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
@@ -126,22 +121,6 @@ python -m tools.mini.evaluate mini --corpus build/mini
 
 {saved_table(json.loads(rows.read_text(encoding="utf-8")))}
 """
-
-
-@torch.no_grad()
-def compact(whole: dict[str, Tensor], weights: str) -> dict[str, Tensor]:
-    """Large matrices in bf16, or as int8 levels with the exponents of their blocks; all else as it is."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in whole.items():
-        if tensor.dim() < 2 or tensor.numel() < SMALL or not tensor.is_floating_point():
-            found[name] = tensor
-        elif weights == "bf16":
-            found[name] = tensor.to(torch.bfloat16)
-        else:
-            exponent = fit_exponent(tensor.float())
-            found[name] = to_levels(tensor.float(), exponent).round().clamp(-127, 127).to(torch.int8)
-            found[f"{name}{SEPARATOR}{EXPONENT}"] = exponent
-    return found
 
 
 def write_examples(examples: Path, corpus: Path, folder: Path) -> None:

@@ -1,0 +1,157 @@
+"""What a run adds to an imported decoder, without the decoder: experts, low-rank updates, encoders and heads.
+
+`openm6 export --format addition` writes it, and `openm6 import --adapter` puts it onto the decoder again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from openm6.checkpoint.folder import EXPONENT, MODEL_FILE, PREDICTORS_FILE, SEPARATOR
+from openm6.checkpoint.load import open_reader
+from openm6.checkpoint.reader import CheckpointReader, bytes_of
+from openm6.checkpoint.save import named_tensors, write_tensors
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.files import new_folder
+from openm6.hub.architectures import StoredTensor, backbone_config, layer_tensors, outer_tensors
+from openm6.hub.pretrained import ADDITION_FILE, Pretrained, open_pretrained, read_json
+from openm6.inference.load import read_texts
+from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
+from openm6.models.description import CheckpointConfig, read_description
+from openm6.optim.low_precision import LEVELS, fit_exponent, from_levels, to_levels
+from openm6.tasks.registry import all_tasks
+
+# Smaller tensors keep their precision: norms, biases, scales.
+SMALL = 4096
+# Beside the weights, if the run has them.
+CARDS = ("README.md", "report.json")
+
+
+class Addition(NamedTuple):
+    """An addition that was read: the description of the whole model, its weights in fp32, and files of a checkpoint."""
+
+    description: CheckpointConfig
+    weights: dict[str, Tensor]
+    files: dict[str, str | bytes]
+
+
+def base_tensors(pretrained: Pretrained) -> list[list[StoredTensor]]:
+    """The tensors of a published decoder: those outside of layers, and those of each layer."""
+    config, kind = backbone_config(pretrained.settings), pretrained.settings["model_type"]
+    outer = outer_tensors(config, pretrained.text.vocab_size, pretrained.text.tie_word_embeddings)
+    return [outer, *(layer_tensors(kind, config, layer) for layer in range(config.num_layers))]
+
+
+def fingerprint(tensors: Iterable[StoredTensor], read: Callable[[StoredTensor], Tensor]) -> str:
+    """The sha256 of the values of a decoder, whatever they are stored in; one tensor is in memory at a time."""
+    digest = hashlib.sha256()
+    for one in tensors:
+        # Of the embedding, rows that an import adds are left out.
+        digest.update(bytes_of(read(one)[: one.shape[0]].float().contiguous()))
+    return digest.hexdigest()
+
+
+def export_addition(run: Path, folder: Path, out: Path, dtype: str) -> str:
+    """Write what the checkpoint `folder` of a run adds to its decoder; return what was written.
+
+    ConfigError if it adds nothing, or if training has changed the weights of the decoder.
+    """
+    description, _ = read_texts(folder)
+    if not description.base_model:
+        raise ConfigError(f"{run} was not trained from an imported decoder: export it as hf, or use save_pretrained")
+    pretrained, reader = open_pretrained(description.base_model), open_reader(folder)
+    tensors = [one for group in base_tensors(pretrained) for one in group]
+    base = fingerprint(tensors, lambda one: one.read(pretrained.weights))
+    if not all(one.ours in reader for one in tensors) or base != fingerprint(tensors, lambda x: reader.read(x.ours)):
+        raise ConfigError(
+            f"training has changed the weights of {description.base_model}, so there is no addition to it: "
+            "train with model.freeze=[text], or with lora"
+        )
+    unused = _unused(description)
+    names = set(reader.names) - {one.ours for one in tensors}
+    weights = {name: reader.read(name) for name in names if SEPARATOR not in name and not name.startswith(unused)}
+    if not weights:
+        raise ConfigError(f"{run} is {description.base_model} as it was imported: train something beside it first")
+    published = description.to_publish().model_copy(update={"backbone": description.backbone})
+    with new_folder(out) as partial:
+        write_tensors(partial / MODEL_FILE, compact(weights, dtype))
+        (partial / DESCRIPTION_FILE).write_text(published.to_json(), encoding="utf-8", newline="\n")
+        about = {"base_model": published.base_model, "sha256": base}
+        (partial / ADDITION_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8", newline="\n")
+        for file in (folder / PREDICTORS_FILE, *(run / name for name in CARDS)):
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
+        size = sum(file.stat().st_size for file in partial.iterdir())
+    return f"{out}: addition to {published.base_model} in {dtype}, {size / 1e6:.1f} MB"
+
+
+def _unused(description: CheckpointConfig) -> tuple[str, ...]:
+    """The names of weights that no trained task uses; an import draws their first values again."""
+    known = all_tasks(description.tasks)
+    tasks = [known[one.task] for one in description.trained_tasks if one.task in known]
+    targets = {task.output_modality for task in tasks} | {
+        x for one in description.trained_tasks for x in one.modalities
+    }
+    inputs = {slot.modality for task in tasks for slot in task.inputs.values()}
+    # An input and an output have weights in common, under the name of the input.
+    unused = [name for name in ("image", "audio") if name not in targets | inputs]
+    heads = [f"adapters.{name}_out." for name in ("image", "audio") if name not in targets]
+    return (*(f"adapters.{name}_" for name in unused), *heads)
+
+
+@torch.no_grad()
+def compact(whole: dict[str, Tensor], weights: str) -> dict[str, Tensor]:
+    """Large matrices in bf16, or as int8 levels with the exponents of their blocks; all else as it is."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in whole.items():
+        if weights == "fp32" or tensor.dim() < 2 or tensor.numel() < SMALL or not tensor.is_floating_point():
+            found[name] = tensor
+        elif weights == "bf16":
+            found[name] = tensor.to(torch.bfloat16)
+        else:
+            exponent = fit_exponent(tensor.float())
+            found[name] = to_levels(tensor.float(), exponent).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+            found[f"{name}{SEPARATOR}{EXPONENT}"] = exponent
+    return found
+
+
+def read_addition(folder: Path, pretrained: Pretrained) -> Addition:
+    """The addition in a folder for this decoder; CheckpointError if it is not whole, or for other weights."""
+    about, path = read_json(folder / ADDITION_FILE, needed=True), folder / DESCRIPTION_FILE
+    tensors = [one for group in base_tensors(pretrained) for one in group]
+    if fingerprint(tensors, lambda one: one.read(pretrained.weights)) != about.get("sha256"):
+        raise CheckpointError(
+            f"{folder} is an addition to {about.get('base_model')}, of which {pretrained.path} differs"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{folder} lacks {path.name}: copy the whole folder")
+    description = read_description(path.read_text(encoding="utf-8"), str(path))
+    reader = CheckpointReader(folder, "model")
+    weights = {name: _restored(reader, name) for name in reader.names if SEPARATOR not in name}
+    kept = folder / PREDICTORS_FILE
+    return Addition(description, weights, {kept.name: kept.read_bytes()} if kept.is_file() else {})
+
+
+def _restored(reader: CheckpointReader, name: str) -> Tensor:
+    exponent = f"{name}{SEPARATOR}{EXPONENT}"
+    if exponent in reader:
+        return from_levels(reader.read(name), reader.read(exponent), torch.float32)
+    tensor = reader.read(name)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def check_weights(added: dict[str, Tensor], base: list[StoredTensor], model: nn.Module, where: str) -> None:
+    """Raise CheckpointError unless a decoder and what is added to it are the weights that the model has."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in added.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    for name in sorted(shapes.keys() | expected.keys() - {one.ours for one in base}):
+        if shapes.get(name) != expected.get(name):
+            raise CheckpointError(f"{where}: {name} does not fit its {DESCRIPTION_FILE}: copy the whole folder again")
