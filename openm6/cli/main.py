@@ -12,13 +12,13 @@ from openm6.cli.group import make_app
 from openm6.cli.listings import inspect, presets, scenarios, tasks
 from openm6.cli.plan import plan
 from openm6.cli.train import convert, demo, export, import_model, train
-from openm6.cli.use import energy, evaluate, generate, serve, try_model
+from openm6.cli.use import chat, energy, evaluate, generate, serve, try_model
 
 app = make_app()
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect your own data.")
 app.add_typer(data_app, name="data")
 data_app.command()(inspect)
-for command in (demo, train, evaluate, generate, serve, scenarios, plan, energy, convert, export, tasks, presets):
+for command in (demo, train, evaluate, generate, chat, serve, scenarios, plan, energy, convert, export, tasks, presets):
     app.command()(command)
 app.command("import")(import_model)
 app.command("try")(try_model)

@@ -1,8 +1,10 @@
-"""`openm6 generate`, `try`, `serve`, `evaluate` and `energy`: answers of a trained model, its scores and its joules."""
+"""`openm6 generate`, `chat`, `try`, `serve`, `evaluate`, `energy`: answers of a trained model, its scores and joules."""
 
 from __future__ import annotations
 
 import json
+import sys
+from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,7 +15,7 @@ from rich.text import Text
 
 from openm6.cli.group import print_result, write_json
 from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, Trained, model_of
-from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
 if TYPE_CHECKING:
@@ -208,6 +210,34 @@ def generate(
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
     print_result(answer_question(model_of(model), question, settings, out, num_gpu_layers, device, dtype))
+
+
+def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") -> None:
+    """Talk with a model; @FILE in a line shows it an image or plays it a recording. An empty line ends the chat.
+
+    \b
+    Example: openm6 chat runs/demo
+    """
+    # torch takes seconds to import
+    from openm6.api.model import load
+
+    m6, messages = load(model_of(model), device, dtype), list[dict[str, object]]()
+    typer.echo("> ", nl=False)
+    while line := sys.stdin.readline().strip():
+        files = [word[1:] for word in line.split() if word.startswith("@")]
+        content = [{"type": (guess_type(name)[0] or "image").partition("/")[0], "path": name} for name in files]
+        content.append({"type": "text", "text": " ".join(word for word in line.split() if not word.startswith("@"))})
+        messages.append({"role": "user", "content": content})
+        answer = ""
+        try:
+            for part in m6.chat(messages, stream=True):
+                answer += part
+                typer.echo(part, nl=False)
+            messages.append({"role": "assistant", "content": answer})
+        except OpenM6Error as error:
+            messages.pop()
+            typer.echo(str(error), nl=False)
+        typer.echo("\n> ", nl=False)
 
 
 def serve(

@@ -313,6 +313,26 @@ def test_a_model_is_named_by_folder_or_name_and_mini_by_default(
     assert found["answer_question"] == found["try_model"] == found["serve"] == model
 
 
+class Echo:
+    """A model that answers with what it was shown."""
+
+    def chat(self, messages: list[dict[str, Any]], stream: bool) -> Iterator[str]:
+        *media, words = messages[-1]["content"]
+        if words["text"] == "broken":
+            raise DataError("not this one")
+        yield f"{len(messages)} "
+        yield f"{[(part['type'], part['path']) for part in media]} {words['text']}"
+
+
+def test_a_chat_shows_files_and_remembers_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm6.api.model.load", lambda *_: Echo())
+    said = "hello\nbroken\n@a/b.png What is @c.wav this?\n\nnever\n"
+    shown = runner.invoke(app, ["chat", "smol"], input=said)
+    assert shown.exit_code == 0
+    answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.wav')] What is this?", "> "
+    assert shown.stdout == "\n".join(answers)
+
+
 def test_settings_of_a_server_need_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called(monkeypatch)
     assert runner.invoke(app, ["serve", "engine.max_num_seqs=2"]).exit_code == 0
