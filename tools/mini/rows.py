@@ -151,9 +151,12 @@ class Evaluation:
 
     def examples(self, task_name: str, records: Sequence[Record]) -> list[tuple[Record, Example]]:
         """Return the records that have what a task needs as its examples, in each of their languages in turn."""
-        if task_name not in {one.task for one in self.loaded.description.trained_tasks}:
+        trained = {one.task for one in self.loaded.description.trained_tasks}
+        # A model of chats has the task in the words of one, as in the recipe `smol`.
+        name = next((name for name in (task_name, f"chat_{task_name}") if name in trained), None)
+        if name is None:
             raise DataError(f"the run was not trained on {task_name}")
-        task, found = self.loaded.task(task_name), []
+        task, found = self.loaded.task(name), []
         for number, record in enumerate(records):
             if languages := task.languages(record):
                 language = languages[number % len(languages)]
