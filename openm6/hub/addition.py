@@ -128,9 +128,8 @@ def read_addition(folder: Path, pretrained: Pretrained) -> Addition:
     about, path = read_json(folder / ADDITION_FILE, needed=True), folder / DESCRIPTION_FILE
     tensors = [one for group in base_tensors(pretrained) for one in group]
     if fingerprint(tensors, lambda one: one.read(pretrained.weights)) != about.get("sha256"):
-        raise CheckpointError(
-            f"{folder} is an addition to {about.get('base_model')}, of which {pretrained.path} differs"
-        )
+        base = about.get("base_model")
+        raise CheckpointError(f"{folder} is an addition to {base}, and {pretrained.path} is not: import that model")
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {path.name}: copy the whole folder")
     description = read_description(path.read_text(encoding="utf-8"), str(path))
