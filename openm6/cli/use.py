@@ -1,4 +1,4 @@
-"""`openm6 generate`, `chat`, `try`, `serve`, `evaluate`, `energy`: answers of a trained model, its scores and joules."""
+"""`openm6 generate`, `chat`, `try`, `serve`, `evaluate`, `energy`: answers of a trained model, scores and joules."""
 
 from __future__ import annotations
 
