@@ -19,18 +19,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 
-from openm6.api.frames import (
-    LEVELS,
-    TableError,
-    arrow_table,
-    as_table_error,
-    check_levels,
-    class_probabilities,
-    columns_of,
-    frame_records,
-    number_answers,
-    read_file,
-)
+from openm6.api import frames
 from openm6.api.model import OpenM6, load
 from openm6.checkpoint.folder import list_checkpoints
 from openm6.core.config import read_yaml
@@ -52,8 +41,6 @@ MIN_VALIDATED, VALIDATION = 50, 0.1
 
 
 class _TableEstimator(BaseEstimator):
-    """What both estimators share: training on a table, and records to ask about."""
-
     _task: str
 
     def __init__(
@@ -89,12 +76,12 @@ class _TableEstimator(BaseEstimator):
         try:
             return self._checked(X, y, reset)
         except ValueError as error:
-            raise error if isinstance(error, TableError) else TableError(str(error)) from None
+            raise error if isinstance(error, frames.TableError) else frames.TableError(str(error)) from None
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[dict[str, Any], Any]:  # noqa: N803
         if reset and y is None:
-            raise TableError("fit requires y to be passed, but the target y is None: pass the values to learn")
-        columns = columns_of(X)
+            raise frames.TableError("fit requires y to be passed, but the target y is None: pass the values to learn")
+        columns = frames.columns_of(X)
         if columns:
             # Names and their number alone: an array of all cells would lose their types.
             validate_data(self, X, reset=reset, skip_check_array=True)
@@ -110,14 +97,13 @@ class _TableEstimator(BaseEstimator):
         return {f"x{index}": cells[:, index] for index in range(cells.shape[1])}, y
 
     def _fit(self, columns: dict[str, Any], y: Any, name: Any) -> None:
-        """Train on a table with the target as a column of its own."""
         if len(y) < 2:
-            raise TableError("one sample is too few to learn from (n_samples=1): give at least two rows")
+            raise frames.TableError("one sample is too few to learn from (n_samples=1): give at least two rows")
         self.target_ = name if name and isinstance(name, str) and name not in columns else "target"
         while self.target_ in columns:
             self.target_ += "_"
-        with as_table_error(), tempfile.TemporaryDirectory(prefix="openm6-") as folder:
-            table = arrow_table(columns | {self.target_: y}, "X")
+        with frames.as_table_error(), tempfile.TemporaryDirectory(prefix="openm6-") as folder:
+            table = frames.arrow_table(columns | {self.target_: y}, "X")
             self.fields_ = _fields(table.arrow, self.target_, numeric=self._task == "record_regression")
             seed = int(check_random_state(self.random_state).randint(MAX_SEED))
             pq.write_table(with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
@@ -149,8 +135,8 @@ class _TableEstimator(BaseEstimator):
     def _records(self, X: Any) -> list[Any]:  # noqa: N803
         check_is_fitted(self)
         columns, _ = self._table(X)
-        with as_table_error():
-            return list(frame_records(arrow_table(columns, "X"), self.fields_, self.target_))
+        with frames.as_table_error():
+            return list(frames.frame_records(frames.arrow_table(columns, "X"), self.fields_, self.target_))
 
 
 class OpenM6Regressor(RegressorMixin, _TableEstimator):
@@ -182,21 +168,23 @@ class OpenM6Regressor(RegressorMixin, _TableEstimator):
         try:
             values = np.asarray(values, float)
         except (TypeError, ValueError):
-            raise TableError("y holds values that are no numbers: convert them, or use OpenM6Classifier") from None
+            raise frames.TableError(
+                "y holds values that are no numbers: convert them, or use OpenM6Classifier"
+            ) from None
         if not np.isfinite(values).all():
-            raise TableError("Input y contains NaN or infinite values: drop these rows")
+            raise frames.TableError("Input y contains NaN or infinite values: drop these rows")
         self._fit(columns, values, getattr(y, "name", None))
         return self
 
     def predict(
-        self, X: Any, output_type: str = "mean", quantile_levels: Sequence[float] = LEVELS  # noqa: N803
+        self, X: Any, output_type: str = "mean", quantile_levels: Sequence[float] = frames.LEVELS  # noqa: N803
     ) -> np.ndarray:  # fmt: skip
         """Return the mean, the median or quantiles of each row, as `output_type` asks.  # N F -> N, or N Q"""
         if output_type not in ("mean", "median", "quantiles"):
-            raise TableError(f"output_type={output_type!r} is not one of mean, median, quantiles")
-        check_levels(quantile_levels)
+            raise frames.TableError(f"output_type={output_type!r} is not one of mean, median, quantiles")
+        frames.check_levels(quantile_levels)
         records = self._records(X)
-        answers = number_answers(self.model_.loaded, self.model_.loaded.task(self._task), records, self.target_)
+        answers = frames.number_answers(self.model_.loaded, self.model_.loaded.task(self._task), records, self.target_)
         # The task takes whatever a row holds, so that each has an answer.
         found = [one for one in answers if one is not None]
         if output_type == "quantiles":
@@ -226,7 +214,9 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
             check_classification_targets(values)
             self.classes_, index = np.unique(values, return_inverse=True)
         except TypeError:
-            raise TableError("y holds missing values, or values of several types: drop or convert them") from None
+            raise frames.TableError(
+                "y holds missing values, or values of several types: drop or convert them"
+            ) from None
         names = [" ".join(str(one).split()) for one in self.classes_]
         # Names carry meaning; those that are empty, or alike in what is read of them, are counted: a token is a byte
         # or more of a name.
@@ -238,7 +228,7 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
         """Return probabilities of the classes, in the order of `classes_`.  # N F -> N K"""
         records, loaded = self._records(X), self.model_.loaded
-        return class_probabilities(loaded, loaded.task(self._task), records, self.target_, self.class_names_)
+        return frames.class_probabilities(loaded, loaded.task(self._task), records, self.target_, self.class_names_)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """Return the likeliest class of each row.  # N F -> N"""
@@ -262,10 +252,10 @@ def _fields(table: pa.Table, target: str, numeric: bool) -> Fields:
             found["dates"][name] = next(iter(column.formats), None)
         elif kind in LIMITS:
             if kind in found:
-                raise TableError(f"columns {found[kind]!r} and {name!r} both hold files of {kind}: keep one")
+                raise frames.TableError(f"columns {found[kind]!r} and {name!r} both hold files of {kind}: keep one")
             found[kind] = name
         elif kind in ("list", "mapping"):
-            raise TableError(f"column {name!r} holds values of type {kind}, which no record has: convert it")
+            raise frames.TableError(f"column {name!r} holds values of type {kind}, which no record has: convert it")
         elif kind == "free text" and not {"text_en", "text_zh"} & set(found):
             found[f"text_{language or 'en'}"] = name
         elif kind not in LEFT_OUT:
@@ -279,7 +269,7 @@ def with_files(table: pa.Table, fields: Fields) -> pa.Table:
     for kind, limit in LIMITS.items():
         name = getattr(fields, kind)
         if name is not None and not pa.types.is_binary(table.column(name).type):
-            content = [path and read_file(path, limit) for path in table.column(name).to_pylist()]
+            content = [path and frames.read_file(path, limit) for path in table.column(name).to_pylist()]
             table = table.set_column(table.column_names.index(name), name, pa.array(content, pa.binary()))
     return table
 
@@ -343,11 +333,14 @@ def finetune(
 
 def _recipe(data: Any, target: str | None, start: str, minutes: float, run: RunFolder) -> dict[str, Any]:
     """The plain values of a recipe, proposed for the data if they are none; a DataFrame is kept in the run."""
-    path, columns = str(data), columns_of(data)
+    path, columns = str(data), frames.columns_of(data)
     if getattr(data, "iloc", None) is not None:
         if not columns or not len(data):
             raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")
-        table, path = arrow_table(columns, "the DataFrame").arrow, str(RunFolder.open(run.path).path / "data.parquet")
+        table, path = (
+            frames.arrow_table(columns, "the DataFrame").arrow,
+            str(RunFolder.open(run.path).path / "data.parquet"),
+        )
         kinds = (column_of(name, table.column(name).to_pylist()) for name in columns)
         pq.write_table(with_files(table, Fields(**{x.kind: x.name for x in kinds if x.kind in LIMITS})), path)
     elif isinstance(data, Mapping) or path.endswith((".yaml", ".yml")):

@@ -14,24 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from openm6.api import values
 from openm6.api.frames import LEVELS, as_table_error, forecast, predict
-from openm6.api.values import (
-    Audio,
-    Distribution,
-    check_file,
-    media_bytes,
-    number_series,
-    parts_of_messages,
-    write_answer,
-)
 from openm6.checkpoint.folder import PREDICTORS_FILE, latest, read_state
 from openm6.checkpoint.save import Snapshot, save
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError, OutputError, first_line
 from openm6.core.files import new_folder
 from openm6.core.run_folder import RunFolder
+from openm6.evaluate.report import card
 from openm6.evaluate.results import EvalReport, read_account, run_facts
-from openm6.evaluate.summary import card
 from openm6.hub.importing import import_model
 from openm6.hub.pretrained import find_model, read_json
 from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
@@ -110,9 +102,9 @@ def answer_question(
         OutputError: the answer cannot be written; what the file held is still there.
     """
     # Checked before any work is done.
-    out = check_file(out, question.output)
+    out = values.check_file(out, question.output)
     (answer,) = load(path, device, dtype, num_gpu_layers).answer([question], decoding)
-    return write_answer(answer, out)
+    return values.write_answer(answer, out)
 
 
 class OpenM6:
@@ -290,7 +282,7 @@ class OpenM6:
             raise ConfigError(f"a chat answers with text, image or audio, not {output!r}: numbers come from generate")
         is_batch = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list)
         chats = messages if is_batch else [messages]
-        prompts = [parts_of_messages(chat, self.loaded) for chat in chats]
+        prompts = [values.parts_of_messages(chat, self.loaded) for chat in chats]
         text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
         masked = {"steps": num_inference_steps, "guidance": guidance_scale}
         settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
@@ -446,15 +438,19 @@ def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _inputs(row: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a question from one of `_rows`."""
-    media = {name: media_bytes(row[name], name) for name in ("image", "audio")}
-    return {"text": row["prompt"], "numbers": row["numbers"], "series": number_series(row.get("series")), **media}
+    media = {name: values.media_bytes(row[name], name) for name in ("image", "audio")}
+    return {
+        "text": row["prompt"],
+        "numbers": row["numbers"],
+        "series": values.number_series(row.get("series")),
+        **media,
+    }
 
 
 def _output(answer: Answer, question: Question | None = None) -> Any:
     if isinstance(answer, np.ndarray):
-        return Audio(answer)
+        return values.Audio(answer)
     if isinstance(answer, str) or question is None or question.output != "numbers":
         return answer
     name = question.target_column() if question.series is None else question.series.name
-    return Distribution(name, answer, is_series=question.series is not None)  # type: ignore[arg-type]
+    return values.Distribution(name, answer, is_series=question.series is not None)  # type: ignore[arg-type]

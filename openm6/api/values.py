@@ -55,7 +55,6 @@ class Audio:
         return buffer.getvalue()
 
     def _repr_html_(self) -> str:
-        """A player, in notebooks."""
         data = base64.b64encode(self.to_bytes()).decode()
         return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 

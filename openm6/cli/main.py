@@ -25,7 +25,6 @@ app.command("try")(try_model)
 
 
 def main() -> None:
-    """Entry point of the console script."""
     # torch reads this when it is imported. Waiting threads that spin would slow down a machine with other load.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="openm6")

@@ -39,8 +39,6 @@ TRIAL = [
 
 
 class Clock(Callback):
-    """Time of the last step."""
-
     name = "trial_clock"
     last_step = 0.0
 

@@ -53,8 +53,8 @@ def evaluate(
         Console().print(results_table(run_scenarios(trained, json_path, device, dtype)))
         return
     # torch takes seconds to import
+    from openm6.evaluate.report import print_table
     from openm6.evaluate.run import evaluate as evaluate_model
-    from openm6.evaluate.summary import print_table
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
     report = evaluate_model(

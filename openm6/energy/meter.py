@@ -11,7 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,6 @@ class Counter(ABC):
     source: Source
     read: Callable[[], float]
     errors: tuple[type[Exception], ...] = ()
-    close: Callable[[], None] = lambda: None
     clock: Clock = time.monotonic
 
     def __post_init__(self) -> None:
@@ -112,7 +111,7 @@ def open_gpus(indices: tuple[int, ...] | None) -> tuple[list[Counter], list[str]
     if indices == ():
         return [], []
     try:
-        pynvml.nvmlInit()
+        pynvml.nvmlInit()  # for the rest of the process, as torch does
     except pynvml.NVMLError as error:
         return [], [f"no GPU is counted: {error}"]
     counters: list[Counter] = []
@@ -128,14 +127,12 @@ def open_gpus(indices: tuple[int, ...] | None) -> tuple[list[Counter], list[str]
             notes += [note] if note else []
     except (pynvml.NVMLError, ValueError) as error:
         notes.append(f"GPUs are not counted in full: {error}")
-    finally:
-        pynvml.nvmlShutdown()
     return counters, notes
 
 
 def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
-    """A counter that holds NVML open for itself, and a note about it, or none."""
-    name = f"GPU {index} {pynvml.nvmlDeviceGetName(handle)}"
+    """A counter, and a note about it, or none."""
+    name, shared = f"GPU {index} {pynvml.nvmlDeviceGetName(handle)}", ""
 
     def joules() -> float:
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
@@ -143,19 +140,14 @@ def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
     def watts() -> float:
         return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000.0
 
-    errors, close = (pynvml.NVMLError,), pynvml.nvmlShutdown
-    for open_one in (
-        # Volta and newer count since the driver was loaded.
-        lambda: EnergyRegister(name, "nvml", joules, errors, close, max_watts=4000.0, bridges_silence=True),
-        lambda: PowerOverTime(name, "estimate", watts, errors, close),
-    ):
-        # NVML counts how often it was started.
-        pynvml.nvmlInit()
-        try:
-            shared = f"{name}: MIG is on: the whole card is counted, not its slice" if _has_mig(handle) else ""
-            return open_one(), shared
-        except pynvml.NVMLError:
-            pynvml.nvmlShutdown()
+    with suppress(pynvml.NVMLError):  # older boards do not know of it
+        if pynvml.nvmlDeviceGetMigMode(handle)[0]:
+            shared = f"{name}: MIG is on: the whole card is counted, not its slice"
+    errors = (pynvml.NVMLError,)
+    with suppress(pynvml.NVMLError):  # Volta and newer count since the driver was loaded
+        return EnergyRegister(name, "nvml", joules, errors, max_watts=4000.0, bridges_silence=True), shared
+    with suppress(pynvml.NVMLError):
+        return PowerOverTime(name, "estimate", watts, errors), shared
     return None, f"{name} is not counted: it reports neither energy nor power"
 
 
@@ -179,13 +171,6 @@ def _visible_handles() -> list[Any]:
                 break  # as CUDA does: what follows an unknown device is not visible
             chosen.append(found[0])
     return chosen
-
-
-def _has_mig(handle: Any) -> bool:
-    try:
-        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
-    except pynvml.NVMLError:
-        return False
 
 
 POWERCAP = Path("/sys/class/powercap")
@@ -349,13 +334,11 @@ class Meter(AbstractContextManager["Meter"]):
             span.seconds = time.perf_counter() - began
 
     def close(self) -> None:
-        """Read once more and let go of the devices; `joules` returns the last sum from then on."""
+        """Read once more; `joules` returns the last sum from then on."""
         self._stop.set()
         self._thread.join()
         self.joules(fresh=True)
         with self._lock:
-            for counter in self._open:
-                counter.close()
             self._open.clear()
 
     def __exit__(self, *error: object) -> None:

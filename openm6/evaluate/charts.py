@@ -60,7 +60,6 @@ class Frame:
         return cls(left, right, min(0.0, bottom) if from_zero else bottom - margin, top + margin)
 
     def x(self, values: np.ndarray | float) -> np.ndarray:
-        """Positions in the box, in percent."""
         return 100 * (np.asarray(values, float) - self.left) / (self.right - self.left)
 
     def y(self, values: np.ndarray | float) -> np.ndarray:

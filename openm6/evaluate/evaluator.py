@@ -28,19 +28,9 @@ from openm6.core.seeds import numpy_generator
 from openm6.data.prepare import example_sequence
 from openm6.data.source import Source
 from openm6.distributed.worker_pool import WorkerPool, can_fork
+from openm6.evaluate import likelihood
 from openm6.evaluate.answers import answer, build_examples, evenly_spaced
 from openm6.evaluate.formatting import words
-from openm6.evaluate.likelihood import (
-    TargetPrior,
-    answer_entropy,
-    baseline_values,
-    column_statistics,
-    fit_prior,
-    likelihoods,
-    numbers_references,
-    sequence_nll,
-    training_examples,
-)
 from openm6.evaluate.metrics import Scored, all_metrics, fit_knn, known_metrics, relative_crps
 from openm6.evaluate.results import EvalReport, Interval, Sample, TaskResult, bootstrap_interval
 from openm6.inference.engine import embed
@@ -227,7 +217,7 @@ def fit_limits(loaded: LoadedModel, task: Task, source: Source, config: EvalConf
     if not examples:
         return config.limited(LEAST)
     # With and without the inputs. Half of the time is for the information gain, half for answers.
-    sequence_nll(loaded.omni, [*sequences, *sequences])
+    likelihood.sequence_nll(loaded.omni, [*sequences, *sequences])
     scored = time.perf_counter()
     answer(loaded, examples[: TIMED[kind]], config.decoding)
     each = {"records": (scored - began) / len(examples)}
@@ -288,9 +278,9 @@ def evaluate_task(
 ) -> TaskResult:
     """Information gain over all examples; metrics and samples over those that are answered."""
     task = loaded.task(trained_task.task)
-    train_examples, train_targets = training_examples(task, train, config.seed, loaded.modalities)
-    prior = fit_prior(task, train_examples, train_targets, loaded)
-    found = likelihoods(loaded, examples, sequences, trained_task.source, prior)
+    train_examples, train_targets = likelihood.training_examples(task, train, config.seed, loaded.modalities)
+    prior = likelihood.fit_prior(task, train_examples, train_targets, loaded)
+    found = likelihood.likelihoods(loaded, examples, sequences, trained_task.source, prior)
     has_codes = task.output_modality in ("image", "audio")
     most = config.drawn if has_codes else config.answers
     chosen = evenly_spaced(len(examples), len(examples) if most == "auto" else most)
@@ -299,14 +289,14 @@ def evaluate_task(
     baseline_name = words(task.baseline)
     against_others: dict[str, np.ndarray] = {}
     if task.output_modality == "numbers":
-        references = numbers_references(task, answered, train_examples, loaded)
+        references = likelihood.numbers_references(task, answered, train_examples, loaded)
         scored, baseline_name, against_others = _score_numbers(scored, references, loaded)
     elif has_codes:
         chosen_sequences = [sequences[row] for row in chosen]
         scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
     values = all_metrics(task.metrics, scored) | against_others
     metric, better = task.metrics[0], known_metrics()[task.metrics[0]].better
-    baseline = baseline_values(metric, scored, prior)
+    baseline = likelihood.baseline_values(metric, scored, prior)
     advantage = values[metric] - baseline if baseline is not None else np.full(len(answered), np.nan)
 
     def interval(of_each: np.ndarray, records: list[Example]) -> Interval:
@@ -327,7 +317,7 @@ def evaluate_task(
         information_gain=float(found.gain.mean()),
         information_interval=interval(found.gain, examples),
         null_predictor=found.null_predictor,
-        answer_entropy=answer_entropy(examples, prior),
+        answer_entropy=likelihood.answer_entropy(examples, prior),
         summary=task.summary,
         records=len(examples),
         answered=len(answered),
@@ -340,7 +330,7 @@ def _score_numbers(
     scored: Scored, references: dict[str, list[np.ndarray]], loaded: LoadedModel
 ) -> tuple[Scored, str, dict[str, np.ndarray]]:
     """Scored against the baseline with the smallest error, its name, and the error relative to the other baselines."""
-    scale = column_statistics(scored.examples, loaded, 1)
+    scale = likelihood.column_statistics(scored.examples, loaded, 1)
     against = {name: replace(scored, scale=scale, reference=found) for name, found in references.items()}
     best = min(against, key=lambda name: against[name].reference_errors().mean())
     keys = {name: f"relative_crps_{name.split(',')[0].replace(' ', '_')}" for name in list(references)[1:]}
@@ -352,7 +342,7 @@ def _score_codes(
     task: Task,
     bits: np.ndarray,
     sequences: list[PackedExample],
-    prior: TargetPrior,
+    prior: likelihood.TargetPrior,
     loaded: LoadedModel,
     train: Source,
 ) -> Scored:

@@ -232,7 +232,6 @@ class TaskResult:
         return self.uses_inputs and self.advantage_interval[0] > 0
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of this task in report.json."""
         return {
             "input_modality": self.input_modality, "output_modality": self.output_modality, "metric": self.metric,
             "value": self.value, "value_ci": self.value_interval, "baseline": self.baseline,
@@ -246,8 +245,6 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """All results of one evaluation and the seconds it took."""
-
     results: list[TaskResult]
     seconds: float
     checkpoint: str
@@ -255,8 +252,6 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts about the training for the report."""
-
     name: str
     preset: str
     total_parameters: int

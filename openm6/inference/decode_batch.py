@@ -8,6 +8,7 @@ hundreds of launches of a few microseconds each, a replay is one.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from itertools import product
@@ -51,6 +52,11 @@ class DecodeSequence:
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     # Negative log-likelihood of the tokens.
     nll: float = 0.0
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean probability of the tokens; 0 without tokens."""
+        return math.exp(-self.nll / len(self.tokens)) if self.tokens else 0.0
 
 
 class DecodeBatch:

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
 from openm6.inference.decode_batch import DecodeBatch, DecodeSequence
 from openm6.inference.load import LoadedModel
@@ -68,7 +67,7 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
         for row in ended:
             # Decoding leaves the end token out.
             text = loaded.text.decode(row.tokens)
-            found[row.key] = GeneratedText(text, confidence_of(row.nll, len(row.tokens)))
+            found[row.key] = GeneratedText(text, row.confidence)
     return [found[index] for index in range(len(prompts))]
 
 

@@ -234,7 +234,6 @@ def quantize(network: nn.Module) -> None:
 
 
 def weight_bytes(omni: Omni) -> int:
-    """Return the bytes of all weights on the device, quantized ones included."""
     found = {tensor.data_ptr(): tensor.nbytes for tensor in [*omni.parameters(), *omni.buffers()] if not tensor.is_meta}
     values = (value for module in omni.modules() for value in vars(module).values())
     quantized = {value: value.bytes for value in values if isinstance(value, Int8Weight)}

@@ -154,8 +154,6 @@ class Use:
 
 @dataclass(eq=False)
 class _Buffer:
-    """Device memory for one record."""
-
     record: Tensor
     index: int | None = None  # of the record that it holds
     whole: bool = False
@@ -264,7 +262,6 @@ class WeightStore:
         self._arena.close()
 
     def _fetch_ahead(self) -> None:
-        """Fill free buffers with the records that come next."""
         taken = [buffer for buffer in self._buffers if buffer.open]
         for use in self._uses:
             if len(taken) == len(self._buffers):

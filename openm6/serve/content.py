@@ -329,7 +329,6 @@ class Fetcher:
             raise BadRequestError(sentence, param) from None
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """Return the bytes at a URL; raise as `fetch_all`."""
         parsed = self._checked(url, param)
         host = parsed.raw_host.decode()
         try:
@@ -369,7 +368,6 @@ class Fetcher:
         return parsed
 
     async def resolve(self, host: str) -> list[str]:
-        """Return all addresses of a host; raise OSError if it has none."""
         look_up = partial(socket.getaddrinfo, host, PORT, type=socket.SOCK_STREAM)
         found = await asyncio.get_running_loop().run_in_executor(self._resolvers, look_up)
         return [str(address[0]) for *_, address in found]

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from openm6.core.seeds import derive_seed
-from openm6.inference.coverage import Coverage, assess
 from openm6.inference.engine import rank_texts
+from openm6.inference.question import Coverage, assess
 from openm6.modalities.histogram import Histogram
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import Answer, EmbedRequest, Request

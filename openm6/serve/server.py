@@ -95,8 +95,6 @@ class Server:
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request to a server."""
-
     server: Server
     http: HTTPRequest
 

@@ -22,27 +22,14 @@ from openm6.core.device import check_alive
 from openm6.core.errors import OpenM6Error
 from openm6.core.log import get_log
 from openm6.energy.meter import Meter
-from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
 from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.engine import embed_tokens, predict_numbers, score_rows, visible_text
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import MaskedDecodeState, masked_step
 from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
+from openm6.serve import requests
 from openm6.serve.config import EngineConfig
-from openm6.serve.requests import (
-    Answer,
-    CodesRequest,
-    DeadlineExceededError,
-    EmbedRequest,
-    EngineUnavailableError,
-    NumbersRequest,
-    PreparedRequest,
-    RankRequest,
-    ScoredToken,
-    TextRequest,
-    Usage,
-)
 
 EXPIRED = "the deadline passed before the answer was there: ask for less, or again later"
 FAILED = "the engine failed on this request: report it with the server's log"
@@ -56,17 +43,17 @@ class RequestHandle:
     The engine's thread writes, any number of readers wait, and none blocks the engine.
     """
 
-    prepared: PreparedRequest
+    prepared: requests.PreparedRequest
     created_at: float = field(default_factory=time.monotonic)
     text: str = ""  # of a text, what may be shown so far
-    tokens: list[ScoredToken] = field(default_factory=list)
+    tokens: list[requests.ScoredToken] = field(default_factory=list)
     cancelled: bool = False
     cached: int = 0  # prompt tokens found in the prefix cache
     started_at: float = 0.0
     first_token_seconds: float = 0.0
     joules: float = 0.0
     readers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=list)
-    _outcome: Future[Answer] = field(default_factory=Future)
+    _outcome: Future[requests.Answer] = field(default_factory=Future)
 
     @property
     def client(self) -> str:
@@ -84,7 +71,7 @@ class RequestHandle:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def finish(self, answer: Answer) -> None:
+    def finish(self, answer: requests.Answer) -> None:
         """Set the answer, unless the request has failed; called by the engine alone."""
         if not self.done:
             self._outcome.set_result(answer)
@@ -103,11 +90,11 @@ class RequestHandle:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(changed.set)
 
-    def wait(self, seconds: float | None = None) -> Answer:
+    def wait(self, seconds: float | None = None) -> requests.Answer:
         """Block until the answer is there; raise OpenM6Error if there will be none, TimeoutError after `seconds`."""
         return self._outcome.result(seconds)
 
-    async def answer(self) -> Answer:
+    async def answer(self) -> requests.Answer:
         """Wait for the answer; a caller that stops waiting cancels it. Raise OpenM6Error if there is none."""
         async with aclosing(follow([self])) as changes:
             async for _ in changes:
@@ -159,7 +146,7 @@ class Worker:
         self.unread: list[RequestHandle] = []  # texts whose prompts this tick reads together
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes)
         self.energy = EnergyAttribution(meter)
-        self.ended: list[tuple[RequestHandle, Answer]] = []
+        self.ended: list[tuple[RequestHandle, requests.Answer]] = []
         self.passes = self.read_tokens = 0  # of this tick
 
     @property
@@ -171,11 +158,11 @@ class Worker:
         """The kinds of requests for which there is a free slot in this tick."""
         kinds: set[type] = set()
         if self.text.free > len(self.unread):
-            kinds.add(TextRequest)
+            kinds.add(requests.TextRequest)
         if self.free_slots:
-            kinds.add(CodesRequest)
+            kinds.add(requests.CodesRequest)
         if self.passes < self.config.max_num_single_pass:
-            kinds |= {NumbersRequest, RankRequest, EmbedRequest}
+            kinds |= {requests.NumbersRequest, requests.RankRequest, requests.EmbedRequest}
         return kinds
 
     def fits(self, handle: RequestHandle) -> bool:
@@ -211,7 +198,7 @@ class Worker:
         for state in masked:
             self._remove_masked(state)
         for handle in [row.key for row in rows] + [state.key for state in masked]:
-            handle.fail(DeadlineExceededError("the request was cancelled" if handle.cancelled else EXPIRED))
+            handle.fail(requests.DeadlineExceededError("the request was cancelled" if handle.cancelled else EXPIRED))
 
     def _run(self, step: Callable[[], None], handles: list[RequestHandle]) -> None:
         """Run a step of some requests; a failure ends these and no others, a lost device is raised again."""
@@ -220,13 +207,13 @@ class Worker:
             step()
         except torch.AcceleratorError:
             # After this the device answers nothing any more.
-            self._fail(handles, EngineUnavailableError(LOST))
+            self._fail(handles, requests.EngineUnavailableError(LOST))
             raise
         except OpenM6Error as error:
             self._fail(handles, error)
         except Exception:
             get_log().exception("a step failed")
-            self._fail(handles, EngineUnavailableError(FAILED))
+            self._fail(handles, requests.EngineUnavailableError(FAILED))
             # cuBLAS and Triton report a lost device by errors of their own.
             check_alive(self.loaded.omni.device)
         self.energy.add(handles, time.monotonic() - began)
@@ -238,7 +225,7 @@ class Worker:
 
     def _start(self, handle: RequestHandle) -> None:
         request = handle.prepared.request
-        if isinstance(request, CodesRequest):
+        if isinstance(request, requests.CodesRequest):
             prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
             position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
             state = MaskedDecodeState(handle, prepared.targets[0], request.sampling, slot, position, omni.device)
@@ -247,7 +234,7 @@ class Worker:
                 self.masked.append(state)
             else:  # a mask that covers no position
                 self._end(handle, state.codes.cpu(), 0)
-        elif not isinstance(request, TextRequest):
+        elif not isinstance(request, requests.TextRequest):
             self.passes += 1
             self._answer_at_once(handle)
         elif self.batch_invariant:
@@ -258,11 +245,11 @@ class Worker:
     def _answer_at_once(self, handle: RequestHandle) -> None:
         prepared, omni, slot = handle.prepared, self.loaded.omni, self.scratch_slot
         value: object
-        if isinstance(prepared.request, EmbedRequest):
+        if isinstance(prepared.request, requests.EmbedRequest):
             value = embed_tokens(self.loaded, [prepared.prompt])[0]
         else:
             position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
-            if isinstance(prepared.request, RankRequest):
+            if isinstance(prepared.request, requests.RankRequest):
                 nll = score_rows(omni, self.slots, [slot], [position], [prepared.targets])[0].tolist()
                 asked, lengths = prepared.request, list(map(len, prepared.targets))
                 value = self.loaded.numbers.ranking(nll, asked.candidates, lengths, asked.parts)
@@ -295,7 +282,7 @@ class Worker:
     def _add_row(self, handle: RequestHandle, position: int, cached: int) -> None:
         """Add a text whose prompt is in the next slot to the decode batch."""
         request, handle.cached = handle.prepared.request, cached
-        assert isinstance(request, TextRequest)
+        assert isinstance(request, requests.TextRequest)
         opening = handle.prepared.opening
         token = self.loaded.text.start if opening is None else opening
         self.text.add(handle, request.sampling, position, token, request.top)
@@ -306,7 +293,7 @@ class Worker:
         for row in list(self.text.rows):
             handle: RequestHandle = row.key
             request = handle.prepared.request
-            assert isinstance(request, TextRequest)
+            assert isinstance(request, requests.TextRequest)
             if len(row.tokens) == 1:
                 handle.first_token_seconds = time.monotonic() - handle.created_at
             if not (row in ended or request.stop or handle.readers):
@@ -314,14 +301,16 @@ class Worker:
             handle.text, stopped = visible_text(text, row, request.stop, row in ended)
             if request.top is not None:
                 handle.tokens = [
-                    ScoredToken(text.decode([token]), value, tuple((text.decode([one]), score) for one, score in top))
+                    requests.ScoredToken(
+                        text.decode([token]), value, tuple((text.decode([one]), score) for one, score in top)
+                    )
                     for token, (value, top) in zip(row.tokens, row.scores, strict=True)
                     if token != text.end
                 ]
             if row in ended or stopped:
                 self.text.remove(row)
                 cut = not stopped and row.tokens[-1] != text.end
-                self._end(handle, handle.text, len(row.tokens), cut, confidence_of(row.nll, len(row.tokens)))
+                self._end(handle, handle.text, len(row.tokens), cut, row.confidence)
             else:
                 handle.notify()
 
@@ -344,9 +333,9 @@ class Worker:
         self, handle: RequestHandle, value: object, generated: int, cut: bool = False, confidence: float | None = None
     ) -> None:
         """Keep an answer until the end of the tick, when its joules are known."""
-        answer = Answer(
+        answer = requests.Answer(
             value=value,
-            usage=Usage(handle.prepared.by_modality, handle.cached, generated),
+            usage=requests.Usage(handle.prepared.by_modality, handle.cached, generated),
             finish="length" if cut else "stop",
             tokens=tuple(handle.tokens),
             confidence=confidence,

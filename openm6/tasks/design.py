@@ -87,8 +87,6 @@ def _part(image: Image.Image) -> Part:
 
 @dataclass(frozen=True)
 class Outline(Derived):
-    """The record's image as lines."""
-
     def part(self, record: Record, language: str) -> Part:
         return _part(outline(_read(record["image"])))
 

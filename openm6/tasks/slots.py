@@ -139,8 +139,6 @@ class Title(Text):
 
 @dataclass(frozen=True)
 class Body(Title):
-    """What follows the title."""
-
     def part(self, record: Record, language: str) -> Part:
         text = as_text(self.value(record, language)).partition("\n")[2]
         return Part("text", text, {"max_tokens": self.max_tokens})
@@ -148,8 +146,6 @@ class Body(Title):
 
 @dataclass(frozen=True)
 class Media(Slot):
-    """The record's image or audio recording, whole."""
-
     modality: str
 
     def present(self, record: Record, language: str) -> bool:
@@ -164,8 +160,6 @@ class Media(Slot):
 
 @dataclass(frozen=True)
 class Numbers(Slot):
-    """All number columns of the record."""
-
     min_columns: int = 1
     modality = "numbers"
 
@@ -211,8 +205,6 @@ def categories(record: Record) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Context:
-    """What an example depends on besides its record."""
-
     language: str
     rng: np.random.Generator
     train: bool = False

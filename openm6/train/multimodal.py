@@ -22,9 +22,8 @@ from openm6.distributed.collectives import open_gather
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.meter import open_meter
 from openm6.evaluate import results
-from openm6.evaluate.report import write_report
+from openm6.evaluate.report import result_line, write_report
 from openm6.evaluate.run import evaluate
-from openm6.evaluate.summary import result_line
 from openm6.inference.load import LoadedModel, load, read_texts
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.numbers import Numbers

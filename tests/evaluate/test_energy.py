@@ -13,9 +13,8 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import grid
 from openm6.energy.tracker import EnergyTracker, WorkCount
-from openm6.evaluate.report import report_html
+from openm6.evaluate.report import card, report_html
 from openm6.evaluate.results import EnergyAccount, read_account
-from openm6.evaluate.summary import card
 from tests.evaluate.example_report import eval_report, facts, run_folder
 
 

@@ -22,6 +22,7 @@ from openm6.core.errors import OutputError
 from openm6.evaluate.report import (
     MEDIA_BYTES,
     MediaBudget,
+    card,
     codec_rows,
     report_environment,
     report_html,
@@ -31,7 +32,6 @@ from openm6.evaluate.report import (
     write_report,
 )
 from openm6.evaluate.results import EvalReport, Sample
-from openm6.evaluate.summary import card
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
 from openm6.modalities.text import MASK_CHARACTER

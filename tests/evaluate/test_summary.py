@@ -7,8 +7,8 @@ import io
 
 from rich.console import Console
 
+from openm6.evaluate.report import print_table, result_line
 from openm6.evaluate.results import EvalReport
-from openm6.evaluate.summary import print_table, result_line
 from tests.evaluate import example_report as example
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from openm6.core.errors import DataError
-from openm6.inference.coverage import MIN_CONFIDENCE, Coverage, assess, inputs_of
 from openm6.inference.load import LoadedModel
-from openm6.inference.question import Question, answer_questions
+from openm6.inference.question import MIN_CONFIDENCE, Coverage, Question, answer_questions, assess, inputs_of
 from openm6.inference.sampling import Decoding, Sampling
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig

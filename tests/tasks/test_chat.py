@@ -17,9 +17,8 @@ from tokenizers import Tokenizer
 from openm6.core.errors import ConfigError, MissingFieldError
 from openm6.data.prepare import example_sequence
 from openm6.evaluate.likelihood import sequence_nll
-from openm6.inference.coverage import assess
 from openm6.inference.load import LoadedModel
-from openm6.inference.question import Question, chat_prompt, prompt_parts
+from openm6.inference.question import Question, assess, chat_prompt, prompt_parts
 from openm6.modalities.batch import build_sequence, shortened
 from openm6.modalities.interface import NO_OPTIONS, Modality, Options, Part, Segment
 from openm6.modalities.registry import (

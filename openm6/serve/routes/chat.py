@@ -25,22 +25,11 @@ from openm6.core.errors import OpenM6Error
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
+from openm6.serve import schemas
 from openm6.serve.content import AudioFormat, ImageFormat, Message, audio_file, image_data_url, parts_of_messages
 from openm6.serve.engine import cancel_all
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit, failure_of
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request, ScoredToken, TextRequest
-from openm6.serve.schemas import (
-    CoveredReply,
-    Distribution,
-    Guidance,
-    Seed,
-    Steps,
-    TokenUsage,
-    chosen_seed,
-    distribution_of,
-    seed_of,
-    usage_of,
-)
 from openm6.serve.server import Server, StrictRoute, ThisCall
 from openm6.serve.worker import RequestHandle, follow
 
@@ -93,8 +82,8 @@ class ImageSettings(BaseModel):
 class DrawSettings(BaseModel):
     """Masked-parallel decoding of images and audio in the answer."""
 
-    steps: Steps = 8
-    guidance: Guidance = 2.0
+    steps: schemas.Steps = 8
+    guidance: schemas.Guidance = 2.0
 
 
 class ChatBody(BaseModel):
@@ -115,7 +104,7 @@ class ChatBody(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=8)
-    seed: Seed = None
+    seed: schemas.Seed = None
     stop: Stop | list[Stop] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -152,7 +141,7 @@ def chat_requests(body: ChatBody, server: Server, seed: int) -> list[Request]:
         raise BadRequestError("the messages are empty: add a text", "messages")
     draw, found = body.draw or DrawSettings(), list[Request]()
     for index, output in product(range(body.n or 1), body.outputs):
-        one = seed_of(seed, index)
+        one = schemas.seed_of(seed, index)
         if output == "text":
             found.append(_text_request(body, parts, one, limits.tokens))
         elif output == "numbers":
@@ -235,7 +224,7 @@ class Delta(BaseModel):
     content: str | None = None
     audio: AnswerAudio | None = None
     images: list[AnswerImage] | None = None
-    numbers: dict[str, Distribution] | None = None
+    numbers: dict[str, schemas.Distribution] | None = None
 
 
 class AnswerMessage(Delta):
@@ -274,7 +263,7 @@ class DeltaChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = None
 
 
-class ChatReply(CoveredReply):
+class ChatReply(schemas.CoveredReply):
     """What whole and streamed responses have in common; `seed` repeats the answer."""
 
     id: str
@@ -288,7 +277,7 @@ class Completion(ChatReply):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[Choice]
-    usage: TokenUsage
+    usage: schemas.TokenUsage
 
 
 class Chunk(ChatReply):
@@ -296,7 +285,7 @@ class Chunk(ChatReply):
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[DeltaChoice]
-    usage: TokenUsage | None = None
+    usage: schemas.TokenUsage | None = None
 
 
 @router.post("/completions", response_model=Completion, responses={200: {"content": EVENTS}})
@@ -306,7 +295,7 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
     server.check_model(body.model)
     refuse_unsupported(body)
     await server.fetcher.fetch_all((f"messages.{i}.content", turn.content) for i, turn in enumerate(body.messages))
-    seed = chosen_seed(body.seed)
+    seed = schemas.chosen_seed(body.seed)
     reply = _Reply(server, body, await asyncio.to_thread(chat_requests, body, server, seed), seed)
     if not body.stream:
         answers = await call.answer("chat", reply.requests)
@@ -320,7 +309,7 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
             )
             for index, (message, main) in enumerate(zip(messages, mains, strict=True))
         ]
-        whole = Completion(**reply.head, choices=choices, usage=usage_of(answers))
+        whole = Completion(**reply.head, choices=choices, usage=schemas.usage_of(answers))
         return whole.with_coverage(reply.requests, answers, server.loaded.description)
     # A refusal must come before the first byte of a stream.
     return _Events(reply, await call.submit(reply.requests))
@@ -365,12 +354,12 @@ class _Reply:
             else:
                 assert isinstance(request, NumbersRequest)
                 coverage = (body.numbers or NumbersSettings()).coverage
-                message.numbers = {request.name: distribution_of(value, coverage)}
+                message.numbers = {request.name: schemas.distribution_of(value, coverage)}
         return found
 
     def chunk(self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False) -> str:
         """Return an event of a stream; `answers` are those whose energy it reports."""
-        chunk = Chunk(**self.head, choices=choices, usage=usage_of(answers) if usage and answers else None)
+        chunk = Chunk(**self.head, choices=choices, usage=schemas.usage_of(answers) if usage and answers else None)
         if answers:
             chunk.with_coverage(self.requests, answers, self.server.loaded.description)
         return f"data: {chunk.model_dump_json(exclude_none=not usage)}\n\n"

@@ -17,35 +17,13 @@ from openm6.core.errors import DataError
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.audio import RATE, read_audio
 from openm6.modalities.interface import Part
-from openm6.serve.content import (
-    AUDIO_TYPES,
-    AudioFormat,
-    ImageFormat,
-    audio_file,
-    check_image,
-    edit_mask,
-    image_file,
-    language_of,
-    part_prompt,
-    text_prompt,
-)
+from openm6.serve import content, schemas
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.requests import Answer, CodesRequest, TextRequest, restore_outside
-from openm6.serve.schemas import (
-    CoveredReply,
-    EnergyReply,
-    Guidance,
-    MediaUsage,
-    Seed,
-    Steps,
-    chosen_seed,
-    seed_of,
-    usage_of,
-)
 from openm6.serve.server import Call, Server, StrictRoute, ThisCall
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=DOCUMENTED)
-AUDIO = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in AUDIO_TYPES.values()}
+AUDIO = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in content.AUDIO_TYPES.values()}
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
@@ -57,10 +35,10 @@ class GenerationBody(BaseModel):
     n: int = Field(default=1, ge=1, le=8)
     size: str | None = Field(default=None, description="auto, or the model's own size, such as 64x64")
     response_format: Literal["b64_json"] | None = None
-    output_format: ImageFormat | None = None
-    seed: Seed = None
-    steps: Steps = 8
-    guidance: Guidance = 2.0
+    output_format: content.ImageFormat | None = None
+    seed: schemas.Seed = None
+    steps: schemas.Steps = 8
+    guidance: schemas.Guidance = 2.0
 
 
 class EditBody(GenerationBody):
@@ -79,16 +57,16 @@ class InputDetails(BaseModel):
     text_tokens: int
 
 
-class ImageUsage(MediaUsage):
+class ImageUsage(schemas.MediaUsage):
     input_tokens_details: InputDetails
 
 
-class Images(CoveredReply):
+class Images(schemas.CoveredReply):
     """Images in base64, and what they cost."""
 
     created: int
     data: list[ImageData]
-    output_format: ImageFormat
+    output_format: content.ImageFormat
     size: str
     seed: int
     usage: ImageUsage
@@ -98,7 +76,9 @@ class Images(CoveredReply):
 async def generate(body: GenerationBody, call: ThisCall) -> Images:
     """Images from a text."""
     _check(call.server, body)
-    request = CodesRequest(modality="image", parts=text_prompt(call.server.loaded, "text_to_image", body.prompt))
+    request = CodesRequest(
+        modality="image", parts=content.text_prompt(call.server.loaded, "text_to_image", body.prompt)
+    )
     return await _answer(call, "images", request, body)
 
 
@@ -107,13 +87,13 @@ async def edit(body: Annotated[EditBody, Form(media_type="multipart/form-data")]
     """Generates what the mask leaves transparent; the rest is returned unchanged, pixel by pixel."""
     _check(call.server, body)
     limits = call.server.limits
-    source = check_image(await body.image.read(), limits, "image")
-    mask_file = check_image(await body.mask.read(), limits, "mask") if body.mask is not None else None
-    region = await asyncio.to_thread(edit_mask, mask_file, source, limits.pixels)
+    source = content.check_image(await body.image.read(), limits, "image")
+    mask_file = content.check_image(await body.mask.read(), limits, "mask") if body.mask is not None else None
+    region = await asyncio.to_thread(content.edit_mask, mask_file, source, limits.pixels)
     part = Part("image", source, {"mask_box": region})
     parts: tuple[Part, ...] = (part, Part("text", " " + body.prompt))
     if region is not None:
-        parts = part_prompt("image_inpainting", part, language_of(body.prompt))
+        parts = content.part_prompt("image_inpainting", part, content.language_of(body.prompt))
     mask = (0.0, 0.0, 1.0, 1.0) if region is None else region
     request = CodesRequest(modality="image", parts=parts, source=source, mask=mask)
     return await _answer(call, "edits", request, body)
@@ -129,13 +109,14 @@ def _check(server: Server, body: GenerationBody) -> None:
 
 async def _answer(call: Call, kind: str, request: CodesRequest, body: GenerationBody) -> Images:
     """Ask for `n` images, each with a seed of its own."""
-    form, seed = body.output_format or "png", chosen_seed(body.seed)
+    form, seed = body.output_format or "png", schemas.chosen_seed(body.seed)
     samplings = [
-        MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed_of(seed, index)) for index in range(body.n)
+        MaskedSampling(steps=body.steps, guidance=body.guidance, seed=schemas.seed_of(seed, index))
+        for index in range(body.n)
     ]
     answers = await call.answer(kind, [replace(request, sampling=sampling) for sampling in samplings])
     files = await asyncio.to_thread(_files, call.server, request, answers, form)
-    side, used = call.server.loaded.image.side, usage_of(answers)
+    side, used = call.server.loaded.image.side, schemas.usage_of(answers)
     image_tokens = used.prompt_tokens_details.image_tokens
     details = InputDetails(image_tokens=image_tokens, text_tokens=used.prompt_tokens - image_tokens)
     reply = Images(
@@ -154,12 +135,12 @@ async def _answer(call: Call, kind: str, request: CodesRequest, body: Generation
     return reply.with_coverage([request] * len(answers), answers, call.server.loaded.description)
 
 
-def _files(server: Server, request: CodesRequest, answers: list[Answer], form: ImageFormat) -> list[bytes]:
+def _files(server: Server, request: CodesRequest, answers: list[Answer], form: content.ImageFormat) -> list[bytes]:
     image = server.loaded.image
     images = [image.decode(answer.value) for answer in answers]
     if request.source is not None and isinstance(request.mask, np.ndarray):
         images = [restore_outside(drawn, request.source, request.mask, image) for drawn in images]
-    return [image_file(drawn, form) for drawn in images]
+    return [content.image_file(drawn, form) for drawn in images]
 
 
 class SpeechBody(BaseModel):
@@ -168,13 +149,13 @@ class SpeechBody(BaseModel):
     input: str = Field(min_length=1, max_length=4096)
     model: str | None = None
     voice: str | None = None
-    response_format: AudioFormat | Literal["aac"] = "mp3"
+    response_format: content.AudioFormat | Literal["aac"] = "mp3"
     speed: float = Field(default=1.0, ge=0.25, le=4.0)
     stream_format: Literal["audio", "sse"] = "audio"
     seconds: float | None = Field(default=None, gt=0, le=30)
-    seed: Seed = None
-    steps: Steps = 8
-    guidance: Guidance = 2.0
+    seed: schemas.Seed = None
+    steps: schemas.Steps = 8
+    guidance: schemas.Guidance = 2.0
 
 
 class TranscriptionBody(BaseModel):
@@ -189,11 +170,11 @@ class TranscriptionBody(BaseModel):
     stream: bool = False
 
 
-class TranscriptionUsage(MediaUsage):
+class TranscriptionUsage(schemas.MediaUsage):
     type: Literal["tokens"] = "tokens"
 
 
-class Transcription(EnergyReply):
+class Transcription(schemas.EnergyReply):
     """The text of an audio file."""
 
     text: str
@@ -214,20 +195,20 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
     if body.stream_format != "audio":
         raise BadRequestError("stream_format sse is not offered: use audio", "stream_format")
     check_limit("seconds", body.seconds or 0.0, server.limits.audio_seconds)
-    seed = chosen_seed(body.seed)
+    seed = schemas.chosen_seed(body.seed)
     request = CodesRequest(
         modality="audio",
-        parts=text_prompt(server.loaded, "text_to_speech", body.input),
+        parts=content.text_prompt(server.loaded, "text_to_speech", body.input),
         duration=body.seconds,
         sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed),
     )
     [answer] = await call.answer("speech", [request])
     samples = await asyncio.to_thread(server.loaded.audio.decode, answer.value)
-    data = await asyncio.to_thread(audio_file, samples, form)
+    data = await asyncio.to_thread(content.audio_file, samples, form)
     headers = {"x-seed": str(seed), "x-sample-rate": str(RATE)}
     if answer.joules is not None:
         headers |= {"x-joules": f"{answer.joules:.6g}", "x-joules-source": answer.energy_source or ""}
-    return Response(data, media_type=AUDIO_TYPES[form], headers=headers)
+    return Response(data, media_type=content.AUDIO_TYPES[form], headers=headers)
 
 
 @router.post("/audio/transcriptions", tags=["audio"], response_model=Transcription, responses={200: {"content": TEXT}})
@@ -244,7 +225,7 @@ async def transcribe(
     except DataError as error:
         raise BadRequestError(f"file: {error}", "file") from None
     part = Part("audio", samples)
-    parts = part_prompt("speech_recognition", part, body.language)
+    parts = content.part_prompt("speech_recognition", part, body.language)
     if body.prompt:
         parts = (part, Part("text", " " + body.prompt))
     sampling = Sampling(temperature=body.temperature, max_tokens=64)

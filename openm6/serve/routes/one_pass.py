@@ -12,18 +12,10 @@ from pydantic import BaseModel, Field
 
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
+from openm6.serve import schemas
 from openm6.serve.content import Content, ContentPart, Series, part_prompt, parts_of_content
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.requests import EmbedRequest, NumbersRequest, RankRequest
-from openm6.serve.schemas import (
-    Distribution,
-    EnergyReply,
-    RankedCandidate,
-    TokenUsage,
-    distribution_of,
-    rank_candidates,
-    usage_of,
-)
 from openm6.serve.server import Server, StrictRoute, ThisCall
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=DOCUMENTED)
@@ -55,7 +47,7 @@ class VectorUsage(BaseModel):
     total_tokens: int
 
 
-class Vectors(EnergyReply):
+class Vectors(schemas.EnergyReply):
     """Vectors in the order of the inputs."""
 
     object: Literal["list"] = "list"
@@ -74,13 +66,13 @@ class RankingBody(BaseModel):
     top: int | None = Field(default=None, ge=1)
 
 
-class Ranking(EnergyReply):
+class Ranking(schemas.EnergyReply):
     """The likeliest first."""
 
     object: Literal["list"] = "list"
     model: str
-    data: list[RankedCandidate]
-    usage: TokenUsage
+    data: list[schemas.RankedCandidate]
+    usage: schemas.TokenUsage
 
 
 @router.post("/embeddings", tags=["embeddings"])
@@ -127,8 +119,8 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     await server.fetcher.fetch_all([("query", body.query)])
     parts = await asyncio.to_thread(parts_of_content, body.query, server.limits, "query")
     answers = await call.answer("rank", [RankRequest(parts=parts, candidates=tuple(body.candidates))])
-    ranked = rank_candidates(body.candidates, answers[0].value, body.normalise)
-    return Ranking(model=server.name, data=ranked[: body.top], usage=usage_of(answers)).with_energy(answers)
+    ranked = schemas.rank_candidates(body.candidates, answers[0].value, body.normalise)
+    return Ranking(model=server.name, data=ranked[: body.top], usage=schemas.usage_of(answers)).with_energy(answers)
 
 
 Row = dict[str, float | str | None]  # dates as text
@@ -149,14 +141,14 @@ class PredictedRow(BaseModel):
     """A distribution for each predicted column; of a forecast, one for each step ahead."""
 
     index: int
-    columns: dict[str, Distribution]
+    columns: dict[str, schemas.Distribution]
 
 
-class Predictions(EnergyReply):
+class Predictions(schemas.EnergyReply):
     object: Literal["list"] = "list"
     model: str
     data: list[PredictedRow]
-    usage: TokenUsage
+    usage: schemas.TokenUsage
 
 
 @router.post("/predict", tags=["numbers"])
@@ -178,11 +170,11 @@ async def predict(body: PredictionBody, call: ThisCall) -> Predictions:
         ]
     check_limit("rows", len(requests), server.limits.rows, "predictions")
     answers = await call.answer("predict", [request for _, request in requests])
-    rows: dict[int, dict[str, Distribution]] = {}
+    rows: dict[int, dict[str, schemas.Distribution]] = {}
     for (index, request), answer in zip(requests, answers, strict=True):
-        rows.setdefault(index, {})[request.name] = distribution_of(answer.value, body.coverage)
+        rows.setdefault(index, {})[request.name] = schemas.distribution_of(answer.value, body.coverage)
     data = [PredictedRow(index=index, columns=columns) for index, columns in rows.items()]
-    return Predictions(model=server.name, data=data, usage=usage_of(answers)).with_energy(answers)
+    return Predictions(model=server.name, data=data, usage=schemas.usage_of(answers)).with_energy(answers)
 
 
 def _row_requests(param: str, row: Row, columns: list[str] | None, limit: int) -> list[NumbersRequest]:

@@ -13,28 +13,12 @@ from starlette.exceptions import HTTPException
 
 from openm6.core.errors import ConfigError
 from openm6.inference.load import LoadedModel
+from openm6.serve import content, schemas
 from openm6.serve.config import Limits
-from openm6.serve.content import (
-    CHECKS,
-    Series,
-    audio_file,
-    decode_base64,
-    decode_data_url,
-    image_data_url,
-)
 from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request, decode_codes
 from openm6.serve.scenarios.run import example_fits, example_values, scenario_request
 from openm6.serve.scenarios.scenario import LANGUAGES, Bilingual, Language, Scenario, readiness
-from openm6.serve.schemas import (
-    CoveredReply,
-    Distribution,
-    RankedCandidate,
-    Seed,
-    chosen_seed,
-    distribution_of,
-    rank_candidates,
-)
 from openm6.serve.server import Server, StrictRoute, ThisCall, ThisServer
 
 COVERAGE = 0.8
@@ -47,7 +31,7 @@ Name = Annotated[str, Path(max_length=64)]
 # The first wrong item ends a list: one error for each of many would take longer than the answer.
 NumberList = Annotated[list[float], Field(fail_fast=True)]
 TextList = Annotated[list[str], Field(fail_fast=True)]
-Value = str | Series | dict[str, float | str | None] | NumberList | TextList
+Value = str | content.Series | dict[str, float | str | None] | NumberList | TextList
 
 
 class ScenarioInput(BaseModel):
@@ -93,10 +77,10 @@ class ScenarioBody(BaseModel):
 
     inputs: dict[str, Value] = Field(min_length=1, max_length=16)
     language: Language = "en"
-    seed: Seed = None
+    seed: schemas.Seed = None
 
 
-class ScenarioAnswer(CoveredReply):
+class ScenarioAnswer(schemas.CoveredReply):
     """One of the fields after `output` holds the answer: image is a data URL, audio base64 of a WAV file."""
 
     object: Literal["scenario.answer"] = "scenario.answer"
@@ -108,8 +92,8 @@ class ScenarioAnswer(CoveredReply):
     text: str | None = None
     image: str | None = None
     audio: str | None = None
-    numbers: dict[str, Distribution] | None = None
-    ranking: list[RankedCandidate] | None = None
+    numbers: dict[str, schemas.Distribution] | None = None
+    ranking: list[schemas.RankedCandidate] | None = None
     embedding: list[float] | None = None
 
 
@@ -134,15 +118,15 @@ async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnsw
     able = readiness(scenario, loaded.description)
     if not able.trained:
         raise ConfigError(f"scenario {scenario.name} {able.text()}: train it, or choose another scenario")
-    seed = chosen_seed(body.seed)
+    seed = schemas.chosen_seed(body.seed)
     values = await asyncio.to_thread(input_values, scenario, body.inputs, call.server.limits)
     request = scenario_request(scenario, body.language, values, seed)
     answers = await call.answer("scenarios", [request])
     found = await asyncio.to_thread(decoded, request, answers[0], loaded)
     if "image" in found:
-        found["image"] = await asyncio.to_thread(image_data_url, found["image"])
+        found["image"] = await asyncio.to_thread(content.image_data_url, found["image"])
     if "audio" in found:
-        found["audio"] = base64.b64encode(await asyncio.to_thread(audio_file, found["audio"], "wav")).decode()
+        found["audio"] = base64.b64encode(await asyncio.to_thread(content.audio_file, found["audio"], "wav")).decode()
     reply = ScenarioAnswer(
         model=call.server.name,
         scenario=scenario.name,
@@ -194,16 +178,20 @@ def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -
     for name, value in inputs.items():
         kind = scenario.inputs[name].kind if name in scenario.inputs else "text"
         param = f"inputs.{name}"
-        if isinstance(value, Series):
+        if isinstance(value, content.Series):
             found[name] = value.model_dump()
         elif isinstance(value, dict):
             check_limit(param, len(value), limits.columns, "columns")
         elif isinstance(value, list):
             check_limit(param, len(value), limits.candidates, "items")
             check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
-        elif kind in CHECKS:
-            data = decode_data_url(value, param) if value.startswith("data:") else decode_base64(value, param)
-            found[name] = CHECKS[kind](data, limits, param)
+        elif kind in content.CHECKS:
+            data = (
+                content.decode_data_url(value, param)
+                if value.startswith("data:")
+                else content.decode_base64(value, param)
+            )
+            found[name] = content.CHECKS[kind](data, limits, param)
         else:
             check_limit(param, len(value), limits.characters, "characters")
     return found
@@ -216,9 +204,9 @@ def decoded(request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, 
         case CodesRequest():
             return {request.modality: decode_codes(request, value, loaded)}
         case NumbersRequest():
-            return {"numbers": {request.name: distribution_of(value, COVERAGE)}}
+            return {"numbers": {request.name: schemas.distribution_of(value, COVERAGE)}}
         case RankRequest():
-            return {"ranking": rank_candidates(request.candidates, value)}
+            return {"ranking": schemas.rank_candidates(request.candidates, value)}
         case EmbedRequest():
             return {"embedding": np.asarray(value).tolist()}
     return {"text": value}

@@ -41,18 +41,9 @@ from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
 from openm6.models.description import MODEL_FILE, CheckpointConfig, read_description
+from openm6.serve import requests
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.requests import (
-    Answer,
-    CodesRequest,
-    EmbedRequest,
-    NumbersRequest,
-    RankRequest,
-    Request,
-    TextRequest,
-    decode_codes,
-)
 from openm6.serve.scenarios.scenario import (
     EXAMPLES_FILE,
     LANGUAGES,
@@ -78,7 +69,7 @@ MEDIA = ("image", "audio")  # kinds of inputs, and the fields of records that ho
 SEARCHED = 20  # test records of a source in which an example is looked for
 
 
-def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> Request:
+def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> requests.Request:
     """Return the request of a scenario; raise DataError if an input is missing, unknown or not of its kind.
 
     values: by name of the input: str for text, bytes for image and audio, {column: value} for numbers, {name, values}
@@ -100,19 +91,19 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
     column = str(scenario.column)
     parts = tuple(fill_prompt(scenario.prompt.text(language), inputs, {"column": column.replace("_", " ")}))
     if scenario.output == "text":
-        return TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
+        return requests.TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
     if scenario.output == "numbers":
         series = scenario.kind_of("series")
         if series is not None:
-            return NumbersRequest(parts=parts, series=_series(values[series]), ahead=scenario.ahead)
-        return NumbersRequest(parts=parts, columns=(column,))
+            return requests.NumbersRequest(parts=parts, series=_series(values[series]), ahead=scenario.ahead)
+        return requests.NumbersRequest(parts=parts, columns=(column,))
     if scenario.output == "ranking":
-        return RankRequest(parts=parts, candidates=tuple(values[str(scenario.kind_of("candidates"))]))
+        return requests.RankRequest(parts=parts, candidates=tuple(values[str(scenario.kind_of("candidates"))]))
     if scenario.output == "embedding":
-        return EmbedRequest(parts=parts)
+        return requests.EmbedRequest(parts=parts)
     box, span = scenario.kind_of("box"), scenario.kind_of("span")
     source = scenario.kind_of("image") if box else scenario.kind_of("audio") if span else None
-    return CodesRequest(
+    return requests.CodesRequest(
         parts=parts,
         modality="image" if scenario.output == "image" else "audio",
         sampling=scenario.decoding.masked.model_copy(update={"seed": seed}),
@@ -212,7 +203,7 @@ def _own_file(scenario: Scenario, name: str) -> bytes:
     return path.read_bytes()
 
 
-def recorded_request(scenario: Scenario, language: Language, description: CheckpointConfig) -> Request | None:
+def recorded_request(scenario: Scenario, language: Language, description: CheckpointConfig) -> requests.Request | None:
     """Return the request for a test record of the model's sources, if these can be opened; else None."""
     known, rng = all_tasks(description.tasks), np.random.default_rng(0)
     for one in description.trained_tasks:
@@ -384,7 +375,7 @@ class Example(NamedTuple):
     scenario: Scenario
     language: Language
     number: int
-    request: Request
+    request: requests.Request
 
 
 def examples_of(
@@ -403,13 +394,13 @@ def examples_of(
             yield Example(scenario, language, 0, request)
 
 
-def sample_of(request: Request, answer: Answer, loaded: LoadedModel) -> Sample:
+def sample_of(request: requests.Request, answer: requests.Answer, loaded: LoadedModel) -> Sample:
     """Return an answer as the report shows those to test records, without a truth."""
     value: Any = answer.value
     truth: Any = None
-    if isinstance(request, CodesRequest):
-        value = decode_codes(request, value, loaded)
-    elif isinstance(request, NumbersRequest):
+    if isinstance(request, requests.CodesRequest):
+        value = requests.decode_codes(request, value, loaded)
+    elif isinstance(request, requests.NumbersRequest):
         is_series = request.series is not None
         truth = NumberSeries(request.name, [None] * request.ahead) if is_series else {request.name: math.nan}
     return Sample(list(request.parts), value, truth, "")

@@ -142,8 +142,6 @@ class Scenario(Config):
 
 
 class OwnExamples(Config):
-    """The examples that a model brings, by scenario."""
-
     examples: dict[str, list[dict[Language, dict[str, Any]]]]
 
 
