@@ -322,13 +322,9 @@ def hold_out(record: Record, context: Context, column: str | None = None) -> Bui
     """One column that has a value, drawn each time unless it is named, and all other columns."""
     values = predictable(record)
     column = column or sorted(values)[int(context.rng.integers(len(values)))]
-    others = {name: number for name, number in record["numbers"].items() if name != column}
-    return Built(
-        {"numbers": Part("numbers", others)},
-        Part("numbers", {column: values[column]}),
-        key=f"{column}={values[column]}",
-        words={"column": column.replace("_", " ")},
-    )
+    others = {"numbers": Part("numbers", {name: x for name, x in record["numbers"].items() if name != column})}
+    target, key = Part("numbers", {column: values[column]}), f"{column}={values[column]}"
+    return Built(others, target, key, {"column": _words(column)})
 
 
 def _shown(record: Record, context: Context, column: str, answer: str = "") -> dict[str, Part]:

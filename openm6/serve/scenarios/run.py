@@ -93,9 +93,9 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
     if scenario.output == "text":
         return requests.TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
     if scenario.output == "numbers":
-        series = scenario.kind_of("series")
-        if series is not None:
-            return requests.NumbersRequest(parts=parts, series=_series(values[series]), ahead=scenario.ahead)
+        series = [part.raw for part in parts if isinstance(part.raw, NumberSeries)]
+        if series:
+            return requests.NumbersRequest(parts=parts, series=series[0], ahead=scenario.ahead)
         return requests.NumbersRequest(parts=parts, columns=(column,))
     if scenario.output == "ranking":
         return requests.RankRequest(parts=parts, candidates=tuple(values[str(scenario.kind_of("candidates"))]))
@@ -122,14 +122,10 @@ def _part(scenario: Scenario, name: str, values: Values) -> Part:
         span = scenario.kind_of("span")
         return Part("audio", value, {"mask_span": tuple(values[span])} if span else {})
     if kind == "series":
-        return Part("numbers", _series(value))
+        return Part("numbers", NumberSeries(value["name"], list(value["values"])))
     if kind == "numbers":
         return Part("numbers", {column: x for column, x in value.items() if column != scenario.column})
     return Part("text", value)
-
-
-def _series(value: Mapping[str, Any]) -> NumberSeries:
-    return NumberSeries(value["name"], list(value["values"]))
 
 
 def _is_valid(kind: InputKind, value: Any) -> bool:
@@ -190,17 +186,16 @@ def example_values(scenario: Scenario, language: Language, index: int = 0) -> di
     for name, declared in scenario.inputs.items():
         if declared.kind in MEDIA and name in values:
             word = str(values[name])
-            # A record without such a field leaves the input empty, which the request refuses.
-            values[name] = example_record(word).get(declared.kind) if "#" in word else _own_file(scenario, word)
+            if "#" in word:
+                # A record without such a field leaves the input empty, which the request refuses.
+                values[name] = example_record(word).get(declared.kind)
+                continue
+            # A file beside the weights of the model, and no other.
+            path, folder = Path(scenario.folder, word), scenario.folder
+            if Path(word).name != word or not path.is_file():
+                raise DataError(f"{EXAMPLES_FILE} names {word!r} for {scenario.name}, which is no file in {folder}")
+            values[name] = path.read_bytes()
     return values
-
-
-def _own_file(scenario: Scenario, name: str) -> bytes:
-    """A file beside the weights of the model, and no other."""
-    path = Path(scenario.folder, name)
-    if Path(name).name != name or not path.is_file():
-        raise DataError(f"{EXAMPLES_FILE} names {name!r} for {scenario.name}, which is no file in {scenario.folder}")
-    return path.read_bytes()
 
 
 def recorded_request(scenario: Scenario, language: Language, description: CheckpointConfig) -> requests.Request | None:

@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 from openm6.serve.playground.page import FIGURES
-from openm6.serve.routes.scenarios import RankedCandidate
-from openm6.serve.schemas import Distribution
+from openm6.serve.schemas import Distribution, RankedCandidate
 
 ONE = Distribution(mean=3.0, median=3.0, low=2.0, high=4.5, coverage=0.8)
 AHEAD = Distribution(mean=[1.0, 2.0], median=[1.0, 2.0], low=[0.5, 1.0], high=[2.0, 3.0], coverage=0.8)
