@@ -16,7 +16,7 @@ from sklearn.base import clone
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import openm6
-from openm6.api import estimators
+from openm6.api.frames import TableError
 from openm6.core.errors import OpenM6Error
 from tests.api.test_frames import shop
 from tests.data.sample_images import png, wav
@@ -170,7 +170,7 @@ def test_a_bad_table_is_one_sentence(case: str) -> None:
 
 
 def test_missing_classes_are_one_sentence() -> None:
-    with pytest.raises(estimators.TableError, match="y holds missing values"):
+    with pytest.raises(TableError, match="y holds missing values"):
         openm6.OpenM6Classifier(**TINY).fit(FRAME, ["a", None] * 3)
 
 
