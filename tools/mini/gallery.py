@@ -55,7 +55,8 @@ def drawn(model: openm6.OpenM6, descriptions: list[dict[str, Any]]) -> str:
     """Return HTML with one image for each description: its text, and a seed."""
     figures = []
     for one in descriptions:
-        image: Any = model.generate(one["text"], output="image", seed=one.get("seed", 0))
+        prompt = f"draw {one['text']}" if one["text"].isascii() else f"画{one['text']}"
+        image: Any = model.generate(prompt, output="image", seed=one.get("seed", 0))
         content = io.BytesIO()
         image.save(content, "PNG")
         source = base64.b64encode(content.getvalue()).decode()
