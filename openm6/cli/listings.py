@@ -1,4 +1,4 @@
-"""`openm6 tasks`, `presets`, `scenarios`: the lists of the package; `openm6 data inspect`: the content of a data set."""
+"""`openm6 tasks`, `presets` and `scenarios`: lists of the package. `openm6 data inspect`: the content of a data set."""
 
 from __future__ import annotations
 

@@ -20,9 +20,11 @@ from torch import nn
 from openm6.checkpoint.folder import PREDICTORS_FILE, latest
 from openm6.checkpoint.load import load_model, load_placed, read_weight
 from openm6.checkpoint.reader import CheckpointReader
+from openm6.core.config import build
 from openm6.core.device import resolve_device
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.log import get_log
+from openm6.inference.sampling import MaskedSampling
 from openm6.kernels.probe import capabilities
 from openm6.modalities.audio import Audio
 from openm6.modalities.image import Image
@@ -151,6 +153,11 @@ class LoadedModel:
         if name not in self.tasks:
             raise ConfigError(f"task {name!r} of {self.checkpoint} comes from a package: install it, or choose others")
         return self.tasks[name]
+
+    def masked_sampling(self, given: MaskedSampling) -> MaskedSampling:
+        """Return settings with those that the model was evaluated with in place of what is not set."""
+        own = self.description.eval.get("decoding", {})
+        return build(MaskedSampling, {**own, **given.model_dump(exclude_unset=True)}, "eval.decoding")
 
     @property
     def chats(self) -> bool:

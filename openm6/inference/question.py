@@ -412,8 +412,9 @@ def answer_parts(
         for index, generated in enumerate(generate_scored(loaded, segments, decoding.text)):
             found.append(generated.text)
             confidences[index] = generated.confidence
+    masked = loaded.masked_sampling(decoding.masked)
     for start in range(0, len(targets), BATCH):
-        sampling = decoding.masked.model_copy(update={"seed": decoding.masked.seed + start})
+        sampling = masked.model_copy(update={"seed": masked.seed + start})
         batch = slice(start, start + BATCH)
         found += decode_targets(loaded, segments[batch], output, list(targets[batch]), sampling)
     notes = [

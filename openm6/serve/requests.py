@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -189,6 +189,8 @@ class PreparedRequest:
 
 def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedRequest:
     """Return the tokens of a request; raise DataError if a part is broken, or `max_length` tokens are exceeded."""
+    if isinstance(request, CodesRequest):
+        request = replace(request, sampling=loaded.masked_sampling(request.sampling))
     prompt = [segment for segment in source_segments(request.parts, loaded.modalities) if len(segment)]
     is_empty, opening = not prompt, None
     if isinstance(request, TextRequest | RankRequest):

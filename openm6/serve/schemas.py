@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from openm6.core.seeds import derive_seed
 from openm6.inference.engine import rank_texts
 from openm6.inference.question import Coverage, assess
+from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import Answer, EmbedRequest, Request
@@ -142,6 +143,12 @@ def _rounded(values: np.ndarray) -> float | list[float]:
 
 def chosen_seed(seed: int | None) -> int:
     return secrets.randbelow(MAX_SEED) if seed is None else seed
+
+
+def masked_sampling(steps: int | None, guidance: float | None, seed: int) -> MaskedSampling:
+    """Return settings without those that are None: they are the model's own."""
+    given = {"steps": steps, "guidance": guidance, "seed": seed}
+    return MaskedSampling.model_validate({name: value for name, value in given.items() if value is not None})
 
 
 def seed_of(seed: int, index: int) -> int:

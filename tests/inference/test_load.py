@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from openm6.checkpoint.folder import STATE_FILE
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import check, convert_weights, precision_of, weight_bytes
-from openm6.inference.sampling import Sampling
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
@@ -51,3 +52,14 @@ def test_names_of_dtypes() -> None:
     assert [precision_of(name) for name in ("auto", "bf16", "int8")] == [None, "bfloat16", "int8"]
     with pytest.raises(ConfigError, match="choose auto, fp32, bf16, int8"):
         precision_of("int4")
+
+
+def test_settings_that_are_not_given_are_those_of_the_evaluation() -> None:
+    model = loaded()
+    plain = MaskedSampling()
+    assert model.masked_sampling(MaskedSampling(seed=3)) == plain.model_copy(update={"seed": 3})
+    description = model.description.model_copy(update={"eval": {"decoding": {"steps": 3, "guidance": 1.5}}})
+    model = replace(model, description=description)
+    assert model.masked_sampling(MaskedSampling(steps=plain.steps)).steps == plain.steps
+    found = model.masked_sampling(MaskedSampling(seed=3).model_copy(update={"temperature": 0.5}))
+    assert (found.steps, found.guidance, found.seed, found.temperature) == (3, 1.5, 3, 0.5)

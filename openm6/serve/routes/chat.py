@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from openm6.core.errors import OpenM6Error
-from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.inference.sampling import Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve import schemas
@@ -82,8 +82,8 @@ class ImageSettings(BaseModel):
 class DrawSettings(BaseModel):
     """Masked-parallel decoding of images and audio in the answer."""
 
-    steps: schemas.Steps = 8
-    guidance: schemas.Guidance = 2.0
+    steps: schemas.Steps | None = None
+    guidance: schemas.Guidance | None = None
 
 
 class ChatBody(BaseModel):
@@ -147,7 +147,7 @@ def chat_requests(body: ChatBody, server: Server, seed: int) -> list[Request]:
         elif output == "numbers":
             found.append(_numbers_request(body.numbers or NumbersSettings(), parts))
         else:
-            sampling = MaskedSampling(seed=one, steps=draw.steps, guidance=draw.guidance)
+            sampling = schemas.masked_sampling(draw.steps, draw.guidance, one)
             found.append(CodesRequest(parts=parts, modality=output, sampling=sampling))
     return found
 

@@ -14,7 +14,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from openm6.core.errors import DataError
-from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.inference.sampling import Sampling
 from openm6.modalities.audio import RATE, read_audio
 from openm6.modalities.interface import Part
 from openm6.serve import content, schemas
@@ -37,8 +37,8 @@ class GenerationBody(BaseModel):
     response_format: Literal["b64_json"] | None = None
     output_format: content.ImageFormat | None = None
     seed: schemas.Seed = None
-    steps: schemas.Steps = 8
-    guidance: schemas.Guidance = 2.0
+    steps: schemas.Steps | None = None
+    guidance: schemas.Guidance | None = None
 
 
 class EditBody(GenerationBody):
@@ -111,8 +111,7 @@ async def _answer(call: Call, kind: str, request: CodesRequest, body: Generation
     """Ask for `n` images, each with a seed of its own."""
     form, seed = body.output_format or "png", schemas.chosen_seed(body.seed)
     samplings = [
-        MaskedSampling(steps=body.steps, guidance=body.guidance, seed=schemas.seed_of(seed, index))
-        for index in range(body.n)
+        schemas.masked_sampling(body.steps, body.guidance, schemas.seed_of(seed, index)) for index in range(body.n)
     ]
     answers = await call.answer(kind, [replace(request, sampling=sampling) for sampling in samplings])
     files = await asyncio.to_thread(_files, call.server, request, answers, form)
@@ -154,8 +153,8 @@ class SpeechBody(BaseModel):
     stream_format: Literal["audio", "sse"] = "audio"
     seconds: float | None = Field(default=None, gt=0, le=30)
     seed: schemas.Seed = None
-    steps: schemas.Steps = 8
-    guidance: schemas.Guidance = 2.0
+    steps: schemas.Steps | None = None
+    guidance: schemas.Guidance | None = None
 
 
 class TranscriptionBody(BaseModel):
@@ -200,7 +199,7 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
         modality="audio",
         parts=content.text_prompt(server.loaded, "text_to_speech", body.input),
         duration=body.seconds,
-        sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed),
+        sampling=schemas.masked_sampling(body.steps, body.guidance, seed),
     )
     [answer] = await call.answer("speech", [request])
     samples = await asyncio.to_thread(server.loaded.audio.decode, answer.value)
