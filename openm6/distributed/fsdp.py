@@ -41,6 +41,9 @@ class Layout:
     mesh: DeviceMesh
     dense: DeviceMesh  # dp_shard and ep as one axis: the ranks that hold one replica of the model among them
 
+    def find(self, names: tuple[str, ...]) -> DeviceMesh:
+        return self.dense if names == ("dense",) else self.mesh[names]
+
     def on_host(self) -> Layout:
         """Return a mesh of the same ranks on CPUs, for copies of what is on GPUs."""
         return self if self.mesh.device_type == "cpu" else open_layout(self.shape, torch.device("cpu"))
@@ -107,9 +110,7 @@ def keep_experts(layers: list[Experts], index: int, count: int) -> None:
 
 def _mesh(layout: Layout, axis: str) -> DeviceMesh:
     """The mesh over which weights are sharded along an axis, and replicated if there are replicas."""
-    if layout.shape.dp_replicate > 1:
-        return layout.mesh["dp_replicate", axis]
-    return layout.dense if axis == "dense" else layout.mesh[axis]
+    return layout.find((axis,)) if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", axis]
 
 
 def with_offsets(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -67,14 +67,14 @@ class LowRank(nn.Module):
 
 
 class UpdatesOfSome(NamedTuple):
-    """Low-rank updates, by the name of the matrix, for the tokens with an `index` in the flattened B S alone."""
+    """Low-rank updates, by the name of the matrix, for the tokens at some `positions` of the flattened B S alone."""
 
     updates: nn.ModuleDict
-    index: Tensor
+    positions: Tensor
 
     def updated(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         """The product y of a matrix with x, with the update of these tokens; others stay as they are.  # B S O"""
-        flat, index = y.flatten(0, 1), self.index
+        flat, index = y.flatten(0, 1), self.positions
         own = self.updates[name](flat[index], x.flatten(0, 1)[index])
         return flat.index_copy(0, index, own.to(y.dtype)).view_as(y)
 
