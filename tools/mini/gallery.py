@@ -84,14 +84,14 @@ def main(name: str, target: Path) -> None:
     browser = shutil.which("chromium")
     if browser is None:
         raise ConfigError("there is no chromium on the path: apt-get install chromium")
-    wanted = read_yaml(DESCRIPTIONS)
-    drawings = drawn(openm6.load(name), wanted["drawings"])
+    listed = read_yaml(DESCRIPTIONS)
+    drawings = drawn(openm6.load(name), listed["drawings"])
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as tool:
         answers = Path(folder) / "try.html"
         try_model(name, answers)
         opened = tool.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         page = opened.new_page(viewport=SIZE)  # type: ignore[arg-type]
-        compose(page, answers, drawings, wanted["cards"])
+        compose(page, answers, drawings, listed["cards"])
         page.screenshot(path=target, full_page=True)
         opened.close()
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tools.mini.raster import SIDE, drawing_image, fit_square, png, svg_image
 
 EXPORT = Path(__file__).with_name("export.mjs")
 TEST_PAIRS, VALIDATION_PAIRS = 0.3, 0.05
+MIN_STYLES = 4  # of icons, and of emoji, of a concept among `things`
 # Marks of companies are left out.
 BRANDS = re.compile(r"brand|logo", re.IGNORECASE)
 ICON_LIBRARIES = ("iconpark", "tabler", "phosphor", "mdi")
@@ -124,10 +125,26 @@ def more_icons(packages: Packages) -> Iterator[Row]:
     return _icon_rows(packages, known=False)
 
 
-def _icon_rows(packages: Packages, known: bool) -> Iterator[Row]:
+def things(packages: Packages) -> Iterator[Row]:
+    """Icons and emoji of the concepts that both have in several styles: few enough to be learned in an hour."""
+    names = Names(packages)
+    icons, chinese, _ = _all_icons(packages)
+    emoji = {(icon.concept.lower(), icon.style): icon for icon in _emoji(packages)}
+    drawn = [Counter(concept for concept, _ in found) for found in (icons, emoji)]
+    concepts = {name for name, count in drawn[0].items() if min(count, drawn[1][name]) >= MIN_STYLES}
+    found = {pair: one[0] for pair, one in icons.items()} | emoji
+    pairs = sorted(pair for pair in found if pair[0] in concepts)
+    split = split_pairs(pairs, TEST_PAIRS, VALIDATION_PAIRS)
+    translated = {icon.concept.lower(): icon.chinese for icon in emoji.values()}
+    for pair in pairs:
+        icon = replace(found[pair], concept=pair[0])
+        yield _row(icon, translated[pair[0]] or chinese.get(pair[0]) or names.chinese(pair[0]), split[pair])
+
+
+def _all_icons(packages: Packages) -> tuple[dict[tuple[str, str], list[Icon]], dict[str, str], dict[str, set[str]]]:
+    """Icons by concept and style, the Chinese names of concepts, and the libraries that draw them."""
     readers = {"iconpark": _iconpark, "tabler": _tabler, "phosphor": _phosphor, "mdi": _mdi}
     found: dict[tuple[str, str], list[Icon]] = defaultdict(list)
-    names = Names(packages)
     chinese: dict[str, str] = {}
     libraries: dict[str, set[str]] = defaultdict(set)
     for key in ICON_LIBRARIES:
@@ -136,6 +153,12 @@ def _icon_rows(packages: Packages, known: bool) -> Iterator[Row]:
             libraries[icon.concept].add(icon.package)
             if icon.chinese:
                 chinese.setdefault(icon.concept, icon.chinese)
+    return found, chinese, libraries
+
+
+def _icon_rows(packages: Packages, known: bool) -> Iterator[Row]:
+    names = Names(packages)
+    found, chinese, libraries = _all_icons(packages)
     split = split_pairs(found, TEST_PAIRS, VALIDATION_PAIRS)
     for (concept, style), drawn in sorted(found.items()):
         translated = chinese.get(concept) or names.chinese(concept)
@@ -430,6 +453,7 @@ ICON_PACKAGES = (*ICON_LIBRARIES, "emojibase", "cldr")
 PARTS = {
     "icons": Part(icons, ICON_PACKAGES),
     "more_icons": Part(more_icons, ICON_PACKAGES),
+    "things": Part(things, (*ICON_PACKAGES, "noto", "twemoji", "fluent")),
     "emoji": Part(emoji, ("noto", "twemoji", "fluent", "emojibase")),
     "openmoji": Part(openmoji, ("openmoji", "emojibase"), trains=False),
     "clipart": Part(clipart, ("openclipart", "wordnet", "emojibase", "cldr")),
