@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from openm6.core.errors import OpenM6Error
@@ -16,21 +17,17 @@ __all__ = [
     "Audio", "Distribution", "OpenM6", "OpenM6Classifier", "OpenM6Error", "OpenM6Regressor", "finetune", "from_hf",
     "load",
 ]  # fmt: skip
+# The first import of torch takes seconds, that of scikit-learn one.
+_MODULES = {"Audio": "values", "Distribution": "values"} | dict.fromkeys(
+    ("OpenM6Classifier", "OpenM6Regressor", "finetune"), "estimators"
+)
 
 
 def __getattr__(name: str) -> object:
     """Import a name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'openm6' has no attribute {name!r}")
-    # torch takes seconds to import
-    from openm6.api import model  # noqa: PLC0415
-
-    if name in ("OpenM6Classifier", "OpenM6Regressor", "finetune"):
-        # scikit-learn takes a second
-        from openm6.api import estimators  # noqa: PLC0415
-
-        return getattr(estimators, name)
-    return getattr(model, name)
+    return getattr(import_module(f"openm6.api.{_MODULES.get(name, 'model')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -140,7 +140,7 @@ def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
     def watts() -> float:
         return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000.0
 
-    with suppress(pynvml.NVMLError):  # older boards do not know of it
+    with suppress(pynvml.NVMLError):  # older boards have no such mode
         if pynvml.nvmlDeviceGetMigMode(handle)[0]:
             shared = f"{name}: MIG is on: the whole card is counted, not its slice"
     errors = (pynvml.NVMLError,)

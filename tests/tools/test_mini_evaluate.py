@@ -146,7 +146,8 @@ def part_rows() -> dict[str, list[dict]]:
         "monthly": series("monthly", 31),
         "daily": series("daily", 1),
     }  # fmt: skip
-    return found | {"emoji": [{**one, "id": f"emoji/{one['id']}"} for one in found["icons"]]}
+    other = {part: [{**one, "id": f"{part}/{one['id']}"} for one in found["icons"]] for part in ("emoji", "things")}
+    return found | other
 
 
 @pytest.fixture(scope="module")

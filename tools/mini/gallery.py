@@ -75,7 +75,7 @@ def compose(page: Page, answers: Path, drawings: str, titles: list[str]) -> None
 
 
 def main(name: str, target: Path) -> None:
-    """Draw, answer, and write the picture.
+    """Draw, answer, and write the image.
 
     Raises:
         ConfigError: there is no Chromium.

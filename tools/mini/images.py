@@ -22,7 +22,7 @@ from tools.mini.raster import SIDE, drawing_image, fit_square, png, svg_image
 
 EXPORT = Path(__file__).with_name("export.mjs")
 TEST_PAIRS, VALIDATION_PAIRS = 0.3, 0.05
-MIN_STYLES = 4  # of icons, and of emoji, of a concept among `things`
+MIN_STYLES, TEST_THINGS = 4, 0.6  # of icons, and of emoji, of a concept among `things`; instead of TEST_PAIRS
 # Marks of companies are left out.
 BRANDS = re.compile(r"brand|logo", re.IGNORECASE)
 ICON_LIBRARIES = ("iconpark", "tabler", "phosphor", "mdi")
@@ -134,7 +134,7 @@ def things(packages: Packages) -> Iterator[Row]:
     concepts = {name for name, count in drawn[0].items() if min(count, drawn[1][name]) >= MIN_STYLES}
     found = {pair: one[0] for pair, one in icons.items()} | emoji
     pairs = sorted(pair for pair in found if pair[0] in concepts)
-    split = split_pairs(pairs, TEST_PAIRS, VALIDATION_PAIRS)
+    split = split_pairs(pairs, TEST_THINGS, VALIDATION_PAIRS)
     translated = {icon.concept.lower(): icon.chinese for icon in emoji.values()}
     for pair in pairs:
         icon = replace(found[pair], concept=pair[0])

@@ -259,15 +259,13 @@ def read_caption(text: str, phrases: Phrases) -> dict[str, str]:
 
 def icons_named(run: Evaluation) -> Evaluated:
     """Names of icons and emoji in a style in which the concept was never trained: the label or a listed synonym."""
-    parts = [(part, run.ask("image_classification", run.records(part, ANSWERED // 2))) for part in ("icons", "emoji")]
     values, exact, groups = [], [], []
-    for part, asked in parts:
-        for one in asked:
-            language = one.example.language
-            synonyms = one.record.get(f"tags_{language}") or []
-            exact.append(float(same_text(str(one.answer), one.example.answer)))
-            values.append(max([exact[-1], *(float(same_text(str(one.answer), name)) for name in synonyms)]))
-            groups.append(f"{part}, {language}")
+    for one in run.ask("image_classification", run.records("things", ANSWERED)):
+        language = one.example.language
+        synonyms = one.record.get(f"tags_{language}") or []
+        exact.append(float(same_text(str(one.answer), one.example.answer)))
+        values.append(max([exact[-1], *(float(same_text(str(one.answer), name)) for name in synonyms)]))
+        groups.append(language)
     return mean_of(values, details={"label alone": float(np.mean(exact)), **by_group(values, groups)})
 
 
@@ -276,8 +274,7 @@ def icons_drawn(run: Evaluation) -> Evaluated:
 
     All candidates are in the style that was asked for. The ceiling is that of the real icon after the codec.
     """
-    records = [record for part in ("icons", "emoji") for record in run.records(part, GENERATED // 2)]
-    asked = run.ask("text_to_image", records)
+    asked = run.ask("text_to_image", run.records("things", GENERATED))
     gallery = _real_icons(run)
     groups = [_candidates(one.record, gallery[one.record["extra"]["style_en"]]) for one in asked]
     images = list(dict.fromkeys(image for group in groups for _, image in group))

@@ -65,7 +65,7 @@ def test_its_prompt_is_one_of_its_task(scenario: Scenario) -> None:
         tasks = [TASKS[name] for name in scenario.tasks]
         lacking = {name for task in tasks if task.optional for name in task.inputs} - set(scenario.inputs)
         trained = [without(prompt, lacking) for task in tasks for prompt in task.prompts[language]]
-        if scenario.data == "icons.parquet":
+        if scenario.data == "things.parquet":
             # The style is a part of the text.
             trained = [prompt.replace("{text}", f"{{text}}{style}") for prompt in trained for style in LINES]
         if scenario.output == "embedding":  # either side of a pair stands alone
