@@ -85,6 +85,18 @@ def test_icons_have_names_in_both_languages_and_no_brands(made_up):
     assert not any("acme" in row["label"] for row in [*rows, *images.more_icons(made_up)])
 
 
+def test_things_are_concepts_of_icons_and_emoji(made_up, monkeypatch):
+    emoji = [images.Icon("twemoji", name.title(), style, f"<svg>{style} {name}</svg>", "名")
+             for name, styles in (("apple", ("noto", "twemoji")), ("kite", ("noto",)))
+             for style in styles]  # fmt: skip
+    monkeypatch.setattr(images, "_emoji", lambda packages: iter(emoji))
+    monkeypatch.setattr(images, "MIN_STYLES", 2)
+    rows = list(images.things(made_up))
+    styles = ("noto", "twemoji", "tabler outline", "tabler filled", "phosphor bold", "phosphor thin", "mdi filled")
+    assert {row["id"] for row in rows} == {f"{style}/apple" for style in styles}
+    assert {(row["label"], row["label_zh"]) for row in rows} == {("apple", "名")}
+
+
 def test_a_tested_pair_of_concept_and_style_is_trained_in_neither_order():
     pairs = [(f"thing {number}", style) for number in range(200) for style in ("a", "b", "c")]
     split = corpus.split_pairs([*pairs, ("single", "a")], test=0.3, validation=0.1)
