@@ -130,7 +130,7 @@ class Evaluation:
             if not path.is_file():
                 raise DataError(f"{self.corpus} has no {path.name}: build it with --only {part}")
             recipe = read_yaml(recipe_path("mini"))["sources"]
-            settings = self.loaded.description.sources.get(part) or recipe[part]
+            settings = self.loaded.description.sources.get(part) or recipe.get(part, {"kind": "parquet"})
             configs = source_configs({part: {**settings, "path": str(path)}}, part)
             self._sources[part, split] = open_sources(configs, split)[part]
         return self._sources[part, split]
