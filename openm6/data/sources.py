@@ -40,7 +40,12 @@ class PairsConfig(SourceConfig):
                 f"pairs {name!r}: key {self.key!r} holds no single text, so records cannot be joined by it: "
                 f"use one of {', '.join(TEXT_KEYS)}"
             )
-        return PairSource(name, neighbour(self.left), neighbour(self.right), self)
+        left, right = neighbour(self.left), neighbour(self.right)
+        found = PairSource(name, left, right, self)
+        # A few validation records of one side may have no partner among those of the other.
+        if split == "train" and not len(found) and len(left) and len(right):
+            raise DataError(f"pairs {name!r}: no {self.key!r} of {left.name!r} is found in {right.name!r}")
+        return found
 
 
 class PairSource(Source):
@@ -58,8 +63,6 @@ class PairSource(Source):
         keys = left.values(config.key)
         self._rows = [index for index, value in enumerate(keys) if value in self._partners]
         self._keys = [keys[row] for row in self._rows]
-        if not self._rows and len(left) and len(right):
-            raise DataError(f"pairs {name!r}: no {config.key!r} of {left.name!r} is found in {right.name!r}")
 
     def __len__(self) -> int:
         return len(self._rows)

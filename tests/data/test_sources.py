@@ -155,6 +155,20 @@ def test_a_written_digit_meets_a_spoken_one():
         assert "Debian" not in record["license"] and "CC-BY" in record["license"] and "CC0" in record["license"]
 
 
+def test_pairs_without_partners_are_refused_for_training_alone(tmp_path):
+    for name, labels in (("left", {"train": "a", "validation": "b"}), ("right", {"train": "a", "validation": "c"})):
+        rows = [{"id": f"{name}/{split}", "label": label, "split": split} for split, label in labels.items()]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    sources = {name: {"kind": "jsonl", "path": str(tmp_path / f"{name}.jsonl")} for name in ("left", "right")}
+    recipe = build(
+        Recipe, {"sources": {**sources, "both": {"kind": "pairs", "left": "left", "right": "right"}}}, "r.yaml"
+    )
+    assert [len(open_sources(recipe.sources, split)["both"]) for split in ("train", "validation")] == [1, 0]
+    (tmp_path / "right.jsonl").write_text(json.dumps({"id": "x", "label": "d"}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no 'label' of 'left' is found in 'right'"):
+        open_sources(recipe.sources, "train")
+
+
 def test_partners_change_with_the_epoch_and_nothing_else():
     pairs = open_sources(DIGITS, "train")["pairs"]
     again = open_sources(DIGITS, "train")["pairs"]
