@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from openm6.checkpoint.save import named_tensors, write_tensors
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.files import new_folder
 from openm6.hub.architectures import StoredTensor, backbone_config, layer_tensors, outer_tensors
-from openm6.hub.pretrained import ADDITION_FILE, Pretrained, open_pretrained, read_json
+from openm6.hub.pretrained import ADDITION_FILE, Pretrained, open_pretrained, read_json, read_text
 from openm6.inference.load import read_texts
 from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
 from openm6.models.description import CheckpointConfig, read_description
@@ -75,9 +76,9 @@ def export_addition(run: Path, folder: Path, out: Path, dtype: str) -> str:
             f"training has changed the weights of {description.base_model}, so there is no addition to it: "
             "train with model.freeze=[text], or with lora"
         )
-    unused = _unused(description)
+    left_out = unused_names(description)
     names = set(reader.names) - {one.ours for one in tensors}
-    weights = {name: reader.read(name) for name in names if SEPARATOR not in name and not name.startswith(unused)}
+    weights = {name: reader.read(name) for name in names if SEPARATOR not in name and not name.startswith(left_out)}
     if not weights:
         raise ConfigError(f"{run} is {description.base_model} as it was imported: train something beside it first")
     published = description.to_publish().model_copy(update={"backbone": description.backbone})
@@ -93,7 +94,7 @@ def export_addition(run: Path, folder: Path, out: Path, dtype: str) -> str:
     return f"{out}: addition to {published.base_model} in {dtype}, {size / 1e6:.1f} MB"
 
 
-def _unused(description: CheckpointConfig) -> tuple[str, ...]:
+def unused_names(description: CheckpointConfig) -> tuple[str, ...]:
     """The names of weights that no trained task uses; an import draws their first values again."""
     known = all_tasks(description.tasks)
     tasks = [known[one.task] for one in description.trained_tasks if one.task in known]
@@ -132,7 +133,10 @@ def read_addition(folder: Path, pretrained: Pretrained) -> Addition:
         raise CheckpointError(f"{folder} is an addition to {base}, and {pretrained.path} is not: import that model")
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {path.name}: copy the whole folder")
-    description = read_description(path.read_text(encoding="utf-8"), str(path))
+    description = read_description(read_text(path), str(path))
+    backbone = description.backbone.model_copy(update={"lora": None, "modality_experts": None})
+    if not _equal(backbone.model_dump(), backbone_config(pretrained.settings).model_dump()):
+        raise CheckpointError(f"{path} describes another decoder than {pretrained.path}: copy the whole folder again")
     reader = CheckpointReader(folder, "model")
     weights = {name: _restored(reader, name) for name in reader.names if SEPARATOR not in name}
     kept = folder / PREDICTORS_FILE
@@ -140,11 +144,21 @@ def read_addition(folder: Path, pretrained: Pretrained) -> Addition:
 
 
 def _restored(reader: CheckpointReader, name: str) -> Tensor:
-    exponent = f"{name}{SEPARATOR}{EXPONENT}"
-    if exponent in reader:
-        return from_levels(reader.read(name), reader.read(exponent), torch.float32)
-    tensor = reader.read(name)
+    tensor, key = reader.read(name), f"{name}{SEPARATOR}{EXPONENT}"
+    if tensor.dtype == torch.int8:
+        if key not in reader or reader.read(key).shape != fit_exponent(tensor.float()).shape:
+            raise CheckpointError(f"{reader.folder} has no exponents that fit {name}: copy the whole folder again")
+        return from_levels(tensor, reader.read(key), torch.float32)
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether settings are equal; a GGUF file has numbers in fp32."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_equal(one, second[name]) for name, one in first.items())
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=1e-6)
+    return bool(first == second)
 
 
 def check_weights(added: dict[str, Tensor], base: list[StoredTensor], model: nn.Module, where: str) -> None:

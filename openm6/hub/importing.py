@@ -21,7 +21,7 @@ from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, first_line
 from openm6.core.files import new_folder, replace_text
 from openm6.core.run_folder import RunFolder
-from openm6.hub.addition import Addition, base_tensors, check_weights, read_addition
+from openm6.hub.addition import Addition, base_tensors, check_weights, read_addition, unused_names
 from openm6.hub.architectures import (
     EMBEDDING,
     HEAD,
@@ -90,7 +90,8 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
     with torch.device("meta"):
         omni = Omni(config, modalities, description.embedding)
     fresh = _fresh_adapters(modalities, config)
-    if description.trained_tasks:
+    if additions.adapter is not None and (additions.adapter / ADDITION_FILE).is_file():
+        fresh = {name: tensor for name, tensor in fresh.items() if name.startswith(unused_names(description))}
         check_weights(fresh | added, stored, omni, str(additions.adapter))
     with new_folder(out) as run:
         weights = {one.ours: one.read(pretrained.weights) for one in outer}

@@ -63,7 +63,7 @@ def open_pretrained(source: str) -> Pretrained:
         )
     if not (path / TOKENIZER_FILE).exists():
         raise CheckpointError(f"{path} lacks {TOKENIZER_FILE}: save the fast tokenizer of this model there")
-    tokenizer = _read_text(path / TOKENIZER_FILE)
+    tokenizer = read_text(path / TOKENIZER_FILE)
     special = _special_tokens(path, settings, read_tokenizer(tokenizer, str(path / TOKENIZER_FILE)))
     return _opened(path, settings, CheckpointReader(path, "model"), tokenizer, special)
 
@@ -102,10 +102,10 @@ def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> tup
     if isinstance(template, list):
         template = next((one["template"] for one in template if one["name"] == "default"), None)
     file = path / "chat_template.jinja"
-    return bos, eos, _read_text(file) if file.exists() else template
+    return bos, eos, read_text(file) if file.exists() else template
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -115,7 +115,7 @@ def _read_text(path: Path) -> str:
 def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a JSON file; empty if there is none and it is not needed."""
     try:
-        found = json.loads(_read_text(path)) if needed or path.exists() else {}
+        found = json.loads(read_text(path)) if needed or path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): download the whole model") from None
     return found if isinstance(found, dict) else {}
@@ -157,8 +157,10 @@ def find_model(name: str | Path) -> Path:
             f"there is no folder {text!r}, and no model of this name in {folders[0]}: name a run's folder, such as "
             f"runs/demo, which openm6 demo trains; {nearest(text, sorted({one.name for one in found}))}"
         )
+    if text.startswith("runs/"):
+        raise CheckpointError(f"there is no run at {text}: train or import it first, or name another model")
     try:
-        return download(text)
+        return _whole(download(text), text.rpartition("/")[2])
     except ModuleNotFoundError:
         raise CheckpointError(
             f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"

@@ -20,7 +20,7 @@ def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None
     assert shipped_codecs() == ("audio", "image-256", "image-64")
     for name in shipped_codecs():
         assert (SHIPPED / f"{name}.safetensors").stat().st_size < 8_000_000
-        assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"training", "test"}
+        assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
 
 
 @pytest.mark.parametrize(("name", "grid", "groups", "decibels"), [("image-64", 8, 4, 27.5), ("image-256", 16, 2, 30.5)])

