@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +35,6 @@ from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
-from openm6.tasks.task import Example
 from openm6.train import multimodal_data as data
 from openm6.train.calibration import calibration_examples, fit_widths
 from openm6.train.metering import Attribution, gpus_of
@@ -98,6 +96,9 @@ class MultimodalTraining(TrainingTask):
             self.omni.pool.gather = open_gather()
         self.attribution = Attribution(self.omni, {component.task for component in recipe.mixture})
         data.check_sources(recipe, sources)
+        # Before the training, so that wrong validation records do not end it at its first checkpoint.
+        calibrated = self.ranks.size == 1 and not recipe.loop.offloaded
+        self.calibration = calibration_examples(recipe, self.modalities) if calibrated else None
         self.packer = data.open_packer(recipe, sources, self.modalities, self.ranks, run.quarantine)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
@@ -307,15 +308,11 @@ class MultimodalTraining(TrainingTask):
         description = self.description.model_copy(update={"widths": widths})
         return LoadedModel(omni.requires_grad_(False), self.modalities, description, checkpoint)
 
-    @cached_property
-    def _calibration(self) -> list[list[Example]]:
-        return calibration_examples(self.recipe, self.modalities)
-
     def files(self) -> dict[str, str | bytes]:
-        if self.ranks.size == 1 and not self.recipe.loop.offloaded:
+        if self.calibration is not None:
             self.numbers.widths = {}
             loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
-            widths = fit_widths(loaded, self._calibration)
+            widths = fit_widths(loaded, self.calibration)
             # Of columns of a start, those it had.
             before = self.description.widths
             self.numbers.widths = widths = {k: before.get(k, {}) | widths.get(k, {}) for k in before | widths}
