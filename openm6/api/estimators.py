@@ -31,6 +31,9 @@ from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields
 from openm6.tasks.slots import SHORT
 from openm6.train.run import recipe_path, train_values
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # Kinds of columns that are no input by themselves: nothing to read, or a name of the row.
 LEFT_OUT = ("empty", "identifier")
 LIMITS = {"image": MAX_IMAGE_BYTES, "audio": MAX_AUDIO_BYTES}
@@ -274,10 +277,6 @@ def with_files(table: pa.Table, fields: Fields) -> pa.Table:
     return table
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 def finetune(
     start: str | Path,
     data: str | Path | pd.DataFrame | Mapping[str, Any],
@@ -337,10 +336,8 @@ def _recipe(data: Any, target: str | None, start: str, minutes: float, run: RunF
     if getattr(data, "iloc", None) is not None:
         if not columns or not len(data):
             raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")
-        table, path = (
-            frames.arrow_table(columns, "the DataFrame").arrow,
-            str(RunFolder.open(run.path).path / "data.parquet"),
-        )
+        table = frames.arrow_table(columns, "the DataFrame").arrow
+        path = str(RunFolder.open(run.path).path / "data.parquet")
         kinds = (column_of(name, table.column(name).to_pylist()) for name in columns)
         pq.write_table(with_files(table, Fields(**{x.kind: x.name for x in kinds if x.kind in LIMITS})), path)
     elif isinstance(data, Mapping) or path.endswith((".yaml", ".yml")):

@@ -16,6 +16,9 @@ from openm6.core.errors import ConfigError
 from openm6.core.files import check_writable, replace_text
 from openm6.data.quarantine import MAX_BROKEN
 
+if TYPE_CHECKING:
+    from openm6.data.inspect import DatasetReport, Inspection
+
 
 def tasks() -> None:
     """List the tasks: the inputs and the target of each.
@@ -83,10 +86,6 @@ def in_short(count: int) -> str:
         if count >= size:
             return f"{count / size:.4g}{letter}"
     return str(count)
-
-
-if TYPE_CHECKING:
-    from openm6.data.inspect import DatasetReport, Inspection
 
 
 def inspect(

@@ -7,11 +7,11 @@ one of a few levels each, in two ways: groups side by side, or stage after stage
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from openm6.core.config import Config
@@ -26,7 +26,10 @@ def cell_values(cells: Tensor, levels: Tensor) -> Tensor:
 
 
 def quantize(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates of z (about unit variance) with a straight-through gradient, and cells, in fp32.  # twice ... D"""
+    """Quantized coordinates with a straight-through gradient, and their cells.  # ... D -> ... D, ... D
+
+    `z` is unbounded and should have about unit variance; it is computed in fp32, since rounding in bf16 moves cells.
+    """
     # Within (-1, 1), which cells divide evenly; about uniform for unit Gaussian z (iFSQ, arXiv 2601.17124).
     y = 2.0 * torch.sigmoid(1.6 * z.float()) - 1.0
     cells = torch.minimum(torch.floor((y + 1.0) * 0.5 * levels).long().clamp(min=0), levels - 1)
@@ -59,13 +62,20 @@ class QuantizerConfig(Config):
     groups: int
     levels: tuple[int, ...] = (8, 5, 5, 5)
 
-    @model_validator(mode="after")
-    def _in_range(self) -> Self:
-        if not self.levels or min(self.levels) < 2 or math.prod(self.levels) > MAX_CODEBOOK:
+    # One for each field, so that an error names the line of the recipe.
+    @field_validator("levels")
+    @classmethod
+    def _small_enough(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if not levels or min(levels) < 2 or math.prod(levels) > MAX_CODEBOOK:
             raise ValueError(f"levels must be at least 2 and multiply to at most {MAX_CODEBOOK}, as [8, 5, 5, 5]")
-        if self.groups < 1:
+        return levels
+
+    @field_validator("groups")
+    @classmethod
+    def _some_groups(cls, groups: int) -> int:
+        if groups < 1:
             raise ValueError("groups must be 1 or more")
-        return self
+        return groups
 
     @property
     def codebook_size(self) -> int:

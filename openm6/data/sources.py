@@ -42,14 +42,17 @@ class PairsConfig(SourceConfig):
             )
         left, right = neighbour(self.left), neighbour(self.right)
         found = PairSource(name, left, right, self)
-        # A few validation records of one side may have no partner among those of the other.
+        # The few validation or test records of one side may have no partner among those of the other.
         if split == "train" and not len(found) and len(left) and len(right):
             raise DataError(f"pairs {name!r}: no {self.key!r} of {left.name!r} is found in {right.name!r}")
         return found
 
 
 class PairSource(Source):
-    """Left records with partners of equal key, others each epoch; keys of `left` win, but ids and licenses join."""
+    """Every left record that has a partner, with a right record of equal key, another one each epoch.
+
+    Keys of `left` win over those of `right`; `extra` is merged; `id`, `source` and `license` name both.
+    """
 
     def __init__(self, name: str, left: Source, right: Source, config: PairsConfig) -> None:
         self.name, self._left, self._right = name, left, right

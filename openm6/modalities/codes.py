@@ -84,7 +84,10 @@ def encode_together() -> Iterator[None]:
 
 
 class TokenGrid(NamedTuple):
-    """N tokens of an image or recording: `cells` (N 3) for rotary, `positions` (N 2) for Fourier features; `shape`."""
+    """The positions of N tokens of an image or recording; `shape` is how many there are down and across.
+
+    `cells` (N 3) for rotary embeddings, `positions` (N 2) for Fourier features, and the `span` to the next segment.
+    """
 
     cells: np.ndarray
     positions: np.ndarray

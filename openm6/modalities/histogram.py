@@ -47,7 +47,9 @@ def expected_nll(
 
 @torch.no_grad()
 def mix_neighbours(weight: Tensor) -> None:
-    """Mix first weights of near bins, so that what is learned of a value holds for its neighbours.  # B D"""
+    """Mix first weights of near bins, in place and at the same size, so that what is learned of a value holds for its
+    neighbours before each bin has seen examples of its own.  # B D
+    """
     bins = torch.arange(BINS, device=weight.device)
     kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / MIXED_BINS) ** 2)
     weight.copy_(kernel / kernel.norm(dim=1, keepdim=True) @ weight)
@@ -127,7 +129,10 @@ class Histogram:
 
 
 def fit_width(needed: np.ndarray, blocks: int, prior: float = 1.0, coverage: float = 0.8) -> float:
-    """Width with which intervals hold `coverage` of values: shrunk to `prior` if few blocks are independent."""
+    """The conformal width with which intervals hold a fraction of held-out values, shrunk to `prior` if these are few.
+
+    needed: `width_needed` of each value; blocks: how many of the values are independent of each other
+    """
     narrowest = MIN_WIDTH if blocks >= MIN_BLOCKS else 1.0
     level = min(1.0, math.ceil(coverage * (len(needed) + 1)) / len(needed)) if len(needed) else coverage
     found = float(np.quantile(needed, level)) if len(needed) else 1.0

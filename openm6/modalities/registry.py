@@ -187,7 +187,12 @@ def opened(target: Segment, token: int | None) -> Segment:
 
 
 def target_segment(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Segment:
-    """A raw part as target tokens; a generator draws the training mask. Errors as `source_segments`."""
+    """A raw part as target tokens; a generator draws the training mask.
+
+    Raises:
+        ConfigError: no modality has the name of the part's.
+        DataError: the part is broken, or there is nothing in it to learn.
+    """
     segment = modalities[part.modality].target(part.raw, rng, part.options)
     if not segment.learn.any():
         raise DataError(f"nothing of this {part.modality} is observed, so there is nothing to learn from it")

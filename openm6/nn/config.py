@@ -85,7 +85,10 @@ class AttentionConfig(Config):
 
 
 class LoraConfig(Config):
-    """Low-rank adapters of rank r, scaled by alpha / r (alpha / √r with `use_rslora`); targets are named as in PEFT."""
+    """Low-rank adapters of rank r, scaled by alpha / r (alpha / √r with `use_rslora`).
+
+    targets: all-linear, which is all but routers, or names of projections as in PEFT.
+    """
 
     r: int = Field(default=16, gt=0)
     alpha: float = Field(default=32.0, gt=0)

@@ -88,7 +88,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def grouped_cross_entropy(states: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """NLL of class target[n, g] of logits states[n, g] · weight[g], smoothed as in torch: N G B, G B C, N G -> N G."""
+    """NLL of class target[n, g] of logits states[n, g] · weight[g], in fp32: N G B, G B C, N G -> N G.
+
+    Label smoothing ε: the target class has weight 1 − ε, and ε is spread evenly over all classes.
+    """
     if states.is_cpu and states.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
         return _GroupedCrossEntropy.apply(states, weight, target, smoothing)
     logits = torch.einsum("ngb,gbc->ngc", states, weight).float().flatten(0, 1)  # N·G C
@@ -100,7 +103,8 @@ class _GroupedCrossEntropy(torch.autograd.Function):
     """Keep Q = P − (1 − ε)·[target] in place of the logits. With g the gradient of the nll, U = ε/C everywhere:
 
     dstates = g · (Q − U) Wᵀ and dW = (g · states)ᵀ (Q − U), where products with U are means. One classifier after the
-    other, with padded positions (see `pad_rows`). Factors of products are in `matmul_dtype`, the rest is in fp32.
+    other, with padded positions (see `pad_rows`), which have no gradient. Factors of products are in `matmul_dtype`,
+    the rest is in fp32.
     """
 
     @staticmethod

@@ -191,7 +191,11 @@ def _kernels(device: torch.device) -> Any:
 
 @torch.library.custom_op("openm6::sort_by_expert", mutates_args=())
 def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort choices by expert, stably: N K -> choice R (index n·K + k), slot N K (its inverse), ends E, int32."""
+    """Sort choices by expert, stably: N K -> choice R, slot N K, ends E.
+
+    choice: the flat index n·K + k of the choice in row r; slot: its inverse; ends: last row of each expert, plus one,
+    int32.
+    """
     if triton := _kernels(chosen.device):
         return triton.sort_by_expert(chosen, num_experts)
     choice, slot, counts = _sorted_by_expert(chosen, num_experts)

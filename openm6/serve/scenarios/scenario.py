@@ -128,7 +128,8 @@ class Scenario(Config):
 
     def forms(self) -> list[Scenario]:
         """Return the scenario, and one for each variant."""
-        own = {**self.model_dump(), "examples": {}}
+        # What a scenario does not set is left to the model.
+        own = {**self.model_dump(), "decoding": self.decoding.model_dump(exclude_unset=True), "examples": {}}
         return [self, *(Scenario.model_validate({**own, **variant}) for variant in self.variants)]
 
     @property

@@ -76,6 +76,12 @@ def test_its_prompt_is_one_of_its_task(scenario: Scenario) -> None:
             assert outputs == {"text" if scenario.output == "ranking" else scenario.output}
 
 
+@pytest.mark.parametrize("scenario", [one for one in ALL if one.variants], ids=lambda scenario: scenario.name)
+def test_a_variant_leaves_the_same_decoding_to_the_model(scenario: Scenario) -> None:
+    for form in scenario.forms():
+        assert form.decoding.masked.model_fields_set == scenario.decoding.masked.model_fields_set
+
+
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
 def test_its_recipe_trains_its_tasks(scenario: Scenario) -> None:
     recipe, _ = read_recipe(recipe_path(scenario.recipe), [])
