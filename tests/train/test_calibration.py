@@ -119,7 +119,7 @@ def test_pairs_and_broken_records_are_no_obstacle(tmp_path: Path) -> None:
         MultimodalRecipe.model_validate(recipe), RunFolder.open(tmp_path / "run"), torch.device("cpu")
     )
     widths = json.loads(training.files()["model.json"])["widths"]
-    assert [len(examples) for examples in training._calibration] == [1] and set(widths["numbers_out"]) == {"size"}
+    assert [len(examples) for examples in training.calibration] == [1] and set(widths["numbers_out"]) == {"size"}
 
 
 def test_regressions_are_in_the_checkpoint_and_serve_any_horizon_with_and_without_times(
