@@ -160,7 +160,7 @@ class TablePredictors:
     Features of linear models are numbers, logarithms of those that are positive, words of categories, and products of
     two numbers. The most frequent words of texts, and components of images, are E more columns that are never missing
     one by one. arrays: `scale` (C+E 4), location and scale of each number and of its logarithm, NaN if it has none;
-    `mean` (K+1 F) and `covariance` (K+1 F F) of the features without each fold, then with all rows; by column:
+    `mean` (K+1 F) and `covariance` (K+1 F F) of the features without each fold, last with all rows; by column:
     `log`, whether its logarithm is predicted, `penalty` (C 2) of ridge, `weight` (C M-1) in the blend, `change` (0:
     no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `idf` (V); `image`, the components of
     image features and, last, their mean; `label COLUMN EXPERT` (L F+1), a linear model, and `label COLUMN trees/name`.
@@ -255,7 +255,8 @@ class TablePredictors:
         index, weight = self.numbers.index(column), self.arrays["weight"][self.numbers.index(column)]
         values, codes = self.read([{name: value for name, value in given.items() if name != column}])
         features = self.features(values, codes)[0]
-        moments = FOLDS if fold is None else fold
+        # A published model has the moments of all rows alone.
+        moments = -1 if fold is None or len(self.arrays["mean"]) == 1 else fold
         found, error = self.ridge(index, features, moments)
         found.append(float(np.mean(found)))
         if index in self.trees:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +14,11 @@ import yaml
 from openm6.api.model import OpenM6, load
 from openm6.core.config import read_yaml
 from openm6.core.errors import ConfigError
+from openm6.modalities.simple_predictors import FOLDS, from_bytes, to_bytes
 from openm6.serve.scenarios.run import example_values
 from openm6.serve.scenarios.scenario import library_of
 from openm6.train.run import read_recipe, recipe_path
+from openm6.train.simple_predictors import fit_table
 from tests.data.sample_images import png, wav
 from tests.serve.scenarios.test_scenario import described
 from tests.small_model import loaded
@@ -127,3 +130,22 @@ def test_the_card_shows_the_rows(run: Path, tmp_path: Path) -> None:
     assert card.startswith("# mini\n") and "python -m tools.mini.evaluate mini" in card
     assert "| 91.0 % | 88.0 % to 94.0 % | ≥ 85.0 % | yes | 100 | exact |" in card
     assert "| the part is missing |" in card
+
+
+def test_predictors_answer_the_same_without_moments_of_folds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(size=(90, 3)) @ rng.normal(size=(3, 3))
+    rows = [dict(zip(("height", "width", "weight"), map(float, row), strict=True)) for row in numbers]
+    table = fit_table(rows, np.arange(len(rows)) % FOLDS, 0)
+    assert table is not None
+    path = tmp_path / "predictors.safetensors"
+    path.write_bytes(to_bytes([table]))
+    content = pack.without_folds(path)
+    (packed,) = from_bytes(content, "here")
+    assert len(content) < path.stat().st_size and len(packed.arrays["covariance"]) == 1
+    given = {"height": 0.5, "width": -1.0}
+    before, after, held = (
+        one.predict("weight", given, fold) for one, fold in ((table, None), (packed, None), (packed, 2))
+    )
+    assert before.values.tolist() == after.values.tolist() == held.values.tolist()
+    assert before.values.tolist() != table.predict("weight", given, 2).values.tolist()

@@ -35,6 +35,7 @@ from openm6.core.errors import ConfigError
 from openm6.core.files import new_folder, to_json
 from openm6.hub.addition import compact
 from openm6.inference.load import read_texts
+from openm6.modalities.simple_predictors import from_bytes, to_bytes
 from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
 from openm6.models.description import TOKENIZER_FILE
 from openm6.serve.scenarios.run import example_values, scenario_request
@@ -77,9 +78,12 @@ def pack(
             (partial / DESCRIPTION_FILE).write_text(description.to_publish().to_json(), encoding="utf-8", newline="\n")
             (partial / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8", newline="\n")
             write_examples(examples, corpus, partial)
-            for file in (checkpoint / PREDICTORS_FILE, run / "report.json"):
-                if file.is_file():
-                    shutil.copyfile(file, partial / file.name)
+            if (report := run / "report.json").is_file():
+                shutil.copyfile(report, partial / report.name)
+            if (licences := corpus / "NOTICE").is_file():
+                shutil.copyfile(licences, partial / licences.name)
+            if (file := checkpoint / PREDICTORS_FILE).is_file():
+                (partial / PREDICTORS_FILE).write_bytes(without_folds(file))
             if (run / CARD_FILE).is_file():
                 (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows), encoding="utf-8", newline="\n")
             # The card and the examples may be edited.
@@ -100,6 +104,14 @@ def pack(
     slow = f", MORE than {MAX_SECONDS:g} s" if seconds > MAX_SECONDS else ""
     listed_unready = f"\nexamples of scenarios that are not ready: {', '.join(unready)}" if unready else ""
     return f"{out}: {chosen}, {size / 1e6:.1f} MB, loaded in {seconds:.2f} s{slow}{listed_unready}"
+
+
+def without_folds(path: Path) -> bytes:
+    """The predictors of columns without the moments that leave out a fold, which only their own training rows need."""
+    tables = from_bytes(path.read_bytes(), str(path))
+    for table in tables:
+        table.arrays |= {name: table.arrays[name][-1:] for name in ("mean", "covariance") if name in table.arrays}
+    return to_bytes(tables)
 
 
 def card(path: Path, rows: Path | None) -> str:
