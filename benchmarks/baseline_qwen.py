@@ -84,8 +84,8 @@ class LoadedWeights:
     def shape(self, name: str) -> Shape:
         return tuple(self.tensors[name].shape)
 
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 def backbone_state(model: Any) -> dict[str, Tensor]:

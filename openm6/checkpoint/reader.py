@@ -101,10 +101,12 @@ class CheckpointReader:
     def dtype(self, name: str) -> torch.dtype:
         return next(iter(self._parts[name].values())).dtype
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor on the host; raises as `shape` does."""
-        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        self.read_into(name, tensor)
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return one tensor, or the rows from `start` to `stop` of it, on the host; raises as `shape` does."""
+        shape = self.shape(name)
+        inner = shape if rows is None else (rows.stop - rows.start, *shape[1:])
+        tensor = torch.empty(inner, dtype=self.dtype(name))
+        self.read_into(name, tensor, None if rows is None else (rows.start, *[0] * (len(shape) - 1)), shape)
         return tensor
 
     @torch.no_grad()

@@ -55,11 +55,11 @@ KINDS = {
 
 
 class Weights(Protocol):
-    """Tensors of a published model by Hugging Face's names, read one at a time."""
+    """Tensors of a published model by Hugging Face's names, read one at a time, whole or some rows."""
 
     def __contains__(self, name: str) -> bool: ...
     def shape(self, name: str) -> Shape: ...
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, rows: slice | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class GgufFile:
         settings["rope_parameters"] = rope
         return settings
 
-    def _array(self, name: str, index: int | None = None) -> np.ndarray:
+    def _array(self, name: str, index: int | slice | None = None) -> np.ndarray:
         tensor = self.tensors[name]
         data = tensor.data if index is None else tensor.data[index]
         # fp32 values are a view of the file, which cannot be written.
@@ -245,10 +245,14 @@ class GgufFile:
         shape = tuple(int(size) for size in reversed(self.tensors[own].shape))
         return shape if expert is None else shape[1:]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor: fp16 and bf16 as they are, the others as fp32; heads in the order of Hugging Face."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or rows of an embedding or a head: fp16 and bf16 as they are, the others as fp32.
+
+        Attention heads have the order of Hugging Face.
+        """
         own, expert = gguf_name(self._names, name)
-        values, kind = torch.from_numpy(self._array(own, expert)), self.tensors[own].tensor_type.name
+        index = expert if rows is None else rows
+        values, kind = torch.from_numpy(self._array(own, index)), self.tensors[own].tensor_type.name
         if self.architecture == "llama":
             values = reorder_heads(values, name, self.settings, to_gguf=False)
         return values.to({"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32))

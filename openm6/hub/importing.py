@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from openm6.checkpoint.folder import latest
@@ -26,6 +27,10 @@ from openm6.hub.architectures import (
     EMBEDDING,
     HEAD,
     NORM,
+    THEIR_EMBEDDING,
+    THEIR_HEAD,
+    THEIR_NORM,
+    Weights,
     backbone_config,
     check_tensors,
     settings_of,
@@ -50,7 +55,7 @@ RECEIPT_TEXT = (
     "床前明月光，疑是地上霜。"
 )
 MODALITY_EXPERTS = 4  # of each layer, each of so small a part of the size of its own network
-HEAD_ROWS = 8192  # of the output layer that are widened at a time
+HEAD_ROWS = 8192  # of the embedding or the output layer that are widened at a time
 
 
 class Additions(Config):
@@ -98,7 +103,8 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
         for name in {EMBEDDING, HEAD} & weights.keys():
             # More rows, each the mean of all, change the sum of a softmax by at most their fraction.
             if missing := len(omni.text.embedding.weight) - len(weights[name]):
-                mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
+                sums = [rows.float().sum(0) for rows in weights[name].split(HEAD_ROWS)]
+                mean = (torch.stack(sums).sum(0, keepdim=True) / len(weights[name])).to(weights[name].dtype)
                 weights[name] = torch.cat([weights[name], mean.expand(missing, -1)])
         weights |= fresh | added
         shards = (
@@ -107,7 +113,7 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
         )
         _write_run(run, description, pretrained, weights, shards, files)
         del weights
-        exactness = _receipt(pretrained, run, base, config) if receipt else "no receipt asked for"
+        exactness = _receipt(pretrained, tokenizer, run, base, config) if receipt else "no receipt asked for"
     total = sum(parameter.numel() for parameter in omni.backbone.parameters()) / 1e6
     return (
         f"{out}: {pretrained.settings['model_type']}, {config.num_layers} layers, {total:,.1f} million parameters "
@@ -224,14 +230,15 @@ def _write_run(
     save(snapshot, run.checkpoints, keep=1)
 
 
-def _receipt(pretrained: Pretrained, out: Path, base: BackboneConfig, config: BackboneConfig) -> str:
+def _receipt(
+    pretrained: Pretrained, tokenizer: Tokenizer, out: Path, base: BackboneConfig, config: BackboneConfig
+) -> str:
     """The largest difference of logits to those of `transformers` on RECEIPT_TEXT, without a low-rank adapter."""
     if importlib.util.find_spec("transformers") is None:
         return "no receipt: pip install 'openm6[hub]' to compare logits with transformers"
     if isinstance(pretrained.weights, GgufFile) and base.experts is not None:
         return "no receipt: transformers reads no experts from GGUF files"
-    ids = read_tokenizer(pretrained.tokenizer, str(pretrained.path)).encode(RECEIPT_TEXT).ids
-    tokens = torch.tensor([ids])
+    tokens = torch.tensor([tokenizer.encode(RECEIPT_TEXT).ids])
     plain = config.model_copy(update={"lora": None})
     ours = imported_logits(out, plain, tokens, pretrained.text.vocab_size)
     try:
@@ -239,38 +246,51 @@ def _receipt(pretrained: Pretrained, out: Path, base: BackboneConfig, config: Ba
     # Whatever another library raises: the run is whole without it.
     except Exception as error:
         return f"no receipt: transformers does not compute this model ({first_line(error)})"
-    difference = (ours - theirs).abs().max().item()
+    difference, deviation = compare_logits(ours, theirs)
     return (
-        f"receipt: logits of {len(ids)} tokens differ from transformers by at most {difference:.1e} in fp32 "
-        f"(their standard deviation is {theirs.std():.2f})"
+        f"receipt: logits of {tokens.numel()} tokens differ from transformers by at most {difference:.1e} in fp32 "
+        f"(their standard deviation is {deviation:.2f})"
     )
 
 
+def compare_logits(ours: Iterator[Tensor], theirs: Iterator[Tensor]) -> tuple[float, float]:
+    """The largest difference of logits, and the standard deviation of theirs; one block is in memory at a time."""
+    differences, moments, count = [], [], 0
+    for block, reference in zip(ours, theirs, strict=True):
+        differences.append((block - reference).abs().max())
+        exact = reference.double()
+        moments.append(torch.stack([exact.sum(), exact.square().sum()]))
+        count += exact.numel()
+    total, squares = torch.stack(moments).sum(0)
+    deviation = ((squares - total**2 / count) / (count - 1)).clamp(min=0).sqrt()
+    # Python's maximum would leave out a NaN.
+    return torch.stack(differences).max().item(), deviation.item()
+
+
 @torch.inference_mode()
-def imported_logits(run: Path, config: BackboneConfig, tokens: Tensor, rows: int) -> Tensor:
-    """Logits of a run's text path for `rows` tokens, in fp32 whatever the weights are stored in.  # 1 S -> S V"""
+def imported_logits(run: Path, config: BackboneConfig, tokens: Tensor, rows: int) -> Iterator[Tensor]:
+    """Logits of a run's text path for `rows` tokens in fp32, in blocks of HEAD_ROWS tokens.  # 1 S -> S V"""
     reader = open_reader(latest(run))
     with torch.device("meta"):
         backbone = Backbone(config)
     backbone.final_norm.load_state_dict({"weight": reader.read(NORM)}, assign=True)
     _stream_layers(backbone.layers, lambda layer, name: reader.read(f"backbone.layers.{layer}.{name}"))
-    embedding = reader.read(EMBEDDING)
-    hidden, _ = backbone(embedding[tokens].float(), causal_meta(*tokens.shape))
-    head = reader.read(HEAD) if HEAD in reader else embedding
-    return _logits(hidden[0], head[:rows])
+    hidden, _ = backbone(_embed(reader, EMBEDDING, tokens), causal_meta(*tokens.shape))
+    return _logits(hidden[0], reader, HEAD if HEAD in reader else EMBEDDING, rows)
 
 
 @torch.inference_mode()
-def reference_logits(pretrained: Pretrained, tokens: Tensor) -> Tensor:
+def reference_logits(pretrained: Pretrained, tokens: Tensor) -> Iterator[Tensor]:
     """The same by `transformers`, from the published files.  # 1 S -> S V"""
     # An optional dependency, which takes seconds to import.
     import transformers  # noqa: PLC0415
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    rows = pretrained.text.vocab_size
     if isinstance(pretrained.weights, GgufFile):
         # It would need accelerate to read the file itself.
-        config, rows = backbone_config(pretrained.settings), pretrained.text.vocab_size
+        config = backbone_config(pretrained.settings)
         settings = settings_of(config, rows, pretrained.text.tie_word_embeddings, tokens.shape[1])
         model = _dense_reference(transformers, transformers.AutoConfig.for_model(**settings), pretrained)
     elif "num_experts_per_tok" in pretrained.settings:
@@ -280,9 +300,10 @@ def reference_logits(pretrained: Pretrained, tokens: Tensor) -> Tensor:
         _stream_layers(model.model.layers, lambda layer, name: held[layer][name])
     else:
         model = _dense_reference(transformers, transformers.AutoConfig.from_pretrained(pretrained.path), pretrained)
-    embedded = model.get_input_embeddings()(tokens).float()
+    embedded = _embed(pretrained.weights, THEIR_EMBEDDING, tokens)
     hidden = model.eval().model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    return _logits(hidden[0], model.get_output_embeddings().weight)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return _logits(hidden[0], pretrained.weights, THEIR_EMBEDDING if tied else THEIR_HEAD, rows)
 
 
 def _dense_reference(library: Any, config: Any, pretrained: Pretrained) -> Any:
@@ -290,9 +311,7 @@ def _dense_reference(library: Any, config: Any, pretrained: Pretrained) -> Any:
     with torch.device("meta"):
         model = library.AutoModelForCausalLM.from_config(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    names = [name for name, _ in model.named_parameters() if not name.startswith("model.layers.")]
-    model.load_state_dict({name: pretrained.weights.read(name) for name in names}, assign=True, strict=False)
-    model.tie_weights()
+    model.model.norm.load_state_dict({"weight": pretrained.weights.read(THEIR_NORM)}, assign=True)
     _stream_layers(model.model.layers, lambda layer, name: pretrained.weights.read(f"model.layers.{layer}.{name}"))
     return model
 
@@ -309,6 +328,13 @@ def _stream_layers(layers: nn.ModuleList, read: Callable[[int, str], Tensor]) ->
         layer.register_forward_hook(lambda module, *_: module.to("meta") and None)
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """The output layer in fp32, some rows at a time.  # S D, V D -> S V"""
-    return torch.cat([F.linear(hidden.float(), rows.float()) for rows in head.split(HEAD_ROWS)], -1)
+def _embed(weights: Weights, name: str, tokens: Tensor) -> Tensor:
+    """The rows of these tokens in fp32, of an embedding that is not in memory.  # 1 S -> 1 S D"""
+    return torch.cat([weights.read(name, slice(token, token + 1)) for token in tokens[0].tolist()])[None].float()
+
+
+@torch.inference_mode()
+def _logits(hidden: Tensor, weights: Weights, name: str, rows: int) -> Iterator[Tensor]:
+    """The output layer in fp32, of which HEAD_ROWS rows are in memory.  # S D -> S V"""
+    for first in range(0, rows, HEAD_ROWS):
+        yield F.linear(hidden.float(), weights.read(name, slice(first, min(first + HEAD_ROWS, rows))).float())

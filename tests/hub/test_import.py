@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from tokenizers.processors import TemplateProcessing
 import openm6
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
+from openm6.core.files import new_folder
 from openm6.hub.architectures import backbone_config
 from openm6.hub.export import export_run
-from openm6.hub.importing import import_model, imported_logits
+from openm6.hub.importing import compare_logits, import_model, imported_logits
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import load
 from openm6.inference.sampling import Sampling
@@ -55,7 +60,7 @@ def test_a_round_trip_keeps_logits_and_texts(name: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
     assert expected.std() > 0.5, "logits near zero would prove little"
-    found = imported_logits(tmp_path / "run", loaded.description.backbone, torch.tensor([ids]), ROWS)
+    (found,) = imported_logits(tmp_path / "run", loaded.description.backbone, torch.tensor([ids]), ROWS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     prompt = source_segments([Part("text", PROMPT)], loaded.modalities)
     end = tokenizer.token_to_id("<|im_end|>")
@@ -121,6 +126,50 @@ def test_an_imported_tokenizer_opens_a_text_as_it_always_does(tmp_path: Path) ->
     for words in ("draw", "<|im_start|>draw"):
         (segment,) = source_segments([Part("text", words)], modalities)
         assert segment.arrays["ids"].tolist() == tokenizer.encode("draw").ids
+
+
+def test_logits_are_compared_over_all_blocks() -> None:
+    ours, theirs = torch.randn(2, 7, 30) + 3
+    found = compare_logits(iter(ours.split(8, -1)), iter(theirs.split(8, -1)))
+    assert found == pytest.approx(((ours - theirs).abs().max().item(), theirs.std().item()))
+    ours[0, 3] = torch.nan
+    assert math.isnan(compare_logits(iter(ours.split(8, -1)), iter(theirs.split(8, -1)))[0])
+
+
+DEEP = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 24, "head_dim": 32}
+WIDE = {"vocab_size": 100_000}
+LARGE = {
+    "layers": ("Qwen3", DEEP, 0.5),
+    "tied embedding": ("Qwen3", {**WIDE, "tie_word_embeddings": True}, 1.3),
+    "embedding and head": ("Llama", WIDE, 1.3),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_neither_a_model_nor_its_logits_are_in_memory_twice(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tensors on the host count from the first weight to the end of the receipt, and files that torch maps."""
+    kind, changes, limit = LARGE[name]
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+    @contextmanager
+    def measured(out: Path) -> Iterator[Path]:
+        with new_folder(out) as run, profile:
+            yield run
+
+    monkeypatch.setitem(VARIANTS, name, (kind, changes))
+    monkeypatch.setattr("openm6.hub.importing.new_folder", measured)
+    monkeypatch.setattr("openm6.hub.importing.HEAD_ROWS", 512)
+    monkeypatch.setattr("openm6.hub.importing.RECEIPT_TEXT", 20 * "draw the digit seven ")
+    publish(name, tmp_path / "published", torch.bfloat16)
+    assert "at most" in import_model(str(tmp_path / "published"), tmp_path / "run")
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    size = (tmp_path / "published/model.safetensors").stat().st_size
+    peak = max(accumulate(event.nbytes() for event in events))
+    print("PEAK", peak, size, peak / size)
+    assert 0.05 * size < peak < limit * size
 
 
 CHANGES: dict[str, tuple[Any, str]] = {

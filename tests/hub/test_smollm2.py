@@ -107,7 +107,7 @@ def independent_logits(path: Path, ids: list[int]) -> np.ndarray:
 
 def logits(run: Path, ids: list[int]) -> torch.Tensor:
     config = load(run, "cpu").description.backbone
-    return imported_logits(run, config, torch.tensor([ids]), 49_152)
+    return torch.cat(list(imported_logits(run, config, torch.tensor([ids]), 49_152)), -1)
 
 
 @pytest.mark.slow
