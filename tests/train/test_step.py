@@ -130,7 +130,7 @@ def test_blocks_run_as_the_config_says(settings, expected):
 def test_without_a_compiler_blocks_run_uncompiled_with_one_sentence(monkeypatch, caplog):
     monkeypatch.setattr("openm6.train.step.compile_failure", lambda device: "install a C compiler")
     training = WordsTraining(words_backbone())
-    TrainStep(training, LoopConfig(compile=True)).choose_execution(1024)
+    TrainStep(training, LoopConfig(compile=True, precision="fp32")).choose_execution(1024)
     assert type(training.backbone.executor) is LayerExecutor
     assert caplog.messages == ["blocks are not compiled, so slower: install a C compiler"]
 
