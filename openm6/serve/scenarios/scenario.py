@@ -237,12 +237,16 @@ def _own_scenario(task: Task, description: CheckpointConfig, examples: list[Any]
 
 @dataclass(frozen=True)
 class Score:
-    """The first metric of a task over one source, and that of its baseline."""
+    """The first metric of a task over one source, and that of its baseline.
+
+    better: metric and information gain are both above those of the baseline; ahead: the metric is.
+    """
 
     metric: str
     value: float
     baseline: float
     better: bool
+    ahead: bool = False
 
 
 Scores = dict[str, list[Score]]  # by task; none for a task that was not evaluated
@@ -262,7 +266,8 @@ def read_scores(checkpoint: Path) -> Scores:
         with suppress(KeyError, TypeError, ValueError, AttributeError):
             value, baseline = float(entry["value"]), float(entry["baseline"])
             if math.isfinite(value):
-                score = Score(entry["metric"], value, baseline, bool(entry["beats_baseline"]))
+                ahead = float(entry.get("advantage_ci", [0])[0]) > 0
+                score = Score(entry["metric"], value, baseline, bool(entry["beats_baseline"]), ahead)
                 found[name.partition("/")[0]].append(score)
     return dict(found)
 
@@ -297,6 +302,9 @@ class Readiness:
             baseline = score_text(weak.metric, weak.baseline)
             en = f"trained, but not better than its baseline: {value} against {baseline}"
             zh = f"已训练，但不优于基线：{value}，基线 {baseline}"
+            if weak.ahead:
+                en = f"trained, but its inputs do not improve its probabilities: {value} against {baseline}"
+                zh = f"已训练，但有输入时概率并不更准：{value}，基线 {baseline}"
         return en if language == "en" else zh
 
 

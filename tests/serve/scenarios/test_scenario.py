@@ -207,6 +207,12 @@ def test_the_scores_are_in_the_sentence_in_both_languages(tmp_path: Path) -> Non
     assert said == "trained, but not better than its baseline: 2.1 % exact match against 3.3 %"
     assert "不优于基线" in found.text("zh")
     assert found.trained and not found.ready  # it may be asked all the same
+    # The metric is better, the likelihood is not.
+    scores = read_scores(
+        reported(tmp_path, {"image_captioning/emoji": entry(0.5, 0.033) | {"advantage_ci": [0.4, 0.5]}})
+    )
+    found = readiness(CAPTION, DESCRIPTION, scores)
+    assert "its inputs do not improve its probabilities" in found.text() and not found.ready
 
 
 def test_without_a_report_nothing_is_doubted(tmp_path: Path) -> None:
