@@ -24,6 +24,8 @@ FIRST = (
     "api/", "test_demo_short", "hub/", "test_gpu_targets", "test_site", "evaluate/", "benchmarks/", "inference/",
 )  # fmt: skip
 
+OF_TREES = ("tests/train/test_simple_predictors.py", "tests/train/test_calibration.py")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +44,14 @@ def _place(item: pytest.Item) -> int:
 def _own_device(item: pytest.Function) -> bool:
     """Whether its device is the fixture's, not one of its parameters."""
     return "device" not in getattr(getattr(item, "callspec", None), "params", {})
+
+
+@pytest.fixture(autouse=True)
+def few_trees(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boosting of a tenth of the steps, which takes most of a short training; what trees predict has its own tests."""
+    if not request.node.nodeid.startswith(OF_TREES):
+        for name in ("STEPS", "MIN_STEPS"):
+            monkeypatch.setattr(f"openm6.train.simple_predictors.{name}", 8)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ SMOOTHING = 0.75  # of a bin: standard deviation of the soft target while traini
 MIN_WIDTH, MAX_WIDTH, PRIOR_BLOCKS = 0.5, 4.0, 3.0
 MIN_BLOCKS = 10  # fewer blocks only widen: the weights may have been chosen by their loss
 MIXED_BINS = 2.0  # of a bin: standard deviation of the neighbours with which its first weights are mixed
+MOST = 700.0  # logarithm of a value
 TAIL = 1e-3  # of either end that the mean of a distribution in logarithms leaves out: exp has no bound there
 
 
@@ -59,7 +60,7 @@ class Histogram:
     """Predicted distributions of M values and their statistics, in the column's own units.
 
     `probability` is M B over bins in t; `scale` M 2 holds loc and scale, those of log(x) where `log` (one or M). Around
-    its median each distribution is made `width` times as wide in t.
+    its median each distribution is made `width` times as wide in t. `most` bounds the logarithms.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Histogram:
         scale: np.ndarray,
         log: bool | np.ndarray = False,
         width: np.ndarray | None = None,
+        most: np.ndarray | float = MOST,
     ) -> None:
         self.probability = probability.astype(np.float64)
         self.loc, self.scale = scale.astype(np.float64).T
         self.log = np.broadcast_to(np.asarray(log, bool), self.loc.shape)
+        self.most = np.broadcast_to(np.minimum(most, MOST), self.loc.shape)
         self.borders = np.linspace(-LIMIT, LIMIT, BINS + 1)
         if width is not None and (width != 1).any():
             middle, below = self._quantile_t(0.5)[:, None], self._below()
@@ -125,7 +128,7 @@ class Histogram:
     def _values(self, t: np.ndarray) -> np.ndarray:
         """Values at places in t.  # M X -> M X"""
         values = self.loc[:, None] + self.scale[:, None] * np.sinh(t)
-        return np.where(self.log[:, None], np.exp(np.minimum(values, 700.0)), values)
+        return np.where(self.log[:, None], np.exp(np.minimum(values, self.most[:, None])), values)
 
 
 def fit_width(needed: np.ndarray, blocks: int, prior: float = 1.0, coverage: float = 0.8) -> float:

@@ -136,7 +136,7 @@ class Numbers(Modality):
         known = {name: value for name, value in given.items() if name not in raw}
         found = [self._prediction(name, known, fold) for name in raw]
         values = np.asarray([math.nan if value is None else float(value) for value in raw.values()])
-        loc, scale, log = np.asarray([one.units for one in found]).T
+        loc, scale, log, most = np.asarray([one.units for one in found]).T
         positive = np.where(log > 0, np.where(values > 0, np.log(np.maximum(values, 1e-300)), -np.inf), values)
         u = np.clip((positive - loc) / scale, -math.sinh(LIMIT), math.sinh(LIMIT))
         # log of dt/dz, t being the value on the scale of the column: so that likelihoods compare with those of others.
@@ -151,7 +151,7 @@ class Numbers(Modality):
             "forecasts": np.stack([one.values for one in found]).astype(np.float32),
             "features": np.stack([_query_features(one) for one in found]).astype(np.float32),
             "change": np.asarray([one.change for one in found], np.float32),
-            "units": np.stack([loc, scale, log], 1),
+            "units": np.stack([loc, scale, log, most], 1),
             "log_unit": np.where(observed, unit, 0).astype(np.float32),
         }
 
@@ -209,7 +209,7 @@ class Numbers(Modality):
         best = max(self.predictors, key=lambda table: table.num_usable(column, given), default=None)
         if best is not None and best.num_usable(column, given):
             return best.predict(column, given, fold)
-        return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False))
+        return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False, math.inf))
 
     def _arrays(self, raw: Any) -> Arrays:
         if not isinstance(raw, Mapping) or not raw:
@@ -328,12 +328,12 @@ class NumbersOut(Adapter):
     def histograms(self, hidden: Tensor, arrays: dict[str, Tensor]) -> list[Histogram]:
         """The distributions of the observed values of each row.  # B T D, B*T … -> B"""
         log_probability, location = self.distribution(hidden.flatten(0, 1), arrays)
-        loc, scale, log = arrays["units"].double().T
+        loc, scale, log, most = arrays["units"].double().T
         scales = torch.stack([loc + scale * location, scale * arrays["change"]], -1)  # N 2
-        found = (log_probability.exp(), scales, log.bool(), arrays["width"], arrays["observed"])
+        found = (log_probability.exp(), scales, log.bool(), arrays["width"], loc + scale * most, arrays["observed"])
         rows = (array.unflatten(0, (len(hidden), -1)).cpu().numpy() for array in found)
-        return [Histogram(p[seen], scale[seen], log[seen], width[seen])
-                for p, scale, log, width, seen in zip(*rows, strict=True)]  # fmt: skip
+        return [Histogram(p[seen], scale[seen], log[seen], width[seen], most[seen])
+                for p, scale, log, width, most, seen in zip(*rows, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         nll, _ = expected_nll(*self.distribution(hidden, arrays), arrays["values"], arrays["change"], one_hot_bins)

@@ -48,13 +48,14 @@ Given = Mapping[str, Any]  # by column: numbers and categories; besides TEXT, an
 class Prediction(NamedTuple):
     """What the predictors make of a column: values u that stand for loc + scale · u or, with `log`, exp of it.
 
+    `most` bounds a predicted distribution of logarithms, since exp has no bound: ten times the largest value seen.
     `change` is the typical error of the first value, `uncertainty` the logarithm of how much larger it is than with
     all columns given, and `fraction` how many of them are given.
     """
 
     values: np.ndarray  # M
     change: float
-    units: tuple[float, float, bool]  # loc, scale, log
+    units: tuple[float, float, bool, float]  # loc, scale, log, most as a u
     uncertainty: float = 0.0
     fraction: float = 0.0
 
@@ -269,11 +270,13 @@ class TablePredictors:
         ratio = max(1.0, error / max(with_all, 1e-9))
         log = bool(self.arrays["log"][index])
         loc, scale = self.arrays["scale"][index, 2 * log : 2 * log + 2].tolist()
+        low, high = self.arrays["range"][index].tolist()  # a margin of half the values' span on both sides
+        most = high - (high - low) / 4 + math.log(10) / scale if log else math.inf
         shown = np.isfinite(values).sum() + (codes != -1).sum()
         return Prediction(
             np.concatenate([[weight @ clipped], clipped]),
             float(self.arrays["change"][index] * ratio),
-            (loc, scale, log),
+            (loc, scale, log, most),
             math.log(ratio),
             float(shown / max(1, values.size + codes.size - 1)),
         )

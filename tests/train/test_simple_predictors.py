@@ -72,7 +72,7 @@ def errors(table: TablePredictors, column: str, rows: list[Row]) -> np.ndarray:
         value = numbers[column]
         assert value is not None
         one = table.predict(column, {**numbers, **categories})
-        loc, scale, log = one.units
+        loc, scale, log, _ = one.units
         u = ((math.log(value) if log else value) - loc) / scale
         found.append((one.values[0] - u) / one.change)
     return np.asarray(found)
@@ -84,6 +84,12 @@ def test_new_rows_are_predicted_about_as_well_as_expected(table: TablePredictors
     changes = {name: table.predict(name, made()[0][0]).change for name in ("area", "step", "noise")}
     assert changes["area"] < 0.01, "the logarithm of a product is a sum"
     assert changes["step"] < 0.5 < changes["noise"]
+
+
+def test_logarithms_are_bounded_by_ten_times_the_largest_value(table: TablePredictors):
+    loc, scale, log, most = table.predict("area", made()[0][0]).units
+    assert log and math.exp(loc + scale * most) == pytest.approx(10 * max(row[0]["area"] for row in made()))
+    assert table.predict("noise", made()[0][0]).units[2:] == (False, math.inf)
 
 
 def test_a_row_does_not_influence_what_is_predicted_of_it_in_training(table: TablePredictors):
