@@ -96,7 +96,7 @@ def test_a_histogram_of_logarithms(histogram: Histogram) -> None:
     width = Histogram(np.full((1, BINS), 1 / BINS) * 1e-4 + histogram.probability, np.array([[2.0, 1.0]]), log=True)
     assert np.isfinite(width.mean()[0]) and width.mean()[0] < 100
     bounded = Histogram(log.probability, np.array([[2.0, 0.3]]), log=True, most=np.array([2.5]))
-    assert bounded.quantile(0.999)[0] == pytest.approx(np.exp(2.5)) < log.quantile(0.999)[0]
+    assert bounded.quantile(0.999)[0] == pytest.approx(np.exp(2.5)) and log.quantile(0.999)[0] > 13
     assert bounded.median() == log.median()
 
 
