@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -52,12 +54,16 @@ class Fleet:
 
 def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
-    while True:
+    gc.freeze()  # what is imported is not looked through each time
+    for count in itertools.count():
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}-{count}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
         function, values = pipe.recv()
         try:
             pipe.send((True, function(*values)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        # Threads of a group wake a hundred times a second until it is destroyed and nothing refers to it.
+        dist.destroy_process_group()
+        gc.collect()
