@@ -15,29 +15,17 @@ CHINESE = sorted((DOCS / "zh").glob("*.md"))
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pages, from sources without leftovers of an earlier build."""
+def test_every_page_is_built_and_linked(tmp_path: Path) -> None:
+    """From sources without leftovers of an earlier build, with pages of files beside the docs."""
     pytest.importorskip("furo")
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", str(DOCS), str(out)]
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
-    return out
-
-
-def test_every_page_is_built(site: Path) -> None:
     for page in DOCS.rglob("*.md"):
-        assert (site / page.relative_to(DOCS)).with_suffix(".html").is_file()
-
-
-def test_files_beside_the_docs_are_pages(site: Path) -> None:
-    assert "Glossary" in (site / "contributing.html").read_text(encoding="utf-8")
-    assert 'href="contributing.html#extensions"' in (site / "quickstart.html").read_text(encoding="utf-8")
-
-
-def test_llms_txt_links_every_page(site: Path) -> None:
-    linked = set(re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8")))
+        assert (tmp_path / page.relative_to(DOCS)).with_suffix(".html").is_file()
+    assert "Glossary" in (tmp_path / "contributing.html").read_text(encoding="utf-8")
+    assert 'href="contributing.html#extensions"' in (tmp_path / "quickstart.html").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([^)]+)\)", (tmp_path / "llms.txt").read_text(encoding="utf-8")))
     pages = {page.relative_to(DOCS).with_suffix(".html").as_posix() for page in DOCS.rglob("*.md")} - {"index.html"}
     assert linked == pages
 

@@ -302,7 +302,7 @@ def test_a_measured_run_repeats_exactly_as_a_given_one(tmp_path: Path) -> None:
     config = LoopConfig.model_validate(values)
     measured = train(ToyTraining(), config, RunFolder.open(tmp_path / "measured"))
     steps = RunFolder(tmp_path / "measured").read_config()["loop"]["steps"]
-    assert measured.steps == steps >= 5
+    assert measured.steps == steps >= 2
     given = train(ToyTraining(), config.model_copy(update={"steps": steps}), RunFolder.open(tmp_path / "given"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (measured.checkpoint / name).read_bytes() == (given.checkpoint / name).read_bytes()
