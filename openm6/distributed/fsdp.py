@@ -278,9 +278,10 @@ class ShardedWeights(LayerWeights):
 
     def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for group, names in self._groups(index):
+        for group, matrices in self._groups(index):
+            names = [name for name in matrices if name in gradients]  # others are frozen
             parts = [gradients[name].float() for name in names]
-            if group is not None:
+            if group is not None and parts:
                 parts = _scattered(parts, [self.shard_spec(index, name) for name in names], group)
             found |= zip(names, parts, strict=True)
         return found if self._data is None else _summed(found, self._data)

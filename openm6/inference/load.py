@@ -67,6 +67,8 @@ class OffloadedInference(LayerExecutor):
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
         self._parameters: dict[tuple[int, int], dict[str, nn.Parameter]] = {}  # by group and address of the buffer
         self._open: int | None = None  # the group whose weights are in use
+        # Low-rank updates are merged into weights when these are read, because decoding uses the matrices alone.
+        self._updates = [backbone.group_blocks[group].take_lora() for group in self.records]
 
     def block(self, blocks: Sequence[TransformerBlock], layer: int) -> TransformerBlock:
         """Return the block of a layer on the weights of its group; while it is used, the next ones are fetched."""
@@ -109,6 +111,8 @@ class OffloadedInference(LayerExecutor):
         prefix = f"backbone.layers.{self.config.group_layers[self.records[record]]}"
         for name, slots in stored.items():
             read_weight(self.reader, f"{prefix}.{name}", slots[WEIGHT])
+            if name in self._updates[record]:
+                self._updates[record][name].merge_into(slots[WEIGHT])
 
 
 def place_offloaded(
@@ -117,9 +121,7 @@ def place_offloaded(
     """Put a model with matrices on `meta` on a device, but not those that only layers from `num_gpu_layers` on use."""
     backbone = omni.backbone
     for block in backbone.blocks[:num_gpu_layers]:
-        for module in block.shareable().values():
-            if any(parameter.is_meta for parameter in module.parameters()):
-                module.to_empty(device="cpu")
+        block.place_matrices("cpu")
     reader = load_placed(folder, omni)
     for tensor in [*omni.parameters(), *omni.buffers()]:
         if not tensor.is_meta:
@@ -267,8 +269,6 @@ def load(
         get_log().info(str(capabilities(device)))
     description, tokenizer = read_texts(folder)
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
-    if offloaded and description.backbone.lora is not None:
-        raise ConfigError("low-rank adapters are not merged into offloaded layers: leave num_gpu_layers out")
     where, kept = str(folder / TOKENIZER_FILE), folder / PREDICTORS_FILE
     predictors = from_bytes(kept.read_bytes(), str(kept)) if kept.is_file() else []
     omni, modalities = build_model(description, tokenizer, where, offloaded, predictors)

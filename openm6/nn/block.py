@@ -4,6 +4,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,26 @@ class TransformerBlock(nn.Module):
         return {"attention": self.attention, "mlp.experts": self.mlp.experts, **shared}
 
     def matrices(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the shareable modules, by their name in the block."""
+        """Return the parameters of the shareable modules but low-rank updates, by their name in the block."""
         return {
             f"{prefix}.{name}": parameter
             for prefix, module in self.shareable().items()
-            for name, parameter in module.named_parameters()
+            for name, parameter in module.named_parameters(recurse=False)
         }
+
+    def place_matrices(self, device: str) -> None:
+        """Move the matrices to or from `meta`, without their values; low-rank updates stay where they are."""
+        for module in self.shareable().values():
+            for name, matrix in list(module.named_parameters(recurse=False)):
+                if matrix.is_meta or device == "meta":
+                    setattr(module, name, nn.Parameter(torch.empty_like(matrix, device=device), matrix.requires_grad))
+
+    def take_lora(self) -> dict[str, LowRank]:
+        """Remove the low-rank updates; return them by the name of their matrix in the block."""
+        found = {f"{prefix}.{name}": one for prefix, x in self.shareable().items() for name, one in x.lora.items()}
+        for module in self.shareable().values():
+            module.lora = nn.ModuleDict()
+        return cast(dict[str, LowRank], found)
 
     def reset_norms(self) -> None:
         for norm in (self.attention_norm, self.qk_norm, self.mlp_norm):

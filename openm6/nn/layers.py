@@ -63,7 +63,7 @@ class LowRank(nn.Module):
         first, second = (self.a, self.b) if self.axis else (self.b, self.a)
         for name, part in zip(self.outputs, matrix.split(list(self.outputs.values()), self.axis), strict=True):
             if name in self.a:
-                part += self.scale * (first[name] @ second[name])
+                part += (self.scale * (first[name] @ second[name])).to(part.device)
 
 
 class UpdatesOfSome(NamedTuple):

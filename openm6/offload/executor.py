@@ -57,7 +57,7 @@ class OffloadedExecutor(LayerExecutor):
     def begin_step(self, number: int, lr: float, weight_decay: float, seed: int) -> None:
         """Call it before the forward pass of a training step, whose backward pass will update the weights."""
         self._step = number, lr, weight_decay, seed
-        self._updated: set[int] = set()
+        self.updated: set[int] = set()
         self._gradients: dict[int, dict[str, Tensor]] = {}
         self._squares, self._skipped = (torch.zeros((), device=self.store.device) for _ in range(2))
 
@@ -80,24 +80,29 @@ class OffloadedExecutor(LayerExecutor):
         parts = list(zip([one for one, _ in rows], contexts, fractions.unbind(), strict=True))
         self._gathered = None
         self.store.plan(self.uses(learning))
-        # Without an argument that requires a gradient, autograd would keep no trace of the first span.
-        requires_graph = torch.zeros((), device=x.device, requires_grad=learning)
         found: list[RouterStats] = []
         for span in self._spans:
-            own = {id(one): one for layer in span for one in self._own_parameters(layer)}
+            # Without an argument that requires a gradient, autograd would keep no trace of the first trained span.
+            # Ranks must gather the same weights, whichever adapters their rows use.
+            trained = self.weights.sharded or any(self.store.layouts[self.layer_groups[one]].trained for one in span)
+            requires_graph = torch.zeros((), device=x.device, requires_grad=learning and trained)
+            own = {id(one): one for layer in span if learning for one in self._own_parameters(layer)}
             stats: list[RouterStats] = []
             x, *side_losses = _Span.apply(self, parts, span, stats, requires_graph, x, *own.values())
             found += [replace(one, side_loss=loss) for one, loss in zip(stats, side_losses, strict=True)]
         return x, found
 
     def uses(self, learning: bool) -> list[Use]:
-        """The groups that a pass will open, in order; the backward pass goes over each span forward once more."""
+        """The groups that a pass will open, in order; the backward pass goes over each span forward once more.
+
+        It ends early if all that is left, from the first span on, is frozen.
+        """
         groups = self.layer_groups
         found = [Use(group, whole=False) for group in groups]
         if learning:
             for span in reversed(self._spans):
                 found += [Use(groups[layer], whole=False) for layer in span[:-1]]
-                found += [Use(groups[layer], self._is_last_use(layer)) for layer in reversed(span)]
+                found += [Use(groups[layer], self._is_updated_after(layer)) for layer in reversed(span)]
         return found
 
     def forward_layer(self, parts: list[Part], layer: int, x: Tensor) -> BlockOutput:
@@ -118,14 +123,18 @@ class OffloadedExecutor(LayerExecutor):
     def backward_layer(
         self, parts: list[Part], layer: int, x: Tensor, gradient: Tensor, side: Tensor | None, own_gradients: Gradients
     ) -> Tensor:
-        """Run a layer again with a graph; return the gradient of x, add own ones by id, update at the last use."""
+        """Run a layer again with a graph; return the gradient of x, add own ones by id, update at the last use.
+
+        Frozen weights have no gradient.
+        """
         group = self.layer_groups[layer]
-        if self._step is None or group in self._updated:
+        if self._step is None or group in self.updated:
             raise RuntimeError(
                 f"the weights of layer {layer} were updated in this step: run backward once for each forward"
             )
-        weights = {name: weight.detach().requires_grad_() for name, weight in self._open(group, x).items()}
-        own = self._own_parameters(layer)
+        weights, own = self._open(group, x), self._own_parameters(layer)
+        trained = {name: weights[name].detach().requires_grad_() for name in self.store.layouts[group].trained}
+        weights |= trained
 
         def backward(rows: slice, context: Context, fraction: Tensor, run: RunBlock) -> tuple[Tensor, ...]:
             part = x[rows].detach().requires_grad_()
@@ -134,15 +143,15 @@ class OffloadedExecutor(LayerExecutor):
             results, slopes = [y], [gradient[rows].to(y.dtype)]
             if stats is not None and side is not None and stats.side_loss.requires_grad:
                 results, slopes = [y, stats.side_loss], [*slopes, side * fraction]
-            return torch.autograd.grad(results, [part, *weights.values(), *own], slopes, allow_unused=True)
+            return torch.autograd.grad(results, [part, *trained.values(), *own], slopes, allow_unused=True)
 
         gradients: list[Tensor] = []
         for one in parts:
             found = self._attempt(partial(backward, *one))
             gradients.append(found[0])
-            _add(self._gradients.setdefault(group, {}), weights, found[1 : 1 + len(weights)])
-            _add(own_gradients, map(id, own), found[1 + len(weights) :])
-        changed = self._is_last_use(layer)
+            _add(self._gradients.setdefault(group, {}), trained, found[1 : 1 + len(trained)])
+            _add(own_gradients, map(id, own), found[1 + len(trained) :])
+        changed = self._is_updated_after(layer)
         if changed:
             self._update(group)
         self.store.close(group, changed)
@@ -193,14 +202,15 @@ class OffloadedExecutor(LayerExecutor):
                 self.rule.update(self._opened[name], gradient, args)
         self._squares += square
         self._skipped += ~allowed
-        self._updated.add(group)
+        self.updated.add(group)
 
-    def _is_last_use(self, layer: int) -> bool:
-        """Whether the backward pass, from the last layer to the first, needs the layer's weights no more after it."""
-        return self.layer_groups.index(self.layer_groups[layer]) == layer
+    def _is_updated_after(self, layer: int) -> bool:
+        """Whether the backward pass, from the last layer to the first, uses the layer's trained weights last here."""
+        group = self.layer_groups[layer]
+        return bool(self.store.layouts[group].trained) and self.layer_groups.index(group) == layer
 
     def _own_parameters(self, layer: int) -> list[nn.Parameter]:
-        """What a layer uses besides its group's matrices: norms and the router, which stay on the device."""
+        """What a layer trains besides its group's matrices and stays on the device: norms, router, low-rank updates."""
         matrices = {id(one) for one in self.blocks[layer].matrices().values()}
         return [one for one in self.blocks[layer].parameters() if one.requires_grad and id(one) not in matrices]
 
@@ -214,7 +224,7 @@ class _Span(torch.autograd.Function):
         requires_graph: Tensor, x: Tensor, *own: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return the output and the side loss of each sparse layer, whose statistics are appended to `stats`."""
-        if ctx.needs_input_grad[4]:
+        if any(ctx.needs_input_grad):
             ctx.x = x.detach()
             if executor.config.activation_storage == "host" and x.is_cuda:
                 # Both copies go through the current stream: the way out is paid by the forward pass, which has time

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -109,17 +109,23 @@ StorageFormat = UpdateRule | WeightsOnly
 
 
 class RecordLayout:
-    """Where in a record each slot is: first those that the forward pass reads, then what only updates need."""
+    """Where in a record each slot is: first those that the forward pass reads, then what only updates need.
 
-    def __init__(self, shapes: Mapping[str, Shape], storage: StorageFormat) -> None:
-        self.shapes = dict(shapes)
+    `frozen` parameters, which come first, have the former alone; the others are `trained`.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], storage: StorageFormat, frozen: Collection[str] = ()) -> None:
+        self.shapes, self.frozen = dict(shapes), frozenset(frozen)
+        self.trained = [name for name in shapes if name not in self.frozen]
         self.entries: list[tuple[str, Slot, int]] = []  # parameter, slot, offset
-        slots = [(name, slot) for name, shape in shapes.items() for slot in storage.slots(shape)]
-        self.read_bytes = end = 0
-        for name, slot in sorted(slots, key=lambda pair: pair[1].name not in storage.read_slots):
+        read, kept = set(storage.read_slots), [(name, slot) for name in shapes for slot in storage.slots(shapes[name])]
+        slots = [(name, slot) for name, slot in kept if name in self.trained or slot.name in read]
+        self.frozen_bytes = self.read_bytes = end = 0
+        for name, slot in sorted(slots, key=lambda pair: (pair[1].name not in read, pair[0] in self.trained)):
             self.entries.append((name, slot, end))
             end = _rounded(end + slot.num_bytes, ALIGNMENT)
-            self.read_bytes = end if slot.name in storage.read_slots else self.read_bytes
+            self.read_bytes = end if slot.name in read else self.read_bytes
+            self.frozen_bytes = end if name in self.frozen else self.frozen_bytes
         self.num_bytes = _rounded(end, PAGE)
 
     @property
@@ -239,10 +245,10 @@ class WeightStore:
             stream = self.streams.to_host
             stream.wait_event(buffer.free)
             with self.span("write_back"):
-                size = self.layouts[index].num_bytes
-                stream.copy(self.storage[index][:size], buffer.record[:size])
+                start, end = self.layouts[index].frozen_bytes, self.layouts[index].num_bytes
+                stream.copy(self.storage[index][start:end], buffer.record[start:end])
             self._written[index] = buffer.left = stream.record_event()
-            self.moved_bytes += size
+            self.moved_bytes += end - start
         buffer.open = False
         self._fetch_ahead()
 

@@ -15,6 +15,7 @@ STEPS = 4  # scales per doubling: a scale is 2^(exponent/4), so that one byte sp
 FILLED = 110  # level of a block's largest value at first: a margin to grow before the scale must
 SPARSE = 56  # if a whole block is below this level, its scale is halved, which is exact
 BLOCK = 64
+NEAREST = 0x80008000 - 2**32  # bits that round to the nearest value
 
 
 def random_bits(

@@ -55,6 +55,8 @@ def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def default_groups(model: nn.Module) -> Groups:
     """Return three groups: matrices, tables and kernels, and vectors (norms, biases), which are not decayed.
 
+    What is on `meta`, as offloaded weights are, has an update rule of its own.
+
     Keys of a group: `params`; `muon` (True if Muon may orthogonalize the update); optional `weight_decay`, which
     replaces the config's; optional `lr_scale`, a factor on the learning rate.
     """
@@ -65,7 +67,7 @@ def default_groups(model: nn.Module) -> Groups:
         for parameter in module.parameters(recurse=False)
     }
     matrices, others, vectors = [], [], []
-    for parameter in (one for one in model.parameters() if one.requires_grad):
+    for parameter in (one for one in model.parameters() if one.requires_grad and not one.is_meta):
         if parameter.ndim < 2:
             vectors.append(parameter)
         elif id(parameter) in tables or parameter.ndim > 3:

@@ -64,7 +64,7 @@ class OptimizerState:
 
 
 class UpdateRule(ABC):
-    """How one parameter is stored, read and updated. A `key` seeds the rounding to fewer bits than fp32."""
+    """How one parameter is stored, read and updated. A `key` seeds the rounding to fewer bits; None: to nearest."""
 
     read_slots: tuple[str, ...] = (WEIGHT,)  # those that `read` needs
 
@@ -80,7 +80,7 @@ class UpdateRule(ABC):
         return stored[WEIGHT].to(dtype)
 
     @abstractmethod
-    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+    def write(self, stored: Slots, values: Tensor, key: int | None, spec: ShardSpec = REPLICATED) -> None:
         """Replace the weights and keep the rest."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class UpdateRule(ABC):
     def import_state(self, stored: Slots, state: OptimizerState, key: int) -> None:
         """Fill the slots."""
 
-    def fill(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+    def fill(self, stored: Slots, values: Tensor, key: int | None, spec: ShardSpec = REPLICATED) -> None:
         """Store first values, and zeros for the rest."""
         self.write(stored, values, key, spec)
         for name, tensor in stored.items():
@@ -110,7 +110,7 @@ class AdamRule(UpdateRule):
         values = [Slot(name, shape, torch.float32) for name in (WEIGHT, "exp_avg", "exp_avg_sq")]
         return [*values, Slot("step", (), torch.float32)]
 
-    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+    def write(self, stored: Slots, values: Tensor, key: int | None, spec: ShardSpec = REPLICATED) -> None:
         stored[WEIGHT].copy_(values)
 
     def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
@@ -148,7 +148,7 @@ class FactoredRule(UpdateRule):
         """Store weight · decay - update, rounded by `bits`."""
         self.encode(stored, stored[WEIGHT].float() * decay - update, bits)
 
-    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+    def write(self, stored: Slots, values: Tensor, key: int | None, spec: ShardSpec = REPLICATED) -> None:
         weights = {name: _as_matrices(stored[name], name) for name in self.read_slots}
         values = _as_matrices(values, WEIGHT)
         for first, last in _chunks(values):
@@ -318,8 +318,10 @@ def _chunks(matrices: Tensor, spec: ShardSpec = REPLICATED) -> Iterator[tuple[in
         yield first, min(first + size, len(matrices))
 
 
-def _bits(matrices: Tensor, key: int, first: int, spec: ShardSpec) -> Tensor:
+def _bits(matrices: Tensor, key: int | None, first: int, spec: ShardSpec) -> Tensor:
     """Return random bits of matrices E R C, with index `first` and following of those on this rank."""
+    if key is None:
+        return torch.full(matrices.shape, low_precision.NEAREST, dtype=torch.int32, device=matrices.device)
     _, rows, columns = matrices.shape
     start = spec.rows(rows)[0] * columns
     bits = random_bits(len(matrices), rows * columns, key, spec.first + first, matrices.device, start)

@@ -33,7 +33,7 @@ FreeBytes = dict[str, float]  # by tier: `device`, `host`, `disk`
 class Budget:
     """The memory that training a backbone needs, from its sizes alone, and what is free.
 
-    others: parameters outside the layers' matrices; tokens: of one step
+    others: parameters outside the layers' matrices, `frozen` of them; tokens: of one step
     value_bytes: of an activation or a gradient; checkpoints: on the disk at a time
     beside: bytes of host memory that the weights of the stage before take while layers get weights of their own
     stem_elements: kept of a patch of an image before the first layer; every token counts as one
@@ -51,6 +51,7 @@ class Budget:
     beside: int = 0
     stem_elements: int = 0
     gathered: int = 0
+    frozen: int = 0
 
     @property
     def parameters(self) -> int:
@@ -60,7 +61,7 @@ class Budget:
     def checkpoint_bytes(self) -> float:
         """Return the size of one checkpoint on the disk, which holds all that is kept between steps."""
         kept = sum(layout.num_bytes for layout in self.layouts)
-        return kept + (OTHERS.weights + OTHERS.moments) * self.others
+        return kept + OTHERS.weights * self.others + OTHERS.moments * (self.others - self.frozen)
 
     @property
     def bytes_per_parameter(self) -> float:
@@ -99,14 +100,17 @@ class Budget:
         every = offload.activation_checkpointing_every
         inputs, activations, layer = layerwise_step(config, self.tokens, micro_batch, largest, self.value_bytes, every)
         # Gradients of shared weights add up until their last use; the weights of one group are computed with.
-        in_use = (len(config.group_layers) if config.stage == "pseudo" else 1) + 1
+        trained = sum(bool(layout.trained) for layout in self.layouts)
+        in_use = (trained if config.stage == "pseudo" else min(1, trained)) + 1
+        changing = OTHERS.gradients + OTHERS.moments
         buffer = max((layout.num_bytes for layout in offloaded), default=0)
         return {
             ("device", "weights on the device"): read,
             ("device", "optimizer state on the device"): kept - read,
             ("device", "buffers for offloaded layers"): offload.buffers * buffer,
             # Beside what is kept, a copy in the dtype of computation.
-            ("device", "embeddings, heads, norms, routers"): (OTHERS.kept + FULL) * self.others,
+            ("device", "embeddings, heads, norms, routers"): (OTHERS.kept + FULL) * self.others
+            - changing * self.frozen,
             ("device", "gradient and weights of the layer in use"): in_use * layer,
             ("device", "activations of one layer"): activations,
             ("device", "activations of the image stem"): float(self.value_bytes * self.tokens * self.stem_elements),
@@ -140,7 +144,7 @@ class Budget:
             blocks = Backbone(preset.backbone).group_blocks
         layouts = [RecordLayout(matrix_shapes(block), rule) for block in blocks]
         others = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
-        return replace(self, config=preset.backbone, layouts=layouts, others=others, beside=0)
+        return replace(self, config=preset.backbone, layouts=layouts, others=others, beside=0, frozen=0)
 
 
 def check_budget(budget: Budget, rule: UpdateRule) -> None:
@@ -206,6 +210,6 @@ def _changes(budget: Budget) -> dict[str, Budget]:
         found[f"loop.offload.{name}={value}"] = replace(budget, offload=offload)
     for precision in PRECISIONS[1:]:
         rule = update_rule(OptimizerConfig(precision=precision))
-        layouts = [RecordLayout(layout.shapes, rule) for layout in budget.layouts]
+        layouts = [RecordLayout(layout.shapes, rule, layout.frozen) for layout in budget.layouts]
         found[f"loop.optimizer.precision={precision}"] = replace(budget, layouts=layouts)
     return found

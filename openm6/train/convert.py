@@ -24,6 +24,7 @@ from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import OptimizerState, Shape, Slots, UpdateRule, update_rule
 from openm6.train.offloaded import full_name
+from openm6.train.start import START_FILE
 
 WRITTEN_AGAIN = ("format", "openm6", "step", "files")  # of state.json
 
@@ -66,10 +67,19 @@ class Conversion:
             for name, stored in _empty_group(shapes, self.new_rule).items():
                 state = self._inherited(self.old_rule.export_state(old[name]), self.sources.count(source))
                 self.new_rule.import_state(stored, state, derive_seed(0, "convert", group, name))
+                trained = self._is_trained(f"backbone.layers.{self.old.group_layers[source]}.{name}")
                 for slot, tensor in stored.items():
                     full = full_name(f"backbone.layers.{self.new.group_layers[group]}.{name}", slot)
-                    (shard.model if slot in self.new_rule.read_slots else shard.optimizer)[full] = tensor
+                    if slot in self.new_rule.read_slots:
+                        shard.model[full] = tensor
+                    elif trained:
+                        shard.optimizer[full] = tensor
             yield shard
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether a matrix has optimizer state, which a frozen one never has, or nothing has any yet."""
+        names = self.kept.names
+        return not names or any(one.startswith(f"{name}{SEPARATOR}") for one in names)
 
     def _read_group(self, source: int, shapes: dict[str, Shape]) -> dict[str, Slots]:
         """One group as it was saved; what the optimizer had not kept yet is zero."""
@@ -134,8 +144,11 @@ def convert(
     if list_checkpoints(RunFolder(out).checkpoints):
         raise ConfigError(f"{out} already holds a run: choose another folder")
     run = RunFolder.open(out)
-    if settings := RunFolder(folder.parents[1]).read_config():
+    before = RunFolder(folder.parents[1])
+    if settings := before.read_config():
         run.write_config(conversion.changed(settings))
+    if (before.path / START_FILE).is_file():
+        replace_text(run.path / START_FILE, (before.path / START_FILE).read_text(encoding="utf-8"))
     description = conversion.description.model_copy(update={"backbone": conversion.new})
     files: dict[str, str | bytes] = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: conversion.tokenizer}
     replace_text(run.path / TOKENIZER_FILE, conversion.tokenizer)

@@ -69,7 +69,7 @@ class MultimodalTraining(TrainingTask):
         start = open_start(recipe, run)
         ridges = self._fit(used, start)
         seed_everything(recipe.loop.seed, "weights")
-        empty = recipe.loop.offloaded and (start is None or start.checkpoint is None)
+        empty = recipe.loop.offloaded or (start is not None and start.checkpoint is not None)
         predictors = from_bytes(self.predictors, PREDICTORS_FILE) if self.predictors else ()
         self.omni, self.modalities = build_model(self.description, self.tokenizer, "the tokenizer", empty, predictors)
         self.description = self.description.model_copy(update={"external": self.modalities.external})
@@ -78,7 +78,7 @@ class MultimodalTraining(TrainingTask):
         self.model = self.omni
         self.stem_elements = recipe.modalities.image.stem_elements
         if start is not None:
-            start.load_weights(self.omni, recipe.modalities)
+            self.start_weights = start.load_weights(self.omni, recipe.modalities, recipe.loop.offloaded)
             tasks = [recipe.task(component.task) for component in recipe.mixture]
             found = {slot.modality for task in tasks for slot in (task.target, *task.inputs.values())}
             chats = MODALITIES if any(task.chat for task in tasks) else ()

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openm6.checkpoint.folder import SEPARATOR
-from openm6.checkpoint.load import check_known, load_optimizer, load_parts
+from openm6.checkpoint.folder import EXPONENT, SEPARATOR
+from openm6.checkpoint.load import check_known, load_optimizer, load_parts, read_weight
 from openm6.checkpoint.optimizer import Moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, named_tensors
@@ -40,9 +40,10 @@ def open_train_step(training: TrainingTask, config: LoopConfig, checkpoints: Pat
 class OffloadedTrainStep(TrainStep):
     """Update the matrices of each group of layers during the backward pass, and all other parameters after it.
 
-    The others are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever
-    `precision` states, since they are few and sensitive. `max_grad_norm` bounds the norm of their gradient alone;
-    matrices are clipped by their rule, because the norm of all gradients is not yet there when they are updated.
+    The others are embeddings, heads, norms, routers and low-rank updates: they stay on the device in fp32 under AdamW,
+    whatever `precision` states, since they are few and sensitive. `max_grad_norm` bounds the norm of their gradient
+    alone; matrices are clipped by their rule, because the norm of all gradients is not yet there when they are updated.
+    Frozen matrices are only read: the store holds no optimizer state of them, and does not write them back.
     """
 
     def __init__(self, training: TrainingTask, config: LoopConfig, checkpoints: Path | None = None) -> None:
@@ -51,8 +52,10 @@ class OffloadedTrainStep(TrainStep):
             raise ConfigError(
                 "this kind of training has no blocks to offload: leave loop.offload and loop.optimizer.precision out"
             )
-        if (training.backbone.config.lora or training.backbone.config.modality_experts) is not None:
-            raise ConfigError("adapters and modality experts are trained without offloading: leave loop.offload out")
+        if training.backbone.config.modality_experts is not None:
+            raise ConfigError(
+                "modality experts are trained without offloading: leave loop.offload and loop.optimizer.precision out"
+            )
         self.training, self.config, self.ranks = training, config, training.ranks
         self.backbone: Backbone = training.backbone
         self.offload = config.offload or OffloadConfig()
@@ -66,22 +69,18 @@ class OffloadedTrainStep(TrainStep):
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         report = super().update(batch, step, total)
-        moved = self.num_shards - int(self._skipped) if not report.applied else 0
-        if moved:
+        if not report.applied and (moved := len(self.executor.updated) - int(self._skipped)):
             get_log().warning(
-                f"step {step}: the weights of {self.num_shards - moved} layers had no finite gradient and stayed; "
+                f"step {step}: the weights of {int(self._skipped)} layers had no finite gradient and stayed; "
                 f"{moved} were updated"
             )
         return report
 
     def _backward(self, batch: Batch, step: int, rate: float) -> tuple[StepResult, Tensor]:
         self.executor.begin_step(step, rate, self.config.optimizer.weight_decay, self.config.seed)
-        with self.autocast():
-            result = self.training.loss(batch)
-        result.loss.backward()
+        result, norm = super()._backward(batch, step, rate)
         grad_norm, self._skipped = self.executor.end_step()
-        self.ranks.sum_gradients(self.parameters)
-        return result, torch.hypot(self._clip(), grad_norm)
+        return result, torch.hypot(norm, grad_norm)
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         groups, before, seed = self.backbone.config.layer_groups, self.store, self.config.seed
@@ -121,14 +120,7 @@ class OffloadedTrainStep(TrainStep):
         check_known(reader, {name for name, _ in model.named_parameters()} | set(others))
         load_parts(reader, others)
         load_optimizer(folder, self.optimizer, model, self.training.ranks.layout)
-        for group, shard in enumerate(self.shards()):
-            targets = {**shard.model, **shard.optimizer}
-            load_parts(reader, targets)
-            # A shard on the host was read where it is stored, a copy of one on a GPU was not.
-            for own, _, _, tensor in self._stored(group):
-                if not tensor.is_cpu:
-                    tensor.copy_(self.weights.to_local(targets[own]))
-        self.store.invalidate()
+        self._read(reader, state=True)
 
     def close(self) -> None:
         self.store.free()
@@ -136,9 +128,12 @@ class OffloadedTrainStep(TrainStep):
 
     def _open_store(self) -> None:
         config = self.backbone.config
-        shapes = [matrix_shapes(block) for block in self.backbone.group_blocks]
-        self.weights = self.training.ranks.layer_weights(shapes)
-        layouts = [RecordLayout(self.weights.local_shapes(group), self.rule) for group in range(len(shapes))]
+        blocks = self.backbone.group_blocks
+        self.weights = self.training.ranks.layer_weights([matrix_shapes(block) for block in blocks])
+        frozen = [[name for name, one in block.matrices().items() if not one.requires_grad] for block in blocks]
+        layouts = [
+            RecordLayout(self.weights.local_shapes(group), self.rule, frozen[group]) for group in range(len(blocks))
+        ]
         self.num_shards = len(layouts)
         budget = self.budget(layouts)
         if self.config.stages is not None and config.stage == "pseudo":
@@ -150,32 +145,41 @@ class OffloadedTrainStep(TrainStep):
         self.store = WeightStore(
             layouts, budget.on_device, self.device, self._streams, self.offload.buffers, self.offload.pin
         )
-        blocks, dispatcher = self.backbone.blocks, self.backbone.executor.dispatcher
+        dispatcher = self.backbone.executor.dispatcher
         self.executor = self.backbone.executor = OffloadedExecutor(
-            blocks, config.layer_groups, self.store, self.rule, self.offload, self.weights, dispatcher
+            self.backbone.blocks, config.layer_groups, self.store, self.rule, self.offload, self.weights, dispatcher
         )
 
     def budget(self, layouts: list[RecordLayout]) -> Budget:
-        others = sum(parameter.numel() for parameter in self.training.model.parameters())
-        others -= sum(torch.Size(shape).numel() for one in self.weights.shapes for shape in one.values())
+        matrices = {id(one) for block in self.backbone.group_blocks for one in block.matrices().values()}
+        others = [one for one in self.training.model.parameters() if id(one) not in matrices]
         kept = self.config.keep_last + 1 + self.config.load_best_model_at_end
         free = available(self.device, self.offload, self._checkpoints)
         half = resolve_precision(self.config.precision, self.device) == "bf16"
         tokens = -(-self.training.tokens_per_step // self.training.ranks.size)
         return Budget(
-            self.backbone.config, layouts, others, tokens, self.offload, free,
+            self.backbone.config, layouts, sum(one.numel() for one in others), tokens, self.offload, free,
+            frozen=sum(one.numel() for one in others if not one.requires_grad),
             value_bytes=HALF if half else FULL, checkpoints=0 if self._checkpoints is None else kept,
             stem_elements=self.training.stem_elements,
             gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
         )  # fmt: skip
 
     def _fill(self) -> None:
-        """The model's weights into the store, or first values drawn group by group; the model keeps their shapes."""
-        config, seed = self.backbone.config, self.config.seed
+        """Weights of the start or of the model, or first values drawn, into the store; the model keeps their shapes."""
+        config, seed, start = self.backbone.config, self.config.seed, self.training.start_weights
+        quantized = start is not None and any(name.endswith(f"{SEPARATOR}{EXPONENT}") for name in start.names)
+        if start is not None and quantized == (EXPONENT in self.rule.read_slots):
+            self._read(start, state=False)
+            return
         for group, block in enumerate(self.backbone.group_blocks):
             values = {name: matrix.detach() for name, matrix in block.matrices().items()}
             own = None
-            if any(value.is_meta for value in values.values()):
+            if start is not None:
+                values = {name: torch.empty_like(value, device="cpu") for name, value in values.items()}
+                for name, value in values.items():
+                    read_weight(start, f"{self._prefix(group)}.{name}", value)
+            elif any(value.is_meta for value in values.values()):
                 # Of experts those that this rank holds.
                 up, own = "mlp.experts.up", range(0)
                 if up in values:
@@ -184,16 +188,29 @@ class OffloadedTrainStep(TrainStep):
                 values = first_values(config, group, seed, self.store.device, own)
             for name, stored in self.store.stored(group).items():
                 part = self.weights.part(group, name, values[name], local_experts=own is not None)
-                key = derive_seed(seed, "fill", group, name)
+                key = None if start is not None else derive_seed(seed, "fill", group, name)
                 self.rule.fill(stored, part.float(), key, self.weights.shard_spec(group, name))
-            for module in block.shareable().values():
-                module.to("meta").requires_grad_(False)
+            block.place_matrices("meta")
         self.store.invalidate()
+
+    def _read(self, reader: CheckpointReader, state: bool) -> None:
+        """Fill the store from a checkpoint, `state` too; both have int8 weights or neither. CheckpointError: no fit."""
+        for group, shard in enumerate(self.shards()):
+            targets = {**shard.model, **(shard.optimizer if state else {})}
+            load_parts(reader, targets)
+            # A shard on the host was read where it is stored, a copy of one on a GPU was not.
+            for own, _, _, tensor in self._stored(group):
+                if own in targets and not tensor.is_cpu:
+                    tensor.copy_(self.weights.to_local(targets[own]))
+        self.store.invalidate()
+
+    def _prefix(self, group: int) -> str:
+        block = self.backbone.group_blocks[group]
+        return next(name for name, module in self.training.model.named_modules() if module is block)
 
     def _stored(self, group: int) -> Iterator[tuple[str, str, str, Tensor]]:
         """Each tensor in the store: its name in a checkpoint, that of its matrix in the block, its slot, and itself."""
-        block = self.backbone.group_blocks[group]
-        prefix = next(name for name, module in self.training.model.named_modules() if module is block)
+        prefix = self._prefix(group)
         for name, stored in self.store.stored(group).items():
             for slot, tensor in stored.items():
                 yield full_name(f"{prefix}.{name}", slot), name, slot, tensor

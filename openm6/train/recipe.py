@@ -101,8 +101,6 @@ class MultimodalRecipe(Config):
             if component.source not in self.sources:
                 hint = nearest(component.source, sorted(self.sources))
                 raise ValueError(f"the mixture names source {component.source!r}, which sources does not hold; {hint}")
-        if self.model.freeze and self.loop.offloaded:
-            raise ValueError("offloaded training updates all weights: leave model.freeze out, or offload and precision")
         if self.replay and self.model.start is None:
             raise ValueError(f"replay={self.replay} is for the mixture of a start: add model: {{start: RUN}}")
         for name in self.loss_weights:

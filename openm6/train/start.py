@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from openm6.checkpoint.folder import PREDICTORS_FILE, STATE_FILE, latest, list_checkpoints
-from openm6.checkpoint.load import load_model
+from openm6.checkpoint.load import load_placed
+from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError, nearest
 from openm6.core.log import get_log
@@ -53,13 +54,20 @@ class Start:
         kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths", "external")}
         return own.model_copy(update=joined | kept)
 
-    def load_weights(self, omni: Omni, chosen: ModalitiesConfig) -> None:
-        """Fill a model with the start's weights; pool, adapters and modalities that it lacks keep their first."""
-        if self.checkpoint is not None:
-            own = self.description.modalities
-            unlike = [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
-            unread = tuple(f"adapters.{name}_" for name in unlike)
-            load_model(self.checkpoint, omni, new=(".lora.", ".modality_experts.", f"adapters.{POOL}."), unread=unread)
+    def load_weights(self, omni: Omni, chosen: ModalitiesConfig, offloaded: bool) -> CheckpointReader | None:
+        """Fill a model with the start's weights; return the reader of its layers' matrices if these stay on `meta`.
+
+        Pool, adapters and modalities that the start lacks keep their first weights.
+        """
+        if self.checkpoint is None:
+            return None
+        for block in omni.backbone.blocks if not offloaded else ():
+            block.place_matrices("cpu")
+        own = self.description.modalities
+        unlike = [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
+        new, unread = (".lora.", ".modality_experts.", f"adapters.{POOL}."), tuple(f"adapters.{x}_" for x in unlike)
+        reader = load_placed(self.checkpoint, omni, new, unread)
+        return reader if offloaded else None
 
 
 def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:

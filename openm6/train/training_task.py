@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.data.packing import Packer
@@ -51,6 +52,7 @@ class TrainingTask:
 
     model: nn.Module
     ranks: ProcessGroupContext = ProcessGroupContext()  # the processes that train the same model
+    start_weights: CheckpointReader | None = None  # of a model that has not read those of its layers, to be offloaded
     packer: Packer | None = None  # that `batches` comes from; several processes may then make its examples
     stem_elements: int = 0  # that are kept of a patch of an image before the first layer, for the backward pass
     max_parts: int = 1  # into how many parts, each worth a process, a batch may be split

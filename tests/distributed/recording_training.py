@@ -15,7 +15,9 @@ from openm6.distributed.processes import DistributedContext
 from openm6.modalities.batch import Batch
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
+from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe
+from openm6.train.start import with_start
 from openm6.train.training_task import StepResult
 
 Records = dict[int, list[tuple[int, int, int]]]  # step -> component, epoch and index of each example
@@ -48,9 +50,10 @@ def run_steps(
     """Goes on in a run's folder from step `begin`; gives this rank's records and the losses of all steps so far."""
     names = ("dp_replicate", "dp_shard", "ep")
     settings = [f"parallel.{name}={size}" for name, size in zip(names, axes, strict=True)]
-    checked, _ = read_recipe(Path(recipe), settings)
+    run, (checked, values) = RunFolder.open(folder), read_recipe(Path(recipe), settings)
+    assert isinstance(checked, MultimodalRecipe)
+    checked, _ = with_start(checked, values, run)
     ranks = DistributedContext(torch.device("cpu"), 20) if dist.is_initialized() else ProcessGroupContext()
-    run = RunFolder.open(folder)
     training = RecordingTraining(checked, run, torch.device("cpu"), ranks)
     training.first_step = begin
     training.prepare(fall_at)

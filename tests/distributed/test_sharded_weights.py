@@ -51,13 +51,14 @@ def there_and_back(axes: tuple[int, int, int]) -> list[bool]:
         # An expert's gradient already holds the rows of all ranks among which experts are dealt out.
         times = axes[0] * axes[1] * (1 if name == "mlp.experts.up" else axes[2])
         same.append(torch.allclose(part, times * parts[name]))
-    return same
+    some = sets.reduce(0, {"narrow": whole["narrow"].clone()})  # the others are frozen
+    return [*same, list(some) == ["narrow"] and torch.equal(some["narrow"], summed["narrow"])]
 
 
 @pytest.mark.parametrize("axes", [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (1, 1, 4)])
 def test_parts_are_gathered_and_sums_are_cut(axes: tuple[int, int, int], four: Fleet) -> None:
     for same in four.run(there_and_back, axes):
-        assert len(same) >= 5 and all(same)
+        assert len(same) >= 6 and all(same)
 
 
 def moved(axes: tuple[int, int, int] | None, bytes_per_parameter: int, in_triton: bool) -> dict[str, Tensor]:

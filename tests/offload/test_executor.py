@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.models.backbone import choose_mask
 from openm6.models.config import BackboneConfig
 from openm6.nn import attention
+from openm6.nn.config import LoraConfig
 from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import _row_parts, run_block
 from openm6.offload.weight_store import Streams, open_streams
@@ -112,6 +113,109 @@ def test_streamed_is_resident_to_the_bit(backbone: BackboneConfig, bytes_per_par
         {"num_gpu_layers": (1,), "activation_checkpointing_every": 2},
     ):
         assert_same(on_device, offloaded_run(backbone, config_of(bytes_per_parameter, **changes)))
+
+
+ADAPTED = words_backbone(lora=LoraConfig(r=8))
+KEPT: dict[str, tuple[BackboneConfig, Callable[[str], bool]]] = {  # what is trained
+    "all": (ADAPTED, lambda name: True),
+    "adapters": (ADAPTED, lambda name: ".lora." in name),
+    "last layer": (PLAIN, lambda name: "layers.3" in name),
+    "parts of layers": (PLAIN, lambda name: "norm" in name or ("attention" in name) == ("layers.1" in name)),
+    "parts of shared layers": (SHARED, lambda name: "mlp" in name),
+}
+
+
+def training_of(case: str) -> WordsTraining:
+    backbone, trains = KEPT[case]
+    training = WordsTraining(backbone)
+    for name, parameter in training.model.named_parameters():
+        parameter.requires_grad_(trains(name))
+    return training
+
+
+@pytest.mark.parametrize("case", KEPT)
+@pytest.mark.parametrize("every", [1, 3])
+def test_frozen_weights_are_read_alone_and_the_rest_is_plain_training_to_the_bit(case: str, every: int) -> None:
+    """No gradient, no optimizer state and no write-back of what is frozen; its bytes stay."""
+    training, other = training_of(case), training_of(case)
+    first = {name: one.detach().clone() for name, one in training.model.named_parameters()}
+    plain = TrainStep(training, words_config(max_grad_norm=None))
+    offloaded = OffloadedTrainStep(other, config_of(16, activation_checkpointing_every=every))
+    written = watched_copies(offloaded)
+    gradients: set[tuple[int, str]] = set()
+    update = offloaded.executor._update
+
+    def watched(group: int) -> None:
+        gradients.update((group, name) for name in offloaded.executor._gradients[group])
+        update(group)
+
+    with patch.object(offloaded.executor, "_update", watched):
+        assert steps_of(plain, training) == steps_of(offloaded, other)
+    named = dict(training.model.named_parameters())
+    frozen = 0
+    for index, layout in enumerate(offloaded.store.layouts):
+        for name, stored in offloaded.store.stored(index).items():
+            full = f"backbone.layers.{KEPT[case][0].group_layers[index]}.{name}"
+            assert torch.equal(stored["weight"], named[full]), name
+            assert torch.equal(stored["weight"], first[full]) == (name in layout.frozen)
+            assert ((index, name) in gradients) == (name in layout.trained) == ("exp_avg" in stored)
+            frozen += name in layout.frozen
+            start = stored["weight"].data_ptr()
+            assert any(a <= start < b for a, b in written) == (name in layout.trained)
+    resting = {name: one for name, one in other.model.named_parameters() if not one.is_meta}
+    assert bool(frozen) == (case != "all")
+    assert all(torch.equal(one, named[name]) for name, one in resting.items())
+    assert {id(one) for one in offloaded.parameters} == {id(one) for one in resting.values() if one.requires_grad}
+
+
+def watched_copies(train_step: OffloadedTrainStep) -> list[tuple[int, int]]:
+    """The addresses of host memory, from and to, that will be written back."""
+    found: list[tuple[int, int]] = []
+    stream = train_step.store.streams.to_host
+
+    def copy(target: Tensor, source: Tensor) -> None:
+        found.append((target.data_ptr(), target.data_ptr() + target.nbytes))
+        target.copy_(source)
+
+    stream.copy = copy  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_frozen_layers_are_only_read_however_late_copies_come(case: str) -> None:
+    def run(streams: Streams | None = None, **changes: Any) -> tuple[list[float], list[Tensor]]:
+        training = training_of(case)
+        train_step = opened(training, config_of(2, **changes), streams)
+        if isinstance(streams, WatchedStreams):
+            streams.watch(train_step.store, train_step.rule.read_slots)
+        losses = steps_of(train_step, training)
+        train_step.store.synchronize()
+        return losses, [stored.clone() for stored in train_step.store.storage]
+
+    expected, watched = run(num_gpu_layers="auto"), WatchedStreams()
+    assert_same(expected, run(watched))
+    assert not watched.clashes
+    for changes in ({}, {"num_gpu_layers": 1, "activation_checkpointing_every": 2}, {"buffers": 3}):
+        assert_same(expected, run(late_streams(True, True), **changes))
+    assert run(gradient_accumulation_steps=2)[0] == pytest.approx(expected[0], rel=1e-3)
+
+
+def test_the_backward_pass_ends_before_layers_that_have_nothing_to_train() -> None:
+    training = training_of("last layer")
+    train_step = OffloadedTrainStep(training, config_of())
+    opened_groups: list[int] = []
+    open_record = train_step.store.open
+
+    def watched(index: int) -> Any:
+        opened_groups.append(index)
+        return open_record(index)
+
+    train_step.store.open = watched  # type: ignore[method-assign]
+    steps_of(train_step, training, 2)
+    assert opened_groups == [0, 1, 2, 3, 3] * 2
+    with torch.no_grad(), patch("openm6.offload.executor.capture_precision") as kept:
+        training.words(training.batch(3).words)
+    assert not kept.called  # without a backward pass, no inputs of layers are kept for one
 
 
 @pytest.fixture

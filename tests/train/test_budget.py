@@ -14,15 +14,16 @@ from openm6.checkpoint.folder import latest
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.offload.config import OffloadConfig
-from openm6.offload.weight_store import RecordLayout
+from openm6.offload.weight_store import PAGE, RecordLayout
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.rules import update_rule
 from openm6.plan.hardware import GIB
 from openm6.train import budget as module
-from openm6.train.budget import Budget, available, check_budget, refusal
+from openm6.train.budget import Budget, _changes, available, check_budget, refusal
 from openm6.train.config import StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
+from tests.offload.test_executor import config_of, training_of
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 CPU = torch.device("cpu")
@@ -61,6 +62,23 @@ def test_it_counts_what_a_run_allocates() -> None:
     weights = 2 * sum(layout.num_parameters for layout in train_step.store.layouts)
     assert lines["weights on the device"] + lines["offloaded weights"] == pytest.approx(weights, rel=0.02)
     assert lines["buffers for offloaded layers"] == 2 * max(away)
+
+
+def test_what_is_frozen_counts_without_gradient_and_optimizer_state() -> None:
+    trained, frozen = (OffloadedTrainStep(training_of(case), config_of(2)) for case in ("all", "adapters"))
+    (whole, all_of_it), (part, rest) = (
+        (one.budget(one.store.layouts), one.budget(one.store.layouts).entries(())) for one in (trained, frozen)
+    )
+    weights = sum(layout.num_parameters for layout in frozen.store.layouts)
+    assert 2 * weights <= rest["host", "offloaded weights"] < 2.02 * weights
+    assert rest["host", "state of offloaded weights"] < 4 * PAGE < all_of_it["host", "state of offloaded weights"]
+    others = part.others - part.frozen
+    assert others == sum(one.numel() for one in frozen.parameters) and whole.frozen == 0
+    assert rest["device", "embeddings, heads, norms, routers"] == 20 * others + 8 * part.frozen
+    layer = ("device", "gradient and weights of the layer in use")
+    assert rest[layer] == all_of_it[layer] / 2
+    smaller = _changes(part)["loop.optimizer.precision=int8-adafactor"]
+    assert [one.frozen for one in smaller.layouts] == [one.frozen for one in part.layouts]
 
 
 @pytest.mark.parametrize("size", [16, 4, 2, 1])
