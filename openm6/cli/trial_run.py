@@ -25,6 +25,7 @@ from openm6.plan.measured import STEPS, TRIAL_FILE, WARMUP_STEPS, TrialRun, end_
 from openm6.train.callbacks import Callback
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
+from openm6.train.multimodal_data import network_seconds
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path, with_batch_size
 from openm6.train.step import StepReport
@@ -109,7 +110,10 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
     on_gpu = device.type == "cuda"
     training = TrialTraining(checked, run, device)
     total, active = training.omni.count_parameters()
-    start_seconds = time.perf_counter() - began
+    # The networks of the trial take the time of a run without `loop.minutes`.
+    networks = sum(network_seconds(whole).values()) - sum(network_seconds(checked).values())
+    longer = networks if any(table.networks for table in training.numbers.predictors) else 0.0
+    start_seconds = time.perf_counter() - began + longer
     # Compute the first batches once: after the first epoch most codes of images and audio clips are cached.
     start, cached_batches = training.packer.state(), STEPS + checked.loop.prefetch + 1
     caches = [
@@ -131,6 +135,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
         minutes=loop.minutes,
         save_every=loop.save_every,
         start_seconds=start_seconds,
+        seconds_before=training.seconds_before + longer,
         held_out_every=loop.held_out.every if loop.held_out is not None else None,
         held_out_seconds=training.held_out_seconds,
         save_seconds=training.finish_began - clock.last_step,

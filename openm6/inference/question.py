@@ -21,7 +21,7 @@ import PIL.Image
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.core.log import get_log
-from openm6.inference.engine import generate_scored, predict_distributions
+from openm6.inference.engine import generate_scored, predict_distributions, score_texts
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import decode_masked
 from openm6.inference.prefill import Prompt
@@ -31,13 +31,14 @@ from openm6.modalities.dates import is_date
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import Image, read_image
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.registry import MODALITIES, source_segments
+from openm6.modalities.registry import MODALITIES, source_segments, target_segment
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import join_texts
 from openm6.models.description import CheckpointConfig
 from openm6.tasks.chat import Turn, chat_parts, join_neighbours, said
 from openm6.tasks.own import SomeNumbers
 from openm6.tasks.registry import all_tasks
+from openm6.tasks.slots import SHORT, Text
 from openm6.tasks.task import LANGUAGES, Task, word_count, words_of
 
 # Geometric mean probability of an answer's tokens; below it, an answer to free text is not trusted.
@@ -301,15 +302,20 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
 
 def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] | None:
     """The words before and after the input in the first prompt of the first trained task that fits, if one does."""
-    for component in loaded.description.trained_tasks:
-        task = loaded.tasks.get(component.task)
-        if task is not None and _fits(task, question):
-            # An own task may have prompts in other languages alone.
-            prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
-            before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
-            column = question.target_column().replace("_", " ") if "{column}" in after else ""
-            return before, after.replace("{column}", column)
-    return None
+    if not (fitting := _fitting(question, loaded)):
+        return None
+    task = fitting[0][0]
+    # An own task may have prompts in other languages alone.
+    prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
+    before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
+    column = question.target_column().replace("_", " ") if "{column}" in after else ""
+    return before, after.replace("{column}", column)
+
+
+def _fitting(question: Question, loaded: LoadedModel) -> list[tuple[Task, str]]:
+    """The trained tasks with the same input and output, and their sources."""
+    tasks = ((loaded.tasks.get(component.task), component.source) for component in loaded.description.trained_tasks)
+    return [(task, source) for task, source in tasks if task is not None and _fits(task, question)]
 
 
 def _fits(task: Task, question: Question) -> bool:
@@ -394,11 +400,36 @@ Answer = str | PIL.Image.Image | np.ndarray | Histogram
 
 
 def answer_questions(loaded: LoadedModel, questions: Sequence[Question], decoding: Decoding) -> list[Answer]:
-    """Return the answers to questions, all of which ask for one modality; the one at i draws from seed + i."""
+    """Return the answers to questions, all of which ask for one modality; the one at i draws from seed + i.
+
+    A label that has simple predictors is answered by its most probable class, unless the question has words of its own.
+    """
     parts = [prompt_parts(question, loaded) for question in questions]
-    asked = zip(questions, parts, strict=True)
+    asked = list(zip(questions, parts, strict=True))
     targets = [target_of(question, prompt, loaded) for question, prompt in asked if question.output != "text"]
-    return answer_parts(loaded, parts, questions[0].output, targets, decoding)
+    named = {index: name for index, one in enumerate(asked) if (name := _class_of(*one, loaded)) is not None}
+    free = [prompt for index, prompt in enumerate(parts) if index not in named]
+    generated = iter(answer_parts(loaded, free, questions[0].output, targets, decoding))
+    return [named[index] if index in named else next(generated) for index in range(len(questions))]
+
+
+def _class_of(question: Question, parts: Sequence[Part], loaded: LoadedModel) -> str | None:
+    """The most probable class of a label that the prompt of a trained task asks for, if it has simple predictors.
+
+    If such questions were trained on several sources, each has its own classes, and the answer may be of any.
+    """
+    fitting = _fitting(question, loaded) if question.text is None else []
+    task = fitting[0][0] if len({source for _, source in fitting}) == 1 else None
+    if task is None or not isinstance(task.target, Text):
+        return None
+    shown = dict.fromkeys((task.target.name, f"{task.target.name}_{question.language}"), "a class")
+    options = {**task.target.part(shown, question.language).options, "given": loaded.numbers.given(parts)}
+    label = loaded.numbers.label_predictions(options) if "column" in options else None
+    if label is None:
+        return None
+    names = [target_segment(Part("text", name, {"max_tokens": SHORT}), loaded.modalities) for name in label.classes]
+    nll = score_texts(loaded, [source_segments(parts, loaded.modalities)], names)
+    return label.classes[int(loaded.numbers.label_scores(nll, label.classes, [options])[0].argmax())]
 
 
 def answer_parts(

@@ -166,10 +166,7 @@ class Image(CodesModality):
         values = self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw))
         gain = np.ones((), np.float32)
         if rng is not None and mask_box is None:  # an inpainted region must keep its position
-            strong = self.config.augmentation == "strong"
-            values = _transformed(values, rng) if strong else _moved(values, rng)
-            if self.config.flips and rng.random() < 0.5:
-                values = values[:, ::-1]
+            values, strong = augmented(values, self.config, rng), self.config.augmentation == "strong"
             gain = np.asarray(rng.uniform(*CONTRASTS) * (rng.uniform(*TINTS, 3) if strong else 1), np.float32)
         side = self.config.patch
         down, across = values.shape[0] // side, values.shape[1] // side
@@ -268,9 +265,15 @@ def random_box(rng: np.random.Generator, grid: int = 8) -> tuple[float, float, f
     return (columns.min() / grid, rows.min() / grid, (columns.max() + 1) / grid, (rows.max() + 1) / grid)
 
 
-def _moved(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The image moved by up to 1/16 of its height, edges repeated, as augmentation.  # H W 3"""
-    reach = max(1, values.shape[0] // 16)
+def augmented(values: np.ndarray, config: ImageConfig, rng: np.random.Generator, reach: float = 1 / 16) -> np.ndarray:
+    """The image of a training example, transformed or moved by up to `reach` of its height, and flipped.  # H W 3"""
+    values = _transformed(values, rng) if config.augmentation == "strong" else _moved(values, rng, reach)
+    return values[:, ::-1] if config.flips and rng.random() < 0.5 else values
+
+
+def _moved(values: np.ndarray, rng: np.random.Generator, fraction: float) -> np.ndarray:
+    """The image moved by up to a fraction of its height, edges repeated, as augmentation.  # H W 3"""
+    reach = max(1, int(values.shape[0] * fraction))
     moves = rng.integers(-reach, reach + 1, 2).tolist()
     for axis, move in enumerate(moves):
         values = values.take(np.arange(move, move + values.shape[axis]), axis, mode="clip")

@@ -66,7 +66,7 @@ class AudioConfig(Config):
 
 
 class NumbersConfig(Config):
-    """Whether columns of tables have simple predictors: ridge regression and trees (auto), ridge alone, or none."""
+    """Whether columns have simple predictors: linear models, trees and networks (auto), linear models, or none."""
 
     predictors: Literal["auto", "ridge", "none"] = "auto"
 

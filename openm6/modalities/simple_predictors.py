@@ -1,29 +1,34 @@
-"""Simple predictors of the columns of a source from what a record holds: linear models and boosted trees.
+"""Simple predictors of the columns of a source from what a record holds: linear models, trees, convolutions.
 
 train/simple_predictors.py fits those of numbers to all rows and without each fold, so that a training example sees
 models that have not seen its row, and those of labels, which have no part in training. Here they are read and applied.
 """
 
 # Letters: R rows, C number columns, E columns of words and images, Q categories, F features, K folds, M predictions,
-# T trees, N nodes, V vocabulary, L labels
+# T trees, N nodes, V vocabulary, L labels, B images, S side of an image
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from torch import Tensor
 
 from openm6.core.errors import CheckpointError, DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import content_key, text_hash
-from openm6.modalities.image import read_image
+from openm6.modalities.image import LEVELS as VALUES
+from openm6.modalities.image import read_image, to_square
 from openm6.modalities.interface import Arrays, Part
 
 FOLDS = 5
@@ -33,10 +38,12 @@ MAX_PRODUCTS = 16  # columns of a table whose products are features
 CACHE_BYTES = 2**25
 _TABLES = "tables"
 TEXT, IMAGE = "\0text", "\0image"  # in what is given: all texts but categories, and an image
+RAW = "\0raw"  # the image itself, in rows of which IMAGE is its features
 MAX_LETTERS, TEXT_WORDS = 8_000, 128  # of the texts of a row that are read; words of the vocabulary that are columns
 SIDE, CELLS, TURNS, LEVELS = 32, 4, 8, 4  # of images: pixels and cells of a side, directions, levels of a colour
 IMAGE_FEATURES = CELLS**2 * TURNS + LEVELS**3
-EXPERTS = ("columns", "text", "image", "trees")  # what labels are predicted from; trees take all of it
+# What labels are predicted from; trees take all of it but pixels, which a convolutional network reads if there is one.
+EXPERTS = ("columns", "text", "image", "trees", "pixels")
 LEAST = math.log(1e-4)  # of the logarithm of a probability
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 _CELL = np.add.outer(np.arange(SIDE) * CELLS // SIDE * CELLS, np.arange(SIDE) * CELLS // SIDE) * TURNS
@@ -104,6 +111,40 @@ def image_features(raw: Any) -> np.ndarray:
     return np.sqrt(np.concatenate([slopes / (slopes.sum() + 1e-3), counts / counts.sum()]))
 
 
+def image_pixels(raw: Any, side: int) -> np.ndarray:
+    """The image in a white square, as a convolutional network reads it.  # -> S S 3"""
+    return np.asarray(to_square(read_image(raw, target_pixels=side**2), side))
+
+
+def convolve(images: np.ndarray, layers: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+    """Means over images of what convolutions find in them, whose results are halved each time.  # B S S 3 -> B C"""
+    x = torch.from_numpy(VALUES.take(images)).permute(0, 3, 1, 2)
+    for layer in layers:
+        x = F.relu(F.max_pool2d(layer(x), 2))
+    return x.mean((2, 3))
+
+
+class Network:
+    """A convolutional network of one label: matrices of 3 x 3 convolutions and of a linear layer, biases last.
+
+    arrays: by number of the layer, and `side` of the images.  # outputs, 9 · inputs + 1; L C+1; 1
+    """
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.side = int(arrays["side"].item())
+        *matrices, self.head = (torch.tensor(arrays[str(number)]).float() for number in range(len(arrays) - 1))
+        self.layers = [
+            partial(F.conv2d, weight=one[:, :-1].reshape(len(one), -1, 3, 3), bias=one[:, -1], stride=2 - (number > 0),
+                    padding=1) for number, one in enumerate(matrices)
+        ]  # fmt: skip
+
+    @torch.inference_mode()
+    def predict(self, raw: Any) -> np.ndarray:
+        """Logarithms of probabilities of an image.  # -> L"""
+        found = convolve(image_pixels(raw, self.side)[None], self.layers)[0]
+        return F.linear(found, self.head[:, :-1], self.head[:, -1]).log_softmax(0).numpy()
+
+
 class Trees:
     """Boosted trees of one column, K times T of N nodes each; the outputs of a label take turns.
 
@@ -164,7 +205,8 @@ class TablePredictors:
     `mean` (K+1 F) and `covariance` (K+1 F F) of the features without each fold, last with all rows; by column:
     `log`, whether its logarithm is predicted, `penalty` (C 2) of ridge, `weight` (C M-1) in the blend, `change` (0:
     no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `idf` (V); `image`, the components of
-    image features and, last, their mean; `label COLUMN EXPERT` (L F+1), a linear model, and `label COLUMN trees/name`.
+    image features and, last, their mean; `label COLUMN EXPERT` (L F+1), a linear model, `label COLUMN trees/name`, and
+    `label COLUMN pixels/name` of its `Network`.
     """
 
     def __init__(
@@ -177,8 +219,9 @@ class TablePredictors:
         self.labels = {name: Label(*label) for name, label in (labels or {}).items()}
         self.trees: dict[int | str, Trees] = {}
         for name in (*range(len(self.numbers)), *(f"label {name} trees" for name in self.labels)):
-            if own := {key.rpartition("/")[2]: array for key, array in arrays.items() if key.startswith(f"{name}/")}:
+            if own := _part(arrays, name):
                 self.trees[name] = Trees(own)
+        self.networks = {name: Network(own) for name in self.labels if (own := _part(arrays, f"label {name} pixels"))}
         self._ridges = LRUCache[tuple[np.ndarray, ...]](CACHE_BYTES)
         self._images = LRUCache[np.ndarray](CACHE_BYTES)
         count, first = len(arrays["scale"]), len(self.numbers)
@@ -325,7 +368,8 @@ class TablePredictors:
     def predict_label(self, column: str, given: Given, number: int = 1) -> LabelPrediction:
         """What each expert makes of a label; `number` is that of this source in the key of the weights."""
         label = self.labels[column]
-        found = np.zeros((len(EXPERTS), len(label.classes)))
+        # Without a network, weights are those of four experts.
+        found = np.zeros((len(EXPERTS) - (column not in self.networks), len(label.classes)))
         for expert, (name, x) in enumerate(self.label_inputs(label, [given]).items()):
             key = f"label {column} {name}"
             if np.isfinite(x).any() and (key in self.trees or key in self.arrays):
@@ -333,8 +377,19 @@ class TablePredictors:
                 logits = self.trees[key].predict(0, x)[0] if linear is None else linear @ [*np.nan_to_num(x[0]), 1]
                 logits = np.append(-logits, logits) / 2 if len(logits) == 1 else logits
                 found[expert] = np.maximum(log_softmax(logits), LEAST)
+        if column in self.networks and IMAGE in given:
+            raw, network = given[IMAGE], self.networks[column]
+            file = (column, content_key(raw)) if isinstance(raw, bytes) else None
+            with suppress(DataError):
+                scores = self._images.get_or_compute(file, lambda: network.predict(raw))
+                found[-1] = np.maximum(scores, LEAST)
         known = "".join("1" if row.any() else "0" for row in found)
         return LabelPrediction(f"label {number} {column} {known}", label.classes, found)
+
+
+def _part(arrays: Arrays, prefix: int | str) -> Arrays:
+    """Arrays under `prefix/`, by the rest of their names."""
+    return {name.rpartition("/")[2]: array for name, array in arrays.items() if name.startswith(f"{prefix}/")}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ STEPS = 40  # that a trial run takes
 WARMUP_STEPS = 8  # of them, slower because caches are cold, code is compiled and memory is allocated
 TIMEOUT = 600.0  # seconds that a trial run may take
 TIME_FOR_STEPS = 0.96  # of loop.minutes; the rest is for evaluating and saving
+MAX_BEFORE = 0.65  # of loop.minutes that what is done before the first step takes from the steps
 STDIN = 0
 TRIAL_FILE = "trial.json"  # of a trial run, in its folder
 
@@ -32,10 +33,11 @@ TRIAL_FILE = "trial.json"  # of a trial run, in its folder
 class TrialRun(Config):
     """What a trial run reports beside its metrics.
 
-    steps, minutes: of the whole run; save_every: its steps from checkpoint to checkpoint; held_out_seconds: 0 if the
-    recipe does without; evaluations: fraction of the records and seconds of each, none if the recipe does without;
-    report_seconds: what follows the last step beside checkpoint and evaluation. cache_uses: lookups, misses and seconds
-    of each cache of codes while `cached_batches` batches were made; cores: among which this work is divided.
+    steps, minutes: of the whole run; seconds_before: of its minutes, before the first step; save_every: its steps from
+    checkpoint to checkpoint; held_out_seconds: 0 if the recipe does without; evaluations: fraction of the records and
+    seconds of each, none if the recipe does without; report_seconds: what follows the last step beside checkpoint and
+    evaluation. cache_uses: lookups, misses and seconds of each cache of codes while `cached_batches` batches were made;
+    cores: among which this work is divided.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TrialRun(Config):
     minutes: float | None
     save_every: int
     start_seconds: float
+    seconds_before: float = 0.0
     held_out_every: int | None
     held_out_seconds: float
     save_seconds: float
@@ -94,6 +97,11 @@ def plan_measured(
             raise TrainingError(f"the trial run failed: {last.removeprefix('error: ')}")
         trial = TrialRun.model_validate_json((run.path / TRIAL_FILE).read_text(encoding="utf-8"))
         return extrapolate(trial, measured_steps(run), tokens, days, config)
+
+
+def time_for_steps(minutes: float, before: float) -> float:
+    """Seconds of steps in a run of some minutes, `before` of which precede the first step."""
+    return 60 * minutes * TIME_FOR_STEPS - min(before, 60 * minutes * MAX_BEFORE)
 
 
 def measured_steps(run: RunFolder) -> MeasuredSteps:
@@ -146,7 +154,7 @@ def extrapolate(
 ) -> dict[str, Any]:
     """The plan of the whole run, as `openm6 plan --json` writes it."""
     # The recipe is checked: it has steps or minutes.
-    limit = days * SECONDS_PER_DAY if days is not None else TIME_FOR_STEPS * (trial.minutes or 0.0) * 60
+    limit = days * SECONDS_PER_DAY if days is not None else time_for_steps(trial.minutes or 0.0, trial.seconds_before)
     step_seconds = steps.seconds
     for _ in range(5):  # the longer a run, the shorter its mean step
         if tokens is not None:

@@ -20,7 +20,7 @@ from openm6.tasks.task import Example
 from openm6.train.recipe import MultimodalRecipe
 
 CALIBRATED = 200  # validation records of a source
-# Of the weights of labels: the most, and how strongly they are drawn to equal ones.
+# Of the weights of labels: the most, and how strongly they are drawn to those of `likely_weights`.
 MAX_WEIGHT, PRIOR_RECORDS = 3.0, 10.0
 PRIORS = {"numbers_out": 1.0, "series_out": 1.25}  # widths without records: the future of a series differs
 
@@ -78,15 +78,21 @@ def _fit_label_weights(loaded: LoadedModel, calibration: Sequence[list[Example]]
         own = log_softmax(-class_nll(loaded, [example for example, _ in pairs], classes))
         experts = np.stack([one.with_model(row, classes) for row, (_, one) in zip(own, pairs, strict=True)])  # R M+1 L
         loss = partial(_label_loss, experts=experts, truth=np.asarray([classes.index(one.answer) for one, _ in pairs]))
-        fitted = minimize(loss, equal_weights(experts[0]), bounds=[(0, MAX_WEIGHT)] * experts.shape[1]).x.tolist()
-        weights[key] = dict(zip(("model", *EXPERTS), fitted, strict=True))
+        fitted = minimize(loss, likely_weights(experts[0]), bounds=[(0, MAX_WEIGHT)] * experts.shape[1]).x.tolist()
+        weights[key] = dict(zip(("model", *EXPERTS), fitted, strict=False))  # a network is the last, if any
         listed = ", ".join(f"{name} {one:.2f}" for name, one in weights[key].items())
         get_log().info(f"{key}: weights by {len(pairs)} validation records: {listed}")
     return weights
 
 
+def likely_weights(experts: np.ndarray) -> np.ndarray:
+    """Equal weights, but of an image and nothing else that of the network alone, if there is one.  # M+1 L -> M+1"""
+    known = [name for name, row in zip(("model", *EXPERTS), experts, strict=False) if row.any()]
+    return np.eye(len(experts))[-1] if known == ["model", "image", "pixels"] else equal_weights(experts)
+
+
 def _label_loss(weights: np.ndarray, experts: np.ndarray, truth: np.ndarray) -> float:
-    """The mean log loss, and how far the weights are from equal ones.  # M+1, R M+1 L, R"""
-    far = ((weights - equal_weights(experts[0])) ** 2).sum() * PRIOR_RECORDS / len(truth)
+    """The mean log loss, and how far the weights are from likely ones.  # M+1, R M+1 L, R"""
+    far = ((weights - likely_weights(experts[0])) ** 2).sum() * PRIOR_RECORDS / len(truth)
     scores = log_softmax(np.einsum("m,rml->rl", weights, experts))
     return float(far - scores[np.arange(len(truth)), truth].mean())

@@ -17,7 +17,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.worker_pool import children, handled_stops
 from openm6.optim.config import decay_start
-from openm6.plan.measured import TIME_FOR_STEPS
+from openm6.plan.measured import TIME_FOR_STEPS, time_for_steps
 from openm6.train.config import LOOP_SECTION, HeldOutConfig, LoopConfig, StagesConfig
 from openm6.train.step import StepReport, TrainStep, seed_everything
 from openm6.train.training_task import TrainingTask
@@ -46,10 +46,15 @@ class Progress:
 
 
 class RunLength:
-    """The number of steps of a run; None until it is known. A measured one goes into config.yaml, for repeated runs."""
+    """The number of steps of a run; None until it is known. A measured one goes into config.yaml, for repeated runs.
 
-    def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
-        self._config, self._run, self._ranks = config, run, ranks or ProcessGroupContext()
+    `before`: seconds of the run's minutes that were spent before the first step.
+    """
+
+    def __init__(
+        self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None, before: float = 0.0
+    ) -> None:
+        self._config, self._run, self._ranks, self._before = config, run, ranks or ProcessGroupContext(), before
         self._spent: list[float] = []  # seconds of each step
         written = run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
         self.steps: int | None = written if isinstance(written, int) else None
@@ -62,14 +67,15 @@ class RunLength:
         if self.steps is not None or self._config.minutes is None:
             return
         self._spent.append(self._ranks.broadcast_object(seconds))  # all ranks must come to the same number
-        measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
+        measured, spent = self._spent[SKIPPED:], sum(self._spent)
+        left = time_for_steps(self._config.minutes, self._before)
+        budget = left / TIME_FOR_STEPS
         enough = len(measured) >= MIN_MEASURED and spent >= budget * MEASURED_FRACTION
         slow = len(measured) >= 1 and spent >= budget / 2  # too slow to be measured well
         if not (enough or slow):
             return
         recent = measured[len(measured) // 2 :]  # the first ones fill caches that the later ones find filled
-        left = budget * TIME_FOR_STEPS - spent
-        self._set(step + max(0, math.floor(left / (sum(recent) / len(recent)))), step)
+        self._set(step + max(0, math.floor((left - spent) / (sum(recent) / len(recent)))), step)
         get_log().info(f"{self.steps} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}")
 
     def decay_from(self, step: int) -> bool:

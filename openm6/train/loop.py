@@ -146,7 +146,7 @@ class _Run:
         if settings is not None:
             run.write_config(settings)
         self.begun = self.progress.step  # the last step that has begun; on a GPU its report may be to come
-        self.length = RunLength(config, run, training.ranks)
+        self.length = RunLength(config, run, training.ranks, training.seconds_before)
 
     def train(self) -> None:
         training, config, progress = self.training, self.config, self.progress

@@ -1,5 +1,6 @@
 """Multimodal training: one model, many tasks over many sources, packed rows."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,11 +111,13 @@ class MultimodalTraining(TrainingTask):
         # The start holds what was fitted to the sources that it names.
         known = [name for name in sources if before is not None and name in before.sources]
         new = {name: source for name, source in sources.items() if name not in known}
-        text, fitted = "", b""
+        text, fitted, spent = "", b"", 0.0
         if self.ranks.is_main_process:
             text = data.tokenizer_text(recipe, sources, run) if start is None else start.tokenizer
+            began = time.monotonic()
             fitted = data.table_predictors(recipe, new, run, [] if start is None else start.predictors)
-        self.tokenizer, self.predictors = self.ranks.broadcast_object((text, fitted))
+            spent = time.monotonic() - began
+        self.tokenizer, self.predictors, self.seconds_before = self.ranks.broadcast_object((text, fitted, spent))
         series = data.fit_all_series(sources.values()) | ({} if before is None else before.series)
         ridges = data.fit_all_ridges(new.values(), series)
         if before is not None:

@@ -31,11 +31,12 @@ from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_scale, fit_series
-from openm6.modalities.simple_predictors import IMAGE, TablePredictors, fold_of, image_features, to_bytes
+from openm6.modalities.simple_predictors import IMAGE, RAW, TablePredictors, fold_of, image_features, to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
 from openm6.tasks.slots import Context, Derived, categories, input_only, pinned, predictable
 from openm6.tasks.task import Task, literal_texts, word_count
+from openm6.train.image_network import NetworkPlan
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.simple_predictors import MAX_ROWS, Labels, fit_table
 
@@ -46,6 +47,8 @@ RIDGE_WINDOWS = 4000  # to which regressions are fitted
 SAMPLED = 20  # records of a source in which each task looks for its fields
 SEARCHED = 2_000  # records in which a task looks that found nothing in those
 FITTING_FRACTION, DEFAULT_MINUTES = 0.1, 5.0  # of the time of a training, for simple predictors
+# Likewise, of the time of tasks that name what an image alone shows; other processes wait, but not over ten minutes.
+NETWORK_FRACTION, NETWORK_MINUTES, MAX_NETWORK_MINUTES = 0.5, 1.0, 10.0
 MAX_IMAGES, IMAGE_BYTES = 3_000, 2**28  # of a source, that simple predictors are fitted to: ten seconds
 COUNTED = 100  # records of a source in which words are counted
 
@@ -154,19 +157,35 @@ def table_predictors(
     minutes = recipe.loop.minutes or DEFAULT_MINUTES
     seconds = {"auto": FITTING_FRACTION * 60 * minutes / max(1, len(predicted)), "ridge": 0.0}
     tables: list[TablePredictors] = []
-    kind = recipe.modalities.numbers.predictors
+    kind, networks = recipe.modalities.numbers.predictors, network_seconds(recipe)
     for name, tasks in predicted.items() if kind in seconds else ():
         began = time.monotonic()
         rows, folds, labels = predictor_rows(sources[name], tasks)
         parts = {column for record in _readable(sources[name], SAMPLED) for column in input_only(record)}
-        if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind], labels, parts)):
+        plan = NetworkPlan(networks.get(name, 0.0) if kind == "auto" else 0.0, recipe.modalities.image)
+        if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind], labels, parts, plan)):
             tables.append(table)
+            also = f", networks for {len(table.networks)}" if table.networks else ""
+            spent = time.monotonic() - began
             get_log().info(
                 f"source {name}: simple predictors of {len(table.numbers)} numbers and {len(table.labels)} labels, "
-                f"trees for {len(table.trees)}, fitted to {len(rows):,} records in {time.monotonic() - began:.1f} s"
+                f"trees for {len(table.trees)}{also}, fitted to {len(rows):,} records in {spent:.1f} s"
             )
     tables += known
     return to_bytes(tables) if tables else b""
+
+
+def network_seconds(recipe: MultimodalRecipe) -> dict[str, float]:
+    """The time of networks of images of each source: a part of that of its tasks which read images and name a label."""
+    seconds = dict[str, float]()
+    minutes = min(recipe.loop.minutes or NETWORK_MINUTES, MAX_NETWORK_MINUTES)
+    each = NETWORK_FRACTION * 60 * minutes / sum(component.weight for component in recipe.mixture)
+    for component in recipe.mixture:
+        task = recipe.task(component.task)
+        inputs = {slot.modality for slot in task.inputs.values()}
+        if task.may_be_label and "image" in inputs:
+            seconds[component.source] = seconds.get(component.source, 0.0) + each * component.weight / len(inputs)
+    return seconds
 
 
 def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str, Any]], list[int], Labels]:
@@ -190,7 +209,7 @@ def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str
             row |= {name: named[name] for name in categories(record) if name in named}
         image = row.pop(IMAGE, None)
         with suppress(DataError):
-            row |= {} if image is None else {IMAGE: image_features(image)}
+            row |= {} if image is None else {IMAGE: image_features(image)} | ({RAW: image} if named else {})
         if row:
             rows.append(row)
             folds.append(fold_of(record))

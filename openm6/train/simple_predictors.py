@@ -1,6 +1,6 @@
 """Fitting the simple predictors of a source, see modalities/simple_predictors.py, before a training."""
 
-# Letters: R rows, C number columns, F features, K folds, M predictions, L penalties
+# Letters: R rows, C number columns, F features, K folds, M predictions, L penalties, S side of an image
 
 import math
 import warnings
@@ -17,14 +17,17 @@ from openm6.modalities.simple_predictors import (
     FOLDS,
     IMAGE,
     PREDICTIONS,
+    RAW,
     TEXT,
     TEXT_WORDS,
     Given,
     Label,
+    Network,
     TablePredictors,
     Trees,
     words_in,
 )
+from openm6.train.image_network import NO_NETWORKS, NetworkPlan, fit_network
 
 Labels = Sequence[Mapping[str, str]]  # of each row, by column
 MAX_ROWS, MIN_ROWS = 8_000, 20  # of a table, and those with a value of the column
@@ -52,11 +55,13 @@ LINEAR_FRACTION, LINEAR_SECONDS, ITERATIONS = 0.15, 4e-9, (30, 300)
 
 
 def fit_table(
-    rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: Labels = (), inputs_only: Collection[str] = ()
-) -> TablePredictors | None:
+    rows: Sequence[Given], fold: np.ndarray, seconds: float, labels: Labels = (), inputs_only: Collection[str] = (),
+    networks: NetworkPlan = NO_NETWORKS,
+) -> TablePredictors | None:  # fmt: skip
     """Predictors of each number column, but `inputs_only`, and label from all else of a row, None if nothing has any.
 
-    `fold` and `labels` are of each row. All take `seconds`, by an estimate that the same rows always have.
+    `fold` and `labels` are of each row. All take `seconds`, but networks of images those of their plan, by an estimate
+    that the same rows always have.
     """
     table = _empty(rows, MAX_VOCABULARY if any(labels) else TEXT_WORDS)
     columns = sorted({column for row in labels for column in row}, key=lambda name: (name in table.categories, name))
@@ -69,9 +74,10 @@ def fit_table(
     table.arrays["scale"][len(table.numbers) :, :2] = np.stack([np.nanmean(more, 0), np.nanstd(more, 0) + 1e-9], 1)
     targets = [index for index, name in enumerate(table.numbers) if name not in inputs_only]
     per_target = seconds / max(1, len(columns) + len(targets))
+    network = networks._replace(seconds=networks.seconds / max(1, len(columns)))
     for column in columns:
         if not any(column in label.hidden for label in table.labels.values()):  # equal ones have the same
-            _fit_label(table, column, rows, labels, per_target)
+            _fit_label(table, column, rows, labels, per_target, network)
     seconds = per_target * len(targets)
     seen = np.isfinite(values[:, : len(table.numbers)])
     # A number that is alone beside labels has no inputs. One of few values, beside words and images only, is
@@ -96,8 +102,10 @@ def fit_table(
     return table if fitted or table.labels else None
 
 
-def _fit_label(table: TablePredictors, column: str, rows: Sequence[Given], labels: Labels, seconds: float) -> None:
-    """Fit linear models and trees of a label, unless it has too few or too many classes."""
+def _fit_label(
+    table: TablePredictors, column: str, rows: Sequence[Given], labels: Labels, seconds: float, network: NetworkPlan
+) -> None:
+    """Fit linear models, trees and a network of a label, unless it has too few or too many classes."""
     # scikit-learn and scipy take a second to import: only a training with labels needs them.
     from scipy.sparse import csr_array  # noqa: PLC0415
     from sklearn.ensemble import HistGradientBoostingClassifier  # noqa: PLC0415
@@ -138,6 +146,11 @@ def _fit_label(table: TablePredictors, column: str, rows: Sequence[Given], label
             arrays = {**tree_arrays([trees]), "words": np.zeros((1, 0))}
             table.trees[key] = Trees(arrays)
             table.arrays |= {f"{key}/{name}": array for name, array in arrays.items()}
+    seen = np.flatnonzero([RAW in row for row in shown])
+    if len(seen) >= MIN_ROWS and len(np.unique(truth[seen])) == len(classes):
+        arrays = fit_network([shown[row][RAW] for row in seen], truth[seen], network)
+        table.arrays |= {f"label {column} pixels/{name}": array for name, array in arrays.items()}
+        table.networks |= {column: Network(arrays)} if arrays else {}
 
 
 def _empty(rows: Sequence[Given], most_words: int) -> TablePredictors:
@@ -146,9 +159,11 @@ def _empty(rows: Sequence[Given], most_words: int) -> TablePredictors:
     words: dict[str, Counter[str]] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in (TEXT, IMAGE) and isinstance(value, str):
+            if name in (TEXT, IMAGE, RAW):
+                continue
+            if isinstance(value, str):
                 words.setdefault(name, Counter()).update([value] if value else [])
-            elif name not in (TEXT, IMAGE) and value is not None and math.isfinite(value):
+            elif value is not None and math.isfinite(value):
                 numbers.setdefault(name, []).append(float(value))
     kept = [name for name, found in sorted(numbers.items()) if len(set(found)) > 1][:MAX_COLUMNS]
     scale = []

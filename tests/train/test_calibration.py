@@ -22,11 +22,15 @@ from openm6.inference.load import LoadedModel, load
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.series import NumberSeries
+from openm6.modalities.simple_predictors import EXPERTS, RAW
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
+from openm6.train import image_network
+from openm6.train.calibration import MAX_WEIGHT, likely_weights
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
+from tests.train.test_simple_predictors import flags
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 STEPS = 3
@@ -155,3 +159,39 @@ def test_labels_are_predicted_by_simple_predictors_too_with_weights_by_validatio
     np.testing.assert_allclose(found[list(colours)].sum(axis=1), 1)
     ranked = again.rank("What is its colour?", colours, numbers={"size": 30.0})
     assert ranked[0].candidate == "green" and ranked[0].log_likelihood > -0.7
+
+
+def test_a_network_of_images_is_in_the_checkpoint_with_a_weight_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_network, "CHANNELS", (8, 16, 16))
+    monkeypatch.setattr(image_network, "MAX_EPOCHS", 40)
+    rows, labels = flags(120)
+    lines = ["image,label,split"]
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        PIL.Image.fromarray(row[RAW]).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{label['flag']},{'test' if number < 10 else 'val' if number < 30 else 'train'}")
+    (tmp_path / "flags.csv").write_text("\n".join(lines) + "\n")
+    source = {"kind": "csv", "path": str(tmp_path / "flags.csv"), "fields": {"image": "image", "label": "label"}}
+    recipe = tiny_recipe(STEPS, save_every=STEPS)
+    recipe["modalities"]["numbers"] = {"predictors": "auto"}
+    recipe |= {"sources": {"flags": source}, "mixture": [{"source": "flags", "task": "image_categorization"}]}
+    train_recipe(write_recipe(tmp_path, {**recipe, "eval": {**recipe["eval"], "at_end": False}}), out=tmp_path / "run")
+    again = openm6.load(tmp_path / "run", device="cpu")
+    ((key, weights),) = again.loaded.numbers.widths.items()
+    assert key == "label 1 label 00101" and list(weights) == ["model", *EXPERTS]
+    assert weights["pixels"] > 0.3 and all(0 <= one <= MAX_WEIGHT for one in weights.values())
+    ranked = [again.rank("What is its label?", ["left", "right"], image=tmp_path / f"{n}.png") for n in range(10)]
+    images = [tmp_path / f"{number}.png" for number in range(10)]
+    assert again.generate(image=images) == [label["flag"] for label in labels[:10]]
+    assert [one[0].candidate for one in ranked] == [label["flag"] for label in labels[:10]]
+    np.testing.assert_allclose([sum(np.exp(x.log_likelihood) for x in one) for one in ranked], 1)
+
+
+@pytest.mark.parametrize(
+    ("known", "weights"),
+    [("101101", [1] * 6), ("100101", [0, 0, 0, 0, 0, 4]), ("10010", [2] * 5)],
+)
+def test_weights_are_drawn_to_equal_ones_or_to_the_network_of_an_image_alone(known: str, weights: list[int]) -> None:
+    experts = -np.outer([int(one) for one in known], [0.5, 1.0])
+    np.testing.assert_array_equal(likely_weights(experts), np.asarray(weights) / 4)

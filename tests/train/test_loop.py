@@ -269,6 +269,15 @@ def test_the_number_that_fits_is_measured_and_written_down(tmp_path: Path) -> No
     }
 
 
+@pytest.mark.parametrize(("before", "counted"), [(20.0, 20.0), (90.0, 78.0)])
+def test_time_before_the_first_step_is_part_of_the_minutes_up_to_a_fraction(
+    before: float, counted: float, tmp_path: Path
+) -> None:
+    length = RunLength(auto(2.0), RunFolder.open(tmp_path), before=before)
+    known = run_clock(length, [0.5] * 100)
+    assert length.steps == known + int((115.2 - counted - 0.5 * known) / 0.5)
+
+
 def test_a_written_number_is_not_measured_again(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
     run.write_config({"loop": {"steps": 77}})

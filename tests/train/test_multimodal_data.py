@@ -17,7 +17,14 @@ from openm6.data.source import Source
 from openm6.data.sources import PairsConfig, PairSource
 from openm6.modalities.simple_predictors import IMAGE, TEXT, fold_of, from_bytes
 from openm6.tasks.registry import TASKS
-from openm6.train.multimodal_data import MAX_IMAGES, SAMPLED, check_sources, predictor_rows, table_predictors
+from openm6.train.multimodal_data import (
+    MAX_IMAGES,
+    SAMPLED,
+    check_sources,
+    network_seconds,
+    predictor_rows,
+    table_predictors,
+)
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource
 
@@ -110,6 +117,22 @@ def test_columns_that_no_task_reads_are_named(caplog: pytest.LogCaptureFixture) 
 
 def row(number: int) -> dict[str, Any]:
     return {"id": str(number), "numbers": {"a": number % 7, "b": number % 7 + number % 3}, "categories": {"c": "no"}}
+
+
+def test_networks_have_half_the_time_of_tasks_that_name_images() -> None:
+    def seconds(minutes: float | None, *parts: tuple[str, str, float]) -> dict[str, float]:
+        mixture = [{"source": source, "task": task, "weight": weight} for source, task, weight in parts]
+        sources = {source: {"kind": "jsonl", "path": "unread"} for source, _, _ in parts}
+        loop = {"steps": 5} if minutes is None else {"steps": "auto", "minutes": minutes}
+        return network_seconds(build(MultimodalRecipe, {"sources": sources, "mixture": mixture, "loop": loop}, "r"))
+
+    alone = ("icons", "image_categorization", 2.0)
+    assert [seconds(minutes, alone)["icons"] for minutes in (2.0, None, 60.0)] == [60.0, 30.0, 300.0]
+    assert seconds(2.0, alone, ("icons", "text_to_image", 1.0), ("table", "tabular_classification", 1.0)) == {
+        "icons": 30.0
+    }
+    found = seconds(2.0, alone, ("icons", "image_classification", 1.0), ("rows", "record_classification", 1.0))
+    assert found == {"icons": 45.0, "rows": 3.75}, "it reads texts, audio and numbers, too"
 
 
 @pytest.mark.parametrize("kind", ["auto", "ridge", "none"])

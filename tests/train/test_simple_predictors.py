@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from openm6.core.errors import CheckpointError
+from openm6.modalities.image import ImageConfig
 from openm6.modalities.interface import Part
 from openm6.modalities.simple_predictors import (
     EXPERTS,
     FOLDS,
     IMAGE,
+    RAW,
     TEXT,
     TablePredictors,
     Trees,
@@ -26,7 +30,18 @@ from openm6.modalities.simple_predictors import (
     image_features,
     to_bytes,
 )
-from openm6.train.simple_predictors import fit_table, tree_arrays
+from openm6.train import image_network
+from openm6.train.image_network import (
+    BATCH,
+    MAX_EPOCHS,
+    MIN_STEPS,
+    NO_NETWORKS,
+    PIXEL_SECONDS,
+    NetworkPlan,
+    fit_network,
+    fitting_side,
+)
+from openm6.train.simple_predictors import MIN_ROWS, fit_table, tree_arrays
 
 Row = tuple[dict[str, float | None], dict[str, str | None]]
 COLOURS = ("red", "green", "blue")
@@ -235,7 +250,7 @@ def test_labels_are_predicted_from_columns_texts_and_images_but_not_from_themsel
     truth = [sorted(COLOURS).index(label["colour"]) for label in labels[100:]]
     found = np.stack([read.predict_label("colour", row).experts for row in rows[100:]])
     np.testing.assert_array_equal(found[0], table.predict_label("colour", rows[100]).experts)
-    for index, expert in enumerate(EXPERTS):
+    for index, expert in enumerate(EXPERTS[:4]):
         right = (found[:, index].argmax(1) == truth).mean()
         assert right > 0.55, expert
     np.testing.assert_allclose(np.exp(found).sum(2), 1, atol=1e-3)
@@ -282,3 +297,120 @@ def test_trees_of_labels_predict_as_scikit_learn_does(classes: int):
     model = HistGradientBoostingClassifier(max_iter=10).fit(x, y)
     raw = Trees({**tree_arrays([model]), "words": np.zeros((1, 0))}).predict(0, x)
     np.testing.assert_allclose(np.squeeze(raw), np.squeeze(model.decision_function(x)), rtol=1e-5, atol=1e-6)
+
+
+def flags(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Images of a flag at a random place, red and blue or blue and red: features count colours and unsigned slopes."""
+    rng = np.random.default_rng(seed)
+    rows, labels = [], []
+    for number in rng.integers(0, 2, count).tolist():
+        image = np.full((32, 32, 3), 230, np.uint8)
+        top, left = rng.integers(0, 21, 2)
+        for half, colour in enumerate((number, 1 - number)):
+            image[top : top + 12, left + 6 * half : left + 6 * half + 6] = ((200, 20, 20), (20, 20, 200))[colour]
+        rows.append({IMAGE: image_features(image), RAW: image})
+        labels.append({"flag": ("left", "right")[number]})
+    return rows, labels
+
+
+def plan_of(steps: int, config: ImageConfig = NO_NETWORKS.config) -> NetworkPlan:
+    """The time in which a network takes so many steps."""
+    return NetworkPlan((steps + 0.5) * BATCH * 64**2 * PIXEL_SECONDS, config)
+
+
+def fit_flags(steps: int, count: int = 160) -> TablePredictors:
+    rows, labels = flags(count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_network, "CHANNELS", (8, 16, 16))  # a second instead of ten
+        table = fit_table(rows, np.arange(count) % FOLDS, 1, labels, networks=plan_of(steps))
+    assert table is not None
+    return table
+
+
+@pytest.fixture(scope="module")
+def network() -> TablePredictors:
+    return fit_flags(MIN_STEPS)
+
+
+def test_a_network_recognizes_what_features_do_not_tell(network: TablePredictors):
+    rows, labels = flags(100, seed=1)
+    found = [network.predict_label("flag", {IMAGE: row[RAW]}) for row in rows]
+    assert found[0].key == "label 1 flag 00101", "from features of the image, and from its pixels"
+    truth = [one.classes.index(label["flag"]) for one, label in zip(found, labels, strict=True)]
+    linear, pixels = ((np.stack([one.experts[index] for one in found]).argmax(1) == truth).mean() for index in (2, 4))
+    assert pixels > 0.9 and 0.3 < linear < 0.7
+    np.testing.assert_allclose([np.exp(one.experts[4]).sum() for one in found], 1, atol=1e-3)
+    for broken in ({}, {IMAGE: b"no image"}):
+        assert not network.predict_label("flag", broken).experts.any()
+
+
+def test_a_file_holds_the_same_network_and_the_same_images_have_it_again(network: TablePredictors):
+    before = torch.get_rng_state()
+    assert to_bytes([fit_flags(MIN_STEPS)]) == to_bytes([network])
+    assert torch.equal(before, torch.get_rng_state()), "weights of the model are those without a network"
+    (read,) = from_bytes(to_bytes([network]), "file")
+    file = io.BytesIO()
+    PIL.Image.fromarray(flags(1, seed=2)[0][0][RAW]).save(file, "PNG")
+    for _ in range(2):  # computed, and from the cache
+        one, other = (table.predict_label("flag", {IMAGE: file.getvalue()}).experts for table in (network, read))
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("steps", "count", "taken"), [(MIN_STEPS - 1, 200, 0), (70, 200, 70), (900, 64, MAX_EPOCHS)])
+def test_the_steps_of_a_network_follow_from_its_time(
+    steps: int, count: int, taken: int, monkeypatch: pytest.MonkeyPatch
+):
+    found = []
+
+    def train(images: np.ndarray, truth: np.ndarray, steps: int, config: ImageConfig) -> dict[str, np.ndarray]:
+        found.append((steps, images.shape))
+        return {"0": np.zeros((2, 4))}
+
+    monkeypatch.setattr(image_network, "_train", train)
+    table = fit_flags(steps, count)
+    assert found == ([(taken, (count, 64, 64, 3))] if taken else []) and bool(table.networks) == bool(taken)
+    (rows, labels), folds = flags(count), np.arange(count) % FOLDS
+    for other in ([{} for _ in labels], [{"flag": "same"} for _ in labels], [{"flag": str(n)} for n in range(count)]):
+        fit_table(rows, folds, 1, other, networks=plan_of(steps))
+    fit_table([{"size": n % 9, "half": n % 9 / 2} for n in range(count)], folds, 1, labels, networks=plan_of(steps))
+    few = MIN_ROWS - 1
+    fit_table([*rows[:few], *({"size": n} for n in range(30))], folds[: few + 30], 1, labels[: few + 30],
+              networks=plan_of(steps))  # fmt: skip
+    assert len(found) == bool(taken), "no image, too few images, or too few or too many classes"
+
+
+@pytest.mark.parametrize(("longest", "side"), [(8, 64), (32, 64), (40, 40), (300, 64)])
+def test_small_images_are_enlarged_and_large_ones_shrunk(longest: int, side: int):
+    assert fitting_side([np.zeros((longest, longest // 2, 3))] * 3) == side
+
+
+def test_images_of_a_network_are_augmented_as_the_recipe_has_it(monkeypatch: pytest.MonkeyPatch):
+    rows, labels = flags(MIN_ROWS)
+    shown: list[ImageConfig] = []
+
+    def augment(values: np.ndarray, config: ImageConfig, rng: np.random.Generator, reach: float) -> np.ndarray:
+        shown.append(config)
+        return values
+
+    monkeypatch.setattr(image_network, "augmented", augment)
+    monkeypatch.setattr(image_network, "MIN_STEPS", 1)
+    config = ImageConfig(flips=True)
+    assert fit_table(rows, np.arange(len(rows)) % FOLDS, 1, labels, networks=plan_of(1, config))
+    assert len(shown) == BATCH and all(one is config for one in shown)
+
+
+def test_a_slow_machine_takes_fewer_steps_and_ends_with_a_low_learning_rate(monkeypatch: pytest.MonkeyPatch):
+    rows, labels = flags(64)
+    now, rates = iter(np.arange(0, 1_000, 0.5).tolist()), list[float]()
+
+    def step(optimizer: torch.optim.AdamW) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(image_network, "CHANNELS", (4,))
+    monkeypatch.setattr(image_network, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    truth = np.asarray([one["flag"] == "left" for one in labels]).astype(int)
+    fit_network([row[RAW] for row in rows], truth, plan_of(100))
+    taken = (image_network.SLOWEST * 100 * BATCH * 64**2 * PIXEL_SECONDS + image_network.TOLERANCE) / 0.5
+    assert len(rates) == math.ceil(taken) - 1 < 100
+    assert max(rates) > 0.9 * image_network.PEAK_RATE > 9 * rates[-1] > 0
