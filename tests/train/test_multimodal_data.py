@@ -207,7 +207,7 @@ def test_predictors_of_texts_and_images_have_not_seen_the_record(tmp_path: Path)
     for record in records[1:5]:
         for column, value in record["numbers"].items():
             found = table.predict(column, {TEXT: record["text_en"]}, fold_of(record))
-            loc, scale, log = found.units
+            loc, scale, log, _ = found.units
             assert not log and abs(loc + scale * found.values[0] - value) < 0.5
 
 
