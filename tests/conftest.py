@@ -24,7 +24,7 @@ FIRST = (
     "api/", "test_demo_short", "hub/", "test_gpu_targets", "test_site", "evaluate/", "benchmarks/", "inference/",
 )  # fmt: skip
 
-OF_TREES = ("tests/train/test_simple_predictors.py", "tests/train/test_calibration.py")
+OF_PREDICTORS = tuple(f"tests/train/test_{name}.py" for name in ("simple_predictors", "calibration", "multimodal_data"))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,11 +47,12 @@ def _own_device(item: pytest.Function) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def few_trees(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boosting of a tenth of the steps, which takes most of a short training; what trees predict has its own tests."""
-    if not request.node.nodeid.startswith(OF_TREES):
+def fast_predictors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simple predictors in a tenth of the time, most of a short training else; they have tests of their own."""
+    if not request.node.nodeid.startswith(OF_PREDICTORS):
         for name in ("STEPS", "MIN_STEPS"):
             monkeypatch.setattr(f"openm6.train.simple_predictors.{name}", 8)
+        monkeypatch.setattr("openm6.train.multimodal_data.NETWORK_MINUTES", 0.1)
 
 
 @pytest.fixture

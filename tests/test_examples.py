@@ -53,9 +53,9 @@ def test_the_scores_of_a_notebook_are_worth_showing(script: Path) -> None:
 
 
 def run_script(path: Path) -> None:
-    """Run a script in its folder, without time for trees, which would take most of it."""
+    """Run a script in its folder, without time for trees and networks, which would take most of it."""
     os.chdir(path.parent)
-    multimodal_data.DEFAULT_MINUTES = 0.01
+    multimodal_data.DEFAULT_MINUTES = multimodal_data.NETWORK_MINUTES = 0.01
     runpy.run_path(str(path), run_name="__main__")
 
 

@@ -74,7 +74,7 @@ class Histogram:
         self.probability = probability.astype(np.float64)
         self.loc, self.scale = scale.astype(np.float64).T
         self.log = np.broadcast_to(np.asarray(log, bool), self.loc.shape)
-        self.most = np.broadcast_to(np.minimum(most, MOST), self.loc.shape)
+        self.most = np.broadcast_to(most, self.loc.shape)
         self.borders = np.linspace(-LIMIT, LIMIT, BINS + 1)
         if width is not None and (width != 1).any():
             middle, below = self._quantile_t(0.5)[:, None], self._below()

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from openm6.core.errors import DataError, nearest
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.dates import date_names, split_dates
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll, mix_neighbours, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import (
+    BINS,
+    LIMIT,
+    MOST,
+    Histogram,
+    expected_nll,
+    mix_neighbours,
+    one_hot_bins,
+    smooth_bins,
+)
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import (
@@ -209,7 +218,7 @@ class Numbers(Modality):
         best = max(self.predictors, key=lambda table: table.num_usable(column, given), default=None)
         if best is not None and best.num_usable(column, given):
             return best.predict(column, given, fold)
-        return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False, math.inf))
+        return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False, MOST))
 
     def _arrays(self, raw: Any) -> Arrays:
         if not isinstance(raw, Mapping) or not raw:
@@ -330,7 +339,7 @@ class NumbersOut(Adapter):
         log_probability, location = self.distribution(hidden.flatten(0, 1), arrays)
         loc, scale, log, most = arrays["units"].double().T
         scales = torch.stack([loc + scale * location, scale * arrays["change"]], -1)  # N 2
-        found = (log_probability.exp(), scales, log.bool(), arrays["width"], loc + scale * most, arrays["observed"])
+        found = (log_probability.exp(), scales, log.bool(), arrays["width"], most, arrays["observed"])
         rows = (array.unflatten(0, (len(hidden), -1)).cpu().numpy() for array in found)
         return [Histogram(p[seen], scale[seen], log[seen], width[seen], most[seen])
                 for p, scale, log, width, most, seen in zip(*rows, strict=True)]  # fmt: skip

@@ -27,6 +27,7 @@ from torch import Tensor
 from openm6.core.errors import CheckpointError, DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import content_key, text_hash
+from openm6.modalities.histogram import MOST
 from openm6.modalities.image import LEVELS as VALUES
 from openm6.modalities.image import read_image, to_square
 from openm6.modalities.interface import Arrays, Part
@@ -55,14 +56,14 @@ Given = Mapping[str, Any]  # by column: numbers and categories; besides TEXT, an
 class Prediction(NamedTuple):
     """What the predictors make of a column: values u that stand for loc + scale · u or, with `log`, exp of it.
 
-    `most` bounds a predicted distribution of logarithms, since exp has no bound: ten times the largest value seen.
+    `most` bounds a predicted distribution of logarithms, as exp has no bound: that of ten times the largest value seen.
     `change` is the typical error of the first value, `uncertainty` the logarithm of how much larger it is than with
     all columns given, and `fraction` how many of them are given.
     """
 
     values: np.ndarray  # M
     change: float
-    units: tuple[float, float, bool, float]  # loc, scale, log, most as a u
+    units: tuple[float, float, bool, float]  # loc, scale, log, most
     uncertainty: float = 0.0
     fraction: float = 0.0
 
@@ -314,7 +315,7 @@ class TablePredictors:
         log = bool(self.arrays["log"][index])
         loc, scale = self.arrays["scale"][index, 2 * log : 2 * log + 2].tolist()
         low, high = self.arrays["range"][index].tolist()  # a margin of half the values' span on both sides
-        most = high - (high - low) / 4 + math.log(10) / scale if log else math.inf
+        most = loc + scale * (high - (high - low) / 4) + math.log(10) if log else MOST
         shown = np.isfinite(values).sum() + (codes != -1).sum()
         return Prediction(
             np.concatenate([[weight @ clipped], clipped]),

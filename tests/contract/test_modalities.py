@@ -183,7 +183,7 @@ def test_codes_are_given_back_by_decode(name: str) -> None:
 def test_numbers_are_given_back_by_their_scale() -> None:
     numbers: Any = modalities()["numbers"]
     arrays = numbers.target({"mass": 12.5}).arrays
-    centre, spread, _ = arrays["units"][0]
+    centre, spread, *_ = arrays["units"][0]
     assert centre + spread * arrays["values"][0] == pytest.approx(12.5, rel=1e-5)
 
 
