@@ -52,7 +52,7 @@ def fast_predictors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if not request.node.nodeid.startswith(OF_PREDICTORS):
         for name in ("STEPS", "MIN_STEPS"):
             monkeypatch.setattr(f"openm6.train.simple_predictors.{name}", 8)
-        monkeypatch.setattr("openm6.train.multimodal_data.NETWORK_MINUTES", 0.1)
+        monkeypatch.setattr("openm6.train.multimodal_data.MAX_NETWORK_MINUTES", 0.1)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ SMALL = [
     "packing.seq_len=160",
     "model.overrides.num_layers=1",
     "modalities.text.vocab_size=400",
+    "modalities.numbers.predictors=none",
 ]
 
 
