@@ -48,7 +48,7 @@ def _own_device(item: pytest.Function) -> bool:
 
 @pytest.fixture(autouse=True)
 def fast_predictors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simple predictors in a tenth of the time, most of a short training else; they have tests of their own."""
+    """Give simple predictors a tenth of their steps: they would take most of a short training, and have own tests."""
     if not request.node.nodeid.startswith(OF_PREDICTORS):
         for name in ("STEPS", "MIN_STEPS"):
             monkeypatch.setattr(f"openm6.train.simple_predictors.{name}", 8)

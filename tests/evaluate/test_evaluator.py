@@ -69,7 +69,7 @@ def test_several_processes_find_what_one_finds() -> None:
     torch.set_num_threads(1)  # as in the processes: how a sum is divided among threads decides its last bits
     try:
         alone, shared = (
-            evaluated(CONFIG.model_copy(update={"num_processes": workers}), trained_tasks) for workers in (1, 2)
+            evaluated(CONFIG.model_copy(update={"num_processes": workers}), trained_tasks) for workers in (1, 3)
         )
     finally:
         torch.set_num_threads(threads)

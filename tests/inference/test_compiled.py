@@ -18,7 +18,6 @@ from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
 
 DENSE = {"dense": DenseConfig(intermediate_size=64), "qk_norm": False}
-ONE_LAYER = DENSE | {"num_layers": 1}
 EXPERTS = {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2)}
 
 
@@ -51,7 +50,7 @@ def two_steps(head: TextHead, rows: int, capacity: int, longest: int, compile: b
 
 @pytest.mark.parametrize(
     ("shape", "precision", "rows"),
-    [(ONE_LAYER, "int8", 1), (ONE_LAYER, "bfloat16", 1), (EXPERTS, "float32", 3)],
+    [(DENSE, "int8", 1), (DENSE | {"num_layers": 1}, "bfloat16", 1), (EXPERTS, "float32", 3)],
     ids=["int8", "bf16", "experts"],
 )
 def test_compiled_steps_are_the_steps(

@@ -139,17 +139,23 @@ def test_regressions_are_in_the_checkpoint_and_serve_any_horizon_with_and_withou
         assert np.nanmean(np.abs(ridge - truth)) < 4, "the season goes on"
 
 
+def trained(folder: Path, source: dict[str, Any], task: str) -> openm6.OpenM6:
+    """A model of a few steps with all simple predictors."""
+    recipe = tiny_recipe(STEPS, save_every=STEPS)
+    recipe["modalities"]["numbers"] = {"predictors": "auto"}
+    recipe["eval"]["at_end"] = False
+    recipe |= {"sources": {"table": source}, "mixture": [{"source": "table", "task": task}]}
+    train_recipe(write_recipe(folder, recipe), out=folder / "run")
+    return openm6.load(folder / "run", device="cpu")
+
+
 def test_labels_are_predicted_by_simple_predictors_too_with_weights_by_validation_records(tmp_path: Path) -> None:
     colours = ("red", "green", "blue")
     rows = [{"size": n % 60, "colour": colours[n % 60 // 20]} for n in range(300)]
     (tmp_path / "rows.csv").write_text("size,colour\n" + "".join(f"{row['size']},{row['colour']}\n" for row in rows))
     source = {"kind": "csv", "path": str(tmp_path / "rows.csv"), "test_fraction": 0.2, "validation_fraction": 0.2}
     source["fields"] = {"numbers": ["size"], "categories": ["colour"]}
-    recipe = tiny_recipe(STEPS, save_every=STEPS)
-    recipe["modalities"]["numbers"] = {"predictors": "auto"}
-    recipe |= {"sources": {"rows": source}, "mixture": [{"source": "rows", "task": "record_classification"}]}
-    train_recipe(write_recipe(tmp_path, {**recipe, "eval": {**recipe["eval"], "at_end": False}}), out=tmp_path / "run")
-    again = openm6.load(tmp_path / "run", device="cpu")
+    again = trained(tmp_path, source, "record_classification")
     ((key, weights),) = again.loaded.numbers.widths.items()
     assert key == "label 1 colour 1001" and weights["trees"] > 0.3
     frame = pd.DataFrame({"size": [5, 30, 55]})
@@ -173,11 +179,7 @@ def test_a_network_of_images_is_in_the_checkpoint_with_a_weight_of_its_own(
         lines.append(f"{number}.png,{label['flag']},{'test' if number < 10 else 'val' if number < 30 else 'train'}")
     (tmp_path / "flags.csv").write_text("\n".join(lines) + "\n")
     source = {"kind": "csv", "path": str(tmp_path / "flags.csv"), "fields": {"image": "image", "label": "label"}}
-    recipe = tiny_recipe(STEPS, save_every=STEPS)
-    recipe["modalities"]["numbers"] = {"predictors": "auto"}
-    recipe |= {"sources": {"flags": source}, "mixture": [{"source": "flags", "task": "image_categorization"}]}
-    train_recipe(write_recipe(tmp_path, {**recipe, "eval": {**recipe["eval"], "at_end": False}}), out=tmp_path / "run")
-    again = openm6.load(tmp_path / "run", device="cpu")
+    again = trained(tmp_path, source, "image_categorization")
     ((key, weights),) = again.loaded.numbers.widths.items()
     assert key == "label 1 label 00101" and list(weights) == ["model", *EXPERTS]
     assert weights["pixels"] > 0.3 and all(0 <= one <= MAX_WEIGHT for one in weights.values())
