@@ -103,7 +103,8 @@ class Audio(CodesModality):
             seconds = seconds or self.seconds
         if self.encoder is None:
             # The source of an inpainted part must keep time with it.
-            patches = self.patches(raw, seconds, speed, rng if mask_span is None else None)
+            drawn = rng if mask_span is None else None
+            patches = self.patches(raw, seconds, speed, drawn, options.get("measured", False))
             grid = audio_grid(len(patches), FRAMES * RATE // 100)
         else:
             patches = self._encoded(raw, self.encoder, seconds, speed, mask_span)
@@ -124,11 +125,13 @@ class Audio(CodesModality):
         key = key_of(raw) if mask_span is None else None
         return self.mel_cache.get_or_compute(key and (key, seconds, speed), compute)
 
-    def patches(self, raw: Any, seconds: float | None = None, speed: float = 1.0, rng: Rng = None) -> np.ndarray:
-        """Log-mels of 8 frames each; a generator asks for augmentation.  # N F"""
+    def patches(
+        self, raw: Any, seconds: float | None = None, speed: float = 1.0, rng: Rng = None, measured: bool = False
+    ) -> np.ndarray:
+        """Log-mels of 8 frames each; a generator asks for augmentation, see `_augmented`.  # N F"""
         frames = self._frames(raw, seconds, speed)
         if rng is not None:
-            frames = _augmented(frames, rng)
+            frames = _augmented(frames, rng, measured)
         silence = np.full((-len(frames) % FRAMES, self.num_mels), frames.min(), np.float32)
         return np.concatenate([frames, silence]).reshape(-1, FRAMES * self.num_mels)
 
@@ -215,14 +218,19 @@ def random_speed(rng: np.random.Generator) -> float:
     return SPEEDS[int(rng.integers(len(SPEEDS)))]
 
 
-def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Imitate other speakers and microphones: stretch mels and time, change level, start and a few bands.  # F M"""
+def _augmented(frames: np.ndarray, rng: np.random.Generator, measured: bool = False) -> np.ndarray:
+    """Imitate other speakers and microphones: stretch mels and time, change level, start and a few bands.  # F M
+
+    Audio that is `measured`, whose number is asked for, keeps pitch, tempo and level: the number may be one of them.
+    """
     count, mels = frames.shape
-    warp, tempo = rng.uniform(0.85, 1.18), rng.uniform(0.8, 1.25)
+    warp, tempo, level = rng.uniform(0.85, 1.18), rng.uniform(0.8, 1.25), rng.normal(0, 0.25)
+    if measured:
+        warp, tempo, level = 1.0, 1.0, 0.0
     rows = np.minimum(np.arange(max(1, int(count / tempo))) * tempo, count - 1)
     columns = np.minimum(np.arange(mels) * warp, mels - 1)
     stretched = _sampled(_sampled(frames.astype(np.float64), rows, 0), columns, 1)
-    stretched += rng.normal(0, 0.25)
+    stretched += level
     stretched += rng.normal(0, 0.08, stretched.shape)
     stretched += np.linspace(rng.normal(0, 0.3), rng.normal(0, 0.3), mels)
     silence = int(rng.integers(0, 12))

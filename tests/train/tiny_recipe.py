@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
     """
     return {
         "kind": "multimodal",
-        "model": MODEL,
+        "model": deepcopy(MODEL),  # a test may change its recipe
         "modalities": {"text": {"vocab_size": 400}, "numbers": {"predictors": "ridge"}},
         "sources": {
             "digits": {"kind": "embedded", "name": "digits", "limit": 30},
@@ -51,7 +52,7 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
             "precision": "fp32",
             **loop,
         },
-        "eval": EVAL,
+        "eval": deepcopy(EVAL),
     }
 
 
