@@ -26,8 +26,8 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
 from openm6.models.description import TrainedTask
-from openm6.tasks.own import AnyText, SomeNumbers
-from openm6.tasks.slots import Derived, Text, hold_out, hold_out_category, hold_out_number
+from openm6.tasks.own import AnyText, SomeNumbers, for_number
+from openm6.tasks.slots import Derived, Text, hold_out_category
 from openm6.tasks.task import Example, Task
 
 if TYPE_CHECKING:
@@ -191,16 +191,13 @@ def number_answers(
     loaded: LoadedModel, task: Task, records: Sequence[Record | None], target: str
 ) -> list[Histogram | None]:
     """Return the distribution of a column for each record; None for one without what the task needs."""
-    build, pinned = hold_out_number if task.optional else hold_out, task
-    if not isinstance(task.target, SomeNumbers):
-        pinned = replace(task, target=Derived("numbers", partial(build, column=target), lambda *_: True))
     # Any value will do where it is missing: only its distribution is asked for.
     numbers = [(record or {}).get("numbers") or {} for record in records]
     asked = [
         record and {**record, "numbers": {**own, target: own.get(target) or 0.0}}
         for record, own in zip(records, numbers, strict=True)
     ]
-    examples = _examples(task, pinned, asked)
+    examples = _examples(task, for_number(task, target), asked)
     answers = answer(loaded, list(examples.values()), MaskedSampling())
     by_row = {row: found for row, found in zip(examples, answers, strict=True) if isinstance(found, Histogram)}
     return [by_row.get(row) for row in range(len(records))]

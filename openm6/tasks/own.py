@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +13,22 @@ from pydantic import Field, field_validator, model_validator
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, nearest
 from openm6.modalities.interface import Part
-from openm6.tasks.slots import MAX_TOKENS, SHORT, Media, Numbers, Record, Slot, Text, categories, localised, observed
+from openm6.tasks.slots import (
+    MAX_TOKENS,
+    SHORT,
+    Derived,
+    Media,
+    Numbers,
+    Record,
+    Slot,
+    Text,
+    categories,
+    hold_out,
+    hold_out_number,
+    localised,
+    observed,
+    predictable,
+)
 from openm6.tasks.task import LANGUAGES, Task
 
 Kind = Literal["text", "category", "categories", "image", "audio", "number", "numbers"]
@@ -50,6 +66,14 @@ class SomeNumbers(Numbers):
     def _shown(self, record: Record) -> dict[str, float | None]:
         numbers = record.get("numbers") or {}
         return {name: numbers[name] for name in self.columns or numbers if name in numbers and name != self.target}
+
+
+def for_number(task: Task, column: str) -> Task:
+    """The task with this number column as its target; an own task has but its own."""
+    if isinstance(task.target, SomeNumbers):
+        return task
+    build = partial(hold_out_number if task.optional else hold_out, column=column)
+    return replace(task, target=Derived("numbers", build, lambda record, _: column in predictable(record)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Calibration after training by validation records: widths of distributions, weights of predictions of labels."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -7,8 +8,10 @@ import numpy as np
 
 from openm6.core.log import get_log
 from openm6.data.prepare import example_sequence
+from openm6.data.records import unless_broken
+from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.evaluate.answers import answer, build_examples, class_nll
+from openm6.evaluate.answers import answer, build_examples, class_nll, evenly_spaced
 from openm6.evaluate.results import true_values
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
@@ -16,32 +19,63 @@ from openm6.modalities.histogram import Histogram, fit_width
 from openm6.modalities.registry import Modalities
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.simple_predictors import EXPERTS, LabelPrediction, equal_weights, log_softmax
-from openm6.tasks.task import Example
+from openm6.tasks.own import for_number
+from openm6.tasks.slots import Derived, hold_out, hold_out_number, pinned, predictable
+from openm6.tasks.task import Example, Task
 from openm6.train.recipe import MultimodalRecipe
 
-CALIBRATED = 200  # validation records of a source
+# Validation records of each label, series or number column of a source, examples of all its number columns, and those
+# at checkpoints before the last.
+RECORDS, MAX_EXAMPLES, EARLY_EXAMPLES = 200, 1500, 200
+COLUMN_RECORDS = 100  # of a source, in which number columns are looked for
 # Of the weights of labels: the most, and how strongly they are drawn to those of `likely_weights`.
 MAX_WEIGHT, PRIOR_RECORDS = 3.0, 10.0
 PRIORS = {"numbers_out": 1.0, "series_out": 1.25}  # widths without records: the future of a series differs
 
 
 def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> list[list[Example]]:
-    """Return validation records as examples of each part of the mixture that is calibrated, without broken ones."""
+    """Return validation records as examples of each part of the mixture that is calibrated, without broken ones.
+
+    A task of a drawn number column is asked for each of them, since a few records of one tell little of its intervals.
+    """
     parts = [part for part in recipe.mixture
              if (task := recipe.task(part.task)).output_modality == "numbers" or task.may_be_label]  # fmt: skip
     sources = open_sources(recipe.sources, "validation") if parts else {}  # all sources, since pairs are of others
     check = partial(example_sequence, modalities=modalities)
-    return [build_examples(recipe.task(part.task), sources[part.source], CALIBRATED, (0, "calibration"), check)[0]
-            for part in parts]  # fmt: skip
+    found = []
+    for part in parts:
+        tasks = asked_columns(recipe.task(part.task), sources[part.source])
+        count = min(RECORDS, MAX_EXAMPLES // len(tasks))
+        asked = (build_examples(task, sources[part.source], count, (0, "calibration"), check)[0] for task in tasks)
+        found.append([example for examples in asked for example in examples])
+    return found
 
 
-def fit_widths(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dict[str, dict[str, float]]:
-    """Return the width of each number column of the examples, rows and series apart, and the weights of labels."""
+def asked_columns(task: Task, source: Source) -> list[Task]:
+    """The task once for each number column that it may draw, if it draws one."""
+    if not isinstance(task.target, Derived) or task.target.build not in (hold_out, hold_out_number):
+        return [task]
+    records = (unless_broken(source.__getitem__, row) for row in evenly_spaced(len(source), COLUMN_RECORDS))
+    columns = set[str]()
+    for record in filter(None, records):
+        own = pinned(record)
+        columns |= {own} if own else predictable(record).keys()
+    return [for_number(task, name) for name in sorted(columns)] or [task]
+
+
+def fit_widths(
+    loaded: LoadedModel, calibration: Sequence[list[Example]], most: int = MAX_EXAMPLES
+) -> dict[str, dict[str, float]]:
+    """Return the width of each number column of the examples, rows and series apart, and the weights of labels.
+
+    At most so many examples of each part of the mixture are answered for widths.
+    """
     needed: dict[tuple[str, str], list[tuple[float, str]]] = {}
     training = loaded.omni.training
     loaded.omni.eval()
     for examples in (one for one in calibration if one and one[0].target.modality == "numbers"):
-        for example, histogram in zip(examples, answer(loaded, examples, MaskedSampling()), strict=True):
+        asked = examples[:: math.ceil(len(examples) / most)]
+        for example, histogram in zip(asked, answer(loaded, asked, MaskedSampling()), strict=True):
             assert isinstance(histogram, Histogram)
             kind = "series_out" if isinstance(example.target.raw, NumberSeries) else "numbers_out"
             names, values = true_values(example.answer)

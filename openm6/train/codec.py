@@ -157,7 +157,7 @@ class CodecTraining(TrainingTask):
         self.averages.load_state_dict({name: value for name, value in state.items() if isinstance(value, Tensor)})
         self.updates, self.best_score = state["updates"], state["best_score"]
 
-    def files(self) -> dict[str, str | bytes]:
+    def files(self, last: bool = True) -> dict[str, str | bytes]:
         return {"codec.json": self.codec.config.model_dump_json(indent=2) + "\n"}
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -326,7 +326,8 @@ class _Run:
             "callbacks": {callback.name: callback.state() for callback in self.callbacks},
             "task": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        model, kept, files = self.training.model, None if best is None else best.step, self.training.files()
+        files = self.training.files(last=self.length.reached(self.progress.step))
+        model, kept = self.training.model, None if best is None else best.step
         moments, shards = optimizer_state_dict(step.optimizer, model), (step.shards(), step.num_shards)
         return Snapshot(self.progress.step, model, moments, state, tensors, files, *shards, kept=kept)
 

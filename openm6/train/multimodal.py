@@ -37,7 +37,7 @@ from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConf
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
 from openm6.train import multimodal_data as data
-from openm6.train.calibration import calibration_examples, fit_widths
+from openm6.train.calibration import EARLY_EXAMPLES, MAX_EXAMPLES, calibration_examples, fit_widths
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.recipe import MultimodalRecipe, check_mesh
 from openm6.train.start import START_FILE, Start, freeze, open_start
@@ -311,11 +311,11 @@ class MultimodalTraining(TrainingTask):
         description = self.description.model_copy(update={"widths": widths})
         return LoadedModel(omni.requires_grad_(False), self.modalities, description, checkpoint)
 
-    def files(self) -> dict[str, str | bytes]:
+    def files(self, last: bool = True) -> dict[str, str | bytes]:
         if self.calibration is not None:
             self.numbers.widths = {}
             loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
-            widths = fit_widths(loaded, self.calibration)
+            widths = fit_widths(loaded, self.calibration, MAX_EXAMPLES if last else EARLY_EXAMPLES)
             # Of columns of a start, those it had.
             before = self.description.widths
             self.numbers.widths = widths = {k: before.get(k, {}) | widths.get(k, {}) for k in before | widths}

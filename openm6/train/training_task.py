@@ -103,8 +103,8 @@ class TrainingTask:
         """Copy the weights so that each layer has its own; return new parameter name -> the name of which it is one."""
         raise ConfigError("this kind of training has no stages: leave loop.stages out")
 
-    def files(self) -> dict[str, str | bytes]:
-        """Return files to put beside the weights in each checkpoint: name -> content."""
+    def files(self, last: bool = True) -> dict[str, str | bytes]:
+        """Return files to put beside the weights in each checkpoint, or in the last one: name -> content."""
         return {}
 
     def after_step(self, result: StepResult) -> None:

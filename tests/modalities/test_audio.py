@@ -11,7 +11,8 @@ import torch
 
 from openm6.codecs.registry import load_codec
 from openm6.core.errors import DataError
-from openm6.modalities.audio import MAX_RATE, RATE, Audio, random_span, read_audio, span_mask
+from openm6.data.prepare import example_sequence
+from openm6.modalities.audio import FRAMES, MAX_RATE, RATE, Audio, random_span, read_audio, span_mask
 from openm6.tasks.registry import TASKS
 from tests.small_model import modalities
 
@@ -156,6 +157,26 @@ def test_augmentation_stays_finite_and_differs(audio: Audio) -> None:
         assert tokens.arrays["patches"].shape != plain.arrays["patches"].shape or not np.array_equal(
             tokens.arrays["patches"], plain.arrays["patches"]
         )
+
+
+@pytest.mark.parametrize(("task", "keeps"), [("audio_regression", True), ("audio_classification", False)])
+def test_audio_keeps_its_pitch_where_a_number_is_asked_for(task: str, keeps: bool) -> None:
+    both = modalities()
+    audio = both["audio"]
+    assert isinstance(audio, Audio)
+    plain = audio.source(sine(0.6)).arrays["patches"].reshape(-1, audio.num_mels)
+    record = {"id": "1", "audio": file_of(sine(0.6)), "label": "one", "numbers": {"hours": 1.0}}
+    bands, lengths = [], set()
+    for seed in range(40):
+        example = TASKS[task].example(record, np.random.default_rng(seed), train=True)
+        segments = example_sequence(example, both, np.random.default_rng(seed)).segments
+        frames = next(one for one in segments if one.kind == "audio_in").arrays["patches"].reshape(-1, audio.num_mels)
+        bands.append(frames.mean(0).argmax() == plain.mean(0).argmax())
+        lengths.add(len(frames))
+    # A hidden band may be that of the tone.
+    assert np.mean(bands) > 0.8 if keeps else np.mean(bands) < 0.4
+    # Up to 110 ms of silence come before it.
+    assert (max(lengths) - min(lengths) <= 2 * FRAMES) is keeps
 
 
 @pytest.mark.parametrize("count", [1, 10, 159, 161, 641])

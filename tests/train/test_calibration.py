@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from openm6.modalities.series import NumberSeries
 from openm6.modalities.simple_predictors import EXPERTS, RAW
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
-from openm6.train import image_network
+from openm6.train import calibration, image_network
 from openm6.train.calibration import MAX_WEIGHT, likely_weights
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
@@ -124,6 +125,40 @@ def test_pairs_and_broken_records_are_no_obstacle(tmp_path: Path) -> None:
     )
     widths = json.loads(training.files()["model.json"])["widths"]
     assert [len(examples) for examples in training.calibration] == [1] and set(widths["numbers_out"]) == {"size"}
+
+
+def test_each_number_column_of_a_table_is_asked_for_and_all_of_them_at_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [f"{a:.2f},{a + b:.2f},{b:.2f},{('train', 'validation', 'test')[n % 3]}" for n, (a, b) in
+            enumerate(rng.normal(size=(90, 2)))]  # fmt: skip
+    (tmp_path / "table.csv").write_text("\n".join(["first,both,second,split", *rows]) + "\n")
+    table = {"kind": "csv", "path": str(tmp_path / "table.csv"), "fields": {"numbers": ["first", "both", "second"]}}
+    recipe = tiny_recipe() | {
+        "sources": {"table": table},
+        "mixture": [{"source": "table", "task": "record_regression"}],
+    }
+    training = MultimodalTraining(
+        MultimodalRecipe.model_validate(recipe), RunFolder.open(tmp_path / "run"), torch.device("cpu")
+    )
+    assert training.calibration is not None
+    (found,) = training.calibration
+    asked = Counter(column for example in found for column in example.target.raw)
+    assert asked == {"first": 30, "both": 30, "second": 30}
+    assert all(len(example.target.options["given"]) == 2 for example in found)
+    answered: list[int] = []
+
+    def counted(loaded: LoadedModel, examples: list[Example], sampling: MaskedSampling) -> list[Any]:
+        answered.append(len(examples))
+        return answer(loaded, examples, sampling)
+
+    monkeypatch.setattr(calibration, "answer", counted)
+    monkeypatch.setattr("openm6.train.multimodal.EARLY_EXAMPLES", 45)
+    for last in (False, True):
+        widths = json.loads(training.files(last)["model.json"])["widths"]["numbers_out"]
+        assert set(widths) == {"first", "both", "second"}
+    assert answered == [45, 90]
 
 
 def test_regressions_are_in_the_checkpoint_and_serve_any_horizon_with_and_without_times(

@@ -26,7 +26,7 @@ from tests.train.words_training import WordsTraining, words_backbone, words_conf
 class DescribedTraining(WordsTraining):
     """Keeps what a multimodal run keeps beside the weights."""
 
-    def files(self) -> dict[str, str]:
+    def files(self, last: bool = True) -> dict[str, str]:
         description = CheckpointConfig(
             backbone=self.words.backbone.config, modalities=ModalitiesConfig(), scales={}, trained_tasks=[]
         )

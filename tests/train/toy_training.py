@@ -89,7 +89,7 @@ class ToyTraining(TrainingTask):
         self.applied = state["applied"]
         self.average = {name: state[f"average.{name}"] for name in self.average}
 
-    def files(self) -> dict[str, str]:
+    def files(self, last: bool = True) -> dict[str, str]:
         return {"model.json": '{"kind": "toy"}\n'}
 
     def evaluate(self, step: int) -> dict[str, float]:
