@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from openm6.api.model import OpenM6, from_hf, load
     from openm6.api.values import Audio, Distribution
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Audio", "Distribution", "OpenM6", "OpenM6Classifier", "OpenM6Error", "OpenM6Regressor", "finetune", "from_hf",
     "load",
