@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,23 +124,32 @@ def syllables(packages: Packages) -> Iterator[Row]:
 
     A tenth of the human recordings is tested too: of them, the syllable was trained in other voices only.
     """
-    root = packages.folder("gcin") / "usr" / "share" / "gcin-voice" / "ogg"
-    pinyin = zhuyin_syllables()
-    known = sorted((pinyin[file.parent.name], file) for file in root.glob("*/5.ogg") if file.parent.name in pinyin)
-    for syllable, file in dict(known).items():
-        samples, rate = soundfile.read(file, dtype="float64")
-        samples = samples if samples.ndim == 1 else samples.mean(axis=1)
+    known = human_syllables(packages)
+    for syllable, file in known.items():
         tested = split_of("human", syllable, validation=0.0)
         for speed in HUMAN_SPEEDS if tested == "train" else HUMAN_SPEEDS[:1]:
-            audio = flac(resample_poly(samples, 100, speed), rate)
-            row = spoken_row("syllable", f"gcin-{speed}", (syllable, syllable), "zh", audio, identity("gcin"))
-            yield row | {"split": tested}
+            yield human_row(syllable, file, speed) | {"split": tested}
     espeak = Espeak(packages)
     source = identity("espeak") | {"license": "CC0-1.0 (our synthetic output)"}
     for voice in (*ESPEAK_VOICES, "f4"):
-        for syllable in dict(known):
+        for syllable in known:
             audio = espeak.speak(f"cmn-latn-pinyin+{voice}", syllable.replace("ü", "v"))
             yield spoken_row("syllable", f"espeak-{voice}", (syllable, syllable), "zh", audio, source)
+
+
+def human_syllables(packages: Packages) -> dict[str, Path]:
+    """The file of each syllable by the human voice, by its pinyin, in order."""
+    root = packages.folder("gcin") / "usr" / "share" / "gcin-voice" / "ogg"
+    pinyin = zhuyin_syllables()
+    return dict(sorted((pinyin[file.parent.name], file) for file in root.glob("*/5.ogg") if file.parent.name in pinyin))
+
+
+def human_row(syllable: str, file: Path, speed: int) -> Row:
+    """The row of a syllable by the human voice at a speed in percent."""
+    samples, rate = soundfile.read(file, dtype="float64")
+    samples = samples if samples.ndim == 1 else samples.mean(axis=1)
+    audio = flac(resample_poly(samples, 100, speed), rate)
+    return spoken_row("syllable", f"gcin-{speed}", (syllable, syllable), "zh", audio, identity("gcin"))
 
 
 def word_list(packages: Packages) -> list[tuple[str, str]]:
@@ -239,9 +248,26 @@ class Kokoro:
 
 def kokoro_words(packages: Packages) -> Iterator[Row]:
     """The same words by Kokoro-82M, the most natural and the slowest voices; one of each language is tested."""
+    yield from words_by_kokoro(packages, KOKORO_VOICES)
+
+
+def speech(packages: Packages) -> Iterator[Row]:
+    """What is to be said: each syllable and word in one voice, since a prompt names none. All of it is trained.
+
+    Recordings by the human voice that are tested are left out.
+    """
+    for syllable, file in human_syllables(packages).items():
+        if split_of("human", syllable, validation=0.0) == "train":
+            yield human_row(syllable, file, 100) | {"split": "train"}
+    for row in words_by_kokoro(packages, {language: voices[:1] for language, voices in KOKORO_VOICES.items()}):
+        yield row | {"split": "train"}
+
+
+def words_by_kokoro(packages: Packages, voices_of: Mapping[str, Sequence[str]]) -> Iterator[Row]:
+    """The words in some voices of Kokoro-82M, by language."""
     kokoro, espeak, pairs = Kokoro(packages), Espeak(packages), word_list(packages)
     source = identity("kokoro-voices") | {"license": "Apache-2.0 (output of Kokoro-82M)"}
-    for language, voices in KOKORO_VOICES.items():
+    for language, voices in voices_of.items():
         for voice in voices:
             for english, chinese in pairs:
                 said = _english_phonemes(espeak, english) if language == "en" else mandarin_phonemes(chinese)
@@ -260,4 +286,5 @@ PARTS = {
     "syllables": Part(syllables, ("gcin", *ESPEAK)),
     "words": Part(words, ("emojibase", *ESPEAK, "flite", "flite-library")),
     "kokoro_words": Part(kokoro_words, ("emojibase", *ESPEAK, *KOKORO)),
+    "speech": Part(speech, ("gcin", "emojibase", *ESPEAK, *KOKORO)),
 }
