@@ -148,7 +148,15 @@ def truths(example: Example) -> np.ndarray:
 
 def same_text(answer: str, truth: str) -> bool:
     """Equal except for case, and white space and full stops at the ends."""
-    return answer.strip(" .。\n").casefold() == truth.strip(" .。\n").casefold()
+    return _bare(answer) == _bare(truth)
+
+
+def same_length(answer: str, truth: str) -> bool:
+    return len(_bare(answer)) == len(_bare(truth))
+
+
+def _bare(text: str) -> str:
+    return text.strip(" .。\n").casefold()
 
 
 def bigram_f1(answer: str, truth: str) -> float:
@@ -196,6 +204,8 @@ METRICS: dict[str, Metric] = {
                "higher", lambda scored: scored.compare_texts(same_text), percent=True),
         Metric("char_bigram_f1", "character bigram F1", "overlap of character bigrams with the truth; 100 % is equal",
                "higher", lambda scored: scored.compare_texts(bigram_f1), percent=True),
+        Metric("same_length", "same length", "answers of as many characters as the truth: the first rule of couplets",
+               "higher", lambda scored: scored.compare_texts(same_length), percent=True),
         Metric("bits_per_code", "bits per code",
                "negative log-likelihood per code of the true image or audio; in inpainting, of the masked region",
                "lower", lambda scored: scored.bits_per_code),

@@ -83,7 +83,8 @@ BUILT_IN = {
     ),
     "couplet_completion": Task(
         summary="Write the second line of a couplet", inputs={"line": Derived("text")}, target=slots.SECOND_LINE,
-        prompts={"en": ("The line after: {line}\n",), "zh": ("对下联：{line}\n",)}, metrics=("char_bigram_f1",),
+        prompts={"en": ("The line after: {line}\n",), "zh": ("对下联：{line}\n",)},
+        metrics=("same_length", "char_bigram_f1"),
     ),
     "authorship_attribution": Task(
         summary="Name the author of a poem", inputs={"poem": Body("text")},

@@ -29,7 +29,8 @@ SPIKE_WARMUP = 30  # steps before anything is called a spike
 SPIKE_FACTOR = 6.0  # standard deviations above the mean
 # How `steps: auto` is measured.
 SKIPPED = 2  # first steps, slow because of caches, compilation and memory that is claimed
-MEASURED_FRACTION = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
+# Of the time, and of the part of it before the decay: at first, caches of codes are being filled and steps take longer.
+MEASURED_FRACTION, MEASURED_BEFORE_DECAY = 0.4, 0.8
 MIN_MEASURED = 5  # steps
 
 
@@ -70,7 +71,8 @@ class RunLength:
         measured, spent = self._spent[SKIPPED:], sum(self._spent)
         left = time_for_steps(self._config.minutes, self._before)
         budget = left / TIME_FOR_STEPS
-        enough = len(measured) >= MIN_MEASURED and spent >= budget * MEASURED_FRACTION
+        fraction = min(MEASURED_FRACTION, MEASURED_BEFORE_DECAY * (1 - self._config.schedule.decay_fraction))
+        enough = len(measured) >= MIN_MEASURED and spent >= budget * fraction
         slow = len(measured) >= 1 and spent >= budget / 2  # too slow to be measured well
         if not (enough or slow):
             return

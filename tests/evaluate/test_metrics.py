@@ -79,6 +79,7 @@ def plain(colours: list[str], wanted: list[str]) -> Scored:
 CASES: dict[str, tuple[Scored, Scored, float | None]] = {  # perfect, worse, the best there is
     "exact_match": (texts(("a", "a"), ("b", "b")), texts(("a", "a"), ("x", "b")), 1.0),
     "char_bigram_f1": (texts(("seven", "seven")), texts(("seventeen", "seven")), 1.0),
+    "same_length": (texts(("明月", "清风。"), ("ab", "xy")), texts(("明月", "风"), ("ab", "xy")), 1.0),
     "relative_crps": (numbers([around(2, 0.3)], [2.0]), numbers([around(-2, 0.3)], [2.0]), None),
     "mae": (numbers([around(2, 0.3)], [2.0]), numbers([around(0, 0.3)], [2.0]), None),
     "coverage_80": (

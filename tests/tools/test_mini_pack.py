@@ -51,6 +51,16 @@ def written(folder: Path, examples: object) -> Path:
     return path
 
 
+def test_scores_of_other_tasks_join_the_report(run: Path, tmp_path: Path) -> None:
+    for name, tasks in (("run/report.json", {"a/x": {"value": 1}}), ("more.json", {"b/x": {"value": 2}})):
+        (tmp_path / name).write_text(json.dumps({"steps": 3, "tasks": tasks}), encoding="utf-8")
+    for scores, names in ((None, {"a/x"}), (tmp_path / "more.json", {"a/x", "b/x"})):
+        out = tmp_path / f"packed {len(names)}"
+        pack.pack(run, out, "bf16", tmp_path, written(tmp_path, {}), scores=scores)
+        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert content["tasks"].keys() == names and content["steps"] == 3
+
+
 @pytest.mark.parametrize(("weights", "error"), [("bf16", 2**-8), ("int8", 2**-6)])
 def test_weights_are_close_and_small(run: Path, tmp_path: Path, weights: str, error: float) -> None:
     words = pack.pack(run, tmp_path / "packed", weights, tmp_path, written(tmp_path, {}))

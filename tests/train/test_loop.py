@@ -300,6 +300,13 @@ def test_no_decay_had_to_start_before_the_length_was_known(tmp_path: Path, decay
     assert decay_start(length.steps, config.schedule) >= known
 
 
+@pytest.mark.parametrize("decay_fraction", [0.0, 0.5, 0.8, 0.9])
+def test_a_long_decay_makes_a_run_no_longer(tmp_path: Path, decay_fraction: float) -> None:
+    length = RunLength(auto(2.0, decay_fraction), RunFolder.open(tmp_path))
+    run_clock(length, [0.5] * 300)
+    assert length.steps == pytest.approx(115.2 / 0.5, abs=2)
+
+
 def test_a_measured_run_repeats_exactly_as_a_given_one(tmp_path: Path) -> None:
     values = {
         **toy_config().model_dump(),

@@ -1,9 +1,10 @@
 """Pack a run of the recipe `mini` as a model of the package: small weights, and examples with their images and audio.
 
-    python -m tools.mini.pack runs/mini --out openm6/shipped/mini --rows rows.json
+    python -m tools.mini.pack runs/mini-2 --out openm6/shipped/mini --rows rows.json --scores scores.json
 
-`rows.json` is what `python -m tools.mini.evaluate --json rows.json` writes; the card shows its table. Weights are bf16,
-or int8 with a scale for each block if bf16 takes too much space. Both are read as any checkpoint.
+`rows.json` is what `python -m tools.mini.evaluate --json rows.json` writes; the card shows its table. `scores.json` is
+what `openm6 evaluate --tasks A,B --json scores.json` writes of tasks that the report lacks, such as those of the start.
+Weights are bf16, or int8 with a scale for each block if bf16 takes too much space. Both are read as any checkpoint.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def pack(
     corpus: Path = Path("build/mini"),
     examples: Path = EXAMPLES,
     rows: Path | None = None,
+    scores: Path | None = None,
 ) -> str:
     """Write the folder of a model from a run; return what to print.
 
@@ -79,7 +81,7 @@ def pack(
             (partial / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8", newline="\n")
             write_examples(examples, corpus, partial)
             if (report := run / "report.json").is_file():
-                shutil.copyfile(report, partial / report.name)
+                (partial / report.name).write_text(with_scores(report, scores), encoding="utf-8", newline="\n")
             if (licences := corpus / "NOTICE").is_file():
                 shutil.copyfile(licences, partial / licences.name)
             if (file := checkpoint / PREDICTORS_FILE).is_file():
@@ -104,6 +106,14 @@ def pack(
     slow = f", MORE than {MAX_SECONDS:g} s" if seconds > MAX_SECONDS else ""
     listed_unready = f"\nexamples of scenarios that are not ready: {', '.join(unready)}" if unready else ""
     return f"{out}: {chosen}, {size / 1e6:.1f} MB, loaded in {seconds:.2f} s{slow}{listed_unready}"
+
+
+def with_scores(report: Path, scores: Path | None) -> str:
+    """The report of the run, and the scores of other tasks if there are any: scenarios are ready by them."""
+    content = json.loads(report.read_text(encoding="utf-8"))
+    if scores is not None:
+        content["tasks"] |= json.loads(scores.read_text(encoding="utf-8"))["tasks"]
+    return to_json(content, indent=1) + "\n"
 
 
 def without_folds(path: Path) -> bytes:
@@ -181,8 +191,9 @@ def main() -> None:
     parser.add_argument("--weights", choices=("auto", "bf16", "int8"), default="auto")
     parser.add_argument("--corpus", type=Path, default=Path("build/mini"))
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--scores", type=Path)
     given = parser.parse_args()
-    print(pack(given.run, given.out, given.weights, given.corpus, rows=given.rows))
+    print(pack(given.run, given.out, given.weights, given.corpus, rows=given.rows, scores=given.scores))
 
 
 if __name__ == "__main__":
