@@ -68,7 +68,7 @@ TRAINED_TASKS = (
 @cache
 def modalities(prompt_attention: PromptAttention = "bidirectional", stem: str = "linear") -> Modalities:
     """The four modalities with the shipped codecs; made once a process, since nothing in them learns."""
-    values = {"prompt_attention": prompt_attention, "image": {"stem": stem}, "audio": {"stem": stem}}
+    values = {"prompt_attention": prompt_attention, "image": {"stem": stem}}
     return build_modalities(ModalitiesConfig.model_validate(values), train_tokenizer(WORDS, 320), SCALES)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import soundfile
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig, LogMels
 from openm6.codecs.base import Codec
@@ -18,7 +18,6 @@ from openm6.codecs.external import AudioEncoder
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of
-from openm6.modalities.conv_stem import SpectrumStem, Stem
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
@@ -86,15 +85,9 @@ class Audio(CodesModality):
     name: ClassVar[str] = "audio"
 
     def __init__(
-        self,
-        codec: Codec,
-        seconds: float = 1.2,
-        max_seconds: float = MAX_SECONDS,
-        encoder: AudioEncoder | None = None,
-        stem: Stem = "linear",
+        self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: AudioEncoder | None = None
     ) -> None:
         self.codec, self.encoder, self.seconds, self.max_seconds = codec, encoder, seconds, max_seconds
-        self.convolves = stem == "conv" and encoder is None
         self.hop = codec.step
         self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
         self.num_mels = self.mels.config.num_mels
@@ -117,13 +110,7 @@ class Audio(CodesModality):
             patches = self._encoded(raw, self.encoder, seconds, speed, mask_span)
             grid = audio_grid(len(patches), self.encoder.step)
         truncated = seconds is not None and self.is_longer(raw, seconds)
-        segment = self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
-        if self.convolves:
-            segment.arrays["number"] = np.arange(len(patches))
-        return segment
-
-    def stem(self, hidden_size: int) -> nn.Module:
-        return SpectrumStem(FRAMES, self.num_mels, hidden_size) if self.convolves else super().stem(hidden_size)
+        return self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
 
     def _encoded(self, raw: Any, encoder: AudioEncoder, seconds: Any, speed: float, mask_span: Any) -> np.ndarray:
         """Features of the audio, in which a masked span is silent; cached without one.  # N F"""

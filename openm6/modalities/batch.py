@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.modalities.conv_stem import LAYOUT, layouts
+from openm6.modalities.image_stem import OF_SIZE, by_size
 from openm6.modalities.interface import Arrays, Segment
 from openm6.modalities.text import fit
 from openm6.ops.matmul import ROWS
@@ -107,8 +107,8 @@ def shortened(sequence: PackedExample, length: int) -> PackedExample:
 class TokenGroup:
     """All tokens of one kind in a batch, in whatever rows.
 
-    `index` n: index in the flattened rows; `arrays`: features, and of what is convolved the tables of `layouts`;
-    `example` n: index of the example; `weight` n: fraction of the example's loss that the token carries;
+    `index` n: index in the flattened rows; `arrays`: features, and of images that are convolved the tables of
+    `by_size`; `example` n: index of the example; `weight` n: fraction of the example's loss that the token carries;
     `learned` m: those of the n tokens with a weight, listed here because a GPU would have to wait to count them.
     """
 
@@ -120,7 +120,8 @@ class TokenGroup:
 
 
 def _group_of_arrays(index: np.ndarray, arrays: Arrays, *rest: np.ndarray) -> TokenGroup:
-    tensors = {name: torch.from_numpy(array) for name, array in (arrays | layouts(arrays)).items()}
+    tables = by_size(arrays["shapes"]) if "shapes" in arrays else {}
+    tensors = {name: torch.from_numpy(array) for name, array in (arrays | tables).items()}
     return TokenGroup(torch.from_numpy(index), tensors, *map(torch.from_numpy, rest))
 
 
@@ -318,7 +319,7 @@ def _part_of(batch: Batch, tokens: np.ndarray, whole: Counts) -> Batch:
         index = moved[group.index.numpy()]
         here = np.flatnonzero(index >= 0)
         if len(here):
-            kept = (key for key in group.arrays if not key.startswith(LAYOUT))
+            kept = (key for key in group.arrays if not key.startswith(OF_SIZE))
             arrays = {key: group.arrays[key].numpy()[here] for key in kept}
             weight = group.weight.numpy()[here]
             groups[name] = _group_of_arrays(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from openm6.codecs.base import Codec
 from openm6.core.lru_cache import LRUCache
 from openm6.core.seeds import content_key
-from openm6.modalities.conv_stem import LAYOUT
+from openm6.modalities.image_stem import OF_SIZE
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Rng, Segment
 from openm6.ops.losses import grouped_cross_entropy
 
@@ -242,7 +242,7 @@ class PatchAdapter(Adapter):
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        tables = [array for name, array in arrays.items() if name.startswith(LAYOUT)]
+        tables = [array for name, array in arrays.items() if name.startswith(OF_SIZE)]
         hidden = F.gelu(self.inner(arrays["patches"].to(self.gone.dtype), *([tables] if tables else ())))  # N F -> N D
         vectors = self.norm(self.outer(hidden))
         vectors = torch.where(arrays["is_masked"][:, None], self.gone.to(vectors.dtype), vectors)

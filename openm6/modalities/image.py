@@ -22,7 +22,7 @@ from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
-from openm6.modalities.conv_stem import ConvStem, Stem, kept_elements
+from openm6.modalities.image_stem import ConvStem, kept_elements
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
 MaskBox = tuple[float, float, float, float] | np.ndarray | None
@@ -129,7 +129,7 @@ class ImageConfig(Config):
     max_patches: int = Field(default=64, ge=1)
     max_pixels: int = Field(default=MAX_PIXELS, ge=64)
     patch: Literal[8, 16] = 8
-    stem: Stem = "linear"
+    stem: Literal["linear", "conv"] = "linear"
     augmentation: Literal["slight", "strong"] = "slight"
     flips: bool = False
 

@@ -9,14 +9,12 @@ import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from openm6.codecs.audio import AudioCodecConfig
 from openm6.codecs.base import FSQCodec
 from openm6.codecs.external import load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.modalities.audio import FRAMES, MAX_SECONDS, Audio
-from openm6.modalities.conv_stem import Stem, kept_of_spectrum
+from openm6.modalities.audio import MAX_SECONDS, Audio
 from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
@@ -57,14 +55,12 @@ class AudioConfig(Config):
     """`codec` is a shipped name, a file or a model as transformers:NAME; a generated recording lasts `seconds`.
 
     `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME, of which
-    frozen features replace log-mels. `stem`: frames of log-mels are embedded by a linear layer, or by convolutions over
-    the clip. Longer targets are cut, shorter ones padded; `max_seconds` bounds the inputs.
+    frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds` bounds the inputs.
     """
 
     codec: str = "audio"
     codebooks: int | None = Field(default=None, ge=1)
     encoder: str | None = None
-    stem: Stem = "linear"
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
 
@@ -86,13 +82,6 @@ class ModalitiesConfig(Config):
         default="bidirectional",
         description="block: each part of a prompt attends to itself and those before it; causal: and texts are causal",
     )
-
-    @property
-    def stem_elements(self) -> int:
-        """Elements that a stem keeps of a patch for its backward pass, if they count beside those of the layers."""
-        convolves = self.audio.stem == "conv" and self.audio.encoder is None
-        spectrum = kept_of_spectrum(FRAMES, AudioCodecConfig().num_mels) if convolves else 0
-        return max(self.image.stem_elements, spectrum)
 
 
 def load_networks(config: ModalitiesConfig) -> dict[str, Any]:
@@ -124,9 +113,7 @@ def build_modalities(
     modalities = Modalities(
         text=text,
         image=Image(networks["image.codec"], config.image, networks.get("image.encoder")),
-        audio=Audio(
-            networks["audio.codec"], audio.seconds, audio.max_seconds, networks.get("audio.encoder"), audio.stem
-        ),
+        audio=Audio(networks["audio.codec"], audio.seconds, audio.max_seconds, networks.get("audio.encoder")),
         numbers=Numbers(text, scales, series, predictors),
     )
     modalities.prompt_attention = config.prompt_attention

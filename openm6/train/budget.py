@@ -36,7 +36,7 @@ class Budget:
     others: parameters outside the layers' matrices, `frozen` of them; tokens: of one step
     value_bytes: of an activation or a gradient; checkpoints: on the disk at a time
     beside: bytes of host memory that the weights of the stage before take while layers get weights of their own
-    stem_elements: kept of a patch of an image or a clip before the first layer; every token counts as one
+    stem_elements: kept of a patch of an image before the first layer; every token counts as one
     gathered: parameters of the largest group that is computed with, if the store holds only a shard of it
     """
 
@@ -113,7 +113,7 @@ class Budget:
             - changing * self.frozen,
             ("device", "gradient and weights of the layer in use"): in_use * layer,
             ("device", "activations of one layer"): activations,
-            ("device", "activations of stems"): float(self.value_bytes * self.tokens * self.stem_elements),
+            ("device", "activations of the image stem"): float(self.value_bytes * self.tokens * self.stem_elements),
             (offload.activation_storage, "inputs of layers, kept for the backward pass"): inputs,
             ("host", "offloaded weights"): read_offloaded,
             ("host", "state of offloaded weights"): kept_offloaded - read_offloaded,

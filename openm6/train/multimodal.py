@@ -77,7 +77,7 @@ class MultimodalTraining(TrainingTask):
         self.numbers = cast(Numbers, self.modalities["numbers"])
         self.numbers.ridges = ridges  # with those of folds, for training windows
         self.model = self.omni
-        self.stem_elements = recipe.modalities.stem_elements
+        self.stem_elements = recipe.modalities.image.stem_elements
         if start is not None:
             self.start_weights = start.load_weights(self.omni, recipe.modalities, recipe.loop.offloaded)
             tasks = [recipe.task(component.task) for component in recipe.mixture]

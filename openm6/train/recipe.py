@@ -182,7 +182,7 @@ def fit_batch_size(recipe: MultimodalRecipe, free: float, ranks: int) -> int:
     parameters = count_parameters(config).total + recipe.vocabulary * config.hidden_size
     tier = TIERS[BY_OPTIMIZER[recipe.loop.optimizer.name]]
     element = FULL if recipe.loop.precision == "fp32" else HALF
-    tokens = tokens_that_fit(config, parameters, tier, element, free, recipe.modalities.stem_elements)
+    tokens = tokens_that_fit(config, parameters, tier, element, free, recipe.modalities.image.stem_elements)
     rows = min(tokens, MAX_TOKENS // ranks) // seq_len
     return max(least, ranks * 2 ** max(0, rows.bit_length() - 1))
 

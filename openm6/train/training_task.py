@@ -54,7 +54,7 @@ class TrainingTask:
     ranks: ProcessGroupContext = ProcessGroupContext()  # the processes that train the same model
     start_weights: CheckpointReader | None = None  # of a model that has not read those of its layers, to be offloaded
     packer: Packer | None = None  # that `batches` comes from; several processes may then make its examples
-    stem_elements: int = 0  # that are kept of a patch of an image or a clip for the backward pass of its stem
+    stem_elements: int = 0  # that are kept of a patch of an image before the first layer, for the backward pass
     seconds_before: float = 0.0  # of `loop.minutes`, that were spent before the first step
     max_parts: int = 1  # into how many parts, each worth a process, a batch may be split
     # Whether `after_step` acts on nothing but `loads`, and not at all if they are zero, as those of a skipped step.

@@ -38,7 +38,7 @@ def budget_of(size: int = 2, layers: int = 10, free: dict[str, float] | None = N
     return Budget(config, layouts, 50_000, 1024, OffloadConfig(**offload), free or {"host": 0.0})
 
 
-def test_what_an_conv_stem_keeps_is_on_the_device() -> None:
+def test_what_an_image_stem_keeps_is_on_the_device() -> None:
     plain, stem = budget_of(), replace(budget_of(), stem_elements=100)
     assert stem.total("host") - plain.total("host") == stem.total("device") - plain.total("device") == 2 * 1024 * 100
 

@@ -40,7 +40,7 @@ def opened(folder: Path, device: torch.device, **loop: object) -> MultimodalTrai
     """The training of all kinds of tokens, in rows that FlexAttention takes."""
     values = {**tiny_recipe(6, **loop), "packing": {"batch_size": 2, "seq_len": 256}}
     # Whole images are convolved, one size after the other.
-    values["modalities"] = {**values["modalities"], "image": {"stem": "conv"}, "audio": {"stem": "conv"}}
+    values["modalities"] = {**values["modalities"], "image": {"stem": "conv"}}
     values["eval"] = {**values["eval"], "at_end": False}
     recipe = build(MultimodalRecipe, values, "tiny")
     return MultimodalTraining(recipe, RunFolder.open(folder), device)

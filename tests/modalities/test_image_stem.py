@@ -1,4 +1,4 @@
-"""The convolutional stems: patches of whole images and clips, alone or with others."""
+"""The convolutional stem of images: patches of whole images, alone or with others."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.audio import FRAMES, RATE, Audio
 from openm6.modalities.batch import Batch, build_sequence, collate, split
-from openm6.modalities.conv_stem import IMAGES, LAYOUT, ROUND, ConvStem
 from openm6.modalities.image import Image, ImageConfig
+from openm6.modalities.image_stem import IMAGES, OF_SIZE, ConvStem
 from openm6.modalities.interface import Segment
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import CheckpointConfig, build_model, read_description
@@ -24,32 +23,20 @@ def conv_image(patch: int = 16) -> Image:
     return Image(image.codec, ImageConfig.model_validate({"stem": "conv", "patch": patch}))
 
 
-def conv_audio() -> Audio:
-    audio = modalities(stem="conv")["audio"]
-    assert isinstance(audio, Audio)
-    return audio
-
-
-def clip(number: int, patches: int) -> np.ndarray:
-    """Samples that become so many patches of noise."""
-    count = patches * FRAMES * RATE // 100
-    return np.random.default_rng(number).normal(0, 0.1, count).astype(np.float32)
-
-
 def noise(number: int, *size: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
 def arrays_of(*segments: Segment) -> dict[str, torch.Tensor]:
-    """As of a batch of these segments, which are of one kind."""
-    return batch_of(*segments).groups[segments[0].kind].arrays
+    """As of a batch of these segments."""
+    return batch_of(*segments).groups["image_in"].arrays
 
 
 def batch_of(*segments: Segment) -> Batch:
     return collate([[build_sequence([segment]) for segment in segments]], sum(map(len, segments)))
 
 
-def kept_bytes(stem: torch.nn.Module, arrays: dict[str, torch.Tensor], half: bool) -> int:
+def kept_bytes(stem: ConvStem, arrays: dict[str, torch.Tensor], half: bool) -> int:
     """Bytes that torch keeps of a forward pass, weights and their copies in bf16 included."""
     held: dict[int, torch.Tensor] = {}
 
@@ -64,7 +51,7 @@ def kept_bytes(stem: torch.nn.Module, arrays: dict[str, torch.Tensor], half: boo
 
 
 def embedded(stem: torch.nn.Module, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
-    tables = [array for name, array in arrays.items() if name.startswith(LAYOUT)]
+    tables = [array for name, array in arrays.items() if name.startswith(OF_SIZE)]
     vectors = stem(arrays["patches"], tables)
     assert isinstance(vectors, torch.Tensor)
     return vectors
@@ -127,7 +114,7 @@ def test_a_batch_its_parts_and_its_copy_in_another_process_have_equal_vectors() 
     sizes = (*SIZES, (32, 32), (16, 64))
     batch = batch_of(*(image.source(noise(number, *size)) for number, size in enumerate(sizes)))
     arrays = batch.groups["image_in"].arrays
-    shapes = [tuple(array.shape) for name, array in arrays.items() if name.startswith(LAYOUT)]
+    shapes = [tuple(array.shape) for name, array in arrays.items() if name.startswith(OF_SIZE)]
     assert shapes == [(1, 1, 4), (1, 2, 2), (1, 2, 3), (2, 3, 3), (1, 3, 4)]
     vectors = adapter.embed(arrays)
     copy = Batch.__new__(Batch)
@@ -150,41 +137,6 @@ def test_what_torch_keeps_is_estimated_within_a_tenth(patch: int, half: bool) ->
     estimate = image.config.stem_elements * (2 if half else 4)
     assert estimate <= (many - few) / (2 * IMAGES * len(segment)) <= 1.1 * estimate
     assert conv_image(patch).config.stem_elements and not ImageConfig().stem_elements
-
-
-def test_clips_of_several_lengths_are_embedded_as_if_alone_and_read_with_their_neighbours() -> None:
-    torch.manual_seed(0)
-    audio = conv_audio()
-    adapter = audio.adapters(24)["audio_in"]
-    segments = [audio.source(clip(number, length)) for number, length in enumerate((1, 7, 3, 7, 12))]
-    batch = batch_of(*segments)
-    together = adapter.embed(batch.groups["audio_in"].arrays)
-    alone = [adapter.embed(arrays_of(segment)) for segment in segments]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
-    first = np.flatnonzero(batch.groups["audio_in"].arrays["number"] == 0).tolist()
-    table = batch.groups["audio_in"].arrays[f"{LAYOUT}0"].tolist()
-    assert [number for number in table if number >= 0] == list(range(len(together))) and len(table) % ROUND == 0
-    assert first == [0, *np.cumsum([len(segment) for segment in segments])[:-1].tolist()]
-    assert all(table[table.index(number) - 1] == -1 for number in first) and table[-1] == -1
-    for part in split(batch, 3):
-        group = part.groups["audio_in"]
-        own = torch.isin(batch.groups["audio_in"].example, group.example)
-        torch.testing.assert_close(adapter.embed(group.arrays), together[own], rtol=1e-4, atol=1e-5)
-    # What changes in one patch is seen in those beside it, and no further.
-    arrays = arrays_of(segments[-1])
-    changed = {**arrays, "patches": arrays["patches"].clone()}
-    changed["patches"][5] += 1
-    moved = (adapter.embed(changed) - alone[-1]).abs().amax(1) > 1e-6
-    assert moved[[4, 5, 6]].all() and not moved[:3].any() and not moved[9:].any()
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_what_torch_keeps_of_clips_is_estimated_within_a_fifth(half: bool) -> None:
-    audio = conv_audio()
-    stem, segment = audio.stem(64), audio.source(clip(0, ROUND - 1))
-    few, many = (kept_bytes(stem, arrays_of(*[segment] * count), half) for count in (4, 12))
-    estimate = ModalitiesConfig.model_validate({"audio": {"stem": "conv"}}).stem_elements * (2 if half else 4)
-    assert estimate <= (many - few) / (8 * len(segment)) <= 1.2 * estimate
 
 
 def test_a_model_with_this_stem_is_rebuilt_from_its_description() -> None:
