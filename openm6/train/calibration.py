@@ -36,7 +36,7 @@ PRIORS = {"numbers_out": 1.0, "series_out": 1.25}  # widths without records: the
 def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> list[list[Example]]:
     """Return validation records as examples of each part of the mixture that is calibrated, without broken ones.
 
-    A task of a drawn number column is asked for each of them, since a few records of one tell little of its intervals.
+    A task of a drawn number column is asked for each of them: a few records of one are too few for its intervals.
     """
     parts = [part for part in recipe.mixture
              if (task := recipe.task(part.task)).output_modality == "numbers" or task.may_be_label]  # fmt: skip
