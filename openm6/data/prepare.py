@@ -47,7 +47,7 @@ def example_sequence(
     target = target_segment(example.target, modalities, rng)
     guided = example.target.modality in ("image", "audio")
     unconditional = rng is not None and guided and rng.random() < UNCONDITIONAL_FRACTION
-    # A clip of another pitch or loudness would have another number than the one that is learned.
+    # A clip of another pitch or tempo would have another number than the one that is learned.
     options = {"measured": True} if example.target.modality == "numbers" else {}
     parts = [replace(part, options=part.options | options) for part in example.source]
     source = [] if unconditional else source_segments(parts, modalities, rng)

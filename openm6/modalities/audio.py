@@ -221,8 +221,8 @@ def random_speed(rng: np.random.Generator) -> float:
 def _augmented(frames: np.ndarray, rng: np.random.Generator, measured: bool = False) -> np.ndarray:
     """Imitate other speakers and microphones: stretch mels and time, change level, start and a few bands.  # F M
 
-    Audio that is `measured`, whose number is asked for, is not stretched and keeps its level: the number may be one of
-    pitch, tempo and loudness.
+    Audio that is `measured`, whose number is asked for, is not stretched, as the number may be its pitch or tempo. Of
+    changes of level only the slope over the bands is left.
     """
     count, mels = frames.shape
     warp, tempo, level = rng.uniform(0.85, 1.18), rng.uniform(0.8, 1.25), rng.normal(0, 0.25)

@@ -69,7 +69,7 @@ class SomeNumbers(Numbers):
 
 
 def for_number(task: Task, column: str) -> Task:
-    """The task with this number column as its target; an own task has but its own."""
+    """The task with this number column as its target; an own task keeps the one that it names."""
     if isinstance(task.target, SomeNumbers):
         return task
     build = partial(hold_out_number if task.optional else hold_out, column=column)

@@ -45,7 +45,7 @@ def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> li
     found = []
     for part in parts:
         tasks = asked_columns(recipe.task(part.task), sources[part.source])
-        count = min(RECORDS, MAX_EXAMPLES // len(tasks))
+        count = min(RECORDS, max(1, MAX_EXAMPLES // len(tasks)))
         asked = (build_examples(task, sources[part.source], count, (0, "calibration"), check)[0] for task in tasks)
         found.append([example for examples in asked for example in examples])
     return found

@@ -34,6 +34,7 @@ from openm6.checkpoint.save import write_tensors
 from openm6.core.config import read_yaml
 from openm6.core.errors import ConfigError
 from openm6.core.files import new_folder, to_json
+from openm6.evaluate.metrics import metric_title, score
 from openm6.hub.addition import compact
 from openm6.inference.load import read_texts
 from openm6.modalities.simple_predictors import from_bytes, to_bytes
@@ -87,7 +88,7 @@ def pack(
             if (file := checkpoint / PREDICTORS_FILE).is_file():
                 (partial / PREDICTORS_FILE).write_bytes(without_folds(file))
             if (run / CARD_FILE).is_file():
-                (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows), encoding="utf-8", newline="\n")
+                (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows, scores), encoding="utf-8", newline="\n")
             # The card and the examples may be edited.
             listed = (MODEL_FILE, DESCRIPTION_FILE, TOKENIZER_FILE, PREDICTORS_FILE)
             sizes = {name: (partial / name).stat().st_size for name in listed if (partial / name).is_file()}
@@ -124,9 +125,11 @@ def without_folds(path: Path) -> bytes:
     return to_bytes(tables)
 
 
-def card(path: Path, rows: Path | None) -> str:
-    """The card of the run, with the licence of the model and the table of its rows, if they were evaluated."""
+def card(path: Path, rows: Path | None, scores: Path | None = None) -> str:
+    """The card of the run with the licence of the model, and tables of other scores and of its rows if there are any."""
     text = re.sub("^license: .*$", f"license: {LICENSE}", path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    if scores is not None:
+        text += f"\n## Scores of other tasks\n\n{scores_table(scores)}\n"
     if rows is None:
         return text
     return f"""{text}
@@ -143,6 +146,16 @@ python -m tools.mini.evaluate mini --corpus build/mini
 
 {saved_table(json.loads(rows.read_text(encoding="utf-8")))}
 """
+
+
+def scores_table(scores: Path) -> str:
+    """The scores that `openm6 evaluate --json` wrote, as in the card of a run."""
+    lines = ["| task | metric | score | baseline |", "|---|---|---|---|"]
+    for name, entry in json.loads(scores.read_text(encoding="utf-8"))["tasks"].items():
+        metric = entry["metric"]
+        values = (score(metric, entry[key]) for key in ("value", "baseline"))
+        lines.append(f"| {name} | {metric_title(metric)} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def write_examples(examples: Path, corpus: Path, folder: Path) -> None:
