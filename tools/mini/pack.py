@@ -126,7 +126,7 @@ def without_folds(path: Path) -> bytes:
 
 
 def card(path: Path, rows: Path | None, scores: Path | None = None) -> str:
-    """The card of the run with the licence of the model, and tables of other scores and of its rows if there are any."""
+    """The card of the run with the model's licence, and tables of other scores and of its rows if there are any."""
     text = re.sub("^license: .*$", f"license: {LICENSE}", path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
     if scores is not None:
         text += f"\n## Scores of other tasks\n\n{scores_table(scores)}\n"
