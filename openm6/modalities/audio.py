@@ -221,19 +221,20 @@ def random_speed(rng: np.random.Generator) -> float:
 def _augmented(frames: np.ndarray, rng: np.random.Generator, measured: bool = False) -> np.ndarray:
     """Imitate other speakers and microphones: stretch mels and time, change level, start and a few bands.  # F M
 
-    Audio that is `measured`, whose number is asked for, is not stretched, as the number may be its pitch or tempo. Of
-    changes of level only the slope over the bands is left.
+    Audio that is `measured`, whose number is asked for, is neither stretched nor changed in level, as the number may be
+    its pitch, tempo or loudness.
     """
     count, mels = frames.shape
     warp, tempo, level = rng.uniform(0.85, 1.18), rng.uniform(0.8, 1.25), rng.normal(0, 0.25)
+    lowest, highest = rng.normal(0, 0.3), rng.normal(0, 0.3)
     if measured:
-        warp, tempo, level = 1.0, 1.0, 0.0
+        warp, tempo, level, lowest, highest = 1.0, 1.0, 0.0, 0.0, 0.0
     rows = np.minimum(np.arange(max(1, int(count / tempo))) * tempo, count - 1)
     columns = np.minimum(np.arange(mels) * warp, mels - 1)
     stretched = _sampled(_sampled(frames.astype(np.float64), rows, 0), columns, 1)
     stretched += level
     stretched += rng.normal(0, 0.08, stretched.shape)
-    stretched += np.linspace(rng.normal(0, 0.3), rng.normal(0, 0.3), mels)
+    stretched += np.linspace(lowest, highest, mels)
     silence = int(rng.integers(0, 12))
     changed = np.empty((silence + len(stretched), mels))
     changed[:silence], changed[silence:] = stretched.min(), stretched

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from openm6.core.config import Config
@@ -25,9 +25,14 @@ CACHED_TEXTS, CACHED_LENGTH = 4096, 200  # segments of texts of so many characte
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer learned from `texts`: every byte is a token, so no text is unknown."""
+    """A byte-level BPE tokenizer learned from `texts`: every byte is a token, so no text is unknown.
+
+    No token holds two Chinese characters: words of several would hide their characters, and verse counts those.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False

@@ -160,19 +160,22 @@ def test_augmentation_stays_finite_and_differs(audio: Audio) -> None:
 
 
 @pytest.mark.parametrize(("task", "keeps"), [("audio_regression", True), ("audio_classification", False)])
-def test_audio_keeps_its_pitch_where_a_number_is_asked_for(task: str, keeps: bool) -> None:
+def test_audio_keeps_its_pitch_and_level_where_a_number_is_asked_for(task: str, keeps: bool) -> None:
     both = modalities()
     audio = both["audio"]
     assert isinstance(audio, Audio)
     plain = audio.source(sine(0.6)).arrays["patches"].reshape(-1, audio.num_mels)
     record = {"id": "1", "audio": file_of(sine(0.6)), "label": "one", "numbers": {"hours": 1.0}}
-    bands, lengths = [], set()
+    bands, levels, lengths = [], [], set()
     for seed in range(40):
         example = TASKS[task].example(record, np.random.default_rng(seed), train=True)
         segments = example_sequence(example, both, np.random.default_rng(seed)).segments
         frames = next(one for one in segments if one.kind == "audio_in").arrays["patches"].reshape(-1, audio.num_mels)
         bands.append(frames.mean(0).argmax() == plain.mean(0).argmax())
+        levels.append(frames.max())
         lengths.add(len(frames))
+    # The noise that is left has a deviation of 0.08.
+    assert bool(np.ptp(np.percentile(levels, [10, 90])) < 0.3) is keeps
     # A hidden band may be that of the tone.
     assert np.mean(bands) > 0.8 if keeps else np.mean(bands) < 0.4
     # Up to 110 ms of silence come before it.

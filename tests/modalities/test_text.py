@@ -67,6 +67,13 @@ def test_training_is_repeatable() -> None:
     assert train_tokenizer(LESSON, 340).to_str() == train_tokenizer(LESSON, 340).to_str()
 
 
+def test_no_token_holds_two_chinese_characters() -> None:
+    tokenizer = train_tokenizer(["什么数字什么数字 the digit the digit", "数字"] * 50, 400)
+    tokens = [tokenizer.decode([one]) for one in range(tokenizer.get_vocab_size())]
+    assert {"什", "么", "数", "字"} <= set(tokens) and any(len(token) > 4 for token in tokens)
+    assert all(sum("\u4e00" <= letter <= "\u9fff" for letter in token) <= 1 for token in tokens)
+
+
 def test_a_gap_is_a_hole_to_read_and_a_character_to_write(text: Text) -> None:
     words = f"a {MASK_CHARACTER} c"
     read = text.source(words).arrays["ids"]

@@ -252,26 +252,29 @@ def kokoro_words(packages: Packages) -> Iterator[Row]:
 
 
 def speech(packages: Packages) -> Iterator[Row]:
-    """What is to be said: each syllable and word in one voice, since a prompt names none. All of it is trained.
+    """What is to be said: each syllable and word in one voice, since a prompt names none.
 
-    Recordings by the human voice that are tested are left out.
+    Tested are the syllables whose human recordings are tested elsewhere too, and a second take of each word.
     """
     for syllable, file in human_syllables(packages).items():
-        if split_of("human", syllable, validation=0.0) == "train":
-            yield human_row(syllable, file, 100) | {"split": "train"}
-    for row in words_by_kokoro(packages, {language: voices[:1] for language, voices in KOKORO_VOICES.items()}):
+        yield human_row(syllable, file, 100) | {"split": split_of("human", syllable, validation=0.0)}
+    voices_of = {language: voices[:1] for language, voices in KOKORO_VOICES.items()}
+    for row in words_by_kokoro(packages, voices_of):
         yield row | {"split": "train"}
+    # With a full stop at its end, Kokoro says a word in another way.
+    for row in words_by_kokoro(packages, voices_of, ending="."):
+        yield row | {"id": f"{row['id']}/second", "split": "test"}
 
 
-def words_by_kokoro(packages: Packages, voices_of: Mapping[str, Sequence[str]]) -> Iterator[Row]:
-    """The words in some voices of Kokoro-82M, by language."""
+def words_by_kokoro(packages: Packages, voices_of: Mapping[str, Sequence[str]], ending: str = "") -> Iterator[Row]:
+    """The words in some voices of Kokoro-82M, by language; `ending` follows the phonemes of each."""
     kokoro, espeak, pairs = Kokoro(packages), Espeak(packages), word_list(packages)
     source = identity("kokoro-voices") | {"license": "Apache-2.0 (output of Kokoro-82M)"}
     for language, voices in voices_of.items():
         for voice in voices:
             for english, chinese in pairs:
                 said = _english_phonemes(espeak, english) if language == "en" else mandarin_phonemes(chinese)
-                audio = kokoro.speak(voice, said)
+                audio = kokoro.speak(voice, said + ending)
                 yield spoken_row("word", f"kokoro-{voice}", (english, chinese), language, audio, source)
 
 
