@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.nn.attention import Attention, Mask, QKNorm
@@ -14,6 +15,7 @@ from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, LoraConfig, ModalityExpertsConfig
 from openm6.nn.layers import MLP, LowRank, RMSNorm, UpdatesOfSome
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, TokenDispatcher
+from openm6.ops.matmul import matmul_dtype, pad_rows
 
 BlockOutput = tuple[Tensor, RouterStats | None]
 
@@ -137,8 +139,11 @@ class TransformerBlock(nn.Module):
         y = torch.zeros_like(flat)
         for network, index in zip((self.mlp, experts), context.kinds, strict=True):
             if len(index):
-                part, stats = self._feed_forward(network, flat[index][None], valid[index][None], context, layer)
-                y = y.index_copy(0, index, part[0].to(y.dtype))
+                rows, count = flat[index], len(index)
+                if self.training and isinstance(network, MLP):  # experts pad themselves
+                    rows = F.pad(rows, (0, 0, 0, pad_rows(count, matmul_dtype(flat)) - count))
+                part, stats = self._feed_forward(network, rows[None], valid[index][None], context, layer)
+                y = y.index_copy(0, index, part[0, :count].to(y.dtype))
                 if stats is not None:
                     side = side + stats.side_loss
                     own = stats if isinstance(network, MoE) and network.router is router else own

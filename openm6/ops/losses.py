@@ -64,27 +64,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor, chunks: int
     ) -> tuple[Tensor, Tensor]:
-        needed = any(ctx.needs_input_grad[:2])
+        of_hidden, of_weight, *_ = ctx.needs_input_grad
         size = max(1, -(-len(hidden) // max(1, chunks)))
-        d_hidden = torch.empty_like(hidden) if needed else hidden
-        d_weight = torch.zeros_like(weight) if needed else weight
+        d_hidden = torch.empty_like(hidden) if of_hidden else None
+        d_weight = torch.zeros_like(weight) if of_weight else None  # a frozen head has none
         hidden, weight = (part.to(matmul_dtype(part)) for part in (hidden, weight))
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = matmul(hidden[part], weight)  # C D -> C V
             nll[part] = cross_entropy_with_gradient(logits, label[part], token_weight[part])
-            if needed:
+            if d_hidden is not None:
                 d_hidden[part] = matmul(logits, weight.t())  # C V -> C D
+            if d_weight is not None:
                 matmul_add(d_weight, logits.t(), hidden[part].t())
-        ctx.save_for_backward(*((d_hidden, d_weight) if needed else ()))
+        ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(nll)
         return nll, (nll * token_weight).sum()
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden.mul_(factor), d_weight.mul_(factor), None, None, None
+    def backward(ctx: Any, _: Tensor, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        d_hidden, d_weight = (None if part is None else part.mul_(factor) for part in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None
 
 
 def grouped_cross_entropy(states: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:

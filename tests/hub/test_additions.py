@@ -102,3 +102,5 @@ def test_modality_experts_serve_their_tokens_and_leave_text_as_it_is(kind: str, 
     torch.testing.assert_close(after[:count], before[:count])
     assert (after[count:] != before[count:]).any(1).all(), "the image, and the words after it"
     assert torch.equal(states(run, WORDS), states(text, WORDS))
+    run.omni.train()  # rows of a training are padded
+    torch.testing.assert_close(states(run, WORDS, PIXELS, WORDS), after)

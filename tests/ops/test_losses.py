@@ -45,6 +45,18 @@ def test_it_equals_the_plain_loss(tokens, chunks):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_has_no_gradient_and_the_other_the_same(frozen: str) -> None:
+    hidden, weight, label, token_weight = inputs()
+    plain, _ = linear_cross_entropy_reference(hidden, weight, label, token_weight)
+    expected = torch.autograd.grad(plain, hidden if frozen == "weight" else weight)[0]
+    fixed, learned = (weight, hidden) if frozen == "weight" else (hidden, weight)
+    fixed.requires_grad_(False)
+    linear_cross_entropy(hidden, weight, label, token_weight)[0].backward()
+    assert fixed.grad is None and learned.grad is not None
+    torch.testing.assert_close(learned.grad, expected)
+
+
 def test_the_nll_alone_needs_no_gradient():
     hidden, weight, label, token_weight = inputs()
     with torch.no_grad():
