@@ -27,6 +27,8 @@ from openm6.tasks.registry import TASKS
 SAMPLE = 500  # rows of the sample, at equal distances
 DECODED = 200  # images and audio clips opened
 MAX_PROBLEMS = 20
+_TRAIN = re.compile(r"(?i)train(?=(-\d+-of-\d+)?(\.\w+)+$)")
+_TEST = re.compile(r"(?i)(^|[\W_])test(-\d+-of-\d+)?(\.\w+)+$")
 # Of a window: steps without a season; with one, seasons of the context; a series has at least so many horizons.
 CONTEXT, HORIZON, SEASONS, HORIZONS = 32, 8, 3, 10
 MAX_HORIZON = 24
@@ -114,6 +116,9 @@ def inspect_path(path: str, minutes: float = 10.0, target: str | None = None, st
     DataError: nothing there can be read, or no table has the target.
     """
     reports = _inspect_all(path)
+    for number, report in enumerate(reports):
+        while report.name in {other.name for other in reports[:number]}:
+            report.name += "_2"
     if target is not None:
         _aim_at(reports, target)
     usable = {report.name: report for report in reports if report.tasks}
@@ -208,10 +213,10 @@ def _inspect_all(path: str) -> list[DatasetReport]:
     entries = sorted(here.iterdir())
     tables = [str(entry) for entry in entries if entry.name.lower().endswith(TABLE_ENDINGS)]
     if tables:
-        # `x-test.csv` holds the test rows of `x-train.csv`.
-        tests = {table: re.sub(r"train(\.\w+)$", r"test\1", table) for table in tables}
-        tests = {table: test for table, test in tests.items() if test != table and test in tables}
-        alone = [table for table in tables if table not in tests.values()]
+        # `x-test.csv` holds the test rows of `x-train.csv`, and one that belongs to none is nothing to train on.
+        written = {table.lower(): table for table in tables}
+        tests = {table: written.get(_TRAIN.sub("test", table.lower())) for table in tables if _TRAIN.search(table)}
+        alone = [table for table in tables if not (tests and _TEST.search(table))]
         return [report for table in alone for report in inspect_table(table, tests.get(table))]
     if files := media_files(here):
         config = FolderConfig(path=path)
@@ -260,7 +265,7 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
 
 def name_of(path: str) -> str:
     """A source's name from a path: `my data-train.csv` -> `my_data`."""
-    stem = re.sub(r"[-_.]?train$", "", Path(path.rstrip("/")).name.split(".")[0])
+    stem = re.sub(r"(?i)[-_.]?train(-\d+-of-\d+)?$", "", Path(path.rstrip("/")).name.split(".")[0])
     return re.sub(r"\W+", "_", stem).strip("_").lower() or "data"
 
 

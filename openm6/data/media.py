@@ -18,7 +18,7 @@ from openm6.data.parquet import EMBEDDED_MARK, ParquetConfig
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, present_split, rows_by_hash, split_named
 from openm6.data.storage import find_files, is_remote, open_binary, read_beside
 from openm6.data.table import Table, TableConfig, TableSource
-from openm6.data.text_tables import CsvConfig, JsonlConfig
+from openm6.data.text_tables import HEADER_LINES, CsvConfig, JsonlConfig
 
 MAX_BYTES = dict.fromkeys(records.IMAGE_ENDINGS, records.MAX_IMAGE_BYTES)
 MAX_BYTES |= dict.fromkeys(records.AUDIO_ENDINGS, records.MAX_AUDIO_BYTES)
@@ -137,7 +137,8 @@ class TarTable(Table):
         if not self._samples:
             raise DataError(f"{path} holds no files: is it a WebDataset tar?")
         endings = sorted({ending for sample in self._samples for ending in sample.files})
-        keys = _json_of(self._samples[0])
+        first = (records.unless_broken(_json_of, sample) or {} for sample in self._samples[:HEADER_LINES])
+        keys = [key for found in first for key in found]
         filled = [column for column in _FILLED_BY if _ending_for(column, endings)]
         self.names = list(dict.fromkeys(["id", *filled, *keys, *endings]))
 
@@ -149,11 +150,12 @@ class TarTable(Table):
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
         sample = self._samples[row]
-        cells = {"id": sample.key, **_json_of(sample)}
+        cells = {**_json_of(sample), "id": sample.key}
         for column in columns:
             ending = _ending_for(column, sample.files)
             if ending is not None:
-                cells[column] = _bytes_of(sample, ending)
+                content = _bytes_of(sample, ending)
+                cells[column] = content.strip() if ending in ("cls", "txt") else content
         return cells
 
     def column(self, column: str) -> list[Any]:

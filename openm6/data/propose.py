@@ -27,7 +27,7 @@ from openm6.data.source import Source, split_named
 from openm6.modalities.dates import date_formats, is_date
 from openm6.modalities.image import read_image
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import Context, categories, input_only, predictable
+from openm6.tasks.slots import Context, categories, input_only, predictable, states
 from openm6.tasks.task import Task
 
 Kind = Literal[
@@ -165,7 +165,8 @@ def _is_number(cell: Any) -> bool:
 def _summary(kind: Kind, cells: Sequence[Any]) -> str:
     if kind == "number":
         numbers = [float(cell) for cell in cells if _is_number(cell)]
-        return f"{min(numbers):g} to {max(numbers):g}, mean {statistics.fmean(numbers):.4g}"
+        mean = 2**20 * statistics.fmean(number / 2**20 for number in numbers)  # the largest ones have no sum
+        return f"{min(numbers):g} to {max(numbers):g}, mean {mean:.4g}"
     if kind in ("category", "split"):
         common = Counter(str(cell) for cell in cells).most_common(4)
         return ", ".join(f"{_short(text)} ({count})" for text, count in common)
@@ -175,7 +176,8 @@ def _summary(kind: Kind, cells: Sequence[Any]) -> str:
     if kind in ("date", "identifier"):
         return f"{_short(str(cells[0]))} … {_short(str(cells[-1]))}"
     if kind == "list":
-        return f"{min(map(len, cells))} to {max(map(len, cells))} items, such as {_short(str(cells[0]))}"
+        lengths = [len(cell) for cell in cells if isinstance(cell, list)]
+        return f"{min(lengths)} to {max(lengths)} items, such as {_short(str(cells[0]))}"
     names = [cell for cell in cells if isinstance(cell, str)]
     return f"such as {_short(names[0])!r}" if names else ""
 
@@ -254,7 +256,7 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
         names = [name for name in names if not name.startswith("tabular") and not name.endswith("regression")]
         names += ["record_classification", "record_regression"]
     if not keys & {"image", "audio"}:
-        labelled = [str(label).lower() in text.lower() for text, label in both if label and text is not None]
+        labelled = [states(text, str(label)) for text, label in both if label and text is not None]
         if sum(labelled) <= MIN_RECORDS_FRACTION * len(labelled):  # to copy a word is not to learn it
             names.append("text_classification" if few_labels and len(labels) > 1 else "reverse_dictionary")
         names += ["question_answering", "keywords_to_text"]

@@ -81,15 +81,16 @@ def rows_by_hash(
 
 def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
     """Row numbers of one split by the words of a column; rows without a word train. DataError for other words."""
-    sides: dict[Any, Split] = {}
-    for word in set(words):
-        text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
-        side = "train" if word is None or text == "" else split_named(text)
+    texts = ["" if one is None else one.decode("utf-8", "replace") if isinstance(one, bytes) else str(one)
+             for one in words]  # fmt: skip
+    sides: dict[str, Split] = {}
+    for text in set(texts):
+        side = "train" if text == "" else split_named(text)
         if side is None:
             raise DataError(f"{where}: the split column holds {text[:40]!r}; write train, validation or test")
-        sides[word] = side
+        sides[text] = side
     chosen = present_split(split, sides.values())
-    return np.flatnonzero([sides[word] == chosen for word in words])
+    return np.flatnonzero([sides[text] == chosen for text in texts])
 
 
 def present_split(split: Split, present: Collection[Split | None]) -> Split:

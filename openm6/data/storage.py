@@ -54,20 +54,27 @@ def open_binary(path: str) -> IO[bytes]:
         raise DataError(f"{path} cannot be opened: {error}") from None
 
 
+NO_FILE_NAME = "a file name in the table is not a file name: check the column chosen for it"
+
+
 def read_beside(table_path: str, name: str, limit: int) -> bytes:
     """The bytes of a file in the folder of a table that names it; DataError outside, if missing or over `limit`."""
     if "\x00" in name or len(name) > 4096:
-        raise DataError("a file name in the table is not a file name: check the column chosen for it")
+        raise DataError(NO_FILE_NAME)
     if is_remote(table_path):
         folder, inner = table_path.rpartition("/")[0], PurePosixPath(name)
         path = f"{folder}/{inner}"
         outside = is_remote(name) or inner.is_absolute() or ".." in inner.parts
     else:
         folder = str(Path(table_path).expanduser().parent)
-        found = Path(folder, name).resolve()  # follows links, so that none can lead out
+        try:
+            found = Path(folder, name).resolve()  # follows links, so that none can lead out
+            is_file = found.is_file()
+        except (OSError, ValueError, RuntimeError):  # too long, not text, or links in a circle
+            raise DataError(NO_FILE_NAME) from None
         path = str(found)
         outside = not found.is_relative_to(Path(folder).resolve())
-        if not outside and not found.is_file():
+        if not outside and not is_file:
             raise DataError(f"there is no file {name!r} beside the table in {folder}")
     if outside:
         raise DataError(f"file name {name!r} leads out of the table's folder {folder}")

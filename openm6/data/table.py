@@ -12,7 +12,7 @@ from pydantic import Field
 
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
-from openm6.data.records import Fields, Record, RowReader, check_columns, unless_broken
+from openm6.data.records import Fields, Record, RowReader, check_columns, is_missing, unless_broken
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index, rows_by_hash, rows_by_word
 from openm6.data.storage import read_beside
 from openm6.tasks.slots import PINNED
@@ -82,7 +82,7 @@ class ArrowTable(Table):
 class TableSource(Source):
     """The rows of a table that belong to one split, read through a RowReader."""
 
-    target: str | None = None  # the column that tasks hold out, in rows that have it
+    target: str | None = None  # the column that tasks hold out; they pass over rows without it
 
     def __init__(self, name: str, table: Table, reader: RowReader, rows: np.ndarray) -> None:
         self.name, self._table, self._reader, self._rows = name, table, reader, rows
@@ -103,8 +103,7 @@ class TableSource(Source):
             where = f"{self.name}, {self._table.row_name(row)} of {self._table.where}"
             raise type(error)(f"{where}: {error}") from None
         record.setdefault("id", f"{self.name}/{row}")
-        columns = {**(record.get("numbers") or {}), **(record.get("categories") or {})}
-        if self.target is not None and columns.get(self.target) not in (None, ""):
+        if self.target is not None:
             record["extra"] = {**record.get("extra", {}), PINNED: self.target}
         return record
 
@@ -190,5 +189,5 @@ class TableConfig(SourceConfig):
             test_fraction = self.test_fraction
         column = self._hash_column(table.names)
         cells = [None] * len(table) if column is None else table.column(column)
-        keys = [row if cells[row] is None else cells[row] for row in rows]
+        keys = [row if is_missing(cells[row]) else cells[row] for row in rows]
         return rows[rows_by_hash(keys, test_fraction, split, self.validation_fraction)]

@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from openm6.core.errors import DataError
+from openm6.core.log import get_log
 from openm6.data.media import table_config
 from openm6.data.records import Record, as_number, is_blank
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
-from openm6.data.table import Table
+from openm6.data.text_tables import CsvConfig
 from openm6.modalities.dates import FORMS, Parse, is_date, parsed, plain_number, strptime, to_seconds
 
 TRIED = 50  # first cells that rule out most forms before a whole column is parsed
@@ -107,6 +108,7 @@ class WindowsConfig(SourceConfig):
     past_covariates: list[str] = []  # number columns that are seen beside the past of those to forecast
     known_covariates: list[str] = []  # those whose later values are known, too: prices, holidays
     time: str | None = None  # the column to sort by; the order of the table if not set
+    decimal: Literal[",", "."] | None = None  # the decimal mark of a CSV, where it can be read in two ways
     time_format: str | None = None  # such as "%m/%d/%Y", for dates that can be read in two ways
     group: str | None = None  # one series per value of this column; windows never cross groups
     context: int = Field(default=32, ge=1, le=65536)
@@ -134,20 +136,26 @@ class WindowsConfig(SourceConfig):
         return self.model_copy(update={"test_fraction": 0.0, "validation_fraction": 0.0})._source(name, "train")
 
     def _source(self, name: str, split: Split) -> Source:
-        table = table_config(self.path).load(self.path)
+        config = table_config(self.path)
+        if self.decimal is not None and not isinstance(config, CsvConfig):
+            raise DataError(f"{name}: decimal describes a CSV, and {self.path} is none: leave it out")
+        table = config.model_copy(update={} if self.decimal is None else {"decimal": self.decimal}).load(self.path)
         needed = list(dict.fromkeys([*self.numbers, *filter(None, (self.time, self.group))]))
         table.read(needed)
-        columns = [[_number(cell, column) for cell in table.column(column)] for column in self.numbers]
-        values = np.array(columns).T  # R C
+        for reason in table.unreadable:
+            get_log().warning(f"source {name} leaves out a row of {self.path}: {reason}")
+        # Rows that cannot be read come last, without cells.
+        cells = {column: table.column(column)[: len(table) - len(table.unreadable)] for column in needed}
+        values = np.array([[_number(cell, column) for cell in cells[column]] for column in self.numbers]).T  # R C
         named = {"start": self.time, "group": self.group}
-        described = {key: table.column(column) for key, column in named.items() if column is not None}
+        described = {key: cells[column] for key, column in named.items() if column is not None}
         length = self.context + self.horizon
         windows: list[tuple[np.ndarray, dict[str, Any]]] = []
         times: np.ndarray | None = None  # None: the rows are in order as they are
         if self.time is not None:
-            times = np.asarray(parse_times(table.column(self.time), self.time, self.path, self.time_format))
+            times = np.asarray(parse_times(cells[self.time], self.time, self.path, self.time_format))
         dated = self.time_format is not None or any(map(is_date, described.get("start", ())[:1]))
-        for rows in self._groups(table, times):
+        for rows in self._groups(described.get("group", [None] * len(values)), times):
             tested = len(rows) - round(len(rows) * self.test_fraction)
             validated = tested - round(tested * self.validation_fraction)
             borders = {"train": (0, validated), "validation": (validated, tested), "test": (tested, len(rows))}
@@ -157,7 +165,7 @@ class WindowsConfig(SourceConfig):
                 # Without a value there is nothing to forecast.
                 if np.isnan(values[covered[self.context :], : len(self.columns)]).all():
                     continue
-                about: dict[str, Any] = {key: str(cells[covered[0]]) for key, cells in described.items()}
+                about: dict[str, Any] = {key: str(column[covered[0]]) for key, column in described.items()}
                 # Targets of windows that start within one horizon overlap: they are no independent evidence.
                 about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
                 if split == "train":
@@ -167,9 +175,9 @@ class WindowsConfig(SourceConfig):
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
         return WindowSource(name, self, values, windows, times if dated else None)
 
-    def _groups(self, table: Table, times: np.ndarray | None) -> list[np.ndarray]:
+    def _groups(self, names: Sequence[Any], times: np.ndarray | None) -> list[np.ndarray]:
         groups: dict[Any, list[int]] = defaultdict(list)
-        for row, value in enumerate(table.column(self.group) if self.group else [None] * len(table)):
+        for row, value in enumerate(names):
             groups[value].append(row)
         if times is None:
             return [np.array(rows) for rows in groups.values()]

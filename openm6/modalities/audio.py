@@ -36,7 +36,9 @@ def read_audio(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     DataError: not an audio clip, broken, empty, of an unusual rate, or longer than `max_seconds`, by its header.
     """
     samples, rate = (raw.astype(np.float32), RATE) if isinstance(raw, np.ndarray) else _decode(raw, max_seconds)
-    if samples.ndim != 1 or not len(samples):
+    if samples.ndim != 1:
+        raise DataError("samples of audio must be of one channel: give their mean over the channels")
+    if not len(samples):
         raise DataError("the audio is empty: record it again")
     _check_duration(len(samples) / rate, max_seconds)
     if not np.isfinite(samples).all():

@@ -31,6 +31,7 @@ WINDOW = 4  # features of a window: location and scale against the column's, typ
 PAST_FEATURES = 2 + 2 + regression.TIMES
 FUTURE_FEATURES = 2 * FORECASTS + 1 + regression.TIMES
 MIN_CHANGE = 0.02  # a typical change is at least this fraction of the scale of the window
+FARTHEST_VALUE = 1e9  # in changes of its window, of a value to learn
 DAMPING = 0.95  # of the slope of a trend, each further step
 DISTANCE_WEIGHT = 0.5  # in the loss, of the distance to the location: the histogram alone would lie beside it
 MIN_CORRELATION = 0.3  # a lag is a period if the changes of a series correlate as much with those so many steps before
@@ -290,7 +291,7 @@ def future_arrays(
     steps = np.concatenate([squashed(forecasts), np.arcsinh((forecasts - middle) / window.change), length, times], 1)
     truth = np.full(len(forecasts), np.nan)
     truth[:count] = values
-    z = window.scaled(truth)
+    z = np.clip(window.scaled(truth), -FARTHEST_VALUE, FARTHEST_VALUE)  # its square is a number in float32
     observed = np.isfinite(z)
     # log of dt/dz, t being the value on the scale of the column: so that likelihoods compare with those of others.
     off = np.clip((np.where(observed, truth, column[0]) - column[0]) / column[1], -math.sinh(LIMIT), math.sinh(LIMIT))

@@ -14,6 +14,7 @@ from openm6.core.config import Config
 from openm6.core.errors import ConfigError, nearest
 from openm6.modalities.interface import Part
 from openm6.tasks.slots import (
+    ABSENT,
     MAX_TOKENS,
     SHORT,
     Derived,
@@ -44,7 +45,8 @@ class AnyText(Text):
     def value(self, record: Record, language: str) -> Any:
         languages = (language,) if self.language == "own" else (language, *LANGUAGES)
         found = (localised(record, self.name, one) for one in languages)
-        return next((value for value in found if value), None) or categories(record).get(self.name)
+        present = next((value for value in found if value not in ABSENT), None)
+        return categories(record).get(self.name) if present is None else present
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ Record = dict[str, Any]
 MAX_TOKENS = 256
 # A text of at most this many tokens is a name or a category.
 SHORT = 16
+ABSENT: tuple[object, ...] = (None, "", [], ())  # but not 0 and False, which are answers
+MIN_STATED = 3  # letters of an answer that a text states
 METRICS: dict[str, tuple[str, ...]] = {
     "text": ("exact_match",),
     "image": ("bits_per_code",),
@@ -73,8 +75,7 @@ def localised(record: Record, name: str, language: str) -> Any:
     plain = extra.get(name)
     if plain is None:
         return None
-    chinese = any("\u4e00" <= character <= "\u9fff" for character in as_text(plain))
-    return plain if chinese == (language == "zh") else None
+    return plain if _is_chinese(as_text(plain)) == (language == "zh") else None
 
 
 def as_text(value: Any) -> str:
@@ -99,7 +100,7 @@ class Text(Slot):
         return localised(record, self.name, language)
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(self.value(record, language))
+        return self.value(record, language) not in ABSENT
 
     def part(self, record: Record, language: str) -> Part:
         column = f"{self.name}_zh" if self.name == "label" and language == "zh" else self.name
@@ -342,9 +343,24 @@ def _shown(record: Record, context: Context, column: str, answer: str = "") -> d
     if named:
         listed = "; ".join(f"{_words(name)}: {value}" for name, value in named.items())
         parts["categories"] = Part("text", listed, {"columns": named})
-    if text and not (answer and answer.lower() in text.lower()) and (kept == 1 or rng.random() < kept):
+    if text and not (answer and states(text, answer)) and (kept == 1 or rng.random() < kept):
         parts["text"] = Part("text", text)
     return parts
+
+
+def states(text: str, answer: str) -> bool:
+    """Whether a text has the answer among its words. Answers as short as "no" do not count: any text may have them.
+
+    Otherwise the text would be missing for one of two answers, and that it is missing would give the answer away.
+    """
+    text, answer = text.lower(), answer.lower()
+    if answer not in text or _is_chinese(answer):
+        return len(answer) > 1 and answer in text
+    return len(answer) >= MIN_STATED and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
+
+
+def _is_chinese(text: str) -> bool:
+    return any("\u4e00" <= letter <= "\u9fff" for letter in text)
 
 
 def _words(column: str) -> str:
@@ -361,8 +377,7 @@ def _may_ask(values: Mapping[str, Any], record: Record, language: str) -> bool:
     texts = {name: localised(record, "text", name) for name in YES_NO}
     if any(texts.values()):
         return bool(texts[language])
-    chinese = any("\u4e00" <= letter <= "\u9fff" for letter in "".join(categories(record).values()))
-    return chinese == (language == "zh")
+    return _is_chinese("".join(categories(record).values())) == (language == "zh")
 
 
 def hold_out_number(record: Record, context: Context, column: str | None = None) -> Built:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -60,7 +61,16 @@ def asked_columns(task: Task, source: Source) -> list[Task]:
     for record in filter(None, records):
         own = pinned(record)
         columns |= {own} if own else predictable(record).keys()
-    return [for_number(task, name) for name in sorted(columns)] or [task]
+    return [_asked_as_trained(task, name) for name in sorted(columns)] or [task]
+
+
+def _asked_as_trained(task: Task, column: str) -> Task:
+    """The task with this column as its target, of records and in languages that the task itself may ask about."""
+    target = for_number(task, column).target
+    assert isinstance(target, Derived)
+    return replace(task, target=replace(target, needs=lambda record, language: (
+        column in predictable(record) and task.target.present(record, language)
+    )))  # fmt: skip
 
 
 def fit_widths(

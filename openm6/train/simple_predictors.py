@@ -27,6 +27,7 @@ from openm6.modalities.simple_predictors import (
     Trees,
     words_in,
 )
+from openm6.tasks.slots import states
 from openm6.train.image_network import NO_NETWORKS, NetworkPlan, fit_network
 
 Labels = Sequence[Mapping[str, str]]  # of each row, by column
@@ -120,9 +121,9 @@ def _fit_label(
                     if isinstance(word, str) and word == named[column])  # fmt: skip
     label = Label(classes, sorted(name for name, count in equal.items() if count >= SAME * len(own) and name != TEXT))
     table.labels[column] = label
-    # A text that holds a category is not shown when it is asked for.
+    # A text that states a category is not shown when it is asked for.
     shown = [{name: value for name, value in row.items()
-              if name != TEXT or column not in row or named[column].lower() not in value.lower()}
+              if name != TEXT or column not in row or not states(value, named[column])}
              for row, named in own]  # fmt: skip
     truth, rng = np.asarray([classes.index(named[column]) for _, named in own]), np.random.default_rng(0)
     outputs = len(classes) if len(classes) > 2 else 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from dataclasses import asdict
@@ -284,3 +285,41 @@ def test_nothing_there(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match="nothing at|holds no tables"):
             inspect_path(str(path))
+
+
+def reviews(*numbers: int) -> bytes:
+    rows = [{"text": f"a long review number {n} about {n % 7}", "mood": ("bad", "good")[n % 2]} for n in numbers]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("data-train.jsonl", "data-test.jsonl"),
+        ("data-train.jsonl.gz", "data-test.jsonl.gz"),
+        ("Train.jsonl", "test.jsonl"),
+        ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"),
+    ],
+)
+def test_files_of_test_rows_are_never_trained_on(train: str, test: str, tmp_path: Path) -> None:
+    for name, rows in ((train, range(60)), (test, range(60, 80))):
+        (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(reviews(*rows)))
+    recipe = recipe_of(inspect_path(str(tmp_path)))
+    assert [one.test_path for one in recipe.sources.values()] == [str(tmp_path / test)]
+    assert list(recipe.sources) == ["data"]
+
+
+def test_each_file_is_a_source_of_its_own(tmp_path: Path) -> None:
+    for name in ("reviews.2023.jsonl", "reviews.2024.jsonl"):
+        (tmp_path / name).write_bytes(reviews(*range(60)))
+    recipe = recipe_of(inspect_path(str(tmp_path)))
+    paths = {name: Path(one.path).name for name, one in recipe.sources.items()}
+    assert paths == {"reviews": "reviews.2023.jsonl", "reviews_2": "reviews.2024.jsonl"}
+    assert {part.source for part in recipe.mixture} == set(paths)
+
+
+def test_odd_cells_are_summed_up_too(tmp_path: Path) -> None:
+    rows = [{"tags": 5 if n == 7 else ["a", "b"], "v": 1.7976931348623157e308, "t": f"words {n}"} for n in range(40)]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = {column.name: column.summary for column in inspect_path(str(tmp_path)).datasets[0].columns}
+    assert "2 to 2 items" in shown["tags"] and "mean 1.798e+308" in shown["v"]

@@ -133,11 +133,17 @@ def test_names_with_dots_and_parts_that_are_missing(tmp_path):
 
 
 def test_broken_samples_are_broken_alone(tmp_path):
-    files = {"1.txt": b"good", "1.json": b"{}", "2.txt": b"\xff", "3.json": b"{broken", "3.txt": b"x"}
+    files = {
+        "0.json": b"{broken",
+        "0.txt": b"x",
+        "1.txt": b"good\n",
+        "1.json": b'{"id": "same", "by": "Jo"}',
+        "2.txt": b"\xff",
+    }
     (tmp_path / "x.tar").write_bytes(tar_of(files))
-    source = open_tar(tmp_path / "x.tar")
-    assert source[0]["text_en"] == "good"
-    for index, reason in ((1, "sample '2' .*UTF-8"), (2, r"3\.json is not JSON")):
+    source = open_tar(tmp_path / "x.tar", fields=Fields(text_en="txt", extra=["by"]))
+    assert source[1] == {"id": "1", "text_en": "good", "extra": {"by": "Jo"}}, "without its line end, by its own key"
+    for index, reason in ((0, r"0\.json is not JSON"), (2, "sample '2' .*UTF-8")):
         with pytest.raises(DataError, match=reason):
             source[index]
 

@@ -47,5 +47,7 @@ def test_words():
     assert rows_by_word(words, "train", "t.csv").tolist() == [0, 2, 4, 5]
     assert rows_by_word(words, "test", "t.csv").tolist() == [1]
     assert rows_by_word(words, "validation", "t.csv").tolist() == [3]
+    with pytest.raises(DataError, match=r"t\.csv: the split column holds \"\['train'\]\""):
+        rows_by_word([["train"]], "train", "t.csv")
     with pytest.raises(DataError, match=r"t\.csv: the split column holds 'maybe'"):
         rows_by_word(["train", "maybe"], "train", "t.csv")

@@ -48,6 +48,12 @@ def test_names_of_nothing(folder, name, reason):
         read_beside(str(folder / "table.csv"), name, 100)
 
 
+@pytest.mark.parametrize("name", ["A" * 400, "a\ud800"])
+def test_a_cell_that_can_be_no_file_name(folder, name):
+    with pytest.raises(DataError, match="not a file name"):
+        read_beside(str(folder / "table.csv"), name, 100)
+
+
 def test_size_is_bounded(folder):
     with pytest.raises(DataError, match="larger than 3 bytes"):
         read_beside(str(folder / "table.csv"), "sub/a.png", 3)

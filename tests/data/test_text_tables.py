@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import fsspec
+import numpy as np
 import pytest
 
 from openm6.core.config import build
@@ -15,6 +16,7 @@ from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.data.text_tables import SAMPLE_BYTES, CsvConfig, JsonlConfig, sniff_separator
 from openm6.data.windows import WindowsConfig
+from openm6.tasks.registry import TASKS
 from tests.data.sample_images import png
 
 FIELDS = Fields(text_en="title", numbers=["price"])
@@ -215,6 +217,51 @@ def test_a_decimal_comma_in_a_series_and_in_a_table_that_is_inspected(tmp_path):
     assert open_sources({"w": config}, "train")["w"][3]["series"] == {"load": [3.5, 4.5, 5.5]}
     table = load_table(str(path))
     assert table.row(3, ["load", "place"]) == {"load": "3.5", "place": "in 1,5 rooms"}
+
+
+def test_numbers_of_two_readings_in_a_series_are_told(tmp_path):
+    path = tmp_path / "load.csv"
+    path.write_text("day;load\n" + "".join(f"{n};1,20{n % 10}\n" for n in range(30)))
+    settings = {"path": str(path), "columns": ["load"], "context": 2, "horizon": 1}
+    with pytest.raises(DataError, match='add decimal: ","'):
+        open_sources({"w": WindowsConfig(**settings)}, "train")
+    source = open_sources({"w": WindowsConfig(**settings, decimal=",")}, "train")["w"]
+    assert source[0]["series"] == {"load": [1.2, 1.201, 1.202]}
+    (tmp_path / "load.jsonl").write_text('{"load": 1}\n' * 30)
+    with pytest.raises(DataError, match="decimal describes a CSV"):
+        open_sources({"w": WindowsConfig(**{**settings, "path": str(tmp_path / "load.jsonl")}, decimal=",")}, "train")
+
+
+@pytest.mark.parametrize("time", [None, "day"])
+def test_rows_of_another_length_are_left_out_of_a_series(tmp_path, time, caplog):
+    path = tmp_path / "load.csv"
+    path.write_text("day,load\n" + "".join(f"{n},{n}{',x' if n % 10 == 3 else ''}\n" for n in range(40)))
+    config = WindowsConfig(path=str(path), columns=["load"], time=time, context=2, horizon=1, test_fraction=0.0)
+    source = open_sources({"w": config}, "train")["w"]
+    values = [source[row]["series"]["load"] for row in range(len(source))]
+    assert len(values) == 34 and values[-1] == [37, 38, 39] and [2, 4, 5] in values
+    assert "leaves out a row" in caplog.text
+
+
+def test_blank_ids_are_split_as_missing_ones_are(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,v\n" + "".join(f"{'' if n % 2 else n},{n}\n" for n in range(400)))
+    test = open_sources({"t": CsvConfig(path=str(path), fields=Fields(numbers=["v"]))}, "test")["t"]
+    blank = [test[row]["numbers"]["v"] % 2 for row in range(len(test))]
+    assert 0.3 < np.mean(blank) < 0.7
+
+
+def test_only_the_target_is_asked_for(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("price,rating,size\n" + "".join(f"{n if n % 3 else ''},{n % 5},{n}\n" for n in range(60)))
+    fields = Fields(numbers=["price", "rating", "size"])
+    for target, columns in (("price", {"price"}), ("pricce", set())):
+        config = CsvConfig(path=str(path), fields=fields, target=target, test_fraction=0.0)
+        source = open_sources({"t": config}, "train")["t"]
+        task, rng = TASKS["record_regression"], np.random.default_rng(0)
+        records = [record for record in (source[row] for row in range(len(source))) if task.languages(record)]
+        assert {name for record in records for name in task.example(record, rng).target.raw} == columns
+        assert len(records) == (40 if columns else 0)
 
 
 def test_a_file_without_a_header_is_refused_until_its_columns_are_named(tmp_path):

@@ -9,7 +9,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.series import fit_scale
 from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import Context, couplets, hold_out_category, hold_out_number, mask_words
+from openm6.tasks.slots import Context, couplets, hold_out_category, hold_out_number, mask_words, states
 from tests.small_model import demo_sources
 
 POEM = "《江雪》 柳宗元\n千山鸟飞绝，万径人踪灭。\n孤舟蓑笠翁，独钓寒江雪。"
@@ -136,6 +136,26 @@ def test_a_text_that_holds_the_answer_is_left_out() -> None:
     size = hold_out_category(RECORD, Context("en", np.random.default_rng(0)), "size")
     assert set(size.inputs) == {"numbers", "categories", "text"} and size.target.raw == "big"
     assert size.words == {"column": "size"} and size.key == "size=big"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "stated"),
+    [
+        ("a red cup", "red", True),
+        ("A RED cup", "red", True),
+        ("scared of cups", "red", False),
+        ("nothing to say", "no", False),
+        ("no, thanks", "no", False),
+        ("size M", "M", False),
+        ("一个红色的杯子", "红色", True),
+        ("是不是", "是", False),
+    ],
+)
+def test_a_text_states_an_answer_as_a_word_that_is_not_short(text: str, answer: str, stated: bool) -> None:
+    assert states(text, answer) is stated
+    record = {"id": "r", "numbers": {"price": 3.0}, "categories": {"kind": answer}, "text_en": text, "text_zh": text}
+    built = hold_out_category(record, Context("en", np.random.default_rng(0)), "kind")
+    assert ("text" in built.inputs) is not stated
 
 
 def test_in_training_columns_are_missing_in_half_of_the_examples() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from openm6.tasks.own import TaskConfig
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import localised
 
@@ -34,3 +35,16 @@ def test_a_plain_table_in_one_language_can_pose_a_shop_task() -> None:
     task = TASKS["sentiment_analysis"]
     assert task.languages(table) == ["en"]
     assert task.example(table, np.random.default_rng(0)).answer == "negative"
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"), [(0, "0"), (False, "False"), (1, "1"), ("", None), (None, None), ([], None)]
+)
+def test_zero_and_false_are_answers(value: object, answer: str | None) -> None:
+    own = TaskConfig.model_validate(
+        {"inputs": {"text": "text"}, "target": {"text": "mood"}, "prompts": {"en": "{text}"}}
+    )
+    record = {"id": "1", "text_en": "so so", "extra": {"mood": value}}
+    task = own.task("mood_of")
+    assert task.languages(record) == ([] if answer is None else ["en"])
+    assert answer is None or task.example(record, np.random.default_rng(0)).answer == answer

@@ -17,7 +17,9 @@ import torch
 import openm6
 from openm6.core.errors import OutputError, TrainingError
 from openm6.core.run_folder import RunFolder
+from openm6.data.records import Fields
 from openm6.data.sources import open_sources
+from openm6.data.text_tables import JsonlConfig
 from openm6.evaluate.answers import answer
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.sampling import MaskedSampling
@@ -232,3 +234,12 @@ def test_a_network_of_images_is_in_the_checkpoint_with_a_weight_of_its_own(
 def test_weights_are_drawn_to_equal_ones_or_to_the_network_of_an_image_alone(known: str, weights: list[int]) -> None:
     experts = -np.outer([int(one) for one in known], [0.5, 1.0])
     np.testing.assert_array_equal(likely_weights(experts), np.asarray(weights) / 4)
+
+
+def test_columns_are_asked_for_in_the_language_of_their_text(tmp_path: Path) -> None:
+    rows = [{"price": n, "rating": n % 5, "text_en": f"a thing of {n} parts"} for n in range(20)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = JsonlConfig(path=str(tmp_path / "t.jsonl"), fields=Fields(numbers=["price", "rating"], text_en="text_en"))
+    source = open_sources({"t": config}, "train")["t"]
+    asked = calibration.asked_columns(TASKS["record_regression"], source)
+    assert len(asked) == 2 and all(task.languages(source[0]) == ["en"] for task in asked)
