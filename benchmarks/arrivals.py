@@ -100,7 +100,7 @@ def _capacity(engine: Engine, count: int = 36) -> float:
 
 def _submit(engine: Engine, index: int) -> tuple[str, RequestHandle]:
     kind, request = requests_of(index)
-    return kind, engine.submit(prepare(request, engine.loaded, engine.config.max_model_len))
+    return kind, engine.submit([prepare(request, engine.loaded, engine.config.max_model_len)])[0]
 
 
 def arrive(engine: Engine, rate: float, seconds: float, rng: random.Random) -> Load:

@@ -216,6 +216,8 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
         try:
             check_classification_targets(values)
             self.classes_, index = np.unique(values, return_inverse=True)
+        except ValueError as error:
+            raise frames.TableError(str(error)) from None
         except TypeError:
             raise frames.TableError(
                 "y holds missing values, or values of several types: drop or convert them"

@@ -112,7 +112,7 @@ def predict(
 
 def check_levels(levels: Sequence[float]) -> None:
     """Raise ConfigError if a quantile level lies outside 0 and 1."""
-    if not all(0 < level < 1 for level in levels):
+    if not all(isinstance(level, float | int | np.number) and 0 < level < 1 for level in levels):
         raise ConfigError(f"quantile_levels={list(levels)} must lie between 0 and 1")
 
 
@@ -278,7 +278,8 @@ def forecast(
     if not targets or not columns_of(frame):
         raise DataError("a DataFrame with columns of names of their own, and at least one target, are needed")
     trained, config = _forecasting(loaded, targets)
-    length, context = length or config.horizon, context_length or config.context
+    length = config.horizon if length is None else length
+    context = config.context if context_length is None else context_length
     if length < 1 or context < 1 or batch_size < 1:
         raise ConfigError("prediction_length, context_length and batch_size must be at least 1")
     series = list(_all_series(pd, frame, future, names, targets, length, config, freq, validate))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import soundfile
 
 from openm6.core.errors import ConfigError, DataError
@@ -26,6 +27,8 @@ from openm6.modalities.series import NumberSeries
 ROLES = ("system", "developer", "user", "assistant")
 # Files that `write_answer` makes, the default first.
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".flac", ".ogg")}
+# Of Pillow images, those that a PNG keeps as they are.
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 # Of a part of a message, the keys that may hold its image or audio; then types of OpenAI, with the key of the content.
 MEDIA = ("image", "audio")
 OPENAI = {"image_url": ("image", "url"), "input_audio": ("audio", "data")}
@@ -51,7 +54,10 @@ class Audio:
                 f"audio is not written as {suffix or 'a file without a suffix'!r}: use .wav, .flac or .ogg"
             )
         buffer = io.BytesIO()
-        soundfile.write(buffer, np.asarray(self.array), self.sampling_rate, format=suffix[1:].lower())
+        try:
+            soundfile.write(buffer, np.asarray(self.array), self.sampling_rate, format=suffix[1:].lower())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"the audio cannot be written ({error}): give samples from -1 to 1 as an array") from None
         return buffer.getvalue()
 
     def _repr_html_(self) -> str:
@@ -84,7 +90,7 @@ class Distribution:
 
     def quantile(self, level: float) -> Any:
         """Return the value below which a fraction `level` of the mass lies.  # -> float, or H"""
-        if not 0 < level < 1:
+        if not isinstance(level, float | int | np.number) or not 0 < level < 1:
             raise ConfigError(f"the quantile level {level!r} must lie between 0 and 1")
         return self._plain(self.histogram.quantile(level))
 
@@ -147,8 +153,8 @@ def media_bytes(value: Any, modality: str) -> Path | bytes | None:
     try:
         if modality == "image":
             image = value if isinstance(value, PIL.Image.Image) else PIL.Image.fromarray(np.asarray(value))
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
+            image, buffer = PIL.ImageOps.exif_transpose(image), io.BytesIO()
+            (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
             return buffer.getvalue()
         if isinstance(value, Mapping):
             value = Audio(np.asarray(value["array"]), int(value["sampling_rate"]))
@@ -178,6 +184,8 @@ def number_series(value: Any) -> NumberSeries | None:
 def parts_of_messages(messages: Sequence[Mapping[str, Any]], loaded: LoadedModel) -> list[Part]:
     """Return the parts of all turns of a chat; DataError names the message or the part that cannot be read."""
     turns = []
+    if not isinstance(messages, Iterable):
+        raise DataError(f"a chat is a list of messages, not {type(messages).__name__}")
     for index, message in enumerate(messages):
         where = f"message {index}"
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:

@@ -271,7 +271,7 @@ def serve(
     \b
     Example: openm6 serve runs/demo --port 8000
     """
-    if "=" in model:
+    if "=" in model and not Path(model).exists():  # a folder may be called lr=0.1
         model, settings = "mini", [model, *(settings or [])]
     trained = model_of(model)
     settings = [f"host={host}", f"port={port}", f"engine.device={device}", *(settings or [])]

@@ -31,6 +31,8 @@ PROJECTIONS = {
 }  # fmt: skip
 # What would change the update in a way that is not ours.
 UNLIKE = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "layer_replication")
+# First values of the update that PEFT takes out of the base, whose weights then differ from the published ones.
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Factors = tuple[Tensor, Tensor]  # A and B: E r I, E O r
 
 
@@ -126,6 +128,8 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig) -> tuple[LoraC
     """
     settings = read_json(folder / CONFIG_FILE, needed=True)
     unlike = [key for key in UNLIKE if settings.get(key)] + ["bias"] * (settings.get("bias", "none") != "none")
+    begun = str(settings.get("init_lora_weights"))
+    unlike += [f"init_lora_weights {begun}"] * begun.startswith(CHANGE_BASE)
     if settings.get("peft_type") != "LORA" or unlike:
         what = ", ".join(unlike) or f"peft_type {settings.get('peft_type')}"
         raise ConfigError(f"{folder} is an adapter with {what}, which is not supported: use plain LoRA")
@@ -144,7 +148,10 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig) -> tuple[LoraC
         if (a.shape[2], b.shape[1]) != (one.inputs, one.outputs):
             raise CheckpointError(f"{folder}: {module} has other sizes than in this model: it is for another base")
         patterns = (settings.get("alpha_pattern") or {}).items()
-        alphas = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
+        try:
+            alphas = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
+        except re.error as error:
+            raise ConfigError(f"{folder}: a key of alpha_pattern is no pattern ({error})") from None
         rank = a.shape[1] ** (0.5 if settings.get("use_rslora") else 1)
         found[one] = a, b * (float((alphas or [settings.get("lora_alpha", 8)])[0]) / rank)
     if left or not found:

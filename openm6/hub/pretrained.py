@@ -144,7 +144,10 @@ def find_model(name: str | Path) -> Path:
     """Return the folder of a model: a path, a name in OPENM6_HOME/models or ~/.openm6/models, or that of a shipped one,
     or an id of the Hub, fetched first.
     """
-    path, text = Path(name).expanduser(), str(name)
+    try:
+        path, text = Path(name).expanduser(), str(name)
+    except (TypeError, RuntimeError):  # no text, or the home of a user who is not there
+        raise CheckpointError(f"{name!r} is neither a path nor the name of a model") from None
     if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
         return _whole(path, path.name)
     if not _HUB_ID.fullmatch(text):

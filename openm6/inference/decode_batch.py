@@ -27,6 +27,7 @@ from openm6.inference.sampling import Sampling, filter_logits, gumbel
 SamplingMode = Literal["greedy", "unfiltered", "filtered"]
 # Rows of a pass from which on a product's bits do not depend on how many more there are (measured, MKL).
 PADDED_ROWS = 16
+MIN_TEMPERATURE = 1e-6  # below it, the most likely token is taken
 # The keys of a pass are a multiple of this many.
 STRIDE = 64
 # Sizes of graphs. A padded row costs little as long as reading the weights takes most of the time.
@@ -115,7 +116,9 @@ class DecodeBatch:
         vocabulary = len(self.text_head.head)
         self.token[slot], self.position[slot] = row.token, row.position
         self.length[slot], self.seed[slot] = self.cache.lengths[slot], sampling.seed
-        self.draw[slot], self.temperature[slot] = len(row.tokens), sampling.temperature
+        # Divided by less, logits are infinite.
+        temperature = sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0
+        self.draw[slot], self.temperature[slot] = len(row.tokens), temperature
         self.active[slot] = 1
         self.top_k[slot] = min(sampling.top_k or vocabulary, vocabulary)
         self.top_p[slot] = 1.0 if sampling.top_p is None else sampling.top_p

@@ -264,6 +264,8 @@ def load(
     keeps that of the checkpoint. `compiled`: see `LoadedModel`. CheckpointError: there is none, it is not of a
     multimodal model, or its parts do not fit one another.
     """
+    if num_gpu_layers is not None and num_gpu_layers < 0:
+        raise ConfigError(f"num_gpu_layers={num_gpu_layers} is negative: leave it out to keep all layers there")
     folder, device = latest(path), resolve_device(device) if isinstance(device, str) else device
     if device.type == "cuda":
         get_log().info(str(capabilities(device)))

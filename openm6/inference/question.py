@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -187,7 +188,7 @@ class Question:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        if self.output not in MODALITIES:
+        if not isinstance(self.output, str) or self.output not in MODALITIES:
             hint = ": --out names the file" if "." in str(self.output) else ""
             raise ConfigError(f"the output {self.output!r} is not one of {', '.join(MODALITIES)}{hint}")
         if self.language not in LANGUAGES:
@@ -196,8 +197,12 @@ class Question:
             raise ConfigError(f"a text is expected, not {type(self.text).__name__}")
         if self.numbers is not None and not isinstance(self.numbers, Mapping):
             raise ConfigError(f"numbers map columns to values, as {{'mass': 3.5}}, not {type(self.numbers).__name__}")
-        if self.ahead < 1:
-            raise ConfigError(f"{self.ahead} steps cannot be forecast: ask for at least 1")
+        for name, value in (self.numbers or {}).items():
+            if not isinstance(name, str) or not (value is None or isinstance(value, float | int | str | np.number)):
+                wrong = f"{name!r}: {value!r}"[:80]
+                raise ConfigError(f"numbers map columns to values, as {{'mass': 3.5}}, not {{{wrong}}}")
+        if not isinstance(self.ahead, int) or self.ahead < 1:
+            raise ConfigError(f"{self.ahead!r} steps cannot be forecast: ask for at least 1")
         media = (self.image, self.audio)
         if not any((self.text, self.numbers, self.series)) and media == (None, None):
             raise ConfigError("nothing is given: add a text, an image, audio, numbers or a series")
@@ -206,10 +211,7 @@ class Question:
         if self.mask_span is not None and (self.audio is None or self.output != "audio"):
             raise ConfigError("a mask span fills in an audio clip: it needs audio as input and as output")
         for name, mask, half in (("the mask box", self.mask_box, 2), ("the mask span", self.mask_span, 1)):
-            if mask is None:
-                continue
-            pairs = zip(mask[:half], mask[half:], strict=False)
-            if len(mask) != 2 * half or not all(0 <= start < end <= 1 for start, end in pairs):
+            if mask is not None and not _is_region(mask, half):
                 raise ConfigError(f"{name} must be {2 * half} fractions between 0 and 1, each start below its end")
 
     @property
@@ -226,9 +228,18 @@ class Question:
         return missing[0] if self.column is None else self.column
 
 
+def _is_region(mask: Any, half: int) -> bool:
+    """Whether a mask has `half` starts between 0 and 1, and as many ends above them."""
+    if not isinstance(mask, Sequence) or len(mask) != 2 * half or not all(isinstance(x, float | int) for x in mask):
+        return False
+    return all(0 <= start < end <= 1 for start, end in zip(mask[:half], mask[half:], strict=True))
+
+
 def read_media(modality: Image | Audio, given: Path | str | bytes) -> bytes:
     """Return the bytes of an image or recording, or of the file at a path; DataError, after its path, if it is none."""
     path = Path() if isinstance(given, bytes) else Path(given)
+    if re.match(r"https?:/", str(path)):
+        raise DataError(f"{path} is an address, and nothing is fetched: load it, and give its path or bytes")
     try:
         if not isinstance(given, bytes) and path.stat().st_size > MAX_FILE_BYTES:
             raise DataError(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, the most allowed: shrink or cut it")

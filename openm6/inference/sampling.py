@@ -14,6 +14,9 @@ from torch import Tensor
 from openm6.core.config import Config, apply_overrides, build
 from openm6.ops.random_bits import uniform
 
+MAX_SEED = 2**62  # answers of a list draw from the next seeds, in 64 bits
+MAX_TOKENS = 2**17  # for which a cache is allocated
+
 
 class Sampling(Config):
     """How the next token of a text is chosen; temperature 0 takes the most likely one."""
@@ -21,8 +24,8 @@ class Sampling(Config):
     temperature: float = Field(default=0.0, ge=0)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int = Field(default=64, ge=1)
-    seed: int = 0
+    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
+    seed: int = Field(default=0, ge=-MAX_SEED, le=MAX_SEED)
 
 
 class MaskedSampling(Config):
@@ -39,7 +42,7 @@ class MaskedSampling(Config):
     temperature: float = Field(default=1.0, ge=0)
     noise: float = Field(default=2.0, ge=0)
     order: Literal["confidence", "random"] = "confidence"
-    seed: int = 0
+    seed: int = Field(default=0, ge=-MAX_SEED, le=MAX_SEED)
 
     def runs_unprompted(self, step: int) -> bool:
         """Whether a step, the first of which is 1, includes the pass without the prompt."""

@@ -27,6 +27,7 @@ UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and co
 MAX_SECONDS = 30.0
 # Of targets while training, which changes the voice (Ko et al., Interspeech 2015); few, so that codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
+BLOCK = 2**16  # samples of each channel that are decoded at once
 MIN_RATE, MAX_RATE = 1_000, 768_000  # a header may contain any rate, and the memory of resampling grows with it
 
 
@@ -60,9 +61,10 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
                     f"{MAX_RATE:,}: export it again at 16,000"
                 )
             _check_duration(file.frames / file.samplerate, max_seconds)
-            # A header may state a wrong length: never decode more than the bound.
-            samples = file.read(int(max_seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
-            return samples.mean(1), file.samplerate
+            # A header may state a wrong length: never decode more than the bound, nor many channels of it at once.
+            frames = min(file.frames, int(max_seconds * file.samplerate) + 1)
+            blocks = file.blocks(BLOCK, frames=frames, dtype="float32", always_2d=True)
+            return np.concatenate([block.mean(1) for block in blocks] or [np.zeros(0, np.float32)]), file.samplerate
     except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError) as error:
         # Not the library's prefix, which names an object in memory.
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error

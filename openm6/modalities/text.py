@@ -24,6 +24,12 @@ ROLES = ("system", "user", "assistant")  # of the turns of a chat
 CACHED_TEXTS, CACHED_LENGTH = 4096, 200  # segments of texts of so many characters are kept
 
 
+_PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+# Letters of tokens of byte-level BPE, as GPT-2 writes them: a byte that is printed is itself, the others follow.
+BYTES = {chr(byte): byte for byte in _PRINTED}
+BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted({*range(0x100)} - {*_PRINTED}))}
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer learned from `texts`: every byte is a token, so no text is unknown.
 
@@ -113,6 +119,13 @@ class Text(Modality):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens and unused ids."""
         return self.tokenizer.decode([token for token in ids if token < self.first_special and token != self.end])
+
+    def bytes_of(self, token: int) -> bytes:
+        """The UTF-8 that a token stands for, which may be a part of a character, whose text alone is U+FFFD."""
+        text = self.decode([token])
+        piece = self.tokenizer.id_to_token(token) if "\ufffd" in text else None
+        known = piece is not None and all(letter in BYTES for letter in piece)
+        return bytes(BYTES[letter] for letter in piece) if piece and known else text.encode()
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`raw` text as at most `max_tokens` source tokens, cut within `cuttable` spans of characters."""

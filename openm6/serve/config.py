@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -91,7 +91,7 @@ class ServeConfig(Config):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
-    keys: tuple[str, ...] = ()
+    keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     hosts: tuple[str, ...] = ()
     limits: Limits = Limits()
     engine: EngineConfig = EngineConfig()

@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_left, insort
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from heapq import merge
@@ -69,10 +69,17 @@ class FairQueue:
     def __len__(self) -> int:
         return self._size
 
-    def push(self, handle: RequestHandle, seconds_of_work: float) -> None:
-        """Add a request to its client's line; raise QueueFullError if more than `bound` tokens of work would wait."""
-        if self.work and self.work + handle.prepared.work > self.bound:
+    def push(self, handles: Sequence[RequestHandle], seconds_of_work: float) -> None:
+        """Add requests to the lines of their clients, all or, with QueueFullError, none.
+
+        No more than `bound` tokens of work wait, but for what comes while nothing waits: otherwise it never could.
+        """
+        if self.work and self.work + sum(handle.prepared.work for handle in handles) > self.bound:
             raise QueueFullError("too many requests are waiting: try again later", max(1, round(seconds_of_work)))
+        for handle in handles:
+            self._add(handle)
+
+    def _add(self, handle: RequestHandle) -> None:
         client, kind = handle.client, type(handle.prepared.request)
         if client not in self.waiting:
             lowest = min((lines[0].counter for lines in self._sorted.values() if lines), default=0)
@@ -181,44 +188,39 @@ class Engine:
 
     async def ask_all(self, requests: Iterable[Request], client: str, seconds: float) -> list[RequestHandle]:
         """Queue all requests of a client, or none; each must be answered within `seconds`. Raise as `ask`."""
-        handles: list[RequestHandle] = []
-        try:
-            for request in requests:
-                handles.append(await self.ask(replace(request, client=client, seconds=seconds)))
-        except BaseException:
-            cancel_all(handles)
-            raise
-        return handles
+        return self.submit([await self._read(replace(request, client=client, seconds=seconds)) for request in requests])
 
     async def ask(self, request: Request) -> RequestHandle:
         """Prepare a request in a thread of its own and queue it.
 
         Raise DataError if it is broken or out of bounds, QueueFullError, or EngineUnavailableError if nothing runs.
         """
+        return self.submit([await self._read(request)])[0]
+
+    async def _read(self, request: Request) -> PreparedRequest:
         if not self._preparing.acquire(blocking=False):
             raise QueueFullError("too many requests are being read: try again later", 1)
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, request)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, request)
         finally:
             self._preparing.release()
-        return self.submit(prepared)
 
     def ask_and_wait(self, request: Request) -> Answer:
         """Return the answer, for callers without an event loop; raise as `ask` and `RequestHandle.wait`."""
-        return self.submit(self._prepare(request)).wait()
+        return self.submit([self._prepare(request)])[0].wait()
 
     def _prepare(self, request: Request) -> PreparedRequest:
         return prepare(request, self.loaded, self.config.max_model_len)
 
-    def submit(self, prepared: PreparedRequest) -> RequestHandle:
-        """Queue a prepared request; raise as `ask`."""
-        handle = RequestHandle(prepared)
+    def submit(self, prepared: Sequence[PreparedRequest]) -> list[RequestHandle]:
+        """Queue all prepared requests, or none; raise as `ask`."""
+        handles = [RequestHandle(one) for one in prepared]
         with self._changed:
             if not self.ready:
                 raise self.unavailable
-            self.queue.push(handle, self.queue.work / self._speed)
+            self.queue.push(handles, self.queue.work / self._speed)
             self._changed.notify()
-        return handle
+        return handles
 
     def _run(self, worker: Worker) -> None:
         try:

@@ -44,7 +44,12 @@ class BadRequestError(OpenM6Error):
         self.param = param
 
 
+class NoModelError(BadRequestError):
+    """A request for another model than the one that is served."""
+
+
 STATUS: dict[type[OpenM6Error], int] = {
+    NoModelError: 404,
     BadRequestError: 400,
     DataError: 400,
     ConfigError: 400,
@@ -58,6 +63,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     for status, meaning in (
         (400, "The request is broken or needs something that is not supported."),
         (401, "The API key is missing or wrong."),
+        (404, "No model is called so."),
         (408, "The body did not arrive in time."),
         (413, "The request is too large."),
         (429, "Too much is waiting; Retry-After holds the seconds until the next try."),
@@ -72,12 +78,13 @@ class Failure:
     message: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    code: str | None = None
 
     def body(self, code: str | None = None) -> ErrorBody:
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         # A request may hold half a surrogate pair, and a message may quote it.
         message = self.message.encode("utf-8", "replace").decode("utf-8")
-        return ErrorBody(error=ErrorDetail(message=message, type=kind, param=self.param, code=code))
+        return ErrorBody(error=ErrorDetail(message=message, type=kind, param=self.param, code=code or self.code))
 
     def response(self) -> JSONResponse:
         """Return the HTTP response; clients retry 5xx by themselves."""
@@ -100,7 +107,8 @@ def failure_of(error: Exception) -> Failure:
         status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
         seconds = error.retry_after if isinstance(error, QueueFullError) else 1 if status == 503 else None
         headers = {} if seconds is None else {"retry-after": str(seconds)}
-        return Failure(status, str(error), getattr(error, "param", None), headers)
+        code = "model_not_found" if isinstance(error, NoModelError) else None
+        return Failure(status, str(error), getattr(error, "param", None), headers, code)
     get_log().error("a request failed", exc_info=error)
     return Failure(500, "the server failed on this request: report it with the server's log")
 

@@ -21,7 +21,7 @@ from openm6.hub.pretrained import find_model
 from openm6.inference.load import check, load
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.run import create_app
+from openm6.serve.run import create_app, warn_without_keys
 
 APPLICATION = "openm6"
 
@@ -90,6 +90,7 @@ def serve_replicas(
     replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")
     folder = find_model(trained).resolve()
     check(folder)  # an error is raised here, not in every replica
+    warn_without_keys(config)
     run_replicas(partial(app_of, folder, config, name or folder.name), config, replicas)
     get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
     try:

@@ -121,11 +121,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token's text, its log-probability, and those of its likeliest alternatives."""
+    """A token's text and bytes, its log-probability, and the likeliest alternatives, which have none themselves."""
 
     text: str
+    data: bytes
     logprob: float
-    alternatives: tuple[tuple[str, float], ...] = ()
+    alternatives: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,12 +94,15 @@ def read_serve_config(settings: list[str], keys: Path | None = None) -> ServeCon
     found = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
     if keys is not None:
         try:
-            found = [line.strip() for line in keys.read_text(encoding="utf-8").splitlines() if line.strip()]
+            found = [line.strip() for line in keys.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the keys in {keys} cannot be read: {error}") from None
         if not found:
             raise ConfigError(f"{keys} holds no key: write one on each line")
-    return build(ServeConfig, {**values, "keys": [*values.get("keys", []), *found]}, "serve")
+    given = values.get("keys") or []
+    if not isinstance(given, list):  # the letters of a text would each be a key
+        raise ConfigError("keys is a list: write keys=[one,two], or use --keys FILE")
+    return build(ServeConfig, {**values, "keys": [*given, *found]}, "serve")
 
 
 def serve(
@@ -114,11 +117,7 @@ def serve(
     """
     with bind(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
-        if not (config.keys or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
-            get_log().warning(
-                f"no API keys: whoever reaches {config.host} may ask the model, open the page and upload files; "
-                f"set {KEY_VARIABLE} or --keys"
-            )
+        warn_without_keys(config)
         folder = find_model(trained)
         engine = Engine(load(folder, config.engine.device, config.engine.num_gpu_layers), config.engine)
         app = configure_app(create_app(engine, config, name or folder.resolve().name))
@@ -139,14 +138,19 @@ def serve(
         raise EngineError(engine.failure)
 
 
+def warn_without_keys(config: ServeConfig) -> None:
+    """Warn if an address that others may reach needs no API key."""
+    number = str(_resolved(config.host, config.port)[1][0])
+    if not (config.keys or ipaddress.ip_address(number.partition("%")[0]).is_loopback):
+        get_log().warning(
+            f"no API keys: whoever reaches {config.host} may ask the model, open the page and upload files; "
+            f"set {KEY_VARIABLE} or --keys"
+        )
+
+
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that has this address to itself (port 0: a free one); raise ConfigError if it cannot be used."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        sentence = f"--host {host} cannot be used ({error.strerror}): name an address of this machine"
-        raise ConfigError(sentence) from None
-    family, *_, address = found[0]
+    family, address = _resolved(host, port)
     try:
         # At :: it answers IPv4, too.
         dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
@@ -155,6 +159,16 @@ def bind(host: str, port: int) -> socket.socket:
         reason = os.strerror(error.errno or 0)
         sentence = f"{host}:{port} cannot be used ({reason}): stop what uses it, or choose another --port"
         raise ConfigError(sentence) from None
+
+
+def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name"
+        sentence = f"--host {host} cannot be used ({reason}): name an address of this machine"
+        raise ConfigError(sentence) from None
+    return family, address
 
 
 def http_server(app: FastAPI, limits: Limits) -> uvicorn.Server:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Self
 
 import numpy as np
 from pydantic import BaseModel, Field
 
+from openm6.core.errors import DataError
 from openm6.core.seeds import derive_seed
 from openm6.inference.engine import rank_texts
 from openm6.inference.question import Coverage, assess
@@ -103,16 +105,18 @@ class RankedCandidate(BaseModel):
     score: float
 
 
-def usage_of(answers: list[Answer]) -> TokenUsage:
-    """Return the usage of several answers to one prompt: it is read once, what is generated adds up."""
-    usage = answers[0].usage
+def usage_of(answers: list[Answer], one_prompt: bool = True) -> TokenUsage:
+    """Return the usage of several answers: what is generated adds up; one prompt is read once, others add up too."""
+    read = [answer.usage for answer in answers[: 1 if one_prompt else None]]
     generated = sum(answer.usage.generated for answer in answers)
-    counts = {f"{modality}_tokens": tokens for modality, tokens in usage.by_modality.items()}
+    counts = Counter[str]()
+    for usage in read:
+        counts.update({f"{modality}_tokens": tokens for modality, tokens in usage.by_modality.items()})
     return TokenUsage(
-        prompt_tokens=usage.prompt,
+        prompt_tokens=counts.total(),
         completion_tokens=generated,
-        total_tokens=usage.prompt + generated,
-        prompt_tokens_details=PromptDetails(cached_tokens=usage.cached, **counts),
+        total_tokens=counts.total() + generated,
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(usage.cached for usage in read), **counts),
     )
 
 
@@ -123,8 +127,10 @@ def coverage_of(request: Request, answer: Answer, description: CheckpointConfig)
 
 
 def distribution_of(histogram: Histogram, coverage: float) -> Distribution:
-    mean, median = _rounded(histogram.mean()), _rounded(histogram.median())
-    low, high = map(_rounded, histogram.interval(coverage))
+    found = (histogram.mean(), histogram.median(), *histogram.interval(coverage))
+    if not all(np.isfinite(one).all() for one in found):
+        raise DataError("the prediction is too large for a number: give values of a smaller size")
+    mean, median, low, high = map(_rounded, found)
     return Distribution(mean=mean, median=median, low=low, high=high, coverage=coverage)
 
 

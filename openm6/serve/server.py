@@ -28,7 +28,7 @@ from openm6.inference.load import LoadedModel
 from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.content import Fetcher
 from openm6.serve.engine import Engine, cancel_all
-from openm6.serve.errors import BadRequestError, Failure
+from openm6.serve.errors import BadRequestError, Failure, NoModelError
 from openm6.serve.requests import Answer, EngineUnavailableError, Request
 from openm6.serve.scenarios.scenario import ScenarioLibrary, Scores, library_of
 from openm6.serve.worker import RequestHandle
@@ -88,9 +88,9 @@ class Server:
         return self.config.limits
 
     def check_model(self, name: str | None) -> None:
-        """Raise BadRequestError if a request names another model than the one that is served."""
+        """Raise NoModelError if a request names another model than the one that is served."""
         if name not in (None, self.name, "default"):
-            raise BadRequestError(f"no model is called {name!r} here: use {self.name!r}", "model")
+            raise NoModelError(f"no model is called {name!r} here: use {self.name!r}", "model")
 
 
 @dataclass(frozen=True)

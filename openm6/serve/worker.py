@@ -23,11 +23,12 @@ from openm6.core.errors import OpenM6Error
 from openm6.core.log import get_log
 from openm6.energy.meter import Meter
 from openm6.inference.decode import TextHead
-from openm6.inference.decode_batch import DecodeBatch
+from openm6.inference.decode_batch import DecodeBatch, DecodeSequence
 from openm6.inference.engine import embed_tokens, predict_numbers, score_rows, visible_text
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import MaskedDecodeState, masked_step
 from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
+from openm6.modalities.text import Text
 from openm6.serve import requests
 from openm6.serve.config import EngineConfig
 
@@ -300,13 +301,9 @@ class Worker:
                 continue
             handle.text, stopped = visible_text(text, row, request.stop, row in ended)
             if request.top is not None:
-                handle.tokens = [
-                    requests.ScoredToken(
-                        text.decode([token]), value, tuple((text.decode([one]), score) for one, score in top)
-                    )
-                    for token, (value, top) in zip(row.tokens, row.scores, strict=True)
-                    if token != text.end
-                ]
+                whole = row in ended and not stopped
+                count = len(row.tokens) if whole else shown_tokens(text, row.tokens, handle.text)
+                handle.tokens = scored_tokens(text, row, count)
             if row in ended or stopped:
                 self.text.remove(row)
                 cut = not stopped and row.tokens[-1] != text.end
@@ -342,6 +339,24 @@ class Worker:
             first_token_seconds=handle.first_token_seconds,
         )
         self.ended.append((handle, answer))
+
+
+def shown_tokens(text: Text, tokens: Sequence[int], shown: str) -> int:
+    """How many of the tokens the part of their text that is shown takes."""
+    if not shown:
+        return 0
+    return next((n for n in range(1, len(tokens)) if text.decode(tokens[:n]).startswith(shown)), len(tokens))
+
+
+def scored_tokens(text: Text, row: DecodeSequence, count: int) -> list[requests.ScoredToken]:
+    """The first tokens of a row with their scores, without the one that ends it."""
+
+    def scored(token: int, score: float, likely: Sequence[tuple[int, float]] = ()) -> requests.ScoredToken:
+        others = tuple(scored(*one) for one in likely)
+        return requests.ScoredToken(text.decode([token]), text.bytes_of(token), score, others)
+
+    pairs = zip(row.tokens[:count], row.scores[:count], strict=True)
+    return [scored(token, *scores) for token, scores in pairs if token != text.end]
 
 
 class EnergyAttribution:

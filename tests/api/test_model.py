@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import doctest
+import io
 import re
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import torch
 
 import openm6
 from openm6.api import model, values
+from openm6.api.values import media_bytes
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.pretrained import find_model
+from openm6.modalities.image import read_image
 from tests.small_model import embedding_model
 
 FAST: dict[str, Any] = {"num_inference_steps": 2}
@@ -106,6 +109,8 @@ def test_a_model_on_the_hub_is_fetched(run: Path, monkeypatch: pytest.MonkeyPatc
         ("someone/nothing", "someone/nothing is neither a local path nor can it be downloaded"),
         (Path("nowhere"), "there is no run or checkpoint at nowhere"),
         ("/nowhere/run", "there is no run or checkpoint at /nowhere/run"),
+        (5, "5 is neither a path nor the name of a model"),
+        ("~nouser/x", "'~nouser/x' is neither a path nor the name of a model"),
     ],
 )
 def test_a_model_that_is_not_there(name: str | Path, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +154,19 @@ def test_every_kind_of_image_is_the_same_question(m6: openm6.OpenM6, files: Path
     answers = m6.generate(image=kinds, max_new_tokens=4)
     assert len(answers) == 5 and len(set(answers)) == 1
     assert m6.generate(image=image, max_new_tokens=4) == answers[0]
+
+
+def test_a_photo_is_the_same_as_a_file_and_in_memory() -> None:
+    turned, printed = io.BytesIO(), io.BytesIO()
+    image = PIL.Image.effect_noise((40, 20), 90).convert("RGB")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(turned, "JPEG", exif=exif)
+    image.convert("CMYK").save(printed, "JPEG")
+    for file in (turned, printed):
+        whole, opened = read_image(file.getvalue()), PIL.Image.open(file)
+        again = read_image(media_bytes(opened, "image"))
+        assert again.size == whole.size and np.array_equal(np.asarray(again), np.asarray(whole))
 
 
 def test_every_kind_of_audio_is_the_same_question(m6: openm6.OpenM6, files: Path) -> None:
@@ -257,6 +275,21 @@ BAD = {
     "a chat of numbers": (lambda m6: m6.chat(user(), output="numbers"), "a chat answers with text, image or audio"),
     "no embeddings": (lambda m6: m6.embed("x"), "this model makes no embeddings"),
     "no candidates": (lambda m6: m6.rank("x", []), "candidates must be a list"),
+    "an output in a list": (lambda m6: m6.generate("x", output=["text"]), r"\['text'\] is not one of"),
+    "a seed beyond 64 bits": (lambda m6: m6.generate("x", seed=2**63), "text.seed: Input should be less"),
+    "more tokens than fit": (lambda m6: m6.generate("x", max_new_tokens=10**12), "text.max_tokens: Input"),
+    "a list as a number": (lambda m6: m6.generate(numbers={"a": [1]}, output="numbers"), r"not {'a': \[1\]}"),
+    "a number as a column": (lambda m6: m6.generate(numbers={1: 2}, output="numbers"), "not {1: 2}"),
+    "a text as a box": (lambda m6: m6.generate(image="seven.png", output="image", mask_box="abcd"), "4 fractions"),
+    "a number as a box": (lambda m6: m6.generate(image="seven.png", output="image", mask_box=0.5), "4 fractions"),
+    "a text as a length": (
+        lambda m6: m6.generate(series={"a": [5]}, output="numbers", prediction_length="x"), "'x' steps cannot",
+    ),
+    "no chat": (lambda m6: m6.chat(None), "a chat is a list of messages, not NoneType"),
+    "a quantile of letters": (lambda m6: weight(m6).quantile("a"), "between 0 and 1"),
+    "an address": (lambda m6: m6.generate(image="http://x/y.png"), "is an address, and nothing is fetched"),
+    "a clip of letters": (lambda m6: openm6.Audio(np.array(["a"])).save("x.wav"), "the audio cannot be written"),
+    "no layers": (lambda m6: openm6.load(m6.loaded.checkpoint, num_gpu_layers=-1), "num_gpu_layers=-1 is negative"),
     "a clip as MP4": (lambda m6: openm6.Audio(np.zeros(3)).save("x.mp4"), "use .wav, .flac or .ogg"),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -99,9 +100,16 @@ def test_what_is_no_audio_is_one_sentence(raw: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("samples", [np.zeros(0, np.float32), np.full(20, np.nan, np.float32), np.zeros((3, 2))])
-def test_samples_that_are_none(samples: np.ndarray) -> None:
-    with pytest.raises(DataError, match="empty|not finite"):
+@pytest.mark.parametrize(
+    ("samples", "sentence"),
+    [
+        (np.zeros(0, np.float32), "empty"),
+        (np.full(20, np.nan, np.float32), "not finite"),
+        (np.zeros((3, 2)), "of one channel"),
+    ],
+)
+def test_samples_that_are_none(samples: np.ndarray, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
         read_audio(samples)
 
 
@@ -232,3 +240,15 @@ def test_a_recording_longer_than_the_setting_is_cut_and_says_so() -> None:
     assert modality.source(sine(2.0), options={"mask_span": (0.2, 0.4)}).truncated
     head = modality.encode(sine(0.4))
     assert np.array_equal(modality.encode(sine(2.0))[:-1], head[:-1]), "the beginning is kept"
+
+
+def test_many_channels_are_not_decoded_at_once() -> None:
+    samples, file = np.zeros((400_000, 8), np.float32), io.BytesIO()
+    samples[:, 3] = 0.8
+    soundfile.write(file, samples, 48_000, format="FLAC")
+    tracemalloc.start()
+    read = read_audio(file.getvalue())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read.max() == pytest.approx(0.1, abs=0.02) and len(read) == pytest.approx(400_000 / 3, abs=2)
+    assert peak < samples.nbytes

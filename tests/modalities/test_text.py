@@ -122,3 +122,11 @@ def test_half_a_surrogate_pair_is_refused(text: Text) -> None:
 def test_a_file_that_is_no_tokenizer_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"there/tokenizer.json is not a tokenizer.json"):
         read_tokenizer('{"model": 3}', "there/tokenizer.json")
+
+
+def test_bytes_of_tokens_join_to_the_text(text: Text) -> None:
+    for words in ("画数字七", "a \U0001f600 b", "é à"):
+        ids = text.encode(words)
+        assert b"".join(map(text.bytes_of, ids)).decode() == words
+    assert len(text.encode("\U0001f600")) == 4 and text.bytes_of(text.encode("\U0001f600")[0]) == b"\xf0"
+    assert text.bytes_of(text.end) == b""

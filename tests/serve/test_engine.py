@@ -93,7 +93,7 @@ def same(found: Any, wanted: Any) -> bool:
 
 def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, model: LoadedModel) -> None:
     crowd = requests() * 2
-    handles = [engine.submit(prepare(request, model, 256)) for request in crowd]
+    handles = [engine.submit([prepare(request, model, 256)])[0] for request in crowd]
     for request, handle in zip(crowd, handles, strict=True):
         answer = handle.wait(60)
         assert same(answer.value, answer_alone(model, request, 256)), type(request).__name__
@@ -150,7 +150,7 @@ def test_a_causal_model_continues_and_ranks_from_the_last_token() -> None:
 def test_not_deterministic_is_as_right(model: LoadedModel) -> None:
     config = EngineConfig(max_num_seqs=3, max_model_len=256, max_num_media=2, batch_invariant=False)
     with Engine(model, config) as engine:
-        handles = [engine.submit(prepare(request, model, 256)) for request in requests()[:5]]
+        handles = [engine.submit([prepare(request, model, 256)])[0] for request in requests()[:5]]
         for request, handle in zip(requests(), handles, strict=False):
             assert same(handle.wait(60).value, answer_alone(model, request, 256))
 
@@ -211,7 +211,7 @@ def test_requests_without_measured_time_do_not_stop_the_attribution(model: Loade
 def test_joules_add_up_to_what_the_meter_counted(model: LoadedModel) -> None:
     with Engine(model, EngineConfig(max_num_seqs=3, max_model_len=256)) as engine:
         before = engine.meter.joules(fresh=True).joules
-        handles = [engine.submit(prepare(request, model, 256)) for request in requests()]
+        handles = [engine.submit([prepare(request, model, 256)])[0] for request in requests()]
         total = sum(handle.wait(60).joules or 0 for handle in handles)
         assert 0 < total <= engine.meter.joules(fresh=True).joules - before + 1e-6
 
@@ -294,7 +294,7 @@ def test_too_much_work_is_refused_with_a_time_to_come_back(model: LoadedModel) -
         handles = []
         with pytest.raises(QueueFullError) as caught:
             for _ in range(10):
-                handles.append(engine.submit(prepare(request, model, 256)))
+                handles.append(engine.submit([prepare(request, model, 256)])[0])
         assert caught.value.retry_after >= 1 and len(handles) >= 2
         for handle in handles:
             handle.cancel()

@@ -132,9 +132,9 @@ def test_who_leaves_before_the_first_event_cancels_on_servers_that_raise(monkeyp
     engine = Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=256))
     app, submit, handles = create_app(engine, name="tiny"), engine.submit, []
 
-    def noted(prepared: PreparedRequest) -> RequestHandle:
-        handles.append(submit(prepared))
-        return handles[-1]
+    def noted(prepared: list[PreparedRequest]) -> list[RequestHandle]:
+        handles.extend(found := submit(prepared))
+        return found
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": json.dumps(body(stream=True)).encode()}

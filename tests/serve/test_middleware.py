@@ -81,7 +81,6 @@ def wav_that_claims(size: int) -> bytes:
 
 
 BAD = {
-    "another model": (chat("a") | {"model": "gpt-4"}, "no model is called 'gpt-4'"),
     "an address within": (chat(image("http://169.254.169.254/a.png")), "must be a data URL"),
     "a file": (chat(image("file:///etc/passwd")), "must be a data URL"),
     "no base64": (chat(image("data:image/png;base64,%%%")), "is not valid base64"),
@@ -136,6 +135,13 @@ def test_bad_input_is_one_sentence_before_any_work(
     assert reply.status == 400 and sentence in error["message"] and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error" and reply.headers["x-request-id"]
     assert len(app.state.server.engine.queue) == 0
+
+
+def test_another_model_is_not_found(address: Address) -> None:
+    for reply in (address.post(CHAT, chat("a") | {"model": "gpt-4"}), address.send("GET", "/v1/models/some/other")):
+        error = json.loads(reply.body)["error"]
+        assert reply.status == 404 and error["code"] == "model_not_found" and "no model is called" in error["message"]
+    assert json.loads(address.send("GET", "/v1/models/default").body)["id"] != "default"
 
 
 def test_a_body_that_is_too_large(address: Address) -> None:
@@ -243,6 +249,15 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
     for bad in (tmp_path / "keys", tmp_path / "nowhere"):
         with pytest.raises(ConfigError):
             read_serve_config([], bad)
+    (tmp_path / "keys").write_text("secret\n", encoding="utf-8-sig")
+    monkeypatch.delenv("OPENM6_API_KEYS")
+    assert read_serve_config(["keys=[one]"], tmp_path / "keys").keys == ("one", "secret")
+    for setting in ("keys=secret", "keys=5"):
+        with pytest.raises(ConfigError, match="keys is a list: write"):
+            read_serve_config([setting])
+    with pytest.raises(ConfigError, match="keys"):
+        read_serve_config(['keys=[""]'])
+    assert read_serve_config(["keys=null"]).keys == ()
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
         read_serve_config(["engine.max_num_seq=3"])
 

@@ -97,6 +97,24 @@ def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
     assert chunks[-1].choices == [] and chunks[-1].usage.prompt_tokens > 0
 
 
+def test_scores_of_tokens_are_those_of_the_text_streamed_or_whole(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "draw"}], "seed": 3}
+    asked |= {"temperature": 1.5, "max_tokens": 40, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked).choices[0]
+    data = b"".join(bytes(one.bytes) for one in whole.logprobs.content)
+    assert data.decode("utf-8", "replace").startswith(whole.message.content.rstrip("\ufffd"))
+    word = whole.message.content[5:7]
+    for stop in ([], [word]):
+        cut = client.chat.completions.create(**asked, stop=stop).choices[0]
+        chunks = list(client.chat.completions.create(**asked, stop=stop, stream=True))
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        streamed = [one for choice in choices if choice.logprobs for one in choice.logprobs.content]
+        assert [one.bytes for one in streamed] == [one.bytes for one in cut.logprobs.content]
+        assert "".join(choice.delta.content or "" for choice in choices) == cut.message.content
+        assert all(choice.finish_reason is None for choice in choices[:-1]) and choices[-1].finish_reason
+        assert not stop or len(cut.logprobs.content) < len(whole.logprobs.content)
+
+
 def test_images(client: openai.OpenAI) -> None:
     more = {"steps": 2, "seed": 3}
     found = client.images.generate(prompt="the digit seven", n=2, extra_body=more)
@@ -151,6 +169,9 @@ def test_embeddings(client: openai.OpenAI, form: str | None) -> None:
 def test_predict_and_rank(client: openai.OpenAI) -> None:
     rows = [{"mass": 3.5, "length": None}, {"mass": 9.0, "length": None}]
     found = client.post("/predict", body={"rows": rows}, cast_to=object)
+    alone = [client.post("/predict", body={"rows": [row]}, cast_to=object)["usage"] for row in rows]
+    for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert found["usage"][key] == sum(usage[key] for usage in alone)
     assert [sorted(row["columns"]) for row in found["data"]] == [["length"], ["length"]]
     series = {"name": "mass", "values": [1.0, None, 2.0]}
     ahead = client.post("/predict", body={"series": series, "ahead": 3}, cast_to=object)

@@ -69,7 +69,7 @@ def test_the_order_is_that_of_the_plain_rule(steps: list[tuple[object, ...]]) ->
     for step in steps:
         if step[0] == "push":
             one = handle(str(step[1]), cast(int, step[2]), bool(step[3]))
-            queue.push(one, 1.0)
+            queue.push([one], 1.0)
             plain.push(one)
             left.append(one)
         elif step[0] == "pop":
@@ -93,8 +93,8 @@ def test_the_order_is_that_of_the_plain_rule(steps: list[tuple[object, ...]]) ->
 def test_a_kind_without_a_free_slot_is_not_examined() -> None:
     queue = FairQueue(10**9)
     for number in range(50):
-        queue.push(handle(f"client {number}", 5), 1.0)
-    queue.push(handle("late", 5, drawn=True), 1.0)
+        queue.push([handle(f"client {number}", 5)], 1.0)
+    queue.push([handle("late", 5, drawn=True)], 1.0)
     looked: list[RequestHandle] = []
     found = queue.pop(lambda one: not looked.append(one), {CodesRequest})  # type: ignore[func-returns-value]
     assert found is not None and found.client == "late" and looked == [found]
@@ -105,16 +105,16 @@ def test_a_kind_without_a_free_slot_is_not_examined() -> None:
 def test_counters_of_clients_that_left_do_not_fill_the_memory() -> None:
     queue = FairQueue(10**9)
     for number in range(MAX_COUNTERS + 10):
-        queue.push(handle(f"client {number}", 5), 1.0)
+        queue.push([handle(f"client {number}", 5)], 1.0)
         queue.pop(lambda _: True)
     assert len(queue.counters) == MAX_COUNTERS and not queue.waiting
 
 
 def test_a_client_that_comes_and_goes_does_not_fill_the_memory() -> None:
     queue = FairQueue(10**9)
-    queue.push(handle("busy", 5), 1.0)
+    queue.push([handle("busy", 5)], 1.0)
     for _ in range(2000):
-        queue.push(handle("restless", 5), 1.0)
+        queue.push([handle("restless", 5)], 1.0)
         queue.drop(lambda one: one.client == "restless")
     assert sum(map(len, queue._sorted.values())) == len(queue.waiting) == len(queue.counters) == 1
 
@@ -127,7 +127,7 @@ def test_nothing_is_lost_and_each_client_keeps_its_order(arrivals: list[tuple[st
     queue = FairQueue(10**9)
     sent = [handle(client, work) for client, work in arrivals]
     for one in sent:
-        queue.push(one, 1.0)
+        queue.push([one], 1.0)
     assert len(queue) == len(sent) and queue.work == sum(work for _, work in arrivals)
     served = [queue.pop(lambda _: True) for _ in sent]
     assert queue.pop(lambda _: True) is None and queue.work == 0
@@ -142,8 +142,8 @@ def test_nothing_is_lost_and_each_client_keeps_its_order(arrivals: list[tuple[st
 def test_two_who_always_want_more_differ_by_one_request(first: list[int], second: list[int]) -> None:
     queue = FairQueue(10**9)
     for one, other in zip(first, second, strict=True):
-        queue.push(handle("a", one), 1.0)
-        queue.push(handle("b", other), 1.0)
+        queue.push([handle("a", one)], 1.0)
+        queue.push([handle("b", other)], 1.0)
     got = {"a": 0, "b": 0}
     while {"a", "b"} <= set(queue.waiting):
         found = queue.pop(lambda _: True)
@@ -155,27 +155,36 @@ def test_two_who_always_want_more_differ_by_one_request(first: list[int], second
 def test_who_comes_back_has_saved_up_nothing() -> None:
     queue = FairQueue(10**9)
     for _ in range(20):
-        queue.push(handle("busy", 10), 1.0)
+        queue.push([handle("busy", 10)], 1.0)
     for _ in range(10):
         queue.pop(lambda _: True)
     for _ in range(5):
-        queue.push(handle("new", 10), 1.0)
+        queue.push([handle("new", 10)], 1.0)
     turns = [found.client for _ in range(6) if (found := queue.pop(lambda _: True))]
     assert turns.count("busy") >= 2
 
 
 def test_what_does_not_fit_lets_others_pass() -> None:
     queue = FairQueue(100)
-    queue.push(handle("a", 60), 1.0)
-    queue.push(handle("b", 5), 1.0)
+    queue.push([handle("a", 60)], 1.0)
+    queue.push([handle("b", 5)], 1.0)
     found = queue.pop(lambda one: one.prepared.work < 10)
     assert found is not None and found.client == "b"
     with pytest.raises(QueueFullError) as caught:
-        queue.push(handle("c", 50), 7.4)
+        queue.push([handle("c", 50)], 7.4)
     assert caught.value.retry_after == 7
 
 
 def test_one_that_exceeds_the_bound_alone_is_taken_when_nothing_waits() -> None:
     queue = FairQueue(10)
-    queue.push(handle("a", 50), 1.0)
+    queue.push([handle("a", 50)], 1.0)
     assert len(queue.drop(lambda one: one.client == "a")) == 1 and queue.work == 0
+
+
+def test_the_parts_of_one_request_wait_together_or_not_at_all() -> None:
+    queue = FairQueue(100)
+    queue.push([handle("a", 60), handle("a", 60), handle("a", 60)], 1.0)
+    assert len(queue) == 3 and queue.work == 180
+    with pytest.raises(QueueFullError):
+        queue.push([handle("b", 1), handle("b", 1)], 1.0)
+    assert len(queue) == 3

@@ -35,7 +35,7 @@ from openm6.serve.config import Limits
 from openm6.serve.content import CHECKS, pcm
 from openm6.serve.errors import BadRequestError
 from openm6.serve.requests import CodesRequest, EngineUnavailableError, QueueFullError, Request, TextRequest
-from openm6.serve.routes.scenarios import COVERAGE, decoded
+from openm6.serve.routes.scenarios import COVERAGE, check_size, decoded
 from openm6.serve.scenarios.run import (
     MEDIA,
     Example,
@@ -409,6 +409,9 @@ class Page:
             return _failed(able.text(language), language, drawn)
         try:
             values = values_in(scenario, contents, self.server.limits, language)
+            for name, value in values.items():
+                if scenario.inputs[name].kind not in (*MEDIA, "series"):
+                    check_size(name, value, self.server.limits)
             request = scenario_request(scenario, language, values, int(seed or 0))
             series = scenario.kind_of("series")
             shown = await show_answer(self.server, request, language, values[series]["values"] if series else ())
@@ -428,6 +431,7 @@ class Page:
     ) -> list[Any]:
         text, number, uploads = (text or "").strip(), int(seed or 0), (("image", image), ("audio", audio))
         try:
+            check_size("text", text, self.server.limits)
             found = [Part(kind, uploaded(kind, path, self.server.limits, language)) for kind, path in uploads if path]
             found += [Part("text", text)] if text else []
             parts = tuple(chat_prompt([("user", found)], self.server.loaded))

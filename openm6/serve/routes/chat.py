@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -362,7 +363,10 @@ class _Reply:
         chunk = Chunk(**self.head, choices=choices, usage=schemas.usage_of(answers) if usage and answers else None)
         if answers:
             chunk.with_coverage(self.requests, answers, self.server.loaded.description)
-        return f"data: {chunk.model_dump_json(exclude_none=not usage)}\n\n"
+        shown = chunk.model_dump(mode="json", exclude_none=not usage, exclude=None if answers else {"trained"})
+        for own, choice in zip(shown["choices"], choices, strict=True):
+            own["finish_reason"] = choice.finish_reason  # null until the last chunk, as OpenAI has it
+        return f"data: {json.dumps(shown, ensure_ascii=False)}\n\n"
 
     async def events(self, handles: list[RequestHandle]) -> AsyncIterator[str]:
         """Yield chunks, then `[DONE]`; a failure on the way is an event, too, as the status is sent already."""
@@ -394,7 +398,7 @@ class _Reply:
             async for _ in changes:
                 for index, handle in enumerate(mains):
                     text, tokens = handle.text, handle.tokens
-                    if len(text) > sent[index]:
+                    if len(text) > sent[index] or (self.body.logprobs and len(tokens) > scored[index]):
                         logprobs = logprobs_of(tokens[scored[index] :]) if self.body.logprobs else None
                         delta = Delta(content=text[sent[index] :])
                         sent[index], scored[index] = len(text), len(tokens)
@@ -416,11 +420,11 @@ class _Events(StreamingResponse):
 
 
 def logprobs_of(tokens: Sequence[ScoredToken]) -> Logprobs:
-    def scored(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def scored(token: ScoredToken) -> dict[str, Any]:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
 
     content = [
-        TokenLogprob(**scored(token.text, token.logprob), top_logprobs=[scored(*one) for one in token.alternatives])
+        TokenLogprob(**scored(token), top_logprobs=[TokenAlternative(**scored(one)) for one in token.alternatives])
         for token in tokens
     ]
     return Logprobs(content=content)

@@ -116,6 +116,7 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     server = call.server
     server.check_model(body.model)
     check_limit("candidates", len(body.candidates), server.limits.candidates, "texts")
+    check_limit("candidates", sum(map(len, body.candidates)), server.limits.characters, "characters")
     await server.fetcher.fetch_all([("query", body.query)])
     parts = await asyncio.to_thread(parts_of_content, body.query, server.limits, "query")
     answers = await call.answer("rank", [RankRequest(parts=parts, candidates=tuple(body.candidates))])
@@ -174,7 +175,8 @@ async def predict(body: PredictionBody, call: ThisCall) -> Predictions:
     for (index, request), answer in zip(requests, answers, strict=True):
         rows.setdefault(index, {})[request.name] = schemas.distribution_of(answer.value, body.coverage)
     data = [PredictedRow(index=index, columns=columns) for index, columns in rows.items()]
-    return Predictions(model=server.name, data=data, usage=schemas.usage_of(answers)).with_energy(answers)
+    usage = schemas.usage_of(answers, one_prompt=False)
+    return Predictions(model=server.name, data=data, usage=usage).with_energy(answers)
 
 
 def _row_requests(param: str, row: Row, columns: list[str] | None, limit: int) -> list[NumbersRequest]:

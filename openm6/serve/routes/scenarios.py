@@ -180,12 +180,7 @@ def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -
         param = f"inputs.{name}"
         if isinstance(value, content.Series):
             found[name] = value.model_dump()
-        elif isinstance(value, dict):
-            check_limit(param, len(value), limits.columns, "columns")
-        elif isinstance(value, list):
-            check_limit(param, len(value), limits.candidates, "items")
-            check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
-        elif kind in content.CHECKS:
+        elif kind in content.CHECKS and isinstance(value, str):
             data = (
                 content.decode_data_url(value, param)
                 if value.startswith("data:")
@@ -193,8 +188,19 @@ def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -
             )
             found[name] = content.CHECKS[kind](data, limits, param)
         else:
-            check_limit(param, len(value), limits.characters, "characters")
+            check_size(param, value, limits)
     return found
+
+
+def check_size(param: str, value: Any, limits: Limits) -> None:
+    """Raise BadRequestError if a text, a list or columns exceed their limit."""
+    if isinstance(value, dict):
+        check_limit(param, len(value), limits.columns, "columns")
+    elif isinstance(value, list):
+        check_limit(param, len(value), limits.candidates, "items")
+        check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
+    else:
+        check_limit(param, len(value), limits.characters, "characters")
 
 
 def decoded(request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, Any]:

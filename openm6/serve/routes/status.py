@@ -8,9 +8,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from prometheus_client import generate_latest
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
-from openm6.serve.errors import DOCUMENTED, ErrorBody
+from openm6.serve.errors import DOCUMENTED
 from openm6.serve.server import PLAYGROUND, ThisServer
 
 router = APIRouter()
@@ -49,14 +48,13 @@ async def list_models(server: ThisServer) -> ModelList:
 
 
 @router.get(
-    "/v1/models/{model}",
+    "/v1/models/{model:path}",
     tags=["models"],
-    responses={**KEYED, 404: {"model": ErrorBody, "description": "No model is called so."}},
+    responses=KEYED | {404: DOCUMENTED[404]},
 )
 async def one_model(server: ThisServer, model: str) -> Model:
     """The model of this name."""
-    if model != server.name:
-        raise HTTPException(404, f"no model is called {model!r} here: use {server.name!r}")
+    server.check_model(model)
     return Model(
         id=server.name,
         created=server.created,
