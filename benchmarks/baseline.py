@@ -24,7 +24,7 @@ EXPERT_LIBRARIES = {"sonicmoe": "SonicMoE", "deepgemm": "DeepGEMM", "grouped_mm"
 def missing_baseline() -> str | None:
     """Return a sentence for the report if the baseline is not installed, else None."""
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed: pip install 'openm6[hf]' measures the baseline as well"
+        return "transformers is not installed: pip install '.[hf]' measures the baseline as well"
     return None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from openm6.hub.architectures import NORM, Shape, backbone_config, layer_tensors, outer_tensors
 from openm6.models.backbone import Backbone
 
-BASELINE_MISSING = "transformers is not installed: pip install 'openm6[hf]' to measure beside it."
+BASELINE_MISSING = "transformers is not installed: pip install '.[hf]' to measure beside it."
 PAD = 0
 SMALL_PAGE = 32  # tokens
 

@@ -174,7 +174,7 @@ def new_figure(lines: int) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
     except ImportError:
-        raise ConfigError("--image needs matplotlib: pip install 'openm6[report]'") from None
+        raise ConfigError("--image needs matplotlib: pip install '.[report]'") from None
     return Figure(figsize=(8, 1.2 + 0.35 * lines), layout="constrained")
 
 

@@ -11,10 +11,8 @@
 # %% [markdown]
 # # Fine-tuning with chats about images
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/chat.ipynb)
-#
 # You have a model, and conversations about images in the file that every fine-tuning tool reads: one JSON object per
-# line, with `messages` and `images`. You want the model to converse, and to keep what it knows.
+# line, with `messages` and `images`. You want the model to converse, and to keep its old task.
 #
 # It needs `pip install .` in a checkout of OpenM6, and pandas; no GPU, and a minute on one core. Model and
 # conversations are made here, from the scanned digits of scikit-learn.
@@ -34,7 +32,7 @@ from openm6.train.run import train_recipe
 # %% [markdown]
 # ## A model to start from
 #
-# It names the digit of a scan, and knows no conversation. Any run, checkpoint or model of the Hub would do.
+# It names the digit of a scan, and was not trained on conversations. Any run, checkpoint or model of the Hub would do.
 
 # %%
 names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -11,8 +11,6 @@
 # %% [markdown]
 # # Energy: what a training costs
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/energy.ipynb)
-#
 # How much electricity does a training take? You want an estimate before it starts, and an account by task when it has
 # ended. Here a model
 # learns from a medical table and from scanned digits, both of scikit-learn, while a meter runs.

@@ -11,9 +11,7 @@
 # %% [markdown]
 # # Forecasting with intervals
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/forecasting.ipynb)
-#
-# You plan ahead by a daily figure: temperatures, sales, visitors. One number per day is not enough: you also want
+# You plan ahead by a daily number: temperatures, sales, visitors. One number per day is not enough: you also want
 # an interval for it. Here it is the highest temperature of each day in Seattle, four years of which come with the
 # package.
 #

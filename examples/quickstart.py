@@ -11,8 +11,6 @@
 # %% [markdown]
 # # Quick start: one model that draws and reads
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/quickstart.ipynb)
-#
 # You train a small model on scanned digits, which come with the package. Some examples show an image and ask for its
 # name, the others show a name and ask for an image. Afterwards the same weights do both.
 #

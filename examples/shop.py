@@ -11,8 +11,6 @@
 # %% [markdown]
 # # A shop: prices from photos and titles
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/shop.ipynb)
-#
 # You run a shop. You have the prices of the goods that you sell, and you want prices for new ones, from a photo, a
 # title and a rating. You also want an interval for each price.
 #

@@ -11,8 +11,6 @@
 # %% [markdown]
 # # Audio: a model that recognises spoken words
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/speech.ipynb)
-#
 # You want a device to react to spoken commands. You have some recordings of each word, by several voices, and no
 # pretrained model. Here the words are the ten digits; the recordings come with the package.
 #

@@ -16,7 +16,6 @@ from tests.forked import Program
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 MAX_BYTES = 200_000
-BADGE = "https://colab.research.google.com/github/OWNER/openm6/blob/main/examples/{}.ipynb"
 
 
 def ids(path: Path) -> str:
@@ -39,9 +38,9 @@ def test_script_and_notebook_are_equal(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
-def test_a_notebook_opens_with_its_badge_and_what_it_needs(script: Path) -> None:
+def test_a_notebook_opens_with_what_it_needs(script: Path) -> None:
     first = re.search(r"# %% \[markdown\]\n(.*?)\n# %%", script.read_text(encoding="utf-8"), re.DOTALL)
-    assert first and BADGE.format(script.stem) in first[1] and "It needs `pip install ." in first[1]
+    assert first and "It needs `pip install ." in first[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)

@@ -145,7 +145,7 @@ class _TableEstimator(BaseEstimator):
 class OpenM6Regressor(RegressorMixin, _TableEstimator):
     """Predict a number, with quantiles, from columns of numbers, categories, texts, images and audio.
 
-    base: run, checkpoint, name or Hub id, as of `load`, whose weights training starts from; None: from nothing
+    base: run, checkpoint, name or Hub id, as of `load`, whose weights training starts from; None: from scratch
     time_limit: seconds of training; with `max_steps`, so many steps instead, and equal results for equal seeds
     model: the section `model` of a recipe, such as {"preset": "nano"}
     device: auto, cpu, cuda or cuda:N

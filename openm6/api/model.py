@@ -26,11 +26,11 @@ from openm6.evaluate.report import card
 from openm6.evaluate.results import EvalReport, read_account, run_facts
 from openm6.hub.importing import import_model
 from openm6.hub.pretrained import find_model, read_json
-from openm6.inference.engine import RankedText, rank_texts, score_texts, stream_text
+from openm6.inference.engine import RankedText, rank_texts, score_texts
 from openm6.inference.engine import embed as embed_parts
 from openm6.inference.load import LoadedModel, convert_weights, precision_of
 from openm6.inference.load import load as load_checkpoint
-from openm6.inference.question import Answer, Box, Question, answer_parts, answer_questions, prompt_parts
+from openm6.inference.question import Answer, Box, Question, answer_parts, answer_questions, prompt_parts, stream_answer
 from openm6.inference.sampling import Decoding
 from openm6.kernels.probe import capabilities
 from openm6.modalities.interface import Part
@@ -296,7 +296,7 @@ class OpenM6:
     def _stream(self, prompts: list[list[Part]], output: str, settings: Decoding, is_batch: bool) -> Iterator[str]:
         if output != "text" or is_batch:
             raise ConfigError("stream=True is for one answer in text: ask for output='text', and give no list")
-        return stream_text(self.loaded, source_segments(prompts[0], self.loaded.modalities), settings.text)
+        return stream_answer(self.loaded, prompts[0], settings.text)
 
     def embed(
         self, text: str | list[str] | None = None, *, image: Any = None, audio: Any = None, numbers: Any = None
@@ -318,11 +318,11 @@ class OpenM6:
 
     def rank(
         self, query: str | None, candidates: Sequence[str], *, image: Any = None, audio: Any = None,
-        numbers: Any = None, normalise: bool = True,
+        numbers: Any = None, normalize: bool = True,
     ) -> list[RankedText]:  # fmt: skip
         """Return the candidates as (index, candidate, log_likelihood, score), the likeliest after the query first.
 
-        The score is the log-likelihood in nats, per token if `normalise`.
+        The score is the log-likelihood in nats, per token if `normalize`.
 
         Raises:
             ConfigError, DataError: nothing is given, or it cannot be read.
@@ -337,7 +337,7 @@ class OpenM6:
         targets = [self.loaded.text.target(text) for text in candidates]
         (nll,) = score_texts(self.loaded, [source_segments(parts, self.loaded.modalities)], targets)
         found = self.loaded.numbers.ranking(nll, candidates, list(map(len, targets)), parts)
-        return rank_texts(candidates, [one for one, _ in found], [length for _, length in found], normalise)
+        return rank_texts(candidates, [one for one, _ in found], [length for _, length in found], normalize)
 
     def predict(
         self,

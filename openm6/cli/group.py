@@ -40,7 +40,7 @@ class PlainGroup(TyperGroup):
             extra = EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
                 raise
-            sentence, code = f"error: this needs {error.name}: pip install 'openm6[{extra}]'", FAILED
+            sentence, code = f"error: this needs {error.name}: pip install '.[{extra}]' in a checkout", FAILED
         except OSError as error:
             if error.errno not in REFUSED:
                 raise

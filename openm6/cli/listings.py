@@ -61,7 +61,7 @@ def scenarios(
     ] = None,
     language: Annotated[str, typer.Option(help="Language: en or zh.")] = "en",
 ) -> None:
-    """List the scenarios: inputs, output, and the recipe that trains each.
+    """List the scenarios. Each has inputs, an output, and a recipe that trains it.
 
     \b
     Example: openm6 scenarios runs/demo

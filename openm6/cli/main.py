@@ -44,5 +44,5 @@ def start(
 ) -> None:
     """A sparse mixture-of-experts transformer with text, images, audio and numbers as inputs and outputs.
 
-    Start with: openm6 demo
+    Start with: openm6 try
     """

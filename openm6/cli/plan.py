@@ -48,7 +48,7 @@ def plan(
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Estimate time, memory, energy and cost of a run, and whether it fits.
+    """Estimate time, memory and energy of a run. Its cost, too, and whether it fits.
 
     With --gpu: an analytic plan for a preset or a recipe, immediately. Without it: a few real steps of the recipe on
     this machine, in about a minute.

@@ -34,9 +34,7 @@ def demo(
     resume: Resume = False,
     device: Device = "auto",
 ) -> None:
-    """Train and evaluate the demo model on the data in the package; less than seven minutes on two cores.
-
-    The run ends with a report.
+    """Train and evaluate the demo model. It takes less than seven minutes on two cores, and ends with a report.
 
     \b
     Example: openm6 demo --out runs/demo
@@ -119,7 +117,7 @@ def import_model(
         str, typer.Option(help="Modalities whose tokens get experts of their own, as image,audio,numbers.")
     ] = "",
 ) -> None:
-    """Import a published decoder: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMoE.
+    """Import a published decoder. It may be Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE or OLMoE.
 
     \b
     Example: openm6 import Qwen/Qwen3-0.6B --out runs/qwen

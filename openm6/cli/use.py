@@ -71,7 +71,7 @@ def energy(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the account as JSON.")] = None,
 ) -> None:
-    """Print the energy account of a run: joules and grams of CO2e by stage, modality and task.
+    """Print the energy account of a run. It has joules and grams of CO2e by stage, modality and task.
 
     \b
     Example: openm6 energy runs/demo --country FRA
@@ -213,7 +213,7 @@ def generate(
 
 
 def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") -> None:
-    """Talk with a model; @FILE in a line shows it an image or plays it a recording. An empty line ends the chat.
+    """Chat with a model. @FILE in a line shows it an image or plays it a recording; an empty line ends the chat.
 
     \b
     Example: openm6 chat runs/demo
@@ -266,7 +266,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Serve a trained model over HTTP, with routes that follow the OpenAI API.
+    """Serve a trained model over HTTP. The routes follow the OpenAI API.
 
     \b
     Example: openm6 serve runs/demo --port 8000
@@ -308,7 +308,7 @@ def try_model(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Answer examples that belong to a model, in all its pairs of modalities, on one page.
+    """Write a page of a model's answers. They are to examples in all its pairs of modalities.
 
     \b
     Example: openm6 try runs/demo --out try.html

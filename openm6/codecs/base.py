@@ -167,7 +167,7 @@ class GroupedQuantizer(nn.Module):
 class ResidualQuantizer(nn.Module):
     """Quantizes a latent in G stages, each what the stages before left over, through its own small projection.
 
-    Each stage's input is normalised to unit variance, without which later stages fade (arXiv 2508.15860).
+    Each stage's input is normalized to unit variance, without which later stages fade (arXiv 2508.15860).
     """
 
     levels: Tensor

@@ -194,7 +194,7 @@ def load_external(name: str, role: str, codebooks: int | None = None) -> Any:
         # The same pixels with torchvision and without.
         return ours(model, loader.from_pretrained(source, trust_remote_code=False, backend="pil"))
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{name} needs the package {error.name}: pip install 'openm6[hub]'") from None
+        raise ConfigError(f"{name} needs the package {error.name}: pip install '.[hub]'") from None
     except OpenM6Error:
         raise
     # The library raises errors of its own, of its HTTP client and of the system.

@@ -28,7 +28,7 @@ class ImageCodecConfig(QuantizerConfig):
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
             raise ValueError("widths, encoder_blocks and decoder_blocks must have one entry per scale each")
         if any(width % 8 for width in self.widths):
-            raise ValueError("widths must be multiples of 8, for the group normalisation")
+            raise ValueError("widths must be multiples of 8, for the group normalization")
         return self
 
     @property

@@ -162,7 +162,7 @@ class DatasetsConfig(TableConfig):
         try:
             import datasets  # noqa: PLC0415 - optional
         except ImportError:
-            raise DataError("sources of kind `datasets` need an extra: pip install 'openm6[hf]'") from None
+            raise DataError("sources of kind `datasets` need an extra: pip install '.[hf]'") from None
         folder = Path(path).expanduser()
         try:
             if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):

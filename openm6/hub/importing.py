@@ -235,7 +235,7 @@ def _receipt(
 ) -> str:
     """The largest difference of logits to those of `transformers` on RECEIPT_TEXT, without a low-rank adapter."""
     if importlib.util.find_spec("transformers") is None:
-        return "no receipt: pip install 'openm6[hub]' to compare logits with transformers"
+        return "no receipt: pip install '.[hub]' to compare logits with transformers"
     if isinstance(pretrained.weights, GgufFile) and base.experts is not None:
         return "no receipt: transformers reads no experts from GGUF files"
     tokens = torch.tensor([tokenizer.encode(RECEIPT_TEXT).ids])

@@ -37,7 +37,7 @@ from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.omni import Omni
-from openm6.nn.attention import normalise_heads
+from openm6.nn.attention import normalize_heads
 from openm6.nn.block import TransformerBlock
 from openm6.nn.cache import SlotCache
 from openm6.nn.layers import MLP, activate
@@ -171,7 +171,7 @@ class DecodeLayer(nn.Module):
         qkv = (qkv + left.pop(0) if config.qkv_bias else qkv).unflatten(-1, (-1, config.head_dim))
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)  # B H+G d, B G d
         if config.qk_norm:
-            qk = normalise_heads(qk, left.pop(0), config)
+            qk = normalize_heads(qk, left.pop(0), config)
         query, key = rotate(qk, cosine, sine).split([heads, kv_heads], dim=1)
         index = torch.arange(x.shape[0], device=x.device), length
         keys.index_put_(index, key.to(keys.dtype))

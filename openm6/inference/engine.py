@@ -16,7 +16,7 @@ embeddings take a single pass, below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,14 +71,16 @@ def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampli
     return [found[index] for index in range(len(prompts))]
 
 
-def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
-    """Yield the text that follows a prompt as it is generated; together it is that of `generate_texts`."""
-    shown = ""
+def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Generator[str, None, float]:
+    """Yield the text that follows a prompt as it is generated; return its confidence. See `generate_scored`."""
+    shown, confidence = "", 0.0
     for (row,), ended in _decode(loaded, [prompt], sampling):
         text, _ = visible_text(loaded.text, row, (), bool(ended))
         if len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
+        confidence = row.confidence
+    return confidence
 
 
 def _decode(
@@ -201,10 +203,10 @@ def score_texts(loaded: LoadedModel, prompts: list[Prompt], candidates: list[Seg
     return np.concatenate(found)
 
 
-def rank_texts(texts: Sequence[str], nll: Sequence[float], lengths: Sequence[int], normalise: bool) -> list[RankedText]:
+def rank_texts(texts: Sequence[str], nll: Sequence[float], lengths: Sequence[int], normalize: bool) -> list[RankedText]:
     """Return texts with their scores, the best first, from the nats and the number of tokens of each."""
     found = [
-        RankedText(index, text, -total, -total / length if normalise else -total)
+        RankedText(index, text, -total, -total / length if normalize else -total)
         for index, (text, total, length) in enumerate(zip(texts, nll, lengths, strict=True))
     ]
     return sorted(found, key=lambda ranked: -ranked.score)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ import PIL.Image
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.core.log import get_log
-from openm6.inference.engine import generate_scored, predict_distributions, score_texts
+from openm6.inference.engine import generate_scored, predict_distributions, score_texts, stream_text
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import decode_masked
 from openm6.inference.prefill import Prompt
-from openm6.inference.sampling import Decoding, MaskedSampling
+from openm6.inference.sampling import Decoding, MaskedSampling, Sampling
 from openm6.modalities.audio import Audio, read_audio
 from openm6.modalities.dates import is_date
 from openm6.modalities.histogram import Histogram
@@ -459,13 +459,24 @@ def answer_parts(
         sampling = masked.model_copy(update={"seed": masked.seed + start})
         batch = slice(start, start + BATCH)
         found += decode_targets(loaded, segments[batch], output, list(targets[batch]), sampling)
-    notes = [
-        assess(parts, output, loaded.description, confidence).en
-        for parts, confidence in zip(prompts, confidences, strict=True)
-    ]
+    warn_untrained(loaded, prompts, output, confidences)
+    return found
+
+
+def stream_answer(loaded: LoadedModel, parts: Sequence[Part], sampling: Sampling) -> Iterator[str]:
+    """Yield the text that answers a prompt as it is generated; as `answer_parts`."""
+    confidence = yield from stream_text(loaded, source_segments(parts, loaded.modalities), sampling)
+    warn_untrained(loaded, [parts], "text", [confidence])
+
+
+def warn_untrained(
+    loaded: LoadedModel, prompts: Sequence[Sequence[Part]], output: str, confidences: Sequence[float | None]
+) -> None:
+    """Warn once of each reason why a question was not trained."""
+    pairs = zip(prompts, confidences, strict=True)
+    notes = [assess(parts, output, loaded.description, confidence).en for parts, confidence in pairs]
     for note in dict.fromkeys(filter(None, notes)):
         get_log().warning(note)
-    return found
 
 
 def decode_targets(

@@ -15,7 +15,7 @@ class BackboneConfig(Config):
     """A stack of `num_layers` layers; which of them hold experts, and which share their weights.
 
     moe_layer_freq: of `moe_layer_freq` layers the last holds experts, the others `dense`; `dense_layers` never do.
-    qk_norm: of queries and keys; "joint" normalises all heads together, as OLMoE does. qkv_bias: as in Qwen2.
+    qk_norm: of queries and keys; "joint" normalizes all heads together, as OLMoE does. qkv_bias: as in Qwen2.
     rope_sections: frequencies (half of head_dim) driven by time, height and width; default 6 : 5 : 5.
     sharing: layer -> index of the group whose weights it shares; "all" makes one group of all layers of a kind, a
         number n one of every n consecutive layers; None shares nothing.
@@ -161,9 +161,9 @@ def count_parameters(config: BackboneConfig) -> ParameterCount:
     """Parameters of a backbone (no embedding, no head), from its config alone."""
     heads = 2 * (config.num_heads + config.num_kv_heads)  # of queries and outputs, keys and values
     attention = config.hidden_size * heads * config.head_dim
-    normalised = config.num_heads + config.num_kv_heads if config.qk_norm == "joint" else 2 * bool(config.qk_norm)
+    normalized = config.num_heads + config.num_kv_heads if config.qk_norm == "joint" else 2 * bool(config.qk_norm)
     biases = (config.num_heads + 2 * config.num_kv_heads) * config.qkv_bias
-    norms = 2 * config.hidden_size + (normalised + biases) * config.head_dim
+    norms = 2 * config.hidden_size + (normalized + biases) * config.head_dim
     total = active = config.hidden_size  # the final norm
     for layer, first in enumerate(config.shared_with):
         part = config.feed_forward(layer)

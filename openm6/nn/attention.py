@@ -38,12 +38,12 @@ class QKNorm(nn.Module):
         nn.init.ones_(self.key)
 
     def forward(self, num_heads: int, num_kv_heads: int) -> Tensor:
-        """One weight for each of the H + G heads, so that queries and keys are normalised in one pass: H+G d."""
+        """One weight for each of the H + G heads, so that queries and keys are normalized in one pass: H+G d."""
         query, key = (weight.view(-1, self.head_dim) for weight in (self.query, self.key))
         return torch.cat([query.expand(num_heads, -1), key.expand(num_kv_heads, -1)])
 
 
-def normalise_heads(qk: Tensor, weight: Tensor, config: AttentionConfig) -> Tensor:
+def normalize_heads(qk: Tensor, weight: Tensor, config: AttentionConfig) -> Tensor:
     """RMSNorm of each head by itself, or of all query heads and of all key heads: ... H+G d."""
     if config.qk_norm != "joint":
         return rms_norm(qk, weight, config.norm_eps)
@@ -74,7 +74,7 @@ class Attention(Adaptable):
         qkv = qkv.unflatten(-1, (-1, self.config.head_dim))  # B S H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
         if qk_norm is not None:
-            qk = normalise_heads(qk, qk_norm(heads, kv_heads), self.config)
+            qk = normalize_heads(qk, qk_norm(heads, kv_heads), self.config)
         query, key = rotate(qk, *rotary).split([heads, kv_heads], dim=2)
         if cache is not None:
             key, value = (part.to(query.dtype) for part in cache.write(layer, key, value))  # B T G d

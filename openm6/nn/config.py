@@ -9,7 +9,7 @@ from openm6.core.config import Config
 
 Activation = Literal["swiglu", "gelu"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# True: each query and key head is normalised by itself; joint: all query heads together, and all key heads.
+# True: each query and key head is normalized by itself; joint: all query heads together, and all key heads.
 QKNormKind = bool | Literal["joint"]
 
 

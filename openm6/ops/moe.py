@@ -42,12 +42,12 @@ def choose_backend(x: Tensor, num_choices: int, num_experts: int, simple: bool) 
 
 
 def choose_experts(
-    logits: Tensor, bias: Tensor | None, choices: int, prototypes: bool, normalise: bool
+    logits: Tensor, bias: Tensor | None, choices: int, prototypes: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the K = `choices` experts with the highest logit, or with `prototypes` the best one in each of K groups.
 
     The latter is "k top-1" (M6-T, 2105.15082, §3.2), weighted by the softmax within each group. `bias` affects the
-    choice but not the gates; normalised gates of the former sum to one. Return gates N K and experts N K, and the
+    choice but not the gates; normalized gates of the former sum to one. Return gates N K and experts N K, and the
     probabilities N E, which sum to one, or with `prototypes` to K.
     """
     biased = logits if bias is None else logits + bias
@@ -59,7 +59,7 @@ def choose_experts(
         winner = biased.unflatten(-1, (choices, -1)).argmax(-1)  # N K
         chosen = winner + torch.arange(choices, device=logits.device) * (logits.shape[-1] // choices)
     gate = probability.gather(-1, chosen)
-    if normalise and not prototypes:
+    if normalize and not prototypes:
         gate = gate / gate.sum(-1, keepdim=True)
     return gate, chosen, probability
 

@@ -388,7 +388,7 @@ def draw_sweep(rows: list[tuple[int, Plan]], kind: str, path: Path) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
         from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: PLC0415
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'openm6[report]'") from None
+        raise ConfigError("--plot needs matplotlib: pip install '.[report]'") from None
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     values = [value for value, _ in rows]
     series = {

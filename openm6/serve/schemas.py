@@ -135,10 +135,10 @@ def distribution_of(histogram: Histogram, coverage: float) -> Distribution:
 
 
 def rank_candidates(
-    texts: Sequence[str], value: list[tuple[float, int]], normalise: bool = True
+    texts: Sequence[str], value: list[tuple[float, int]], normalize: bool = True
 ) -> list[RankedCandidate]:
     """Return the candidates of a ranking, the best first; `value` holds nats and tokens of each."""
-    ranked = rank_texts(texts, [nll for nll, _ in value], [length for _, length in value], normalise)
+    ranked = rank_texts(texts, [nll for nll, _ in value], [length for _, length in value], normalize)
     return [RankedCandidate(**vars(one)) for one in ranked]
 
 

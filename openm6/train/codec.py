@@ -40,7 +40,7 @@ class CodecDataConfig(Config):
 class CodecRecipe(Config):
     """Settings that image and audio codecs have in common.
 
-    `start` names the trained codec, of the same shape, that training continues from; None: training from nothing.
+    `start` names the trained codec, of the same shape, that training continues from; None: training from scratch.
     One record in `held_out` of each source is never trained on and selects the best averaged weights. In the last
     `settle_fraction` of the run the latent's statistics are frozen. A run fails if, after `guard_from` steps, more
     than `max_saturated` of the latent is beyond the gradient, or a channel carries less than `min_bits` of its bits.

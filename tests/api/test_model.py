@@ -202,6 +202,15 @@ def test_a_streamed_text_is_the_text(m6: openm6.OpenM6) -> None:
     assert "".join(m6.generate(chat[0]["content"], max_new_tokens=12, temperature=1.0, seed=2, stream=True)) == whole
 
 
+def test_a_streamed_text_has_the_same_note(m6: openm6.OpenM6, caplog: pytest.LogCaptureFixture) -> None:
+    notes = []
+    for stream in (False, True):
+        caplog.clear()
+        list(m6.generate("sing me quite another song", max_new_tokens=4, stream=stream))
+        notes.append([record.message for record in caplog.records])
+    assert notes[0] == notes[1] and "not trained" in notes[0][0]
+
+
 def test_parts_of_a_chat_in_all_forms(m6: openm6.OpenM6, files: Path) -> None:
     data = base64.b64encode((files / "seven.png").read_bytes()).decode()
     sound = base64.b64encode((files / "zero.wav").read_bytes()).decode()
@@ -221,7 +230,7 @@ def test_parts_of_a_chat_in_all_forms(m6: openm6.OpenM6, files: Path) -> None:
 
 
 def test_candidates_are_ranked(m6: openm6.OpenM6) -> None:
-    found = m6.rank("draw the digit", ["seven", "a long text of many words"], normalise=False)
+    found = m6.rank("draw the digit", ["seven", "a long text of many words"], normalize=False)
     assert [one.log_likelihood for one in found] == sorted((one.score for one in found), reverse=True)
     assert found[0].candidate == "seven" and found[0].index == 0
 

@@ -1,4 +1,4 @@
-"""The calls of docs/examples.md run as they stand, with a model of a few steps under the name `mini`."""
+"""The calls of docs/examples.md run as they stand, with a model of a few steps as `runs/mine`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def goods() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with files, and with `models/mini`, a model of all four modalities that also embeds."""
+    """A folder with files, and with `runs/mine`, a model of all four modalities that also embeds."""
     folder = tmp_path_factory.mktemp("home")
     for index, colour in enumerate(("red", "blue")):
         (folder / f"{index}.png").write_bytes(png(colour, 32))
@@ -54,12 +54,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"source": "shop", "task": "record_regression"},
         {"source": "series", "task": "time_series_forecasting"},
     ]
-    train_recipe(write_recipe(folder, recipe), out=folder / "models" / "mini")
+    train_recipe(write_recipe(folder, recipe), out=folder / "runs" / "mine")
     return folder
 
 
 def test_every_call_runs_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENM6_HOME", str(home))
     monkeypatch.chdir(home)
     # A second of training instead of minutes, and none for trees.
     start = openm6.OpenM6Regressor.__init__

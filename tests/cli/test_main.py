@@ -75,7 +75,7 @@ def test_every_lazy_import_is_there(module: str, name: str) -> None:
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openm6.serve.run.read_serve_config", missing_ray)
     shown = runner.invoke(app, ["serve", "runs/x", "--ray"])
-    assert shown.exit_code == 1 and shown.stderr == "error: this needs ray: pip install 'openm6[ray]'\n"
+    assert shown.exit_code == 1 and shown.stderr == "error: this needs ray: pip install '.[ray]' in a checkout\n"
 
 
 def missing_ray(settings: list[str], keys: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Quantizers: normalised latents, groups, residual stages, and what their health says."""
+"""Quantizers: normalized latents, groups, residual stages, and what their health says."""
 
 from __future__ import annotations
 
@@ -137,6 +137,6 @@ def test_health_tells_a_live_latent_from_a_dead_one() -> None:
     quantizer.norm.frozen = True
     alive = quantizer(latent(64, 16, 6)).health
     assert alive.saturated < 0.05 and (alive.bits > 0.8 * alive.capacity).all()
-    dead = quantizer(latent(64, 16, 6) * 60).health  # what an unnormalised encoder arrives at
+    dead = quantizer(latent(64, 16, 6) * 60).health  # what an unnormalized encoder arrives at
     assert dead.saturated > 0.9 and (dead.bits < 0.6 * dead.capacity).all() and dead.mean_magnitude > 20
     assert torch.allclose(dead.capacity[:2], torch.tensor([5.0, 4.0]).log2())

@@ -26,15 +26,15 @@ def random_logits(tokens: int, experts: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_top_k_equals_a_loop(normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_top_k_equals_a_loop(normalize):
     logits = random_logits(9, 6)
-    gate, chosen, probability = choose_experts(logits, None, 2, False, normalise)
+    gate, chosen, probability = choose_experts(logits, None, 2, False, normalize)
     for n in range(9):
         ranked = sorted(range(6), key=lambda e: -logits[n, e].item())[:2]
         assert chosen[n].tolist() == ranked
         softmax = logits[n].exp() / logits[n].exp().sum()
-        expected = softmax[ranked] / (softmax[ranked].sum() if normalise else 1)
+        expected = softmax[ranked] / (softmax[ranked].sum() if normalize else 1)
         torch.testing.assert_close(gate[n], expected)
     torch.testing.assert_close(probability.sum(-1), torch.ones(9))
 

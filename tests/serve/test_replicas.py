@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'openm6[ray]'")
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
 
 from ray import serve  # noqa: E402
 

@@ -57,12 +57,12 @@ class Vectors(schemas.EnergyReply):
 
 
 class RankingBody(BaseModel):
-    """`query` is a text or parts of a message. `normalise` divides by the number of tokens, so that length is free."""
+    """`query` is a text or parts of a message. `normalize` divides by the number of tokens, so that length is free."""
 
     query: Content
     candidates: list[Candidate] = Field(min_length=1, max_length=256)
     model: str | None = None
-    normalise: bool = True
+    normalize: bool = True
     top: int | None = Field(default=None, ge=1)
 
 
@@ -120,7 +120,7 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     await server.fetcher.fetch_all([("query", body.query)])
     parts = await asyncio.to_thread(parts_of_content, body.query, server.limits, "query")
     answers = await call.answer("rank", [RankRequest(parts=parts, candidates=tuple(body.candidates))])
-    ranked = schemas.rank_candidates(body.candidates, answers[0].value, body.normalise)
+    ranked = schemas.rank_candidates(body.candidates, answers[0].value, body.normalize)
     return Ranking(model=server.name, data=ranked[: body.top], usage=schemas.usage_of(answers)).with_energy(answers)
 
 
