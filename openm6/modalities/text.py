@@ -123,9 +123,9 @@ class Text(Modality):
     def bytes_of(self, token: int) -> bytes:
         """The UTF-8 that a token stands for, which may be a part of a character, whose text alone is U+FFFD."""
         text = self.decode([token])
-        piece = self.tokenizer.id_to_token(token) if "\ufffd" in text else None
-        known = piece is not None and all(letter in BYTES for letter in piece)
-        return bytes(BYTES[letter] for letter in piece) if piece and known else text.encode()
+        letters = (self.tokenizer.id_to_token(token) or "") if "\ufffd" in text else ""
+        is_bytes = letters != "" and all(letter in BYTES for letter in letters)
+        return bytes(BYTES[letter] for letter in letters) if is_bytes else text.encode()
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`raw` text as at most `max_tokens` source tokens, cut within `cuttable` spans of characters."""
