@@ -264,7 +264,9 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
     pseudo = request.pseudo_fraction if "pseudo" in stages else 0.0
     fractions = {"real": 1.0 - pseudo, "pseudo": pseudo}
     days_per_token = sum(fractions[name] / stage.tokens_per_day for name, stage in stages.items())
-    active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.hidden_size
+    total = int(stored_parameters(model.backbone, model.vocabulary, model.adapters).total)
+    count = count_parameters(model.backbone)
+    active = total - (count.total - count.active)
     if request.tokens is None and request.days is not None:
         tokens, days = request.days / days_per_token, request.days
     else:
@@ -275,7 +277,6 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
         own = tokens * fractions[name] / stage.tokens_per_day * SECONDS_PER_DAY
         seconds += own
         joules += own * cluster.devices * stage.time.watts(cluster)
-    total = int(stored_parameters(model.backbone, model.vocabulary, model.adapters).total)
     operations = operations_per_token(model.backbone, model.vocabulary, model.seq_len / 2)
     energy = energy_of(request.energy, joules, seconds * cluster.devices * cluster.watts, tokens)
     cost = None if cluster.price is None else cluster.price * days * 24 * cluster.devices
