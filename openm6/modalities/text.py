@@ -33,17 +33,18 @@ BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted({*range(0x100)} -
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer learned from `texts`: every byte is a token, so no text is unknown.
 
-    No token holds two Chinese characters: words of several would hide their characters, and verse counts those.
+    No token holds two Chinese characters: words of several would hide their characters, and verse counts those. Only
+    the training needs to split there, as what it never merges is not merged afterwards, so llama.cpp has these rules.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = byte_level
     return tokenizer
 
 

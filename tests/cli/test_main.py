@@ -47,7 +47,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_the_first_page_lists_the_commands() -> None:
     shown = runner.invoke(app, ["--help"])
     assert all(command.split()[0] in shown.stdout for command in COMMANDS)
-    assert "openm6 demo" in shown.stdout
+    assert "openm6 try" in shown.stdout
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])

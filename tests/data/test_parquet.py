@@ -216,7 +216,7 @@ def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"pip install 'openm6\[hf\]'"):
+    with pytest.raises(DataError, match=r"pip install '.\[hf\]'"):
         open_sources({"x": DatasetsConfig(path="some/name")}, "train")
 
 

@@ -69,14 +69,16 @@ def examples(run: Path, split: str, count: int, horizon: int = 6) -> list[Exampl
     return [task.example(source[row], np.random.default_rng(0), language="en") for row in rows]
 
 
-def coverage(loaded: LoadedModel, asked: list[Example]) -> float:
-    inside = []
+def coverage(loaded: LoadedModel, asked: list[Example]) -> tuple[float, float]:
+    """The fraction of true values within the 80 % intervals, and the mean length of these."""
+    inside, lengths = [], []
     for example, histogram in zip(asked, answer(loaded, asked, MaskedSampling()), strict=True):
         assert isinstance(histogram, Histogram)
         low, high = histogram.interval(0.8)
         truth = np.asarray([value for value in example.target.raw.values if value is not None])
         inside += ((low <= truth) & (truth <= high)).tolist()
-    return float(np.mean(inside))
+        lengths += (high - low).tolist()
+    return float(np.mean(inside)), float(np.mean(lengths))
 
 
 def test_intervals_are_corrected_by_validation_windows(run: Path, loaded: LoadedModel) -> None:
@@ -84,11 +86,12 @@ def test_intervals_are_corrected_by_validation_windows(run: Path, loaded: Loaded
     assert loaded.numbers.widths == {"series_out": {"sales": width}}
     assert width < 0.9, "hardly trained, predictions are far too wide"
     asked = examples(run, "validation", 20)
-    corrected = coverage(loaded, asked)
+    corrected, length = coverage(loaded, asked)
     loaded.numbers.widths = {}
-    plain = coverage(loaded, asked)
+    plain, plain_length = coverage(loaded, asked)
     loaded.numbers.widths = loaded.description.widths
-    assert abs(corrected - 0.8) < abs(plain - 0.8) and plain > 0.95
+    assert plain > 0.95 and length < 0.9 * plain_length, "far too wide, and then narrower"
+    assert 0.8 <= corrected <= plain, "of the windows that it was fitted to, at least the fraction asked for"
 
 
 def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_widths(
