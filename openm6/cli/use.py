@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from mimetypes import guess_type
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.text import Text
 from openm6.cli.group import print_result, write_json
 from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, Trained, model_of
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
+from openm6.core.log import get_log
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
 if TYPE_CHECKING:
@@ -222,6 +224,7 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
     from openm6.api.model import load
 
     m6, messages = load(model_of(model), device, dtype), list[dict[str, object]]()
+    get_log().addFilter(_on_a_new_line)
     typer.echo("> ", nl=False)
     while line := sys.stdin.readline().strip():
         files = [word[1:] for word in line.split() if word.startswith("@")]
@@ -238,6 +241,13 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
             messages.pop()
             typer.echo(str(error), nl=False)
         typer.echo("\n> ", nl=False)
+    get_log().removeFilter(_on_a_new_line)
+
+
+def _on_a_new_line(_: logging.LogRecord) -> bool:
+    """Begin a line for a note, which comes after an answer without a line end."""
+    typer.echo()
+    return True
 
 
 def serve(
