@@ -142,8 +142,9 @@ class WindowsConfig(SourceConfig):
         table = config.model_copy(update={} if self.decimal is None else {"decimal": self.decimal}).load(self.path)
         needed = list(dict.fromkeys([*self.numbers, *filter(None, (self.time, self.group))]))
         table.read(needed)
-        for reason in table.unreadable:
-            get_log().warning(f"source {name} leaves out a row of {self.path}: {reason}")
+        if table.unreadable and split == "train":
+            some = f"{len(table.unreadable):,} rows that cannot be read, such as: {table.unreadable[0]}"
+            get_log().warning(f"source {name} leaves out of {self.path} {some}")
         # Rows that cannot be read come last, without cells.
         cells = {column: table.column(column)[: len(table) - len(table.unreadable)] for column in needed}
         values = np.array([[_number(cell, column) for cell in cells[column]] for column in self.numbers]).T  # R C

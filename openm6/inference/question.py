@@ -230,9 +230,10 @@ class Question:
 
 def _is_region(mask: Any, half: int) -> bool:
     """Whether a mask has `half` starts between 0 and 1, and as many ends above them."""
-    if not isinstance(mask, Sequence) or len(mask) != 2 * half or not all(isinstance(x, float | int) for x in mask):
+    if isinstance(mask, str) or not isinstance(mask, Sequence | np.ndarray) or len(mask) != 2 * half:
         return False
-    return all(0 <= start < end <= 1 for start, end in zip(mask[:half], mask[half:], strict=True))
+    numbers = all(isinstance(bound, float | int | np.number) for bound in mask)
+    return numbers and all(0 <= start < end <= 1 for start, end in zip(mask[:half], mask[half:], strict=True))
 
 
 def read_media(modality: Image | Audio, given: Path | str | bytes) -> bytes:

@@ -343,9 +343,11 @@ class Worker:
 
 def shown_tokens(text: Text, tokens: Sequence[int], shown: str) -> int:
     """How many of the tokens the part of their text that is shown takes."""
-    if not shown:
-        return 0
-    return next((n for n in range(1, len(tokens)) if text.decode(tokens[:n]).startswith(shown)), len(tokens))
+    count = len(tokens) if shown else 0
+    # From the end, as all but the last few are shown.
+    while count > 1 and text.decode(tokens[: count - 1]).startswith(shown):
+        count -= 1
+    return count
 
 
 def scored_tokens(text: Text, row: DecodeSequence, count: int) -> list[requests.ScoredToken]:

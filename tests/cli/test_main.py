@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from openm6.cli.main import app
 from openm6.core.errors import DataError, Interrupted
 from openm6.core.files import renamed
+from openm6.core.log import get_log
 from openm6.optim.config import PRECISIONS
 from openm6.train.loop import TrainResult
 from tests.cli.lazy_imports import import_name, lazy_imports, replace_calls
@@ -321,6 +322,8 @@ class Echo:
         if words["text"] == "broken":
             raise DataError("not this one")
         yield f"{len(messages)} "
+        if words["text"] == "odd":
+            get_log().warning("not trained")
         yield f"{[(part['type'], part['path']) for part in media]} {words['text']}"
 
 
@@ -331,6 +334,15 @@ def test_a_chat_shows_files_and_remembers_answers(monkeypatch: pytest.MonkeyPatc
     assert shown.exit_code == 0
     answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.wav')] What is this?", "> "
     assert shown.stdout == "\n".join(answers)
+
+
+def test_a_note_about_an_answer_begins_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("openm6.api.model.load", lambda *_: Echo())
+    shown = runner.invoke(app, ["chat", "smol"], input="odd\n\n")
+    assert shown.stdout == "> 1 \n[] odd\n> " and "not trained" in caplog.text
+    assert not get_log().filters
 
 
 def test_settings_of_a_server_need_no_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,7 @@ def test_rows_of_another_length_are_left_out_of_a_series(tmp_path, time, caplog)
     source = open_sources({"w": config}, "train")["w"]
     values = [source[row]["series"]["load"] for row in range(len(source))]
     assert len(values) == 34 and values[-1] == [37, 38, 39] and [2, 4, 5] in values
-    assert "leaves out a row" in caplog.text
+    assert "leaves out of" in caplog.text and "4 rows that cannot be read, such as: line 5 has 3 cells" in caplog.text
 
 
 def test_blank_ids_are_split_as_missing_ones_are(tmp_path):
