@@ -89,9 +89,11 @@ class Audio(CodesModality):
     name: ClassVar[str] = "audio"
 
     def __init__(
-        self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: AudioEncoder | None = None
-    ) -> None:
+        self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: AudioEncoder | None = None,
+        vary_speed: bool = False,
+    ) -> None:  # fmt: skip
         self.codec, self.encoder, self.seconds, self.max_seconds = codec, encoder, seconds, max_seconds
+        self.vary_speed = vary_speed
         self.hop = codec.step
         self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
         self.num_mels = self.mels.config.num_mels
@@ -172,7 +174,7 @@ class Audio(CodesModality):
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Codes of `seconds` of audio, cut or padded with silence; masked as in training, or in `mask_span` alone."""
         speed = options.get("speed", 1.0)
-        if rng is not None and "speed" not in options:
+        if rng is not None and self.vary_speed and "speed" not in options:
             speed = random_speed(rng)
         seconds, mask_span = options.get("seconds") or self.seconds, options.get("mask_span")
         length = self.length(seconds)

@@ -56,6 +56,8 @@ class AudioConfig(Config):
 
     `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME, of which
     frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds` bounds the inputs.
+    `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
+    voices are then not memorized, but a word of one voice has nine answers.
     """
 
     codec: str = "audio"
@@ -63,6 +65,7 @@ class AudioConfig(Config):
     encoder: str | None = None
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
+    vary_speed: bool = False
 
 
 class NumbersConfig(Config):
@@ -113,7 +116,9 @@ def build_modalities(
     modalities = Modalities(
         text=text,
         image=Image(networks["image.codec"], config.image, networks.get("image.encoder")),
-        audio=Audio(networks["audio.codec"], audio.seconds, audio.max_seconds, networks.get("audio.encoder")),
+        audio=Audio(
+            networks["audio.codec"], audio.seconds, audio.max_seconds, networks.get("audio.encoder"), audio.vary_speed
+        ),
         numbers=Numbers(text, scales, series, predictors),
     )
     modalities.prompt_attention = config.prompt_attention

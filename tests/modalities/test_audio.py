@@ -252,3 +252,14 @@ def test_many_channels_are_not_decoded_at_once() -> None:
     tracemalloc.stop()
     assert read.max() == pytest.approx(0.1, abs=0.02) and len(read) == pytest.approx(400_000 / 3, abs=2)
     assert peak < samples.nbytes
+
+
+def test_a_recording_to_be_generated_is_played_at_other_speeds_only_if_so_set() -> None:
+    raw = file_of(sine(0.4))
+    speeds = {}
+    for vary_speed in (False, True):
+        modality = Audio(load_codec("audio"), 0.4, vary_speed=vary_speed)  # type: ignore[arg-type]
+        for seed in range(8):
+            modality.target(raw, np.random.default_rng(seed))
+        speeds[vary_speed] = {speed for _, _, speed in modality.code_cache.entries}
+    assert speeds[False] == {1.0} and len(speeds[True]) > 2

@@ -251,13 +251,14 @@ def kokoro_words(packages: Packages) -> Iterator[Row]:
     yield from words_by_kokoro(packages, KOKORO_VOICES)
 
 
-def speech(packages: Packages) -> Iterator[Row]:
-    """What is to be said: each syllable and word in one voice, since a prompt names none.
-
-    Tested are the syllables whose human recordings are tested elsewhere too, and a second take of each word.
-    """
+def said_syllables(packages: Packages) -> Iterator[Row]:
+    """The syllables in the human voice alone, to be said; those whose recordings `syllables` tests are tested here."""
     for syllable, file in human_syllables(packages).items():
         yield human_row(syllable, file, 100) | {"split": split_of("human", syllable, validation=0.0)}
+
+
+def said_words(packages: Packages) -> Iterator[Row]:
+    """The words in one voice of each language, to be said, since a prompt names none; a second take is tested."""
     voices_of = {language: voices[:1] for language, voices in KOKORO_VOICES.items()}
     for row in words_by_kokoro(packages, voices_of):
         yield row | {"split": "train"}
@@ -289,5 +290,6 @@ PARTS = {
     "syllables": Part(syllables, ("gcin", *ESPEAK)),
     "words": Part(words, ("emojibase", *ESPEAK, "flite", "flite-library")),
     "kokoro_words": Part(kokoro_words, ("emojibase", *ESPEAK, *KOKORO)),
-    "speech": Part(speech, ("gcin", "emojibase", *ESPEAK, *KOKORO)),
+    "said_syllables": Part(said_syllables, ("gcin",)),
+    "said_words": Part(said_words, ("emojibase", *ESPEAK, *KOKORO)),
 }
