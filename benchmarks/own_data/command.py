@@ -19,7 +19,7 @@ import typer
 from benchmarks.harness import Deadline, Json, Report
 from benchmarks.own_data.cnn import cnn_classes, cnn_quantiles
 from benchmarks.own_data.datasets import DATASETS, OwnData
-from benchmarks.own_data.frame import Frame, split, write_image_folder, write_table
+from benchmarks.own_data.frame import FOLDS, Frame, split, write_image_folder, write_table
 from benchmarks.own_data.ours import FailedError, Ours, estimate, forecast, predict_classes, predict_numbers, train
 from benchmarks.own_data.scores import (
     OURS,
@@ -30,6 +30,7 @@ from benchmarks.own_data.scores import (
     marginal_quantiles,
     markdown,
     number_measures,
+    pooled,
     series_measures,
 )
 from benchmarks.own_data.series import (
@@ -64,6 +65,9 @@ def bench_own_data(
     only: Annotated[str | None, typer.Option("--only", metavar="A,B", help="Sets to run; default: all.")] = None,
     kind: Annotated[str | None, typer.Option("--kind", metavar="|".join(KINDS), help="Sets of one kind.")] = None,
     development: Annotated[bool, typer.Option("--development", help="Leave out the sets that are unseen.")] = False,
+    folds: Annotated[
+        int, typer.Option("--folds", min=1, max=FOLDS, help="Fifths of the rows that are tested, one after the other.")
+    ] = 1,
     estimators: Annotated[
         bool, typer.Option("--estimators", help="Fit OpenM6Regressor or OpenM6Classifier to each target instead.")
     ] = False,
@@ -84,10 +88,10 @@ def bench_own_data(
     chosen = choose(only, kind, development)
     found: list[dict[str, Any]] = []
     with alone(), Report(json_path, LIMIT) as report:
-        report.update({"minutes": minutes, "estimators": estimators, "sets": found})
+        report.update({"minutes": minutes, "folds": folds, "estimators": estimators, "sets": found})
         report.at_end(lambda: _print_tables(found, table))
         for data in chosen:
-            found.append(run_one(data, minutes, cache.expanduser(), keep, None if estimators else train))
+            found.append(run_one(data, minutes, cache.expanduser(), keep, None if estimators else train, folds))
             _log(found[-1])
     return report.found
 
@@ -125,15 +129,16 @@ def alone() -> Iterator[None]:
 
 
 def run_one(
-    data: OwnData, minutes: float, cache: Path, keep: Path | None, trainer: Train | None = train
+    data: OwnData, minutes: float, cache: Path, keep: Path | None, trainer: Train | None = train, folds: int = 1
 ) -> dict[str, Any]:  # fmt: skip
     """Return the report of one set: scores of all methods, or the sentence why it was not run.
 
     trainer: None: an estimator for scikit-learn is fitted to each target, series apart
+    folds: how many fifths of the rows are tested, if the data has no split of its own
     """
     report: dict[str, Any] = {
         "name": data.name, "kind": data.kind, "unseen": data.unseen, "source": data.source, "license": data.license,
-        "scores": [], "failure": "", "notes": {}, "seconds": {}, "tasks": [],
+        "scores": [], "failure": "", "notes": {}, "seconds": {}, "tasks": [], "folds": 1,
     }  # fmt: skip
     try:
         frame = data.load(cache)
@@ -146,7 +151,11 @@ def run_one(
         work.mkdir(parents=True)
     try:
         run = Run(data, frame, minutes, work, report, trainer)
-        measures = run.series() if data.horizon else run.records()
+        if data.horizon:
+            measures = run.series()
+        else:
+            report["folds"] = 1 if frame.test is not None else folds
+            measures = pooled([run.records(fold) for fold in range(report["folds"])])
         report["scores"] = [compare(measure) for measure in measures]
         if keep is not None:
             replace_text(work / "report.json", to_json(report, indent=1) + "\n")
@@ -163,7 +172,7 @@ class Run:
         self, data: OwnData, frame: Frame, minutes: float, work: Path, report: dict[str, Any], trainer: Train | None
     ) -> None:
         self.data, self.frame, self.minutes = data, frame, minutes
-        self.work, self.report, self.trainer = work, report, trainer
+        self.whole, self.work, self.report, self.trainer = work, work, report, trainer
 
     def series(self) -> list[Measure]:
         """Forecast all windows with each method."""
@@ -187,9 +196,11 @@ class Run:
             self.ours(OURS, lambda: predicted.update({OURS: forecast(ours, panel, whole)}))
         return series_measures(predicted, panel.truth, panel.columns, panel.blocks)
 
-    def records(self) -> list[Measure]:
-        """Predict all test records with each method, target by target."""
-        train_rows, test_rows = split(self.frame)
+    def records(self, fold: int) -> list[Measure]:
+        """Predict all test records of a fold with each method, target by target."""
+        train_rows, test_rows = split(self.frame, fold)
+        self.work = self.whole / f"fold-{fold}" if fold else self.whole
+        self.work.mkdir(exist_ok=True)
         numbers: dict[str, dict[str, np.ndarray]] = {}
         labels: dict[str, dict[str, np.ndarray]] = {}
         for target in self.data.targets:
@@ -299,7 +310,8 @@ class Run:
         except FailedError as error:
             self.report["failure"] = str(error)
             return None
-        self.report["seconds"]["openm6: train"] = round(ours.seconds, 1)
+        seconds = self.report["seconds"]
+        seconds["openm6: train"] = round(seconds.get("openm6: train", 0.0) + ours.seconds, 1)
         self.report["tasks"] = ours.trained_tasks
         return ours
 

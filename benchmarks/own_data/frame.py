@@ -16,7 +16,7 @@ from PIL import Image
 
 ColumnKind = Literal["number", "category", "text", "time", "image"]
 SPLIT_SEED = 16
-TEST_FRACTION = 0.2
+TEST_FRACTION, FOLDS = 0.2, 5
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,17 @@ class Frame:
         return Frame({name: self.columns[name] for name in kept}, {name: self.kinds[name] for name in kept}, self.test)
 
 
-def split(frame: Frame) -> tuple[Frame, Frame]:
-    """Return training and test rows: the split of the data if it has one, else a fifth at random, always the same."""
+def split(frame: Frame, fold: int = 0) -> tuple[Frame, Frame]:
+    """Return training and test rows: the split of the data if it has one, else a fifth at random, always the same.
+
+    fold: which fifth is tested, 0 to 4; that of the data has fold 0 alone
+    """
     if frame.test is not None:
         return frame.rows(np.flatnonzero(~frame.test)), frame.rows(np.flatnonzero(frame.test))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(frame))
     count = round(TEST_FRACTION * len(frame))
-    return frame.rows(np.sort(order[count:])), frame.rows(np.sort(order[:count]))
+    tested = slice(fold * count, (fold + 1) * count)
+    return frame.rows(np.sort(np.delete(order, tested))), frame.rows(np.sort(order[tested]))
 
 
 def write_table(frame: Frame, path: Path) -> Path:

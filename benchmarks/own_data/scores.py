@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -107,6 +107,18 @@ def label_measures(
         Measure(target, "accuracy", "higher", right, rows),
         Measure(target, "log loss", "lower", loss, rows, percent=False),
     ]
+
+
+def pooled(folds: Sequence[Sequence[Measure]]) -> list[Measure]:
+    """Return the measures of several folds, of different records, as those of all, of the methods that all have."""
+    found = []
+    for same in zip(*folds, strict=True):
+        first = same[0]
+        methods = [name for name in first.values if all(name in one.values for one in same)]
+        values = {name: np.concatenate([one.values[name] for one in same]) for name in methods}
+        blocks = np.concatenate([[f"{fold} {block}" for block in one.blocks] for fold, one in enumerate(same)])
+        found.append(replace(first, values=values, blocks=blocks))
+    return found
 
 
 def series_measures(

@@ -32,6 +32,7 @@ from benchmarks.own_data.scores import (
     label_measures,
     markdown,
     number_measures,
+    pooled,
     series_measures,
 )
 from benchmarks.own_data.series import Panel, boosting_on_lags, filled, ridge_on_lags, seasonal_naive
@@ -208,6 +209,8 @@ def test_a_set_is_split_the_same_way_each_time_and_written_as_a_user_has_it(tmp_
     first, again = split(frame), split(frame)
     assert [len(part) for part in first] == [8, 2]
     assert first[1].columns["price"] == again[1].columns["price"]
+    tested = [price for fold in range(5) for price in split(frame, fold)[1].columns["price"]]
+    assert sorted(map(str, tested)) == sorted(map(str, frame.columns["price"]))
     lines = write_table(frame, tmp_path / "shop.csv").read_text().splitlines()
     assert lines[:3] == ["photo,price,label", "shop-photo/0.png,1.5,down", "shop-photo/1.png,,across"]
     assert (tmp_path / "shop-photo" / "9.png").is_file()
@@ -298,6 +301,22 @@ def test_predictions_belong_to_their_rows(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [score["values"][OURS] < 1e-6 for score in numbers] == [True] * 3
     (accuracy,) = (score["values"] for score in report["scores"] if score["metric"] == "accuracy")
     assert report["notes"] == {} and set(accuracy) == {"boosting", "logistic", OURS}
+
+
+def test_folds_are_pooled(tmp_path: Path) -> None:
+    def failing(path: Path, minutes: float, work: Path) -> Ours:
+        assert path.is_file() and not (work / "run").exists()
+        raise FailedError("not trained")
+
+    frame, _ = linear(60)
+    data = OwnData("tiny", "table", "a test", "none", lambda _: frame, ("size",))
+    report = run_one(data, 1.0, tmp_path, tmp_path / "kept", failing, folds=3)
+    assert report["folds"] == 3 and report["failure"] == "not trained"
+    assert {score["records"] for score in report["scores"]} == {3 * round(0.2 * len(frame))}
+    parts = [Measure("y", "MAE", "lower", values, np.arange(2))
+             for values in ({OURS: np.ones(2), "a": np.zeros(2)}, {"a": np.full(2, 4.0)})]  # fmt: skip
+    (both,) = pooled([[one] for one in parts])
+    assert both.values["a"].tolist() == [0, 0, 4, 4] and OURS not in both.values and len(set(both.blocks)) == 4
 
 
 def test_estimators_predict_the_rows_target_by_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
