@@ -148,14 +148,18 @@ def find_model(name: str | Path) -> Path:
         path, text = Path(name).expanduser(), str(name)
     except (TypeError, RuntimeError):  # no text, or the home of a user who is not there
         raise CheckpointError(f"{name!r} is neither a path nor the name of a model") from None
-    if path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text):
+    is_path = path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text)
+    # The addition `smol` in the working folder does not hide the model `smol` that it became.
+    if is_path and not (path.parent == Path() and (path / ADDITION_FILE).is_file()):
         return _whole(path, path.name)
-    if not _HUB_ID.fullmatch(text):
+    if is_path or not _HUB_ID.fullmatch(text):
         homes = [name for name in (os.environ.get("OPENM6_HOME"), "~/.openm6") if name]
         folders = [*(Path(home).expanduser() / "models" for home in homes), SHIPPED]
         found = [one for folder in folders if folder.is_dir() for one in sorted(folder.iterdir()) if one.is_dir()]
         if named := [one for one in found if one.name == text]:
             return _whole(named[0], text)
+        if is_path:
+            return _whole(path, path.name)
         raise CheckpointError(
             f"there is no folder {text!r}, and no model of this name in {folders[0]}: name a run's folder, such as "
             f"runs/demo, which openm6 demo trains; {nearest(text, sorted({one.name for one in found}))}"

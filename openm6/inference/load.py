@@ -166,6 +166,10 @@ class LoadedModel:
         return any(self.tasks[one.task].chat for one in self.description.trained_tasks if one.task in self.tasks)
 
     @property
+    def has_chat_template(self) -> bool:
+        return self.text.imported is not None and self.text.imported.chat_template is not None
+
+    @property
     def pool(self) -> PoolAdapter:
         """The adapter that makes embeddings; raise ConfigError if the model was not trained to embed."""
         if self.omni.pool is None:

@@ -52,6 +52,8 @@ LENGTH_RATIO = 1.25
 MAX_LISTED = 4
 CHINESE = {"text": "文本", "image": "图片", "audio": "声音", "numbers": "数值"}
 _SLOT = re.compile(r"\{\w+\}")
+# Of a prompt in the words of a chat template: the system message, and what opens and closes a turn.
+_TEMPLATE = re.compile(r"<\|im_start\|>system.*?<\|im_end\|>|<\|\w+\|>(?:user|assistant)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def inputs_of(task: Task) -> set[str]:
 
 def _fixed_words(task: Task) -> list[set[str]]:
     """The words of each prompt of a task without its inputs; none if the prompt is an input alone."""
-    return [set(words_of(_SLOT.sub(" ", prompt))) for prompts in task.prompts.values() for prompt in prompts]
+    prompts = [_TEMPLATE.sub(" ", prompt) for prompts in task.prompts.values() for prompt in prompts]
+    return [set(words_of(_SLOT.sub(" ", prompt))) for prompt in prompts]
 
 
 def _other_modalities(given: Collection[str], target: str, trained: list[Task]) -> Coverage:
@@ -148,7 +151,8 @@ def _other_words(fitting: list[Task]) -> Coverage:
     for language in ("en", "zh"):
         prompts = [task.prompts[language][0] for task in fitting if language in task.prompts]
         shown = dict.fromkeys(prompts or [next(iter(task.prompts.values()))[0] for task in fitting])
-        listed[language] = ", ".join(repr(_SLOT.sub("…", prompt).strip()) for prompt in list(shown)[:MAX_LISTED])
+        words = [_SLOT.sub("…", _TEMPLATE.sub("", prompt)).strip() for prompt in list(shown)[:MAX_LISTED]]
+        listed[language] = ", ".join(map(repr, words))
     return Coverage(
         f"not trained: no prompt of this model has such words; it was trained on {listed['en']}",
         f"未学过：该模型从未见过这样的问法，训练时的问法是 {listed['zh']}",
@@ -265,7 +269,7 @@ def prompt_parts(question: Question, loaded: LoadedModel, chat: bool = True) -> 
 
     These are the text of the question if it has one. Without one, or if the text does not name the number to
     predict, they are the prompt of the first trained task with the same input and output. If there is no such task, a
-    model of chats is asked in a turn of the user, unless `chat` is false.
+    model of chats is asked in a turn of the user, unless `chat` is false; so is one with a chat template about media.
     """
     parts: list[Part] = []
     if question.image is not None:
@@ -281,7 +285,9 @@ def prompt_parts(question: Question, loaded: LoadedModel, chat: bool = True) -> 
     if question.series is not None:
         parts.append(Part("numbers", question.series))
     found = _trained_prompt(question, loaded)
-    if chat and found is None and loaded.chats:
+    # An imported model reads own words beside an image in the turns of its chat template, as `openm6 chat` asks them.
+    turns = bool(parts and question.text and question.output == "text" and loaded.has_chat_template)
+    if chat and (turns or (found is None and loaded.chats)):
         return chat_prompt([("user", [*parts, Part("text", question.text or "")])], loaded)
     words = found or ("", "")
     if question.text is None:
@@ -301,8 +307,7 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
     one reads a line per turn, without roles; texts of neighbouring turns are joined unless each part is a block of its
     own, which an earlier request may have cached.
     """
-    imported = loaded.text.imported
-    if loaded.chats or (imported is not None and imported.chat_template is not None):
+    if loaded.chats or loaded.has_chat_template:
         return chat_parts(turn for turn in turns if said(turn[1]))
     found: list[list[Part]] = []
     for _, parts in turns:

@@ -20,7 +20,7 @@ from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.series import SeriesStats
 from openm6.modalities.simple_predictors import TablePredictors
-from openm6.modalities.text import ImportedText, Text, after_tokens, causal_source, select_tokens
+from openm6.modalities.text import ImportedText, Text, after_token, after_tokens, causal_source, select_tokens
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
 NO_SERIES: Mapping[str, SeriesStats] = MappingProxyType({})
@@ -142,13 +142,20 @@ def source_segments(
     if causal and any("role" in part.options for part in parts):
         parts, opening = text.chat(parts)
     segments: list[Segment] = []
+    held: int | None = None  # the last token of a turn that answers follow, if their template opens them with none
     for part in parts:
         if part.options.get("learned"):
-            segments += [] if rng is None else [_beside(target_segment(part, modalities, rng), opening)]
+            if rng is not None:
+                if causal and not opening and held is None:
+                    segments, held = split_opening(segments)
+                target = target_segment(part, modalities, rng)
+                segments.append(_beside(target, opening or (() if held is None else (held,))))
             continue
         segment = modalities[part.modality].source(part.raw, rng, part.options)
         if modalities.prompt_attention != "bidirectional" or "role" in part.options:
             segment = replace(segment, placement="causal" if causal and segment.kind == "text" else "part")
+        if held is not None:
+            segment, held = after_token(held, segment), None
         segments.append(segment)
     if causal:
         segments = text.with_bos(segments)

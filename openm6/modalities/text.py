@@ -174,7 +174,10 @@ class Text(Modality):
         return Segment("text", arrays, line(length), length, learn, "causal", cuttable=cuttable)
 
     def chat(self, parts: Sequence[Part]) -> tuple[Sequence[Part], tuple[int, ...]]:
-        """The parts of a chat as they are read, and the tokens before its answer, by the imported chat template."""
+        """The parts of a chat as they are read, and the tokens before its answer, by the imported chat template.
+
+        A template that puts none there is answered from the last token of the chat.
+        """
         template = None if self.imported is None else self.imported.chat_template
         if template is None:
             return parts, (self.roles["assistant"],)
@@ -182,7 +185,12 @@ class Text(Modality):
         tokens = {name: self.tokenizer.id_to_token(token) or "" for name, token in ids.items()}
         added = self.tokenizer.get_added_tokens_decoder().values()
         chat = TemplatedChat(parts, template, tokens, [token.content for token in added if token.special])
-        return chat.parts(), tuple(self.encode(chat.opening())) or (self.start,)
+        shown, opening = chat.parts(), chat.opening()
+        # SentencePiece writes a text that stands alone in another way than one that goes on.
+        last = shown[-1].raw if shown and shown[-1].modality == "text" and not shown[-1].options.get("learned") else ""
+        before, whole = self.encode(last), self.encode(last + opening)
+        goes_on = whole[: len(before)] == before
+        return shown, tuple(whole[len(before) :] if goes_on else self.encode(opening))
 
     def with_bos(self, segments: list[Segment]) -> list[Segment]:
         """The segments of a prompt with the token before them that the imported tokenizer puts before a text."""
@@ -190,11 +198,7 @@ class Text(Modality):
         first = segments[0] if segments and segments[0].kind == "text" else None
         if bos is None or (first is not None and len(first) and first.arrays["ids"][0] == bos):
             return segments
-        if first is None:
-            return [causal_source([bos]), *segments]
-        cuttable = tuple(Cuttable(span.start + 1, span.stop + 1, span.keep_end) for span in first.cuttable)
-        joined = _source_of([bos, *first.arrays["ids"].tolist()], cuttable)
-        return [replace(joined, truncated=first.truncated, placement=first.placement), *segments[1:]]
+        return [causal_source([bos]), *segments] if first is None else [after_token(bos, first), *segments[1:]]
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         tied = self.imported is None or self.imported.tie_word_embeddings
@@ -204,6 +208,13 @@ class Text(Modality):
 def causal_source(ids: list[int]) -> Segment:
     """Tokens of a causal prompt that are not cut."""
     return replace(_source_of(ids, ()), placement="causal")
+
+
+def after_token(token: int, segment: Segment) -> Segment:
+    """A source text after one more token."""
+    cuttable = tuple(Cuttable(span.start + 1, span.stop + 1, span.keep_end) for span in segment.cuttable)
+    joined = _source_of([token, *segment.arrays["ids"].tolist()], cuttable)
+    return replace(joined, truncated=segment.truncated, placement=segment.placement)
 
 
 def after_tokens(target: Segment, before: Sequence[int]) -> Segment:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openm6.core.config import read_yaml
 from openm6.core.errors import DataError
 from openm6.inference.load import LoadedModel
 from openm6.inference.question import MIN_CONFIDENCE, Coverage, Question, answer_questions, assess, inputs_of
@@ -16,6 +17,7 @@ from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.multimodal_data import words_read
+from openm6.train.run import recipe_path
 from tests.data.sample_images import png
 from tests.small_model import demo_sources, loaded
 
@@ -73,6 +75,14 @@ def test_words_that_are_like_no_prompt() -> None:
     assert assess([IMAGE, text(" What is this?")], "text", CLASSIFIER).trained
     assert assess([IMAGE, text(" 这是什么？")], "text", CLASSIFIER).trained
     found = assess([IMAGE, text(" Who painted it, and when?")], "text", CLASSIFIER)
+    assert not found.trained and "trained on '… What is this?'" in found.en
+
+
+def test_the_words_of_a_chat_template_are_no_words_of_a_question() -> None:
+    tasks = read_yaml(recipe_path("smol"))["tasks"]
+    smol = trained("chat_image_classification").model_copy(update={"tasks": tasks})
+    assert assess([IMAGE, text(" What is this?")], "text", smol).trained
+    found = assess([IMAGE, text(" Who painted it?")], "text", smol)
     assert not found.trained and "trained on '… What is this?'" in found.en
 
 

@@ -256,6 +256,38 @@ def test_a_template_that_cannot_be_used_gets_a_sentence(template: str, said: str
         source_segments(example.source, imported(template).modalities, np.random.default_rng(0))
 
 
+INST = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}.{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+
+
+def test_a_template_that_opens_no_answer_is_answered_from_its_last_token() -> None:
+    asked = imported(INST)
+    prompt = source_segments(chat_parts([("user", [Part("text", "a cup")])]), asked.modalities)
+    shown, opening = split_opening(prompt)
+    assert text_of(shown, asked.text) == "[a cup" and opening == asked.text.encode("]")[0]
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    record = {
+        "id": "1",
+        "messages": [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in turns],
+    }
+    example = TASKS["chat"].example(record, np.random.default_rng(0), train=True)
+    segments = source_segments(example.source, asked.modalities, np.random.default_rng(0))
+    shared = [one for one in segments if one.placement != "aside"]
+    (learned,) = (one for one in segments if one.placement == "aside")
+    assert text_of(shared, asked.text) == "[one]two.[three]"
+    assert learned.arrays["ids"].tolist() == asked.text.encode("]") + asked.text.encode("two")
+    before = segments[: [one is learned for one in segments].index(True)]
+    assert text_of(before, asked.text) == "[one" and learned.span == 0
+
+
+def test_an_opening_is_written_as_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SentencePiece puts a space before a text that stands alone."""
+    asked = imported("{% for m in messages %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}go{% endif %}")
+    alone, encode = asked.text.encode(" "), Text.encode
+    monkeypatch.setattr(Text, "encode", lambda self, text: [*alone, *encode(self, text)])
+    _, opening = asked.text.chat([Part("text", "a", {"role": "user"})])
+    assert list(opening) == encode(asked.text, "go")
+
+
 def test_a_template_may_leave_nothing_of_a_chat() -> None:
     asked = imported("{# nothing #}", trained=False)
     assert source_segments(chat_parts([("user", [Part("text", "x")])]), asked.modalities) == []
