@@ -145,7 +145,7 @@ def our_candidates(shape: BackboneConfig, vocabulary: int, tokens: int) -> dict[
         if name == "openm6 int8":
             quantize(backbone)
             head = Int8Weight.of(embedding)
-        text_head = TextHead(backbone, embedding, head, None)
+        text_head = TextHead(backbone, embedding, head, frozenset())
         found[f"{name}{COMPILED}"] = partial(decode, DecodeBatch(text_head, 1, 256, compiled=True), tokens)
         found[name] = partial(decode, DecodeBatch(text_head, 1, 256), tokens)
     return found

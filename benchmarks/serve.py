@@ -307,7 +307,7 @@ def make_models(setting: ServeSetting, device: torch.device) -> tuple[TextHead, 
     baseline = open_baseline(backbone, embedding, setting.longest + setting.new_tokens + 64, device, dtype)
     backbone.to(device, dtype)
     weight = embedding.to(device, dtype)
-    return TextHead(backbone, weight, weight, None), baseline
+    return TextHead(backbone, weight, weight, frozenset()), baseline
 
 
 def ours_run(rows: DecodeBatch, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:

@@ -150,6 +150,8 @@ def _parts_of(path: Path) -> list[_Part]:
         header.pop("__metadata__", None)
         parts = []
         for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{path}: {name} is of the type {entry['dtype']}: choose weights in bf16 or fp32")
             shape, first = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
             offsets = tuple(sharding[name][OFFSETS]) if name in sharding else (0,) * len(shape)
             parts.append(_Part(path, name, offsets, shape, DTYPES[entry["dtype"]], first))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from openm6.evaluate.results import EnergyAccount
 
 WIDTH, HEIGHT = 60, 10  # of the plot, in characters
+CHAT_TOKENS = 1024  # of an answer in a chat, which ends by itself
 
 
 def evaluate(
@@ -233,7 +234,7 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
         messages.append({"role": "user", "content": content})
         answer = ""
         try:
-            for part in m6.chat(messages, stream=True):
+            for part in m6.chat(messages, max_new_tokens=CHAT_TOKENS, stream=True):
                 answer += part
                 typer.echo(part, nl=False)
             messages.append({"role": "assistant", "content": answer})

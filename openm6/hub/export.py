@@ -69,7 +69,7 @@ def export_run(
     groups = [outer_tensors(config, text.vocab_size, text.tie_word_embeddings), *layers]
     with new_folder(out) as partial_out:
         if form == "peft":
-            write_adapter(partial_out, reader, kind, config, description.base_model, fused)
+            write_adapter(partial_out, reader, kind, config, description.to_publish().base_model, fused)
         else:
             write = _write_hf if form == "hf" else _write_gguf
             merged = load(folder, "cpu").omni.state_dict() if config.lora is not None else {}
@@ -140,6 +140,7 @@ def _write_hf(
     names = {name: None if token is None else tokenizer.id_to_token(token) for name, token in
              (("bos_token", text.bos), ("eos_token", text.eos))}  # fmt: skip
     about = {
+        **text.names,
         **{name: token for name, token in names.items() if token is not None},
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": settings["max_position_embeddings"],
@@ -149,6 +150,8 @@ def _write_hf(
         about["chat_template"] = text.chat_template
         (out / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8", newline="\n")
     ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id") if settings[name] is not None}
+    if text.stops:
+        ends["eos_token_id"] = [settings["eos_token_id"], *text.stops]
     files = {"config.json": settings, "generation_config.json": ends, "tokenizer_config.json": about}
     for name, values in files.items():
         (out / name).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8", newline="\n")
@@ -165,6 +168,7 @@ def _write_gguf(
     values = (item for one in tensors for item in one.split(read(one, None)))
     special = {
         "ggml.bos_token_id": text.bos, "ggml.eos_token_id": text.eos, "ggml.add_bos_token": text.bos is not None,
-        "chat_template": text.chat_template,
+        "ggml.padding_token_id": tokenizer.token_to_id(text.names.get("pad_token", "")),
+        "ggml.eot_token_id": next(iter(text.stops), None), "chat_template": text.chat_template,
     }  # fmt: skip
     write_gguf(out / "model.gguf", settings, shapes, values, tokenizer, special, GGUF_TYPES[dtype or "fp16"])

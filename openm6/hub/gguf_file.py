@@ -43,8 +43,8 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), by_bytes])
 
 
-def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, int | None, int | None, str | None]:
-    """The text of a tokenizer.json, what opens and closes a text, and the chat template; ConfigError if unreadable."""
+def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The text of a tokenizer.json, and the fields of `ImportedText`; ConfigError if unreadable."""
     model, pre = fields.get("ggml.model"), fields.get("ggml.pre", "gpt-2")
     pre = ALIASES.get(pre, pre)
     if model not in ("gpt2", "llama") or (model == "gpt2" and pre not in PRE_TOKENIZERS):
@@ -61,20 +61,25 @@ def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, int | None, int
         raise ConfigError(f"the tokenizer in the GGUF is broken ({error}): download it again") from None
 
 
-def _read(fields: Mapping[str, Any], model: str, pre: str) -> tuple[str, int | None, int | None, str | None]:
+def _read(fields: Mapping[str, Any], model: str, pre: str) -> tuple[str, dict[str, Any]]:
     tokens, types = fields["ggml.tokens"], fields["ggml.token_type"]
     tokenizer = _byte_level(fields, pre) if model == "gpt2" else _scored_bpe(fields)
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
-    bos, eos = (fields.get(f"ggml.{name}_token_id") for name in ("bos", "eos"))
+    ids = {name: fields.get(f"ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding", "unknown")}
+    keys = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+    names = {keys[name]: tokens[token] for name, token in ids.items() if name in keys and token is not None}
+    bos, eos = ids["bos"], ids["eos"]
+    stops = () if ids["eot"] in (None, eos) else (ids["eot"],)
     if bos is not None and fields.get("ggml.add_bos_token", model == "llama" or pre == "llama-bpe"):
         pair = [(tokens[bos], bos)]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{tokens[bos]} $A", special_tokens=pair)
     else:
         bos = None
-    return tokenizer.to_str(), bos, eos, fields.get("chat_template")
+    template = fields.get("chat_template")
+    return tokenizer.to_str(), {"bos": bos, "eos": eos, "stops": stops, "chat_template": template, "names": names}
 
 
 def _byte_level(fields: Mapping[str, Any], pre: str) -> Tokenizer:
@@ -182,6 +187,8 @@ class GgufFile:
             raise CheckpointError(
                 f"{path} is cut short, of an unknown type, or no GGUF file ({error}): download it again"
             ) from None
+        if (parts := int(self.fields.get("split.count", 1))) > 1:
+            raise CheckpointError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture = str(self.fields.get("general.architecture"))
         for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
@@ -213,6 +220,10 @@ class GgufFile:
         settings["tie_word_embeddings"] = THEIR_HEAD not in self
         size: Any = own.get("attention.key_length") or own.get("rope.dimension_count")
         settings["head_dim"] = size
+        if "num_attention_heads" in settings:
+            settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
+        if self.architecture == "llama" and (biases := [name for name in self.tensors if name.endswith("bias")]):
+            raise ConfigError(f"{self.path} has {biases[0]}: a Llama with biases is not supported")
         rotated = own.get("rope.dimension_count", size)
         rope = {"rope_theta": settings.get("rope_theta", 10_000.0), "partial_rotary_factor": 1.0}
         if rotated != size:

@@ -30,9 +30,11 @@ PROJECTIONS = {
     "qkv": ("q_proj", "k_proj", "v_proj"), "output": ("o_proj",), "up": ("gate_proj", "up_proj"), "down": ("down_proj",)
 }  # fmt: skip
 # What would change the update in a way that is not ours.
-UNLIKE = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "layer_replication")
+UNLIKE = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "layer_replication",
+          "alora_invocation_tokens")  # fmt: skip
 # First values of the update that PEFT takes out of the base, whose weights then differ from the published ones.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]  # A and B: E r I, E O r
 
 
@@ -54,13 +56,13 @@ class Projection(NamedTuple):
 def projections(kind: str, config: BackboneConfig) -> Iterator[Projection]:
     """All projections that may have an adapter."""
     for layer in range(config.num_layers):
-        fused = f"base_model.model.model.layers.{layer}.mlp.experts"
+        fused = f"{PREFIX}model.layers.{layer}.mlp.experts"
         for stored in layer_tensors(kind, config, layer):
             module, _, matrix = stored.ours.rpartition(".")
             if stored.columns is not None and matrix in PROJECTIONS:
                 parts = zip(PROJECTIONS[matrix], stored.theirs, stored.rows, strict=True)
                 for name, theirs, rows in parts:
-                    path = "base_model.model." + theirs.removesuffix(".weight")
+                    path = PREFIX + theirs.removesuffix(".weight")
                     yield Projection(name, f"{module}.lora.{matrix}", path, fused, stored.columns, rows, stored.experts)
 
 
@@ -149,11 +151,12 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig) -> tuple[LoraC
             raise CheckpointError(f"{folder}: {module} has other sizes than in this model: it is for another base")
         patterns = (settings.get("alpha_pattern") or {}).items()
         try:
-            alphas = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
+            alphas = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module.removeprefix(PREFIX))]
         except re.error as error:
             raise ConfigError(f"{folder}: a key of alpha_pattern is no pattern ({error})") from None
         rank = a.shape[1] ** (0.5 if settings.get("use_rslora") else 1)
-        found[one] = a, b * (float((alphas or [settings.get("lora_alpha", 8)])[0]) / rank)
+        # In bf16, a factor that is no power of two would be rounded.
+        found[one] = a, b.float() * (float((alphas or [settings.get("lora_alpha", 8)])[0]) / rank)
     if left or not found:
         missing = f"has {min(left)}, which this model lacks" if left else "adapts nothing of this model"
         raise CheckpointError(f"{folder} {missing}: it is for another base")

@@ -24,6 +24,7 @@ from openm6.models.description import TOKENIZER_FILE
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHIPPED = Path(__file__).parents[1] / "shipped"
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 ADDITION_FILE = "addition.json"  # of what belongs on an imported decoder, see hub/addition.py
 
 
@@ -51,10 +52,9 @@ def open_pretrained(source: str) -> Pretrained:
     path = path if path.exists() else download(source)
     if path.is_file():
         file = GgufFile(path)
-        tokenizer, bos, eos, template = read_gguf_tokenizer(file.tokenizer_fields)
-        return _opened(path, file.settings, file, tokenizer, (bos, eos, template))
+        return _opened(path, file.settings, file, *read_gguf_tokenizer(file.tokenizer_fields))
     settings = read_json(path / "config.json", needed=True)
-    index = read_json(path / INDEX_FILE).get("weight_map", {})
+    index = read_json(path / INDEX_FILE).get("weight_map") or {}
     if missing := sorted({name for name in index.values() if not (path / name).is_file()}):
         raise CheckpointError(f"{path} lacks {missing[0]}, which {INDEX_FILE} names: download the whole model")
     if not (path / WEIGHTS_FILE).exists() and not any(path.glob("model-*.safetensors")):
@@ -70,7 +70,7 @@ def open_pretrained(source: str) -> Pretrained:
 
 def _opened(
     path: Path, settings: Settings, weights: CheckpointReader | GgufFile, tokenizer: str,
-    special: tuple[int | None, int | None, str | None],
+    special: dict[str, Any],
 ) -> Pretrained:  # fmt: skip
     """Raise CheckpointError if the tokenizer has ids that the embedding lacks."""
     if THEIR_EMBEDDING not in weights:
@@ -81,28 +81,29 @@ def _opened(
         raise CheckpointError(
             f"{path}: the tokenizer has ids up to {largest}, but the embedding {rows} rows: it is that of another model"
         )
-    bos, eos, template = special
     tied = bool(settings.get("tie_word_embeddings", THEIR_HEAD not in weights))
-    text = ImportedText(vocab_size=rows, bos=bos, eos=eos, tie_word_embeddings=tied, chat_template=template)
+    text = ImportedText(vocab_size=rows, tie_word_embeddings=tied, **special)
     return Pretrained(path, settings, weights, tokenizer, text)
 
 
-def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> tuple[int | None, int | None, str | None]:
-    """What the tokenizer puts before a text, what closes one, and the chat template."""
+def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of `ImportedText`: what the tokenizer puts before a text, what ends one, chat template and names."""
     own = read_json(path / "tokenizer_config.json")
     plain, opened = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     bos = opened[0] if len(opened) > len(plain) and opened[-len(plain) :] == plain else None
-    named = own.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    eos = None if named is None else tokenizer.token_to_id(named)
-    if eos is None:
-        found: Any = read_json(path / "generation_config.json").get("eos_token_id", settings.get("eos_token_id"))
-        eos = found[0] if isinstance(found, list) and found else found
+    named = {name: value.get("content") if isinstance(value := own.get(name), dict) else value for name in NAMED}
+    names = {name: value for name, value in named.items() if isinstance(value, str)}
+    eos = None if "eos_token" not in names else tokenizer.token_to_id(names["eos_token"])
+    found: Any = read_json(path / "generation_config.json").get("eos_token_id", settings.get("eos_token_id"))
+    ends = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+    eos = eos if eos is not None else next(iter(ends), None)
     template = own.get("chat_template")
     if isinstance(template, list):
         template = next((one["template"] for one in template if one["name"] == "default"), None)
     file = path / "chat_template.jinja"
-    return bos, eos, read_text(file) if file.exists() else template
+    template = read_text(file) if file.exists() else template
+    stops = tuple(token for token in ends if token != eos)
+    return {"bos": bos, "eos": eos, "stops": stops, "chat_template": template, "names": names}
 
 
 def read_text(path: Path) -> str:

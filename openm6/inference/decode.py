@@ -130,7 +130,7 @@ class TextHead:
     backbone: Backbone
     embedding: Tensor
     head: Tensor | Int8Weight
-    end: int | None
+    ends: frozenset[int]
     suppress_tokens: Tensor | None = None
 
     @classmethod
@@ -139,7 +139,7 @@ class TextHead:
         token = torch.arange(text.vocab_size, device=weight.device)
         suppress_tokens = (token >= text.first_special) & (token != text.end)
         head = omni.text.output_weight if quantized is None else quantized
-        return cls(omni.backbone, weight, head, text.end, suppress_tokens)
+        return cls(omni.backbone, weight, head, text.ends, suppress_tokens)
 
 
 class DecodeLayer(nn.Module):

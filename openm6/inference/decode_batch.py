@@ -162,7 +162,7 @@ class DecodeBatch:
                 likely = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
                 row.scores.append((float(all_scores[token]), likely))
             full = self.cache.lengths[slot] + 1 >= capacity
-            if token == self.text_head.end or len(row.tokens) >= row.sampling.max_tokens or full:
+            if token in self.text_head.ends or len(row.tokens) >= row.sampling.max_tokens or full:
                 ended.append(row)
         return ended
 

@@ -111,7 +111,7 @@ def visible_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], ended: 
 
     Until it has ended, partial characters and what may become a stop string are left out.
     """
-    tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] == text.end else row.tokens
+    tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] in text.ends else row.tokens
     written = text.decode(tokens)
     found = [index for word in stop if (index := written.find(word)) >= 0]
     if found:

@@ -32,7 +32,7 @@ from openm6.modalities.dates import is_date
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import Image, read_image
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.registry import MODALITIES, source_segments, target_segment
+from openm6.modalities.registry import MODALITIES, prompt_segments, source_segments, target_segment
 from openm6.modalities.series import NumberSeries
 from openm6.modalities.text import join_texts
 from openm6.models.description import CheckpointConfig
@@ -453,7 +453,7 @@ def answer_parts(
     loaded: LoadedModel, prompts: Sequence[Sequence[Part]], output: str, targets: Sequence[Segment], decoding: Decoding
 ) -> list[Answer]:
     """As `answer_questions`, of prompts as parts; `targets` are those of `target_of`, none for text."""
-    segments = [source_segments(parts, loaded.modalities) for parts in prompts]
+    segments = [prompt_segments(parts, loaded.modalities) for parts in prompts]
     found: list[Answer] = []
     confidences: list[float | None] = [None] * len(prompts)
     if output == "text":
@@ -471,7 +471,7 @@ def answer_parts(
 
 def stream_answer(loaded: LoadedModel, parts: Sequence[Part], sampling: Sampling) -> Iterator[str]:
     """Yield the text that answers a prompt as it is generated; as `answer_parts`."""
-    confidence = yield from stream_text(loaded, source_segments(parts, loaded.modalities), sampling)
+    confidence = yield from stream_text(loaded, prompt_segments(parts, loaded.modalities), sampling)
     warn_untrained(loaded, [parts], "text", [confidence])
 
 

@@ -164,6 +164,15 @@ def source_segments(
     return segments
 
 
+def prompt_segments(parts: Sequence[Part], modalities: Modalities) -> list[Segment]:
+    """`source_segments` of a prompt to answer; DataError if its text is longer than an imported model reads."""
+    segments, text = source_segments(parts, modalities), modalities["text"]
+    assert isinstance(text, Text)
+    if text.imported is not None and any(one.truncated for one in segments if one.kind == "text"):
+        raise DataError(f"the prompt has more than the {text.max_tokens} tokens that this model reads: shorten it")
+    return segments
+
+
 def _beside(target: Segment, opening: tuple[int, ...]) -> Segment:
     """A target that is hidden from what follows, which begins at the same position."""
     if opening and target.kind == "text":

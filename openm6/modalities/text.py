@@ -60,14 +60,17 @@ def read_tokenizer(text: str, where: str) -> Tokenizer:
 class ImportedText(Config):
     """The text of an imported model: rows of its embedding, tokens around a text, and how messages become one.
 
-    bos: precedes a text; eos: closes an answer; chat_template: Jinja, as in Hugging Face's tokenizer_config.json.
+    bos: precedes a text; eos: closes an answer; stops: more tokens that end one, such as that of a turn.
+    chat_template: Jinja; names: texts of special tokens, such as `pad_token`; both as in tokenizer_config.json.
     """
 
     vocab_size: int = Field(gt=0)
     bos: int | None = None
     eos: int | None = None
+    stops: tuple[int, ...] = ()
     tie_word_embeddings: bool = True
     chat_template: str | None = None
+    names: dict[str, str] = {}
 
 
 class Text(Modality):
@@ -94,6 +97,7 @@ class Text(Modality):
             self.vocab_size = imported.vocab_size if enough else self.vocab_size
             self.start = self.start if imported.bos is None else imported.bos
             self.end = self.end if imported.eos is None else imported.eos
+        self.ends = frozenset((self.end, *(() if imported is None else imported.stops)))
         # Prompts, labels and names of columns come back in every epoch; nobody changes the arrays of a segment.
         self._cached_source = functools.lru_cache(CACHED_TEXTS)(self._source)
         self._cached_target = functools.lru_cache(CACHED_TEXTS)(self._target)
@@ -119,7 +123,7 @@ class Text(Modality):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens and unused ids."""
-        return self.tokenizer.decode([token for token in ids if token < self.first_special and token != self.end])
+        return self.tokenizer.decode([token for token in ids if token < self.first_special and token not in self.ends])
 
     def bytes_of(self, token: int) -> bytes:
         """The UTF-8 that a token stands for, which may be a part of a character, whose text alone is U+FFFD."""
@@ -178,11 +182,10 @@ class Text(Modality):
 
         A template that puts none there is answered from the last token of the chat.
         """
-        template = None if self.imported is None else self.imported.chat_template
-        if template is None:
+        if self.imported is None or (template := self.imported.chat_template) is None:
             return parts, (self.roles["assistant"],)
         ids = {"bos_token": self.start, "eos_token": self.end}
-        tokens = {name: self.tokenizer.id_to_token(token) or "" for name, token in ids.items()}
+        tokens = {name: self.tokenizer.id_to_token(token) or "" for name, token in ids.items()} | self.imported.names
         added = self.tokenizer.get_added_tokens_decoder().values()
         chat = TemplatedChat(parts, template, tokens, [token.content for token in added if token.special])
         shown, opening = chat.parts(), chat.opening()

@@ -20,7 +20,7 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.image import Image, box_mask, read_image, to_square
 from openm6.modalities.interface import Part, Segment
-from openm6.modalities.registry import opened, source_segments, split_opening
+from openm6.modalities.registry import opened, prompt_segments, split_opening
 from openm6.modalities.series import NumberSeries
 
 
@@ -192,7 +192,7 @@ def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedR
     """Return the tokens of a request; raise DataError if a part is broken, or `max_length` tokens are exceeded."""
     if isinstance(request, CodesRequest):
         request = replace(request, sampling=loaded.masked_sampling(request.sampling))
-    prompt = [segment for segment in source_segments(request.parts, loaded.modalities) if len(segment)]
+    prompt = [segment for segment in prompt_segments(request.parts, loaded.modalities) if len(segment)]
     is_empty, opening = not prompt, None
     if isinstance(request, TextRequest | RankRequest):
         prompt, opening = split_opening(prompt)

@@ -306,7 +306,7 @@ class Worker:
                 handle.tokens = scored_tokens(text, row, count)
             if row in ended or stopped:
                 self.text.remove(row)
-                cut = not stopped and row.tokens[-1] != text.end
+                cut = not stopped and row.tokens[-1] not in text.ends
                 self._end(handle, handle.text, len(row.tokens), cut, row.confidence)
             else:
                 handle.notify()
@@ -358,7 +358,7 @@ def scored_tokens(text: Text, row: DecodeSequence, count: int) -> list[requests.
         return requests.ScoredToken(text.decode([token]), text.bytes_of(token), score, others)
 
     pairs = zip(row.tokens[:count], row.scores[:count], strict=True)
-    return [scored(token, *scores) for token, scores in pairs if token != text.end]
+    return [scored(token, *scores) for token, scores in pairs if token not in text.ends]
 
 
 class EnergyAttribution:

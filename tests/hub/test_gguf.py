@@ -179,9 +179,10 @@ def test_a_tokenizer_of_sentence_pieces_is_read() -> None:
         "ggml.scores": [0.0] * 259 + [-99.0] * 5 + [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
         "ggml.bos_token_id": 1, "ggml.eos_token_id": 2, "ggml.unknown_token_id": 0,
     }  # fmt: skip
-    text, bos, eos, template = read_gguf_tokenizer(fields)
+    text, special = read_gguf_tokenizer(fields | {"ggml.eot_token_id": 5})
     tokenizer = Tokenizer.from_str(text)
-    assert (bos, eos, template) == (1, 2, None)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert special == {"bos": 1, "eos": 2, "stops": (5,), "chat_template": None, "names": names}
     assert tokenizer.encode("hello").tokens == ["<s>", "▁hello"]
     assert tokenizer.encode(" é", add_special_tokens=False).tokens == ["▁", "▁", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(tokenizer.encode("hello hello é").ids) == "hello hello é"
@@ -196,6 +197,7 @@ def test_a_tokenizer_of_sentence_pieces_is_read() -> None:
         (lambda path: one_tensor(path, "Q8_0"), r"the tokenizer None"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"llama", b"gemma")), "'gemma' cannot be imported"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"gpt-2", b"gpt-9")), "pre-tokenizer 'gpt-9'"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"head_count_kv", b"head_count_xv")), "has shape"),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up", b"blk.1.ffn_xy")),
             "lacks the tensor",
@@ -218,7 +220,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_model(str(folder / "published"), folder / "run", receipt=False)
     export_run(folder / "run", folder / "out", "gguf")
     file = GgufFile(folder / "out/model.gguf")
-    assert read_gguf_tokenizer(file.tokenizer_fields)[3] == TEMPLATE
+    assert read_gguf_tokenizer(file.tokenizer_fields)[1]["chat_template"] == TEMPLATE
     return folder / "out/model.gguf"
 
 

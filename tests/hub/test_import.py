@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 import openm6
 from openm6.checkpoint.reader import CheckpointReader
-from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
+from openm6.core.errors import CheckpointError, ConfigError, DataError, OpenM6Error
 from openm6.core.files import new_folder
 from openm6.hub.architectures import backbone_config
 from openm6.hub.export import export_run
@@ -27,7 +27,7 @@ from openm6.inference.engine import generate_texts
 from openm6.inference.load import load
 from openm6.inference.sampling import Sampling
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_segments
+from openm6.modalities.registry import prompt_segments, source_segments
 from openm6.modalities.text import read_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -86,6 +86,27 @@ def test_a_published_decoder_answers_in_python(tmp_path: Path) -> None:
         m6 = openm6.from_hf(tmp_path / "published", out, device="cpu")
         assert m6.generate(PROMPT, max_new_tokens=STEPS) == expected
     assert (tmp_path / "run/checkpoints").is_dir()
+
+
+def test_names_of_special_tokens_and_all_ends_of_an_answer_are_kept(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "published")
+    tokenizer = read_tokenizer((tmp_path / "published/tokenizer.json").read_text(), "")
+    start, end = (tokenizer.token_to_id(mark) for mark in ("<|im_start|>", "<|im_end|>"))
+    for name, change in (
+        ("tokenizer_config.json", {"pad_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>"}),
+        ("generation_config.json", {"eos_token_id": [end, start]}),
+    ):
+        path = tmp_path / "published" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    import_model(str(tmp_path / "published"), tmp_path / "run", receipt=False)
+    loaded = load(tmp_path / "run", "cpu")
+    assert loaded.text.ends == {start, end} and loaded.text.end == end
+    with pytest.raises(DataError, match="more than the 256 tokens that this model reads"):
+        prompt_segments([Part("text", "draw the digit seven " * 200)], loaded.modalities)
+    export_run(tmp_path / "run", tmp_path / "out", "hf")
+    kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert kept.pad_token == "<|im_end|>" and kept.bos_token == "<|im_start|>" and kept.eos_token == "<|im_end|>"
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [end, start]
 
 
 def test_half_precision_is_kept_and_marks_take_unused_rows(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(kind: str, tmp_path: Path
     sparse = kind in ("qwen3_moe", "mixtral", "olmoe")
     config = peft.LoraConfig(
         r=5, lora_alpha=11, target_modules=DENSE[:4] if sparse else DENSE, rank_pattern={"q_proj": 3},
-        target_parameters=EXPERTS if sparse else None, alpha_pattern={"o_proj": 4.0},
+        target_parameters=EXPERTS if sparse else None,
+        alpha_pattern={"o_proj": 4.0, "^model.layers.0.self_attn.q_proj": 7.0},
     )  # fmt: skip
     theirs = randomize(peft.get_peft_model(base, config))
     theirs.save_pretrained(tmp_path / "adapter")

@@ -29,7 +29,7 @@ def text_head(shape: dict, precision: Precision) -> TextHead:
     if precision == "int8":
         quantize(backbone)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return TextHead(backbone.to(dtype), embedding.to(dtype), embedding.to(dtype), None)
+    return TextHead(backbone.to(dtype), embedding.to(dtype), embedding.to(dtype), frozenset())
 
 
 @torch.inference_mode()

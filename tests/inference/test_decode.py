@@ -37,7 +37,7 @@ def test_the_step_is_the_backbone(shape: dict, fixed: bool) -> None:
     config = BackboneConfig(hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, **shape)
     backbone = Backbone(config).requires_grad_(False)
     embedding = torch.randn(50, 64)
-    text_head = TextHead(backbone, embedding, embedding, None)
+    text_head = TextHead(backbone, embedding, embedding, frozenset())
     ids, lengths = torch.randint(0, 50, (3, 9)), (8, 3, 5)
     cache = backbone.new_cache(4, 32)
     for row, length in enumerate(lengths):
@@ -57,7 +57,7 @@ def decoded(config: BackboneConfig, precision: Precision | None, fixed: bool, ro
     embedding = torch.randn(50, 32)
     if precision == "int8":
         quantize(backbone)
-    step = DecodeStep(TextHead(backbone, embedding, embedding, 1), backbone.new_cache(rows, 16), fixed)
+    step = DecodeStep(TextHead(backbone, embedding, embedding, frozenset({1})), backbone.new_cache(rows, 16), fixed)
     start = torch.zeros(rows, dtype=torch.int64)
     with torch.inference_mode():
         return step(torch.arange(rows) % 50, start, start, 8)
@@ -112,7 +112,7 @@ def test_only_chosen_experts_are_read(fixed: bool, monkeypatch: pytest.MonkeyPat
     matrix = decode._matrix
     monkeypatch.setattr(decode, "_matrix", lambda stack, expert: (read.append(expert), matrix(stack, expert))[1])
     with torch.inference_mode():
-        step = DecodeStep(TextHead(backbone, embedding, embedding, 1), backbone.new_cache(1, 16), fixed)
+        step = DecodeStep(TextHead(backbone, embedding, embedding, frozenset({1})), backbone.new_cache(1, 16), fixed)
         step(start, start, start, 8)
     assert len(read) == 8, "two matrices of two experts per layer"
 

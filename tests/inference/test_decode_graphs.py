@@ -55,7 +55,7 @@ def text_head(device: torch.device, precision: Precision) -> TextHead:
     backbone.to(device, dtype)
     if precision == "int8":
         quantize(backbone)
-    return TextHead(backbone, embedding, embedding, None)
+    return TextHead(backbone, embedding, embedding, frozenset())
 
 
 def opened(head: TextHead, rows: int, replays: bool) -> DecodeBatch:

@@ -256,7 +256,10 @@ def test_a_template_that_cannot_be_used_gets_a_sentence(template: str, said: str
         source_segments(example.source, imported(template).modalities, np.random.default_rng(0))
 
 
-INST = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}.{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+INST = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}.{% else %}[{{ m.content }}]{% endif %}"
+    "{% endfor %}"
+)
 
 
 def test_a_template_that_opens_no_answer_is_answered_from_its_last_token() -> None:
