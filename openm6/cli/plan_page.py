@@ -14,6 +14,7 @@ from rich.text import Text
 from openm6.cli.group import write_json
 from openm6.cli.listings import in_short
 from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH
 from openm6.models.presets import PRESETS
 from openm6.plan.measured import plan_measured
@@ -91,7 +92,8 @@ def show_measured(
     if recipe in PRESETS:
         raise ConfigError(f"{recipe} is a preset: name a recipe to measure it here, or a GPU with --gpu")
     Console(stderr=True).print("measuring a few steps on this machine ...", style="dim")
-    command = [sys.executable, "-m", "openm6.cli.trial_run", device, recipe, *overrides]
+    path = str(RunFolder(Path(recipe)).config) if Path(recipe).is_dir() else recipe
+    command = [sys.executable, "-m", "openm6.cli.trial_run", device, path, *overrides]
     content = plan_measured(command, tokens, days, energy)
     write_json(content, json_path)
     seconds, spent = content["seconds"], content["energy"]

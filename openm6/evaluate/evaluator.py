@@ -47,11 +47,15 @@ MAX_GALLERY = 1000
 
 @dataclass(frozen=True)
 class Search:
-    """Similarities of queries to a gallery, and the matches of each query: Q G float, Q G bool."""
+    """Similarities of queries to a gallery, and the matches of each query: Q G float, Q G bool.
+
+    `blocks` name the text or the record of each query; equal ones of several searches depend on each other.
+    """
 
     name: str
     similarity: np.ndarray
     matches: np.ndarray
+    blocks: Sequence[str] = ()
 
     def hits(self, k: int) -> np.ndarray:
         """Whether a match is among the `k` most similar of each query.  # Q"""
@@ -80,15 +84,15 @@ class Search:
 def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Source, seed: int) -> TaskResult | None:
     """Recall of a contrastive task over directions and languages, each among the metrics; None if no record fits."""
     task = loaded.task(trained_task.task)
-    modalities, searches, records, left_out = loaded.modalities, [], 0, 0
+    modalities, searches, records, left_out = loaded.modalities, list[Search](), set[str](), 0
     for language in LANGUAGES:
         examples, _, _ = build_examples(
             task, test, MAX_GALLERY, (seed, task.name), lambda x: source_segments([x.target], modalities), language
         )
         if len({example.key for example in examples}) > 1:
             searches += both_directions(loaded, task, examples, language)
-            records += len(examples)
-            left_out += max(0, len(test) - MAX_GALLERY)
+            records |= {example.record_id for example in examples}
+            left_out = max(0, len(test) - MAX_GALLERY)
     if not searches:
         return None
     recalls = {search.name: search.recalls() for search in searches}
@@ -96,8 +100,11 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
     metrics = {key: float(np.mean([each[key] for each in recalls.values()])) for key in keys}
     metrics |= {f"{name}_{key}": value for name, each in recalls.items() for key, value in each.items()}
     scale = float(loaded.pool.scale.detach())
+    # Each search counts alike, as in the mean of the metrics, however many queries it has.
+    blocks = [block for search in searches for block in search.blocks]
+    weights = [len(blocks) / len(searches) / len(search.blocks) for search in searches]
     bits, hits, chance_hits = (
-        np.concatenate(values)
+        np.concatenate([weight * own for weight, own in zip(weights, values, strict=True)])
         for values in zip(*((s.bits(scale), s.hits(1), s.chance_hits(1)) for s in searches), strict=True)
     )
     return TaskResult(
@@ -107,16 +114,16 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
         output_modality=task.output_modality,
         metric="recall_at_1",
         value=metrics["recall_at_1"],
-        value_interval=bootstrap_interval(hits, seed),
+        value_interval=bootstrap_interval(hits, seed, blocks),
         baseline=metrics["chance_at_1"],
         better="higher",
-        advantage_interval=bootstrap_interval(hits - chance_hits, seed),
+        advantage_interval=bootstrap_interval(hits - chance_hits, seed, blocks),
         baseline_name=task.baseline,
         information_gain=float(bits.mean()),
-        information_interval=bootstrap_interval(bits, seed),
+        information_interval=bootstrap_interval(bits, seed, blocks),
         null_predictor="any test record alike",
-        records=records,
-        answered=records,
+        records=len(records),
+        answered=len(records),
         left_out=left_out,
         summary=task.summary,
         metrics=metrics,
@@ -132,7 +139,8 @@ def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], la
     matches = np.asarray([[x.key == y.key for y in examples] for x in unique])
     forward = f"{task.input_modality}_to_{task.output_modality}_{language}"
     backward = f"{task.output_modality}_to_{task.input_modality}_{language}"
-    return [Search(forward, similarity, matches), Search(backward, similarity.T, matches.T)]
+    blocks = [f"text {one.key}" for one in unique], [f"record {one.record_id}" for one in examples]
+    return [Search(forward, similarity, matches, blocks[0]), Search(backward, similarity.T, matches.T, blocks[1])]
 
 
 Result = TypeVar("Result")
@@ -295,7 +303,10 @@ def evaluate_task(
         chosen_sequences = [sequences[row] for row in chosen]
         scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
     values = all_metrics(task.metrics, scored) | against_others
-    metric, better = task.metrics[0], known_metrics()[task.metrics[0]].better
+    # One may not apply, such as kNN accuracy to images without labels.
+    metric = next((name for name in task.metrics if name in values), task.metrics[0])
+    values.setdefault(metric, np.full(len(answered), np.nan))
+    better = known_metrics()[metric].better
     baseline = likelihood.baseline_values(metric, scored, prior)
     advantage = values[metric] - baseline if baseline is not None else np.full(len(answered), np.nan)
 

@@ -24,7 +24,7 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.question import Answer
 from openm6.modalities.audio import Audio, read_audio
 from openm6.modalities.histogram import Histogram
-from openm6.modalities.image import box_mask, pixels, read_image, to_square
+from openm6.modalities.image import box_mask, pixels, read_image, squared, to_square
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 
@@ -190,8 +190,9 @@ def _masked_psnr(scored: Scored) -> np.ndarray:
     found = []
     for answer, example in zip(scored.answers, scored.examples, strict=True):
         assert isinstance(answer, Image.Image)
-        truth = pixels(to_square(read_image(example.answer), answer.width))
-        mask = box_mask(example.target.options["mask_box"], answer.height, answer.width).reshape(truth.shape[:2])
+        image = read_image(example.answer)
+        truth, box = pixels(to_square(image, answer.width)), squared(example.target.options["mask_box"], *image.size)
+        mask = box_mask(box, answer.height, answer.width).reshape(truth.shape[:2])
         error = np.square((pixels(answer) - truth)[mask] / 2).mean()
         found.append(-10 * np.log10(max(error, 1e-6)))
     return np.asarray(found, float)

@@ -144,24 +144,26 @@ def _losses(run: RunFolder, tracker: EnergyTracker) -> dict[str, tuple[float, fl
 
 
 Interval = tuple[float, float]
-RESAMPLES = 2000
+RESAMPLES, DRAWN = 2000, 2**22  # in all, and indices that are drawn at once
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = (), coverage: float = 0.95) -> Interval:
-    """Percentile bootstrap interval of the mean; both ends are NaN without records.  # N -> low, high
+    """Percentile bootstrap interval of the mean; both ends are NaN with fewer than two blocks.  # N -> low, high
 
     Records of one block are resampled together, since they depend on each other; "" marks an independent record.
     """
-    if not len(values):
-        return math.nan, math.nan
     blocks = blocks or [""] * len(values)
     indices: dict[str | int, int] = {}
     index = np.asarray([indices.setdefault(name or row, len(indices)) for row, name in enumerate(blocks)])  # N
     sums = np.bincount(index, weights=values)  # B
     counts = np.bincount(index).astype(float)  # B
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(sums), (RESAMPLES, len(sums)))  # R B
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    if len(sums) < 2:
+        return math.nan, math.nan
+    rng, means = np.random.default_rng(seed), np.empty(RESAMPLES)
+    at_once = max(1, DRAWN // len(sums))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = rng.integers(0, len(sums), (min(at_once, RESAMPLES - start), len(sums)))  # R B
+        means[start : start + at_once] = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, ((1 - coverage) / 2, (1 + coverage) / 2))
     return float(low), float(high)
 

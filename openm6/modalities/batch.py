@@ -308,7 +308,9 @@ def _part_of(batch: Batch, tokens: np.ndarray, whole: Counts) -> Batch:
     flat = [part.flatten(0, 1).numpy()[tokens] for part in rows.parts()]
     # Examples are numbered within their row, so two rows use the same numbers.
     flat[0] = flat[0] * rows.batch + (tokens // rows.length).astype(flat[0].dtype)
-    padded = [np.zeros((1, count + -count % ROWS, *part.shape[1:]), part.dtype) for part in flat]
+    # A part without an example, of a batch of few long ones, is padding alone.
+    length = max(ROWS, count + -count % ROWS)
+    padded = [np.zeros((1, length, *part.shape[1:]), part.dtype) for part in flat]
     padded[0][:] = PADDING
     for part, values in zip(padded, flat, strict=True):
         part[0, :count] = values

@@ -156,6 +156,7 @@ class Image(CodesModality):
         self.side = side = config.side
         self.target_grid = image_grid(side // codec.step, side // codec.step)
         self.code_cache = LRUCache[np.ndarray](CACHE_BYTES)
+        self._size_cache = LRUCache[np.ndarray](2**20)
         self._pixel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
@@ -208,7 +209,12 @@ class Image(CodesModality):
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Codes of the image, masked by the training pattern, or, with `mask_box`, in the box alone."""
         mask_box = options.get("mask_box")
-        region = None if mask_box is None else box_mask(_squared(mask_box), *self.target_grid.shape)
+        region = None
+        if mask_box is not None:
+            size = self._size_cache.get_or_compute(
+                key_of(raw), lambda: np.asarray(read_image(raw, self.max_pixels).size)
+            )
+            region = box_mask(squared(mask_box, *size.tolist()), *self.target_grid.shape)
         segment, fill = self._target(self.target_grid, region, options, rng)
         self._pass_codes(key_of(raw), partial(self._read, raw), fill)
         return segment
@@ -247,15 +253,19 @@ def box_mask(mask_box: MaskBox, down: int, across: int) -> np.ndarray:
     return ~(beside | above)
 
 
-def _squared(mask_box: MaskBox) -> MaskBox:
-    """A mask padded as `to_square` pads its image: nothing is generated beside it.  # H W -> side side"""
-    if not isinstance(mask_box, np.ndarray) or mask_box.shape[0] == mask_box.shape[1]:
+def squared(mask_box: MaskBox, width: int, height: int) -> MaskBox:
+    """A box or mask of an image of this size, moved as `to_square` moves the image: beside it nothing is generated."""
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    if mask_box is None or width == height:
         return mask_box
-    side = max(mask_box.shape)
-    square = np.zeros((side, side), bool)
-    top, left = ((side - length) // 2 for length in mask_box.shape)
-    square[top : top + mask_box.shape[0], left : left + mask_box.shape[1]] = mask_box
-    return square
+    if isinstance(mask_box, np.ndarray):
+        square = np.zeros((side, side), bool)
+        square[top : top + height, left : left + width] = mask_box
+        return square
+    x, y = ((offset + np.asarray(mask_box[axis::2]) * length) / side
+            for axis, (offset, length) in enumerate(((left, width), (top, height))))  # fmt: skip
+    return float(x[0]), float(y[0]), float(x[1]), float(y[1])
 
 
 def random_box(rng: np.random.Generator, grid: int = 8) -> tuple[float, float, float, float]:

@@ -244,7 +244,7 @@ class Numbers(Modality):
         return {
             "values": squashed(z).astype(np.float32),
             "observed": observed,
-            "scale": scale.astype(np.float32),
+            "scale": scale,
             "name_ids": self._names(list(raw)),
         }
 

@@ -77,12 +77,14 @@ class Omni(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that one token meets: the backbone's active ones and all adapters."""
         adapters = sum(parameter.numel() for parameter in self.adapters.parameters())
-        new = (
-            one for name, one in self.backbone.named_parameters() if ".lora." in name or ".modality_experts." in name
-        )
-        adapters += sum(parameter.numel() for parameter in new)
-        backbone = count_parameters(self.config)
-        return backbone.total + adapters, backbone.active + adapters
+        new = {name: one.numel() for name, one in self.backbone.named_parameters()
+               if ".lora." in name or ".modality_experts." in name}  # fmt: skip
+        adapters += sum(new.values())
+        backbone, added = count_parameters(self.config), self.config.modality_experts
+        # Of the modality experts, a token meets `top_k`.
+        idle = 0.0 if added is None else 1 - added.top_k / added.num_experts
+        unused = round(idle * sum(count for name, count in new.items() if ".modality_experts.experts." in name))
+        return backbone.total + adapters, backbone.active + adapters - unused
 
     def delink(self, refill: Refill | None = None) -> dict[str, str]:
         """Goes from the pseudo stage to the real one; see `Backbone.delink`. New parameter name -> old one."""
@@ -100,6 +102,9 @@ class Omni(nn.Module):
 
     def embed(self, groups: dict[str, TokenGroup], rows: int, length: int) -> Tensor:
         """All tokens of a batch at their positions; padding is zero.  # -> R S D"""
+        if not groups:
+            weight = self.text.embedding.weight
+            return weight.new_zeros(rows, length, self.config.hidden_size, dtype=autocast_dtype(weight))
         vectors = []
         for name, group in groups.items():
             vector = self.adapter(name).embed(group.arrays)  # n D

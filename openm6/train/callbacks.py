@@ -224,7 +224,9 @@ class HeldOutCallback(Callback):
         # The run may have begun without this setting, or was converted: then the weights are gone.
         if run.config.load_best_model_at_end and self.best.step not in kept:
             self.best = replace(self.best, loss=None, step=None, since=0)
-        if self.best.stopped_at is not None and run.config.early_stopping_patience is not None:
+        if run.config.early_stopping_patience is None:
+            self.best.stopped_at = None
+        elif self.best.stopped_at is not None:
             run.length.decay_from(self.best.stopped_at)
 
     def needs_report(self, step: int) -> bool:
@@ -247,7 +249,7 @@ class HeldOutCallback(Callback):
         """Note the lowest loss; if there was none for long, the run's learning rate decays from this step on."""
         best, patience = self.best, self._run.config.early_stopping_patience
         if math.isfinite(loss) and (best.loss is None or loss < best.loss):
-            best.loss, best.step, best.since = loss, step, 0
+            best.loss, best.step, best.since, best.loaded = loss, step, 0, None
             return
         best.since += 1
         if patience is not None and best.since >= patience and self._run.length.decay_from(step):

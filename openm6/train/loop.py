@@ -146,7 +146,8 @@ class _Run:
         if settings is not None:
             run.write_config(settings)
         self.begun = self.progress.step  # the last step that has begun; on a GPU its report may be to come
-        self.length = RunLength(config, run, training.ranks, training.seconds_before)
+        spent = training.seconds_before + self.progress.seconds
+        self.length = RunLength(config, run, training.ranks, spent)
 
     def train(self) -> None:
         training, config, progress = self.training, self.config, self.progress
@@ -218,7 +219,7 @@ class _Run:
         self.train_step.load(folder)
         self.training.load_state({**read_state(folder)["task"], **load_training_tensors(folder)})
         get_log().info(f"the weights are those of step {best.step}, whose held-out loss is the lowest: {best.loss:.4f}")
-        best.step, best.loaded, self.saved = step, best.step, None
+        best.step, best.loaded, self.saved = step, best.loaded or best.step, None
         self.save()
         self.saver.finish()
 

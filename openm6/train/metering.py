@@ -43,14 +43,14 @@ class MeterCallback(Callback):
         # Logged steps after the checkpoint that the run goes on from are taken again.
         lines = [line for line in run.run.read_metrics() if line.get("step", 0) > run.progress.step]
         sums = [line["joules"] for line in lines if isinstance(line.get("joules"), float)]
-        lost = max(0.0, max(sums, default=0.0) - self.tracker.joules)
-        if lost and run.progress.step > 0:
+        lost = max(0.0, max(sums, default=0.0) - self.tracker.joules) if run.progress.step > 0 else 0.0
+        if lost:
             source = str(lines[-1].get("energy_source", "estimate")).split("+")[-1]
             self._before[source] = self._before.get(source, 0.0) + lost
             self.tracker.repeated += lost
         self._meter = open_meter(gpus_of(run.train_step.device), run.config.energy.cpu_watts)
         # Joules, tokens and seconds of training at the last log.
-        self._logged = (self.tracker.joules, run.progress.tokens, run.progress.seconds)
+        self._logged = (self.tracker.joules + lost, run.progress.tokens, run.progress.seconds)
 
     def before_step(self, step: int) -> None:
         with self._timed():

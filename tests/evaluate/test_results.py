@@ -38,7 +38,14 @@ def test_blocks_of_one_record_change_nothing() -> None:
     assert bootstrap_interval(values, 4, [str(n) for n in range(9)]) == bootstrap_interval(values, 4)
 
 
+def test_many_records_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    whole = bootstrap_interval(values, 4)
+    monkeypatch.setattr("openm6.evaluate.results.DRAWN", 700)
+    assert bootstrap_interval(values, 4) == whole
+
+
 def test_the_interval_of_little() -> None:
-    assert bootstrap_interval(np.array([3.0]), 0) == (3.0, 3.0)
-    assert all(np.isnan(end) for end in bootstrap_interval(np.zeros(0), 0))
+    for values, blocks in ((np.zeros(0), ()), (np.array([3.0]), ()), (np.arange(4.0), ["a"] * 4)):
+        assert all(np.isnan(end) for end in bootstrap_interval(values, 0, blocks)), "one block has no spread"
     assert bootstrap_interval(np.arange(9.0), 4) == bootstrap_interval(np.arange(9.0), 4)

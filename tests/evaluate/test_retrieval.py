@@ -57,6 +57,8 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     directions = {name.removesuffix("_recall_at_1") for name in result.metrics if name.endswith("_recall_at_1")}
     assert directions == {f"{x}_{y}" for x in ("text_to_audio", "audio_to_text") for y in ("en", "zh")}
     assert np.isfinite(list(result.metrics.values())).all()
+    low, high = result.value_interval
+    assert low <= result.value <= high and result.records == len(demo_sources("test")["spoken"])
 
 
 def test_a_source_that_fits_nothing_is_not_judged() -> None:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.data.prepare import example_sequence
 from openm6.modalities.batch import Batch, build_sequence, collate, count, split
 from openm6.modalities.image import image_grid
 from openm6.modalities.interface import OWN_ORIGIN, Placement, Segment, line
 from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import visible
+from openm6.tasks.registry import TASKS
+from tests.small_model import demo_sources, loaded, modalities
 
 
 def segment(length: int, placement: Placement = "source", kind: str = "a", learn: list[int] | None = None) -> Segment:
@@ -133,6 +136,19 @@ def test_parts_hold_every_token_once_and_keep_examples_whole() -> None:
         assert sorted(joined.tolist()) == sorted((kind.example * 100 + kind.arrays["number"]).tolist())
         assert torch.cat([part.weight for part in found]).sum() == pytest.approx(float(kind.weight.sum()))
     assert max(part.tokens for part in parts) <= 14
+
+
+def test_more_parts_than_examples() -> None:
+    """Some parts are padding alone, which a model computes, and the others have all of the loss."""
+    omni = loaded().omni
+    record = demo_sources()["questions"][0]
+    example = TASKS["question_answering"].example(record, np.random.default_rng(0))
+    batch = collate([[example_sequence(example, modalities())]], 512)
+    (whole, _), parts = omni.compute_loss(batch), split(batch, 3)
+    assert sorted(part.tokens for part in parts) == [0, 0, batch.tokens]
+    found = [omni.compute_loss(part)[0] for part in parts]
+    assert [len(losses) for losses in found] == [1, 0, 0]
+    torch.testing.assert_close(found[0]["text"].nll.sum(), whole["text"].nll.sum())
 
 
 def test_parts_see_what_the_whole_saw() -> None:

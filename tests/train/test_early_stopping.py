@@ -96,6 +96,8 @@ def test_resumed_equals_unbroken(tmp_path: Path, broken: int) -> None:
 def test_without_patience_a_resumed_run_goes_on(tmp_path: Path) -> None:
     overfit(tmp_path, OverfittingTraining())
     assert overfit(tmp_path, OverfittingTraining(), resume=True, early_stopping_patience=None).steps == 60
+    best = best_of(tmp_path)
+    assert best["stopped_at"] is None and best["loaded"] not in (None, best["step"])
 
 
 def test_a_run_may_keep_its_best_weights_from_a_later_part_on(tmp_path: Path) -> None:
