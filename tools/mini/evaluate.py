@@ -125,7 +125,7 @@ def evaluate_rows(
 def main(words: list[str] | None = None) -> None:
     """Read the command line, evaluate, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tools.mini.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run or checkpoint")
+    parser.add_argument("run", help="folder of a run or checkpoint, or the name of a model")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--only", action="append", default=[], choices=sorted(ROWS), help="a row; may be repeated")
     parser.add_argument("--limit", type=int, help="at most this many records of each row")
