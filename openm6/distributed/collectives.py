@@ -99,6 +99,8 @@ class AllToAllDispatcher(CopiesDispatcher):
     computation of another.
     """
 
+    is_local = False
+
     def __init__(self, group: dist.ProcessGroup, chunks: int = 1) -> None:
         self.group, self.size, self.chunks = group, dist.get_world_size(group), chunks
 

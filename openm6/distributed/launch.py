@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from openm6.core.device import usable_cores
 from openm6.core.errors import Interrupted, TrainingError
 from openm6.distributed.worker_pool import STOPS, children, handled_stops
 
@@ -26,7 +27,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     checkpoint. TrainingError: a process failed for good, its own sentence stands above; Interrupted: by a signal.
     """
     # One thread each by default: threads of several processes would compete for the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     # Else a restart meets at the store of the attempt before, where the addresses of the dead still stand.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)

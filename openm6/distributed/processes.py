@@ -121,6 +121,8 @@ class DistributedContext(ProcessGroupContext):
         if self.layout is None or not parameters:
             return
         parts = _local_gradients(parameters)
+        if not parts:  # alike on all ranks: nothing that is sharded is trained
+            return
         used = torch.stack([part.any() for part in parts]).to(torch.uint8)
         dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.layout.dense.get_group())
         found = iter(used.tolist())

@@ -82,7 +82,7 @@ class Omni(nn.Module):
         adapters += sum(new.values())
         backbone, added = count_parameters(self.config), self.config.modality_experts
         # Of the modality experts, a token meets `top_k`.
-        idle = 0.0 if added is None else 1 - added.top_k / added.num_experts
+        idle = 0.0 if added is None else 1 - added.experts_per_token / added.num_experts
         unused = round(idle * sum(count for name, count in new.items() if ".modality_experts.experts." in name))
         return backbone.total + adapters, backbone.active + adapters - unused
 

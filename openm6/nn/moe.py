@@ -30,6 +30,7 @@ class TokenDispatcher:
     """
 
     chunks = 1
+    is_local = True  # whether all experts are on this device
 
     def exchange(
         self, rows: Tensor, counts: Tensor, capacity: int | None, experts: ChunkOfExperts, meanwhile: Meanwhile
@@ -133,7 +134,7 @@ class Experts(Adaptable):
     ) -> tuple[Tensor, Tensor | None]:
         """B S D, B S bool -> B S D with the output of `shared` added, and which assignments were kept; None: all."""
         config, flat = self.config, x.flatten(0, 1)  # N D
-        local = config.hidden_act == "swiglu" and config.capacity_factor is None and type(dispatcher) is TokenDispatcher
+        local = config.hidden_act == "swiglu" and config.capacity_factor is None and dispatcher.is_local
         backend = ops.choose_backend(flat, config.experts_per_token, config.num_experts, local)
         # Weights in int8 and low-rank updates have grouped products only.
         backend = "permute" if len(self.lora) or isinstance(self.up, Int8Weight) else backend

@@ -93,6 +93,8 @@ class Workers(ProcessGroupContext):
         for parts in self._pool.gather():
             for index, values in parts.items():
                 tensors = {key: torch.from_numpy(value) for key, value in values.items()}
+                tensors = {key: value.view(torch.bfloat16) if value.dtype == torch.int16 else value
+                           for key, value in tensors.items()}  # fmt: skip
                 self._train_step.optimizer.state[self._parameters[index]].update(tensors)
 
     def gather(self, value: Value) -> list[Value]:
@@ -141,7 +143,9 @@ class Workers(ProcessGroupContext):
                 continue
             state = self._train_step.optimizer.state
             pipe.send({
-                index: {key: value.numpy() for key, value in state[parameter].items()}
+                # NumPy has no bf16.
+                index: {key: (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+                        for key, value in state[parameter].items()}
                 for index, parameter in enumerate(self._parameters)
                 if self.owner[index] == rank and parameter in state
             })  # fmt: skip

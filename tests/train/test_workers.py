@@ -42,12 +42,15 @@ def test_workers_train_as_one_process_does(tmp_path: Path, optimizer: str, worke
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
 
 
-def test_a_run_resumed_equals_one_unbroken(tmp_path: Path) -> None:
-    train(WorkersTraining(), workers_config(2), RunFolder.open(tmp_path / "whole"))
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_run_resumed_equals_one_unbroken(tmp_path: Path, moments: str) -> None:
+    config = workers_config(2)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"moments": moments})})
+    train(WorkersTraining(), config, RunFolder.open(tmp_path / "whole"))
     with pytest.raises(TrainingError, match=r"a worker process ended with code 7 .*loop\.num_processes=1"):
-        train(WorkersTraining(dies=15), workers_config(2), RunFolder.open(tmp_path / "broken"))
+        train(WorkersTraining(dies=15), config, RunFolder.open(tmp_path / "broken"))
     assert latest(tmp_path / "broken").name == "step-12"
-    train(WorkersTraining(), workers_config(2), RunFolder.open(tmp_path / "broken"), resume=True)
+    train(WorkersTraining(), config, RunFolder.open(tmp_path / "broken"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
