@@ -42,7 +42,7 @@ def test_workers_train_as_one_process_does(tmp_path: Path, optimizer: str, worke
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("moments", ["as weights", "bf16"])
 def test_a_run_resumed_equals_one_unbroken(tmp_path: Path, moments: str) -> None:
     config = workers_config(2)
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"moments": moments})})
