@@ -1,7 +1,7 @@
 """Sizes and choices of the layers; without torch, so that presets and plans are read at once."""
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,8 @@ class ExpertsConfig(Config):
     Either `top_k` experts of all, or one expert in each of `num_prototypes` equal groups (M6-T). `num_shared` more
     see every token. `balance: bias` steers the choice by a bias that `update_balance` moves by `balance_rate`;
     `aux` adds a loss. `capacity_factor` is the factor γ above which an expert drops tokens; None drops nothing.
+    `norm_topk_prob`: gates of a token sum to 1. By default not with `top_k: 1`, whose gate would always be 1, so that
+    the router would learn nothing from the loss.
     """
 
     intermediate_size: int = Field(gt=0, multiple_of=8)
@@ -45,6 +47,12 @@ class ExpertsConfig(Config):
     router_aux_loss_coef: float = Field(default=0.01, ge=0)
     router_z_loss_coef: float = Field(default=0.001, ge=0)
     capacity_factor: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gate_of_one(cls, values: Any) -> Any:
+        is_one = isinstance(values, dict) and values.get("top_k") == 1
+        return {"norm_topk_prob": False, **values} if is_one else values
 
     @model_validator(mode="after")
     def _choices_fit(self) -> Self:

@@ -15,7 +15,7 @@ A step can be read in six files, in this order:
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -309,9 +309,11 @@ class _Run:
         if self.workers is not None:
             self.workers.collect()
         self.progress.cursor = self.training.merge_cursors(self.training.ranks.gather(self.progress.cursor))
-        ranks = self.training.ranks
-        if ranks.is_main_process or ranks.layout is not None:
-            self.saved = self.saver.begin(self._snapshot(), self.run.checkpoints, self.config.keep_last)
+        ranks, alone = self.training.ranks, self.training.ranks.layout is None
+        # Rank 0 alone may write for longer than a collective operation waits.
+        with ranks.main_process_first() if alone else nullcontext():
+            if ranks.is_main_process or not alone:
+                self.saved = self.saver.begin(self._snapshot(), self.run.checkpoints, self.config.keep_last)
         self.saved = ranks.broadcast_object(self.saved)
 
     def _snapshot(self) -> Snapshot:

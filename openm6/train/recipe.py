@@ -195,7 +195,11 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
         raise ConfigError("low-rank adapters and modality experts are trained by one process: leave --nproc out")
     if rows < shape.size:
         raise ConfigError(f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it")
-    steps, rows_per_rank = loop.offload.gradient_accumulation_steps if loop.offload else 1, rows // shape.size
+    steps, shards = (
+        loop.offload.gradient_accumulation_steps if loop.offload else 1,
+        recipe.packing.shards_for(shape.size),
+    )
+    rows_per_rank = rows // shards * (shards // shape.size)
     if steps > rows_per_rank:
         raise ConfigError(
             f"loop.offload.gradient_accumulation_steps={steps} are more than "
@@ -203,10 +207,10 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
         )
     if shape.copies_only:
         return
-    if experts is not None and experts.capacity_factor is not None and rows % shape.size:
+    if experts is not None and experts.capacity_factor is not None and shards % shape.size:
         raise ConfigError(
-            f"experts with a capacity_factor need as many rows on each rank: set packing.batch_size to a multiple "
-            f"of {shape.size}"
+            f"experts with a capacity_factor need as many rows on each rank: set packing.batch_size, and num_shards if "
+            f"it is set, to a multiple of {shape.size}"
         )
     if loop.compile is True or (loop.offload is not None and loop.offload.compile is True):
         raise ConfigError(

@@ -272,3 +272,9 @@ def test_a_dispatcher_gets_sorted_rows_without_gates():
 def test_config_names_the_fix(wrong, fix):
     with pytest.raises(ValidationError, match=fix):
         ExpertsConfig(**{"intermediate_size": 8, "num_experts": 8, **wrong})
+
+
+def test_the_gate_of_one_expert_depends_on_the_router_unless_it_is_set():
+    one = {"intermediate_size": 8, "num_experts": 4, "top_k": 1}
+    assert not ExpertsConfig(**one).norm_topk_prob and ExpertsConfig(**one, norm_topk_prob=True).norm_topk_prob
+    assert ExpertsConfig(**{**one, "top_k": 2}).norm_topk_prob
