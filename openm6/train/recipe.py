@@ -195,10 +195,8 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
         raise ConfigError("low-rank adapters and modality experts are trained by one process: leave --nproc out")
     if rows < shape.size:
         raise ConfigError(f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it")
-    steps, shards = (
-        loop.offload.gradient_accumulation_steps if loop.offload else 1,
-        recipe.packing.shards_for(shape.size),
-    )
+    steps = loop.offload.gradient_accumulation_steps if loop.offload else 1
+    shards = recipe.packing.shards_for(shape.size)
     rows_per_rank = rows // shards * (shards // shape.size)
     if steps > rows_per_rank:
         raise ConfigError(
