@@ -152,6 +152,8 @@ def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = ()
 
     Records of one block are resampled together, since they depend on each other; "" marks an independent record.
     """
+    if not len(values):
+        return math.nan, math.nan
     blocks = blocks or [""] * len(values)
     indices: dict[str | int, int] = {}
     index = np.asarray([indices.setdefault(name or row, len(indices)) for row, name in enumerate(blocks)])  # N

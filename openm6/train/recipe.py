@@ -207,8 +207,8 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
         return
     if experts is not None and experts.capacity_factor is not None and shards % shape.size:
         raise ConfigError(
-            f"experts with a capacity_factor need as many rows on each rank: set packing.batch_size, and num_shards if "
-            f"it is set, to a multiple of {shape.size}"
+            f"experts with a capacity_factor need as many rows on each rank: set packing.batch_size to a multiple of "
+            f"{shape.size}, and packing.num_shards too if it is set"
         )
     if loop.compile is True or (loop.offload is not None and loop.offload.compile is True):
         raise ConfigError(

@@ -317,7 +317,8 @@ def test_a_model_is_named_by_folder_or_name_and_mini_by_default(
 class Echo:
     """A model that answers with what it was shown."""
 
-    def chat(self, messages: list[dict[str, Any]], stream: bool) -> Iterator[str]:
+    def chat(self, messages: list[dict[str, Any]], stream: bool, max_new_tokens: int) -> Iterator[str]:
+        assert max_new_tokens > 64
         *media, words = messages[-1]["content"]
         if words["text"] == "broken":
             raise DataError("not this one")

@@ -23,6 +23,7 @@ def eight_gpus(monkeypatch):
     """A machine of eight GPUs, as far as torch is asked; what was made the current one is kept."""
     current = [3]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -39,6 +40,15 @@ def test_without_a_gpu_it_is_the_cpu(monkeypatch):
 def test_a_process_alone_takes_the_current_gpu_by_its_number(eight_gpus):
     assert resolve_device() == torch.device("cuda", 3)
     assert eight_gpus[-1] == 3
+
+
+def test_the_allocator_is_set_before_cuda_starts(eight_gpus, monkeypatch):
+    def start():
+        raise AssertionError("CUDA starts here, and its allocator reads its settings")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", start)
+    assert resolve_device() == torch.device("cuda", 0)
 
 
 def test_each_launched_process_has_a_gpu_of_its_own(eight_gpus, monkeypatch):

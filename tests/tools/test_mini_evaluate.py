@@ -138,8 +138,8 @@ def part_rows() -> dict[str, list[dict]]:
             for number, (upper, lower) in enumerate(pairs)
         ],
         "kinship": [
-            {"id": f"kinship/{split}", "split": split, "question": "妈妈的哥哥叫什么？", "answer": "大舅"}
-            for split in ("train", "test")
+            {"id": f"kinship/{split}/{number}", "split": split, "question": "妈妈的哥哥叫什么？", "answer": "大舅"}
+            for split, number in both
         ],
         "countries": [fact("countries", number) for number in range(6)],
         "elements": [fact("elements", number) for number in range(6)],
@@ -184,7 +184,8 @@ def test_each_row_has_a_value_interval_goal_and_number(evaluation):
     assert not {name: row["failure"] for name, row in found.items() if "failure" in row}
     for row in found.values():
         low, high = row["interval"]
-        assert math.isfinite(row["value"]) and low <= row["value"] <= high and row["n"] >= 1
+        assert math.isfinite(row["value"]) and row["n"] >= 1
+        assert low <= row["value"] <= high or (row["n"] == 1 and math.isnan(low)), "one record has no interval"
         assert set(row["goal"]) == {"low", "high"} and isinstance(row["reached"], bool)
     measured = ("avatars-drawn", "icons-drawn", "syllables-spoken", "words-spoken", "diamonds-price")
     assert all((found[name]["ceiling"] is not None) == (name in measured) for name in found)
