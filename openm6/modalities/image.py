@@ -255,6 +255,8 @@ def box_mask(mask_box: MaskBox, down: int, across: int) -> np.ndarray:
 
 def squared(mask_box: MaskBox, width: int, height: int) -> MaskBox:
     """A box or mask of an image of this size, moved as `to_square` moves the image: beside it nothing is generated."""
+    if isinstance(mask_box, np.ndarray):  # it may be smaller than the image
+        height, width = mask_box.shape
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     if mask_box is None or width == height:

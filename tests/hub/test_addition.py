@@ -83,6 +83,16 @@ def test_an_addition_needs_its_decoder(folder: Path, tmp_path: Path, monkeypatch
     export_run(folder / "run", added, "addition")
     with pytest.raises(CheckpointError, match=r"is an addition to base: .* openm6 import base --adapter .*smol --out"):
         find_model("smol")
+    # An addition of the same name in the working folder hides no whole model, and alone is named as one.
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    added.rename(tmp_path / "here" / "smol")
+    with pytest.raises(CheckpointError, match="smol is an addition to base"):
+        find_model("smol")
+    added.mkdir()
+    assert find_model("smol") == added
+    added.rmdir()
+    (tmp_path / "here" / "smol").rename(added)
     publish("llama, tied", tmp_path / "other")
     adapter = Additions(adapter=added)
     with pytest.raises(CheckpointError, match="is an addition to base, and .*other is not: import that model"):

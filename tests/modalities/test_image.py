@@ -185,12 +185,16 @@ def test_a_hole_hides_from_the_source_and_alone_is_learned(image: Image) -> None
     assert np.array_equal(image.source(other, options=options).arrays["patches"], read.arrays["patches"])
 
 
-@pytest.mark.parametrize("form", ["box", "mask"])
+@pytest.mark.parametrize("form", ["box", "mask", "small"])
 def test_a_box_of_a_wide_image_is_where_its_square_has_it(image: Image, form: str) -> None:
     values = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
     box = (0.0, 0.0, 1.0, 0.25)
-    mask = np.arange(32)[:, None] < np.full(64, 8)
-    learned = image.target(values, options={"mask_box": box if form == "box" else mask}).learn.reshape(8, 8)
+    masks = {
+        "box": box,
+        "mask": np.arange(32)[:, None] < np.full(64, 8),
+        "small": np.arange(8)[:, None] < np.full(16, 2),
+    }
+    learned = image.target(values, options={"mask_box": masks[form]}).learn.reshape(8, 8)
     assert np.flatnonzero(learned.any(1)).tolist() == [2] and learned[2].all(), "rows 16 to 24 of 64"
 
 
