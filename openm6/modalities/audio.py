@@ -25,6 +25,7 @@ RATE = 16_000
 FRAMES = 8  # of 10 ms in one input token
 UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
+STRONG, SLIGHT = 1.0, 0.35  # reach of augmentation
 # Of targets while training, which changes the voice (Ko et al., Interspeech 2015); few, so that codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
 BLOCK = 2**16  # samples of each channel that are decoded at once
@@ -90,10 +91,10 @@ class Audio(CodesModality):
 
     def __init__(
         self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: AudioEncoder | None = None,
-        vary_speed: bool = False,
+        vary_speed: bool = False, reach: float = STRONG,
     ) -> None:  # fmt: skip
         self.codec, self.encoder, self.seconds, self.max_seconds = codec, encoder, seconds, max_seconds
-        self.vary_speed = vary_speed
+        self.vary_speed, self.reach = vary_speed, reach
         self.hop = codec.step
         self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
         self.num_mels = self.mels.config.num_mels
@@ -137,7 +138,7 @@ class Audio(CodesModality):
         """Log-mels of 8 frames each; a generator asks for augmentation, see `_augmented`.  # N F"""
         frames = self._frames(raw, seconds, speed)
         if rng is not None:
-            frames = _augmented(frames, rng, measured)
+            frames = _augmented(frames, rng, self.reach, measured)
         silence = np.full((-len(frames) % FRAMES, self.num_mels), frames.min(), np.float32)
         return np.concatenate([frames, silence]).reshape(-1, FRAMES * self.num_mels)
 
@@ -224,15 +225,15 @@ def random_speed(rng: np.random.Generator) -> float:
     return SPEEDS[int(rng.integers(len(SPEEDS)))]
 
 
-def _augmented(frames: np.ndarray, rng: np.random.Generator, measured: bool = False) -> np.ndarray:
+def _augmented(frames: np.ndarray, rng: np.random.Generator, reach: float, measured: bool = False) -> np.ndarray:
     """Imitate other speakers and microphones: stretch mels and time, change level, start and a few bands.  # F M
 
-    Audio that is `measured`, whose number is asked for, is neither stretched nor changed in level, as the number may be
-    its pitch, tempo or loudness.
+    `reach` is a factor on the changes, 1 for strong ones. Audio that is `measured`, whose number is asked for, is
+    neither stretched nor changed in level, as the number may be its pitch, tempo or loudness.
     """
     count, mels = frames.shape
-    warp, tempo, level = rng.uniform(0.85, 1.18), rng.uniform(0.8, 1.25), rng.normal(0, 0.25)
-    lowest, highest = rng.normal(0, 0.3), rng.normal(0, 0.3)
+    warp, tempo, level = rng.uniform(0.85, 1.18) ** reach, rng.uniform(0.8, 1.25) ** reach, reach * rng.normal(0, 0.25)
+    lowest, highest = reach * rng.normal(0, 0.3), reach * rng.normal(0, 0.3)
     if measured:
         warp, tempo, level, lowest, highest = 1.0, 1.0, 0.0, 0.0, 0.0
     rows = np.minimum(np.arange(max(1, int(count / tempo))) * tempo, count - 1)
@@ -245,7 +246,7 @@ def _augmented(frames: np.ndarray, rng: np.random.Generator, measured: bool = Fa
     changed = np.empty((silence + len(stretched), mels))
     changed[:silence], changed[silence:] = stretched.min(), stretched
     for axis, max_width in ((0, 12), (1, 14)):  # SpecAugment, arXiv 1904.08779
-        width = int(rng.integers(0, max_width))
+        width = int(reach * rng.integers(0, max_width))
         start = int(rng.integers(0, max(1, changed.shape[axis] - width)))
         here = slice(start, start + width)
         changed[here if axis == 0 else (slice(None), here)] = changed.mean()

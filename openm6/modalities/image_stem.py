@@ -2,6 +2,7 @@
 
 # Letters: N tokens, F numbers in a patch, P side of a patch, I images of one size, C channels, D hidden size
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTHS = (32, 64, 128)  # channels at a half, a quarter and an eighth of the sides
-RESIDUAL = 0.5  # factor on the first weights of residual convolutions
+RESIDUAL = 0.5  # of the norm of residual kernels at first
 IMAGES = 4  # images computed at once are a multiple of this: a library compiles kernels for each number of them
 OF_SIZE = "images of size "  # and a number: a table of `by_size` among the arrays of tokens
 SIDES = 2**20  # above any number of patches along a side
@@ -36,26 +37,44 @@ def by_size(shapes: np.ndarray) -> dict[str, np.ndarray]:
     return tables
 
 
+class StandardizedConv(nn.Conv2d):
+    """A convolution whose kernels have a fixed norm, and unless it is the `first` the mean 0 (arXiv 2101.08692).
+
+    Values after a ReLU are positive. With free kernels, their common part grows in training until all colours look
+    alike: a layer norm follows the stem, so nothing holds its scale.
+    """
+
+    def __init__(self, before: int, after: int, stride: int = 1, gain: float = 1.0, first: bool = False) -> None:
+        super().__init__(before, after, 3, stride=stride, padding=1)
+        self.gain = nn.Parameter(torch.full((after,), gain * math.sqrt(2)))
+        self.first = first
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernels = self.weight.flatten(1)
+        if not self.first:
+            kernels = kernels - kernels.mean(1, keepdim=True)
+        kernels = F.normalize(kernels, dim=1) * self.gain[:, None]
+        return self._conv_forward(input, kernels.view_as(self.weight), self.bias)
+
+
 class ConvStem(nn.Module):
     """Halves images by strided convolutions until a patch is one vector; each but the last has a residual one after it.
 
     Neighbouring patches of an image are read together; images never depend on each other.
+    White, the background of most drawings and of all padding, is zero.
     """
+
+    lr_scale = 0.2  # a step of Adam moves a sum of 1,152 positive values far
 
     def __init__(self, patch: int, hidden_size: int) -> None:
         super().__init__()
         self.patch = patch
         widths = [3, *widths_of(patch), hidden_size]
         pairs = list(pairwise(widths))
-        halve = [nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs]
-        refine = [nn.Conv2d(width, width, 3, padding=1) for width in widths[1:-1]]
-        # No norm: colours and contrasts matter. These weights keep the scale of values nevertheless.
-        for layer in (*halve, *refine):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
-        for layer in refine:
-            layer.weight.data *= RESIDUAL
+        halve = [StandardizedConv(*pair, stride=2, first=pair[0] == 3) for pair in pairs]
+        refine = [StandardizedConv(width, width, gain=RESIDUAL) for width in widths[1:-1]]
         self.halve, self.refine = nn.ModuleList(halve), nn.ModuleList(refine)
 
     def forward(self, patches: Tensor, of_size: list[Tensor]) -> Tensor:
@@ -64,7 +83,7 @@ class ConvStem(nn.Module):
         for index in of_size:
             _, down, across = index.shape
             grid = patches[index].view(-1, down, across, self.patch, self.patch, 3)
-            images = grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, down * self.patch, across * self.patch)
+            images = 1 - grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, down * self.patch, across * self.patch)
             vectors.append(self._convolve(images).permute(0, 2, 3, 1).flatten(0, 2))
         found = torch.cat(vectors)
         return torch.empty_like(found).index_copy(0, torch.cat([index.flatten() for index in of_size]), found)

@@ -14,7 +14,7 @@ from openm6.codecs.external import load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.modalities.audio import MAX_SECONDS, Audio
+from openm6.modalities.audio import MAX_SECONDS, SLIGHT, STRONG, Audio
 from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
@@ -56,6 +56,7 @@ class AudioConfig(Config):
 
     `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME, of which
     frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds` bounds the inputs.
+    `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter.
     `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
     voices are then not memorized, but a word of one voice has nine answers.
     """
@@ -65,6 +66,7 @@ class AudioConfig(Config):
     encoder: str | None = None
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
+    augmentation: Literal["slight", "strong"] = "strong"
     vary_speed: bool = False
 
 
@@ -117,7 +119,12 @@ def build_modalities(
         text=text,
         image=Image(networks["image.codec"], config.image, networks.get("image.encoder")),
         audio=Audio(
-            networks["audio.codec"], audio.seconds, audio.max_seconds, networks.get("audio.encoder"), audio.vary_speed
+            networks["audio.codec"],
+            audio.seconds,
+            audio.max_seconds,
+            networks.get("audio.encoder"),
+            audio.vary_speed,
+            SLIGHT if audio.augmentation == "slight" else STRONG,
         ),
         numbers=Numbers(text, scales, series, predictors),
     )

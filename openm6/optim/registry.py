@@ -55,7 +55,8 @@ def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def default_groups(model: nn.Module) -> Groups:
     """Return three groups: matrices, tables and kernels, and vectors (norms, biases), which are not decayed.
 
-    What is on `meta`, as offloaded weights are, has an update rule of its own.
+    A module with an `lr_scale` has groups of its own. What is on `meta`, as offloaded weights are, has an update rule
+    of its own.
 
     Keys of a group: `params`; `muon` (True if Muon may orthogonalize the update); optional `weight_decay`, which
     replaces the config's; optional `lr_scale`, a factor on the learning rate.
@@ -66,17 +67,21 @@ def default_groups(model: nn.Module) -> Groups:
         if isinstance(module, (nn.Embedding, _ConvNd))
         for parameter in module.parameters(recurse=False)
     }
-    matrices, others, vectors = [], [], []
+    scales = {
+        id(parameter): module.lr_scale
+        for module in model.modules()
+        if hasattr(module, "lr_scale")
+        for parameter in module.parameters()
+    }
+    groups: dict[float, Groups] = {}
+    for scale in (1.0, *sorted(set(scales.values()) - {1.0})):
+        groups[scale] = [
+            {"params": [], "muon": True, "lr_scale": scale},
+            {"params": [], "muon": False, "lr_scale": scale},
+            {"params": [], "muon": False, "lr_scale": scale, "weight_decay": 0.0},
+        ]
     for parameter in (one for one in model.parameters() if one.requires_grad and not one.is_meta):
-        if parameter.ndim < 2:
-            vectors.append(parameter)
-        elif id(parameter) in tables or parameter.ndim > 3:
-            others.append(parameter)
-        else:
-            matrices.append(parameter)
-    groups: Groups = [
-        {"params": matrices, "muon": True},
-        {"params": others, "muon": False},
-        {"params": vectors, "muon": False, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        matrices, others, vectors = groups[scales.get(id(parameter), 1.0)]
+        other = id(parameter) in tables or parameter.ndim > 3
+        (vectors if parameter.ndim < 2 else others if other else matrices)["params"].append(parameter)
+    return [group for own in groups.values() for group in own if group["params"]]

@@ -12,6 +12,7 @@ from openm6.modalities.image_stem import IMAGES, OF_SIZE, ConvStem
 from openm6.modalities.interface import Segment
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import CheckpointConfig, build_model, read_description
+from openm6.optim.registry import default_groups, set_lr
 from tests.small_model import BACKBONE, SCALES, modalities
 
 SIZES = ((48, 48), (48, 64), (32, 48), (48, 48))
@@ -150,3 +151,29 @@ def test_a_model_with_this_stem_is_rebuilt_from_its_description() -> None:
     arrays = arrays_of(found["image"].source(noise(0, 48, 64)))
     embedded = [model.adapter("image_in").embed(arrays) for model in (first, second)]
     assert torch.equal(*embedded) and len(embedded[0]) == 12
+
+
+def test_only_the_directions_of_kernels_count() -> None:
+    """What training adds to all weights of a kernel, or to their scale, cannot drown colours."""
+    torch.manual_seed(0)
+    stem, arrays = ConvStem(16, 32), arrays_of(conv_image().source(noise(0, 64, 64)))
+    before = embedded(stem, arrays)
+    with torch.no_grad():
+        for layer in (*stem.halve, *stem.refine):
+            layer.weight.mul_(50).add_(0 if layer.first else 3)
+    torch.testing.assert_close(embedded(stem, arrays), before, atol=1e-3, rtol=1e-3)
+
+
+def test_white_is_zero() -> None:
+    arrays = arrays_of(conv_image().source(np.full((64, 64, 3), 255, np.uint8)))
+    assert embedded(ConvStem(16, 32), arrays).abs().max() == 0
+
+
+def test_the_stem_learns_more_slowly() -> None:
+    stem = ConvStem(16, 32)
+    model = torch.nn.ModuleList([stem, torch.nn.Linear(32, 4)])
+    optimizer = torch.optim.SGD(default_groups(model))
+    set_lr(optimizer, 1.0)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert all(rates[id(one)] == (0.2 if name.startswith("0.") else 1.0) for name, one in model.named_parameters())

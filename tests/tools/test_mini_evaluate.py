@@ -89,7 +89,7 @@ def spoken(kind: str, voice: str, language: str, label: str, pitch: float) -> di
 
 
 def note(split: str, key: int) -> dict:
-    numbers = {"pitch": float(key), "loudness": 70.0 + key}
+    numbers = {"pitch": float(key)}
     words = {"label": "flute", "label_zh": "长笛", "numbers": numbers}
     return {"id": f"instrument/{key}/{split}", "split": split, "audio": tone(20 * key), **words}
 
@@ -124,6 +124,11 @@ def part_rows() -> dict[str, list[dict]]:
             spoken("word", voice, language, label, 500)
             for voice in ("flite-slt", "flite-rms")
             for language in ("en", "zh")
+            for label in ("robot", "mango")
+        ],
+        "said_words": [
+            spoken("word", voice, "en", label, 500)
+            for voice in ("flite-slt", "flite-rms")
             for label in ("robot", "mango")
         ],
         "instruments": [note(split, 40 + number) for split, number in both],
@@ -163,7 +168,7 @@ def evaluation(corpus, tmp_path, monkeypatch) -> rows.Evaluation:
     """An untrained model that has the tasks of mini, with the published networks replaced by simple functions."""
     _, values = read_recipe(recipe_path("mini"), [])
     loaded = small_model.loaded()
-    scales = loaded.description.scales | {"pitch": (60.0, 10.0), "loudness": (80.0, 9.0), "carat": (0.5, 0.2)}
+    scales = loaded.description.scales | {"pitch": (60.0, 10.0), "carat": (0.5, 0.2)}
     trained = [TrainedTask(task=one["task"], source=one["source"]) for one in values["mixture"]]
     description = loaded.description.model_copy(update={
         "trained_tasks": trained, "tasks": values["tasks"], "scales": scales, "eval": {"decoding": {"steps": 2}},

@@ -51,20 +51,6 @@ def written(folder: Path, examples: object) -> Path:
     return path
 
 
-def test_scores_of_other_tasks_join_the_report(run: Path, tmp_path: Path) -> None:
-    entry = {"metric": "exact_match", "value": 0.5, "baseline": 0.25}
-    (run / "README.md").write_text("---\nlicense: unknown\n---\n", encoding="utf-8")
-    for name, tasks in (("run/report.json", {"a/x": entry}), ("more.json", {"b/x": entry})):
-        (tmp_path / name).write_text(json.dumps({"steps": 3, "tasks": tasks}), encoding="utf-8")
-    for scores, names in ((None, {"a/x"}), (tmp_path / "more.json", {"a/x", "b/x"})):
-        out = tmp_path / f"packed {len(names)}"
-        pack.pack(run, out, "bf16", tmp_path, written(tmp_path, {}), scores=scores)
-        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        assert content["tasks"].keys() == names and content["steps"] == 3
-        card = (out / "README.md").read_text(encoding="utf-8")
-        assert ("| b/x | exact match | 50.0\u00a0% | 25.0\u00a0% |" in card) is (scores is not None)
-
-
 @pytest.mark.parametrize(("weights", "error"), [("bf16", 2**-8), ("int8", 2**-6)])
 def test_weights_are_close_and_small(run: Path, tmp_path: Path, weights: str, error: float) -> None:
     words = pack.pack(run, tmp_path / "packed", weights, tmp_path, written(tmp_path, {}))

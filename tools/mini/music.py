@@ -71,7 +71,7 @@ def instruments(packages: Packages) -> Iterator[Row]:
                     continue
                 row["split"] = split_of("note", english, key)
                 if program < FIRST_NOISE:
-                    row |= {"numbers": {"pitch": float(key), "loudness": float(velocity)}, "extra": {"note": note},
+                    row |= {"numbers": {"pitch": float(key)}, "extra": {"note": note},
                             "text_en": f"{english}, {note}", "text_zh": f"{chinese}，{note}"}  # fmt: skip
                 yield row
     for key, english, chinese in _names("drum"):

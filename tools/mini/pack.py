@@ -1,9 +1,8 @@
 """Pack a run of the recipe `mini` as a model of the package: small weights, and examples with their images and audio.
 
-    python -m tools.mini.pack runs/mini-2 --out openm6/shipped/mini --rows rows.json --scores scores.json
+    python -m tools.mini.pack runs/mini --out openm6/shipped/mini --rows rows.json
 
-`rows.json` is what `python -m tools.mini.evaluate --json rows.json` writes; the card shows its table. `scores.json` is
-what `openm6 evaluate --tasks A,B --json scores.json` writes of tasks that the report lacks, such as those of the start.
+`rows.json` is what `python -m tools.mini.evaluate --json rows.json` writes; the card shows its table.
 Weights are bf16, or int8 with a scale for each block if bf16 takes too much space. Both are read as any checkpoint.
 """
 
@@ -34,7 +33,6 @@ from openm6.checkpoint.save import write_tensors
 from openm6.core.config import read_yaml
 from openm6.core.errors import ConfigError
 from openm6.core.files import new_folder, to_json
-from openm6.evaluate.metrics import metric_title, score
 from openm6.hub.addition import compact
 from openm6.inference.load import read_texts
 from openm6.modalities.simple_predictors import from_bytes, to_bytes
@@ -58,7 +56,6 @@ def pack(
     corpus: Path = Path("build/mini"),
     examples: Path = EXAMPLES,
     rows: Path | None = None,
-    scores: Path | None = None,
 ) -> str:
     """Write the folder of a model from a run; return what to print.
 
@@ -82,13 +79,13 @@ def pack(
             (partial / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8", newline="\n")
             write_examples(examples, corpus, partial)
             if (report := run / "report.json").is_file():
-                (partial / report.name).write_text(with_scores(report, scores), encoding="utf-8", newline="\n")
+                shutil.copyfile(report, partial / report.name)
             if (licences := corpus / "NOTICE").is_file():
                 shutil.copyfile(licences, partial / licences.name)
             if (file := checkpoint / PREDICTORS_FILE).is_file():
                 (partial / PREDICTORS_FILE).write_bytes(without_folds(file))
             if (run / CARD_FILE).is_file():
-                (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows, scores), encoding="utf-8", newline="\n")
+                (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows), encoding="utf-8", newline="\n")
             # The card and the examples may be edited.
             listed = (MODEL_FILE, DESCRIPTION_FILE, TOKENIZER_FILE, PREDICTORS_FILE)
             sizes = {name: (partial / name).stat().st_size for name in listed if (partial / name).is_file()}
@@ -109,14 +106,6 @@ def pack(
     return f"{out}: {chosen}, {size / 1e6:.1f} MB, loaded in {seconds:.2f} s{slow}{listed_unready}"
 
 
-def with_scores(report: Path, scores: Path | None) -> str:
-    """The report of the run, and the scores of other tasks if there are any: scenarios are ready by them."""
-    content = json.loads(report.read_text(encoding="utf-8"))
-    if scores is not None:
-        content["tasks"] |= json.loads(scores.read_text(encoding="utf-8"))["tasks"]
-    return to_json(content, indent=1) + "\n"
-
-
 def without_folds(path: Path) -> bytes:
     """The predictors of columns without the moments that leave out a fold, which only their own training rows need."""
     tables = from_bytes(path.read_bytes(), str(path))
@@ -125,11 +114,9 @@ def without_folds(path: Path) -> bytes:
     return to_bytes(tables)
 
 
-def card(path: Path, rows: Path | None, scores: Path | None = None) -> str:
-    """The card of the run with the model's licence, and tables of other scores and of its rows if there are any."""
+def card(path: Path, rows: Path | None) -> str:
+    """The card of the run with the model's licence, and the table of its rows if there is one."""
     text = re.sub("^license: .*$", f"license: {LICENSE}", path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
-    if scores is not None:
-        text += f"\n## Scores of other tasks\n\n{scores_table(scores)}\n"
     if rows is None:
         return text
     return f"""{text}
@@ -146,16 +133,6 @@ python -m tools.mini.evaluate mini --corpus build/mini
 
 {saved_table(json.loads(rows.read_text(encoding="utf-8")))}
 """
-
-
-def scores_table(scores: Path) -> str:
-    """The scores that `openm6 evaluate --json` wrote, as in the card of a run."""
-    lines = ["| task | metric | score | baseline |", "|---|---|---|---|"]
-    for name, entry in json.loads(scores.read_text(encoding="utf-8"))["tasks"].items():
-        metric = entry["metric"]
-        values = (score(metric, entry[key]) for key in ("value", "baseline"))
-        lines.append(f"| {name} | {metric_title(metric)} | {' | '.join(values)} |")
-    return "\n".join(lines)
 
 
 def write_examples(examples: Path, corpus: Path, folder: Path) -> None:
@@ -204,9 +181,8 @@ def main() -> None:
     parser.add_argument("--weights", choices=("auto", "bf16", "int8"), default="auto")
     parser.add_argument("--corpus", type=Path, default=Path("build/mini"))
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--scores", type=Path)
     given = parser.parse_args()
-    print(pack(given.run, given.out, given.weights, given.corpus, rows=given.rows, scores=given.scores))
+    print(pack(given.run, given.out, given.weights, given.corpus, rows=given.rows))
 
 
 if __name__ == "__main__":
