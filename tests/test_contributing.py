@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from pyarrow import feather
 
 from openm6.core.errors import DataError
@@ -23,8 +24,7 @@ from openm6.modalities.registry import Modalities, source_segments, target_segme
 from openm6.models.omni import Omni
 from openm6.optim import registry
 from openm6.optim.config import OptimizerConfig
-from openm6.tasks import registry as task_registry
-from openm6.tasks.registry import TASKS
+from openm6.tasks.registry import TASKS, read_tasks
 from openm6.tasks.slots import Text
 from openm6.tasks.task import Task
 from tests.data.sample_images import png
@@ -33,12 +33,17 @@ from tests.small_model import BACKBONE, demo_sources, modalities
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def run_example(heading: str, names: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Run the code below a heading as part of a file with these names; return all names and the last expression."""
+def example_of(heading: str, language: str = "python") -> str:
+    """The one example below a heading."""
     section = re.search(rf"^### {heading}\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL)
     assert section, f"no section {heading}"
-    (block,) = re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
-    tree = ast.parse(block)
+    (block,) = re.findall(rf"```{language}\n(.*?)```", section[1], re.DOTALL)
+    return block
+
+
+def run_example(heading: str, names: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Run the code below a heading as part of a file with these names; return all names and the last expression."""
+    tree = ast.parse(example_of(heading))
     last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
     names = {**names, "__name__": "example"}
     # Without this file's `annotations` import, so that annotations are looked up among the names.
@@ -47,8 +52,7 @@ def run_example(heading: str, names: dict[str, Any]) -> tuple[dict[str, Any], An
 
 
 def test_task() -> None:
-    names, _ = run_example("Task", {**vars(task_registry), "BUILT_IN": {}})
-    ((name, task),) = names["BUILT_IN"].items()
+    ((name, task),) = read_tasks(yaml.safe_load(example_of("Task", "yaml"))).items()
     assert isinstance(task, Task) and name not in TASKS
     assert isinstance(task.target, Text) and (task.input_modality, task.output_modality) == ("text", "text")
     record = demo_sources()["emoji"][3]

@@ -54,7 +54,7 @@ WORDS = {
 # Attributes whose names are those of parameters in checkpoints.
 PARAMETERS = {"codes.py": {"place"}}
 # Prompts of tasks, `{image} Name it.`: a trained model depends on their words.
-PROMPT = re.compile(r'"[^"]*\{\w+\}')
+PROMPT = re.compile(r'"[^"\n]*\{\w+\}')
 
 
 def words_of(name: str) -> list[str]:
@@ -101,6 +101,8 @@ def old_words(path: Path) -> list[str]:
     if path.suffix == ".md":
         # Prompts that models are trained on, and keys: their names are those of the code.
         text = re.sub(r"`[^`\n]*`", "", text)
+    if path.suffix == ".yaml":
+        text = re.sub(PROMPT.pattern + r'[^"\n]*"', "", text)
     lines = texts(text) if path.suffix == ".py" else enumerate(text.splitlines(), 1)
     return [
         f"{path.name}:{line}: {found[0]!r}: say {better}"
@@ -130,3 +132,6 @@ def test_the_lists_bite(tmp_path: Path) -> None:
     file = tmp_path / "old.py"
     file.write_text('def draw_picture(wanted):\n    """A picture of a giant."""\n', encoding="utf-8")
     assert len(old_names(file)) == 2 and len(old_words(file)) == 2
+    file = tmp_path / "tasks.yaml"
+    file.write_text('summary: Draw a picture\nen: ["draw {text}", "a picture of {text}"]\n', encoding="utf-8")
+    assert old_words(file) == ["tasks.yaml:1: 'picture': say image"]

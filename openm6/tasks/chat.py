@@ -1,4 +1,4 @@
-"""Chats: turns of a conversation as a prompt, the same in training and when a server answers, and the tasks of them.
+"""Chats: turns of a conversation as a prompt, the same in training and when a server answers.
 
 A turn is a token of its role and what was said. Training learns the answers of all turns in one sequence: an answer is
 a hidden target, then a turn like any other, which what follows attends to.
@@ -13,7 +13,6 @@ from functools import partial
 from openm6.core.errors import MissingFieldError
 from openm6.modalities.interface import Part
 from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record
-from openm6.tasks.task import Task
 
 Turn = tuple[str, Sequence[Part]]
 """One of ROLES, and what was said, in order."""
@@ -99,25 +98,12 @@ def _learned(part: Part) -> Part:
     return replace(part, options={**part.options, "learned": True})
 
 
-def _chat(modality: str, summary: str, metrics: tuple[str, ...] = ()) -> Task:
-    answer = Derived(
+def _answer(modality: str) -> Derived:
+    return Derived(
         modality,
         partial(build_chat, modality=modality),
         lambda record, _: _last_answer(turns_of(record), modality) is not None,
     )
-    return Task(
-        summary=summary,
-        inputs={"turns": Derived("text")},
-        target=answer,
-        prompts={"en": ("{turns}",), "zh": ("{turns}",)},
-        metrics=metrics,
-        chat=True,
-    )
 
 
-TASKS = {
-    "chat": _chat("text", "Answer in a conversation", ("char_bigram_f1", "exact_match")),
-    "chat_to_image": _chat("image", "Answer in a conversation by an image"),
-    "chat_to_audio": _chat("audio", "Answer in a conversation by audio"),
-    "chat_to_numbers": _chat("numbers", "Answer in a conversation by numbers"),
-}
+SLOTS = {f"answer_in_{modality}": _answer(modality) for modality in ("text", "image", "audio", "numbers")}

@@ -1,4 +1,4 @@
-"""Tasks of image editing, their targets computed from one image: sketches, styles, backgrounds."""
+"""Targets of image editing, computed from one image: sketches, styles, backgrounds."""
 
 # Letters: H and W pixels down and across
 
@@ -14,8 +14,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
-from openm6.tasks.slots import IMAGE, TEXT, Built, Context, Derived, Record
-from openm6.tasks.task import Task
+from openm6.tasks.slots import IMAGE, Built, Context, Derived, Record
 
 Style = Callable[[Image.Image], Image.Image]
 # Larger images are shrunk first.
@@ -113,34 +112,9 @@ def background_replacement(record: Record, context: Context) -> Built:
     return Built({"colour": word}, target)
 
 
-OUTLINE = Outline("image", needs=IMAGE.present)
-
-TASKS = {
-    "text_to_sketch": Task(
-        summary="Generate a line drawing from a text", inputs={"text": TEXT}, target=OUTLINE,
-        prompts={"en": ("sketch {text}",), "zh": ("画{text}的草图",)},
-    ),
-    "sketch_to_image": Task(
-        summary="Generate an image from a line drawing and a text", inputs={"image": OUTLINE, "text": TEXT},
-        target=IMAGE,
-        prompts={"en": ("{image} Colour it in: {text}",), "zh": ("{image} 上色：{text}",)}, metrics=("bits_per_code",),
-    ),
-    "style_transfer": Task(
-        summary="Apply the style of a reference to an image", inputs={"image": IMAGE, "reference": Derived("image")},
-        target=Derived("image", partial(restyle, names=("reference",))),
-        prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
-        needs_negatives=True,
-    ),
-    "style_mixing": Task(
-        summary="Apply a mixture of two styles to an image",
-        inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
-        target=Derived("image", partial(restyle, names=("reference", "second"))),
-        prompts={"en": ("{image} mixing {reference} and {second}",), "zh": ("{image} 混合 {reference} 和 {second}",)},
-        needs_negatives=True,
-    ),
-    "background_replacement": Task(
-        summary="Replace the background of an image", inputs={"image": IMAGE, "colour": Derived("text")},
-        target=Derived("image", background_replacement),
-        prompts={"en": ("{image} Background: {colour}",), "zh": ("{image} 背景：{colour}",)},
-    ),
-}  # fmt: skip
+SLOTS = {
+    "outline": Outline("image", needs=IMAGE.present),
+    "restyled_image": Derived("image", partial(restyle, names=("reference",))),
+    "mixed_styles": Derived("image", partial(restyle, names=("reference", "second"))),
+    "new_background": Derived("image", background_replacement),
+}

@@ -248,7 +248,7 @@ class Derived(Slot):
 
 
 IMAGE, AUDIO, NUMBERS = Media("image"), Media("audio"), Numbers()
-TEXT, LABEL, QUESTION = Text("text"), Text("label", max_tokens=SHORT), Text("question")
+TEXT, LABEL = Text("text"), Text("label", max_tokens=SHORT)
 
 
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
@@ -495,18 +495,35 @@ def mask_span(record: Record, context: Context) -> Built:
     return Built({"audio": audio}, audio)
 
 
-REST_OF_TEXT = Derived("text", split_text, lambda record, language: len(_text(record, language)) >= MIN_CHARACTERS)
-UNMASKED_TEXT = Derived("text", mask_words)
-SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language)))
-NUMBER = Derived("numbers", hold_out, lambda record, _: predictable(record))
-# The price, from all other columns.
-PRICE = Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record))
-ANY_NUMBER = Derived("numbers", hold_out_number, lambda row, lang: _may_ask(predictable(row), row, lang))
-ANY_CATEGORY = Derived("text", hold_out_category, lambda row, lang: _may_ask(categories(row), row, lang))
-FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
-COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: predictable(record))
-ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))
-TEXT_MATCH = Derived("text", match_text)
-AUDIO_MATCH = Derived("text", match_audio)
-UNMASKED_IMAGE = Derived("image", mask_box)
-UNMASKED_AUDIO = Derived("audio", mask_span)
+# Slots by the names that `built_in.yaml` calls them.
+SLOTS: dict[str, Slot] = {
+    "image": IMAGE,
+    "audio": AUDIO,
+    "numbers": NUMBERS,
+    # One column is held out.
+    "several_numbers": Numbers(min_columns=2),
+    "rest_of_text": Derived("text", split_text, lambda record, lang: len(_text(record, lang)) >= MIN_CHARACTERS),
+    "unmasked_text": Derived("text", mask_words),
+    "second_line": Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language))),
+    "number": Derived("numbers", hold_out, lambda record, _: predictable(record)),
+    # The price, from all other columns.
+    "price": Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record)),
+    "any_number": Derived("numbers", hold_out_number, lambda row, lang: _may_ask(predictable(row), row, lang)),
+    "any_category": Derived("text", hold_out_category, lambda row, lang: _may_ask(categories(row), row, lang)),
+    "future": Derived("numbers", split_series, lambda record, _: record.get("series")),
+    "column_answer": Derived("text", ask_column, lambda record, _: predictable(record)),
+    "anomaly": Derived("text", insert_anomaly, lambda record, _: _long_series(record)),
+    "text_match": Derived("text", match_text),
+    "audio_match": Derived("text", match_audio),
+    "unmasked_image": Derived("image", mask_box),
+    "unmasked_audio": Derived("audio", mask_span),
+}
+# Slots that read a field: {gloss: text} is `Gloss("text")`.
+KINDS: dict[str, Callable[..., Slot]] = {
+    "text": Text,
+    "category": partial(Text, max_tokens=SHORT),
+    "gloss": Gloss,
+    "title": Title,
+    "body": Body,
+    "derived": Derived,
+}

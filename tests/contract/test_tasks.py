@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,8 @@ from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS
 from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES
-from openm6.tasks import chat, design, registry
-from openm6.tasks.registry import TASKS, all_tasks, task_named
+from openm6.tasks import chat, design, slots
+from openm6.tasks.registry import SLOTS, TASKS, all_tasks, read_tasks, task_named
 from openm6.tasks.slots import IMAGE
 from openm6.tasks.task import LANGUAGES, Example, Task
 from tests.data.lists import ListSource
@@ -98,13 +96,19 @@ def plain_texts(example: Example) -> str:
     return " ".join(part.raw for part in example.source if part.modality == "text")
 
 
-def test_names_are_unique_and_their_own() -> None:
-    source = ast.parse(Path(registry.__file__).read_text(encoding="utf-8"))
-    assigned = {ast.unparse(node.targets[0]): node.value for node in source.body if isinstance(node, ast.Assign)}
-    listed = assigned["BUILT_IN"]
-    names = [key.value for key in listed.keys if key is not None] + [*design.TASKS, *chat.TASKS]
-    assert len(names) == len(set(names)) == len(TASKS), "two tasks share a name"
+def test_each_task_has_its_own_name() -> None:
     assert all(task_named(name).name == name for name in TASKS)
+
+
+def test_names_of_slots_are_unique() -> None:
+    assert len(SLOTS) == len(slots.SLOTS) + len(design.SLOTS) + len(chat.SLOTS)
+    assert not set(SLOTS) & set(slots.KINDS)
+
+
+@pytest.mark.parametrize("target", ["imge", {"imge": "x"}])
+def test_a_mistyped_slot_gets_a_hint(target: Any) -> None:
+    with pytest.raises(ConfigError, match="no slot is called 'imge'; did you mean 'image'"):
+        read_tasks({"it": {"summary": "", "inputs": {"text": "text"}, "target": target, "prompts": {"en": "{text}"}}})
 
 
 def test_all_pairs_of_modalities_are_covered() -> None:

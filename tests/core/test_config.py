@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from pydantic import Field, ValidationError
 
 from openm6.core.config import Config, apply_overrides, build, read_yaml
 from openm6.core.errors import ConfigError, nearest
+
+PACKAGE = Path(__file__).parents[2] / "openm6"
 
 
 class Csv(Config):
@@ -103,3 +106,27 @@ def test_a_word_that_means_something_else_is_not_suggested() -> None:
 
 def test_where_nothing_is_known_it_is_said() -> None:
     assert nearest("mass", []) == "none is known"
+
+
+def keys_given_twice(text: str) -> set[str]:
+    """Keys that one mapping has twice: YAML keeps the last of them and says nothing."""
+    found: set[str] = set()
+    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in node.value]
+            found |= {name for name in names if names.count(name) > 1}
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+    return found
+
+
+def test_no_file_of_the_package_has_a_key_twice() -> None:
+    files = sorted(PACKAGE.rglob("*.yaml"))
+    assert {"built_in.yaml", "demo.yaml"} <= {path.name for path in files}
+    assert {path.name: keys_given_twice(path.read_text(encoding="utf-8")) for path in files} == {
+        path.name: set() for path in files
+    }
+    assert keys_given_twice("a: 1\nb: [{c: 1, d: 2, c: 3}]\na: 2") == {"a", "c"}

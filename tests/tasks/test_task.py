@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from openm6.tasks import design
-from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import AUDIO, FUTURE, IMAGE, LABEL, NUMBER, NUMBERS, TEXT, Context, Derived, Slot
+from openm6.tasks.registry import SLOTS, TASKS
+from openm6.tasks.slots import AUDIO, IMAGE, LABEL, NUMBERS, TEXT, Context, Derived, Slot
 from openm6.tasks.task import RECALLS, Task
 from tests.small_model import demo_sources
 
@@ -23,8 +23,8 @@ NUMERIC = ("relative_crps", "mae", "coverage_80")
         ({"a": TEXT, "b": IMAGE}, TEXT, "image", "text", ("char_bigram_f1", "exact_match"), "frequent_answer"),
         ({"a": TEXT}, IMAGE, "text", "image", ("bits_per_code", "knn_accuracy"), "position_frequencies"),
         ({"a": AUDIO, "b": IMAGE}, AUDIO, "audio", "audio", ("bits_per_code", "knn_accuracy"), "position_frequencies"),
-        ({"a": NUMBERS}, design.OUTLINE, "numbers", "image", ("bits_per_code",), "position_frequencies"),
-        ({"a": TEXT, "b": NUMBERS}, NUMBER, "numbers", "numbers", NUMERIC, "column_median"),
+        ({"a": NUMBERS}, SLOTS["outline"], "numbers", "image", ("bits_per_code",), "position_frequencies"),
+        ({"a": TEXT, "b": NUMBERS}, SLOTS["number"], "numbers", "numbers", NUMERIC, "column_median"),
     ],
 )
 def test_modalities_metrics_and_baseline_follow_from_the_slots(
@@ -40,7 +40,7 @@ def test_what_is_set_wins_and_contrastive_tasks_are_retrieval() -> None:
     task = Task(
         summary="",
         inputs={"a": Derived("numbers")},
-        target=FUTURE,
+        target=SLOTS["future"],
         prompts=prompts,
         metrics=("mae",),
         baseline="last_value",
