@@ -19,6 +19,7 @@ TEXT = sorted(
         *(ROOT / "docs").glob("*.md"),
         *(ROOT / "openm6").rglob("*.yaml"),
         *(ROOT / "openm6").rglob("*.html"),
+        ROOT / "openm6" / "evaluate" / "card.md",
     ]
 )
 # The page that lists the changes.

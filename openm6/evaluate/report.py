@@ -2,7 +2,7 @@
 
 `report_data` turns results into plain data, images and audio into data URLs within a limit on their bytes, and the
 template report.html lays them out. The template escapes all text. In short, results are a line of the log, a table in
-the terminal, and the model card README.md of a run.
+the terminal, and the model card README.md of a run, of the template card.md.
 """
 
 # Shapes: P lines of metrics.jsonl, L layers; S samples, T frames in time, F frequency bands
@@ -117,37 +117,9 @@ def print_table(report: EvalReport, console: Console) -> None:
 
 def card(report: EvalReport, facts: RunFacts) -> str:
     """The model card: metadata for the Hugging Face Hub, size and training, scores, energy and limits."""
-    energy = "The energy of its training is not known."
-    if (account := facts.energy) is not None:
-        energy = (
-            f"{in_joules(account.tracker.joules)} ({account.joules_per_token:.3g} J per token; read by "
-            f"{account.tracker.source}), {account.grams(account.tracker.joules):.3g} g CO2e with the electricity of "
-            f"{account.grid.name} ({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of "
-            f"{account.pue:g}. The energy per token is {account.of_gpt3:.3%} of that of GPT-3's training. {GPT3_CAVEAT}"
-        )
-    rows = [
-        f"| {_inline(result.name)} | {metric_title(result.metric)} | {score(result.metric, result.value)} "
-        f"| {score(result.metric, result.baseline)} | {answered(result)} |"
-        for result in report.results
-    ]
-    trained = f"Trained for {count(facts.steps)} steps on {count(facts.tokens)} tokens in {duration(facts.seconds)}."
-    parts = [
-        f"---\n{yaml.safe_dump(_metadata(report, facts), sort_keys=False, allow_unicode=True)}---",
-        f"# {_inline(facts.name)}",
-        f"A model of OpenM6{facts.preset and f', preset `{_inline(facts.preset)}`'}: {count(facts.total_parameters)} "
-        f"parameters, {count(facts.active_parameters)} active per token. {trained if facts.steps else ''} "
-        f"{facts.weights}".rstrip(),
-        "`openm6.load` loads it in Python, from its folder or by the id of its repository on the Hub.",
-        "## Scores",
-        "Scores on test records." if rows else "It was not evaluated.",
-        "\n".join(["| task | metric | score | baseline | records |", "|---|---|---|---|---|", *rows]) if rows else "",
-        "## Energy",
-        energy,
-        "## Limits",
-        "The model repeats what is in its training data, whether right or wrong, fair or unfair. Evaluate it on your "
-        "own records (`openm6 evaluate RUN --data FILE`) before you rely on it.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    front = yaml.safe_dump(_metadata(report, facts), sort_keys=False, allow_unicode=True)
+    template = report_environment().overlay(autoescape=False, finalize=None).get_template("card.md")
+    return template.render(report=report, facts=facts, front=front, gpt3_caveat=GPT3_CAVEAT) + "\n"
 
 
 def _metadata(report: EvalReport, facts: RunFacts) -> dict[str, Any]:
@@ -332,7 +304,8 @@ def report_environment() -> jinja2.Environment:
     filters = (
         plain, count, short_count, duration, score, metric_title, words, signed, shorten, significance, answered,
     )  # fmt: skip
-    environment.filters |= {function.__name__: function for function in filters} | {"joules": in_joules}
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters |= {"joules": in_joules, "inline": _inline}
     environment.tests |= {"finite": math.isfinite, "chinese": _is_chinese}
     return environment
 

@@ -260,6 +260,13 @@ def test_weights_that_were_chosen_and_an_early_end_are_reported(tmp_path: Path) 
     assert "held-out" not in card(EvalReport([], 0.0, "none"), example.facts())
 
 
+def test_a_card_is_markdown_without_escapes() -> None:
+    facts = dataclasses.replace(example.facts(), name="R&D | one")
+    text = card(EvalReport([], 0.0, "none"), facts)
+    assert text.startswith("---\nlibrary_name: openm6\n") and "\n---\n\n# R&D / one\n\nA model of OpenM6" in text
+    assert "\n## Scores\n\nIt was not evaluated.\n\n## Energy\n" in text and text.endswith("rely on it.\n")
+
+
 @pytest.mark.filterwarnings("error")
 def test_lines_of_metrics_without_a_speed_make_no_warning(tmp_path: Path) -> None:
     run = example.run_folder(tmp_path)
