@@ -84,29 +84,6 @@ def from_hf(
         return load(run, device, dtype)
 
 
-def answer_question(
-    path: Path | str,
-    question: Question,
-    decoding: Decoding,
-    out: Path | None = None,
-    num_gpu_layers: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> str:
-    """Ask the model of a run or checkpoint once; return the text to print, and write the answer to `out`.
-
-    An image or audio clip is always written, by default to answer.png or answer.wav.
-
-    Raises:
-        CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
-        OutputError: the answer cannot be written; what the file held is still there.
-    """
-    # Checked before any work is done.
-    out = values.check_file(out, question.output)
-    (answer,) = load(path, device, dtype, num_gpu_layers).answer([question], decoding)
-    return values.write_answer(answer, out)
-
-
 class OpenM6:
     """A model in memory; made by `openm6.load`. Images and audio clips are given as paths, bytes of files, Pillow
     images, arrays or `Audio`; a list of inputs is answered as one batch, with a list.

@@ -194,7 +194,8 @@ def generate(
     Example: openm6 generate runs/demo --text "draw the digit seven" --output image --out seven.png
     """
     # torch takes seconds to import
-    from openm6.api.model import answer_question
+    from openm6.api.model import load
+    from openm6.api.values import check_file, write_answer
     from openm6.inference.question import Question, parse_fractions, parse_numbers, parse_series
     from openm6.inference.sampling import read_decoding
 
@@ -212,7 +213,9 @@ def generate(
         language=language,
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
-    print_result(answer_question(model_of(model), question, settings, out, num_gpu_layers, device, dtype))
+    file = check_file(out, output)  # before any work is done
+    (answer,) = load(model_of(model), device, dtype, num_gpu_layers).answer([question], settings)
+    print_result(write_answer(answer, file))
 
 
 def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") -> None:

@@ -90,13 +90,21 @@ class Called:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.error = error
         names = {name for _, name in lazy_imports()}
-        replace_calls(monkeypatch, {name: partial(self.call, name) for name in names})
+        replace_calls(monkeypatch, {name: partial(self.call, name) for name in names} | {"load": self.load})
 
     def call(self, name: str, *words: Any, **named: Any) -> Any:
         self.calls.append((name, words, named))
         if self.error is not None:
             raise self.error
         return f"{name} is done"
+
+    def load(self, *words: Any) -> Any:
+        """A model whose answer is recorded, too."""
+        self.call("load", *words)
+        return self
+
+    def answer(self, questions: list[Any], decoding: Any) -> list[Any]:
+        return [self.call("answer", questions, decoding)]
 
 
 @pytest.mark.parametrize(
@@ -151,9 +159,13 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls["read_decoding"][0] == (["text.seed=4", "masked.seed=4", "masked.steps=2"],)
     assert calls["parse_numbers"][0] == ("mass=3.5,length=",)
     assert ("parse_fractions", ("0,0,1,.5", 4, "--mask-box"), {}) in called.calls
-    given = (Path("runs/x"), "question is done", "read_decoding is done", Path("o.png"))
-    assert calls["answer_question"] == ((*given, 2, "auto", "auto"), {})
-    assert shown.stdout == "answer_question is done\n"
+    order = [name for name, _, _ in called.calls[-4:]]
+    assert order == ["check_file", "load", "answer", "write_answer"], "a file that cannot be written is found first"
+    assert calls["check_file"][0] == (Path("o.png"), "image")
+    assert calls["load"][0] == (Path("runs/x"), "auto", "auto", 2)
+    assert calls["answer"][0] == (["question is done"], "read_decoding is done")
+    assert calls["write_answer"][0] == ("answer is done", "check_file is done")
+    assert shown.stdout == "write_answer is done\n"
 
 
 def test_how_a_training_ended_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +323,7 @@ def test_a_model_is_named_by_folder_or_name_and_mini_by_default(
         shown = runner.invoke(app, line.split())
         assert shown.exit_code == 0, shown.output
     found = {name: given[0] for name, given, _ in called.calls if given}
-    assert found["answer_question"] == found["try_model"] == found["serve"] == model
+    assert found["load"] == found["try_model"] == found["serve"] == model
 
 
 class Echo:
