@@ -26,6 +26,7 @@ from openm6.data.source import Source
 from openm6.data.sources import PairSource, open_sources
 from openm6.data.windows import WindowSource
 from openm6.distributed.process_group import ProcessGroupContext
+from openm6.evaluate.answers import evenly_spaced
 from openm6.modalities.batch import Batch as PackedBatch
 from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
@@ -55,7 +56,7 @@ COUNTED = 100  # records of a source in which words are counted
 
 def _sampled(source: Source, limit: int) -> Iterator[tuple[int, Record | DataError]]:
     """Yield up to `limit` evenly distributed records with their index; instead of a broken one, its error."""
-    for index in np.linspace(0, len(source) - 1, min(len(source), limit)).astype(int).tolist():
+    for index in evenly_spaced(len(source), limit):
         try:
             yield index, source[index]
         except DataError as error:
