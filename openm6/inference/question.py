@@ -215,7 +215,7 @@ class Question:
         if self.mask_span is not None and (self.audio is None or self.output != "audio"):
             raise ConfigError("a mask span fills in an audio clip: it needs audio as input and as output")
         for name, mask, half in (("the mask box", self.mask_box, 2), ("the mask span", self.mask_span, 1)):
-            if mask is not None and not _is_region(mask, half):
+            if mask is not None and not is_region(mask, half):
                 raise ConfigError(f"{name} must be {2 * half} fractions between 0 and 1, each start below its end")
 
     @property
@@ -232,7 +232,7 @@ class Question:
         return missing[0] if self.column is None else self.column
 
 
-def _is_region(mask: Any, half: int) -> bool:
+def is_region(mask: Any, half: int) -> bool:
     """Whether a mask has `half` starts between 0 and 1, and as many ends above them."""
     if isinstance(mask, str) or not isinstance(mask, Sequence | np.ndarray) or len(mask) != 2 * half:
         return False

@@ -36,6 +36,7 @@ from openm6.evaluate.results import Sample
 from openm6.evaluate.run import source_configs
 from openm6.hub.pretrained import find_model
 from openm6.inference.load import LoadedModel, load, precision_of
+from openm6.inference.question import is_region
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
@@ -138,19 +139,13 @@ def _is_valid(kind: InputKind, value: Any) -> bool:
             return not others and _are_numbers(values)
         case "candidates", list():
             return all(isinstance(text, str) and text for text in value)
-        case "box", [left, top, right, bottom]:
-            return _is_interval(left, right) and _is_interval(top, bottom)
-        case "span", [start, end]:
-            return _is_interval(start, end)
+        case "box" | "span", [*_]:
+            return is_region(value, 2 if kind == "box" else 1) and _are_numbers(value)
     return False
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
     return all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in values)
-
-
-def _is_interval(low: Any, high: Any) -> bool:
-    return None not in (low, high) and _are_numbers((low, high)) and 0 <= low < high <= 1
 
 
 _FORMS = {
