@@ -6,6 +6,9 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from openm6.core.errors import ConfigError
@@ -19,11 +22,21 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what `transformers` trains on; rendered, its content is as without the marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.lru_cache(16)
 def _compiled(template: str) -> Template:
     """A template of someone else's, which can neither reach nor change anything but its variables."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)

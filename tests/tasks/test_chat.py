@@ -291,6 +291,17 @@ def test_an_opening_is_written_as_it_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     assert list(opening) == encode(asked.text, "go")
 
 
+def test_marks_of_what_is_trained_change_nothing_of_a_template() -> None:
+    mark, end = "{% generation %}", "{%- endgeneration %}"
+    marked = TEMPLATE.replace("{{ m.content }}", f"{mark}{{% set said = m.content %}}{end}{mark}{{{{ said }}}}{end}")
+    prompts = []
+    for template in (TEMPLATE, marked):
+        asked = imported(template, trained=False)
+        segments = source_segments(parts_of_messages(messages_before(4), Limits(), asked), asked.modalities)
+        prompts.append(text_of(segments, asked.text))
+    assert prompts[0] == prompts[1]
+
+
 def test_a_template_may_leave_nothing_of_a_chat() -> None:
     asked = imported("{# nothing #}", trained=False)
     assert source_segments(chat_parts([("user", [Part("text", "x")])]), asked.modalities) == []
