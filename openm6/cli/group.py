@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.protocol import is_renderable
+from rich.table import Table
 from typer.core import TyperGroup
 
 from openm6.core.errors import Interrupted, OpenM6Error
@@ -79,7 +81,12 @@ def write_json(content: Any, path: Path | None) -> None:
 
 
 def print_result(result: Any) -> None:
-    """Print what a call returned, if anything: tables as tables, the rest by `str`."""
+    """Print what a call returned, if anything: tables as tables, with whole names first, the rest by `str`."""
+    if isinstance(result, Table):
+        for column in result.columns:
+            column.overflow = "fold"  # rich would cut words that are longer than a line
+        names = result.columns[0]
+        names.no_wrap, names.min_width = True, max(cell_len(str(name)) for name in (names.header, *names.cells))
     if result is not None:
         # rich would print a dataclass field by field instead of its `str`.
         shown = result if is_renderable(result) else str(result)

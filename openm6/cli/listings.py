@@ -73,7 +73,7 @@ def scenarios(
 
     named = None if trained is None else model_of(trained)
     if json_path is None:
-        Console().print(list_scenarios(named, "zh" if language == "zh" else "en"))
+        print_result(list_scenarios(named, "zh" if language == "zh" else "en"))
     elif json_path == "-":
         typer.echo(scenarios_json(named))
     else:
@@ -133,7 +133,7 @@ def _print_data_set(data_set: DatasetReport, console: Console) -> None:
         f"{data_set.rows:,} rows{sampled}; {data_set.train:,} for training{validation}, {data_set.test:,} for testing"
     )
     if data_set.columns:
-        console.print(_columns(data_set))
+        print_result(_columns(data_set))
     if codes := [column.name for column in data_set.columns if column.coded]:
         hint = (
             f"whole numbers read as categories: {', '.join(codes)}. To predict one as a number, move it from "

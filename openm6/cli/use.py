@@ -53,7 +53,7 @@ def evaluate(
         # torch takes seconds to import
         from openm6.serve.scenarios.run import results_table, run_scenarios
 
-        Console().print(results_table(run_scenarios(trained, json_path, device, dtype)))
+        print_result(results_table(run_scenarios(trained, json_path, device, dtype)))
         return
     # torch takes seconds to import
     from openm6.evaluate.report import print_table

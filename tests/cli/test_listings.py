@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from openm6.cli.listings import in_short
 from openm6.cli.main import app
 from openm6.models.presets import PRESETS
+from openm6.serve.scenarios.scenario import read_library
 from openm6.tasks.registry import TASKS
 
 runner = CliRunner(env={"COLUMNS": "200"})
@@ -17,6 +18,13 @@ def test_presets_are_listed_with_their_sizes() -> None:
     shown = runner.invoke(app, ["presets"]).stdout
     assert all(name in shown for name in PRESETS)
     assert "1.003T" in shown
+
+
+def test_a_narrow_terminal_cuts_no_name() -> None:
+    """The names of recipes, in the last column, may go over several lines."""
+    shown = runner.invoke(app, ["scenarios"], env={"COLUMNS": "40"}).stdout
+    assert {line.split(" ", 2)[1] for line in shown.splitlines()} >= set(read_library().scenarios)
+    assert "…" not in shown
 
 
 def test_tasks_are_listed() -> None:
