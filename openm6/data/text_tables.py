@@ -13,8 +13,9 @@ import shutil
 import tempfile
 import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from typing import IO, Any, ClassVar, Literal
 
@@ -85,7 +86,7 @@ class CsvTable(ArrowTable):
         self._encoding = _encoding(self.where)
         self._separator = config.separator or sniff_separator(self.where, self._encoding)
         self._skipped, self.names = (0, config.columns) if config.columns else self._header()
-        self.unreadable: list[str] = []  # rows with a wrong number of cells come after the good ones
+        self._set_aside: list[tuple[int, int]] = []  # rows with a wrong number of cells: which, and the number
         self._formats: dict[str, NumberFormat] = {}  # of columns whose numbers are not written as 3.5
 
     def __len__(self) -> int:
@@ -93,7 +94,7 @@ class CsvTable(ArrowTable):
 
     def read(self, columns: Sequence[str]) -> None:
         Table.read(self, columns)
-        # One thread: only then are the line numbers of broken rows known.
+        # One thread: only then are the numbers of broken rows known.
         reading = pa_csv.ReadOptions(
             use_threads=False,
             block_size=BLOCK_BYTES,
@@ -102,7 +103,7 @@ class CsvTable(ArrowTable):
             skip_rows_after_names=self._skipped,
         )
         parsing = pa_csv.ParseOptions(
-            delimiter=self._separator, newlines_in_values=True, invalid_row_handler=self._set_aside
+            delimiter=self._separator, newlines_in_values=True, invalid_row_handler=self._handle_invalid
         )
         types = dict.fromkeys(self.names, pa.binary())
         convert = pa_csv.ConvertOptions(column_types=types, include_columns=list(columns), strings_can_be_null=False)
@@ -111,6 +112,11 @@ class CsvTable(ArrowTable):
                 self.arrow = pa_csv.read_csv(file, reading, parsing, convert)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.where} cannot be read as CSV: {first_line(error)}") from None
+        source = "`columns` names" if self._config.columns else "the header has"
+        self.unreadable = [  # they come after the good ones
+            f"{self._record_name(record)} has {count} cells where {source} {len(self.names)}"
+            for record, count in self._set_aside
+        ]
         if self.unreadable and not self.arrow.num_rows:
             raise DataError(f"no row of {self.where} fits: {self.unreadable[0]}; check the header and `separator`")
         # Without `fields`, any column may hold numbers.
@@ -159,10 +165,36 @@ class CsvTable(ArrowTable):
             )
         return count, names
 
-    def _set_aside(self, row: pa_csv.InvalidRow) -> str:
-        source = "`columns` names" if self._config.columns else "the header has"
-        self.unreadable.append(f"line {row.number} has {row.actual_columns} cells where {source} {len(self.names)}")
+    def _handle_invalid(self, row: pa_csv.InvalidRow) -> str:
+        self._set_aside.append((row.number - self._skipped - 1, row.actual_columns))
         return "skip"
+
+    def row_name(self, row: int) -> str:
+        if row >= self.arrow.num_rows:
+            return self._record_name(self._set_aside[row - self.arrow.num_rows][0])
+        good = [record - index for index, (record, _) in enumerate(self._set_aside)]  # before each one set aside
+        return self._record_name(row + bisect_right(good, row))
+
+    def _record_name(self, record: int) -> str:
+        alike = len(self._lines) == self.arrow.num_rows + len(self._set_aside)
+        return f"line {self._lines[record]}" if alike else f"row {record}"
+
+    @cached_property
+    def _lines(self) -> array[int]:
+        """The line on which each record begins. Arrow counts records, some with line breaks, and no blank lines."""
+        found = array("q")
+        encoding = LATIN if self._encoding == UTF8 else self._encoding
+        with io.TextIOWrapper(open_binary(self.where), encoding, newline="") as file:
+            reader = csv.reader(file, delimiter=self._separator)
+            first = 1
+            try:
+                for number, row in enumerate(reader):
+                    if row and number >= self._skipped:
+                        found.append(first)
+                    first = reader.line_num + 1
+            except csv.Error:  # a cell beyond the reader's limit
+                return array("q")
+        return found
 
     def _text(self, column: str, cell: str) -> str:
         """A cell as it is, but a number as Python writes it, if the column writes numbers in another way."""

@@ -53,7 +53,7 @@ def test_the_recipe_is_written_once(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         (b"\x8c\xff\n\x00\xfe,\x80\n", "the first line of .* is not UTF-8"),
-        ("\ufefftitle\n".encode() + b"caf\xe9\n" * 9, "row 0: column 'title' is not UTF-8 at byte 3"),
+        ("\ufefftitle\n".encode() + b"caf\xe9\n" * 9, "line 2: column 'title' is not UTF-8 at byte 3"),
         (b"title,price\n", "no cell holds anything that can be read"),
         (b'title\n""\n', "no cell holds anything"),
     ],

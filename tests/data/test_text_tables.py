@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import fsspec
 import numpy as np
@@ -66,6 +67,25 @@ def test_rows_of_uneven_length_that_are_not_utf8(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("header", ["title,price\n", "\n\ntitle,price\n\n", None])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_broken_row_is_named_by_its_line_as_an_editor_counts_them(tmp_path, header, end):
+    path, rows = tmp_path / "shop.csv", '"a ""b"",\nc",1\nd,2,3\n\ne,cheap\nf\n'
+    path.write_bytes(((header or "") + rows).replace("\n", end).encode())
+    above, columns = (header or "").count("\n"), None if header else ["title", "price"]
+    source = open_csv(path, fields=Fields(text_en="title", numbers=["price"]), columns=columns)
+    for row, sentence in ((1, "line 5 of .*'cheap'"), (2, "line 3 has 3 cells"), (3, "line 6 has 1 cells")):
+        with pytest.raises(DataError, match=re.sub(r"\d", lambda found: str(int(found[0]) + above), sentence, count=1)):
+            source[row]
+
+
+def test_rows_are_counted_where_lines_cannot_be(tmp_path):
+    path = tmp_path / "shop.csv"
+    path.write_text(f"title,price\n{'x' * 200_000},1\na,cheap\n")
+    with pytest.raises(DataError, match="row 1 of .*'cheap'"):
+        open_csv(path, fields=Fields(text_en="title", numbers=["price"]))[1]
+
+
 def test_separator_and_identical_rows_after_a_hash_split(tmp_path):
     path = tmp_path / "shop.csv"
     path.write_text("title;price\n" + "".join(f"thing {n};{n}\n" for n in range(300)))
@@ -110,7 +130,7 @@ def test_the_separator_is_found(tmp_path, separator):
     path.write_text("".join(separator.join(row) + "\n" for row in rows))
     source = open_csv(path)
     assert source[7]["text_en"] == "thing 7" and source[7]["numbers"] == {"price": 7.0}
-    with pytest.raises(DataError, match="line 32 has 3 cells where the header has 2"):
+    with pytest.raises(DataError, match="shop, line 32 of .*: line 32 has 3 cells where the header has 2"):
         source[30]
 
 
