@@ -67,9 +67,16 @@ class ModelConfig(Config):
 
 
 def build_backbone(config: ModelConfig) -> BackboneConfig:
-    """The backbone of a preset; mappings override field by field; raise ConfigError if they do not fit."""
+    """The backbone of a preset; mappings override field by field; raise ConfigError if they do not fit or act."""
     values = preset(config.preset).backbone.model_dump(exclude_defaults=True)
     for name, value in config.overrides.items():
         known = values.get(name)
         values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
-    return build(BackboneConfig, values, "model.overrides")
+    backbone = build(BackboneConfig, values, "model.overrides")
+    added = backbone.modality_experts
+    if added is not None and added.num_shared:
+        raise ConfigError(f"modality_experts.num_shared={added.num_shared} is not supported: leave it out")
+    # Only one router of a layer reports its load, and that of the layer's own experts comes first.
+    if added is not None and added.balance == "bias" and backbone.experts is not None:
+        raise ConfigError("modality_experts.balance: bias has no effect beside other experts: set balance: aux")
+    return backbone

@@ -11,7 +11,7 @@ import torch
 from openm6.core.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import count_parameters
-from openm6.models.presets import PRESETS, preset
+from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -59,6 +59,19 @@ def test_our_sizes(name, total, active):
 def test_a_mistyped_name_gets_a_hint():
     with pytest.raises(ConfigError, match="did you mean 'm6-10t'"):
         preset("m6_10t")
+
+
+def test_settings_of_modality_experts_without_effect_are_refused():
+    def built(dense: bool = False, **settings: object) -> object:
+        added = {"intermediate_size": 32, "num_experts": 2, "top_k": 1, **settings}
+        layers = {"experts": None, "dense": {"intermediate_size": 64}} if dense else {}
+        return build_backbone(ModelConfig(preset="nano", overrides={**layers, "modality_experts": added}))
+
+    assert built(balance="aux") and built(dense=True)
+    with pytest.raises(ConfigError, match="balance: bias has no effect beside other experts: set balance: aux"):
+        built()
+    with pytest.raises(ConfigError, match="num_shared=1 is not supported: leave it out"):
+        built(balance="aux", num_shared=1)
 
 
 def test_presets_are_read_without_torch():
