@@ -24,7 +24,7 @@ from openm6.plan.plan import SECONDS_PER_DAY, energy_of
 STEPS = 40  # that a trial run takes
 WARMUP_STEPS = 8  # of them, slower because caches are cold, code is compiled and memory is allocated
 TIMEOUT = 600.0  # seconds that a trial run may take
-TIME_FOR_STEPS = 0.96  # of loop.minutes; the rest is for evaluating and saving
+TIME_FOR_STEPS = 0.96  # of loop.minutes; the rest is for the last checkpoint, and for steps that take longer
 MAX_BEFORE = 0.65  # of loop.minutes that what is done before the first step takes from the steps
 STDIN = 0
 TRIAL_FILE = "trial.json"  # of a trial run, in its folder
@@ -100,7 +100,7 @@ def plan_measured(
 
 
 def time_for_steps(minutes: float, before: float) -> float:
-    """Seconds of steps in a run of some minutes, `before` of which precede the first step."""
+    """Seconds of steps, and of what comes beside them, in a run of some minutes, after `before` the first step."""
     return 60 * minutes * TIME_FOR_STEPS - min(before, 60 * minutes * MAX_BEFORE)
 
 
@@ -156,13 +156,15 @@ def extrapolate(
     # The recipe is checked: it has steps or minutes.
     limit = days * SECONDS_PER_DAY if days is not None else time_for_steps(trial.minutes or 0.0, trial.seconds_before)
     step_seconds = steps.seconds
+    beside = trial.save_seconds / trial.save_every
+    beside += trial.held_out_seconds / trial.held_out_every if trial.held_out_every else 0.0
     for _ in range(5):  # the longer a run, the shorter its mean step
         if tokens is not None:
             count = max(1, round(tokens / trial.step_tokens))
         elif days is None and trial.steps:
             count = trial.steps
         else:
-            count = max(1, int(limit / step_seconds))
+            count = max(1, int(limit / (step_seconds + beside)))
         step_seconds = steps.seconds + caching_seconds(trial, count)
     saves = -(-count // trial.save_every)
     evaluations = count // trial.held_out_every if trial.held_out_every else 0

@@ -41,6 +41,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    seconds_beside: float = 0.0  # that no step took: simple predictors, held-out losses, saves
     non_finite: int = 0  # skipped steps
     non_finite_in_a_row: int = 0
     cursor: dict[str, Any] = field(default_factory=dict)
@@ -49,26 +50,27 @@ class Progress:
 class RunLength:
     """The number of steps of a run; None until it is known. A measured one goes into config.yaml, for repeated runs.
 
-    `before`: seconds of the run's minutes that were spent before the first step.
+    `before`: seconds of the run's minutes that were spent before the first step of this process.
     """
 
     def __init__(
         self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None, before: float = 0.0
     ) -> None:
         self._config, self._run, self._ranks, self._before = config, run, ranks or ProcessGroupContext(), before
-        self._spent: list[float] = []  # seconds of each step
+        self._spent: list[tuple[float, float]] = []  # seconds of each step, and of what came beside it
         written = run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
         self.steps: int | None = written if isinstance(written, int) else None
 
     def reached(self, step: int) -> bool:
         return self.steps is not None and step >= self.steps
 
-    def observe(self, step: int, seconds: float) -> None:
-        """Record how long step `step` took; fix the length once enough is known."""
+    def observe(self, step: int, seconds: float, beside: float = 0.0) -> None:
+        """Record how long step `step` took, and what came beside it; fix the length once enough is known."""
         if self.steps is not None or self._config.minutes is None:
             return
-        self._spent.append(self._ranks.broadcast_object(seconds))  # all ranks must come to the same number
-        measured, spent = self._spent[SKIPPED:], sum(self._spent)
+        self._spent.append(self._ranks.broadcast_object((seconds, beside)))  # all ranks must come to the same number
+        steps, others = zip(*self._spent, strict=True)
+        measured, spent = steps[SKIPPED:], sum(steps) + sum(others)
         left = time_for_steps(self._config.minutes, self._before)
         budget = left / TIME_FOR_STEPS
         fraction = min(MEASURED_FRACTION, MEASURED_BEFORE_DECAY * (1 - self._config.schedule.decay_fraction))
@@ -77,7 +79,8 @@ class RunLength:
         if not (enough or slow):
             return
         recent = measured[len(measured) // 2 :]  # the first ones fill caches that the later ones find filled
-        self._set(step + max(0, math.floor((left - spent) / (sum(recent) / len(recent)))), step)
+        mean = sum(recent) / len(recent) + sum(others) / len(others)
+        self._set(step + max(0, math.floor((left - spent) / mean)), step)
         get_log().info(f"{self.steps} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}")
 
     def decay_from(self, step: int) -> bool:

@@ -63,7 +63,8 @@ class LoopConfig(Config):
     """How long to train, with which optimizer, and how often to log, evaluate and save."""
 
     steps: int | Literal["auto"] = 1000
-    minutes: float | None = Field(default=None, gt=0.0)  # with steps: auto, the time that the run may take
+    # With steps: auto, the time of the training: simple predictors, steps, held-out losses and saves.
+    minutes: float | None = Field(default=None, gt=0.0)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     offload: OffloadConfig | None = None  # weights that are copied to the device block by block

@@ -131,6 +131,7 @@ class _Run:
         self.callbacks += callbacks
         self.averager, self.progress = MetricAverager(), Progress()
         self._spent = 0.0  # seconds of training that no report has accounted for
+        self._accounted = 0.0  # when the last step was
         self._stopping = False
         self.workers: Workers | None = None
         self.saver = open_saver(training.ranks.layout)
@@ -146,7 +147,8 @@ class _Run:
         if settings is not None:
             run.write_config(settings)
         self.begun = self.progress.step  # the last step that has begun; on a GPU its report may be to come
-        spent = training.seconds_before + self.progress.seconds
+        self.progress.seconds_beside += training.seconds_before
+        spent = self.progress.seconds_beside + self.progress.seconds
         self.length = RunLength(config, run, training.ranks, spent)
 
     def train(self) -> None:
@@ -170,6 +172,7 @@ class _Run:
             else:
                 read = stack.enter_context(batches_ahead(training, config, self.train_step.device))
                 update = self.train_step.update_ahead if self.train_step.runs_ahead else self.train_step.update
+            self._accounted = time.perf_counter()
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
                 batch = read()
@@ -267,7 +270,11 @@ class _Run:
         self.averager.add(report, seconds)
         for callback in self.callbacks:
             self.averager.add_numbers(callback.after_step(report))
-        self.length.observe(report.step, seconds)
+        now = time.perf_counter()
+        beside = max(0.0, now - self._accounted - seconds)
+        self._accounted = now
+        progress.seconds_beside += beside
+        self.length.observe(report.step, seconds, beside)
         progress.non_finite_in_a_row = 0 if report.applied else progress.non_finite_in_a_row + 1
         if not report.applied:
             progress.non_finite += 1

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from openm6.checkpoint.folder import latest, list_checkpoints
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state
 from openm6.core.errors import CheckpointError, Interrupted, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.optim.config import ScheduleConfig, decay_start
@@ -276,6 +278,41 @@ def test_time_before_the_first_step_is_part_of_the_minutes_up_to_a_fraction(
     length = RunLength(auto(2.0), RunFolder.open(tmp_path), before=before)
     known = run_clock(length, [0.5] * 100)
     assert length.steps == known + int((115.2 - counted - 0.5 * known) / 0.5)
+
+
+class ClockedTraining(StoppedTraining):
+    """On a clock of its own, steps take a second, evaluations three."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *stop: Any) -> None:
+        super().__init__(*stop)
+        self.now = 0.0
+        patch.setattr("openm6.train.loop.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def loss(self, batch: ToyBatch) -> StepResult:
+        self.now += 1.0
+        return super().loss(batch)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        self.now += 3.0
+        return super().evaluate(step)
+
+
+@pytest.mark.parametrize("stop", [0, 9])
+def test_what_comes_beside_steps_is_part_of_the_minutes_also_of_a_resumed_run(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = auto(2.0).model_copy(update={"evaluate_every": 2, "tensorboard": False})
+    first, run = ClockedTraining(monkeypatch, stop, signal.SIGTERM), RunFolder.open(tmp_path)
+    first.seconds_before = 20.0
+    if stop:
+        with pytest.raises(Interrupted):
+            train(first, config, run)
+        assert run.read_config() == {}, "the length is not known yet"
+    last = ClockedTraining(monkeypatch, 0) if stop else first
+    result = train(last, config, run, resume=True)
+    beside = read_state(latest(tmp_path))["progress"]["seconds_beside"]
+    assert result.seconds == result.steps == pytest.approx((115.2 - 20) / 2.5, abs=2)
+    assert 115 < result.seconds + beside < 120
 
 
 def test_a_written_number_is_not_measured_again(tmp_path: Path) -> None:
