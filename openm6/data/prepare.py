@@ -30,7 +30,7 @@ def null_example(example: Example, source_name: str) -> Example:
     The name keeps the null likelihood within one source. Tasks share prompts across sources, and which source a
     record comes from would otherwise count as information of its inputs. A target to inpaint loses its context.
     """
-    source = [Part("text", f"{MASK_CHARACTER}{source_name} {example.prompt}")]
+    source = [Part("text", f"{MASK_CHARACTER}{source_name} {example.prompt}", {"gaps": True})]
     target = replace(example.target, options={**example.target.options, "mask_context": True})
     return replace(example, source=source, target=target)
 

@@ -44,7 +44,7 @@ from openm6.nn.moe import Experts
 from openm6.offload.weight_store import RecordLayout, Use, WeightsOnly, WeightStore, matrix_shapes, open_streams
 from openm6.ops.int8 import Int8Weight
 from openm6.optim.rules import WEIGHT, Slots
-from openm6.tasks.registry import all_tasks
+from openm6.tasks.registry import all_tasks, any_masks_words
 from openm6.tasks.task import Task
 
 BUFFERS = 2  # one in use, one on its way
@@ -278,6 +278,8 @@ def load(
     where, kept = str(folder / TOKENIZER_FILE), folder / PREDICTORS_FILE
     predictors = from_bytes(kept.read_bytes(), str(kept)) if kept.is_file() else []
     omni, modalities = build_model(description, tokenizer, where, offloaded, predictors)
+    trained = (one.task for one in description.trained_tasks)
+    cast(Text, modalities["text"]).reads_gaps = any_masks_words(trained, description.tasks)
     if offloaded and num_gpu_layers is not None:
         place_offloaded(omni, folder, num_gpu_layers, device, host_copy)
     else:

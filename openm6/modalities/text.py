@@ -19,7 +19,7 @@ from openm6.modalities.interface import NO_OPTIONS, Adapter, Cuttable, Modality,
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.losses import linear_cross_entropy
 
-MASK_CHARACTER = "\N{OBJECT REPLACEMENT CHARACTER}"  # the character of a text that becomes the mask token
+MASK_CHARACTER = "\N{OBJECT REPLACEMENT CHARACTER}"  # becomes the mask token in a text with gaps
 ROLES = ("system", "user", "assistant")  # of the turns of a chat
 CACHED_TEXTS, CACHED_LENGTH = 4096, 200  # segments of texts of so many characters are kept
 
@@ -77,8 +77,11 @@ class Text(Modality):
     """Text through a tokenizer, and special tokens: `start` opens a target text, `end` closes it, `mask` stands for
     masked words, one of `roles` opens the turn of a chat. Their ids lie above the tokenizer's, so no text of a user
     contains one; an imported model opens and closes texts with tokens of its own.
+
+    `reads_gaps`: whether every text that is read may have gaps, not only those whose options have `gaps`.
     """
 
+    reads_gaps = False
     name: ClassVar[str] = "text"
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int = 2048, imported: ImportedText | None = None) -> None:
@@ -103,14 +106,14 @@ class Text(Modality):
         self._cached_target = functools.lru_cache(CACHED_TEXTS)(self._target)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; each MASK_CHARACTER becomes the mask token."""
-        return self._encode_with_offsets(text)[0]
+        """Token ids of `text`; each MASK_CHARACTER becomes the mask token if the model reads gaps."""
+        return self._encode_with_offsets(text, self.reads_gaps)[0]
 
-    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode_with_offsets(self, text: str, gaps: bool) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         position = 0
-        for index, words in enumerate(text.split(MASK_CHARACTER)):
+        for index, words in enumerate(text.split(MASK_CHARACTER) if gaps else [text]):
             if index:
                 ids.append(self.mask)
                 offsets.append((position, position + 1))
@@ -135,10 +138,11 @@ class Text(Modality):
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`raw` text as at most `max_tokens` source tokens, cut within `cuttable` spans of characters."""
         segment_of = self._cached_source if len(_checked(raw)) <= CACHED_LENGTH else self._source
-        return segment_of(raw, cuttable_in(raw, options), options.get("role"))
+        gaps = self.reads_gaps or bool(options.get("gaps"))
+        return segment_of(raw, cuttable_in(raw, options), options.get("role"), gaps)
 
-    def _source(self, text: str, spans: tuple[Cuttable, ...], role: str | None) -> Segment:
-        ids, offsets = self._encode_with_offsets(text)
+    def _source(self, text: str, spans: tuple[Cuttable, ...], role: str | None, gaps: bool) -> Segment:
+        ids, offsets = self._encode_with_offsets(text, gaps)
         if role is not None:
             ids, offsets = [self.roles[role], *ids], [(-1, -1), *offsets]  # outside every span of the text
         starts, stops = np.asarray(offsets).reshape(-1, 2).T

@@ -6,7 +6,7 @@ A new built-in task is an entry of `built_in.yaml`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -68,6 +68,13 @@ def all_tasks(own: Mapping[str, Any] = NONE) -> Mapping[str, Task]:
     plain = {name: config for name, config in own.items() if not isinstance(config, TaskConfig)}
     built = {name: build(TaskConfig, values, f"task {name}") for name, values in plain.items()}
     return {**_installed(), **{name: config.task(name) for name, config in {**own, **built}.items()}}
+
+
+def any_masks_words(trained: Iterable[str], own: Mapping[str, Any]) -> bool:
+    """Whether one of the trained tasks masks words of texts, so that those of users may have gaps."""
+    known = all_tasks(own)
+    targets = (known[name].target for name in trained if name in known)
+    return any(isinstance(target, Derived) and target.build is slots.mask_words for target in targets)
 
 
 def unknown_task(name: str, known: Mapping[str, Task] = NONE) -> str:

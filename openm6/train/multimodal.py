@@ -32,10 +32,12 @@ from openm6.modalities.registry import MODALITIES, load_networks
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import SeriesStats
 from openm6.modalities.simple_predictors import from_bytes
+from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
+from openm6.tasks.registry import any_masks_words
 from openm6.train import multimodal_data as data
 from openm6.train.calibration import EARLY_EXAMPLES, MAX_EXAMPLES, calibration_examples, fit_widths
 from openm6.train.metering import Attribution, gpus_of
@@ -73,6 +75,8 @@ class MultimodalTraining(TrainingTask):
         empty = recipe.loop.offloaded or (start is not None and start.checkpoint is not None)
         predictors = from_bytes(self.predictors, PREDICTORS_FILE) if self.predictors else ()
         self.omni, self.modalities = build_model(self.description, self.tokenizer, "the tokenizer", empty, predictors)
+        trained = (one.task for one in self.description.trained_tasks)
+        cast(Text, self.modalities["text"]).reads_gaps = any_masks_words(trained, self.description.tasks)
         self.description = self.description.model_copy(update={"external": self.modalities.external})
         self.numbers = cast(Numbers, self.modalities["numbers"])
         self.numbers.ridges = ridges  # with those of folds, for training windows

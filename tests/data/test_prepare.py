@@ -17,7 +17,7 @@ from openm6.data.prepare import (
 )
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
-from openm6.modalities.text import MASK_CHARACTER
+from openm6.modalities.text import MASK_CHARACTER, Text
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import without_inputs
 from tests.data.lists import ListSource
@@ -96,6 +96,9 @@ def test_the_null_input_holds_the_prompt_and_nothing_of_the_record() -> None:
     (part,) = null.source
     column = next(iter(example.answer)).replace("_", " ")
     assert part.modality == "text" and part.raw.startswith(f"{MASK_CHARACTER}things ") and column in part.raw
+    text = modalities()["text"]
+    assert isinstance(text, Text)
+    assert text.source(part.raw, options=part.options).arrays["ids"][0] == text.mask
     assert "40" not in part.raw and (null.target.raw, null.answer) == (example.target.raw, example.answer)
 
 

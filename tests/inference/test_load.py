@@ -11,7 +11,7 @@ import pytest
 from openm6.checkpoint.folder import STATE_FILE
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.engine import generate_texts
-from openm6.inference.load import check, convert_weights, precision_of, weight_bytes
+from openm6.inference.load import check, convert_weights, load, precision_of, weight_bytes
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
@@ -30,6 +30,20 @@ def test_a_checkpoint_is_looked_at_without_its_weights(tmp_path: Path) -> None:
     (folder / MODEL_FILE).write_text(loaded().description.to_json(), encoding="utf-8")
     (folder / TOKENIZER_FILE).write_text("{}")
     check(folder)  # there are no weights at all
+
+
+@pytest.mark.parametrize(("task", "gaps"), [("text_denoising", 1), ("text_generation", 0)])
+def test_the_mark_of_a_gap_is_text_unless_gaps_were_trained(
+    task: str, gaps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(trained_tasks=((task, "poems"),))
+    (tmp_path / STATE_FILE).write_text(json.dumps({"files": {}}))
+    (tmp_path / MODEL_FILE).write_text(model.description.to_json(), encoding="utf-8")
+    (tmp_path / TOKENIZER_FILE).write_text(model.text.tokenizer.to_str(), encoding="utf-8")
+    monkeypatch.setattr("openm6.inference.load.load_model", lambda *_: None)
+    found = load(tmp_path, "cpu")
+    (segment,) = source_segments([Part("text", "a \N{OBJECT REPLACEMENT CHARACTER} c")], found.modalities)
+    assert (segment.arrays["ids"] == found.text.mask).sum() == gaps
 
 
 def test_weights_in_int8_take_less_memory_and_write_the_same_texts() -> None:

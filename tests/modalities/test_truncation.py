@@ -91,7 +91,11 @@ def test_a_short_text_is_not_truncated(text: Text) -> None:
 
 
 @pytest.mark.parametrize("words", ["seven apples", "七个红苹果", "naïve 🙂", f"a {MASK_CHARACTER} c", ""])
-def test_stretches_of_characters_become_their_tokens(text: Text, words: str) -> None:
+@pytest.mark.parametrize("gaps", [False, True])
+def test_stretches_of_characters_become_their_tokens(
+    text: Text, words: str, gaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "reads_gaps", gaps)
     joined = join_texts(
         join_texts(Part("text", "Before:\n", {"cuttable": ()}), Part("text", words)),
         Part("text", "\nAfter", {"cuttable": ()}),
@@ -101,7 +105,7 @@ def test_stretches_of_characters_become_their_tokens(text: Text, words: str) -> 
     assert tokens.arrays["ids"].tolist() == text.encode(joined.raw)
     (one,) = tokens.cuttable
     inside = text.decode(tokens.arrays["ids"][one.start : one.stop].tolist())
-    assert inside.strip() == words.replace(MASK_CHARACTER, "").strip()
+    assert inside.strip() == (words.replace(MASK_CHARACTER, "") if gaps else words).strip()
 
 
 def test_words_of_a_prompt_beyond_the_limit_are_cut_at_the_end(text: Text) -> None:

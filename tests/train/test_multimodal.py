@@ -377,6 +377,14 @@ def test_a_weight_that_no_row_uses_adds_nothing_even_when_it_is_not_finite(tmp_p
     assert all(weight.grad is not None and not weight.grad.any() for weight in unused)
 
 
+def test_texts_with_gaps_are_learned_as_such(tmp_path: Path) -> None:
+    values = text_only() | {"mixture": [{"source": "penguins", "task": "text_denoising"}]}
+    recipe = build(MultimodalRecipe, tiny_recipe(1) | values, "tiny")
+    training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
+    batch, mask = next(training.batches()), training.modalities["text"].mask
+    assert int((batch.groups["text"].arrays["ids"] == mask).sum()) >= batch.num_examples
+
+
 def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(tmp_path: Path) -> None:
     recipe = build(MultimodalRecipe, {**tiny_recipe(), "packing": {"batch_size": 4, "seq_len": 160}}, "tiny")
     training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
