@@ -87,14 +87,14 @@ def show_measured(
     device: str,
 ) -> None:
     """Measure a few steps of a recipe on this machine, and print the plan of the whole run."""
-    read_model(recipe, overrides)  # raises for what is no recipe, or no setting, before a process starts
+    model = read_model(recipe, overrides)  # raises for what is no recipe, or no setting, before a process starts
     assert recipe is not None
     if recipe in PRESETS:
         raise ConfigError(f"{recipe} is a preset: name a recipe to measure it here, or a GPU with --gpu")
     Console(stderr=True).print("measuring a few steps on this machine ...", style="dim")
     path = str(RunFolder(Path(recipe)).config) if Path(recipe).is_dir() else recipe
     command = [sys.executable, "-m", "openm6.cli.trial_run", device, path, *overrides]
-    content = plan_measured(command, tokens, days, energy)
+    content = {**plan_measured(command, tokens, days, energy), "model": model.name}
     write_json(content, json_path)
     seconds, spent = content["seconds"], content["energy"]
     parts = [f"{name.replace('_', ' ')} {in_time(part)}" for name, part in seconds.items() if part >= 0.5]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
+from openm6.core.config import read_yaml
+from openm6.core.run_folder import RunFolder
+from openm6.energy.meter import EnergyConfig
+from openm6.plan.measured import extrapolate
+from openm6.plan.request import SHIPPED
+from tests.plan.test_measured import MEASURED, TRIAL
 
 runner = CliRunner(env={"COLUMNS": "200"})
 
@@ -63,6 +71,29 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
 def test_an_error_is_one_sentence(words: str, sentence: str) -> None:
     done = runner.invoke(app, ["plan", *words.split()])
     assert done.exit_code == 1 and done.stderr.startswith("error: ") and sentence in done.stderr
+
+
+@pytest.mark.parametrize("gpu", [["--gpu", "t4"], []])
+def test_the_folder_of_a_run_is_planned_as_it_was_trained(
+    gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def measured(command: Sequence[str], *_: object) -> dict[str, Any]:
+        commands.append([*command])
+        extrapolated = extrapolate(TRIAL, MEASURED, None, None, EnergyConfig())
+        return {**extrapolated, "model": "config"}
+
+    monkeypatch.setattr("openm6.cli.plan_page.plan_measured", measured)
+    run = RunFolder.open(tmp_path / "mine")
+    run.write_config({**read_yaml(SHIPPED / "demo.yaml"), "packing": {"batch_size": 2, "seq_len": 64}})
+    done = runner.invoke(app, ["plan", str(run.path), "loop.seed=3", *gpu, "--json", str(tmp_path / "plan.json")])
+    assert done.exit_code == 0, done.output
+    assert "mine on " in done.stdout and json.loads((tmp_path / "plan.json").read_text())["model"] == "mine"
+    if gpu:
+        assert "128 tokens" in done.stdout and not commands
+    else:
+        assert commands[0][-2:] == [str(run.config), "loop.seed=3"]
 
 
 def test_a_sweep(tmp_path: Path) -> None:
