@@ -36,6 +36,12 @@ def test_quotes_breaks_and_a_byte_order_mark(tmp_path):
     assert [source[index]["numbers"]["price"] for index in range(3)] == [3.0, None, None]
 
 
+def test_whole_numbers_beyond_those_of_float32_are_read_exactly(tmp_path):
+    path = tmp_path / "shop.csv"
+    path.write_text(f"title,price\na,{2**40 + 1}\nb,16777217\n")
+    assert [open_csv(path)[row]["numbers"]["price"] for row in range(2)] == [2**40 + 1, 16777217]
+
+
 def test_broken_rows_are_broken_alone(tmp_path):
     path = tmp_path / "shop.csv"
     path.write_bytes(b"title,price\nok,1\n\xff\xfe,2\nmany,3,4\nwords,cheap\nl\xc3\xa4st,5\n")

@@ -12,7 +12,7 @@ from openm6.core.errors import DataError
 from openm6.modalities.histogram import BINS, LIMIT, one_hot_bins
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Numbers, NumbersIn, NumbersOut
-from openm6.modalities.series import NumberSeries
+from openm6.modalities.series import NumberSeries, fit_scale
 from openm6.modalities.simple_predictors import FOLDS, TEXT
 from openm6.modalities.text import Text, train_tokenizer
 from openm6.train.simple_predictors import fit_table
@@ -134,6 +134,25 @@ def test_simple_predictors_move_the_distribution_and_likelihoods_stay_comparable
     ].any()
     for other in ({}, {"elsewhere": 3.0}, {"body_mass": 5.0}):
         assert not known.target({"body_mass": 1.0}, options={"given": other}).arrays["forecasts"].any()
+
+
+def test_whole_numbers_beyond_those_of_float32_survive() -> None:
+    """Identifiers and populations: 2^40 and the next numbers are one in float32, whose next is 2^40 + 2^17."""
+    base, rows = 2**40, [{"length": float(x), "id": float(2**40 + round(2.5 * x * x))} for x in range(30, 110)]
+    scale = fit_scale(np.asarray([row["id"] for row in rows]))
+    table = fit_table(rows, np.arange(80) % FOLDS, 0)
+    assert table is not None and base < scale[0] < base + 30_000 and scale[1] < 20_000
+    text, scales = Text(train_tokenizer(["id", "length"], 300)), {"id": scale, "length": (70.0, 20.0)}
+    plain, known = Numbers(text, scales, {}), Numbers(text, scales, {}, [table])
+    read = plain.source({"id": base + 9_000}).arrays["values"] - plain.source({"id": base + 8_000}).arrays["values"]
+    assert 1_000 / scale[1] / 3 < read[0] < 1_000 / scale[1]
+    torch.manual_seed(0)
+    adapter, hidden = NumbersOut(16).requires_grad_(False), torch.randn(1, 1, 16)
+    arrays = as_tensors(known.target({"id": base}, options={"given": {"length": 40.0}, "fold": 1}).arrays)
+    (found,) = adapter.histograms(hidden, arrays)
+    assert found.median()[0] - base == pytest.approx(4000, abs=400)
+    (found,) = adapter.histograms(hidden, as_tensors(plain.target({"id": base}).arrays))
+    assert 0 < np.diff(np.concatenate([found.quantile(x) for x in (0.4, 0.5, 0.6)])).max() < 2**15
 
 
 def test_a_question_shows_columns_as_numbers_and_in_words() -> None:
