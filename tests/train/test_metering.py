@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from openm6.checkpoint.folder import latest, read_state
 from openm6.core.run_folder import RunFolder
+from openm6.energy.meter import EnergyReading, Meter
 from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.modalities.batch import build_sequence, collate
 from openm6.models.config import count_parameters
@@ -18,8 +20,9 @@ from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
 from openm6.train.metering import PASSES, Attribution
 from openm6.train.step import StepReport
+from openm6.train.training_task import StepResult
 from tests.small_model import BACKBONE, modalities
-from tests.train.toy_training import ToyTraining, toy_config
+from tests.train.toy_training import ToyBatch, ToyTraining, toy_config
 
 
 class Witness(Callback):
@@ -108,6 +111,40 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
     tracker = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
     assert tracker.repeated == pytest.approx(reported - at_checkpoint.joules)
     assert tracker.joules > reported and tracker.tokens == 20 * 16
+
+
+def test_watts_after_a_crash_are_those_of_the_steps_since_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second and ten joules; steps that are lost and waiting for the restart are no power of a step."""
+
+    class Steady(ToyTraining):
+        now, crash = 0.0, 0
+
+        def loss(self, batch: ToyBatch) -> StepResult:
+            Steady.now += 1.0
+            if batch.index + 1 == self.crash:
+                raise OSError("the lights went out")
+            return super().loss(batch)
+
+    def metered(*_: object) -> Meter:
+        began = Steady.now
+
+        def spent() -> EnergyReading:
+            return EnergyReading({"rapl": 10.0 * (Steady.now - began)})
+
+        return cast(Meter, SimpleNamespace(joules=spent, close=lambda: None))
+
+    monkeypatch.setattr("openm6.train.loop.time", SimpleNamespace(perf_counter=lambda: Steady.now))
+    monkeypatch.setattr("openm6.train.metering.open_meter", metered)
+    run, config = RunFolder.open(tmp_path), toy_config(steps=20)
+    Steady.crash = 13
+    with pytest.raises(OSError, match="lights"):
+        train(Steady(), config, run)
+    Steady.crash, Steady.now = 0, 1000.0
+    train(Steady(), config, run, resume=True)
+    lines = [line for line in run.read_metrics() if "watts" in line]
+    assert [line["watts"] for line in lines] == pytest.approx([10.0] * 4)
+    # The last line before the crash was of step 10, the checkpoint of step 7.
+    assert [line["joules"] for line in lines] == pytest.approx([50, 130, 180, 230])
 
 
 def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
