@@ -52,7 +52,6 @@ from openm6.modalities.simple_predictors import (
     LabelPrediction,
     Prediction,
     TablePredictors,
-    equal_weights,
     given_columns,
     log_softmax,
 )
@@ -200,7 +199,7 @@ class Numbers(Modality):
         for row, options in enumerate(targets):
             if predicted := self.label_predictions(options, classes):
                 experts = predicted.with_model(found[row], classes)
-                weights = [*self.widths.get(predicted.key, {}).values()] or equal_weights(experts)
+                weights = [*self.widths.get(predicted.key, {}).values()] or predicted.prior
                 found[row] = log_softmax(np.asarray(weights) @ experts)
         return found
 

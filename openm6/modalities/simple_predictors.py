@@ -44,6 +44,8 @@ MAX_LETTERS, TEXT_WORDS = 8_000, 128  # of the texts of a row that are read; wor
 SIDE, CELLS, TURNS, LEVELS = 32, 4, 8, 4  # of images: pixels and cells of a side, directions, levels of a colour
 IMAGE_FEATURES = CELLS**2 * TURNS + LEVELS**3
 # What labels are predicted from; trees take all of it but pixels, which a convolutional network reads if there is one.
+# Of the weights of labels: the most, and how strongly they are drawn to likely ones.
+MAX_WEIGHT, PRIOR_ROWS = 3.0, 10.0
 EXPERTS = ("columns", "text", "image", "trees", "pixels")
 LEAST = math.log(1e-4)  # of the logarithm of a probability
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
@@ -179,11 +181,15 @@ class Trees:
 
 
 class LabelPrediction(NamedTuple):
-    """Log-probabilities of classes by each expert, zeros if nothing is given of it; `key` is that of its weights."""
+    """Log-probabilities of classes by each expert, zeros if nothing is given of it; `key` is that of its weights.
+
+    `prior`: likely weights of the model and of the experts.
+    """
 
     key: str
     classes: list[str]
     experts: np.ndarray  # M L
+    prior: np.ndarray  # M+1
 
     def with_model(self, own: np.ndarray, classes: Sequence[str]) -> np.ndarray:
         """Log-probabilities of some classes, those of the model before those of the experts.  # L -> M+1 L"""
@@ -207,7 +213,7 @@ class TablePredictors:
     `log`, whether its logarithm is predicted, `penalty` (C 2) of ridge, `weight` (C M-1) in the blend, `change` (0:
     no predictors) and the `range` (C 2) of predictions; `C/name` of its `Trees`; `idf` (V); `image`, the components of
     image features and, last, their mean; `label COLUMN EXPERT` (L F+1), a linear model, `label COLUMN trees/name`, and
-    `label COLUMN pixels/name` of its `Network`.
+    `label COLUMN pixels/name` of its `Network`, and `label COLUMN weights` of the experts without it.
     """
 
     def __init__(
@@ -385,7 +391,8 @@ class TablePredictors:
                 scores = self._images.get_or_compute(file, lambda: network.predict(raw))
                 found[-1] = np.maximum(scores, LEAST)
         known = "".join("1" if row.any() else "0" for row in found)
-        return LabelPrediction(f"label {number} {column} {known}", label.classes, found)
+        prior = likely_weights(found, self.arrays.get(f"label {column} weights"))
+        return LabelPrediction(f"label {number} {column} {known}", label.classes, found, prior)
 
 
 def _part(arrays: Arrays, prefix: int | str) -> Arrays:
@@ -399,9 +406,35 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def equal_weights(experts: np.ndarray) -> np.ndarray:
-    """Weights of equal parts of those that predict anything.  # M+1 L -> M+1"""
-    return np.full(len(experts), 1 / max(1, experts.any(1).sum()))
+def likely_weights(experts: np.ndarray, fitted: np.ndarray | None = None) -> np.ndarray:
+    """Likely weights of the model and of experts, whose rows are zero where nothing is given.  # M L, -> M+1
+
+    Equal parts, but of the experts that were `fitted` together, the network apart, in the proportion of their weights.
+    Of an image and nothing else, the network alone.
+    """
+    known = experts.any(1)
+    if [name for name, row in zip(EXPERTS, known, strict=False) if row] == ["image", "pixels"]:
+        return np.eye(len(known) + 1)[-1]
+    weights = np.full(len(known) + 1, 1 / (1 + known.sum()))
+    if fitted is not None and (total := fitted[known[: len(fitted)]].sum()) > 0:
+        own = np.flatnonzero(known[: len(fitted)])
+        weights[1 + own] = fitted[own] / total * len(own) / (1 + known.sum())
+    return weights
+
+
+def fit_weights(experts: np.ndarray, truth: np.ndarray, likely: np.ndarray | None = None) -> np.ndarray:
+    """Weights of log-probabilities with the lowest log loss, drawn to `likely` or equal ones.  # M R L, R -> M"""
+    # scipy takes a second to import: only a training with labels needs it.
+    from scipy.optimize import minimize  # noqa: PLC0415
+
+    target = np.full(len(experts), 1 / max(1, experts.any((1, 2)).sum())) if likely is None else likely
+
+    def loss(weights: np.ndarray) -> float:
+        scores = log_softmax(np.einsum("m,mrl->rl", weights, experts))
+        far = ((weights - target) ** 2).sum() * PRIOR_ROWS / len(truth)
+        return float(far - scores[np.arange(len(truth)), truth].mean())
+
+    return np.asarray(minimize(loss, target, bounds=[(0, MAX_WEIGHT)] * len(experts)).x)
 
 
 def to_bytes(tables: Sequence[TablePredictors]) -> bytes:

@@ -19,7 +19,7 @@ from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram, fit_width
 from openm6.modalities.registry import Modalities
 from openm6.modalities.series import NumberSeries
-from openm6.modalities.simple_predictors import EXPERTS, LabelPrediction, equal_weights, log_softmax
+from openm6.modalities.simple_predictors import EXPERTS, LabelPrediction, fit_weights, log_softmax
 from openm6.tasks.own import for_number
 from openm6.tasks.slots import Derived, hold_out, hold_out_number, pinned, predictable
 from openm6.tasks.task import Example, Task
@@ -29,8 +29,6 @@ from openm6.train.recipe import MultimodalRecipe
 # at checkpoints before the last.
 RECORDS, MAX_EXAMPLES, EARLY_EXAMPLES = 200, 1500, 200
 COLUMN_RECORDS = 100  # of a source, in which number columns are looked for
-# Of the weights of labels: the most, and how strongly they are drawn to those of `likely_weights`.
-MAX_WEIGHT, PRIOR_RECORDS = 3.0, 10.0
 PRIORS = {"numbers_out": 1.0, "series_out": 1.25}  # widths without records: the future of a series differs
 
 
@@ -108,9 +106,6 @@ def fit_widths(
 
 def _fit_label_weights(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dict[str, dict[str, float]]:
     """Return the weights of the model's and of simple log-probabilities of labels, by what is given of them."""
-    # scipy takes a second to import: only a training with labels needs it.
-    from scipy.optimize import minimize  # noqa: PLC0415
-
     asked: dict[str, list[tuple[Example, LabelPrediction]]] = {}
     for example in (example for examples in calibration for example in examples):
         predicted = loaded.numbers.label_predictions(example.target.options)
@@ -121,22 +116,9 @@ def _fit_label_weights(loaded: LoadedModel, calibration: Sequence[list[Example]]
         classes = pairs[0][1].classes
         own = log_softmax(-class_nll(loaded, [example for example, _ in pairs], classes))
         experts = np.stack([one.with_model(row, classes) for row, (_, one) in zip(own, pairs, strict=True)])  # R M+1 L
-        loss = partial(_label_loss, experts=experts, truth=np.asarray([classes.index(one.answer) for one, _ in pairs]))
-        fitted = minimize(loss, likely_weights(experts[0]), bounds=[(0, MAX_WEIGHT)] * experts.shape[1]).x.tolist()
+        truth = np.asarray([classes.index(one.answer) for one, _ in pairs])
+        fitted = fit_weights(experts.swapaxes(0, 1), truth, pairs[0][1].prior).tolist()
         weights[key] = dict(zip(("model", *EXPERTS), fitted, strict=False))  # a network is the last, if any
         listed = ", ".join(f"{name} {one:.2f}" for name, one in weights[key].items())
         get_log().info(f"{key}: weights by {len(pairs)} validation records: {listed}")
     return weights
-
-
-def likely_weights(experts: np.ndarray) -> np.ndarray:
-    """Equal weights, but of an image and nothing else that of the network alone, if there is one.  # M+1 L -> M+1"""
-    known = [name for name, row in zip(("model", *EXPERTS), experts, strict=False) if row.any()]
-    return np.eye(len(experts))[-1] if known == ["model", "image", "pixels"] else equal_weights(experts)
-
-
-def _label_loss(weights: np.ndarray, experts: np.ndarray, truth: np.ndarray) -> float:
-    """The mean log loss, and how far the weights are from likely ones.  # M+1, R M+1 L, R"""
-    far = ((weights - likely_weights(experts[0])) ** 2).sum() * PRIOR_RECORDS / len(truth)
-    scores = log_softmax(np.einsum("m,rml->rl", weights, experts))
-    return float(far - scores[np.arange(len(truth)), truth].mean())

@@ -5,7 +5,8 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import numpy as np
 from openm6.modalities.interface import Arrays
 from openm6.modalities.series import fit_scale
 from openm6.modalities.simple_predictors import (
+    EXPERTS,
     FARTHEST,
     FOLDS,
     IMAGE,
+    LEAST,
     PREDICTIONS,
     RAW,
     TEXT,
@@ -25,6 +28,7 @@ from openm6.modalities.simple_predictors import (
     Network,
     TablePredictors,
     Trees,
+    fit_weights,
     words_in,
 )
 from openm6.tasks.slots import states
@@ -51,6 +55,7 @@ COUNTED_LETTERS = 2**22  # of texts in which words are counted, in a second and 
 # Labels: most classes, rows of each, rows that a column equals it in, and inverse penalties of the linear models.
 MAX_CLASSES, MIN_CLASS_ROWS, SAME = 50, 2, 0.98
 INVERSE_PENALTY = {"columns": 1.0, "text": 10.0, "image": 20.0}
+PARTS = 3  # of the rows of a label, each predicted by models of the others, whose weights follow
 # Of the time of a label, for each linear model, and measured on one core: seconds of an iteration per input and class.
 LINEAR_FRACTION, LINEAR_SECONDS, ITERATIONS = 0.15, 4e-9, (30, 300)
 
@@ -107,11 +112,6 @@ def _fit_label(
     table: TablePredictors, column: str, rows: Sequence[Given], labels: Labels, seconds: float, network: NetworkPlan
 ) -> None:
     """Fit linear models, trees and a network of a label, unless it has too few or too many classes."""
-    # scikit-learn and scipy take a second to import: only a training with labels needs them.
-    from scipy.sparse import csr_array  # noqa: PLC0415
-    from sklearn.ensemble import HistGradientBoostingClassifier  # noqa: PLC0415
-    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
-
     counts = Counter(row[column] for row in labels if row.get(column))
     classes = sorted(word for word, count in counts.items() if count >= MIN_CLASS_ROWS)
     own = [(row, named) for row, named in zip(rows, labels, strict=True) if named.get(column) in classes]
@@ -126,32 +126,64 @@ def _fit_label(
               if name != TEXT or column not in row or not states(value, named[column])}
              for row, named in own]  # fmt: skip
     truth, rng = np.asarray([classes.index(named[column]) for _, named in own]), np.random.default_rng(0)
-    outputs = len(classes) if len(classes) > 2 else 1
-    for expert, x in table.label_inputs(label, shown).items():
+    held, found = rng.integers(PARTS, size=len(truth)), np.zeros((len(EXPERTS) - 1, len(truth), len(classes)))
+    for number, (expert, x) in enumerate(table.label_inputs(label, shown).items()):
         key, seen = f"label {column} {expert}", np.flatnonzero(np.isfinite(x).any(1))
         if len(seen) < MIN_ROWS or len(np.unique(truth[seen])) < len(classes):
             continue
-        if expert in INVERSE_PENALTY:
-            inputs = np.nan_to_num(x[seen])
-            step = LINEAR_SECONDS * (1 + np.count_nonzero(inputs)) * outputs / LINEAR_FRACTION
-            model = LogisticRegression(C=INVERSE_PENALTY[expert], max_iter=int(np.clip(seconds / step, *ITERATIONS)))
-            with warnings.catch_warnings(action="ignore"):  # that it has not converged when the time is over
-                model.fit(csr_array(inputs) if expert == "text" else inputs, truth[seen])
-            table.arrays[key] = np.ascontiguousarray(np.concatenate([model.coef_, model.intercept_[:, None]], 1))
+        if expert == "trees":
+            if not (table.numbers or table.categories or table.vocabulary):
+                continue
+            seen = np.sort(rng.choice(seen, min(len(seen), MAX_TREE_ROWS), replace=False))
+        fit = _label_fit(expert, x[seen], len(classes), seconds / PARTS, rng)
+        if fit is None:
             continue
-        seen = np.sort(rng.choice(seen, min(len(seen), MAX_TREE_ROWS), replace=False))
-        step = outputs * (STEP_SECONDS + CELL_SECONDS * 2 * len(seen) * x.shape[1])
-        steps = min(STEPS, int(seconds * (1 - 3 * LINEAR_FRACTION) / step))
-        if steps >= MIN_STEPS and (table.numbers or table.categories or table.vocabulary):
-            trees = _boosted(HistGradientBoostingClassifier, x[seen], truth[seen], steps, rng)
-            arrays = {**tree_arrays([trees]), "words": np.zeros((1, 0))}
+        model = fit(x[seen], truth[seen])
+        if expert == "trees":
+            arrays = {**tree_arrays([model]), "words": np.zeros((1, 0))}
             table.trees[key] = Trees(arrays)
             table.arrays |= {f"{key}/{name}": array for name, array in arrays.items()}
+        else:
+            table.arrays[key] = np.ascontiguousarray(np.concatenate([model.coef_, model.intercept_[:, None]], 1))
+        for part in range(PARTS):
+            rest, others = seen[held[seen] == part], seen[held[seen] != part]
+            if len(rest) and len(np.unique(truth[others])) == len(classes):
+                inputs = x[rest] if expert == "trees" else np.nan_to_num(x[rest])
+                scores = np.log(fit(x[others], truth[others]).predict_proba(inputs) + 1e-12)
+                found[number, rest] = np.maximum(scores, LEAST)
+    table.arrays[f"label {column} weights"] = fit_weights(found, truth)
     seen = np.flatnonzero([RAW in row for row in shown])
     if len(seen) >= MIN_ROWS and len(np.unique(truth[seen])) == len(classes):
         arrays = fit_network([shown[row][RAW] for row in seen], truth[seen], network)
         table.arrays |= {f"label {column} pixels/{name}": array for name, array in arrays.items()}
         table.networks |= {column: Network(arrays)} if arrays else {}
+
+
+def _label_fit(
+    expert: str, x: np.ndarray, classes: int, seconds: float, rng: np.random.Generator
+) -> Callable[[np.ndarray, np.ndarray], Any] | None:
+    """How a linear model or trees of a label are fitted to inputs and classes in this time; None if it is too short."""
+    # scikit-learn and scipy take a second to import: only a training with labels needs them.
+    from scipy.sparse import csr_array  # noqa: PLC0415
+    from sklearn.ensemble import HistGradientBoostingClassifier  # noqa: PLC0415
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+
+    outputs = classes if classes > 2 else 1
+    if expert == "trees":
+        step = outputs * (STEP_SECONDS + CELL_SECONDS * 2 * len(x) * x.shape[1])
+        steps = min(STEPS, int(seconds * (1 - 3 * LINEAR_FRACTION) / step))
+        if steps < MIN_STEPS:
+            return None
+        return lambda inputs, truth: _boosted(HistGradientBoostingClassifier, inputs, truth, steps, rng)
+    step = LINEAR_SECONDS * (1 + np.count_nonzero(np.nan_to_num(x))) * outputs / LINEAR_FRACTION
+    model = partial(LogisticRegression, C=INVERSE_PENALTY[expert], max_iter=int(np.clip(seconds / step, *ITERATIONS)))
+
+    def fit(inputs: np.ndarray, truth: np.ndarray) -> Any:
+        inputs = np.nan_to_num(inputs)
+        with warnings.catch_warnings(action="ignore"):  # that it has not converged when the time is over
+            return model().fit(csr_array(inputs) if expert == "text" else inputs, truth)
+
+    return fit
 
 
 def _empty(rows: Sequence[Given], most_words: int) -> TablePredictors:

@@ -25,11 +25,10 @@ from openm6.inference.load import LoadedModel, load
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.series import NumberSeries
-from openm6.modalities.simple_predictors import EXPERTS, RAW
+from openm6.modalities.simple_predictors import EXPERTS, MAX_WEIGHT, RAW, likely_weights
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from openm6.train import calibration, image_network
-from openm6.train.calibration import MAX_WEIGHT, likely_weights
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
@@ -232,11 +231,17 @@ def test_a_network_of_images_is_in_the_checkpoint_with_a_weight_of_its_own(
 
 @pytest.mark.parametrize(
     ("known", "weights"),
-    [("101101", [1] * 6), ("100101", [0, 0, 0, 0, 0, 4]), ("10010", [2] * 5)],
+    [("01101", [1] * 6), ("00101", [0, 0, 0, 0, 0, 4]), ("0010", [2] * 5)],
 )
 def test_weights_are_drawn_to_equal_ones_or_to_the_network_of_an_image_alone(known: str, weights: list[int]) -> None:
     experts = -np.outer([int(one) for one in known], [0.5, 1.0])
     np.testing.assert_array_equal(likely_weights(experts), np.asarray(weights) / 4)
+
+
+def test_weights_are_drawn_to_those_that_were_fitted_together() -> None:
+    experts = -np.outer([1, 1, 0, 0, 1], [0.5, 1.0])
+    found = likely_weights(experts, np.asarray([3.0, 1.0, 2.0, 0.0]))
+    np.testing.assert_allclose(found[[0, 1, 2, 5]], [1 / 4, 3 / 8, 1 / 8, 1 / 4])
 
 
 def test_columns_are_asked_for_in_the_language_of_their_text(tmp_path: Path) -> None:

@@ -260,6 +260,21 @@ def test_labels_are_predicted_from_columns_texts_and_images_but_not_from_themsel
     assert not read.predict_label("colour", {"same": "red"}).experts.any()
 
 
+def test_what_tells_a_label_has_more_weight_than_what_does_not():
+    rng = np.random.default_rng(0)
+    rows, labels = [], []
+    for _ in range(120):
+        depth = float(rng.normal())
+        rows.append({"depth": depth, TEXT: f"a {COLOURS[rng.integers(3)]} {rng.integers(9)}"})
+        labels.append({"kind": "deep" if depth > 0 else "flat"})
+    table = fit_table(rows, np.arange(120) % FOLDS, 30, labels)
+    assert table is not None
+    weights = dict(zip(EXPERTS, table.arrays["label kind weights"], strict=False))
+    assert weights["columns"] > 3 * weights["text"] >= 0
+    prior = table.predict_label("kind", rows[0]).prior
+    assert prior.sum() == pytest.approx(1) and prior[1] > 3 * prior[2]
+
+
 def test_numbers_are_predicted_from_texts_and_images():
     rows = seen()
     table = fit_table(rows, np.arange(len(rows)) % FOLDS, 0)
