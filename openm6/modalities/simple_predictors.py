@@ -409,8 +409,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def likely_weights(experts: np.ndarray, fitted: np.ndarray | None = None) -> np.ndarray:
     """Likely weights of the model and of experts, whose rows are zero where nothing is given.  # M L, -> M+1
 
-    Equal parts, but of the experts that were `fitted` together, the network apart, in the proportion of their weights.
-    Of an image and nothing else, the network alone.
+    Equal parts, but of the experts that were `fitted` together, the network apart, in the proportion and with the sum
+    of their weights: a sum below 1 makes up for too sure predictions. Of an image and nothing else, the network alone.
     """
     known = experts.any(1)
     if [name for name, row in zip(EXPERTS, known, strict=False) if row] == ["image", "pixels"]:
@@ -418,7 +418,7 @@ def likely_weights(experts: np.ndarray, fitted: np.ndarray | None = None) -> np.
     weights = np.full(len(known) + 1, 1 / (1 + known.sum()))
     if fitted is not None and (total := fitted[known[: len(fitted)]].sum()) > 0:
         own = np.flatnonzero(known[: len(fitted)])
-        weights[1 + own] = fitted[own] / total * len(own) / (1 + known.sum())
+        weights[1 + own] = fitted[own] * fitted.sum() / total * len(own) / (1 + known.sum())
     return weights
 
 

@@ -151,7 +151,7 @@ def _fit_label(
                 inputs = x[rest] if expert == "trees" else np.nan_to_num(x[rest])
                 scores = np.log(fit(x[others], truth[others]).predict_proba(inputs) + 1e-12)
                 found[number, rest] = np.maximum(scores, LEAST)
-    table.arrays[f"label {column} weights"] = fit_weights(found, truth)
+    table.arrays[f"label {column} weights"] = fit_weights(found, truth) * found.any((1, 2))
     seen = np.flatnonzero([RAW in row for row in shown])
     if len(seen) >= MIN_ROWS and len(np.unique(truth[seen])) == len(classes):
         arrays = fit_network([shown[row][RAW] for row in seen], truth[seen], network)
