@@ -22,6 +22,7 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # Errors of the system that are no bugs of the package.
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+MAX_NAME = 48  # characters of a name that no terminal cuts
 # Packages of an extra, and the name of that extra.
 SERVE = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "gradio")
 HUB = ("gguf", "huggingface_hub", "transformers")
@@ -86,7 +87,8 @@ def print_result(result: Any) -> None:
         for column in result.columns:
             column.overflow = "fold"  # rich would cut words that are longer than a line
         names = result.columns[0]
-        names.no_wrap, names.min_width = True, max(cell_len(str(name)) for name in (names.header, *names.cells))
+        longest = max(cell_len(str(name)) for name in (names.header, *names.cells))
+        names.no_wrap, names.min_width = longest <= MAX_NAME, min(longest, MAX_NAME)
     if result is not None:
         # rich would print a dataclass field by field instead of its `str`.
         shown = result if is_renderable(result) else str(result)

@@ -172,8 +172,8 @@ class CsvTable(ArrowTable):
     def row_name(self, row: int) -> str:
         if row >= self.arrow.num_rows:
             return self._record_name(self._set_aside[row - self.arrow.num_rows][0])
-        good = [record - index for index, (record, _) in enumerate(self._set_aside)]  # before each one set aside
-        return self._record_name(row + bisect_right(good, row))
+        before = bisect_right(range(len(self._set_aside)), row, key=lambda index: self._set_aside[index][0] - index)
+        return self._record_name(row + before)
 
     def _record_name(self, record: int) -> str:
         alike = len(self._lines) == self.arrow.num_rows + len(self._set_aside)

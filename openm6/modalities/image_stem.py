@@ -56,7 +56,7 @@ class StandardizedConv(nn.Conv2d):
         if not self.first:
             kernels = kernels - kernels.mean(1, keepdim=True)
         kernels = F.normalize(kernels, dim=1) * self.gain[:, None]
-        return self._conv_forward(input, kernels.view_as(self.weight), self.bias)
+        return F.conv2d(input, kernels.view_as(self.weight), self.bias, self.stride, self.padding)
 
 
 class ConvStem(nn.Module):

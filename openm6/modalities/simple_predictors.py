@@ -44,9 +44,9 @@ MAX_LETTERS, TEXT_WORDS = 8_000, 128  # of the texts of a row that are read; wor
 SIDE, CELLS, TURNS, LEVELS = 32, 4, 8, 4  # of images: pixels and cells of a side, directions, levels of a colour
 IMAGE_FEATURES = CELLS**2 * TURNS + LEVELS**3
 # What labels are predicted from; trees take all of it but pixels, which a convolutional network reads if there is one.
+EXPERTS = ("columns", "text", "image", "trees", "pixels")
 # Of the weights of labels: the most, and how strongly they are drawn to likely ones.
 MAX_WEIGHT, PRIOR_ROWS = 3.0, 10.0
-EXPERTS = ("columns", "text", "image", "trees", "pixels")
 LEAST = math.log(1e-4)  # of the logarithm of a probability
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 _CELL = np.add.outer(np.arange(SIDE) * CELLS // SIDE * CELLS, np.arange(SIDE) * CELLS // SIDE) * TURNS
@@ -419,6 +419,8 @@ def likely_weights(experts: np.ndarray, fitted: np.ndarray | None = None) -> np.
     if fitted is not None and (total := fitted[known[: len(fitted)]].sum()) > 0:
         own = np.flatnonzero(known[: len(fitted)])
         weights[1 + own] = fitted[own] * fitted.sum() / total * len(own) / (1 + known.sum())
+        # The model makes up for experts that turned out to be worth little.
+        weights[0] = max(weights[0], 1 - weights[1:][known].sum())
     return weights
 
 

@@ -68,9 +68,9 @@ def default_groups(model: nn.Module) -> Groups:
         for parameter in module.parameters(recurse=False)
     }
     scales = {
-        id(parameter): module.lr_scale
+        id(parameter): scale
         for module in model.modules()
-        if hasattr(module, "lr_scale")
+        if isinstance(scale := getattr(module, "lr_scale", None), float)
         for parameter in module.parameters()
     }
     groups: dict[float, Groups] = {}

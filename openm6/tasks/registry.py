@@ -18,7 +18,7 @@ from openm6.core.extensions import installed
 from openm6.core.files import renamed
 from openm6.tasks import chat, design, slots
 from openm6.tasks.own import TaskConfig
-from openm6.tasks.slots import KINDS, Slot
+from openm6.tasks.slots import KINDS, Derived, Slot
 from openm6.tasks.task import Task
 
 SLOTS: dict[str, Slot] = {**slots.SLOTS, **design.SLOTS, **chat.SLOTS}

@@ -83,7 +83,7 @@ def fit_table(
     network = networks._replace(seconds=networks.seconds / max(1, len(columns)))
     for column in columns:
         if not any(column in label.hidden for label in table.labels.values()):  # equal ones have the same
-            _fit_label(table, column, rows, labels, per_target, network)
+            _fit_label(table, column, rows, fold, labels, per_target, network)
     seconds = per_target * len(targets)
     seen = np.isfinite(values[:, : len(table.numbers)])
     # A number that is alone beside labels has no inputs. One of few values, beside words and images only, is
@@ -109,12 +109,17 @@ def fit_table(
 
 
 def _fit_label(
-    table: TablePredictors, column: str, rows: Sequence[Given], labels: Labels, seconds: float, network: NetworkPlan
-) -> None:
-    """Fit linear models, trees and a network of a label, unless it has too few or too many classes."""
+    table: TablePredictors, column: str, rows: Sequence[Given], fold: np.ndarray, labels: Labels, seconds: float,
+    network: NetworkPlan,
+) -> None:  # fmt: skip
+    """Fit linear models, trees and a network of a label, unless it has too few or too many classes.
+
+    Weights of all but the network follow from predictions for rows of other folds than those that were fitted.
+    """
     counts = Counter(row[column] for row in labels if row.get(column))
     classes = sorted(word for word, count in counts.items() if count >= MIN_CLASS_ROWS)
-    own = [(row, named) for row, named in zip(rows, labels, strict=True) if named.get(column) in classes]
+    chosen = [index for index, named in enumerate(labels) if named.get(column) in classes]
+    own = [(rows[index], labels[index]) for index in chosen]
     if not 2 <= len(classes) <= MAX_CLASSES or len(own) < max(MIN_ROWS, SAME * counts.total()):
         return
     equal = Counter(name for row, named in own for name, word in {**row, **named}.items()
@@ -126,14 +131,15 @@ def _fit_label(
               if name != TEXT or column not in row or not states(value, named[column])}
              for row, named in own]  # fmt: skip
     truth, rng = np.asarray([classes.index(named[column]) for _, named in own]), np.random.default_rng(0)
-    held, found = rng.integers(PARTS, size=len(truth)), np.zeros((len(EXPERTS) - 1, len(truth), len(classes)))
+    part_of, found = fold[chosen] % PARTS, np.zeros((len(EXPERTS) - 1, len(truth), len(classes)))
     for number, (expert, x) in enumerate(table.label_inputs(label, shown).items()):
         key, seen = f"label {column} {expert}", np.flatnonzero(np.isfinite(x).any(1))
         if len(seen) < MIN_ROWS or len(np.unique(truth[seen])) < len(classes):
             continue
+        if expert == "trees" and not (table.numbers or table.categories or table.vocabulary):
+            continue
+        usable = seen
         if expert == "trees":
-            if not (table.numbers or table.categories or table.vocabulary):
-                continue
             seen = np.sort(rng.choice(seen, min(len(seen), MAX_TREE_ROWS), replace=False))
         fit = _label_fit(expert, x[seen], len(classes), seconds / PARTS, rng)
         if fit is None:
@@ -146,7 +152,7 @@ def _fit_label(
         else:
             table.arrays[key] = np.ascontiguousarray(np.concatenate([model.coef_, model.intercept_[:, None]], 1))
         for part in range(PARTS):
-            rest, others = seen[held[seen] == part], seen[held[seen] != part]
+            rest, others = usable[part_of[usable] == part], seen[part_of[seen] != part]
             if len(rest) and len(np.unique(truth[others])) == len(classes):
                 inputs = x[rest] if expert == "trees" else np.nan_to_num(x[rest])
                 scores = np.log(fit(x[others], truth[others]).predict_proba(inputs) + 1e-12)

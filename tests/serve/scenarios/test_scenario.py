@@ -226,7 +226,7 @@ COLUMNS = {
     "digits": ["digit"],
     "spoken": ["digit"],
     "penguins": ["bill_length_mm", "body_mass_g"],
-    "instruments": ["loudness", "pitch"],
+    "instruments": ["pitch"],
     "cities": ["latitude", "longitude", "people"],
     "diamonds": ["carat", "depth", "price"],
     "homes": ["median", "sales"],
