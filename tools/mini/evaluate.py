@@ -1,7 +1,7 @@
 """Evaluates a run on held-out records of the corpus by means other than our own model, and prints a table.
 
 Small networks trained on real records, published networks and exact comparisons evaluate the answers. Beside each value
-stands the one that real records reach in place of answers.
+stands the one that real records reach in place of answers, after the codec.
 """
 
 from __future__ import annotations

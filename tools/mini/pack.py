@@ -123,8 +123,8 @@ def card(path: Path, rows: Path | None) -> str:
 ## Answers evaluated by other means
 
 Held-out records of the corpus, evaluated by published networks, networks trained on real records, and comparison; the
-last column is what real records reach in place of answers, after the codec (`tools/mini/README.md`, Evaluation). What the goals need
-and is not reached stands as it is.
+last column is what real records reach in place of answers, after the codec (`tools/mini/README.md`, Evaluation).
+What the goals need and is not reached stands as it is.
 
 ```sh
 python -m tools.mini.build --out build/mini
