@@ -200,7 +200,7 @@ def _value_chart(answer: Histogram, index: int, name: str, truth: float) -> Valu
     ]
     description = f"median {plain(median)}, 80 % between {plain(low)} and {plain(high)}"
     description += f", truth {plain(truth)}" * math.isfinite(truth)
-    x = [(value, plain(value)) for value in ticks(frame.left, frame.right, 5)]
+    x = [(value, plain(value)) for value in ticks(frame.left, frame.right, 3)]
     return ValueChart(frame.chart(shapes, description, x), name, low, median, high, truth)
 
 
