@@ -412,7 +412,7 @@ def likely_weights(experts: np.ndarray, fitted: np.ndarray | None = None) -> np.
     Equal parts, but of the experts that were `fitted` together, the network apart, in the proportion and with the sum
     of their weights: a sum below 1 makes up for too sure predictions. Of an image and nothing else, the network alone.
     """
-    known: np.ndarray = experts.any(1)
+    known = np.asarray(experts.any(1))
     if [name for name, row in zip(EXPERTS, known, strict=False) if row] == ["image", "pixels"]:
         return np.eye(len(known) + 1)[-1]
     weights = np.full(len(known) + 1, 1 / (1 + known.sum()))
