@@ -27,7 +27,7 @@ from openm6.checkpoint.folder import latest
 from openm6.core.config import apply_overrides
 from openm6.core.errors import ConfigError
 from openm6.data.inspect import inspect_path
-from openm6.hub.pretrained import find_model
+from openm6.hub.find import find_model
 from openm6.inference.load import read_texts
 
 NOTHING, TUNED = "from nothing", "fine-tuned"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import openm6
 from openm6.cli.main import app
-from openm6.hub.pretrained import SHIPPED, find_model
+from openm6.hub.find import SHIPPED, find_model
 from openm6.serve.scenarios.run import examples_of
 from openm6.serve.scenarios.scenario import LANGUAGES, library_of, read_scores, readiness
 from tools.mini.evaluate import ROWS

@@ -24,8 +24,9 @@ from openm6.core.files import new_folder
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.report import card
 from openm6.evaluate.results import EvalReport, read_account, run_facts
+from openm6.hub.find import find_model
 from openm6.hub.importing import import_model
-from openm6.hub.pretrained import find_model, read_json
+from openm6.hub.pretrained import read_json
 from openm6.inference.engine import RankedText, rank_texts, score_texts
 from openm6.inference.engine import embed as embed_parts
 from openm6.inference.load import LoadedModel, convert_weights, precision_of

@@ -25,7 +25,7 @@ REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno
 MAX_NAME = 48  # characters of a name that no terminal cuts
 # Packages of an extra, and the name of that extra.
 SERVE = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "gradio")
-HUB = ("gguf", "huggingface_hub", "transformers")
+HUB = ("huggingface_hub", "transformers")
 EXTRAS = dict.fromkeys(SERVE, "serve") | dict.fromkeys(HUB, "hub") | {"ray": "ray"}
 
 

@@ -23,6 +23,7 @@ from openm6.checkpoint.save import named_tensors, write_tensors
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.files import new_folder
 from openm6.hub.architectures import StoredTensor, backbone_config, layer_tensors, outer_tensors
+from openm6.hub.decoders import packaged_decoder
 from openm6.hub.pretrained import ADDITION_FILE, Pretrained, open_pretrained, read_json, read_text
 from openm6.inference.load import read_texts
 from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
@@ -32,8 +33,10 @@ from openm6.tasks.registry import all_tasks
 
 # Smaller tensors keep their precision: norms, biases, scales.
 SMALL = 4096
-# Beside the weights, if the run has them.
-CARDS = ("README.md", "report.json")
+CARD_FILE = "README.md"
+REPORTS = (CARD_FILE, "report.json")
+# Beside the weights of a model.
+BESIDE = (*REPORTS, "NOTICE", "examples.yaml", "*.png", "*.flac", "*.wav", "*.ogg")
 
 
 class Addition(NamedTuple):
@@ -85,13 +88,26 @@ def export_addition(run: Path, folder: Path, out: Path, dtype: str) -> str:
     with new_folder(out) as partial:
         write_tensors(partial / MODEL_FILE, compact(weights, dtype))
         (partial / DESCRIPTION_FILE).write_text(published.to_json(), encoding="utf-8", newline="\n")
-        about = {"base_model": published.base_model, "sha256": base}
-        (partial / ADDITION_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8", newline="\n")
-        for file in (folder / PREDICTORS_FILE, *(run / name for name in CARDS)):
+        about: dict[str, Any] = {"base_model": published.base_model, "sha256": base}
+        copy_beside(folder, partial)
+        for file in (folder / PREDICTORS_FILE, *(run / name for name in REPORTS)):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
+        if (decoder := packaged_decoder(pretrained.path)) is not None:
+            about["decoder"] = decoder.model_dump()
+            card = partial / CARD_FILE
+            if card.is_file() and "\nbase_model: " not in (text := card.read_text(encoding="utf-8")):
+                named = text.replace("\nlicense: ", f"\nbase_model: {decoder.model}\nlicense: ", 1)
+                card.write_text(named, encoding="utf-8", newline="\n")
+        (partial / ADDITION_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8", newline="\n")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return f"{out}: addition to {published.base_model} in {dtype}, {size / 1e6:.1f} MB"
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy the card, the report, the notice and the examples of a model, as far as it has them."""
+    for file in (file for pattern in BESIDE for file in source.glob(pattern)):
+        shutil.copyfile(file, target / file.name)
 
 
 def unused_names(description: CheckpointConfig) -> tuple[str, ...]:

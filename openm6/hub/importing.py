@@ -22,7 +22,7 @@ from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, first_line
 from openm6.core.files import new_folder, replace_text
 from openm6.core.run_folder import RunFolder
-from openm6.hub.addition import Addition, base_tensors, check_weights, read_addition, unused_names
+from openm6.hub.addition import Addition, base_tensors, check_weights, copy_beside, read_addition, unused_names
 from openm6.hub.architectures import (
     EMBEDDING,
     HEAD,
@@ -95,9 +95,12 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
     with torch.device("meta"):
         omni = Omni(config, modalities, description.embedding)
     fresh = _fresh_adapters(modalities, config)
-    if additions.adapter is not None and (additions.adapter / ADDITION_FILE).is_file():
+    addition = additions.adapter
+    if addition is not None and not (addition / ADDITION_FILE).is_file():
+        addition = None  # but an adapter of PEFT
+    if addition is not None:
         fresh = {name: tensor for name, tensor in fresh.items() if name.startswith(unused_names(description))}
-        check_weights(fresh | added, stored, omni, str(additions.adapter))
+        check_weights(fresh | added, stored, omni, str(addition))
     with new_folder(out) as run:
         weights = {one.ours: one.read(pretrained.weights) for one in outer}
         for name in {EMBEDDING, HEAD} & weights.keys():
@@ -111,7 +114,10 @@ def import_model(source: str, out: Path, receipt: bool = True, additions: Additi
             Shard(_layer(config, index, {one.ours: one.read(pretrained.weights) for one in layer}, additions, added))
             for index, layer in enumerate(layers)
         )
-        _write_run(run, description, pretrained, weights, shards, files)
+        checkpoint = _write_run(run, description, pretrained, weights, shards, files)
+        if addition is not None:
+            # The state does not list these files, so that they may be edited.
+            copy_beside(addition, checkpoint)
         del weights
         exactness = _receipt(pretrained, tokenizer, run, base, config) if receipt else "no receipt asked for"
     total = sum(parameter.numel() for parameter in omni.backbone.parameters()) / 1e6
@@ -214,7 +220,8 @@ def _fresh_adapters(modalities: Modalities, config: BackboneConfig) -> dict[str,
 def _write_run(
     out: Path, description: CheckpointConfig, pretrained: Pretrained, weights: dict[str, Tensor],
     shards: Iterator[Shard], files: dict[str, str | bytes],
-) -> None:  # fmt: skip
+) -> Path:  # fmt: skip
+    """Write the checkpoint of a new run; return its folder."""
     run = RunFolder.open(out)
     replace_text(run.path / TOKENIZER_FILE, pretrained.tokenizer)
     snapshot = Snapshot(
@@ -227,7 +234,7 @@ def _write_run(
         shards=shards,
         num_shards=description.backbone.num_layers,
     )
-    save(snapshot, run.checkpoints, keep=1)
+    return save(snapshot, run.checkpoints, keep=1)
 
 
 def _receipt(

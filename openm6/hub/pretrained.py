@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from tokenizers import Tokenizer
 from openm6.checkpoint.folder import INDEX_FILE
 from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
-from openm6.core.errors import CheckpointError, first_line, nearest
+from openm6.core.errors import CheckpointError, first_line
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
 from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
@@ -22,8 +20,6 @@ from openm6.models.description import TOKENIZER_FILE
 
 # No format that could run code is ever fetched.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SHIPPED = Path(__file__).parents[1] / "shipped"
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 ADDITION_FILE = "addition.json"  # of what belongs on an imported decoder, see hub/addition.py
 
@@ -139,48 +135,3 @@ def download(source: str) -> Path:
         raise CheckpointError(
             f"{source} is neither a local path nor can it be downloaded ({first_line(error)}): check name and network"
         ) from None
-
-
-def find_model(name: str | Path) -> Path:
-    """Return the folder of a model: a path, a name in OPENM6_HOME/models or ~/.openm6/models, or that of a shipped one,
-    or an id of the Hub, fetched first.
-    """
-    try:
-        path, text = Path(name).expanduser(), str(name)
-    except (TypeError, RuntimeError):  # no text, or the home of a user who is not there
-        raise CheckpointError(f"{name!r} is neither a path nor the name of a model") from None
-    is_path = path.exists() or isinstance(name, Path) or path.is_absolute() or (path.parent.is_dir() and "/" in text)
-    # The addition `smol` in the working folder does not hide the model `smol` that it became.
-    if is_path and not (path.parent == Path() and (path / ADDITION_FILE).is_file()):
-        return _whole(path, path.name)
-    if is_path or not _HUB_ID.fullmatch(text):
-        homes = [name for name in (os.environ.get("OPENM6_HOME"), "~/.openm6") if name]
-        folders = [*(Path(home).expanduser() / "models" for home in homes), SHIPPED]
-        found = [one for folder in folders if folder.is_dir() for one in sorted(folder.iterdir()) if one.is_dir()]
-        if named := [one for one in found if one.name == text]:
-            return _whole(named[0], text)
-        if is_path:
-            return _whole(path, path.name)
-        raise CheckpointError(
-            f"there is no folder {text!r}, and no model of this name in {folders[0]}: name a run's folder, such as "
-            f"runs/demo, which openm6 demo trains; {nearest(text, sorted({one.name for one in found}))}"
-        )
-    if text.startswith("runs/"):
-        raise CheckpointError(f"there is no run at {text}: train or import it first, or name another model")
-    try:
-        return _whole(download(text), text.rpartition("/")[2])
-    except ModuleNotFoundError:
-        raise CheckpointError(
-            f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"
-        ) from None
-
-
-def _whole(path: Path, name: str) -> Path:
-    """The path of a model; CheckpointError if it is an addition alone."""
-    if (path / ADDITION_FILE).is_file():
-        base = read_json(path / ADDITION_FILE).get("base_model")
-        raise CheckpointError(
-            f"{path} is an addition to {base}: put it onto that model, as "
-            f"openm6 import {base} --adapter {path} --out ~/.openm6/models/{name}"
-        )
-    return path

@@ -17,7 +17,7 @@ from openm6.core.config import Config, apply_overrides
 from openm6.core.config import build as build_config
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
-from openm6.hub.pretrained import find_model
+from openm6.hub.find import find_model
 from openm6.inference.load import check, load
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine

@@ -36,7 +36,7 @@ from openm6 import __version__
 from openm6.core.config import apply_overrides, build
 from openm6.core.errors import ConfigError, EngineError, OpenM6Error
 from openm6.core.log import get_log
-from openm6.hub.pretrained import find_model
+from openm6.hub.find import find_model
 from openm6.inference.load import load
 from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.content import Fetcher

@@ -13,7 +13,7 @@ from openm6.core.errors import CheckpointError, ConfigError, nearest
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.data.source import SourceConfig
-from openm6.hub.pretrained import find_model
+from openm6.hub.find import find_model
 from openm6.inference.load import read_texts
 from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig

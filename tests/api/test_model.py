@@ -23,7 +23,7 @@ import openm6
 from openm6.api import model, values
 from openm6.api.values import media_bytes
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
-from openm6.hub.pretrained import find_model
+from openm6.hub.find import find_model
 from openm6.modalities.image import read_image
 from tests.small_model import embedding_model
 
@@ -139,7 +139,7 @@ def test_names_are_looked_up_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         (place / "mini").mkdir(parents=True)
     monkeypatch.setenv("OPENM6_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("openm6.hub.pretrained.SHIPPED", places[-1])
+    monkeypatch.setattr("openm6.hub.find.SHIPPED", places[-1])
     monkeypatch.chdir(tmp_path)
     for place in places:
         assert find_model("mini") == place / "mini"

@@ -368,7 +368,7 @@ def test_settings_of_a_server_need_no_model(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_a_shipped_model_a_sentence_names_the_way_to_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openm6.hub.pretrained.SHIPPED", tmp_path)
+    monkeypatch.setattr("openm6.hub.find.SHIPPED", tmp_path)
     monkeypatch.setenv("OPENM6_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     shown = runner.invoke(app, ["generate", "--text", "a", "--output", "text"])

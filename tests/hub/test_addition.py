@@ -14,8 +14,8 @@ from torch import Tensor
 
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.hub.export import export_run
+from openm6.hub.find import find_model
 from openm6.hub.importing import Additions, import_model
-from openm6.hub.pretrained import find_model
 from openm6.inference.load import load
 from openm6.train.run import train_recipe
 from tests.hub.published import publish

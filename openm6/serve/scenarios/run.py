@@ -34,7 +34,7 @@ from openm6.evaluate.answers import evenly_spaced
 from openm6.evaluate.report import MEDIA_BYTES, MediaBudget, report_environment, sample_data
 from openm6.evaluate.results import Sample
 from openm6.evaluate.run import source_configs
-from openm6.hub.pretrained import find_model
+from openm6.hub.find import find_model
 from openm6.inference.load import LoadedModel, load, precision_of
 from openm6.inference.question import is_region
 from openm6.modalities.histogram import Histogram
