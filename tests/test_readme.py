@@ -240,7 +240,7 @@ def test_the_python_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, 
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(example, {})
-    assert (tmp_path / "umbrella.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "skull.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_shipped_recipe_is_in_the_table_of_the_quickstart() -> None:
