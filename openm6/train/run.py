@@ -12,7 +12,7 @@ import torch
 from openm6 import __version__
 from openm6.core.config import apply_overrides, build, read_yaml
 from openm6.core.device import resolve_device
-from openm6.core.errors import ConfigError, OpenM6Error, nearest
+from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error, nearest
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.config import ParallelConfig
@@ -89,7 +89,9 @@ def train_recipe(
         checked, values = read_recipe(path, overrides or [])
         refuse_overwriting(run, resume)
         if isinstance(checked, MultimodalRecipe):
-            parallel = checked.parallel
+            parallel, start = checked.parallel, Path(checked.model.start or ".")
+            if path.parent == SHIPPED and start.parts[:1] == ("runs",) and not start.exists():
+                raise CheckpointError(f"there is no run at {start}: make it with the commands at the head of {path}")
         elif launched():
             raise ConfigError("a codec is trained by one process: leave --nproc out")
     except OpenM6Error as error:

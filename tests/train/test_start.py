@@ -187,6 +187,16 @@ def test_a_bad_recipe_is_one_sentence(case: str, start: Path, tmp_path: Path) ->
     assert "\n" not in str(caught.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_shipped_recipe_without_its_start_names_the_commands_that_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OpenM6Error, match="no run at runs/smollm2: make it with the commands at the head of (.*)") as e:
+        train_recipe("smol")
+    head = Path(str(e.value).rpartition(" ")[2]).read_text(encoding="utf-8").partition("kind:")[0]
+    assert "openm6 import" in head and not list(tmp_path.iterdir())
+
+
 def test_a_start_of_another_version_and_another_start_are_refused(start: Path, tuned: Path, tmp_path: Path) -> None:
     shutil.copytree(latest(start), tmp_path / "old")
     model = json.loads((tmp_path / "old" / "model.json").read_text(encoding="utf-8"))
