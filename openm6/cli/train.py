@@ -108,6 +108,7 @@ def import_model(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.")],
     receipt: Annotated[bool, typer.Option(help="Compare logits with transformers, if it is installed.")] = True,
+    sha256: Annotated[str | None, typer.Option(help="Of a source that is one file; checked before it is read.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter of PEFT, or addition, for this model.")] = None,
     experts: Annotated[int | None, typer.Option(help="Copies of each dense network, as experts with a router.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="Experts per token.")] = 2,
@@ -130,7 +131,7 @@ def import_model(
     named = [name for name in modalities.split(",") if name]
     chosen = {"adapter": adapter, "experts": experts, "top_k": top_k, "noise": noise, "reinit": reinit}
     additions = build(Additions, {**chosen, "modalities": named}, "openm6 import")
-    print_result(import_decoder(source, out, receipt, additions))
+    print_result(import_decoder(source, out, receipt, additions, sha256))
 
 
 def export(

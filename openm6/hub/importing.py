@@ -78,12 +78,15 @@ class Additions(Config):
 PLAIN = Additions()
 
 
-def import_model(source: str, out: Path, receipt: bool = True, additions: Additions = PLAIN) -> str:
+def import_model(
+    source: str, out: Path, receipt: bool = True, additions: Additions = PLAIN, sha256: str | None = None
+) -> str:
     """Write a published decoder as a run at `out`; return what was imported, and how exactly.
 
-    Everything is checked before anything is written (CheckpointError, ConfigError); if writing fails, nothing is left.
+    sha256: of a source that is one file. Everything is checked before anything is written (CheckpointError,
+    ConfigError); if writing fails, nothing is left.
     """
-    pretrained = open_pretrained(source)
+    pretrained = open_pretrained(source, sha256)
     base = backbone_config(pretrained.settings)
     outer, *layers = base_tensors(pretrained)
     stored = [*outer, *(one for layer in layers for one in layer)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from openm6.checkpoint.folder import INDEX_FILE
 from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
-from openm6.core.errors import CheckpointError, first_line
+from openm6.core.errors import CheckpointError, ConfigError, first_line
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
 from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
@@ -38,14 +39,16 @@ class Pretrained:
     text: ImportedText
 
 
-def open_pretrained(source: str) -> Pretrained:
+def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     """The model in a folder, a GGUF file, or `OWNER/NAME` on the Hub (of a GGUF repository `OWNER/NAME/FILE.gguf`).
 
-    Headers and metadata are read, no weights. CheckpointError if it is not there, not whole, or its parts do not fit
-    one another, ConfigError if something of it is not supported.
+    If `sha256` is given, that of the file is checked first. Headers and metadata are read, no weights. CheckpointError
+    if it is not there, not whole, or its parts do not fit one another, ConfigError if something of it is not supported.
     """
     path = Path(source)
     path = path if path.exists() else download(source)
+    if sha256 is not None:
+        _check_sha256(path, sha256)
     if path.is_file():
         file = GgufFile(path)
         return _opened(path, file.settings, file, *read_gguf_tokenizer(file.tokenizer_fields))
@@ -62,6 +65,15 @@ def open_pretrained(source: str) -> Pretrained:
     tokenizer = read_text(path / TOKENIZER_FILE)
     special = _special_tokens(path, settings, read_tokenizer(tokenizer, str(path / TOKENIZER_FILE)))
     return _opened(path, settings, CheckpointReader(path, "model"), tokenizer, special)
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if path.is_dir():
+        raise ConfigError(f"--sha256 is for a single file, and {path} is a folder: leave it out")
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected.strip().lower():
+        raise CheckpointError(f"{path} has the sha256 {found}, not {expected}: download it again, or check the number")
 
 
 def _opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -297,6 +298,19 @@ def test_a_receipt_that_fails_leaves_the_run(sharded: Path, tmp_path: Path, monk
     summary = import_model(str(sharded), tmp_path / "run")
     assert "no receipt: transformers does not compute this model (of another version)" in summary
     assert load(tmp_path / "run", "cpu").text.imported
+
+
+def test_a_file_of_another_sha256_is_refused_before_it_is_read(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"no GGUF file")
+    right, wrong = hashlib.sha256(b"no GGUF file").hexdigest(), hashlib.sha256(b"").hexdigest()
+    for source, number, complaint in (
+        (tmp_path / "model.gguf", wrong, f"has the sha256 {right}, not {wrong}: download it again"),
+        (tmp_path / "model.gguf", right.upper(), "no GGUF file"),
+        (sharded, right, "--sha256 is for a single file"),
+    ):
+        with pytest.raises(OpenM6Error, match=complaint):
+            import_model(str(source), tmp_path / "run", sha256=number)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./no/where", "a/b/c/d"])
