@@ -141,7 +141,7 @@ def _described(source: str, pretrained: Pretrained, config: BackboneConfig, addi
                 raise ConfigError(f"{adapter} has all that is added: leave the other options out")
             found = read_addition(adapter, pretrained)
             return found._replace(description=found.description.model_copy(update={"base_model": base_model}))
-        lora, weights = read_adapter(adapter, pretrained.settings["model_type"], config)
+        lora, weights = read_adapter(adapter, pretrained.settings["model_type"], config, base_model)
         config = config.model_copy(update={"lora": lora})
     text = TextConfig(max_tokens=pretrained.settings.get("max_position_embeddings", 2048), imported=pretrained.text)
     description = CheckpointConfig(

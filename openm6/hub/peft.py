@@ -17,6 +17,7 @@ from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import write_tensors
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.log import get_log
 from openm6.hub.architectures import Settings, layer_tensors
 from openm6.hub.pretrained import read_json
 from openm6.models.config import BackboneConfig
@@ -123,10 +124,11 @@ def _flat(a: Tensor, b: Tensor) -> Factors:
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
-def read_adapter(folder: Path, kind: str, config: BackboneConfig) -> tuple[LoraConfig, dict[str, Tensor]]:
+def read_adapter(folder: Path, kind: str, config: BackboneConfig, source: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The adapter in a folder of PEFT for a decoder, as config and tensors of ours, which have one rank and scale.
 
-    CheckpointError if it is not whole, for another base or of an unknown layout; ConfigError if it is more than LoRA.
+    A warning if its base has another name than `source`, whose sizes it may have nevertheless. CheckpointError if it
+    is not whole, for another base or of an unknown layout; ConfigError if it is more than LoRA.
     """
     settings = read_json(folder / CONFIG_FILE, needed=True)
     unlike = [key for key in UNLIKE if settings.get(key)] + ["bias"] * (settings.get("bias", "none") != "none")
@@ -135,6 +137,8 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig) -> tuple[LoraC
     if settings.get("peft_type") != "LORA" or unlike:
         what = ", ".join(unlike) or f"peft_type {settings.get('peft_type')}"
         raise ConfigError(f"{folder} is an adapter with {what}, which is not supported: use plain LoRA")
+    if (base := settings.get("base_model_name_or_path")) and _bare_name(base) != _bare_name(source):
+        get_log().warning(f"{folder} was trained for {base}: its answers are wrong if {source} has other weights")
     reader, every = CheckpointReader(folder, WEIGHTS_FILE.partition(".")[0]), list(projections(kind, config))
     left, found = set(reader.names), dict[Projection, Factors]()
     for one in every:
@@ -174,6 +178,11 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig) -> tuple[LoraC
         for factor, whole in (("a", whole_a), ("b", whole_b)):
             tensors[f"{one.update}.{factor}.{one.name}"] = whole.mT.contiguous() if one.experts else whole[0]
     return build(LoraConfig, {"r": size, "alpha": size, "targets": targets}, "adapter"), tensors
+
+
+def _bare_name(model: str) -> str:
+    """What a folder, a GGUF file and a repository of one model have in common."""
+    return re.sub(r"([.-](i?q\d\w*|b?f16|f32))?\.gguf$", "", Path(model).name.lower())
 
 
 def _fused(

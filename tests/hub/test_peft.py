@@ -161,6 +161,27 @@ def test_the_old_layout_of_experts_is_told_by_sizes_or_the_version(targets: obje
     torch.testing.assert_close(our_logits(tmp_path / "out"), our_logits(run), atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_that_names_another_base_of_the_same_sizes_gives_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish("llama", tmp_path / "Base-1B")
+    run = trained_run(tmp_path / "Base-1B", tmp_path, LoraConfig(r=8))
+    export_run(run, tmp_path / "adapter", "peft")
+    path, added = tmp_path / "adapter/adapter_config.json", Additions(adapter=tmp_path / "adapter")
+    for base, warned in (("owner/base-1b", False), ("gone/base-1B.Q4_K_M.gguf", False), ("owner/Base-1B-Chat", True)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+        caplog.clear()
+        import_model(str(tmp_path / "Base-1B"), tmp_path / base, receipt=False, additions=added)
+        assert [record.getMessage().partition(":")[0] for record in caplog.records] == warned * [
+            f"{tmp_path / 'adapter'} was trained for {base}"
+        ]
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors is not a readable safetensors file") as error:
+        import_model(str(tmp_path / "Base-1B"), tmp_path / "out", receipt=False, additions=added)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_is_more_or_of_another_base_is_refused(tmp_path: Path) -> None:
     publish("llama", tmp_path / "base")
     run = trained_run(tmp_path / "base", tmp_path, LoraConfig(r=8))
