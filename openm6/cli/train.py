@@ -103,7 +103,7 @@ def import_model(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="Folder of safetensors, GGUF file, or OWNER/NAME of the Hugging Face Hub."
+            metavar="SOURCE", help="Folder of safetensors, GGUF file, or OWNER/NAME[@REVISION] of the Hugging Face Hub."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.")],

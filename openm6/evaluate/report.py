@@ -132,7 +132,7 @@ def _metadata(report: EvalReport, facts: RunFacts) -> dict[str, Any]:
         paths = {one["path"] for one in description.sources.values() if one.get("kind") == "datasets"}
         found["datasets"] = sorted(path for path in paths if not Path(path).expanduser().exists())
         base = Path(description.base_model)  # a local path is absolute, one on the Hub is OWNER/NAME or a file in it
-        found["base_model"] = "" if base.is_absolute() else "/".join(base.parts[:2])
+        found["base_model"] = "" if base.is_absolute() else "/".join(base.parts[:2]).partition("@")[0]
     if (account := facts.energy) is not None:
         found["co2_eq_emissions"] = {
             "emissions": account.grams(account.tracker.joules),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from openm6.core.files import as_output_error, replace_text
 from openm6.core.log import get_log
 from openm6.hub.decoders import PackagedDecoder, decoder_file
 from openm6.hub.importing import Additions, import_model
-from openm6.hub.pretrained import ADDITION_FILE, download, read_json, read_text
+from openm6.hub.pretrained import ADDITION_FILE, HUB_ID, download, read_json, read_text
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHIPPED = Path(__file__).parents[1] / "shipped"
 MADE_OF = "addition.sha256"  # in a model that was made of an addition of the package
 
@@ -36,7 +34,7 @@ def find_model(name: str | Path) -> Path:
     # The addition `smol` in the working folder does not hide the model `smol` that it became.
     if is_path and not (path.parent == Path() and (path / ADDITION_FILE).is_file()):
         return _whole(path, path.name)
-    if is_path or not _HUB_ID.fullmatch(text):
+    if is_path or not HUB_ID.fullmatch(text):
         homes = [name for name in (os.environ.get("OPENM6_HOME"), "~/.openm6") if name]
         folders = [*(Path(home).expanduser() / "models" for home in homes), SHIPPED]
         found = [one for folder in folders if folder.is_dir() for one in sorted(folder.iterdir()) if one.is_dir()]

@@ -19,7 +19,7 @@ from openm6.core.config import build
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.log import get_log
 from openm6.hub.architectures import Settings, layer_tensors
-from openm6.hub.pretrained import read_json
+from openm6.hub.pretrained import read_json, split_revision
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import LoraConfig
 
@@ -99,11 +99,12 @@ def write_adapter(
         if "down_proj" in stack:
             tensors |= _named(module, _flat(*stack["down_proj"]))
     whole = {name.replace("gate_", "gate_up_") for stack in stacks.values() for name in stack} - {"up_proj"}
+    base_model, revision = split_revision(base_model)
     alpha, double = lora.scale * lora.r, [r".*\.gate_up_proj"] if "gate_up_proj" in whole else []
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.r,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(modules),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "revision": revision,
+        "r": lora.r, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": 0.0,
+        "bias": "none", "target_modules": sorted(modules),
         "target_parameters": [f"mlp.experts.{name}" for name in sorted(whole)] or None, "modules_to_save": None,
         "rank_pattern": dict.fromkeys(double, 2 * lora.r), "alpha_pattern": dict.fromkeys(double, 2 * alpha),
         "use_rslora": False, "inference_mode": True, "peft_version": ".".join(map(str, PEFT_VERSION)),
@@ -182,7 +183,7 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig, source: str) -
 
 def _bare_name(model: str) -> str:
     """What a folder, a GGUF file and a repository of one model have in common."""
-    return re.sub(r"([.-](i?q\d\w*|b?f16|f32))?\.gguf$", "", Path(model).name.lower())
+    return re.sub(r"([.-](i?q\d\w*|b?f16|f32))?\.gguf$", "", Path(split_revision(model)[0]).name.lower())
 
 
 def _fused(

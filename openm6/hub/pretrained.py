@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from openm6.models.description import TOKENIZER_FILE
 
 # No format that could run code is ever fetched.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
+TWICE = "*consolidated*"  # all weights of Mistral's models once more, under other names
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?")
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 ADDITION_FILE = "addition.json"  # of what belongs on an imported decoder, see hub/addition.py
 
@@ -42,8 +45,9 @@ class Pretrained:
 def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     """The model in a folder, a GGUF file, or `OWNER/NAME` on the Hub (of a GGUF repository `OWNER/NAME/FILE.gguf`).
 
-    If `sha256` is given, that of the file is checked first. Headers and metadata are read, no weights. CheckpointError
-    if it is not there, not whole, or its parts do not fit one another, ConfigError if something of it is not supported.
+    `OWNER/NAME@REVISION` is a branch, a tag or a commit. If `sha256` is given, that of the file is checked first.
+    Headers and metadata are read, no weights. CheckpointError if it is not there, not whole, or its parts do not fit
+    one another, ConfigError if something of it is not supported.
     """
     path = Path(source)
     path = path if path.exists() else download(source)
@@ -130,6 +134,12 @@ def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The parts of OWNER/NAME@REVISION of the Hub; anything else as it is, and None."""
+    found = HUB_ID.fullmatch(name)
+    return (found[1], found[2]) if found else (name, None)
+
+
 def download(source: str) -> Path:
     """A model of the Hub in the local cache: its settings and safetensors, or one file; CheckpointError if it fails."""
     parts = source.split("/")
@@ -138,10 +148,12 @@ def download(source: str) -> Path:
     # An optional dependency.
     import huggingface_hub  # noqa: PLC0415
 
+    name, revision = split_revision("/".join(parts[:2]))
     try:
         if len(parts) == 3:
-            return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), parts[2]))
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_FILES)))
+            return Path(huggingface_hub.hf_hub_download(name, parts[2], revision=revision))
+        files = {"allow_patterns": list(HUB_FILES), "ignore_patterns": TWICE}
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, **files))
     # The library raises errors of its own, of its HTTP client and of the system.
     except Exception as error:
         raise CheckpointError(

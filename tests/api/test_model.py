@@ -95,8 +95,10 @@ def test_a_model_on_the_hub_is_fetched(run: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *words, **named: asked.append((words, named)) or run
     )
-    openm6.load("someone/model")
-    assert asked == [(("someone/model",), {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "README.md"]})]
+    for name in ("someone/model", "someone/model@v1.0"):
+        openm6.load(name)
+    files = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "README.md"], "ignore_patterns": "*consolidated*"}
+    assert asked == [(("someone/model",), {"revision": one, **files}) for one in (None, "v1.0")]
 
 
 @pytest.mark.parametrize(

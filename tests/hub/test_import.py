@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -326,17 +327,24 @@ def test_a_folder_with_files_is_left_alone(sharded: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_repository_of_the_hub_is_downloaded(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_a_repository_of_the_hub_is_downloaded_at_a_revision_and_without_a_second_copy(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
+    def download(name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: str) -> str:
+        kept = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        assert list(kept) == ["config.json", "model-00001-of-00002.safetensors"]
+        asked.append((name, revision))
         if len(asked) > 1:
             raise OSError("no network\nwith details")
         return str(sharded)
 
+    files = ["config.json", "consolidated.safetensors", "model-00001-of-00002.safetensors", "model.bin"]
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    import_model("owner/name", tmp_path / "run", receipt=False)
-    assert load(tmp_path / "run", "cpu").description.base_model == "owner/name" and asked == ["owner/name"]
+    import_model("owner/name@v1.0", tmp_path / "run", receipt=False)
+    assert load(tmp_path / "run", "cpu").description.base_model == "owner/name@v1.0" and asked == [
+        ("owner/name", "v1.0")
+    ]
     with pytest.raises(CheckpointError, match=r"downloaded \(no network\): check"):
         import_model("owner/name", tmp_path / "other")
