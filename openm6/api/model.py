@@ -49,6 +49,12 @@ def load(
     dtype: torch.dtype | str = "auto",
     num_gpu_layers: int | None = None,
     compiled: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
 ) -> OpenM6:
     """Load the model of a run's folder (its newest checkpoint), of a checkpoint's folder, a name, or of a Hub id.
 
@@ -57,6 +63,8 @@ def load(
     `device` is auto, cpu, cuda or cuda:N. `dtype` is auto (bfloat16 on a GPU that computes it, else float32), float32,
     bfloat16 or int8. With `num_gpu_layers` the other layers are offloaded to host memory. With `compiled`, layers
     are compiled for texts on a CPU: the first text takes a minute longer, once per size of model, others less time.
+
+    The other arguments are for a Hub id, with the meaning that they have in huggingface_hub's `from_pretrained`.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
@@ -67,7 +75,10 @@ def load(
     OpenM6('...step-2')
     """
     precision = precision_of(str(dtype).removeprefix("torch."))
-    loaded = load_checkpoint(find_model(name_or_path), device, num_gpu_layers, precision=precision, compiled=compiled)
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+    hub |= {"local_files_only": local_files_only} | ({} if revision is None else {"revision": revision})
+    path = find_model(name_or_path, hub)
+    loaded = load_checkpoint(path, device, num_gpu_layers, precision=precision, compiled=compiled)
     where = loaded.omni.device
     if str(dtype) == "auto" and where.type == "cuda" and capabilities(where).bf16:
         convert_weights(loaded.omni, "bfloat16")
@@ -144,11 +155,12 @@ class OpenM6:
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, commit_message: str = "Upload model",
-        license: str | None = None,
+        license: str | None = None, token: str | bool | None = None, branch: str | None = None, create_pr: bool = False,
     ) -> str:  # fmt: skip
         """Upload what `save_pretrained` writes to a repository of the Hugging Face Hub; return its address.
 
-        The repository is made if there is none, by the user of `hf auth login` or HF_TOKEN.
+        Repository and branch are made if there are none, by the user of `token`, else of `hf auth login` or HF_TOKEN.
+        With `create_pr` the upload is a pull request to the branch, whose address is returned.
 
         Raises:
             ConfigError: as `save_pretrained`, or huggingface_hub is not installed.
@@ -163,14 +175,20 @@ class OpenM6:
             raise ConfigError("publishing needs an optional package: pip install huggingface_hub") from None
         with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
             self.save_pretrained(folder := Path(temporary, Path(repo_id).name), license)
+            api = HfApi(token=token)
             try:
-                url = HfApi().create_repo(repo_id, private=private, exist_ok=True)
-                HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=commit_message)
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                if branch is not None and not create_pr:
+                    api.create_branch(url.repo_id, branch=branch, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=url.repo_id, folder_path=folder, commit_message=commit_message, revision=branch,
+                    create_pr=create_pr,
+                )  # fmt: skip
             # The library raises errors of its own, of its HTTP client and of the system.
             except Exception as error:
                 reason = f"({first_line(error)}): log in with hf auth login, check name and network"
                 raise OutputError(f"{repo_id} could not be published {reason}") from None
-        return str(url)
+        return str(commit.pr_url or url)
 
     def generate(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ SHIPPED = Path(__file__).parents[1] / "shipped"
 MADE_OF = "addition.sha256"  # in a model that was made of an addition of the package
 
 
-def find_model(name: str | Path) -> Path:
+def find_model(name: str | Path, options: Mapping[str, Any] | None = None) -> Path:
     """Return the folder of a model: a path, a name in OPENM6_HOME/models or ~/.openm6/models, or that of a shipped one,
-    or an id of the Hub, fetched first.
+    or an id of the Hub, fetched first, with `options` as for `download`.
 
     Of a shipped addition the whole model is made in the first of these folders, and again if a release has another one.
     """
@@ -53,7 +54,7 @@ def find_model(name: str | Path) -> Path:
     if text.startswith("runs/"):
         raise CheckpointError(f"there is no run at {text}: train or import it first, or name another model")
     try:
-        return _whole(download(text), text.rpartition("/")[2])
+        return _whole(download(text, options), text.rpartition("/")[2])
     except ModuleNotFoundError:
         raise CheckpointError(
             f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,11 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return (found[1], found[2]) if found else (name, None)
 
 
-def download(source: str) -> Path:
-    """A model of the Hub in the local cache: its settings and safetensors, or one file; CheckpointError if it fails."""
+def download(source: str, options: Mapping[str, Any] | None = None) -> Path:
+    """A model of the Hub in the local cache: its settings and safetensors, or one file; CheckpointError if it fails.
+
+    options: further arguments of huggingface_hub's functions, such as `token`.
+    """
     parts = source.split("/")
     if len(parts) not in (2, 3) or not all(parts) or source.startswith((".", "~")):
         raise CheckpointError(f"there is no model at {source}: name a folder, a GGUF file or OWNER/NAME of the Hub")
@@ -149,11 +153,12 @@ def download(source: str) -> Path:
     import huggingface_hub  # noqa: PLC0415
 
     name, revision = split_revision("/".join(parts[:2]))
+    options = {"revision": revision, **(options or {})}
     try:
         if len(parts) == 3:
-            return Path(huggingface_hub.hf_hub_download(name, parts[2], revision=revision))
-        files = {"allow_patterns": list(HUB_FILES), "ignore_patterns": TWICE}
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, **files))
+            return Path(huggingface_hub.hf_hub_download(name, parts[2], **options))
+        files: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "ignore_patterns": TWICE}
+        return Path(huggingface_hub.snapshot_download(name, **files, **options))
     # The library raises errors of its own, of its HTTP client and of the system.
     except Exception as error:
         raise CheckpointError(

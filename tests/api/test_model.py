@@ -95,10 +95,14 @@ def test_a_model_on_the_hub_is_fetched(run: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *words, **named: asked.append((words, named)) or run
     )
-    for name in ("someone/model", "someone/model@v1.0"):
-        openm6.load(name)
+    openm6.load("someone/model")
+    openm6.load("someone/model@v1.0")
+    openm6.OpenM6.from_pretrained("someone/model", revision="v1.0", token="secret", cache_dir="here")
     files = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "README.md"], "ignore_patterns": "*consolidated*"}
-    assert asked == [(("someone/model",), {"revision": one, **files}) for one in (None, "v1.0")]
+    plain = {**files, "token": None, "cache_dir": None, "force_download": False, "local_files_only": False}
+    own = {"revision": "v1.0", "token": "secret", "cache_dir": "here"}
+    assert [named for _, named in asked] == [plain | one for one in ({"revision": None}, {"revision": "v1.0"}, own)]
+    assert {words for words, _ in asked} == {("someone/model",)}
 
 
 @pytest.mark.parametrize(

@@ -120,24 +120,40 @@ class FakeHub:
     calls: list[tuple[str, dict[str, Any]]] = []
     files: list[str] = []
 
+    def __init__(self, token: str | bool | None) -> None:
+        self.calls.append(("", {"token": token}))
+
+    def create_branch(self, repo_id: str, **named: Any) -> None:
+        self.calls.append((repo_id, named))
+
     def create_repo(self, repo_id: str, **named: Any) -> Any:
         if "refused" in repo_id:
             raise OSError("401 Client Error\nof many lines")
         self.calls.append((repo_id, named))
         return hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        self.calls.append((repo_id, {"commit_message": commit_message}))
+    def upload_folder(self, repo_id: str, folder_path: Path, **named: Any) -> Any:
+        self.calls.append((repo_id, named))
         self.files += sorted(path.name for path in folder_path.iterdir())
         assert openm6.load(folder_path) is not None
+        url = f"https://huggingface.co/{repo_id}"
+        return hub.CommitInfo(
+            f"{url}/commit/0", "", "", "0", pr_url=f"{url}/discussions/1" if named["create_pr"] else None
+        )
 
 
 def test_a_model_is_pushed(m6: openm6.OpenM6, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HfApi", FakeHub)
     url = m6.push_to_hub("someone/model", private=True, commit_message="First")
     assert url == "https://huggingface.co/someone/model" and "README.md" in FakeHub.files
-    private = {"private": True, "exist_ok": True}
-    assert FakeHub.calls == [("someone/model", private), ("someone/model", {"commit_message": "First"})]
+    upload = {"commit_message": "First", "revision": None, "create_pr": False}
+    named = [{"token": None}, {"private": True, "exist_ok": True}, upload]
+    assert [one for _, one in FakeHub.calls] == named
+    FakeHub.calls.clear()
+    url = m6.push_to_hub("someone/model", token="secret", branch="next")
+    assert [one for _, one in FakeHub.calls][::2] == [{"token": "secret"}, {"branch": "next", "exist_ok": True}]
+    assert FakeHub.calls[-1][1]["revision"] == "next" and url == "https://huggingface.co/someone/model"
+    assert m6.push_to_hub("someone/model", create_pr=True) == "https://huggingface.co/someone/model/discussions/1"
     with pytest.raises(OutputError, match=r"could not be published \(401 Client Error\): log in") as error:
         m6.push_to_hub("someone/refused")
     assert "\n" not in str(error.value)
