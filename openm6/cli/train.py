@@ -112,6 +112,9 @@ def import_model(
     adapter: Annotated[Path | None, typer.Option(help="Adapter of PEFT, or addition, for this model.")] = None,
     experts: Annotated[int | None, typer.Option(help="Copies of each dense network, as experts with a router.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="Experts per token.")] = 2,
+    prototypes: Annotated[
+        int | None, typer.Option(help="Groups of experts, one per token in each; no --top-k.")
+    ] = None,
     noise: Annotated[float, typer.Option(help="Noise on the copies, in standard deviations of a matrix.")] = 0.0,
     reinit: Annotated[float, typer.Option(help="Fraction of the units of each copy that is drawn again.")] = 0.0,
     modalities: Annotated[
@@ -130,7 +133,8 @@ def import_model(
 
     named = [name for name in modalities.split(",") if name]
     chosen = {"adapter": adapter, "experts": experts, "top_k": top_k, "noise": noise, "reinit": reinit}
-    additions = build(Additions, {**chosen, "modalities": named}, "openm6 import")
+    chosen |= {"prototypes": prototypes, "modalities": named}
+    additions = build(Additions, chosen, "openm6 import")
     print_result(import_decoder(source, out, receipt, additions, sha256))
 
 

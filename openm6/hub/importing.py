@@ -7,11 +7,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -55,6 +55,8 @@ RECEIPT_TEXT = (
     "床前明月光，疑是地上霜。"
 )
 MODALITY_EXPERTS = 4  # of each layer, each of so small a part of the size of its own network
+# Routers to prototypes choose as at random and give equal gates but for rounding: they begin so much smaller.
+UNDECIDED = 1e-6
 HEAD_ROWS = 8192  # of the embedding or the output layer that are widened at a time
 
 
@@ -62,17 +64,25 @@ class Additions(Config):
     """What an import adds to a decoder.
 
     adapter: a folder of PEFT, or an addition of ours, which has all that is added. experts, top_k: copies of each dense
-    network, of which a token goes through `top_k`. noise: on the copies, in standard deviations of their matrices.
-    reinit: fraction of the units of each copy that is drawn again (2502.19261). modalities: those whose tokens get
-    experts of their own.
+    network, of which a token goes through `top_k`, or in place of that through one in each of `prototypes` groups.
+    noise: on the copies, in standard deviations of their matrices. reinit: fraction of the units of each copy that is
+    drawn again (2502.19261). modalities: those whose tokens get experts of their own.
     """
 
     adapter: Path | None = None
     experts: int | None = Field(default=None, gt=1)
     top_k: int = Field(default=2, gt=0)
+    prototypes: int | None = Field(default=None, gt=0)
     noise: float = Field(default=0.0, ge=0)
     reinit: float = Field(default=0.0, ge=0, le=1)
     modalities: tuple[Literal["image", "audio", "numbers"], ...] = ()
+
+    @model_validator(mode="after")
+    def _has_what_it_changes(self) -> Self:
+        for option, needed in (("prototypes", "experts"), ("noise", "experts"), ("reinit", "experts")):
+            if getattr(self, option) and not getattr(self, needed):
+                raise ValueError(f"{option} changes {needed}, which are not added: add them, or leave it out")
+        return self
 
 
 PLAIN = Additions()
@@ -161,7 +171,9 @@ def _with_experts(config: BackboneConfig, additions: Additions) -> BackboneConfi
         if config.dense is None or config.experts is not None or config.lora is not None:
             raise ConfigError("--experts is for a dense decoder without an adapter: leave it out")
         balance = {"norm_topk_prob": True, "balance": "aux"}
-        found["experts"] = {**found["dense"], "num_experts": additions.experts, "top_k": additions.top_k, **balance}
+        groups = additions.prototypes
+        choice = {"top_k": additions.top_k} if groups is None else {"num_prototypes": groups}
+        found["experts"] = {**found["dense"], "num_experts": additions.experts, **choice, **balance}
         found["dense"] = None
     if additions.modalities:
         hidden = max(8, config.feed_forward(0).intermediate_size // MODALITY_EXPERTS // 8 * 8)
@@ -184,7 +196,8 @@ def _layer(
         for name, experts in (("mlp", copied), ("modality_experts", config.modality_experts)):
             if experts is not None and f"{prefix}{name}.router.weight" not in added:
                 moe = MoE(Router(config.hidden_size, experts), Experts(config.hidden_size, experts), None)
-                moe.router.reset_parameters(config.deviation)
+                undecided = UNDECIDED if experts.num_prototypes is not None else 1
+                moe.router.reset_parameters(config.deviation * undecided)
                 moe.experts.reset_parameters(config.deviation, config.output_deviation)
                 if name == "mlp":
                     up, down = (tensors.pop(f"{prefix}mlp.{matrix}") for matrix in ("up", "down"))
@@ -194,18 +207,22 @@ def _layer(
 
 
 def _fill_copies(experts: Experts, up: Tensor, down: Tensor, additions: Additions) -> None:
-    """Fill experts with copies of a dense network, each with noise and new units of its own.  # 2F D, D F"""
-    units = down.shape[1]
+    """Fill experts with copies of a dense network, each with noise and new units of its own.  # 2F D, D F
+
+    With Z prototypes of E experts each gate is Z / E, so the sum of Z copies needs the factor E / Z².
+    """
+    units, groups = down.shape[1], experts.config.num_prototypes
+    factor = 1.0 if groups is None else experts.config.num_experts / groups**2
     for to_up, to_down in zip(experts.up, experts.down, strict=True):  # D 2F, F D
         drawn = torch.randperm(units)[: round(additions.reinit * units)]
-        pairs = (to_up.t(), up, torch.cat([drawn, drawn + units])), (to_down, down.t(), drawn)
-        for copy, matrix, rows in pairs:
+        pairs = (to_up.t(), up, torch.cat([drawn, drawn + units]), 1.0), (to_down, down.t(), drawn, factor)
+        for copy, matrix, rows, scale in pairs:
             values = matrix.to(torch.float32, copy=True)
             mean, deviation = values.mean(), values.std()
             if additions.noise:
                 values += additions.noise * deviation * torch.randn(values.shape)
             values[rows] = mean + deviation * torch.randn(len(rows), values.shape[1])
-            copy.copy_(values)
+            copy.copy_(scale * values)
 
 
 def _fresh_adapters(modalities: Modalities, config: BackboneConfig) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openm6.core.config import build
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.hub.export import export_run
 from openm6.hub.importing import Additions, import_model
@@ -61,6 +62,21 @@ def test_copies_as_experts_compute_what_the_dense_network_does(kind: str, tmp_pa
     assert model.config.model_type == {"qwen3": "qwen3_moe"}.get(kind, "mixtral")
 
 
+@pytest.mark.parametrize(("experts", "prototypes"), [(4, 2), (6, 2), (2, 2)])
+def test_copies_as_prototypes_compute_what_the_dense_network_does(
+    experts: int, prototypes: int, tmp_path: Path
+) -> None:
+    publish("llama", tmp_path / "base")
+    added = Additions(experts=experts, prototypes=prototypes)
+    assert largest_difference(import_model(str(tmp_path / "base"), tmp_path / "run", additions=added)) < 1e-4
+    backbone = load(tmp_path / "run", "cpu").omni.backbone
+    found = backbone.config.experts
+    assert found is not None and (found.num_prototypes, found.top_k) == (prototypes, None)
+    x, valid = torch.randn(100, 64), torch.ones(100, dtype=torch.bool)
+    load_of_each = backbone.blocks[0].router(x, valid).load
+    assert (load_of_each > 0).all() and load_of_each.sum() == 100 * prototypes
+
+
 def test_noise_and_new_units_make_experts_differ(tmp_path: Path) -> None:
     publish("llama", tmp_path / "base")
     weights = {}
@@ -82,6 +98,10 @@ def test_experts_are_not_added_to_experts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--experts is for a dense decoder"):
         import_model(str(tmp_path / "base"), tmp_path / "out", additions=Additions(experts=4))
     publish("llama", tmp_path / "dense")
+    with pytest.raises(OpenM6Error, match="num_experts=4 must be a multiple of num_prototypes=3"):
+        import_model(str(tmp_path / "dense"), tmp_path / "out", additions=Additions(experts=4, prototypes=3))
+    with pytest.raises(ConfigError, match="prototypes changes experts, which are not added"):
+        build(Additions, {"prototypes": 2}, "here")
     with pytest.raises(OpenM6Error, match="top_k=4 exceeds num_experts=2"):
         import_model(str(tmp_path / "dense"), tmp_path / "out", additions=Additions(experts=2, top_k=4))
 
