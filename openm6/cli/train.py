@@ -120,6 +120,9 @@ def import_model(
     modalities: Annotated[
         str, typer.Option(help="Modalities whose tokens get experts of their own, as image,audio,numbers.")
     ] = "",
+    lora_rank: Annotated[
+        int | None, typer.Option("--lora-rank", help="Rank of updates of the attention for the tokens of --modalities.")
+    ] = None,
 ) -> None:
     """Import a published decoder. It may be Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE or OLMoE.
 
@@ -133,7 +136,7 @@ def import_model(
 
     named = [name for name in modalities.split(",") if name]
     chosen = {"adapter": adapter, "experts": experts, "top_k": top_k, "noise": noise, "reinit": reinit}
-    chosen |= {"prototypes": prototypes, "modalities": named}
+    chosen |= {"prototypes": prototypes, "modalities": named, "lora_rank": lora_rank}
     additions = build(Additions, chosen, "openm6 import")
     print_result(import_decoder(source, out, receipt, additions, sha256))
 

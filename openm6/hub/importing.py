@@ -44,6 +44,10 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
 from openm6.models.omni import Omni
+from openm6.nn.attention import Attention
+from openm6.nn.block import ModalityExperts
+from openm6.nn.config import ModalityExpertsConfig
+from openm6.nn.layers import LowRank
 from openm6.nn.moe import Experts, MoE, Router
 from openm6.ops.sequence import causal_meta
 
@@ -66,7 +70,8 @@ class Additions(Config):
     adapter: a folder of PEFT, or an addition of ours, which has all that is added. experts, top_k: copies of each dense
     network, of which a token goes through `top_k`, or in place of that through one in each of `prototypes` groups.
     noise: on the copies, in standard deviations of their matrices. reinit: fraction of the units of each copy that is
-    drawn again (2502.19261). modalities: those whose tokens get experts of their own.
+    drawn again (2502.19261). modalities: those whose tokens get experts of their own and, with
+    `lora_rank`, low-rank updates of the attention.
     """
 
     adapter: Path | None = None
@@ -76,12 +81,14 @@ class Additions(Config):
     noise: float = Field(default=0.0, ge=0)
     reinit: float = Field(default=0.0, ge=0, le=1)
     modalities: tuple[Literal["image", "audio", "numbers"], ...] = ()
+    lora_rank: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _has_what_it_changes(self) -> Self:
-        for option, needed in (("prototypes", "experts"), ("noise", "experts"), ("reinit", "experts")):
+        for option, needed in (("prototypes", "experts"), ("noise", "experts"), ("reinit", "experts"),
+                               ("lora_rank", "modalities")):  # fmt: skip
             if getattr(self, option) and not getattr(self, needed):
-                raise ValueError(f"{option} changes {needed}, which are not added: add them, or leave it out")
+                raise ValueError(f"{option} is for {needed}, and there are none: add them, or leave it out")
         return self
 
 
@@ -179,7 +186,7 @@ def _with_experts(config: BackboneConfig, additions: Additions) -> BackboneConfi
         hidden = max(8, config.feed_forward(0).intermediate_size // MODALITY_EXPERTS // 8 * 8)
         found["modality_experts"] = {
             "intermediate_size": hidden, "num_experts": MODALITY_EXPERTS, "top_k": 2, "balance": "aux",
-            "modalities": additions.modalities,
+            "modalities": additions.modalities, "lora": additions.lora_rank and {"r": additions.lora_rank},
         }  # fmt: skip
     return build(BackboneConfig, found, "the imported model")
 
@@ -195,13 +202,21 @@ def _layer(
         torch.manual_seed(layer)
         for name, experts in (("mlp", copied), ("modality_experts", config.modality_experts)):
             if experts is not None and f"{prefix}{name}.router.weight" not in added:
-                moe = MoE(Router(config.hidden_size, experts), Experts(config.hidden_size, experts), None)
+                if isinstance(experts, ModalityExpertsConfig):
+                    with torch.device("meta"):
+                        attention = Attention(config.attention)
+                    moe: MoE = ModalityExperts(experts, attention)
+                else:
+                    moe = MoE(Router(config.hidden_size, experts), Experts(config.hidden_size, experts), None)
                 undecided = UNDECIDED if experts.num_prototypes is not None else 1
                 moe.router.reset_parameters(config.deviation * undecided)
                 moe.experts.reset_parameters(config.deviation, config.output_deviation)
                 if name == "mlp":
                     up, down = (tensors.pop(f"{prefix}mlp.{matrix}") for matrix in ("up", "down"))
                     _fill_copies(moe.experts, up, down, additions)
+                for module in moe.modules():
+                    if isinstance(module, LowRank):
+                        module.reset_parameters()
                 new[name] = moe.to(tensors[f"{prefix}attention.qkv"].dtype)
     return tensors | {prefix + name: tensor for name, tensor in named_tensors(new).items()}
 

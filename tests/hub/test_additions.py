@@ -100,8 +100,10 @@ def test_experts_are_not_added_to_experts(tmp_path: Path) -> None:
     publish("llama", tmp_path / "dense")
     with pytest.raises(OpenM6Error, match="num_experts=4 must be a multiple of num_prototypes=3"):
         import_model(str(tmp_path / "dense"), tmp_path / "out", additions=Additions(experts=4, prototypes=3))
-    with pytest.raises(ConfigError, match="prototypes changes experts, which are not added"):
+    with pytest.raises(ConfigError, match="prototypes is for experts, and there are none"):
         build(Additions, {"prototypes": 2}, "here")
+    with pytest.raises(ConfigError, match="lora_rank is for modalities, and there are none"):
+        build(Additions, {"lora_rank": 2}, "here")
     with pytest.raises(OpenM6Error, match="top_k=4 exceeds num_experts=2"):
         import_model(str(tmp_path / "dense"), tmp_path / "out", additions=Additions(experts=2, top_k=4))
 
@@ -110,7 +112,7 @@ def test_experts_are_not_added_to_experts(tmp_path: Path) -> None:
 def test_modality_experts_serve_their_tokens_and_leave_text_as_it_is(kind: str, tmp_path: Path) -> None:
     publish(kind, tmp_path / "base")
     import_model(str(tmp_path / "base"), tmp_path / "text", receipt=False)
-    added = Additions(modalities=("image", "numbers"))
+    added = Additions(modalities=("image", "numbers"), lora_rank=4)
     assert largest_difference(import_model(str(tmp_path / "base"), tmp_path / "run", additions=added)) < 1e-4
     text, run = load(tmp_path / "text", "cpu"), load(tmp_path / "run", "cpu")
     assert torch.equal(states(run, WORDS), states(text, WORDS)) and text_of(run) == text_of(text)
@@ -119,6 +121,12 @@ def test_modality_experts_serve_their_tokens_and_leave_text_as_it_is(kind: str, 
         for block in run.omni.backbone.blocks:
             block.modality_experts.experts.down.mul_(-3)
     after, count = states(run, WORDS, PIXELS, WORDS), len(states(run, WORDS))
+    update = run.omni.backbone.blocks[0].modality_experts.attention["qkv"]
+    assert len(update.a["q_proj"]) == 4 and update.a["q_proj"].std() > 0 and not update.b["q_proj"].any()
+    with torch.no_grad():
+        update.b["v_proj"].normal_()
+    assert (states(run, WORDS, PIXELS, WORDS)[count:] != after[count:]).any()
+    after = states(run, WORDS, PIXELS, WORDS)
     torch.testing.assert_close(after[:count], before[:count])
     assert (after[count:] != before[count:]).any(1).all(), "the image, and the words after it"
     assert torch.equal(states(run, WORDS), states(text, WORDS))
