@@ -25,7 +25,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.evaluate.report import card
 from openm6.evaluate.results import EvalReport, read_account, run_facts
 from openm6.hub.find import find_model
-from openm6.hub.importing import import_model
+from openm6.hub.importing import Additions, import_model
 from openm6.hub.pretrained import read_json
 from openm6.inference.engine import RankedText, rank_texts, score_texts
 from openm6.inference.engine import embed as embed_parts
@@ -87,12 +87,32 @@ def load(
 
 def from_hf(
     source: str | Path, out: str | Path | None = None, device: torch.device | str = "auto",
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str = "auto", *, experts: int | None = None, top_k: int = 2, prototypes: int | None = None,
+    noise: float = 0.0, reinit: float = 0.0, modalities: Sequence[str] = (), lora_rank: int | None = None,
+    adapter: str | Path | None = None, sha256: str | None = None,
 ) -> OpenM6:  # fmt: skip
-    """Import a published decoder, as `openm6 import` does, and load it; `out` keeps the run in a folder."""
+    """Import a published decoder, as `openm6 import` does, and load it; `out` keeps the run in a folder.
+
+    `source` is a folder of safetensors, a GGUF file, whose `sha256` is checked if given, or OWNER/NAME[@REVISION] of
+    the Hub. `device` and `dtype` are as for `load`.
+
+    Each dense network is copied into `experts`, of which a token goes through `top_k`, or in place of that through
+    one in each of `prototypes` groups; `noise` on the copies is in standard deviations of their matrices, and
+    `reinit` is the fraction of their units that is drawn again. Tokens of `modalities` (image, audio, numbers) get
+    experts of their own and, with `lora_rank`, updates of the attention. `adapter` is a folder of PEFT or an addition.
+
+    Raises:
+        CheckpointError: the source is not there, not whole or another file, or the adapter does not fit it.
+        ConfigError: an architecture or option that is not supported, or a package that is not installed.
+
+    >>> from_hf("Qwen/Qwen3-0.6B", "runs/sparse", experts=8, top_k=2, modalities=["image"])  # doctest: +SKIP
+    """
+    chosen: dict[str, Any] = {"experts": experts, "top_k": top_k, "prototypes": prototypes, "noise": noise}
+    chosen |= {"reinit": reinit, "modalities": modalities, "lora_rank": lora_rank, "adapter": adapter}
+    additions = build(Additions, chosen, "openm6.from_hf")
     with tempfile.TemporaryDirectory(prefix="openm6-") as folder:
         run = Path(folder, "run") if out is None else Path(out)
-        import_model(str(source), run, receipt=False)
+        import_model(str(source), run, False, additions, sha256)
         return load(run, device, dtype)
 
 

@@ -134,9 +134,9 @@ def import_model(
     from openm6.hub.importing import Additions
     from openm6.hub.importing import import_model as import_decoder
 
-    named = [name for name in modalities.split(",") if name]
-    chosen = {"adapter": adapter, "experts": experts, "top_k": top_k, "noise": noise, "reinit": reinit}
-    chosen |= {"prototypes": prototypes, "modalities": named, "lora_rank": lora_rank}
+    chosen: dict[str, object] = {"experts": experts, "top_k": top_k, "prototypes": prototypes, "noise": noise}
+    chosen |= {"reinit": reinit, "modalities": [name for name in modalities.split(",") if name]}
+    chosen |= {"lora_rank": lora_rank, "adapter": adapter}
     additions = build(Additions, chosen, "openm6 import")
     print_result(import_decoder(source, out, receipt, additions, sha256))
 

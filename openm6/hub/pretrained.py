@@ -51,11 +51,14 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     one another, ConfigError if something of it is not supported.
     """
     path = Path(source)
-    path = path if path.exists() else download(source)
-    if sha256 is not None:
-        _check_sha256(path, sha256)
-    if path.is_file():
-        file = GgufFile(path)
+    try:
+        path = path if path.exists() else download(source)
+        if sha256 is not None:
+            _check_sha256(path, sha256)
+        file = GgufFile(path) if path.is_file() else None
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{source} needs an optional package: pip install {error.name}") from None
+    if file is not None:
         return _opened(path, file.settings, file, *read_gguf_tokenizer(file.tokenizer_fields))
     settings = read_json(path / "config.json", needed=True)
     index = read_json(path / INDEX_FILE).get("weight_map") or {}
@@ -74,7 +77,7 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
 
 def _check_sha256(path: Path, expected: str) -> None:
     if path.is_dir():
-        raise ConfigError(f"--sha256 is for a single file, and {path} is a folder: leave it out")
+        raise ConfigError(f"sha256 is for a single file, and {path} is a folder: leave it out")
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected.strip().lower():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import openm6
 from openm6.core.config import build
-from openm6.core.errors import ConfigError, OpenM6Error
+from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.export import export_run
 from openm6.hub.importing import Additions, import_model
 from openm6.inference.engine import generate_texts
@@ -20,6 +22,7 @@ from openm6.inference.sampling import Sampling
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
+from openm6.nn.config import LoraConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,6 +78,36 @@ def test_copies_as_prototypes_compute_what_the_dense_network_does(
     x, valid = torch.randn(100, 64), torch.ones(100, dtype=torch.bool)
     load_of_each = backbone.blocks[0].router(x, valid).load
     assert (load_of_each > 0).all() and load_of_each.sum() == 100 * prototypes
+
+
+def test_additions_in_python_are_those_of_the_command(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "base")
+    m6 = openm6.from_hf(
+        tmp_path / "base", device="cpu", experts=4, top_k=1, modalities=["numbers"], lora_rank=4, noise=0.1, reinit=0.5
+    )
+    backbone = m6.loaded.description.backbone
+    assert backbone.experts is not None and (backbone.experts.num_experts, backbone.experts.top_k) == (4, 1)
+    others = backbone.modality_experts
+    assert others is not None and others.modalities == ("numbers",) and others.lora == LoraConfig(r=4)
+    first = m6.loaded.omni.backbone.blocks[0].mlp.experts.up
+    assert not torch.equal(first[0], first[1])
+    with pytest.raises(ConfigError, match="openm6.from_hf: modalities.0"):
+        openm6.from_hf(tmp_path / "base", modalities=["smell"])
+    with pytest.raises(CheckpointError, match="adapter_config.json cannot be read"):
+        openm6.from_hf(tmp_path / "base", adapter=tmp_path / "base")
+    with pytest.raises(ConfigError, match="sha256 is for a single file"):
+        openm6.from_hf(tmp_path / "base", sha256="0")
+
+
+@pytest.mark.parametrize(("package", "source"), [("gguf", "model.gguf"), ("huggingface_hub", "owner/name")])
+def test_a_package_that_is_not_installed_is_named(
+    package: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=f"{source} needs an optional package: pip install {package}$"):
+        openm6.from_hf(source)
 
 
 def test_noise_and_new_units_make_experts_differ(tmp_path: Path) -> None:

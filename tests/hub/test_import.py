@@ -307,7 +307,7 @@ def test_a_file_of_another_sha256_is_refused_before_it_is_read(sharded: Path, tm
     for source, number, complaint in (
         (tmp_path / "model.gguf", wrong, f"has the sha256 {right}, not {wrong}: download it again"),
         (tmp_path / "model.gguf", right.upper(), "no GGUF file"),
-        (sharded, right, "--sha256 is for a single file"),
+        (sharded, right, "sha256 is for a single file"),
     ):
         with pytest.raises(OpenM6Error, match=complaint):
             import_model(str(source), tmp_path / "run", sha256=number)
