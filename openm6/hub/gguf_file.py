@@ -22,7 +22,7 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.hub.architectures import THEIR_HEAD, Settings, Shape
 from openm6.nn.config import RopeScaling
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a blank in the tokens of SentencePiece
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -83,7 +83,9 @@ def _read(fields: Mapping[str, Any], model: str, pre: str) -> tuple[str, dict[st
 
 
 def _byte_level(fields: Mapping[str, Any], pre: str) -> Tokenizer:
-    vocabulary = {token: index for index, token in enumerate(fields["ggml.tokens"])}
+    # Names of unused rows only fill up the list, and no text is to show them.
+    kinds = enumerate(zip(fields["ggml.tokens"], fields["ggml.token_type"], strict=True))
+    vocabulary = {token: index for index, (token, kind) in kinds if kind != UNUSED}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
@@ -127,7 +129,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         "ggml.model": "gpt2",
         "ggml.pre": pre,
         "ggml.tokens": [names.get(index, f"[unused{index}]") for index in range(rows)],
-        "ggml.token_type": [added.get(index, NORMAL if index in names else 5) for index in range(rows)],
+        "ggml.token_type": [added.get(index, NORMAL if index in names else UNUSED) for index in range(rows)],
         "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
     }
 

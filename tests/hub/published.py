@@ -18,6 +18,8 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PROMPT = "<|im_start|>user\ndraw the digit seven<|im_end|>\n<|im_start|>assistant\n"
+STEPS = 12
 SIZE: dict[str, Any] = {
     "vocab_size": ROWS,
     "hidden_size": 64,
@@ -83,3 +85,13 @@ def publish(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: 
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     return model
+
+
+@torch.inference_mode()
+def their_text(model: Any, ids: list[int], end: int) -> list[int]:
+    """Tokens that a greedy model generates; those without a name in the tokenizer cannot be shown by either."""
+    new = model.generate(
+        torch.tensor([ids]), max_new_tokens=STEPS, do_sample=False, eos_token_id=end, pad_token_id=end,
+        suppress_tokens=list(range(end + 1, ROWS)),
+    )  # fmt: skip
+    return new[0, len(ids) :].tolist()

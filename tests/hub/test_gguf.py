@@ -15,13 +15,17 @@ from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.export import export_run
 from openm6.hub.gguf_file import GgufFile, gguf_tokenizer, read_gguf_tokenizer
 from openm6.hub.importing import import_model, imported_logits
+from openm6.inference.engine import generate_texts
 from openm6.inference.load import load
+from openm6.inference.sampling import Sampling
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_segments
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 # They need transformers.
-from tests.hub.published import ROWS, TEMPLATE, decoder, publish  # noqa: E402
+from tests.hub.published import PROMPT, ROWS, STEPS, TEMPLATE, decoder, publish, their_text  # noqa: E402
 
 IDS = torch.tensor([[40, 7, 300, 12, 99, 250, 3, 3, 17, 201]])
 
@@ -47,6 +51,29 @@ def test_what_is_exported_is_read_again(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             logits(tmp_path / f"again-{dtype}"), logits(tmp_path / "run"), rtol=0, atol=tolerance
         )
+
+
+@pytest.mark.parametrize("name", ["llama", "llama 3.1", "qwen2", "qwen3"])
+def test_a_gguf_file_becomes_a_folder_of_transformers(name: str, tmp_path: Path) -> None:
+    model = publish(name, tmp_path / "published")
+    import_model(str(tmp_path / "published"), tmp_path / "first", receipt=False)
+    export_run(tmp_path / "first", tmp_path / "gguf", "gguf", "fp32")
+    import_model(str(tmp_path / "gguf/model.gguf"), tmp_path / "run", receipt=False)
+    export_run(tmp_path / "run", tmp_path / "out", "hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        theirs = again(IDS).logits[0]
+        torch.testing.assert_close(theirs, model(IDS).logits[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs, logits(tmp_path / "run"), rtol=1e-5, atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    loaded = load(tmp_path / "run", "cpu")
+    prompt = source_segments([Part("text", PROMPT)], loaded.modalities)
+    (text,) = generate_texts(loaded, [prompt], Sampling(max_tokens=STEPS))
+    ids = tokenizer(PROMPT)["input_ids"]
+    assert text and text == tokenizer.decode(their_text(again, ids, loaded.text.end))
+    assert tokenizer.eos_token_id == loaded.text.end and tokenizer.chat_template == TEMPLATE
+    first = json.loads((tmp_path / "published/tokenizer.json").read_text())["model"]["vocab"]
+    assert tokenizer.get_vocab() == first | tokenizer.get_added_vocab(), "unused rows of the embedding have no names"
 
 
 def test_llama_rotates_neighbours_in_a_gguf_file(tmp_path: Path) -> None:

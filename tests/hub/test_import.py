@@ -35,20 +35,7 @@ from openm6.modalities.text import read_tokenizer
 transformers = pytest.importorskip("transformers")
 
 # It needs transformers.
-from tests.hub.published import ROWS, SIZE, VARIANTS, publish  # noqa: E402
-
-PROMPT = "<|im_start|>user\ndraw the digit seven<|im_end|>\n<|im_start|>assistant\n"
-STEPS = 12
-
-
-@torch.inference_mode()
-def their_text(model: Any, ids: list[int], end: int) -> list[int]:
-    """Tokens that a greedy model generates; those without a name in the tokenizer cannot be shown by either."""
-    new = model.generate(
-        torch.tensor([ids]), max_new_tokens=STEPS, do_sample=False, eos_token_id=end, pad_token_id=end,
-        suppress_tokens=list(range(end + 1, ROWS)),
-    )  # fmt: skip
-    return new[0, len(ids) :].tolist()
+from tests.hub.published import PROMPT, ROWS, SIZE, STEPS, VARIANTS, publish, their_text  # noqa: E402
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,14 +18,15 @@ from openm6.core.errors import CheckpointError
 from openm6.hub.decoders import SMOLLM2, decoder_file
 from openm6.hub.export import export_run
 from openm6.hub.find import SHIPPED, find_model
-from openm6.hub.importing import import_model, imported_logits
-from openm6.inference.load import load
+from openm6.hub.importing import Additions, import_model, imported_logits
+from openm6.inference.load import read_texts
 from openm6.serve.scenarios.scenario import library_of, read_scores
 
-pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 LAYERS, HEADS, KV_HEADS, SIZE, BASE, EPSILON = 30, 9, 3, 64, 100_000, 1e-5
-PROMPT = "The capital of France is"
+PROMPT, WORDS = "The capital of France is", 6
 
 
 def fetched() -> Path:
@@ -86,8 +88,45 @@ def independent_logits(path: Path, ids: list[int]) -> np.ndarray:
 
 
 def logits(run: Path, ids: list[int]) -> torch.Tensor:
-    config = load(run, "cpu").description.backbone
+    config = read_texts(latest(run))[0].backbone
     return torch.cat(list(imported_logits(run, config, torch.tensor([ids]), 49_152)), -1)
+
+
+@torch.inference_mode()
+def check_export(run: Path, out: Path, ids: list[int], text: str) -> Any:
+    """Export a run as safetensors; `transformers`, whose model is returned, has its logits and its greedy text."""
+    export_run(run, out, "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokens = torch.tensor([ids])
+    torch.testing.assert_close(model(tokens).logits[0], logits(run, ids), rtol=0, atol=1e-4)
+    new = model.generate(tokens, max_new_tokens=WORDS, do_sample=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer(PROMPT)["input_ids"] == ids
+    assert tokenizer.decode(new[0, len(ids) :], skip_special_tokens=True) == text
+    return model
+
+
+def check_adapter(model: Any, base: Path, folder: Path, ids: list[int]) -> None:
+    """An adapter of PEFT is read by us, and ours by PEFT, with the same logits."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=names))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        plain = model(torch.tensor([ids])).logits[0]
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.02)
+        theirs = adapted.eval()(torch.tensor([ids])).logits[0]
+    assert (theirs - plain).std() > 0.1, "an adapter without effect would prove little"
+    adapted.save_pretrained(folder / "theirs")
+    import_model(str(base), folder / "run", receipt=False, additions=Additions(adapter=folder / "theirs"))
+    ours = logits(folder / "run", ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    export_run(folder / "run", folder / "ours", "peft")
+    adapted.load_adapter(folder / "ours", "ours")
+    adapted.set_adapter("ours")
+    with torch.inference_mode():
+        torch.testing.assert_close(adapted.eval()(torch.tensor([ids])).logits[0], ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -103,10 +142,12 @@ def test_smollm2_in_and_out() -> None:
         ours = logits(folder / "run", ids)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
         m6 = openm6.load(folder / "run", "cpu")
-        assert "Paris" in m6.generate(PROMPT, max_new_tokens=6)
+        text = m6.generate(PROMPT, max_new_tokens=WORDS)
+        assert "Paris" in text
         question = [{"role": "user", "content": "What is the capital of France?"}]
         assert "Paris" in m6.chat(question, max_new_tokens=12)
         del m6
+        check_adapter(check_export(folder / "run", folder / "hf", ids, text), path, folder / "adapter", ids)
         export_run(folder / "run", folder / "out", "gguf", "q8_0")
         import_model(str(folder / "out/model.gguf"), folder / "again", receipt=False)
         again = logits(folder / "again", ids)
