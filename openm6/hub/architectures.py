@@ -81,11 +81,12 @@ class StoredTensor:
             return self.experts, self.columns, sum(self.rows)
         return (sum(self.rows),) if self.columns is None else (sum(self.rows), self.columns)
 
-    def parts(self) -> Iterator[tuple[str, Shape]]:
-        """Name and shape of each of their tensors."""
-        for expert in range(max(1, self.experts)):
+    def parts(self, stacked: bool = False) -> Iterator[tuple[str, Shape]]:
+        """Name and shape of each of their tensors; `stacked`: of all experts in one, named as that of the first."""
+        stack = (self.experts,) if stacked and self.experts else ()
+        for expert in range(1 if stack else max(1, self.experts)):
             for name, rows in zip(self.theirs, self.rows, strict=True):
-                yield name.format(e=expert), (rows,) if self.columns is None else (rows, self.columns)
+                yield name.format(e=expert), (*stack, rows) if self.columns is None else (*stack, rows, self.columns)
 
     def read(self, weights: Weights) -> Tensor:
         """Ours from theirs."""
@@ -100,11 +101,12 @@ class StoredTensor:
         assert stack is not None
         return stack
 
-    def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Theirs from ours."""
-        for expert in range(max(1, self.experts)):
-            matrix = tensor[expert].t() if self.experts else tensor
-            for name, part in zip(self.theirs, matrix.split(self.rows), strict=True):
+    def split(self, tensor: Tensor, stacked: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Theirs from ours, as `parts` names them."""
+        matrices = tensor.mT if self.experts else tensor[None]
+        for expert, matrix in enumerate(matrices[None] if stacked and self.experts else matrices):
+            parts = matrix.split(self.rows, 0 if self.columns is None else -2)
+            for name, part in zip(self.theirs, parts, strict=True):
                 yield name.format(e=expert), part.contiguous()
 
 

@@ -164,8 +164,8 @@ def _write_gguf(
 ) -> None:  # fmt: skip
     """`model.gguf`, with the tokenizer and the chat template in it."""
     tensors = [one for group in groups for one in group]
-    shapes = {name: shape for one in tensors for name, shape in one.parts()}
-    values = (item for one in tensors for item in one.split(read(one, None)))
+    shapes = {name: shape for one in tensors for name, shape in one.parts(stacked=True)}
+    values = (item for one in tensors for item in one.split(read(one, None), stacked=True))
     special = {
         "ggml.bos_token_id": text.bos, "ggml.eos_token_id": text.eos, "ggml.add_bos_token": text.bos is not None,
         "ggml.padding_token_id": tokenizer.token_to_id(text.names.get("pad_token", "")),

@@ -144,7 +144,7 @@ def _rules(source: Any) -> str:
     return json.dumps(found, sort_keys=True).replace('"trim_offsets": false', '"trim_offsets": true')
 
 
-# Names of architectures: GGUF's, and Hugging Face's.
+# Names of architectures: GGUF's, and Hugging Face's; a llama with experts is mixtral.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}
 # Fields of config.json by those of GGUF.
 FIELDS = {
@@ -290,17 +290,18 @@ def write_gguf(
     path: Path, settings: Settings, shapes: dict[str, Shape], tensors: Iterable[tuple[str, Tensor]],
     tokenizer: Tokenizer, special: dict[str, Any], dtype: str,
 ) -> None:  # fmt: skip
-    """Write a dense decoder; matrices as F32, F16, BF16 or Q8_0, vectors as F32. ConfigError if GGUF cannot hold it.
+    """Write a decoder; matrices as F32, F16, BF16 or Q8_0, vectors and routers as F32. ConfigError if GGUF lacks it.
 
-    shapes: of all tensors, whose values `tensors` yields in the same order; special: further fields of the tokenizer.
+    shapes: of all tensors, experts stacked, whose values `tensors` yields in the same order; special: further fields of
+    the tokenizer.
     """
     # It takes a third of a second to import.
     import gguf  # noqa: PLC0415
     from gguf.quants import quantize  # noqa: PLC0415
 
-    architecture = {theirs: ours for ours, theirs in ARCHITECTURES.items()}.get(settings["model_type"])
-    if architecture not in ("llama", "qwen2", "qwen3"):
-        raise ConfigError(f"export of {settings['model_type']} as GGUF is not supported: export with --format hf")
+    known = {theirs: ours for ours, theirs in ARCHITECTURES.items()} | {"mixtral": "llama"}
+    architecture = known[settings["model_type"]]
+    _refuse_lacking(architecture, settings)
     kinds, types = gguf.GGMLQuantizationType, gguf.GGUFValueType
     writer = gguf.GGUFWriter(path, architecture)
     kind_of_model = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
@@ -310,9 +311,6 @@ def write_gguf(
         scaling = RopeScaling(**{key: value for key, value in rope.items() if key in RopeScaling.model_fields})
         divisors = torch.tensor(scaling.divisors(rope["rope_theta"], settings["head_dim"] // 2))
         shapes, tensors = {FREQUENCIES: (len(divisors),), **shapes}, chain([(FREQUENCIES, divisors)], tensors)
-    defaults = {name: RopeScaling.model_fields[name].default for name in ("beta_fast", "beta_slow", "attention_factor")}
-    if rope["rope_type"] == "yarn" and any(rope.get(name, usual) != usual for name, usual in defaults.items()):
-        raise ConfigError("GGUF has only the usual settings of yarn: export with --format hf")
     text = {**gguf_tokenizer(tokenizer, settings["vocab_size"]), **special}
     for prefix, values in ((architecture, own), ("tokenizer", text)):
         for name, value in values.items():
@@ -320,28 +318,46 @@ def write_gguf(
                 kind = types.UINT32 if type(value) is int else types.get_type(value)
                 writer.add_key_value(f"{prefix}.{name}", value, kind)
 
-    def kind_of(shape: Shape) -> Any:
-        fits = len(shape) > 1 and (dtype != "Q8_0" or shape[-1] % 32 == 0)
-        return kinds[dtype] if fits else kinds["F32" if len(shape) == 1 else "F16"]
-
+    stored_as: dict[str, Any] = {}
     for name, shape in shapes.items():
-        kind = kind_of(shape)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        stored = math.prod(shape) // block * size
+        theirs, fits = gguf_name(names, name)[0], dtype != "Q8_0" or shape[-1] % 32 == 0
+        exact = len(shape) == 1 or theirs.endswith("ffn_gate_inp.weight")
+        stored_as[name] = kinds["F32" if exact else dtype if fits else "F16"]
+        block, size = gguf.GGML_QUANT_SIZES[stored_as[name]]
         # With bytes as the type of values the shape would be one of bytes.
-        writer.add_tensor_info(gguf_name(names, name)[0], shape, np.dtype(np.float32), stored, kind)
+        writer.add_tensor_info(theirs, shape, np.dtype(np.float32), math.prod(shape) // block * size, stored_as[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in tensors:
         ordered = reorder_heads(tensor, name, settings, to_gguf=True) if architecture == "llama" else tensor
-        writer.write_tensor_data(quantize(ordered.float().numpy(), kind_of(tuple(tensor.shape))))
+        writer.write_tensor_data(quantize(ordered.float().numpy(), stored_as[name]))
     writer.close()
+
+
+def _refuse_lacking(architecture: str, settings: Settings) -> None:
+    """Raise ConfigError if llama.cpp computes something else for this architecture."""
+    rope, norm, width = settings["rope_parameters"], settings.get("norm_topk_prob"), settings["hidden_size"]
+    usual = {name: RopeScaling.model_fields[name].default for name in ("beta_fast", "beta_slow", "attention_factor")}
+    olmoe, sizes = architecture == "olmoe", [settings[f"num_{one}_heads"] for one in ("attention", "key_value")]
+    lacking = {
+        "dense layers": settings.get("mlp_only_layers") or settings.get("decoder_sparse_step", 1) > 1,
+        "gates that do not sum to 1": norm is False and not olmoe,
+        "gates that sum to 1": norm and olmoe,
+        "grouped queries": olmoe and any(heads * settings["head_dim"] != width for heads in sizes),
+        "a tied output layer": olmoe and settings["tie_word_embeddings"],
+        "rotary positions scaled as in Llama 3": rope["rope_type"] == "llama3" and architecture != "llama",
+        "settings of yarn other than the usual ones": any(rope.get(name, one) != one for name, one in usual.items()),
+    }
+    found = [feature for feature, present in lacking.items() if present]
+    if found:
+        raise ConfigError(f"llama.cpp has no {architecture} with {', '.join(found)}: export with --format hf")
 
 
 def _metadata(settings: Settings) -> dict[str, Any]:
     """The fields of a config.json under GGUF's names."""
     own = {ours: settings.get(theirs) for ours, theirs in FIELDS.items()}
+    own["expert_count"] = settings.get("num_experts") or settings.get("num_local_experts")
     sizes = ("rope.dimension_count", "attention.key_length", "attention.value_length")
     own |= {**dict.fromkeys(sizes, settings["head_dim"]), "vocab_size": settings["vocab_size"]}
     rope = settings["rope_parameters"]

@@ -54,11 +54,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def decoder(name: str) -> Any:
-    """A model whose norms and biases matter."""
-    kind, changes = VARIANTS[name]
+def decoder(name: str, **changes: Any) -> Any:
+    """A model whose norms and biases matter; changes: of the config of this variant."""
+    kind, own = VARIANTS[name]
     torch.manual_seed(len(name))
-    config = getattr(transformers, f"{kind}Config")(**{**SIZE, **changes})
+    config = getattr(transformers, f"{kind}Config")(**{**SIZE, **own, **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -69,9 +69,9 @@ def decoder(name: str) -> Any:
     return model.eval()
 
 
-def publish(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Any:
+def publish(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any) -> Any:
     """Save a model with its tokenizer; return it."""
-    model = decoder(name).to(dtype)
+    model = decoder(name, **changes).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer = train_tokenizer(WORDS, 320)
     marks = [AddedToken(mark, special=True, normalized=False) for mark in ("<|im_start|>", "<|im_end|>")]
