@@ -64,7 +64,7 @@ def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 def _read(fields: Mapping[str, Any], model: str, pre: str) -> tuple[str, dict[str, Any]]:
     tokens, types = fields["ggml.tokens"], fields["ggml.token_type"]
     tokenizer = _byte_level(fields, pre) if model == "gpt2" else _scored_bpe(fields)
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)]
     user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
@@ -106,6 +106,9 @@ def _scored_bpe(fields: Mapping[str, Any]) -> Tokenizer:
         ranked += [(-score, len(left), len(right), left, right) for left, right in found]
     ranked.sort(key=lambda merge: (merge[0], -merge[1], -merge[2]))
     merges = [(left, right) for *_, left, right in ranked]
+    merged = {part for left, right in merges for part in (left, right, left + right)}
+    unused = {token for token, kind in zip(tokens, fields["ggml.token_type"], strict=True) if kind == UNUSED}
+    vocabulary = {token: index for token, index in vocabulary.items() if token not in unused - merged}
     unknown = tokens[fields.get("ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     first = [normalizers.Prepend(SPACE)] if fields.get("ggml.add_space_prefix", True) else []
@@ -117,21 +120,49 @@ def _scored_bpe(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The metadata of a byte-level BPE tokenizer of `rows` tokens; ConfigError if llama.cpp lacks its rules."""
+    """The metadata of a tokenizer of `rows` tokens, byte-level BPE or SentencePiece; ConfigError if llama.cpp lacks its
+    rules.
+    """
     content = json.loads(tokenizer.to_str())
     model = content["model"]
-    pre = next((name for name in PRE_TOKENIZERS if _rules(_pre_tokenizer(name)) == _rules(content)), None)
-    if model["type"] != "BPE" or pre is None:
-        raise ConfigError("llama.cpp has no name for the rules of this tokenizer: export with --format hf")
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     added = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in content["added_tokens"]}
-    return {
-        "ggml.model": "gpt2",
-        "ggml.pre": pre,
+    found: dict[str, Any] = {
         "ggml.tokens": [names.get(index, f"[unused{index}]") for index in range(rows)],
         "ggml.token_type": [added.get(index, NORMAL if index in names else UNUSED) for index in range(rows)],
-        "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
     }
+    pre = next((name for name in PRE_TOKENIZERS if _rules(_pre_tokenizer(name)) == _rules(content)), None)
+    if model["type"] == "BPE" and pre is not None:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        return {"ggml.model": "gpt2", "ggml.pre": pre, **found, "ggml.merges": merges}
+    if model["type"] == "BPE" and model["byte_fallback"] and model["unk_token"] in found["ggml.tokens"]:
+        _add_scores(found, content)
+        again = json.loads(_read(found, "llama", "")[0])
+        model["vocab"] = again["model"]["vocab"]  # they differ in unused rows and added tokens
+        if all(
+            again[part] == content[part] for part in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
+        ):
+            return found
+    raise ConfigError("llama.cpp has no rules that give the tokens of this tokenizer: export with --format hf")
+
+
+def _add_scores(fields: dict[str, Any], content: dict[str, Any]) -> None:
+    """The fields of SentencePiece: a token scores by the rank of the first merge that makes it."""
+    model, tokens, kinds = content["model"], fields["ggml.tokens"], fields["ggml.token_type"]
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(model["merges"]):
+        ranks.setdefault("".join(pair), rank)
+    unknown = tokens.index(model["unk_token"])
+    for index, token in enumerate(tokens):
+        if kinds[index] == NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            kinds[index] = BYTE
+    if kinds[unknown] == CONTROL:
+        kinds[unknown] = UNKNOWN
+    fields |= {
+        "ggml.model": "llama", "ggml.pre": "default", "ggml.unknown_token_id": unknown,
+        "ggml.scores": [float(-ranks.get(token, len(ranks))) for token in tokens],
+        "ggml.add_space_prefix": "Prepend" in json.dumps(content["normalizer"]),
+    }  # fmt: skip
 
 
 def _rules(source: Any) -> str:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.export import export_run
-from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
+from openm6.hub.gguf_file import GgufFile, gguf_tokenizer, read_gguf_tokenizer
 from openm6.hub.importing import Additions, import_model, imported_logits
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import load
@@ -185,23 +185,59 @@ def test_quantized_matrices_are_read(kind: str, tmp_path: Path) -> None:
     assert torch.equal(file.read("model.norm.weight", slice(1, 3)), found[1:3])
 
 
-def test_a_tokenizer_of_sentence_pieces_is_read() -> None:
-    """Merges follow from the scores, and what has no token is spelled in bytes."""
+def sentence_pieces() -> dict[str, Any]:
+    """The metadata of a small SentencePiece tokenizer."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = ["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello", "▁h"]
-    fields = {
+    return {
         "ggml.model": "llama", "ggml.tokens": [*pieces, *words],
         "ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
         "ggml.scores": [0.0] * 259 + [-99.0] * 5 + [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
         "ggml.bos_token_id": 1, "ggml.eos_token_id": 2, "ggml.unknown_token_id": 0,
     }  # fmt: skip
-    text, special = read_gguf_tokenizer(fields | {"ggml.eot_token_id": 5})
+
+
+def test_a_tokenizer_of_sentence_pieces_is_read() -> None:
+    """Merges follow from the scores, and what has no token is spelled in bytes."""
+    text, special = read_gguf_tokenizer(sentence_pieces() | {"ggml.eot_token_id": 5})
     tokenizer = Tokenizer.from_str(text)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert special == {"bos": 1, "eos": 2, "stops": (5,), "chat_template": None, "names": names}
     assert tokenizer.encode("hello").tokens == ["<s>", "▁hello"]
     assert tokenizer.encode(" é", add_special_tokens=False).tokens == ["▁", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.encode("<unk>", add_special_tokens=False).tokens == ["<unk>"]
     assert tokenizer.decode(tokenizer.encode("hello hello é").ids) == "hello hello é"
+
+
+def test_a_tokenizer_of_sentence_pieces_is_written(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "published")
+    text, special = read_gguf_tokenizer(sentence_pieces())
+    (tmp_path / "published/tokenizer.json").write_text(text)
+    (tmp_path / "published/tokenizer_config.json").write_text(json.dumps(special["names"]))
+    import_model(str(tmp_path / "published"), tmp_path / "run", receipt=False)
+    export_run(tmp_path / "run", tmp_path / "out", "gguf")
+    fields = GgufFile(tmp_path / "out/model.gguf").tokenizer_fields
+    kinds = fields["ggml.token_type"]
+    assert kinds[:270] == sentence_pieces()["ggml.token_type"] and set(kinds[270:]) == {5}
+    scores = dict(zip(fields["ggml.tokens"], fields["ggml.scores"], strict=True))
+    assert sorted(scores, key=lambda token: -scores[token])[:6] == ["he", "ll", "hell", "hello", "▁hello", "▁h"]
+    import_model(str(tmp_path / "out/model.gguf"), tmp_path / "again", receipt=False)
+    first, again = (load(tmp_path / run, "cpu").text for run in ("run", "again"))
+    assert first.imported == again.imported
+    for words in ("hello hellhe  oll", " é<unk>hello</s> hel", "", "\n"):
+        assert again.encode(words) == first.encode(words)
+
+
+@pytest.mark.parametrize("missing", ["merge", "normalizer"])
+def test_other_rules_of_sentence_pieces_are_refused(missing: str) -> None:
+    content = json.loads(read_gguf_tokenizer(sentence_pieces())[0])
+    assert gguf_tokenizer(Tokenizer.from_str(json.dumps(content)), ROWS)["ggml.model"] == "llama"
+    if missing == "merge":
+        content["model"]["merges"].pop()  # llama.cpp would make its token, this tokenizer does not
+    else:
+        content["normalizer"] = None
+    with pytest.raises(ConfigError, match="no rules that give the tokens of this tokenizer: export with --format hf"):
+        gguf_tokenizer(Tokenizer.from_str(json.dumps(content)), ROWS)
 
 
 @pytest.mark.parametrize(
