@@ -25,6 +25,7 @@ gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
 # They need transformers.
+from tests.hub.dequantized import dequantized  # noqa: E402
 from tests.hub.published import LLAMA3, ORIGINAL, PROMPT, ROWS, STEPS, TEMPLATE, publish, their_text  # noqa: E402
 
 UNGROUPED = {"olmoe": {"num_key_value_heads": 4}}  # llama.cpp has no grouped queries there
@@ -87,6 +88,23 @@ def check_stacks(reader: Any, model: Any, architecture: str, own: dict[str, int]
     counts = {"expert_count": 4, "expert_used_count": 2, **own}
     fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith(f"{architecture}.")}
     assert {name: fields.get(f"{architecture}.{name}") for name in counts} == counts
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("fp16", 2**-11), ("bf16", 2**-8), ("q8_0", 0.6 / 127)])
+def test_values_are_rounded_to_the_nearest(dtype: str, step: float, tmp_path: Path) -> None:
+    """By at most half a step of the largest value of 32, whose scale in Q8_0 is rounded, too."""
+    model = publish("llama", tmp_path / "published")
+    import_model(str(tmp_path / "published"), tmp_path / "run", receipt=False)
+    export_run(tmp_path / "run", tmp_path / "out", "gguf", dtype)
+    tensors = {one.name: dequantized(one) for one in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    for ours, theirs in (("ffn_down", "mlp.down_proj"), ("attn_v", "self_attn.v_proj")):
+        expected = state[f"model.layers.1.{theirs}.weight"].reshape(-1, 32)
+        errors = np.abs(tensors[f"blk.1.{ours}.weight"].reshape(-1, 32) - expected)
+        assert (errors <= step * np.abs(expected).max(1, keepdims=True)).all() and errors.any()
+    np.testing.assert_array_equal(
+        tensors["blk.1.ffn_norm.weight"], state["model.layers.1.post_attention_layernorm.weight"]
+    )
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("llama, tied", 1.0), ("qwen3_moe", 3.0)])
@@ -159,14 +177,18 @@ def numpy_llama(
 
 
 def one_tensor(path: Path, kind: str) -> None:
-    """A file with one quantized matrix, whose scales are small numbers."""
+    """A file with one matrix of random codes, whose scales are small numbers that differ, or of halves below 2."""
     kind_of = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[kind_of]
     data = np.random.default_rng(0).integers(0, 255, (4, 512 // block * size), dtype=np.uint8)
     blocks = data.reshape(-1, size)
-    scales = {"Q6_K": (208, 1), "Q4_K": (0, 2), "Q4_0": (0, 1), "Q4_1": (0, 2), "Q8_0": (0, 1), "IQ2_XXS": (0, 1)}
-    start, count = scales[kind]
-    blocks[:, start : start + 2 * count] = np.full(count, 0.01, np.float16).view(np.uint8)
+    scales = {"Q6_K": (208, 1), "Q4_K": (0, 2), "Q4_0": (0, 1), "Q4_1": (0, 2), "Q8_0": (0, 1)}
+    if kind in scales:
+        start, count = scales[kind]
+        values = np.linspace(0.01, 0.02, len(blocks) * count, dtype=np.float16)
+        blocks[:, start : start + 2 * count] = values.view(np.uint8).reshape(len(blocks), -1)
+    else:
+        data.view(np.uint16)[:] &= 0xBFFF  # without the highest bit of the exponent
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("output_norm.weight", data, raw_dtype=kind_of)
     writer.write_header_to_file()
@@ -175,13 +197,17 @@ def one_tensor(path: Path, kind: str) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
-def test_quantized_matrices_are_read(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_matrices_of_every_type_are_read(kind: str, tmp_path: Path) -> None:
     one_tensor(tmp_path / "one.gguf", kind)
     file = GgufFile(tmp_path / "one.gguf")
     found = file.read("model.norm.weight")
     assert file.shape("model.norm.weight") == tuple(found.shape) == (4, 512)
-    assert found.dtype == torch.float32 and found.isfinite().all() and 0 < found.abs().max() < 100
+    assert found.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    assert found.isfinite().all() and 0 < found.abs().max() < 100
+    if not kind.endswith("_K"):
+        (tensor,) = gguf.GGUFReader(tmp_path / "one.gguf").tensors
+        np.testing.assert_array_equal(found.float().numpy(), dequantized(tensor))
     assert torch.equal(file.read("model.norm.weight", slice(1, 3)), found[1:3])
 
 

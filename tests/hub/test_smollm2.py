@@ -21,6 +21,7 @@ from openm6.hub.find import SHIPPED, find_model
 from openm6.hub.importing import Additions, import_model, imported_logits
 from openm6.inference.load import read_texts
 from openm6.serve.scenarios.scenario import library_of, read_scores
+from tests.hub.dequantized import dequantized
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -36,20 +37,6 @@ def fetched() -> Path:
     except CheckpointError as error:
         assert "cannot be fetched" in str(error) and "sha256" not in str(error), error
         pytest.skip(str(error))
-
-
-def dequantized(tensor) -> np.ndarray:
-    """The values of a tensor: F32, or blocks of 32 in Q8_0 (a scale) or Q4_1 (a scale and a minimum)."""
-    shape = tuple(int(size) for size in tensor.shape[::-1])
-    kind, data = tensor.tensor_type.name, np.ascontiguousarray(tensor.data)
-    if kind == "F32":
-        return data.reshape(shape)
-    blocks = data.view(np.uint8).reshape(-1, {"Q8_0": 34, "Q4_1": 20}[kind])
-    scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-    if kind == "Q8_0":
-        return (scale * blocks[:, 2:].view(np.int8)).reshape(shape)
-    minimum, packed = blocks[:, 2:4].copy().view(np.float16).astype(np.float32), blocks[:, 4:]
-    return (scale * np.concatenate([packed & 15, packed >> 4], 1) + minimum).reshape(shape)
 
 
 def normed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
