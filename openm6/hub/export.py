@@ -75,8 +75,10 @@ def export_run(
             merged = load(folder, "cpu").omni.state_dict() if config.lora is not None else {}
             read = partial(_read, reader, text.vocab_size, merged)
             write(partial_out, groups, read, settings, tokenizer, text, dtype)
-    without = f"; left out: {' and '.join(left_out)}, so answers differ from ours" if left_out else ""
-    return f"{out}: {kind}, {config.num_layers} layers{without}"
+    without = f"; left out: {' and '.join(left_out)}" if left_out else ""
+    # Texts pass no experts of other modalities.
+    differ = "" if description.modalities.prompt_attention == "causal" else ", so answers differ from ours"
+    return f"{out}: {kind}, {config.num_layers} layers{without}{differ}"
 
 
 def _inexpressible(description: CheckpointConfig) -> list[str]:
@@ -87,8 +89,9 @@ def _inexpressible(description: CheckpointConfig) -> list[str]:
     tasks = [known[one.task] for one in description.trained_tasks if one.task in known]
     used = {slot.modality for task in tasks for slot in task.inputs.values()} | {task.output_modality for task in tasks}
     used |= {modality for one in description.trained_tasks for modality in one.modalities}
-    others = sorted(used - {"text"})
-    return [*found, f"the modalities {', '.join(others)}"] if others else found
+    others, experts = sorted(used - {"text"}), description.backbone.modality_experts
+    found += [f"the modalities {', '.join(others)}"] if others else []
+    return found if experts is None else [*found, f"the experts of {', '.join(experts.modalities)}"]
 
 
 def _exported_text(description: CheckpointConfig, content: str, where: str) -> tuple[Tokenizer, ImportedText]:

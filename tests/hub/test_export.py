@@ -12,6 +12,7 @@ from torch import nn
 from openm6.checkpoint.save import Snapshot, save
 from openm6.core.errors import ConfigError
 from openm6.hub.export import export_run
+from openm6.hub.importing import imported_logits
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import load
 from openm6.inference.sampling import Sampling
@@ -20,7 +21,7 @@ from openm6.modalities.registry import ModalitiesConfig, PromptAttention, source
 from openm6.modalities.text import train_tokenizer
 from openm6.models.config import BackboneConfig
 from openm6.models.description import CheckpointConfig, TrainedTask, build_model
-from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.config import DenseConfig, ExpertsConfig, ModalityExpertsConfig
 from tests.small_model import SCALES, WORDS
 
 transformers = pytest.importorskip("transformers")
@@ -80,8 +81,27 @@ def test_what_a_decoder_cannot_express_is_named(tmp_path: Path) -> None:
     talk = run_of(tmp_path / "talk", BACKBONES["dense"], tasks=("chat",), chat=["text", "image"])
     with pytest.raises(ConfigError, match="cannot express the modalities image: add --text"):
         export_run(talk, tmp_path / "out", "hf")
-    assert "left out: prompts with bidirectional" in export_run(run, tmp_path / "out", "hf", "bf16", text_only=True)
+    summary = export_run(run, tmp_path / "out", "hf", "bf16", text_only=True)
+    assert summary.endswith(
+        "left out: prompts with bidirectional attention and the modalities image, so answers differ from ours"
+    )
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_texts_without_the_experts_of_other_modalities_are_ours(tmp_path: Path) -> None:
+    added = ModalityExpertsConfig(intermediate_size=16, num_experts=2, top_k=1, balance="aux", modalities=("image",))
+    backbone = BACKBONES["llama"].model_copy(update={"modality_experts": added})
+    run = run_of(tmp_path / "run", backbone)
+    with pytest.raises(ConfigError, match="cannot express the experts of image: add --text-only"):
+        export_run(run, tmp_path / "out", "hf")
+    summary = export_run(run, tmp_path / "out", "hf", text_only=True)
+    assert summary.endswith("3 layers; left out: the experts of image")
+    tokens = torch.arange(40, 52)[None]
+    rows = load(run, "cpu").text.vocab_size
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        theirs = plain(tokens).logits[0]
+    torch.testing.assert_close(torch.cat(list(imported_logits(run, backbone, tokens, rows)), -1), theirs)
 
 
 @pytest.mark.parametrize(
