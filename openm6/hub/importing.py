@@ -68,7 +68,7 @@ class Additions(Config):
     """What an import adds to a decoder.
 
     adapter: a folder of PEFT, or an addition of ours, which has all that is added. experts, top_k: copies of each dense
-    network, of which a token goes through `top_k`, or in place of that through one in each of `prototypes` groups.
+    network, of which a token goes through `top_k` (2), or in place of that through one in each of `prototypes` groups.
     noise: on the copies, in standard deviations of their matrices. reinit: fraction of the units of each copy that is
     drawn again (2502.19261). modalities: those whose tokens get experts of their own and, with
     `lora_rank`, low-rank updates of the attention.
@@ -76,7 +76,7 @@ class Additions(Config):
 
     adapter: Path | None = None
     experts: int | None = Field(default=None, gt=1)
-    top_k: int = Field(default=2, gt=0)
+    top_k: int | None = Field(default=None, gt=0)
     prototypes: int | None = Field(default=None, gt=0)
     noise: float = Field(default=0.0, ge=0)
     reinit: float = Field(default=0.0, ge=0, le=1)
@@ -85,8 +85,10 @@ class Additions(Config):
 
     @model_validator(mode="after")
     def _has_what_it_changes(self) -> Self:
-        for option, needed in (("prototypes", "experts"), ("noise", "experts"), ("reinit", "experts"),
-                               ("lora_rank", "modalities")):  # fmt: skip
+        if self.top_k and self.prototypes:
+            raise ValueError("a token goes through one expert of each of the prototypes: leave out top_k")
+        for option, needed in (("top_k", "experts"), ("prototypes", "experts"), ("noise", "experts"),
+                               ("reinit", "experts"), ("lora_rank", "modalities")):  # fmt: skip
             if getattr(self, option) and not getattr(self, needed):
                 raise ValueError(f"{option} is for {needed}, and there are none: add them, or leave it out")
         return self
@@ -179,7 +181,7 @@ def _with_experts(config: BackboneConfig, additions: Additions) -> BackboneConfi
             raise ConfigError("--experts is for a dense decoder without an adapter: leave it out")
         balance = {"norm_topk_prob": True, "balance": "aux"}
         groups = additions.prototypes
-        choice = {"top_k": additions.top_k} if groups is None else {"num_prototypes": groups}
+        choice = {"top_k": additions.top_k or 2} if groups is None else {"num_prototypes": groups}
         found["experts"] = {**found["dense"], "num_experts": additions.experts, **choice, **balance}
         found["dense"] = None
     if additions.modalities:

@@ -138,7 +138,8 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig, source: str) -
     if settings.get("peft_type") != "LORA" or unlike:
         what = ", ".join(unlike) or f"peft_type {settings.get('peft_type')}"
         raise ConfigError(f"{folder} is an adapter with {what}, which is not supported: use plain LoRA")
-    if (base := settings.get("base_model_name_or_path")) and _bare_name(base) != _bare_name(source):
+    base = str(settings.get("base_model_name_or_path") or "")
+    if (named := _bare_name(base)) and (ours := _bare_name(source)) and named != ours:
         get_log().warning(f"{folder} was trained for {base}: its answers are wrong if {source} has other weights")
     reader, every = CheckpointReader(folder, WEIGHTS_FILE.partition(".")[0]), list(projections(kind, config))
     left, found = set(reader.names), dict[Projection, Factors]()
@@ -182,7 +183,9 @@ def read_adapter(folder: Path, kind: str, config: BackboneConfig, source: str) -
 
 
 def _bare_name(model: str) -> str:
-    """What a folder, a GGUF file and a repository of one model have in common."""
+    """What a folder, a GGUF file and a repository of one model have in common; empty if the name says nothing."""
+    if re.fullmatch(r"model\.gguf|[0-9a-f]{40}", Path(model).name):
+        return ""
     return re.sub(r"([.-](i?q\d\w*|b?f16|f32))?\.gguf$", "", Path(split_revision(model)[0]).name.lower())
 
 
