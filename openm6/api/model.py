@@ -87,9 +87,9 @@ def load(
 
 def from_hf(
     source: str | Path, out: str | Path | None = None, device: torch.device | str = "auto",
-    dtype: torch.dtype | str = "auto", *, experts: int | None = None, top_k: int | None = None, prototypes: int | None = None,
-    noise: float = 0.0, reinit: float = 0.0, modalities: Sequence[str] = (), lora_rank: int | None = None,
-    adapter: str | Path | None = None, sha256: str | None = None,
+    dtype: torch.dtype | str = "auto", *, experts: int | None = None, top_k: int | None = None,
+    prototypes: int | None = None, noise: float = 0.0, reinit: float = 0.0, modalities: Sequence[str] = (),
+    lora_rank: int | None = None, adapter: str | Path | None = None, sha256: str | None = None,
 ) -> OpenM6:  # fmt: skip
     """Import a published decoder, as `openm6 import` does, and load it; `out` keeps the run in a folder.
 
