@@ -27,7 +27,7 @@ from openm6.core.errors import ConfigError, DataError, OpenM6Error
 from openm6.core.run_folder import RunFolder
 from openm6.data.inspect import inspect_path
 from openm6.data.propose import column_of
-from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields
+from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields, as_bytes
 from openm6.tasks.slots import SHORT
 from openm6.train.run import recipe_path, train_values
 
@@ -88,16 +88,21 @@ class _TableEstimator(BaseEstimator):
         if columns:
             # Names and their number alone: an array of all cells would lose their types.
             validate_data(self, X, reset=reset, skip_check_array=True)
-            if not all(isinstance(name, str) for name in X.columns):
-                columns = {f"x{index}": cells for index, cells in enumerate(columns.values())}
             check_consistent_length(X, y)
-            return columns, None if y is None else column_or_1d(y, warn=True)
+            return self._named([*columns.values()]), None if y is None else column_or_1d(y, warn=True)
         settings: dict[str, Any] = {"dtype": None, "ensure_all_finite": "allow-nan", "reset": reset}
         if y is None:
             cells = validate_data(self, X, **settings)
         else:
             cells, y = validate_data(self, X, y, y_numeric=self._task == "record_regression", **settings)
-        return {f"x{index}": cells[:, index] for index in range(cells.shape[1])}, y
+        return self._named([*cells.T]), y
+
+    def _named(self, cells: list[Any]) -> dict[str, Any]:
+        """Columns by their names in `fit`: to scikit-learn, arrays and DataFrames are alike."""
+        names = list(getattr(self, "feature_names_in_", ()))
+        if len(set(names)) < len(cells):
+            names = [f"x{index}" for index in range(len(cells))]
+        return dict(zip(names, cells, strict=True))
 
     def _fit(self, columns: dict[str, Any], y: Any, name: Any) -> None:
         if len(y) < 2:
@@ -109,12 +114,16 @@ class _TableEstimator(BaseEstimator):
             table = frames.arrow_table(columns | {self.target_: y}, "X")
             self.fields_ = _fields(table.arrow, self.target_, numeric=self._task == "record_regression")
             seed = int(check_random_state(self.random_state).randint(MAX_SEED))
-            pq.write_table(with_files(table.arrow, self.fields_), f"{folder}/table.parquet")
-            self.model_ = self._train(Path(folder), len(y), seed)
+            split = "split"  # a column of this name may be one of X
+            while split in table.names:
+                split += "_"
+            written = with_files(table.arrow, self.fields_).append_column(split, pa.array(["train"] * len(y)))
+            pq.write_table(written, f"{folder}/table.parquet")
+            self.model_ = self._train(Path(folder), split, len(y), seed)
 
-    def _train(self, folder: Path, rows: int, seed: int) -> OpenM6:
+    def _train(self, folder: Path, split: str, rows: int, seed: int) -> OpenM6:
         fields, path = self.fields_.model_dump(exclude_none=True), str(folder / "table.parquet")
-        source = {"kind": "parquet", "path": path, "fields": fields, "target": self.target_, "test_fraction": 0.0}
+        source = {"kind": "parquet", "path": path, "fields": fields, "target": self.target_, "split": split}
         loop: dict[str, Any] = {"seed": seed, "num_processes": 1, "tensorboard": False, "keep_last": 1}
         if self.max_steps is not None:
             loop["steps"] = self.max_steps
@@ -233,7 +242,9 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
         """Return probabilities of the classes, in the order of `classes_`.  # N F -> N K"""
         records, loaded = self._records(X), self.model_.loaded
-        return frames.class_probabilities(loaded, loaded.task(self._task), records, self.target_, self.class_names_)
+        task, names = loaded.task(self._task), self.class_names_
+        probability = frames.class_probabilities(loaded, task, records, self.target_, names)
+        return np.nan_to_num(probability, nan=1 / len(names))  # of a row without any value
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """Return the likeliest class of each row.  # N F -> N"""
@@ -274,7 +285,7 @@ def with_files(table: pa.Table, fields: Fields) -> pa.Table:
     for kind, limit in LIMITS.items():
         name = getattr(fields, kind)
         if name is not None and not pa.types.is_binary(table.column(name).type):
-            content = [path and frames.read_file(path, limit) for path in table.column(name).to_pylist()]
+            content = [as_bytes(cell, name, limit, frames.read_file) for cell in table.column(name).to_pylist()]
             table = table.set_column(table.column_names.index(name), name, pa.array(content, pa.binary()))
     return table
 

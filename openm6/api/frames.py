@@ -79,13 +79,15 @@ def predict(
         own, task_fields = getattr(config, "fields", None), getattr(config, "task_fields", None)
         fields = own or _fields(table.names, loaded, target)
         mapped = {*(fields.numbers or ()), *(fields.categories or ())}
-        known |= {name for name in (fields.label, *mapped) if name and own}
+        known |= {name for name in (fields.label, fields.label_zh, *mapped) if name and own}
         if isinstance(task.target, SomeNumbers | AnyText):
             # An own task predicts one column, and shows the others.
             fits = target in (task.target.columns if isinstance(task.target, SomeNumbers) else (task.target.name,))
         else:
-            labelled = isinstance(task.target, Text) and task.target.name == "label" and fields.label == target
-            fits = labelled or (target in mapped and (numeric or task.optional))
+            labelled = isinstance(task.target, Text) and task.target.name == "label"
+            fits = (labelled and target in (fields.label, fields.label_zh)) or (
+                target in mapped and (numeric or task.optional)
+            )
         if not fits or (failure and own is None):
             continue
         try:
@@ -94,16 +96,20 @@ def predict(
             failure = failure or error
             continue
         found: dict[str, Any] = {}
+        key = "label" if fields.label == target else "label_zh"
         if numeric:
             answers = number_answers(loaded, task, records, target)
             for name, level in [("predictions", 0.5), *((str(level), level) for level in quantile_levels)]:
                 found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
         elif classes is not None:
-            probability = class_probabilities(loaded, task, records, target, list(map(str, classes)))
-            found["predictions"] = [classes[index] for index in probability.argmax(1)]
+            probability = class_probabilities(loaded, task, records, target, list(map(str, classes)), key)
+            best = np.nan_to_num(probability).argmax(1)
+            asked = ~np.isnan(probability[:, 0])
+            found["predictions"] = [classes[one] if able else None for one, able in zip(best, asked, strict=True)]
             found |= {str(name): probability[:, index] for index, name in enumerate(classes)}
         else:
-            examples = _examples(task, *_without_category(task, records, target))
+            labels = [table.labels[target] for table in loaded.numbers.predictors if target in table.labels]
+            examples = _without_category(task, records, target, labels[0].classes if labels else (), key)
             texts = dict(zip(examples, answer(loaded, list(examples.values()), MaskedSampling()), strict=True))
             found["predictions"] = [texts.get(row) for row in range(len(records))]
         return type(frame)(found, index=frame.index)
@@ -197,47 +203,66 @@ def number_answers(
         record and {**record, "numbers": {**own, target: own.get(target) or 0.0}}
         for record, own in zip(records, numbers, strict=True)
     ]
-    examples = _examples(task, for_number(task, target), asked)
+    examples = _examples(task, for_number(task, target), asked, asked)
     answers = answer(loaded, list(examples.values()), MaskedSampling())
     by_row = {row: found for row, found in zip(examples, answers, strict=True) if isinstance(found, Histogram)}
     return [by_row.get(row) for row in range(len(records))]
 
 
 def class_probabilities(
-    loaded: LoadedModel, task: Task, records: Sequence[Record | None], target: str, classes: Sequence[str]
+    loaded: LoadedModel,
+    task: Task,
+    records: Sequence[Record | None],
+    target: str,
+    classes: Sequence[str],
+    key: str = "label",
 ) -> np.ndarray:
-    """Return probabilities of classes by the likelihoods of their names, equal if a record cannot be asked.  # N K"""
-    examples = _examples(task, *_without_category(task, records, target))
-    found = np.full((len(records), len(classes)), 1 / len(classes))
-    found[list(examples)] = np.exp(class_scores(loaded, list(examples.values()), classes))
+    """Return probabilities of classes by the likelihoods of their names, NaN if a record cannot be asked.  # N K"""
+    examples = _without_category(task, records, target, classes, key)
+    found = np.full((len(records), len(classes)), np.nan)
+    if examples:
+        found[list(examples)] = np.exp(class_scores(loaded, list(examples.values()), classes))
     return found
 
 
-def _without_category(task: Task, records: Sequence[Record | None], target: str) -> tuple[Task, list[Record | None]]:
-    """The task with this category as its target, and records that do not show it."""
-    if isinstance(task.target, AnyText):
-        return task, [
-            record and {**record, "categories": {**(record.get("categories") or {}), target: UNKNOWN}}
-            for record in records
+def _without_category(
+    task: Task, records: Sequence[Record | None], target: str, classes: Sequence[str], key: str
+) -> dict[int, Example]:
+    """Those records as examples that ask for a category and do not show it; `key` is that of a label."""
+    if not (isinstance(task.target, AnyText) or task.optional):
+        labels = {"label", "label_zh"}
+        asked = [
+            record and {**{k: v for k, v in record.items() if k not in labels}, key: UNKNOWN} for record in records
         ]
-    if not task.optional:
-        return task, [record and {**record, "label": UNKNOWN} for record in records]
-    asked: list[Record | None] = []
+        return _examples(task, task, asked, asked)
+    asked, shown = [], []
     for record in records:
         named = (record or {}).get("categories") or {}
         true = named.get(target)
-        # A text may be the label.
-        kept = {key: value for key, value in (record or {}).items() if true is None or value != true}
-        asked.append(record and {**kept, "label": UNKNOWN, "categories": {**named, target: UNKNOWN}})
+        if isinstance(task.target, AnyText):
+            kept = record or {}
+        else:  # a text may be the label
+            kept = {k: v for k, v in (record or {}).items() if true is None or v != true} | {"label": UNKNOWN}
+        asked.append(record and {**kept, "categories": {**named, target: UNKNOWN}})
+        # Prompts were in the language of the categories, of which the hidden one may be the only one.
+        guess = true or (classes[0] if classes else target)
+        shown.append(record and {**kept, "categories": {**named, target: guess}})
+    if isinstance(task.target, AnyText):
+        return _examples(task, task, asked, asked)
     pinned = Derived("text", partial(hold_out_category, column=target), lambda *_: True)
-    return replace(task, target=pinned), asked
+    return _examples(task, replace(task, target=pinned), asked, shown)
 
 
-def _examples(task: Task, pinned: Task, records: Sequence[Record | None]) -> dict[int, Example]:
-    """Those records as examples that have what the task needs, by their rows, in the language of its training."""
+def _examples(
+    task: Task, pinned: Task, records: Sequence[Record | None], shown: Sequence[Record | None]
+) -> dict[int, Example]:
+    """Those records as examples that have what the task needs, by their rows, in the language of its training.
+
+    shown: the records with what is asked for, by which the training chose the language
+    """
     found = {}
-    for row, record in enumerate(records):
-        languages = (task.languages(record) or pinned.languages(record)) if record is not None else []
+    for row, (record, whole) in enumerate(zip(records, shown, strict=True)):
+        languages = [] if record is None else task.languages(whole or {}) or pinned.languages(record)
         if record is not None and languages:
             language = "en" if "en" in languages else languages[0]
             found[row] = pinned.example(record, np.random.default_rng(0), language=language)

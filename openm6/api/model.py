@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,16 @@ from openm6.inference.engine import RankedText, rank_texts, score_texts
 from openm6.inference.engine import embed as embed_parts
 from openm6.inference.load import LoadedModel, convert_weights, precision_of
 from openm6.inference.load import load as load_checkpoint
-from openm6.inference.question import Answer, Box, Question, answer_parts, answer_questions, prompt_parts, stream_answer
+from openm6.inference.question import (
+    Answer,
+    Box,
+    Question,
+    answer_parts,
+    answer_questions,
+    prompt_parts,
+    stream_answer,
+    stream_question,
+)
 from openm6.inference.sampling import Decoding
 from openm6.kernels.probe import capabilities
 from openm6.modalities.interface import Part
@@ -257,7 +266,8 @@ class OpenM6:
         settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         is_batch = any(isinstance(value, list) for value in given.values())
         if stream:
-            return self._stream([prompt_parts(one, self.loaded) for one in questions], output, settings, is_batch)
+            _check_stream(output, is_batch)
+            return stream_question(self.loaded, questions[0], settings.text)
         answers = self.answer(questions, settings)
         return answers if is_batch else answers[0]
 
@@ -303,16 +313,12 @@ class OpenM6:
         masked = {"steps": num_inference_steps, "guidance": guidance_scale}
         settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         if stream:
-            return self._stream(prompts, output, settings, is_batch)
+            _check_stream(output, is_batch)
+            return stream_answer(self.loaded, prompts[0], settings.text)
         codec = self.loaded.image if output == "image" else self.loaded.audio
         targets = [] if output == "text" else [codec.blank() for _ in prompts]
         found = [_output(one) for one in answer_parts(self.loaded, prompts, output, targets, settings)]
         return found if is_batch else found[0]
-
-    def _stream(self, prompts: list[list[Part]], output: str, settings: Decoding, is_batch: bool) -> Iterator[str]:
-        if output != "text" or is_batch:
-            raise ConfigError("stream=True is for one answer in text: ask for output='text', and give no list")
-        return stream_answer(self.loaded, prompts[0], settings.text)
 
     def embed(
         self, text: str | list[str] | None = None, *, image: Any = None, audio: Any = None, numbers: Any = None
@@ -461,6 +467,11 @@ def _inputs(row: dict[str, Any]) -> dict[str, Any]:
         "series": values.number_series(row.get("series")),
         **media,
     }
+
+
+def _check_stream(output: str, is_batch: bool) -> None:
+    if output != "text" or is_batch:
+        raise ConfigError("stream=True is for one answer in text: ask for output='text', and give no list")
 
 
 def _output(answer: Answer, question: Question | None = None) -> Any:

@@ -288,7 +288,7 @@ def serve(
     if "=" in model and not Path(model).exists():  # a folder may be called lr=0.1
         model, settings = "mini", [model, *(settings or [])]
     trained = model_of(model)
-    settings = [f"host={host}", f"port={port}", f"engine.device={device}", *(settings or [])]
+    settings = [f"host={json.dumps(host)}", f"port={port}", f"engine.device={device}", *(settings or [])]
     if allow_host:
         settings.append(f"hosts={json.dumps(allow_host)}")
     # torch takes seconds to import, and the server's packages are an extra

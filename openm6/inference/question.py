@@ -469,6 +469,13 @@ def answer_parts(
     return found
 
 
+def stream_question(loaded: LoadedModel, question: Question, sampling: Sampling) -> Iterator[str]:
+    """Yield the text that `answer_questions` returns, as it is generated."""
+    parts = prompt_parts(question, loaded)
+    name = _class_of(question, parts, loaded)
+    return stream_answer(loaded, parts, sampling) if name is None else iter([name])
+
+
 def stream_answer(loaded: LoadedModel, parts: Sequence[Part], sampling: Sampling) -> Iterator[str]:
     """Yield the text that answers a prompt as it is generated; as `answer_parts`."""
     confidence = yield from stream_text(loaded, prompt_segments(parts, loaded.modalities), sampling)

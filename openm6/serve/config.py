@@ -36,7 +36,7 @@ class Limits(Config):
     rows: int = Field(default=256, ge=1)
     candidates: int = Field(default=256, ge=1)
     seconds: float = Field(default=120.0, gt=0, description="until a request without an answer is dropped")
-    fetch_bytes: int = Field(default=8 * 2**20, ge=1024, description="of an image that is fetched")
+    fetch_bytes: int = Field(default=8 * 2**20, ge=1024, description="of the fetched images of a request together")
     fetch_seconds: float = Field(default=5.0, gt=0, description="for all images of a request to be fetched")
 
 

@@ -298,7 +298,7 @@ class Fetcher:
     """Fetches the images that chats, embeddings and rankings name by `image_url`."""
 
     def __init__(self, hosts: Iterable[str], max_bytes: int, seconds: float) -> None:
-        """`seconds` are for all images of a request together."""
+        """`max_bytes` and `seconds` are for all images of a request together."""
         self.hosts = frozenset(hosts)
         self.max_bytes, self.seconds = max_bytes, seconds
         # Of its own: names that do not resolve in time must not hold the threads in which other requests are read.
@@ -319,16 +319,18 @@ class Fetcher:
             for index, part in enumerate(content if isinstance(content, list) else [])
             if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:")
         ]
+        left = self.max_bytes
         try:
             async with asyncio.timeout(self.seconds):
                 for param, image in remote:
-                    data = await self.fetch(image.url, param)
+                    data = await self.fetch(image.url, param, left)
+                    left -= len(data)
                     image.url = "data:;base64," + base64.b64encode(data).decode()
         except TimeoutError:
             sentence = f"{param} did not come within {self.seconds:g} s: send the image as a data URL"
             raise BadRequestError(sentence, param) from None
 
-    async def fetch(self, url: str, param: str) -> bytes:
+    async def fetch(self, url: str, param: str, most: int) -> bytes:
         parsed = self._checked(url, param)
         host = parsed.raw_host.decode()
         try:
@@ -350,8 +352,9 @@ class Fetcher:
                     raise BadRequestError(f"{sentence}: give the image's own address", param)
                 async for block in response.aiter_raw():
                     data += block
-                    if len(data) > self.max_bytes:
-                        raise BadRequestError(f"{param} has over {self.max_bytes:,} bytes: shrink it", param)
+                    if len(data) > most:
+                        sentence = f"{param} makes the images over {self.max_bytes:,} bytes together: shrink them"
+                        raise BadRequestError(sentence, param)
         except (httpx.TransportError, OSError):  # httpx passes on some errors of TLS as they are
             raise BadRequestError(f"{param} cannot be fetched: send the image as a data URL", param) from None
         return bytes(data)

@@ -168,7 +168,8 @@ class PreparedRequest:
     def by_modality(self) -> dict[str, int]:
         found: Counter[str] = Counter()
         for segment in self.prompt:
-            found[segment.kind.removesuffix("_in")] += len(segment)
+            kind = segment.kind.removesuffix("_in")
+            found["numbers" if kind == "series" else kind] += len(segment)
         if self.opening is not None:
             found["text"] += 1
         return dict(found)

@@ -179,7 +179,7 @@ def http_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
             log_level="warning",
             timeout_graceful_shutdown=5,
             http=HeaderTimeoutProtocol,
-            limit_concurrency=limits.connections,
+            limit_concurrency=limits.connections + 1,  # uvicorn counts the new one as well
             h11_max_incomplete_event_size=limits.header_bytes,
         )
     )

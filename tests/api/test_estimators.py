@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import openm6
+from openm6.api.estimators import with_files
 from openm6.api.frames import TableError
 from openm6.core.errors import OpenM6Error
+from openm6.data.records import Fields
 from tests.api.test_frames import shop
 from tests.data.sample_images import png, wav
 from tests.train.tiny_recipe import MODEL
@@ -185,6 +188,25 @@ def test_an_unknown_output_type_and_another_table() -> None:
     with pytest.raises(ValueError, match="feature names"):
         regressor.predict(FRAME.rename(columns={"title": "name"}))
     assert regressor.score(pd.DataFrame(FRAME), Y) <= 1
+
+
+def test_arrays_and_frames_are_alike_and_a_column_may_be_named_split() -> None:
+    table = pd.DataFrame({"split": ["train", "test"] * 8, "b": np.arange(16.0)})
+    fitted = openm6.OpenM6Regressor(**TINY).fit(table, table["b"])
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        found = fitted.predict(table.to_numpy())
+    np.testing.assert_array_equal(found, fitted.predict(table))
+    with pytest.warns(UserWarning, match="has feature names"):
+        openm6.OpenM6Regressor(**TINY).fit(table[["b"]].to_numpy(), table["b"]).predict(table[["b"]])
+
+
+def test_files_of_a_frame_may_be_bytes_and_paths() -> None:
+    cells = [{"bytes": png("red", 8), "path": "a.png"}, {"bytes": None, "path": "0.png"}, b"large", "", None]
+    table = pa.table({"photo": pa.array(cells[:2]), "text": ["a", "b"]})
+    assert with_files(table, Fields(image="photo"))["photo"].to_pylist() == [png("red", 8), png("red", 32)]
+    table = pa.table({"photo": pa.array(cells[2:3], pa.large_binary())})
+    assert with_files(table, Fields(image="photo"))["photo"].to_pylist() == [b"large"]
+    assert with_files(pa.table({"photo": cells[3:]}), Fields(image="photo"))["photo"].to_pylist() == [None, None]
 
 
 def test_columns_other_than_those_of_the_training_are_an_error_of_ours() -> None:

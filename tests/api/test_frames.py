@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import openm6
-from openm6.api.frames import _forecasting
+from openm6.api.frames import _forecasting, _without_category
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.evaluate.answers import answer
 from openm6.inference.sampling import MaskedSampling
@@ -55,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, colour in enumerate(("red", "blue")):
         (folder / f"{index}.png").write_bytes(png(colour, 32))
     shop().to_csv(folder / "shop.csv", index=False)
+    goods = pd.DataFrame({"photo": ["0.png", "1.png"] * 6, "类别": ["杯子", "盘子"] * 6})
+    goods.to_csv(folder / "goods.csv", index=False)
     sales().to_csv(folder / "sales.csv", index=False)
     fields = {
         "image": "photo",
@@ -70,6 +72,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "series": {"kind": "windows", "path": str(folder / "sales.csv"), "time": "timestamp", "group": "item_id",
                        "context": 12, "horizon": 4, **windows},
             "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
+            "goods": {"kind": "csv", "path": str(folder / "goods.csv"),
+                      "fields": {"image": "photo", "label_zh": "类别"}},
         },
         "mixture": [
             {"source": "shop", "task": "record_regression"},
@@ -77,6 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"source": "series", "task": "time_series_forecasting"},
             {"source": "penguins", "task": "tabular_regression"},
             {"source": "penguins", "task": "tabular_classification"},
+            {"source": "goods", "task": "image_categorization"},
         ],
     }  # fmt: skip
     train_recipe(write_recipe(folder, recipe), out=folder / "run")
@@ -141,6 +146,23 @@ def test_rows_may_lack_cells(model: openm6.OpenM6) -> None:
     lengths = pd.DataFrame({"bill_length_mm": [40.0, None], "flipper_length_mm": [190.0, None]})
     found = model.predict(lengths, "body_mass_g", LEVELS)
     assert found.loc[0].notna().all()
+
+
+def test_a_chinese_label_and_rows_that_cannot_be_asked(model: openm6.OpenM6) -> None:
+    frame = pd.DataFrame({"photo": ["0.png", None], "类别": ["杯子", None]})
+    found = model.predict(frame, "类别", classes=["杯子", "盘子"])
+    assert found["predictions"][0] in ("杯子", "盘子") and found.loc[0, ["杯子", "盘子"]].sum() == pytest.approx(1)
+    assert pd.isna(found["predictions"][1]) and found.loc[1, ["杯子", "盘子"]].isna().all()
+    assert [isinstance(text, str) for text in model.predict(frame, "类别")["predictions"]] == [True, False]
+
+
+def test_hidden_classes_are_asked_for_in_the_language_of_their_training() -> None:
+    task = TASKS["record_classification"]
+    for classes, language in ((["猫", "狗"], "zh"), (["cat", "dog"], "en")):
+        trained = {"numbers": {"a": 1.0}, "categories": {"target": classes[1]}}
+        assert task.example(trained, np.random.default_rng(0)).language == language
+        [example] = _without_category(task, [{"numbers": {"a": 1.0}}], "target", classes, "label").values()
+        assert example.language == language and not any(name in str(example.source) for name in classes)
 
 
 def test_forecasts_have_the_form_of_chronos(model: openm6.OpenM6) -> None:

@@ -24,6 +24,7 @@ from openm6.api import model, values
 from openm6.api.values import media_bytes
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.find import find_model
+from openm6.inference import question
 from openm6.modalities.image import read_image
 from tests.small_model import embedding_model
 
@@ -206,6 +207,12 @@ def test_a_streamed_text_is_the_text(m6: openm6.OpenM6) -> None:
     whole = m6.chat(chat, max_new_tokens=12, temperature=1.0, seed=2)
     assert "".join(m6.chat(chat, max_new_tokens=12, temperature=1.0, seed=2, stream=True)) == whole
     assert "".join(m6.generate(chat[0]["content"], max_new_tokens=12, temperature=1.0, seed=2, stream=True)) == whole
+
+
+def test_a_streamed_class_is_the_class(m6: openm6.OpenM6, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(question, "_class_of", lambda *_: "Adelie")
+    row = {"bill_length_mm": 40.0}
+    assert list(m6.generate(numbers=row, stream=True)) == [m6.generate(numbers=row)] == ["Adelie"]
 
 
 def test_a_streamed_text_has_the_same_note(m6: openm6.OpenM6, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
+from openm6.core.config import apply_overrides
 from openm6.core.errors import DataError, Interrupted
 from openm6.core.files import renamed
 from openm6.core.log import get_log
@@ -360,9 +361,11 @@ def test_a_note_about_an_answer_begins_a_line(
 
 def test_settings_of_a_server_need_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called(monkeypatch)
-    assert runner.invoke(app, ["serve", "engine.max_num_seqs=2"]).exit_code == 0
+    assert runner.invoke(app, ["serve", "engine.max_num_seqs=2", "--host", "::"]).exit_code == 0
     calls = {name: words for name, words, _ in called.calls}
     assert "engine.max_num_seqs=2" in calls["read_serve_config"][0]
+    # Two colons are no text in YAML.
+    assert apply_overrides({}, calls["read_serve_config"][0])["host"] == "::"
 
 
 def test_without_a_shipped_model_a_sentence_names_the_way_to_one(

@@ -90,6 +90,14 @@ def test_an_image_comes_from_the_address_that_was_checked() -> None:
     assert b"\r\nAccept-Encoding: identity\r\n" in web.asked
 
 
+def test_images_of_a_request_share_their_bytes() -> None:
+    fetcher = FakeWeb(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 400).fetcher()
+    part = image(f"https://{HOST}/a.png")
+    asyncio.run(fetcher.fetch_all([("turn", [part.model_copy(deep=True) for _ in range(2)])]))
+    with pytest.raises(BadRequestError, match=r"turn.2.image_url.url makes the images over 1,000 bytes together"):
+        asyncio.run(fetcher.fetch_all([("turn", [part.model_copy(deep=True) for _ in range(3)])]))
+
+
 def test_an_address_of_ipv6_is_called_as_well() -> None:
     web = FakeWeb(GOOD, ["2606:2800:21f:cb07:6820:80da:af6b:8b2c"])
     assert fetched(web) == b"hello" and web.called[0][0] == web.addresses[0]

@@ -58,7 +58,7 @@ def test_a_classifier_that_is_to_draw_says_so() -> None:
     with answering(
         create_app(Engine(model, EngineConfig(max_num_seqs=1, max_model_len=128)), ServeConfig(), "m")
     ) as found:
-        reply = found.post("/v1/images/generations", {"prompt": "a cat", "steps": 1})
+        reply = found.post("/v1/images/generations", {"prompt": "a cat", "steps": 1, "n": None})
     assert reply.status == 200 and "never trained to generate image from text" in json.loads(reply.body)["note"]
 
 

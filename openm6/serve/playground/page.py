@@ -93,12 +93,22 @@ def make_inputs(scenario: Scenario, language: Language, example: Mapping[str, An
 def values_in(
     scenario: Scenario, contents: tuple[Any, ...], limits: Limits, language: Language = "en"
 ) -> dict[str, Any]:
-    """Return what the components of `make_inputs` hold, by name; raise DataError if something cannot be read."""
-    return {
-        name: uploaded(given.kind, value, limits, language) if given.kind in MEDIA else read_typed(given.kind, value)
-        for (name, given), value in zip(scenario.inputs.items(), contents, strict=True)
-        if value not in (None, "")
-    }
+    """Return what the components of `make_inputs` hold, by name.
+
+    DataError: something cannot be read; BadRequestError: it is over a limit.
+    """
+    found: dict[str, Any] = {}
+    for (name, given), value in zip(scenario.inputs.items(), contents, strict=True):
+        if value in (None, ""):
+            continue
+        if given.kind in MEDIA:
+            found[name] = uploaded(given.kind, value, limits, language)
+            continue
+        check_size(name, value, limits)  # a long text takes long to parse
+        found[name] = read_typed(given.kind, value)
+        if given.kind != "series":
+            check_size(name, found[name], limits)
+    return found
 
 
 def uploaded(kind: str, path: str, limits: Limits, language: Language) -> bytes:
@@ -409,9 +419,6 @@ class Page:
             return _failed(able.text(language), language, drawn)
         try:
             values = values_in(scenario, contents, self.server.limits, language)
-            for name, value in values.items():
-                if scenario.inputs[name].kind not in (*MEDIA, "series"):
-                    check_size(name, value, self.server.limits)
             request = scenario_request(scenario, language, values, int(seed or 0))
             series = scenario.kind_of("series")
             shown = await show_answer(self.server, request, language, values[series]["values"] if series else ())

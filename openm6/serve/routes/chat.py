@@ -178,7 +178,7 @@ def _numbers_request(settings: NumbersSettings, parts: tuple[Part, ...]) -> Numb
         raise BadRequestError(
             "the number to predict is not named: send numbers={'column': …}, or one value of null", "numbers"
         )
-    column = settings.column or missing[0]
+    column = missing[0] if settings.column is None else settings.column
     inputs = []
     for part in parts:
         if isinstance(part.raw, dict):

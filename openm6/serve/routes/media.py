@@ -32,7 +32,7 @@ class GenerationBody(BaseModel):
 
     prompt: str = Field(min_length=1, max_length=20_000)
     model: str | None = None
-    n: int = Field(default=1, ge=1, le=8)
+    n: int | None = Field(default=None, ge=1, le=8, description="1 by default")
     size: str | None = Field(default=None, description="auto, or the model's own size, such as 64x64")
     response_format: Literal["b64_json"] | None = None
     output_format: content.ImageFormat | None = None
@@ -42,7 +42,10 @@ class GenerationBody(BaseModel):
 
 
 class EditBody(GenerationBody):
-    """What to draw where the mask is transparent; without a mask, everywhere."""
+    """Image and prompt; where a mask, or the image itself, is transparent, it is filled in, whatever the prompt says.
+
+    The prompt of such a request chooses the language alone, as models are trained to fill in without words.
+    """
 
     image: UploadFile
     mask: UploadFile | None = None
@@ -104,14 +107,14 @@ def _check(server: Server, body: GenerationBody) -> None:
     side = server.loaded.image.side
     if body.size not in (None, "auto", f"{side}x{side}"):
         raise BadRequestError(f"size {body.size[:20]!r} is not offered: use auto or {side}x{side}", "size")
-    check_limit("n", body.n, server.limits.answers)
+    check_limit("n", body.n or 1, server.limits.answers)
 
 
 async def _answer(call: Call, kind: str, request: CodesRequest, body: GenerationBody) -> Images:
     """Ask for `n` images, each with a seed of its own."""
     form, seed = body.output_format or "png", schemas.chosen_seed(body.seed)
     samplings = [
-        schemas.masked_sampling(body.steps, body.guidance, schemas.seed_of(seed, index)) for index in range(body.n)
+        schemas.masked_sampling(body.steps, body.guidance, schemas.seed_of(seed, index)) for index in range(body.n or 1)
     ]
     answers = await call.answer(kind, [replace(request, sampling=sampling) for sampling in samplings])
     files = await asyncio.to_thread(_files, call.server, request, answers, form)
@@ -148,9 +151,9 @@ class SpeechBody(BaseModel):
     input: str = Field(min_length=1, max_length=4096)
     model: str | None = None
     voice: str | None = None
-    response_format: content.AudioFormat | Literal["aac"] = "mp3"
-    speed: float = Field(default=1.0, ge=0.25, le=4.0)
-    stream_format: Literal["audio", "sse"] = "audio"
+    response_format: content.AudioFormat | Literal["aac"] | None = Field(default=None, description="mp3 by default")
+    speed: float | None = Field(default=None, ge=0.25, le=4.0)
+    stream_format: Literal["audio", "sse"] | None = None
     seconds: float | None = Field(default=None, gt=0, le=30)
     seed: schemas.Seed = None
     steps: schemas.Steps | None = None
@@ -183,15 +186,15 @@ class Transcription(schemas.EnergyReply):
 @router.post("/audio/speech", tags=["audio"], response_class=Response, responses={200: {"content": AUDIO}})
 async def speak(body: SpeechBody, call: ThisCall) -> Response:
     """An audio file of the text; its joules and seed are in the headers x-joules and x-seed."""
-    server, form = call.server, body.response_format
+    server, form = call.server, body.response_format or "mp3"
     server.check_model(body.model)
     if form == "aac":
         raise BadRequestError(
             "response_format aac cannot be written: use mp3, opus, flac, wav or pcm", "response_format"
         )
-    if body.speed != 1.0:
+    if body.speed not in (None, 1.0):
         raise BadRequestError("speed other than 1 is not offered: leave it out", "speed")
-    if body.stream_format != "audio":
+    if body.stream_format == "sse":
         raise BadRequestError("stream_format sse is not offered: use audio", "stream_format")
     check_limit("seconds", body.seconds or 0.0, server.limits.audio_seconds)
     seed = schemas.chosen_seed(body.seed)

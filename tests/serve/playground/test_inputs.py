@@ -15,6 +15,8 @@ from gradio.data_classes import ImageData
 
 from openm6.core.errors import DataError
 from openm6.serve.config import Limits
+from openm6.serve.errors import BadRequestError
+from openm6.serve.playground import page
 from openm6.serve.playground.page import (
     ImageInput,
     make_inputs,
@@ -65,6 +67,15 @@ def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_lang
             )
     path.write_bytes(png("red", 20))
     assert uploaded("image", str(path), limits, "en") == png("red", 20)
+
+
+def test_a_long_text_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "read_typed", lambda kind, text: pytest.fail("it was parsed"))
+    for kind, line in (("numbers", "a = May 2024\n"), ("series", "1,"), ("candidates", "a\n")):
+        scenario = next(one for one in ALL if one.kind_of(kind))
+        contents = [line * 20_000 if given.kind == kind else None for given in scenario.inputs.values()]
+        with pytest.raises(BadRequestError, match="20,000"):
+            values_in(scenario, tuple(contents), Limits())
 
 
 def test_an_image_is_passed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
