@@ -92,7 +92,18 @@ def _resampled(samples: Tensor, rate: int, new_rate: int) -> Tensor:
     return torch.from_numpy(np.stack([resample(one, rate, new_rate) for one in samples.numpy()]))
 
 
-class ImageEncoder(nn.Module):
+class Encoder(nn.Module):
+    """Frozen features of images (h w F) or of samples at 16 kHz (N F, one for each `step` of them), `width` of each.
+
+    `augments`: it takes a generator beside the input, and then reads it a little changed, as in training.
+    """
+
+    augments: ClassVar[bool] = False
+    width: int
+    step: int
+
+
+class ImageEncoder(Encoder):
     """SigLIP and SigLIP 2, for which an image becomes a square or keeps its aspect; `width` features per patch."""
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -109,7 +120,7 @@ class ImageEncoder(nn.Module):
         return np.asarray(features[: down * across].reshape(down, across, -1))
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """The encoder of Qwen3-ASR: `width` features for each `step` samples at 16 kHz."""
 
     def __init__(self, model: Any, processor: Any) -> None:

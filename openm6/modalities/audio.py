@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig, LogMels
 from openm6.codecs.base import Codec
-from openm6.codecs.external import AudioEncoder
+from openm6.codecs.external import Encoder
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of
@@ -90,7 +90,7 @@ class Audio(CodesModality):
     name: ClassVar[str] = "audio"
 
     def __init__(
-        self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: AudioEncoder | None = None,
+        self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: Encoder | None = None,
         vary_speed: bool = False, reach: float = STRONG,
     ) -> None:  # fmt: skip
         self.codec, self.encoder, self.seconds, self.max_seconds = codec, encoder, seconds, max_seconds
@@ -99,6 +99,7 @@ class Audio(CodesModality):
         self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
         self.num_mels = self.mels.config.num_mels
         self.patch_size = FRAMES * self.num_mels if encoder is None else encoder.width
+        self.step = FRAMES * RATE // 100 if encoder is None else encoder.step  # samples of a token that is read
         self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
         self.code_cache, self._sample_cache = (LRUCache[np.ndarray](CACHE_BYTES // 2) for _ in range(2))
         self.duration_cache = LRUCache[np.ndarray](2**20)  # entries of a few bytes: a bound on their number
@@ -108,28 +109,31 @@ class Audio(CodesModality):
         seconds, mask_span, speed = options.get("seconds"), options.get("mask_span"), options.get("speed", 1.0)
         if mask_span is not None:
             seconds = seconds or self.seconds
+        # The source of an inpainted part must keep time with it.
+        drawn = rng if mask_span is None else None
         if self.encoder is None:
-            # The source of an inpainted part must keep time with it.
-            drawn = rng if mask_span is None else None
             patches = self.patches(raw, seconds, speed, drawn, options.get("measured", False))
-            grid = audio_grid(len(patches), FRAMES * RATE // 100)
         else:
-            patches = self._encoded(raw, self.encoder, seconds, speed, mask_span)
-            grid = audio_grid(len(patches), self.encoder.step)
+            patches = self._encoded(raw, self.encoder, seconds, speed, mask_span, drawn)
+        grid = audio_grid(len(patches), self.step)
         truncated = seconds is not None and self.is_longer(raw, seconds)
         return self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
 
-    def _encoded(self, raw: Any, encoder: AudioEncoder, seconds: Any, speed: float, mask_span: Any) -> np.ndarray:
-        """Features of the audio, in which a masked span is silent; cached without one.  # N F"""
+    def _encoded(
+        self, raw: Any, encoder: Encoder, seconds: Any, speed: float, mask_span: Any, rng: Rng
+    ) -> np.ndarray:
+        """Features of the audio, in which a masked span is silent; cached without one and augmentation.  # N F"""
+        drawn = rng if encoder.augments else None
 
         def compute() -> np.ndarray:
             samples = self._samples(raw, speed)
             if seconds:
                 samples = _fitted(samples, self.length(seconds) * self.hop)
             is_masked = span_mask(mask_span, -(-len(samples) // encoder.step)).repeat(encoder.step)[: len(samples)]
-            return encoder(np.where(is_masked, np.float32(0), samples))
+            samples = np.where(is_masked, np.float32(0), samples)
+            return encoder(samples) if drawn is None else encoder(samples, drawn)
 
-        key = key_of(raw) if mask_span is None else None
+        key = key_of(raw) if mask_span is None and drawn is None else None
         return self.mel_cache.get_or_compute(key and (key, seconds, speed), compute)
 
     def patches(

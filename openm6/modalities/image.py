@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from openm6.codecs.base import Codec
-from openm6.codecs.external import ImageEncoder
+from openm6.codecs.external import Encoder
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
@@ -115,7 +115,7 @@ def image_grid(down: int, across: int) -> TokenGrid:
 
 class ImageConfig(Config):
     """`codec` is a shipped name, a file or a model as transformers:NAME; generated images are squares of `side` pixels.
-    `encoder`: a model as transformers:NAME, whose frozen features replace patches and augmentation, and their settings.
+    `encoder`: a model as transformers:NAME or openm6:NAME, whose frozen features replace patches and their settings.
 
     An image that is read becomes `min_patches` to `max_patches` patches of `patch` x `patch` pixels, enlarged or shrunk
     to that. `stem`: patches are embedded by a linear layer each, or by convolutions over the image. `augmentation` of
@@ -150,7 +150,7 @@ class Image(CodesModality):
 
     name: ClassVar[str] = "image"
 
-    def __init__(self, codec: Codec, config: ImageConfig, encoder: ImageEncoder | None = None) -> None:
+    def __init__(self, codec: Codec, config: ImageConfig, encoder: Encoder | None = None) -> None:
         self.codec, self.config, self.max_pixels, self.encoder = codec, config, config.max_pixels, encoder
         self.patch_size = config.patch**2 * 3 if encoder is None else encoder.width
         self.side = side = config.side
@@ -163,7 +163,7 @@ class Image(CodesModality):
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
         mask_box = options.get("mask_box")
         if self.encoder is not None:
-            return self._encoded(raw, self.encoder, mask_box)
+            return self._encoded(raw, self.encoder, mask_box, rng if self.encoder.augments else None)
         values = self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw))
         gain = np.ones((), np.float32)
         if rng is not None and mask_box is None:  # an inpainted region must keep its position
@@ -178,16 +178,18 @@ class Image(CodesModality):
             segment.arrays["shapes"] = np.full((len(patches), 2), (down, across))
         return segment
 
-    def _encoded(self, raw: Any, encoder: ImageEncoder, mask_box: MaskBox) -> Segment:
-        """Features of the image, from which a masked region is hidden; cached without one."""
+    def _encoded(self, raw: Any, encoder: Encoder, mask_box: MaskBox, rng: Rng) -> Segment:
+        """Features of the image, from which a masked region is hidden; cached without one and without augmentation."""
+        drawn = None if mask_box is not None else rng  # an inpainted region must keep its position
 
         def compute() -> np.ndarray:
             image = read_image(raw, self.max_pixels)
             hidden = box_mask(mask_box, 256, 256).reshape(256, 256)
             image.paste("grey", mask=PIL.Image.fromarray(hidden).resize(image.size))
-            return encoder(image)
+            return encoder(image) if drawn is None else encoder(image, drawn)
 
-        features = self._pixel_cache.get_or_compute(key_of(raw) if mask_box is None else None, compute)
+        key = key_of(raw) if mask_box is None and drawn is None else None
+        features = self._pixel_cache.get_or_compute(key, compute)
         down, across, _ = features.shape
         patches = features.reshape(down * across, -1)
         return self._source(patches, box_mask(mask_box, down, across), image_grid(down, across))

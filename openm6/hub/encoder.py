@@ -1,0 +1,54 @@
+"""A trained model as a frozen encoder of images or audio for another model: `modalities.image.encoder: openm6:NAME`."""
+
+# Shapes: N tokens, or h w patches, of F features; S samples
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from openm6.codecs.external import Encoder
+from openm6.core.errors import ConfigError
+from openm6.hub.find import find_model
+from openm6.inference.load import load
+from openm6.modalities.audio import Audio
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.interface import Rng
+from openm6.tasks.registry import all_tasks
+
+
+class TrainedEncoder(Encoder):
+    """`width` features of each token that the model `name` reads an image or a recording as.
+
+    They are the outputs of its last layer but one: nothing in its training has read those of the last one at tokens of
+    a prompt. ConfigError: it was not trained on such inputs; CheckpointError: there is no such model.
+    """
+
+    augments: ClassVar[bool] = True
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__()
+        loaded = load(find_model(name), "cpu")
+        known = all_tasks(loaded.description.tasks)
+        tasks = [known[one.task] for one in loaded.description.trained_tasks if one.task in known]
+        if not any(slot.modality == kind for task in tasks for slot in task.inputs.values()):
+            raise ConfigError(f"{name} was not trained on inputs of {kind}: name a model that was")
+        self.modality, self.omni = loaded.modalities[kind], loaded.omni
+        self.omni.backbone.layers = self.omni.backbone.layers[:-1]
+        self.width = loaded.description.backbone.hidden_size
+        if isinstance(self.modality, Audio):
+            self.step = self.modality.step
+
+    @torch.inference_mode()
+    def forward(self, raw: Any, rng: Rng = None) -> np.ndarray:
+        """Features in half precision; a generator asks for the augmentation of the model.  # H W -> h w F, S -> N F"""
+        segment = self.modality.source(raw, rng)
+        batch = collate([[build_sequence([segment])]], len(segment))
+        hidden, _ = self.omni(batch.groups, batch.meta)
+        features = hidden[0].half().numpy()
+        if isinstance(self.modality, Audio):
+            return np.asarray(features)
+        down = len(np.unique(segment.grid[:, 1]))
+        return np.asarray(features.reshape(down, len(features) // down, -1))

@@ -1,0 +1,80 @@
+"""A trained model as a frozen encoder of images and audio: its features, and a run that reads by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import openm6
+from openm6.checkpoint.folder import latest
+from openm6.checkpoint.load import open_reader
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.hub import encoder
+from openm6.hub.encoder import TrainedEncoder
+from openm6.inference.load import load, read_texts
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_segments
+from openm6.train.run import train_recipe
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_recipe(write_recipe(folder, tiny_recipe(2)), out=folder / "run")
+    return folder / "run"
+
+
+def noise() -> PIL.Image.Image:
+    levels = np.random.default_rng(0).integers(0, 255, (32, 32, 3))
+    return PIL.Image.fromarray(levels.astype(np.uint8))
+
+
+def test_features_are_the_states_before_the_last_layer(run: Path) -> None:
+    loaded = load(run, "cpu")
+    states: list[torch.Tensor] = []
+    loaded.omni.backbone.layers[-2].register_forward_hook(lambda _, __, out: states.append(out[0]))
+    segments = source_segments([Part("image", noise())], loaded.modalities)
+    batch = collate([[build_sequence(segments)]], len(segments[0]))
+    with torch.inference_mode():
+        loaded.omni(batch.groups, batch.meta)
+        expected = loaded.omni.backbone.final_norm(states[0])[0]
+    features = TrainedEncoder(str(run), "image")(noise())
+    assert features.dtype == np.float16 and features.shape[2] == loaded.description.backbone.hidden_size
+    np.testing.assert_allclose(features.reshape(len(expected), -1), expected.numpy(), atol=2e-3)
+
+
+def test_audio_has_a_token_for_each_step_and_training_changes_what_is_read(run: Path) -> None:
+    reader, samples = TrainedEncoder(str(run), "audio"), np.sin(np.arange(16_000) / 9).astype(np.float32)
+    features = reader(samples)
+    assert features.shape == (-(-16_000 // reader.step), reader.width)
+    np.testing.assert_array_equal(features, reader(samples))
+    changed = reader(samples, np.random.default_rng(1))
+    assert len(changed) != len(features) or np.abs(changed - features).max() > 0.01
+
+
+def test_a_run_reads_by_another_and_does_not_contain_it(run: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(2)
+    for kind in ("image", "audio"):
+        recipe["modalities"].setdefault(kind, {})["encoder"] = f"openm6:{run}"
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "second")
+    assert all(name.startswith(("adapters.", "backbone.")) for name in open_reader(latest(tmp_path / "second")).names)
+    description, _ = read_texts(latest(tmp_path / "second"))
+    assert {"image.encoder", "audio.encoder"} <= set(description.external)
+    answer = openm6.load(tmp_path / "second").generate("What is this?", image=noise(), output="text", max_new_tokens=2)
+    assert isinstance(answer, str)
+
+
+def test_what_was_not_trained_on_such_inputs_or_is_not_there_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match="no model of this name"):
+        TrainedEncoder("nothing", "image")
+    monkeypatch.setattr(encoder, "all_tasks", lambda own: {})
+    with pytest.raises(ConfigError, match="was not trained on inputs of image: name a model that was"):
+        TrainedEncoder(str(run), "image")
