@@ -10,6 +10,7 @@ from typing import Any
 from openm6.core.errors import CheckpointError
 
 STATE_FILE = "state.json"
+SHIPPED = Path(__file__).parents[1] / "shipped"  # models of the package
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINING_FILE = "training.safetensors"

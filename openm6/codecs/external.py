@@ -4,6 +4,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,6 +102,10 @@ class Encoder(nn.Module):
     augments: ClassVar[bool] = False
     width: int
     step: int
+
+
+# Other encoders by the prefix of their names, made of the rest of it and of `image` or `audio`.
+ENCODERS: dict[str, Callable[[str, str], Encoder]] = {}
 
 
 class ImageEncoder(Encoder):

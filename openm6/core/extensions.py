@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from openm6.core.log import get_log
 
-Group = Literal["openm6.tasks", "openm6.sources", "openm6.metrics", "openm6.codecs", "openm6.encoders"]
+Group = Literal["openm6.tasks", "openm6.sources", "openm6.metrics", "openm6.codecs"]
 
 
 @functools.cache

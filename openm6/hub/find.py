@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from openm6.checkpoint.folder import latest
+from openm6.checkpoint.folder import SHIPPED, latest
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, nearest
 from openm6.core.files import as_output_error, replace_text
@@ -19,7 +19,6 @@ from openm6.hub.decoders import PackagedDecoder, decoder_file
 from openm6.hub.importing import Additions, import_model
 from openm6.hub.pretrained import ADDITION_FILE, HUB_ID, download, read_json, read_text
 
-SHIPPED = Path(__file__).parents[1] / "shipped"
 MADE_OF = "addition.sha256"  # in a model that was made of an addition of the package
 
 

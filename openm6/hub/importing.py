@@ -42,7 +42,7 @@ from openm6.modalities.registry import Modalities, ModalitiesConfig, TextConfig,
 from openm6.modalities.text import read_tokenizer
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, check_external
 from openm6.models.omni import Omni
 from openm6.nn.attention import Attention
 from openm6.nn.block import ModalityExperts
@@ -114,6 +114,7 @@ def import_model(
     config = description.backbone
     tokenizer = read_tokenizer(pretrained.tokenizer, str(pretrained.path))
     modalities = build_modalities(description.modalities, tokenizer, {})
+    check_external(description, modalities)
     with torch.device("meta"):
         omni = Omni(config, modalities, description.embedding)
     fresh = _fresh_adapters(modalities, config)

@@ -114,6 +114,8 @@ class Audio(CodesModality):
         if self.encoder is None:
             patches = self.patches(raw, seconds, speed, drawn, options.get("measured", False))
         else:
+            # What is measured stays as it is.
+            drawn = None if options.get("measured") else drawn
             patches = self._encoded(raw, self.encoder, seconds, speed, mask_span, drawn)
         grid = audio_grid(len(patches), self.step)
         truncated = seconds is not None and self.is_longer(raw, seconds)

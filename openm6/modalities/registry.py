@@ -10,11 +10,10 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from openm6.codecs.base import FSQCodec
-from openm6.codecs.external import Encoder, load_external, weights_sha256
+from openm6.codecs.external import ENCODERS, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.core.extensions import installed
 from openm6.modalities.audio import MAX_SECONDS, SLIGHT, STRONG, Audio
 from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
@@ -56,7 +55,8 @@ class AudioConfig(Config):
     """`codec` is a shipped name, a file or a model as transformers:NAME; a generated recording lasts `seconds`.
 
     `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME or
-    openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds` bounds the inputs.
+    openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds`
+    bounds the inputs.
     `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter.
     `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
     voices are then not memorized, but a word of one voice has nine answers.
@@ -99,19 +99,13 @@ def load_networks(config: ModalitiesConfig) -> dict[str, Any]:
             hint = f"name one, as {type(section)().codec}"
             raise ConfigError(f"modalities.{name}.codec={section.codec!r} is no {name} codec: {hint}")
         if section.encoder is not None:
-            found[f"{name}.encoder"] = _load_encoder(section.encoder, name)
+            prefix, _, model = section.encoder.partition(":")
+            own = ENCODERS.get(prefix)
+            found[f"{name}.encoder"] = own(model, name) if own else load_external(section.encoder, f"{name} encoder")
     side, step = config.image.side, found["image.codec"].step
     if side % step:
         raise ConfigError(f"modalities.image.side={side} must be a multiple of the codec's stride, {step}")
     return found
-
-
-def _load_encoder(name: str, kind: str) -> Encoder:
-    """An encoder of `transformers`, of a trained model (openm6:NAME), or of another package, by its entry point."""
-    prefix, _, rest = name.partition(":")
-    if (found := installed("openm6.encoders", Encoder).get(prefix)) is not None:
-        return found(rest, kind)
-    return load_external(name, f"{kind} encoder")
 
 
 def build_modalities(

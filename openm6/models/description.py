@@ -45,7 +45,7 @@ class CheckpointConfig(Config):
     base_model: str = ""  # what its text was imported from
     backbone: BackboneConfig
     modalities: ModalitiesConfig
-    external: dict[str, str] = {}  # sha256 of the weights of its codecs and encoders from transformers, by setting
+    external: dict[str, str] = {}  # sha256 of the weights of its frozen codecs and encoders, by setting
     scales: dict[str, tuple[float, float]]
     series: dict[str, SeriesStats] = {}
     ridges: dict[str, tuple[str, str]] = {}  # of series, as text
@@ -81,6 +81,12 @@ def read_description(text: str, where: str) -> CheckpointConfig:
     return build(CheckpointConfig, values, where)
 
 
+def check_external(description: CheckpointConfig, modalities: Modalities) -> None:
+    """Raise CheckpointError if a codec or an encoder has other weights than in the training."""
+    if other := [name for name, found in description.external.items() if modalities.external.get(name) != found]:
+        raise CheckpointError(f"modalities.{other[0]} has other weights than in the training: use that version of it")
+
+
 def build_model(
     description: CheckpointConfig,
     tokenizer: str,
@@ -91,8 +97,7 @@ def build_model(
     """A model with fresh weights, and its modalities, see `Backbone` and `Numbers`; CheckpointError: wrong encoder."""
     tokens = read_tokenizer(tokenizer, where)
     modalities = build_modalities(description.modalities, tokens, description.scales, description.series, predictors)
-    if other := [name for name, found in description.external.items() if modalities.external.get(name) != found]:
-        raise CheckpointError(f"modalities.{other[0]} has other weights than in the training: use that version of it")
+    check_external(description, modalities)
     numbers = cast(Numbers, modalities["numbers"])
     numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
     numbers.widths = description.widths

@@ -13,8 +13,8 @@ import openm6
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import open_reader
 from openm6.core.errors import CheckpointError, ConfigError
-from openm6.hub import encoder
-from openm6.hub.encoder import TrainedEncoder
+from openm6.inference import encoder
+from openm6.inference.encoder import TrainedEncoder
 from openm6.inference.load import load, read_texts
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part
@@ -45,6 +45,7 @@ def test_features_are_the_states_before_the_last_layer(run: Path) -> None:
         loaded.omni(batch.groups, batch.meta)
         expected = loaded.omni.backbone.final_norm(states[0])[0]
     features = TrainedEncoder(str(run), "image")(noise())
+    assert np.abs(features - TrainedEncoder(str(run), "image")(noise().rotate(90))).max() > 0.01
     assert features.dtype == np.float16 and features.shape[2] == loaded.description.backbone.hidden_size
     np.testing.assert_allclose(features.reshape(len(expected), -1), expected.numpy(), atol=2e-3)
 
@@ -73,7 +74,7 @@ def test_a_run_reads_by_another_and_does_not_contain_it(run: Path, tmp_path: Pat
 def test_what_was_not_trained_on_such_inputs_or_is_not_there_is_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CheckpointError, match="no model of this name"):
+    with pytest.raises(CheckpointError, match="no run or checkpoint at nothing"):
         TrainedEncoder("nothing", "image")
     monkeypatch.setattr(encoder, "all_tasks", lambda own: {})
     with pytest.raises(ConfigError, match="was not trained on inputs of image: name a model that was"):

@@ -1,18 +1,20 @@
-"""A trained model as a frozen encoder of images or audio for another model: `modalities.image.encoder: openm6:NAME`."""
+"""A trained model as a frozen encoder of images or audio for another one: `modalities.image.encoder: openm6:NAME`."""
 
 # Shapes: N tokens, or h w patches, of F features; S samples
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from openm6.checkpoint.folder import SHIPPED, latest
 from openm6.codecs.external import Encoder
 from openm6.core.errors import ConfigError
-from openm6.hub.find import find_model
-from openm6.inference.load import load
+from openm6.inference.load import LoadedModel, load
 from openm6.modalities.audio import Audio
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Rng
@@ -20,23 +22,23 @@ from openm6.tasks.registry import all_tasks
 
 
 class TrainedEncoder(Encoder):
-    """`width` features of each token that the model `name` reads an image or a recording as.
+    """The features of each token that the model `name` reads an image or a recording as.
 
     They are the outputs of its last layer but one: nothing in its training has read those of the last one at tokens of
-    a prompt. ConfigError: it was not trained on such inputs; CheckpointError: there is no such model.
+    a prompt. `name` is that of a model of the package, or the path of a run. ConfigError: it was not trained on such
+    inputs; CheckpointError: there is no such model.
     """
 
     augments: ClassVar[bool] = True
 
     def __init__(self, name: str, kind: str) -> None:
         super().__init__()
-        loaded = load(find_model(name), "cpu")
+        loaded = _headless(latest(SHIPPED / name if (SHIPPED / name).is_dir() else Path(name).expanduser()))
         known = all_tasks(loaded.description.tasks)
         tasks = [known[one.task] for one in loaded.description.trained_tasks if one.task in known]
         if not any(slot.modality == kind for task in tasks for slot in task.inputs.values()):
             raise ConfigError(f"{name} was not trained on inputs of {kind}: name a model that was")
         self.modality, self.omni = loaded.modalities[kind], loaded.omni
-        self.omni.backbone.layers = self.omni.backbone.layers[:-1]
         self.width = loaded.description.backbone.hidden_size
         if isinstance(self.modality, Audio):
             self.step = self.modality.step
@@ -50,5 +52,14 @@ class TrainedEncoder(Encoder):
         features = hidden[0].half().numpy()
         if isinstance(self.modality, Audio):
             return np.asarray(features)
-        down = len(np.unique(segment.grid[:, 1]))
+        down = len(np.unique(segment.arrays["positions"][:, 0]))
         return np.asarray(features.reshape(down, len(features) // down, -1))
+
+
+@functools.lru_cache(2)
+def _headless(checkpoint: Path) -> LoadedModel:
+    """The model of a checkpoint without its last layer; one for images and audio."""
+    loaded = load(checkpoint, "cpu")
+    loaded.omni.backbone.layers = loaded.omni.backbone.layers[:-1]
+    return loaded
+
