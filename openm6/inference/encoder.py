@@ -62,4 +62,3 @@ def _headless(checkpoint: Path) -> LoadedModel:
     loaded = load(checkpoint, "cpu")
     loaded.omni.backbone.layers = loaded.omni.backbone.layers[:-1]
     return loaded
-

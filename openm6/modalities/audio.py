@@ -121,9 +121,7 @@ class Audio(CodesModality):
         truncated = seconds is not None and self.is_longer(raw, seconds)
         return self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
 
-    def _encoded(
-        self, raw: Any, encoder: Encoder, seconds: Any, speed: float, mask_span: Any, rng: Rng
-    ) -> np.ndarray:
+    def _encoded(self, raw: Any, encoder: Encoder, seconds: Any, speed: float, mask_span: Any, rng: Rng) -> np.ndarray:
         """Features of the audio, in which a masked span is silent; cached without one and augmentation.  # N F"""
         drawn = rng if encoder.augments else None
 
