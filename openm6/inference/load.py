@@ -20,7 +20,6 @@ from torch import nn
 from openm6.checkpoint.folder import PREDICTORS_FILE, latest
 from openm6.checkpoint.load import load_model, load_placed, read_weight
 from openm6.checkpoint.reader import CheckpointReader
-from openm6.codecs.external import ENCODERS, Encoder
 from openm6.core.config import build
 from openm6.core.device import resolve_device
 from openm6.core.errors import CheckpointError, ConfigError
@@ -291,13 +290,3 @@ def load(
     if precision is not None and precision != "float32":
         convert_weights(omni, precision)
     return LoadedModel(omni, modalities, description, folder, compiled)
-
-
-def _trained_encoder(name: str, kind: str) -> Encoder:
-    # It loads a model itself.
-    from openm6.inference.encoder import TrainedEncoder  # noqa: PLC0415
-
-    return TrainedEncoder(name, kind)
-
-
-ENCODERS["openm6"] = _trained_encoder
