@@ -3,16 +3,18 @@
 # Shapes: B batch, H W pixels, h w positions, S samples, T positions, G codebooks of C vectors, N tokens of F features
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from openm6.codecs.base import Codec, CodesShape
@@ -106,6 +108,15 @@ class Encoder(nn.Module):
 
 # Other encoders by the prefix of their names, made of the rest of it and of `image` or `audio`.
 ENCODERS: dict[str, Callable[[str, str], Encoder]] = {}
+
+
+def _absolute(name: str | None) -> str | None:
+    prefix, _, path = (name or "").partition(":")
+    return f"{prefix}:{os.path.abspath(os.path.expanduser(path))}" if prefix == "openm6" and "/" in path else name
+
+
+# Of a run as an encoder, the path from anywhere.
+EncoderName = Annotated[str | None, AfterValidator(_absolute)]
 
 
 class ImageEncoder(Encoder):

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from openm6.checkpoint.folder import SHIPPED, latest
+from openm6.checkpoint.folder import MODEL_FILE, SHIPPED, latest
 from openm6.codecs.external import Encoder
-from openm6.core.errors import ConfigError
+from openm6.core.errors import ConfigError, nearest
 from openm6.inference.load import LoadedModel, load
 from openm6.modalities.audio import Audio
 from openm6.modalities.batch import build_sequence, collate
@@ -25,18 +25,22 @@ class TrainedEncoder(Encoder):
     """The features of each token that the model `name` reads an image or a recording as.
 
     They are the outputs of its last layer but one: nothing in its training has read those of the last one at tokens of
-    a prompt. `name` is that of a model of the package, or the path of a run. ConfigError: it was not trained on such
-    inputs; CheckpointError: there is no such model.
+    a prompt. `name` is that of a model of the package, or a path with a slash. ConfigError: there is no such model, or
+    it was not trained on such inputs; CheckpointError: there is no run at the path.
     """
 
     augments: ClassVar[bool] = True
 
     def __init__(self, name: str, kind: str) -> None:
         super().__init__()
-        loaded = _headless(latest(SHIPPED / name if (SHIPPED / name).is_dir() else Path(name).expanduser()))
-        known = all_tasks(loaded.description.tasks)
-        tasks = [known[one.task] for one in loaded.description.trained_tasks if one.task in known]
-        if not any(slot.modality == kind for task in tasks for slot in task.inputs.values()):
+        shipped = sorted(folder.name for folder in SHIPPED.glob("*") if (folder / MODEL_FILE).is_file())
+        if "/" not in name and name not in shipped:
+            hint = f"{nearest(name, shipped)}; the path of a run has a slash, as ./{name}"
+            raise ConfigError(f"openm6:{name} is no model of the package; {hint}")
+        loaded = _headless(latest(Path(name) if "/" in name else SHIPPED / name))
+        known, trained = all_tasks(loaded.description.tasks), loaded.description.trained_tasks
+        inputs = {slot.modality for one in trained if one.task in known for slot in known[one.task].inputs.values()}
+        if kind not in inputs.union(*(one.modalities for one in trained)):
             raise ConfigError(f"{name} was not trained on inputs of {kind}: name a model that was")
         self.modality, self.omni = loaded.modalities[kind], loaded.omni
         self.width = loaded.description.backbone.hidden_size

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from openm6.codecs.base import Codec
-from openm6.codecs.external import Encoder
+from openm6.codecs.external import Encoder, EncoderName
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
@@ -123,7 +123,7 @@ class ImageConfig(Config):
     """
 
     codec: str = "image-64"
-    encoder: str | None = None
+    encoder: EncoderName = None
     side: int = Field(default=64, ge=8, le=4096)
     min_patches: int = Field(default=0, ge=0)  # 0: small images keep their size
     max_patches: int = Field(default=64, ge=1)

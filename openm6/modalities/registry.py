@@ -10,7 +10,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from openm6.codecs.base import FSQCodec
-from openm6.codecs.external import ENCODERS, load_external, weights_sha256
+from openm6.codecs.external import ENCODERS, EncoderName, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
@@ -64,7 +64,7 @@ class AudioConfig(Config):
 
     codec: str = "audio"
     codebooks: int | None = Field(default=None, ge=1)
-    encoder: str | None = None
+    encoder: EncoderName = None
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
     augmentation: Literal["slight", "strong"] = "strong"

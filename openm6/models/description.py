@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from openm6.core.config import Config, build
-from openm6.core.errors import CheckpointError
+from openm6.core.errors import CheckpointError, ConfigError
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
@@ -60,7 +60,17 @@ class CheckpointConfig(Config):
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1)
 
     def to_publish(self) -> Self:
-        """Return it without low-rank adapters, which are merged, and without folders of this machine."""
+        """Return it without low-rank adapters, which are merged, and without folders of this machine.
+
+        ConfigError: a run of this machine is an encoder of it.
+        """
+        for name in ("image", "audio"):
+            encoder = getattr(self.modalities, name).encoder or ""
+            if encoder.startswith("openm6:") and "/" in encoder:
+                raise ConfigError(
+                    f"modalities.{name}.encoder is a run of this machine, {encoder}, which others do not have: train "
+                    "with an encoder from transformers or the package, as openm6:mini"
+                )
 
         def bare(value: Any) -> Any:
             return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -59,23 +59,31 @@ def test_audio_has_a_token_for_each_step_and_training_changes_what_is_read(run: 
     assert len(changed) != len(features) or np.abs(changed - features).max() > 0.01
 
 
-def test_a_run_reads_by_another_and_does_not_contain_it(run: Path, tmp_path: Path) -> None:
+def test_a_run_reads_by_another_and_does_not_contain_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny_recipe(2)
+    monkeypatch.chdir(run.parent)
     for kind in ("image", "audio"):
-        recipe["modalities"].setdefault(kind, {})["encoder"] = f"openm6:{run}"
+        recipe["modalities"].setdefault(kind, {})["encoder"] = f"openm6:./{run.name}"
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "second")
     assert all(name.startswith(("adapters.", "backbone.")) for name in open_reader(latest(tmp_path / "second")).names)
     description, _ = read_texts(latest(tmp_path / "second"))
     assert {"image.encoder", "audio.encoder"} <= set(description.external)
-    answer = openm6.load(tmp_path / "second").generate("What is this?", image=noise(), output="text", max_new_tokens=2)
-    assert isinstance(answer, str)
+    monkeypatch.chdir(tmp_path)  # a relative path holds in other folders, too
+    model = openm6.load("second")
+    assert isinstance(model.generate("What is this?", image=noise(), output="text", max_new_tokens=2), str)
+    with pytest.raises(ConfigError, match="image.encoder is a run of this machine"):
+        model.save_pretrained(tmp_path / "published")
 
 
 def test_what_was_not_trained_on_such_inputs_or_is_not_there_is_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CheckpointError, match="no run or checkpoint at nothing"):
-        TrainedEncoder("nothing", "image")
+        TrainedEncoder("./nothing", "image")
+    with pytest.raises(ConfigError, match="openm6:minj is no model of the package; did you mean 'mini'"):
+        TrainedEncoder("minj", "image")
     monkeypatch.setattr(encoder, "all_tasks", lambda own: {})
     with pytest.raises(ConfigError, match="was not trained on inputs of image: name a model that was"):
         TrainedEncoder(str(run), "image")
