@@ -140,7 +140,8 @@ class TableConfig(SourceConfig):
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         path = self.test_path if self.test_path is not None and split == "test" else self.path
-        return self._source(name, path, lambda table: self._rows(table, split)[: self.limit])
+        needed = (self.split, self.test_by)
+        return self._source(name, path, lambda table: self._rows(table, split)[: self.limit], needed)
 
     def open_held_out(self, name: str) -> Source:
         """The rows of `path` that a column marks as test, or all without such a column; DataError if it marks none."""
@@ -155,12 +156,14 @@ class TableConfig(SourceConfig):
             raise DataError(f"column {column!r} of {table.where} marks no row as test: mark some, or drop the column")
         return rows
 
-    def _source(self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray]) -> Source:
+    def _source(
+        self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray], needed: Sequence[str | None] = ()
+    ) -> Source:
         table = self.load(path)
         reader = self.reader(table, path)
         split_column = self._split_column(table.names)
-        needed = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names)))}
-        table.read(sorted(needed))
+        read = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names), *needed))}
+        table.read(sorted(read))
         source = TableSource(name, table, reader, choose_rows(table))
         source.target = self.target
         shown = (column for column in table.names if column not in (split_column, self.test_by))
@@ -168,11 +171,11 @@ class TableConfig(SourceConfig):
         return source
 
     def _split_column(self, names: Sequence[str]) -> str | None:
-        return self.split or ("split" if "split" in names else None)
+        return next((column for column in (self.split, "split") if column in names), None)
 
     def _hash_column(self, names: Sequence[str]) -> str | None:
         own = self.fields.id if self.fields is not None else None
-        return self.test_by or own or ("id" if "id" in names else None)
+        return next((column for column in (self.test_by, own, "id") if column in names), None)
 
     def _rows(self, table: Table, split: Split) -> np.ndarray:
         rows, test_fraction = np.arange(len(table)), 0.0

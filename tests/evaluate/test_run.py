@@ -19,6 +19,7 @@ from openm6.core.errors import CheckpointError, ConfigError, DataError
 from openm6.data.media import FolderConfig
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Fields
+from openm6.data.sources import open_sources
 from openm6.data.text_tables import CsvConfig
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.run import evaluate, open_own_data, source_configs
@@ -219,6 +220,18 @@ def test_settings_of_the_trained_source_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text("".join(f"{row['title']},{row['kind']},{row['price']}\n" for row in ROWS))
     assert len(open_own_data(str(path), {"shop": trained})["shop"]) == 12
+
+
+def test_a_table_need_not_have_the_split_column_of_the_training(tmp_path: Path) -> None:
+    trained = SHOP.model_copy(update={"split": "part"})
+    for column, count in (("none", 12), ("split", 4), ("part", 4)):
+        marked = [{**row, column: "train" if n % 3 else "test"} for n, row in enumerate(ROWS)]
+        for ending in ("csv", "parquet"):
+            path = write_rows(tmp_path / f"{column}.{ending}", marked)
+            assert len(open_own_data(path, {"shop": trained})["shop"]) == count
+    missing = trained.model_copy(update={"path": str(tmp_path / "none.csv")})
+    with pytest.raises(DataError, match="has no column 'part'"):
+        open_sources({"shop": missing}, "train")
 
 
 def test_canonical_names_do_where_the_mapping_does_not_fit(tmp_path: Path) -> None:
