@@ -136,5 +136,7 @@ def _candidates(
     if isinstance(trained, TableConfig) and isinstance(plain, TableConfig):
         if trained.kind == plain.kind or isinstance(trained, ChatConfig):
             yield trained.model_copy(update=here)
-        yield plain.model_copy(update={"fields": trained.fields, "split": trained.split})
+        kept = {name: getattr(trained, name) for name in ("task_fields", "target", "split")}
+        plain = plain.model_copy(update=kept)
+        yield plain.model_copy(update={"fields": trained.fields})
     yield plain

@@ -23,6 +23,7 @@ from openm6.data.sources import open_sources
 from openm6.data.text_tables import CsvConfig
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.run import evaluate, open_own_data, source_configs
+from openm6.tasks.slots import PINNED
 from openm6.train.run import train_recipe
 from tests.data.sample_images import png
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
@@ -220,6 +221,16 @@ def test_settings_of_the_trained_source_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text("".join(f"{row['title']},{row['kind']},{row['price']}\n" for row in ROWS))
     assert len(open_own_data(str(path), {"shop": trained})["shop"]) == 12
+
+
+def test_the_target_and_columns_of_own_tasks_are_those_of_the_training_in_every_format(tmp_path: Path) -> None:
+    update = {"target": "price", "task_fields": Fields(extra=["note"]), "test_by": "buyer"}
+    noted = [{**row, "note": f"note {row['price']}"} for row in ROWS]
+    canonical = [{"text_en": row["title"], "note": row["note"]} for row in noted]
+    for name, rows in (("mine.parquet", noted), ("mine.csv", noted), ("canonical.jsonl", canonical)):
+        source = open_own_data(write_rows(tmp_path / name, rows), {"shop": SHOP.model_copy(update=update)})["shop"]
+        assert source[3]["text_en"] == "cup 3" and len(source) == 12
+        assert source[3]["extra"] == {"note": "note 3", PINNED: "price"}
 
 
 def test_a_table_need_not_have_the_split_column_of_the_training(tmp_path: Path) -> None:
