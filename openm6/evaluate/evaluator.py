@@ -341,7 +341,7 @@ def _score_numbers(
     scored: Scored, references: dict[str, list[np.ndarray]], loaded: LoadedModel
 ) -> tuple[Scored, str, dict[str, np.ndarray]]:
     """Scored against the baseline with the smallest error, its name, and the error relative to the other baselines."""
-    scale = likelihood.column_statistics(scored.examples, loaded, 1)
+    scale = likelihood.column_scales(scored.examples, loaded)
     against = {name: replace(scored, scale=scale, reference=found) for name, found in references.items()}
     best = min(against, key=lambda name: against[name].reference_errors().mean())
     keys = {name: f"relative_crps_{name.split(',')[0].replace(' ', '_')}" for name in list(references)[1:]}

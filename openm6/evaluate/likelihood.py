@@ -185,16 +185,30 @@ def numbers_references(
 ) -> dict[str, list[np.ndarray]]:
     """Predictions by the names of naive rules: the column's median; of a forecast, last value and seasonal naive."""
     if task.baseline != "last_value":
-        return {words(task.baseline): column_statistics(examples, loaded, 0)}
+        return {words(task.baseline): column_medians(examples, train, loaded)}
     references = {"last value": [_repeated(example, 1) for example in examples]}
     if (season := find_season(train)) > 1:
         references[f"seasonal naive, period {season}"] = [_repeated(example, season) for example in examples]
     return references
 
 
-def column_statistics(examples: list[Example], loaded: LoadedModel, index: int) -> list[np.ndarray]:
-    """Location (0) or scale (1) of the column of each observed truth; errors are averaged in units of the scale."""
-    return [np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[index]) for example in examples]
+def column_medians(examples: list[Example], train: list[Example], loaded: LoadedModel) -> list[np.ndarray]:
+    """The median of training records in the column of each observed truth; the model's location if none has a value."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for example in train:
+        values[target_column(example)] += truths(example).tolist()
+        # If the column is drawn, each record shows values of the others.
+        for name, value in example.target.options.get("given", {}).items():
+            if isinstance(value, float | int) and math.isfinite(value):
+                values[name].append(value)
+    columns = map(target_column, examples)
+    found = [np.median(values[name] or loaded.numbers.scale(name)[0]) for name in columns]
+    return [np.full(len(truths(example)), median) for example, median in zip(examples, found, strict=True)]
+
+
+def column_scales(examples: list[Example], loaded: LoadedModel) -> list[np.ndarray]:
+    """The scale of the column of each observed truth, in whose units errors are averaged."""
+    return [np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[1]) for example in examples]
 
 
 def find_season(train: list[Example]) -> int:

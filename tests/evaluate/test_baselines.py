@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from openm6.evaluate.likelihood import (
     TargetPrior,
     ValueFrequencies,
     baseline_values,
-    column_statistics,
+    column_scales,
     find_season,
     fit_prior,
     numbers_references,
@@ -67,7 +68,17 @@ def test_a_column_is_guessed_by_its_median(model: LoadedModel) -> None:
     found = numbers_references(TASKS["tabular_regression"], examples, [], model)
     assert list(found) == ["column median"]
     assert [float(v[0]) for v in found["column median"]] == [SCALES["mass"][0], SCALES["length"][0]]
-    assert [float(v[0]) for v in column_statistics(examples, model, 1)] == [SCALES["mass"][1], SCALES["length"][1]]
+    assert [float(v[0]) for v in column_scales(examples, model)] == [SCALES["mass"][1], SCALES["length"][1]]
+
+
+def test_the_median_is_that_of_the_training_records_of_the_source(model: LoadedModel) -> None:
+    """Whatever the scale of the model, which is that of all sources: of values asked for, and of those shown."""
+    shown = {"length": 4.0, "digit": None, "kind": "oak"}
+    train = [number({"mass": 1.0}), replace(number({"mass": 2.0}), target=Part("numbers", {}, {"given": shown}))]
+    train += [number({"mass": 60.0}), number({"mass": None})]
+    asked = [number({name: 3.0}) for name in ("mass", "length", "digit")]
+    found = numbers_references(TASKS["tabular_regression"], asked, train, model)["column median"]
+    assert [float(v[0]) for v in found] == [2.0, 4.0, SCALES["digit"][0]]
 
 
 def test_a_series_is_guessed_by_its_last_value(model: LoadedModel) -> None:
@@ -75,7 +86,7 @@ def test_a_series_is_guessed_by_its_last_value(model: LoadedModel) -> None:
     ((name, predictions),) = numbers_references(FORECAST, [example], [], model).items()
     assert name == "last value"
     assert predictions[0].tolist() == [7.0, 7.0], "one prediction per observed truth"
-    (scale,) = column_statistics([example], model, 1)
+    (scale,) = column_scales([example], model)
     assert scale.tolist() == [SCALES["temp_max"][1]] * 2
 
 
