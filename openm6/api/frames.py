@@ -85,9 +85,8 @@ def predict(
             fits = target in (task.target.columns if isinstance(task.target, SomeNumbers) else (task.target.name,))
         else:
             labelled = isinstance(task.target, Text) and task.target.name == "label"
-            fits = (labelled and target in (fields.label, fields.label_zh)) or (
-                target in mapped and (numeric or task.optional)
-            )
+            labelled = labelled and target in (fields.label, fields.label_zh)
+            fits = labelled or (target in mapped and (numeric or task.optional))
         if not fits or (failure and own is None):
             continue
         try:
@@ -108,9 +107,11 @@ def predict(
             found["predictions"] = [classes[one] if able else None for one, able in zip(best, asked, strict=True)]
             found |= {str(name): probability[:, index] for index, name in enumerate(classes)}
         else:
-            labels = [table.labels[target] for table in loaded.numbers.predictors if target in table.labels]
+            source = one.source if own else ""  # without a mapping, it may be another one
+            labels = [x.labels[target] for x in loaded.numbers.predictors if target in x.labels_of(source)]
             examples = _without_category(task, records, target, labels[0].classes if labels else (), key)
-            texts = dict(zip(examples, answer(loaded, list(examples.values()), MaskedSampling()), strict=True))
+            sourced = [example.of_source(source) for example in examples.values()]
+            texts = dict(zip(examples, answer(loaded, sourced, MaskedSampling()), strict=True))
             found["predictions"] = [texts.get(row) for row in range(len(records))]
         return type(frame)(found, index=frame.index)
     raise failure or DataError(f"the model predicts no column {target!r}; {nearest(target, sorted(known))}")

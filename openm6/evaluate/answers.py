@@ -44,7 +44,7 @@ def build_examples(
         try:
             record = source[index]
             record = with_negatives(record, source, rng) if task.needs_negatives else record
-            example = task.example(record, rng, language=language)
+            example = task.example(record, rng, language=language).of_source(source.name)
             converted.append(convert(example))
             examples.append(example)
         except DataError as error:

@@ -440,7 +440,8 @@ def _class_of(question: Question, parts: Sequence[Part], loaded: LoadedModel) ->
     if task is None or not isinstance(task.target, Text):
         return None
     shown = dict.fromkeys((task.target.name, f"{task.target.name}_{question.language}"), "a class")
-    options = {**task.target.part(shown, question.language).options, "given": loaded.numbers.given(parts)}
+    known = {"given": loaded.numbers.given(parts), "source": fitting[0][1]}
+    options = {**task.target.part(shown, question.language).options, **known}
     label = loaded.numbers.label_predictions(options) if "column" in options else None
     if label is None:
         return None

@@ -177,14 +177,16 @@ class Numbers(Modality):
     def label_predictions(self, options: Options, classes: Iterable[str] = ()) -> LabelPrediction | None:
         """What simple predictors make of a label, or None. It has these classes, if there are any.
 
-        `options` are those of a target: what is `given`, and the `column` of the label. Without it, the text must name
-        it, unless there are more than two classes, as `yes` and `no` answer many questions.
+        `options` are those of a target: what is `given`, the `source` if it is known, as other sources have other
+        classes, and the `column` of the label. Without it, the text must name it, unless there are more than two
+        classes, as `yes` and `no` answer many questions.
         """
         given, names = options.get("given") or {}, set(classes)
         # Tables are counted from the last, as those of a start follow new ones.
         usable = [
             (len((table.inputs & given.keys()).difference(label.hidden)), number, column)
-            for number, table in enumerate(reversed(self.predictors), 1) for column, label in table.labels.items()
+            for number, table in enumerate(reversed(self.predictors), 1)
+            for column, label in table.labels_of(options.get("source")).items()
             if names <= set(label.classes) and (
                 options["column"] in label.hidden if "column" in options
                 else len(names) > 2 or (names and any(x.replace("_", " ") in given.get(TEXT, "") for x in label.hidden))

@@ -204,7 +204,7 @@ class Label(NamedTuple):
 
 
 class TablePredictors:
-    """The predictors of the number columns and the labels of one source.
+    """The predictors of the number columns and the labels of one source: one of `sources`, any if none are named.
 
     Features of linear models are numbers, logarithms of those that are positive, words of categories, and products of
     two numbers. The most frequent words of texts, and components of images, are E more columns that are never missing
@@ -217,13 +217,15 @@ class TablePredictors:
     """
 
     def __init__(
-        self, numbers: Sequence[str], categories: Words, arrays: Arrays, vocabulary: Sequence[str], labels: Any = None
-    ) -> None:
+        self, numbers: Sequence[str], categories: Words, arrays: Arrays, vocabulary: Sequence[str], labels: Any = None,
+        sources: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.numbers, self.categories, self.arrays = list(numbers), categories, arrays
         self.codes = [{word: code for code, word in enumerate(words)} for words in categories.values()]
         self.vocabulary = {word: index for index, word in enumerate(vocabulary)}
         self.inputs = {*self.numbers, *categories, *[TEXT] * bool(vocabulary), *[IMAGE] * ("image" in arrays)}
         self.labels = {name: Label(*label) for name, label in (labels or {}).items()}
+        self.sources = list(sources)
         self.trees: dict[int | str, Trees] = {}
         for name in (*range(len(self.numbers)), *(f"label {name} trees" for name in self.labels)):
             if own := _part(arrays, name):
@@ -372,6 +374,10 @@ class TablePredictors:
             "trees": np.concatenate([values, np.where(codes < 0, np.nan, codes)], 1),
         }
 
+    def labels_of(self, source: str | None) -> dict[str, Label]:
+        """Those of a source, by their columns; all if one of the two names no source."""
+        return self.labels if not source or not self.sources or source in self.sources else {}
+
     def predict_label(self, column: str, given: Given, number: int = 1) -> LabelPrediction:
         """What each expert makes of a label; `number` is that of this source in the key of the weights."""
         label = self.labels[column]
@@ -440,8 +446,8 @@ def fit_weights(experts: np.ndarray, truth: np.ndarray, likely: np.ndarray | Non
 
 
 def to_bytes(tables: Sequence[TablePredictors]) -> bytes:
-    listed = [{"numbers": x.numbers, "categories": x.categories, "vocabulary": list(x.vocabulary), "labels": x.labels}
-              for x in tables]  # fmt: skip
+    listed = [{"numbers": x.numbers, "categories": x.categories, "vocabulary": list(x.vocabulary), "labels": x.labels,
+               "sources": x.sources} for x in tables]  # fmt: skip
     arrays = {f"{number}/{name}": np.ascontiguousarray(array)
               for number, one in enumerate(tables) for name, array in one.arrays.items()}  # fmt: skip
     return save(arrays, {_TABLES: json.dumps(listed, ensure_ascii=False)})

@@ -106,6 +106,10 @@ class Example:
     column: str = ""
     contrastive: bool = False
 
+    def of_source(self, name: str) -> Example:
+        """The example with the name of its source, by which the simple predictors of a label are chosen."""
+        return replace(self, target=replace(self.target, options={**self.target.options, "source": name}))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:

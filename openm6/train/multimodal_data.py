@@ -165,6 +165,7 @@ def table_predictors(
         parts = {column for record in _readable(sources[name], SAMPLED) for column in input_only(record)}
         plan = NetworkPlan(networks.get(name, 0.0) if kind == "auto" else 0.0, recipe.modalities.image)
         if rows and (table := fit_table(rows, np.asarray(folds), seconds[kind], labels, parts, plan)):
+            table.sources = [name]
             tables.append(table)
             also = f", networks for {len(table.networks)}" if table.networks else ""
             spent = time.monotonic() - began

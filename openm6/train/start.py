@@ -83,9 +83,11 @@ def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
     description, tokenizer = read_texts(folder)
     if resumes:
         description = read_description(kept.read_text(encoding="utf-8"), str(kept))
-    description = _with_names_apart(description, recipe.sources)
+    description, names = _with_names_apart(description, recipe.sources)
     path = folder / PREDICTORS_FILE
     predictors = from_bytes(path.read_bytes(), str(path)) if path.is_file() else []
+    for table in predictors:  # those that name no source are of any of the start, but of no new one
+        table.sources = [names.get(name, name) for name in table.sources or names]
     return Start(description, tokenizer, predictors, None if resumes else folder)
 
 
@@ -144,8 +146,10 @@ def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
         raise ConfigError(f"model.freeze={names} leaves nothing to train: take a name out")
 
 
-def _with_names_apart(start: CheckpointConfig, sources: Mapping[str, SourceConfig]) -> CheckpointConfig:
-    """The start's description with new names for its sources whose names a run gives to other data."""
+def _with_names_apart(
+    start: CheckpointConfig, sources: Mapping[str, SourceConfig]
+) -> tuple[CheckpointConfig, dict[str, str]]:
+    """The start's description with new names for its sources whose names a run gives to other data, and these names."""
     own = {name: config.model_dump(mode="json") for name, config in sources.items()}
     names: dict[str, str] = {}
     renamed: dict[str, Any] = {}
@@ -157,7 +161,7 @@ def _with_names_apart(start: CheckpointConfig, sources: Mapping[str, SourceConfi
             new += "_of_start"
         names[name], renamed[new] = new, values
     trained = [one.model_copy(update={"source": names.get(one.source, one.source)}) for one in start.trained_tasks]
-    return start.model_copy(update={"sources": renamed, "trained_tasks": trained})
+    return start.model_copy(update={"sources": renamed, "trained_tasks": trained}), names
 
 
 def _with_replay(recipe: MultimodalRecipe, values: dict[str, Any], start: Start) -> dict[str, Any]:

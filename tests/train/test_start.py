@@ -131,8 +131,8 @@ def test_what_both_know_stays_and_what_is_new_joins(start: Path, tuned: Path) ->
     assert weight["digits"] == pytest.approx(0.1) and weight["penguins"] == 1
     report = json.loads((tuned / "report.json").read_text(encoding="utf-8"))
     assert set(report["tasks"]) == set(named)
-    columns = {name for table in load(tuned).numbers.predictors for name in table.numbers}
-    assert {"side", "bill_length_mm"} <= columns
+    sources = {name: table.sources for table in load(tuned).numbers.predictors for name in table.numbers}
+    assert sources["side"] == ["penguins"] and sources["bill_length_mm"] == ["penguins_of_start"]
 
 
 def test_tasks_of_the_start_alone_are_not_evaluated_again(start: Path, tmp_path: Path) -> None:
