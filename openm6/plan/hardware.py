@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def gpus(table: Path | None = None) -> dict[str, Gpu]:
             rows += list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the table of GPUs {table} cannot be read: {error}") from None
-    return {row.get("id", ""): _gpu(row) for row in rows}
+    return {(row.get("id") or "").lower(): _gpu(row) for row in rows}
 
 
 def gpu(kind: str, table: Path | None = None) -> Gpu:
@@ -72,12 +73,12 @@ def gpu(kind: str, table: Path | None = None) -> Gpu:
 def _gpu(row: dict[str, str]) -> Gpu:
     def number(column: str, needed: bool = False) -> float:
         text = (row.get(column) or "").strip()
-        try:
-            return float(text) if text or needed else 0.0
-        except ValueError:
-            raise ConfigError(
-                f"GPU {row.get('id')!r}: {column} must be a number, not {text!r}: fix that cell of the table"
-            ) from None
+        with suppress(ValueError):
+            if (value := float(text or 0)) > 0 or (value == 0 and not needed):
+                return value
+        raise ConfigError(
+            f"GPU {row.get('id')!r}: {column} must be a number above 0, not {text!r}: fix that cell of the table"
+        )
 
     return Gpu(
         kind=row.get("id", ""), name=row.get("name") or row.get("id", ""),

@@ -288,7 +288,7 @@ def _stage(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tiers
     model, n, keys = request.model, cluster.devices, request.model.seq_len / 2
     every = request.activation_checkpointing_every or model.activation_checkpointing_every
     stored, layer = stored_parameters(config, model.vocabulary, model.adapters), max_layer_parameters(config)
-    tokens = request.batch or model.batch
+    tokens = request.batch or model.tokens_on(n)
     in_experts = layer * stored.experts / stored.total
     held = in_experts / n + layer - in_experts
     logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
@@ -378,7 +378,8 @@ def sweep_plans(request: PlanRequest, card: Gpu, options: ClusterOptions, kind: 
     if kind == "bytes":
         requests = {size: replace(request, bytes_per_parameter=size) for size in TIERS}
     else:
-        sizes = [max(1, round((request.batch or request.model.batch) * factor)) for factor in FACTORS]
+        tokens = request.batch or request.model.tokens_on(options.devices)
+        sizes = [max(1, round(tokens * factor)) for factor in FACTORS]
         requests = {size: replace(request, batch=size) for size in sizes}
     return [(value, make_plan(one, gpu_cluster(card, options))) for value, one in requests.items()]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from openm6.core.config import apply_overrides, build, read_yaml
+from pydantic import Field, PositiveInt
+
+from openm6.core.config import Config, apply_overrides, build, read_yaml
 from openm6.core.errors import ConfigError, nearest
 from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig
@@ -16,27 +19,40 @@ from openm6.plan.memory import TIERS
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 SEQ_LEN = 512  # tokens per row, by default
-ROWS = 4  # of a batch where a recipe names no number, as on a CPU
+ROWS = 4  # of a batch of an offloaded run, by default
 BATCH = 16_384  # tokens per step of one device, by default
+
+
+class Packing(Config):
+    """Of this section of a recipe, whose class needs torch, only what a plan reads is checked."""
+
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    seq_len: int = Field(default=SEQ_LEN, ge=16)
+    buffer_size: Any = None
+    num_shards: Any = None
 
 
 @dataclass(frozen=True)
 class Model:
     """What is to be trained; of a recipe also the tokens of its batch, its optimizer and how blocks are recomputed.
 
-    adapters: whether it has other modalities than text; bytes_per_parameter: of its blocks, None if the optimizer
-    decides.
+    batch: of all devices together, None if each has BATCH; adapters: whether it has other modalities than text;
+    bytes_per_parameter: of its blocks, None if the optimizer decides.
     """
 
     name: str
     backbone: BackboneConfig
     vocabulary: int
-    batch: int = BATCH
+    batch: int | None = None
     seq_len: int = SEQ_LEN
     optimizer: str | None = None
     adapters: bool = False
     activation_checkpointing_every: int = 1
     bytes_per_parameter: int | None = None
+
+    def tokens_on(self, devices: int) -> int:
+        """Per step of one of so many devices: its part of the batch, at least a row."""
+        return BATCH if self.batch is None else max(self.seq_len, self.batch // devices)
 
 
 @dataclass(frozen=True)
@@ -94,8 +110,7 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     kind = values.get("kind", "multimodal")
     if kind != "multimodal":
         raise ConfigError(f"{name} is a recipe of kind {kind!r}: only multimodal recipes and presets are planned")
-    packing, loop = values.get("packing") or {}, values.get("loop") or {}
-    text = (values.get("modalities") or {}).get("text") or {}
+    loop, text = values.get("loop") or {}, (values.get("modalities") or {}).get("text") or {}
     optimizer = loop.get("optimizer") or {}
     precision = optimizer.get("precision")
     if precision is not None and precision not in BYTES_PER_PARAMETER:
@@ -106,9 +121,12 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     choice = build(ModelConfig, values.get("model") or {}, f"{name}: model")
     if choice.start is not None:
         raise ConfigError(f"{name} trains a model of the shape of {choice.start}: plan that run, or name a preset")
-    seq_len, rows = int(packing.get("seq_len", SEQ_LEN)), packing.get("batch_size", "auto")
     vocabulary = text.get("vocab_size") or preset(choice.preset).vocab_size
-    batch, rule = (ROWS if rows == "auto" else int(rows)) * seq_len, str(optimizer.get("name", "adamw"))
+    packing = build(Packing, values.get("packing") or {}, f"{name}: packing")
+    seq_len, rows, rule = packing.seq_len, packing.batch_size, str(optimizer.get("name", "adamw"))
+    if rows == "auto" and (loop.get("offload") is not None or bytes_ < 16):
+        rows = ROWS
+    batch = None if rows == "auto" else rows * seq_len
     return Model(
         name, build_backbone(choice), vocabulary, batch, seq_len, rule, adapters=True,
         activation_checkpointing_every=offload.activation_checkpointing_every,

@@ -118,10 +118,20 @@ def test_changes_that_would_make_it_fit() -> None:
 
 def test_a_recipe_and_its_overrides_are_planned() -> None:
     plan = the_plan("demo", "t4", ClusterOptions())
-    assert plan.real.tokens == 2048 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
+    assert plan.real.tokens == 16_384 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
     request = request_of("recipes/demo.yaml", "packing.batch_size=8", "loop.optimizer.name=adafactor")
     changed = make_plan(request, gpu_cluster(gpu("t4"), ClusterOptions()))
     assert changed.real.tokens == 4096 and changed.real.tier.bytes == 8
+    offloaded = make_plan(request_of("demo", "loop.offload={}"), gpu_cluster(gpu("t4"), ClusterOptions()))
+    assert offloaded.real.tokens == 2048
+
+
+def test_the_rows_of_a_recipe_are_those_of_all_gpus() -> None:
+    request = request_of("demo", "packing.batch_size=8")
+    steps = [make_plan(request, gpu_cluster(gpu("t4"), ClusterOptions(devices=n))).real for n in (1, 4, 16)]
+    assert [step.tokens for step in steps] == [8 * 512, 8 * 512, 16 * 512], "a GPU has a row at least"
+    assert steps[1].budget.activations < 0.5 * steps[0].budget.activations
+    assert sweep_plans(request, gpu("t4"), ClusterOptions(devices=4), "batch")[2][0] == 2 * 512
 
 
 def test_an_invalid_request_is_one_sentence() -> None:
@@ -129,6 +139,9 @@ def test_an_invalid_request_is_one_sentence() -> None:
         gpu("v100-23gb")
     with pytest.raises(ConfigError, match="loop.optimizer.precision=fp8 is not known"):
         request_of("demo", "loop.optimizer.precision=fp8")
+    for override in ("packing.batch_size=many", "packing.seq_len=1k", "packing.batch_size=null", "packing=5"):
+        with pytest.raises(ConfigError, match="demo: packing: "):
+            request_of("demo", override)
     with pytest.raises(ConfigError, match="only multimodal recipes and presets are planned"):
         request_of("codec-image-64")
     with pytest.raises(ConfigError, match="no preset and no recipe 'm6-10x'; did you mean 'm6-10"):
@@ -141,12 +154,13 @@ def test_an_invalid_request_is_one_sentence() -> None:
 
 def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:
     table = tmp_path / "mine.csv"
-    table.write_text("id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nx1,X 1,10,500,50,16,200\n")
-    cluster = gpu_cluster(gpu("x1", table), ClusterOptions())
+    table.write_text("id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nX1,X 1,10,500,50,16,200\n")
+    cluster = gpu_cluster(gpu("X1", table), ClusterOptions())
     assert cluster.memory == 10 * 2**30 and cluster.watts == 200
-    table.write_text("id,memory_gib\nx1,ten\n")
-    with pytest.raises(ConfigError, match="GPU 'x1': memory_gib must be a number, not 'ten'"):
-        gpu("x1", table)
+    for cell in ("ten", "0", "", "nan"):
+        table.write_text(f"id,memory_gib\nx1,{cell}\n")
+        with pytest.raises(ConfigError, match=f"GPU 'x1': memory_gib must be a number above 0, not '{cell}'"):
+            gpu("x1", table)
 
 
 def test_sweeps(tmp_path: Path) -> None:
