@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -320,10 +321,11 @@ def finetune(
     >>> model.predict(penguins, target="flipper_length_mm").columns[0]
     'predictions'
     """
-    with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="openm6-") as temporary, ExitStack() as stack:
         run = RunFolder(Path(temporary) / "run" if out is None else Path(out).expanduser())
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise ConfigError(f"{run.path} is not empty: choose another folder")
+        stack.enter_context(RunFolder.open(run.path).lock())
         try:
             values = _recipe(data, target, str(start), time_limit / 60, run)
             named, loop, evaluated = sections = [values.get(name) or {} for name in ("model", "loop", "eval")]

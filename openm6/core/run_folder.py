@@ -1,13 +1,16 @@
 """The folder of one run: paths of its settings, metrics, checkpoints and reports."""
 
 import json
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 
 from openm6.core.config import read_yaml
+from openm6.core.errors import TrainingError
 from openm6.core.files import as_output_error, replace_text
 
 
@@ -27,6 +30,29 @@ class RunFolder:
         with as_output_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Refuse every other training here, at most until this process ends; TrainingError if there is one.
+
+        Reading and writing stay free. A file system without locks refuses nothing.
+        """
+        with ExitStack() as stack:
+            try:
+                # Windows has none.
+                import fcntl  # noqa: PLC0415
+
+                # The folder itself is locked: a file for it would stay behind.
+                descriptor = os.open(self.path, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainingError(
+                    f"{self.path} is being trained by another process: wait for its end, or choose another folder"
+                ) from None
+            except (ImportError, OSError):
+                pass
+            yield
 
     @property
     def started(self) -> bool:

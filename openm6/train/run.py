@@ -4,6 +4,7 @@ import json
 import logging
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,12 @@ def train_recipe(
         _check_alike(ranks, values)
         written = values if path == run.config else None
         checked, values = _completed(checked, values, run, device, ranks, begun=bool(resume and written))
-        get_log().info(str(capabilities(device)))
-        training = TRAININGS[checked.kind][1](checked, RunFolder.open(run.path), device, ranks)
-        settings = values if ranks.is_main_process and (values is not written or overrides) else None
-        result = train(training, checked.loop, run, resume, settings=settings)
+        run = RunFolder.open(run.path)
+        with run.lock() if ranks.is_main_process else nullcontext():
+            get_log().info(str(capabilities(device)))
+            training = TRAININGS[checked.kind][1](checked, run, device, ranks)
+            settings = values if ranks.is_main_process and (values is not written or overrides) else None
+            result = train(training, checked.loop, run, resume, settings=settings)
         _log_next_steps(checked, run.path)
     return result if ranks.is_main_process else None
 

@@ -13,6 +13,7 @@ import yaml
 
 import openm6
 from openm6.core.errors import OpenM6Error
+from openm6.core.run_folder import RunFolder
 from tests.api.test_frames import shop
 from tests.data.sample_images import png
 
@@ -118,3 +119,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(case: str, run: Path, fold
         openm6.finetune(**given)
     assert "\n" not in str(caught.value) and not (folder / "tuned").exists()
     assert not any((folder / "temporary").iterdir())
+
+
+def test_a_folder_in_which_another_process_trains_is_left_as_it_is(folder: Path) -> None:
+    with RunFolder.open(folder / "tuned").lock(), pytest.raises(OpenM6Error, match="is being trained"):
+        openm6.finetune("/none", shop(16), "price", out=folder / "tuned")
+    assert (folder / "tuned").is_dir()

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from openm6.core.config import build
+from openm6.core.errors import TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.data.sources import open_sources
 from openm6.distributed.process_group import ProcessGroupContext
@@ -162,3 +163,13 @@ def test_rows_are_chosen_once_and_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     train_recipe(str(run.config), out=run.path, device_name="cpu")
     assert [settings and settings["rows"] for settings in written] == [6, None, 6]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, resume: bool) -> None:
+    path, run = write_recipe(tmp_path, tiny_recipe()), RunFolder.open(tmp_path / "run")
+    run.write_config(tiny_recipe())
+    before = run.config.read_bytes()
+    with run.lock(), pytest.raises(TrainingError, match="is being trained by another process"):
+        train_recipe(path, ["loop.steps=9"], resume, out=run.path, device_name="cpu")
+    assert run.config.read_bytes() == before and list(run.path.iterdir()) == [run.config]
