@@ -84,11 +84,13 @@ class RunLength:
         get_log().info(f"{self.steps} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}")
 
     def decay_from(self, step: int) -> bool:
-        """Let the learning rate decay after this step, unless it does already; return whether that changes the run."""
-        earlier = self.steps is None or decay_start(self.steps, self._config.schedule) > step
-        if earlier:
+        """Let the learning rate decay after this step, unless it does already; return whether it decays from here on.
+
+        A resumed run may find the length that it had chosen in this step before it was killed.
+        """
+        if self.steps is None or decay_start(self.steps, self._config.schedule) > step:
             self._set(step, step)
-        return earlier
+        return decay_start(self.steps or 0, self._config.schedule) == step
 
     def _set(self, total: int, step: int) -> None:
         """Fix the length, in step `step`: at `total` or a later step."""

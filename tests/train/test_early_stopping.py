@@ -83,12 +83,14 @@ def test_a_run_that_improves_to_the_end_ends_with_its_last_weights(tmp_path: Pat
 
 @pytest.mark.parametrize("broken", [11, 14, 23, 29])
 def test_resumed_equals_unbroken(tmp_path: Path, broken: int) -> None:
-    overfit(tmp_path / "whole", OverfittingTraining())
+    overfit(tmp_path / "whole", OverfittingTraining(), save_every=10)
     with pytest.raises(RuntimeError, match="killed"):
-        overfit(tmp_path / "broken", OverfittingTraining(broken))
-    overfit(tmp_path / "broken", OverfittingTraining(), resume=True)
+        overfit(tmp_path / "broken", OverfittingTraining(broken), save_every=10)
+    # The command line reads the number of steps from there. After step 21, which fixes it, nothing is saved.
+    settings = RunFolder(tmp_path / "broken").read_config().get("loop", {})
+    overfit(tmp_path / "broken", OverfittingTraining(), resume=True, save_every=10, **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
-    finished = overfit(tmp_path / "broken", OverfittingTraining(), resume=True)
+    finished = overfit(tmp_path / "broken", OverfittingTraining(), resume=True, save_every=10)
     assert finished.steps == 29
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
