@@ -144,7 +144,9 @@ def convert(
     if list_checkpoints(RunFolder(out).checkpoints):
         raise ConfigError(f"{out} already holds a run: choose another folder")
     run = RunFolder.open(out)
-    before = RunFolder(folder.parents[1])
+    parent = folder.resolve().parent
+    # The settings of a checkpoint that was copied from its run are not known.
+    before = RunFolder(parent.parent if parent.name == "checkpoints" else folder)
     if settings := before.read_config():
         run.write_config(conversion.changed(settings))
     if (before.path / START_FILE).is_file():
@@ -166,7 +168,7 @@ def convert(
     )  # fmt: skip
     saved = save(snapshot, run.checkpoints, keep=1)
     kind = f"precision {conversion.precision}, {conversion.new.stage} stage"
-    return f"{saved}: {kind}; go on with openm6 train {run.config} --resume --out {out}"
+    return f"{saved}: {kind}; go on with openm6 train {run.config if settings else 'RECIPE'} --resume --out {out}"
 
 
 def _empty_group(shapes: dict[str, Shape], rule: UpdateRule) -> dict[str, Slots]:

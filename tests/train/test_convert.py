@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,18 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
     train(DescribedTraining(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True)
 
 
-def test_a_small_run_goes_on_plainly(tmp_path: Path) -> None:
+def test_a_small_run_goes_on_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = trained(tmp_path / "small", PLAIN, run_config(steps=4))
     convert(small, tmp_path / "plain", precision="fp32")
     assert torch.equal(answers(small, PLAIN), answers(tmp_path / "plain", PLAIN))
     train(DescribedTraining(PLAIN), words_config(6), RunFolder(tmp_path / "plain"), resume=True)
+    monkeypatch.chdir(small / "checkpoints")
+    convert(Path("step-4"), tmp_path / "inside", precision="fp32")
+    assert RunFolder(tmp_path / "inside").read_config()["loop"]["steps"] == 4
+    # A copy has no settings, and must not take those of a folder above it.
+    shutil.copytree("step-4", small / "copies" / "step-4")
+    said = convert(small / "copies" / "step-4", tmp_path / "copied", precision="fp32")
+    assert not RunFolder(tmp_path / "copied").config.exists() and "openm6 train RECIPE --resume" in said
 
 
 @pytest.mark.parametrize("share_routers", [False, True])
