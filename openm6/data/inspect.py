@@ -348,12 +348,13 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     numbers = [x.name for x in rows.columns if (x.kind == "number" or x.coded) and x.name != time]
     if time is None or not numbers:
         return None
-    cells = table.column(time)
+    readable = len(table) - len(table.unreadable)  # the others come last
+    cells = table.column(time)[:readable]
     group, count = None, 1
     if len(set(cells)) < len(cells):
         # In a column that separates the series, no time occurs twice in a group.
         for column in rows.columns:
-            groups = table.column(column.name) if column.kind in ("category", "identifier") else []
+            groups = table.column(column.name)[:readable] if column.kind in ("category", "identifier") else []
             if groups and len(set(zip(groups, cells, strict=True))) == len(cells):
                 group, count = column.name, len(set(groups))
                 break

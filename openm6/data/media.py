@@ -137,8 +137,8 @@ class TarTable(Table):
         if not self._samples:
             raise DataError(f"{path} holds no files: is it a WebDataset tar?")
         endings = sorted({ending for sample in self._samples for ending in sample.files})
-        first = (records.unless_broken(_json_of, sample) or {} for sample in self._samples[:HEADER_LINES])
-        keys = [key for found in first for key in found]
+        some = self._samples[:: -(-len(self._samples) // HEADER_LINES)]
+        keys = [key for sample in some for key in records.unless_broken(_json_of, sample) or {}]
         filled = [column for column in _FILLED_BY if _ending_for(column, endings)]
         self.names = list(dict.fromkeys(["id", *filled, *keys, *endings]))
 

@@ -14,7 +14,8 @@ SAMPLE = 1000  # cells that decide it
 # By decimal mark: numbers with decimals, and whole numbers in groups of three that the other mark separates.
 _OTHER_MARK = {".": ",", ",": "."}
 _DECIMAL = {
-    mark: re.compile(rf"[+-]?(\d+|\d{{1,3}}(\{other}\d{{3}})+)\{mark}\d+") for mark, other in _OTHER_MARK.items()
+    mark: re.compile(rf"[+-]?(\d*|\d{{1,3}}(\{other}\d{{3}})+)\{mark}\d+([eE][+-]?\d+)?")
+    for mark, other in _OTHER_MARK.items()
 }
 _GROUPED = {mark: re.compile(rf"[+-]?[1-9]\d{{0,2}}(\{other}\d{{3}})+") for mark, other in _OTHER_MARK.items()}
 # Spaces and apostrophes between groups, and currencies that no language writes with a decimal comma.

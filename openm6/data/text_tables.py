@@ -38,7 +38,7 @@ BLOCK_BYTES = 16 << 20  # the longest row that can be read, the header included
 UTF8, LATIN, WINDOWS, UTF16 = "utf-8", "latin-1", "cp1252", "utf-16"
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x19\x1b-\x1f\x7f]")  # bytes of no text in one byte per letter
 _UNUSUAL = rb"[^0-9.eE+-]|\..*\."  # in a cell: not a number as Python writes it
-HEADER_LINES = 200  # of JSON Lines, whose columns are those of the first lines
+HEADER_LINES = 200  # at equal distances, whose keys are the columns of JSON Lines
 JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
@@ -309,12 +309,10 @@ class JsonlTable(Table):
             if len(self) == 0:
                 raise DataError(f"{path} is empty: write one JSON object per line")
             self._content = remote or mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        first = [unless_broken(self.row, row, ()) or {} for row in range(min(len(self), HEADER_LINES))]
-        self.names = list(dict.fromkeys(name for found in first for name in found))
+        sample = range(0, len(self), -(-len(self) // HEADER_LINES))
+        self.names = list(dict.fromkeys(name for row in sample for name in unless_broken(self.row, row, ()) or {}))
         if not self.names:
-            raise DataError(
-                f"{path}: none of the first lines is a JSON object: write one object per line, not one array"
-            )
+            raise DataError(f"{path}: no line of a sample is a JSON object: write one object per line, not one array")
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -165,7 +165,8 @@ def test_audio_clips_and_their_words(tmp_path):
 
 def test_a_series(tmp_path):
     days = [f"20{10 + n // 336}-{1 + n // 28 % 12:02d}-{1 + n % 28:02d},{n % 7},{n}" for n in range(400)]
-    (tmp_path / "w.csv").write_text("date,rain,wind\n" + "\n".join(days) + "\n")
+    malformed = "2010-01-01,1,2,3\n" * 2
+    (tmp_path / "w.csv").write_text("date,rain,wind\n" + "\n".join(days) + "\n" + malformed)
     inspection = inspect_path(str(tmp_path / "w.csv"))
     assert tasks_of(inspection, "w_series") == ["time_series_forecasting"]
     assert recipe_of(inspection).sources["w_series"].columns == ["rain", "wind"]
@@ -198,7 +199,7 @@ def test_the_season_of_a_long_series_is_found_in_a_part_of_it(tmp_path):
 
 def test_several_series_in_one_table_are_told_apart(tmp_path):
     rows = [f"{'abc'[n % 3]},2024-{1 + n // 84:02d}-{1 + n // 3 % 28:02d},{n}" for n in range(300)]
-    (tmp_path / "x.csv").write_text("store,date,sales\n" + "\n".join(rows) + "\n")
+    (tmp_path / "x.csv").write_text("store,date,sales\n" + "\n".join(rows) + "\n" + "a,2024-01-01,1,2\n" * 2)
     inspection = inspect_path(str(tmp_path / "x.csv"))
     source = recipe_of(inspection).sources["x_series"]
     assert (source.columns, source.time, source.group, source.horizon) == (["sales"], "date", "store", 8)

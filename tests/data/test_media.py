@@ -123,6 +123,13 @@ def test_samples_of_several_shards(tmp_path):
     assert mapped[1] == {"id": "shop/1", "text_zh": "thing 1", "numbers": {"price": 1.0}, "extra": {"seller": "Jo"}}
 
 
+def test_keys_of_later_samples_are_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr("openm6.data.media.HEADER_LINES", 2)
+    files = {f"{n}.json": json.dumps({"name": "a"} | ({"price": 3} if n > 1 else {})).encode() for n in range(4)}
+    (tmp_path / "x.tar").write_bytes(tar_of(files))
+    assert open_tar(tmp_path / "x.tar", fields=Fields(numbers=["price"]))[3]["numbers"] == {"price": 3.0}
+
+
 def test_names_with_dots_and_parts_that_are_missing(tmp_path):
     (tmp_path / "x.tar").write_bytes(
         tar_of({"a/b.left.wav": wav(), "a/b.txt": b"beep", "a/c.txt": b"", "readme": b"x"})

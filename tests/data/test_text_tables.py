@@ -192,6 +192,9 @@ def test_numbers_of_two_readings_are_refused_until_told(tmp_path, prices):
         (("3,50 €", "1.200,00 €"), [3.5, 1200]),
         (("1\u202f234,5", "12 345 678", "1'000"), [1234.5, 12345678, 1000]),
         (("1e-3", " 2 ", "1,5"), [0.001, 2, 1.5]),
+        (("1,23E+05", "-4,5e-1"), [123000, -0.45]),
+        ((",5", "1.234"), [0.5, 1234]),
+        (("1,234", "1.5E+03"), [1234, 1500]),
     ],
 )
 def test_numbers_as_people_write_them(tmp_path, prices, values):
@@ -355,15 +358,20 @@ def test_broken_lines_are_broken_alone(tmp_path):
     assert source.values("text_en") == ["a", None, None, None, None, "b"]
 
 
-def test_columns_come_from_the_first_lines(tmp_path):
+def test_columns_come_from_lines_at_equal_distances(tmp_path, monkeypatch):
+    monkeypatch.setattr("openm6.data.text_tables.HEADER_LINES", 2)
     path = tmp_path / "x.jsonl"
+    path.write_text('{"text_en": "a"}\n' * 3 + '{"text_en": "a", "label": "b"}\n' * 3)
+    assert open_jsonl(path)[5] == {"id": "x/5", "text_en": "a", "label": "b"}
     path.write_text('{"name": "a"}\n{"name": "b", "price": 3}\n')
     assert open_jsonl(path, fields=Fields(text_en="name", numbers=["price"]))[1]["numbers"] == {"price": 3.0}
     with pytest.raises(DataError, match="did you mean 'price'"):
         open_jsonl(path, fields=Fields(numbers=["prize"]))
 
 
-@pytest.mark.parametrize("content, reason", [("", "is empty"), ("\n \n", "is empty"), ("hello\n", "none of the first")])
+@pytest.mark.parametrize(
+    "content, reason", [("", "is empty"), ("\n \n", "is empty"), ("hello\n", "no line of a sample")]
+)
 def test_not_json_lines(tmp_path, content, reason):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(DataError, match=reason):
