@@ -510,7 +510,7 @@ SLOTS: dict[str, Slot] = {
     "price": Derived("numbers", partial(hold_out, column="price"), lambda record, _: "price" in observed(record)),
     "any_number": Derived("numbers", hold_out_number, lambda row, lang: _may_ask(predictable(row), row, lang)),
     "any_category": Derived("text", hold_out_category, lambda row, lang: _may_ask(categories(row), row, lang)),
-    "future": Derived("numbers", split_series, lambda record, _: record.get("series")),
+    "future": Derived("numbers", split_series, lambda x, _: x.get("series") and "horizon" in (x.get("extra") or ())),
     "column_answer": Derived("text", ask_column, lambda record, _: predictable(record)),
     "anomaly": Derived("text", insert_anomaly, lambda record, _: _long_series(record)),
     "text_match": Derived("text", match_text),

@@ -26,6 +26,11 @@ def test_an_outline_is_dark_at_edges_and_white_elsewhere() -> None:
     assert (lines[:6] == 255).all() and lines[0, 0] == 255 and lines[10, 10] == 255
 
 
+@pytest.mark.parametrize("size", [(1, 1), (256, 1), (1, 5), (2, 3)])
+def test_an_image_of_a_pixel_has_an_outline(size: tuple[int, int]) -> None:
+    assert np.array_equal(np.asarray(outline(Image.new("RGB", size, "red"))), np.full((*size[::-1], 3), 255))
+
+
 def test_a_background_reaches_the_border_and_leaves_white_inside() -> None:
     colour = BACKGROUNDS["blue"][1]
     values = np.asarray(on_background(ring(), colour))

@@ -48,3 +48,10 @@ def test_zero_and_false_are_answers(value: object, answer: str | None) -> None:
     task = own.task("mood_of")
     assert task.languages(record) == ([] if answer is None else ["en"])
     assert answer is None or task.example(record, np.random.default_rng(0)).answer == answer
+
+
+@pytest.mark.parametrize("name", ["time_series_forecasting", "demand_forecasting"])
+def test_a_series_is_forecast_where_its_horizon_is_known(name: str) -> None:
+    record = {"id": "1", "series": {"sales": [3.0, 4.0, 5.0, 6.0]}}
+    assert TASKS[name].languages(record) == TASKS[name].languages(record | {"extra": {"shop": "x"}}) == []
+    assert TASKS[name].languages(record | {"extra": {"horizon": 2}}) == ["en", "zh"]
