@@ -124,7 +124,8 @@ class _TableEstimator(BaseEstimator):
 
     def _train(self, folder: Path, split: str, rows: int, seed: int) -> OpenM6:
         fields, path = self.fields_.model_dump(exclude_none=True), str(folder / "table.parquet")
-        source = {"kind": "parquet", "path": path, "fields": fields, "target": self.target_, "split": split}
+        source: dict[str, Any] = {"kind": "parquet", "path": path, "fields": fields}
+        source |= {"target": self.target_, "split": split}
         loop: dict[str, Any] = {"seed": seed, "num_processes": 1, "tensorboard": False, "keep_last": 1}
         if self.max_steps is not None:
             loop["steps"] = self.max_steps
