@@ -83,10 +83,12 @@ class DecodeBatch:
         slots = self._padded(max_num_seqs)
         self.cache = text_head.backbone.new_cache(slots, max_model_len)
         self.decode_step = DecodeStep(text_head, self.cache, batch_invariant and not self.graphed, compiled)
+        device = self.cache.keys.device
         self.graphs: dict[tuple[int, int, SamplingMode], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.graphed else None
+        # Torch's own for captures is on the GPU of the first one; with one stream, graphs share the pool's memory.
+        self.stream = torch.cuda.Stream(device) if self.graphed else None
         self.rows: list[DecodeSequence] = []
-        device = self.cache.keys.device
         self.token, self.position, self.length, self.seed, self.draw, self.active, self.top_k = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(7)
         )
@@ -227,7 +229,8 @@ class DecodeBatch:
         key = batch, longest, mode
         if key not in self.graphs and len(self.graphs) < self.max_graphs:
             try:
-                self.graphs[key] = self._captured(*key)
+                with torch.cuda.device_of(self.token):
+                    self.graphs[key] = self._captured(*key)
             except Exception as error:
                 self.max_graphs = len(self.graphs)
                 check_alive(self.token.device)
@@ -253,7 +256,7 @@ class DecodeBatch:
                         part.copy_(old)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
         with recording, sdpa_kernel(ATTENTION):
             sampled, logits = self._run(batch, longest, mode)
             # Outputs of its own would keep their memory, as many times as there are graphs.

@@ -1,6 +1,7 @@
 """All Triton kernels, by subject, and the rule that decides where they run.
 
-The modules import Triton, which is optional: import them inside a function that has called `available`.
+The modules import Triton, which is optional: import them inside a function that has called `available`. Triton
+launches on the thread's current GPU, so each launch is made under a guard of its tensors' device.
 """
 
 from __future__ import annotations

@@ -41,5 +41,6 @@ def cross_entropy_with_gradient(logits: Tensor, label: Tensor, weight: Tensor) -
     """C V, C, C -> nll C (fp32); `logits` then holds the gradient of Σ weight · nll."""
     nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
-    nll_kernel[(len(logits),)](logits, label, weight, nll, logits.shape[1], BLOCK=block, num_warps=8)
+    with torch.cuda.device_of(logits):
+        nll_kernel[(len(logits),)](logits, label, weight, nll, logits.shape[1], BLOCK=block, num_warps=8)
     return nll

@@ -48,13 +48,15 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     blocks = triton.cdiv(num_rows, BLOCK_CHOICES)
     counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=device)
     bins = triton.next_power_of_2(num_experts + 1)
-    count_kernel[(blocks,)](flat, counts, num_rows, num_experts, BLOCK=BLOCK_CHOICES, BINS=bins)
+    with torch.cuda.device_of(flat):
+        count_kernel[(blocks,)](flat, counts, num_rows, num_experts, BLOCK=BLOCK_CHOICES, BINS=bins)
     through = counts.cumsum(0, dtype=torch.int32)  # P E
     ends = through[-1].cumsum(0, dtype=torch.int32)  # E
     first = through - counts + (ends - through[-1])  # P E
     slot = torch.empty(chosen.shape, dtype=torch.int64, device=device)
     choices = torch.empty(num_rows, dtype=torch.int64, device=device)
-    slot_kernel[(blocks,)](flat, first, slot, choices, num_rows, num_experts, BLOCK=BLOCK_CHOICES)
+    with torch.cuda.device_of(flat):
+        slot_kernel[(blocks,)](flat, first, slot, choices, num_rows, num_experts, BLOCK=BLOCK_CHOICES)
     return choices, slot, ends
 
 
@@ -86,7 +88,8 @@ def gather_rows(x: Tensor, source: Tensor) -> Tensor:
     """N D, R -> R D."""
     rows = torch.empty(source.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
     grid, block = _grid(len(source), x.shape[1])
-    gather_kernel[grid](x.contiguous(), source, rows, x.shape[1], BLOCK=block)
+    with torch.cuda.device_of(x):
+        gather_kernel[grid](x.contiguous(), source, rows, x.shape[1], BLOCK=block)
     return rows
 
 
@@ -95,7 +98,8 @@ def sum_rows(rows: Tensor, slot: Tensor) -> Tensor:
     tokens, choices = slot.shape
     y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)
     grid, block = _grid(tokens, rows.shape[1])
-    sum_kernel[grid](rows.contiguous(), slot, y, rows.shape[1], K=choices, BLOCK=block)
+    with torch.cuda.device_of(rows):
+        sum_kernel[grid](rows.contiguous(), slot, y, rows.shape[1], K=choices, BLOCK=block)
     return y
 
 
@@ -145,7 +149,8 @@ def swiglu_gate(product: Tensor, gate: Tensor) -> Tensor:
     hidden = torch.empty(rows, width, dtype=product.dtype, device=product.device)
     block = min(BLOCK_F, triton.next_power_of_2(width))
     grid = (rows, triton.cdiv(width, block))
-    swiglu_gate_kernel[grid](product.contiguous(), gate.contiguous(), hidden, width, BLOCK=block)
+    with torch.cuda.device_of(product):
+        swiglu_gate_kernel[grid](product.contiguous(), gate.contiguous(), hidden, width, BLOCK=block)
     return hidden
 
 
@@ -156,5 +161,6 @@ def swiglu_gate_backward(product: Tensor, gate: Tensor, gradient: Tensor) -> tup
     d_product = torch.empty_like(product)
     d_gate = torch.empty(rows, dtype=torch.float32, device=product.device)
     block = min(BLOCK_F, triton.next_power_of_2(width))
-    swiglu_gate_backward_kernel[(rows,)](product, gate, gradient, d_product, d_gate, width, BLOCK=block)
+    with torch.cuda.device_of(product):
+        swiglu_gate_backward_kernel[(rows,)](product, gate, gradient, d_product, d_gate, width, BLOCK=block)
     return d_product, d_gate

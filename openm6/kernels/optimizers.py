@@ -120,12 +120,13 @@ def adamw_update(
     # Gradients are in other places in every step, so the table is sent each time: some kilobytes.
     table = torch.tensor([*addresses, counts, blocks[:-1], list(seeds)]).to(device, non_blocking=True)
     scalars = torch.tensor(numbers).to(device, non_blocking=True)
-    adamw_kernel[(blocks[-1],)](
-        table, scalars if skip is None else scalars + skip, len(tensors), *betas, epsilon,
-        *(getattr(tl, str(one.dtype).removeprefix("torch.")) for one in tensors[0]),
-        TENSORS=triton.next_power_of_2(len(tensors)), ALIGNMENT=aligned, BLOCK=BLOCK_ELEMENTS,
-        STOCHASTIC=stochastic, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(table):
+        adamw_kernel[(blocks[-1],)](
+            table, scalars if skip is None else scalars + skip, len(tensors), *betas, epsilon,
+            *(getattr(tl, str(one.dtype).removeprefix("torch.")) for one in tensors[0]),
+            TENSORS=triton.next_power_of_2(len(tensors)), ALIGNMENT=aligned, BLOCK=BLOCK_ELEMENTS,
+            STOCHASTIC=stochastic, num_warps=8,
+        )  # fmt: skip
     # Autograd does not see what a kernel writes.
     increment_version([one for parameter, _, *moments in tensors for one in (parameter, *moments)])
 
@@ -291,7 +292,10 @@ def adafactor_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, T
     blocks = triton.cdiv(num_rows, ROWS)
     row_sum, row_largest = (_empty(gradient, matrices, num_rows) for _ in range(2))
     column_sums = _empty(gradient, matrices, blocks, num_columns)
-    sums_kernel[(matrices, blocks)](gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns, **TILE)
+    with torch.cuda.device_of(gradient):
+        sums_kernel[(matrices, blocks)](
+            gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns, **TILE
+        )
     return row_sum, column_sums.sum(1), row_largest.amax(-1)
 
 
@@ -312,9 +316,10 @@ def adafactor_squares(
     blocks = triton.cdiv(num_rows, ROWS)
     sums = _empty(gradient, matrices, blocks)
     mean = (None, None) if momentum is None else (momentum.values, momentum.weights)
-    squares_kernel[(matrices, blocks)](
-        gradient, allowed, *mean, inverse_row, inverse_column, sums, num_rows, num_columns, **TILE
-    )  # fmt: skip
+    with torch.cuda.device_of(gradient):
+        squares_kernel[(matrices, blocks)](
+            gradient, allowed, *mean, inverse_row, inverse_column, sums, num_rows, num_columns, **TILE
+        )  # fmt: skip
     return sums.sum(1)
 
 
@@ -332,11 +337,13 @@ def adafactor_update(
     sizes = (first_row, num_rows, num_columns)
     if exponent is None:
         mean = (None,) * 3 if momentum is None else (momentum.values, momentum.weights, momentum.keys)
-        adafactor_bf16_kernel[grid](weight, *mean, gradient, *numbers, *sizes, **TILE)
+        with torch.cuda.device_of(weight):
+            adafactor_bf16_kernel[grid](weight, *mean, gradient, *numbers, *sizes, **TILE)
         if momentum is not None:
             increment_version(momentum.values)
     else:
-        adafactor_int8_kernel[grid](weight, exponent, gradient, *numbers, *sizes, *blocks, **TILE)
+        with torch.cuda.device_of(weight):
+            adafactor_int8_kernel[grid](weight, exponent, gradient, *numbers, *sizes, *blocks, **TILE)
         increment_version(exponent)
     increment_version(weight)  # autograd does not see what a kernel writes
 
@@ -361,9 +368,10 @@ def dequantize(levels: Tensor, exponent: Tensor, dtype: torch.dtype, steps: int)
         return weight
     num_blocks, block = exponent.numel(), levels.numel() // exponent.numel()
     groups = DEQUANTIZED // block
-    dequantize_kernel[(triton.cdiv(num_blocks, groups),)](
-        levels.contiguous(), exponent.contiguous(), weight, num_blocks, STEPS=steps, BLOCK=block, GROUPS=groups
-    )  # fmt: skip
+    with torch.cuda.device_of(levels):
+        dequantize_kernel[(triton.cdiv(num_blocks, groups),)](
+            levels.contiguous(), exponent.contiguous(), weight, num_blocks, STEPS=steps, BLOCK=block, GROUPS=groups
+        )  # fmt: skip
     return weight
 
 

@@ -20,6 +20,8 @@ from heapq import merge
 from itertools import count, groupby
 from operator import itemgetter
 
+import torch
+
 from openm6.core.errors import first_line
 from openm6.core.log import get_log
 from openm6.energy.meter import open_meter
@@ -224,6 +226,8 @@ class Engine:
 
     def _run(self, worker: Worker) -> None:
         try:
+            if (device := self.loaded.omni.device).type == "cuda":
+                torch.cuda.set_device(device)  # the current GPU is a property of the thread
             while self._admit(worker):
                 worker.tick()
                 self._hand_over(worker)

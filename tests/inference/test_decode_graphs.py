@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock
 
@@ -170,3 +171,17 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is(
     monkeypatch.setattr("openm6.inference.decode_batch.check_alive", lost)
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         batch.capture()
+
+
+def test_a_pass_is_captured_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is current, and not on torch's own stream for captures, which is on the GPU of the first one."""
+    batch, entered, side = graphed(DecodeBatch(text_head(CPU, "float32"), 1, 128)), Mock(), Mock()
+    batch.stream = Mock()
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext(entered(tensor)))
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, side)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    recording = Mock(return_value=nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    assert batch._graph(1, 128, "greedy") is side.return_value
+    assert entered.call_args_list[0].args[0] is batch.token and recording.call_args.args[2] is batch.stream

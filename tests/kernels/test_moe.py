@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from openm6.kernels import moe  # noqa: E402
+from openm6.kernels import cross_entropy, moe, optimizers  # noqa: E402
 from openm6.ops import moe as ops  # noqa: E402
 from openm6.ops.moe import sum_rows_reference  # noqa: E402
 
@@ -68,3 +72,30 @@ def test_sort_by_expert(device, name):
     ours = moe.sort_by_expert(chosen.to(device), num_experts)
     for mine, other in zip(ours, ops.sort_by_expert(chosen, num_experts), strict=True):
         assert torch.equal(mine.cpu(), other)
+
+
+def guarded(node: ast.AST) -> bool:
+    return isinstance(node, ast.With) and "device_of" in ast.unparse(node.items[0])
+
+
+def launches(tree: ast.AST) -> set[str]:
+    return {one.func.value.id for one in ast.walk(tree) if isinstance(one, ast.Call) and is_launch(one.func)}
+
+
+def is_launch(function: ast.AST) -> bool:
+    return isinstance(function, ast.Subscript) and ast.unparse(function.value).endswith("_kernel")
+
+
+@pytest.mark.parametrize("module", [cross_entropy, moe, optimizers])
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(module):
+    """Not on the thread's current one, on which Triton alone launches them."""
+    tree = ast.parse(inspect.getsource(module))
+    assert launches(tree) == set().union(*(launches(node) for node in ast.walk(tree) if guarded(node))) != set()
+
+
+def test_the_guard_is_of_the_rows(device, monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or nullcontext())
+    x, source = torch.randn(2, 8, device=device), torch.tensor([1, 0], device=device)
+    assert torch.equal(moe.gather_rows(x, source), x[source])
+    assert len(entered) == 1 and entered[0] is x

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -359,6 +359,15 @@ def test_the_defaults_on_a_gpu_are_fast_and_logged(
     assert line.startswith(f"weights in {weights}; a request may differ in its last bits among others")
     chosen = EngineConfig(weights="float32", batch_invariant=True)
     assert chosen.precision(GPU) == "float32" and chosen.is_invariant(GPU)
+
+
+def test_the_thread_of_the_engine_uses_the_gpu_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is current there only if it is set there: each thread begins with the first."""
+    engine, used = MagicMock(failure=None), Mock()
+    engine.loaded.omni.device, engine._admit.return_value = torch.device("cuda", 1), False
+    monkeypatch.setattr(torch.cuda, "set_device", used)
+    Engine._run(engine, MagicMock(active=[], ended=[]))
+    used.assert_called_once_with(torch.device("cuda", 1))
 
 
 @needs_gpu
