@@ -257,11 +257,11 @@ class TrainStep:
             free, _ = torch.cuda.mem_get_info(weight.device)
             free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
-            free -= copies * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+            ranks = self.training.ranks
+            free -= copies * sum(ranks.shard_spec(one).local(one).nbytes for one in self.parameters)
             half = torch.is_autocast_enabled("cuda") or weight.dtype == torch.bfloat16
-            recomputed = layers_to_recompute(
-                backbone.config, tokens, 2 if half else 4, free, self.training.stem_elements
-            )
+            own = layers_to_recompute(backbone.config, tokens, 2 if half else 4, free, self.training.stem_elements)
+            recomputed = max(ranks.gather(own))  # the same on all ranks, as recomputation contains collectives
         if recomputed not in ("auto", 0):
             get_log().info(
                 f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExec
 from openm6.nn.moe import RouterStats
 from openm6.ops.matmul import matmul_dtype
 from openm6.ops.sequence import additive_mask, visible
+from openm6.optim.sharding import ShardSpec
 from openm6.train.config import LoopConfig
 from openm6.train.step import StepNumbers, TrainStep, resolve_precision, seed_everything, sum_over_ranks
 from openm6.train.training_task import StepResult
@@ -161,6 +163,36 @@ def test_a_choice_of_others_stands():
     own = training.backbone.executor = CheckpointedExecutor(LayerExecutor(), 1)
     TrainStep(training, LoopConfig(compile=True)).choose_execution(1024)
     assert training.backbone.executor is own
+
+
+class HalfShard(ShardSpec):
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten()[: tensor.numel() // 2]
+
+
+class TwoShards(TwoRanks):
+    """Stands in for two ranks with half of each parameter; the other one recomputes three layers."""
+
+    def gather(self, value):
+        return [value, 3]
+
+    def shard_spec(self, parameter):
+        return HalfShard()
+
+
+def test_all_ranks_recompute_as_many_layers_and_count_their_shard_of_the_weights(monkeypatch):
+    training, free = WordsTraining(words_backbone()), []
+    step, backbone = TrainStep(training, LoopConfig(compile=False)), training.backbone
+    training.ranks = TwoShards()
+    del backbone.final_norm
+    backbone.final_norm = SimpleNamespace(weight=SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.float32))
+    for name, value in (("mem_get_info", (10**9, 10**9)), ("memory_reserved", 0), ("memory_allocated", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr("openm6.train.step.layers_to_recompute", lambda *args: free.append(args[3]) or 1)
+    step.choose_execution(1024)
+    # A gradient and two moments in fp32, of half of the weights.
+    assert free == [10**9 - 3 * 4 * sum(one.numel() for one in step.parameters) // 2]
+    assert backbone.executor.num_layers == 3
 
 
 def test_no_layers_below_zero():
