@@ -93,7 +93,9 @@ def free_host_bytes() -> float:
     """Return what may still be allocated on the host: by the system's count, and by the limit of the control group."""
     available = _bytes_of(PROCESSES / "meminfo", "MemAvailable")
     limit, used = (_read(CONTROL_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
-    left = float(limit) - float(used) if limit.isdigit() and used.isdigit() else float("inf")
+    counts = dict(line.split() for line in _read(CONTROL_GROUP / "memory.stat").splitlines())
+    cached = float(counts.get("inactive_file", 0))  # part of `used`, but the kernel drops it when memory is asked for
+    left = float(limit) - float(used) + cached if limit.isdigit() and used.isdigit() else float("inf")
     return min(left, float("inf") if available is None else available)
 
 

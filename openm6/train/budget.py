@@ -1,6 +1,7 @@
 """The memory budget of a run by tier (device, host, disk), from its sizes; an error names what would fit."""
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ class Budget:
     beside: bytes of host memory that the weights of the stage before take while layers get weights of their own
     stem_elements: kept of a patch of an image before the first layer; every token counts as one
     gathered: parameters of the largest group that is computed with, if the store holds only a shard of it
+    shards: ranks that hold a shard each, of which the layouts are one; a checkpoint on the disk holds all
     """
 
     config: BackboneConfig
@@ -52,15 +54,16 @@ class Budget:
     stem_elements: int = 0
     gathered: int = 0
     frozen: int = 0
+    shards: int = 1
 
     @property
     def parameters(self) -> int:
-        return self.others + sum(layout.num_parameters for layout in self.layouts)
+        return self.others + self.shards * sum(layout.num_parameters for layout in self.layouts)
 
     @property
     def checkpoint_bytes(self) -> float:
         """Return the size of one checkpoint on the disk, which holds all that is kept between steps."""
-        kept = sum(layout.num_bytes for layout in self.layouts)
+        kept = self.shards * sum(layout.num_bytes for layout in self.layouts)
         return kept + OTHERS.weights * self.others + OTHERS.moments * (self.others - self.frozen)
 
     @property
@@ -144,7 +147,7 @@ class Budget:
             blocks = Backbone(preset.backbone).group_blocks
         layouts = [RecordLayout(matrix_shapes(block), rule) for block in blocks]
         others = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
-        return replace(self, config=preset.backbone, layouts=layouts, others=others, beside=0, frozen=0)
+        return replace(self, config=preset.backbone, layouts=layouts, others=others, beside=0, frozen=0, shards=1)
 
 
 def check_budget(budget: Budget, rule: UpdateRule) -> None:
@@ -164,11 +167,15 @@ def check_budget(budget: Budget, rule: UpdateRule) -> None:
 
 
 def available(device: torch.device, offload: OffloadConfig, checkpoints: Path | None = None) -> FreeBytes:
-    """Return the free bytes by tier, of which a CPU has none; on the disk older checkpoints count, as they will go."""
+    """Return the free bytes by tier, for one of the processes of this machine, which divide the host's.
+
+    A CPU has no tier `device`. On the disk, which holds the checkpoints of all, older ones count, as they will go.
+    """
     free: FreeBytes = {}
     if device.type == "cuda":
         free["device"] = float(torch.cuda.mem_get_info(device)[0])
-    free["host"] = min(HOST_FRACTION * free_host_bytes(), (offload.host_gib or math.inf) * GIB)
+    host = free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free["host"] = min(HOST_FRACTION * host, (offload.host_gib or math.inf) * GIB)
     if checkpoints is not None:
         there = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
         older = sum(path.stat().st_size for folder in list_checkpoints(checkpoints) for path in folder.iterdir())

@@ -154,15 +154,17 @@ class OffloadedTrainStep(TrainStep):
         matrices = {id(one) for block in self.backbone.group_blocks for one in block.matrices().values()}
         others = [one for one in self.training.model.parameters() if id(one) not in matrices]
         kept = self.config.keep_last + 1 + self.config.load_best_model_at_end
-        free = available(self.device, self.offload, self._checkpoints)
+        ranks, free = self.training.ranks, available(self.device, self.offload, self._checkpoints)
+        ranks.gather(None)  # nobody allocates before all have seen what is free
         half = resolve_precision(self.config.precision, self.device) == "bf16"
-        tokens = -(-self.training.tokens_per_step // self.training.ranks.size)
+        tokens = -(-self.training.tokens_per_step // ranks.size)
         return Budget(
             self.backbone.config, layouts, sum(one.numel() for one in others), tokens, self.offload, free,
             frozen=sum(one.numel() for one in others if not one.requires_grad),
             value_bytes=HALF if half else FULL, checkpoints=0 if self._checkpoints is None else kept,
             stem_elements=self.training.stem_elements,
             gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
+            shards=1 if ranks.layout is None else ranks.layout.dense.size(),
         )  # fmt: skip
 
     def _fill(self) -> None:

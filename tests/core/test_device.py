@@ -148,3 +148,6 @@ def test_memory_is_read_from_the_system(tmp_path, monkeypatch):
     assert free_host_bytes() == 800 * 1024
     (tmp_path / "group/memory.max").write_text("5000\n")
     assert free_host_bytes() == 4000
+    # Of files that were read, which the kernel forgets before it refuses memory.
+    (tmp_path / "group/memory.stat").write_text("anon 300\nactive_file 100\ninactive_file 600\n")
+    assert free_host_bytes() == 4600

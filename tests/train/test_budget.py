@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from openm6.checkpoint.folder import latest
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import PAGE, RecordLayout
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
@@ -169,3 +171,29 @@ def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):
         OffloadedTrainStep(WordsTraining(shared), words_config(offload=free_bytes, stages=stages))
+
+
+def test_processes_of_a_machine_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_host_bytes", lambda: 8e9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available(CPU, OffloadConfig())["host"] == pytest.approx(0.9 * 2e9)
+
+
+def test_checkpoints_hold_the_shards_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    class FourShards(ProcessGroupContext):
+        layout = SimpleNamespace(dense=SimpleNamespace(size=lambda: 4))
+
+        def gather(self, value: Any) -> list[Any]:
+            seen.append("others")
+            return [value] * 4
+
+    train_step = OffloadedTrainStep(WordsTraining(words_backbone()), words_config(offload=OffloadConfig()))
+    one = train_step.budget(train_step.store.layouts)
+    train_step.training.ranks = FourShards()
+    monkeypatch.setattr("openm6.train.offloaded.available", lambda *_: seen.append("free") or {"host": 1.0})
+    four = train_step.budget(train_step.store.layouts)
+    assert seen == ["free", "others"], "all ranks read what is free before one of them allocates"
+    whole = replace(one, layouts=list(one.layouts) * 4)
+    assert (four.parameters, four.checkpoint_bytes) == (whole.parameters, whole.checkpoint_bytes)
