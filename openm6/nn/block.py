@@ -181,13 +181,19 @@ def _add_lora(config: LoraConfig, attention: Attention, network: MLP | Experts) 
     hidden = network.config.intermediate_size
     gate = {"gate_proj": hidden} if network.config.hidden_act == "swiglu" else {}
     attention.lora = _updates_of(attention, config)
-    network.lora["up"] = LowRank(config, network.up, {**gate, "up_proj": hidden})
-    network.lora["down"] = LowRank(config, network.down, {"down_proj": attention.config.hidden_size})
+    up = LowRank(config, network.up, {**gate, "up_proj": hidden})
+    down = LowRank(config, network.down, {"down_proj": attention.config.hidden_size})
+    network.lora = _with_targets({"up": up, "down": down})
 
 
 def _updates_of(attention: Attention, config: LoraConfig) -> nn.ModuleDict:
     sizes = attention.config
     key = sizes.num_kv_heads * sizes.head_dim
     projections = {"q_proj": sizes.num_heads * sizes.head_dim, "k_proj": key, "v_proj": key}
-    qkv, output = LowRank(config, attention.qkv, projections), {"o_proj": sizes.hidden_size}
-    return nn.ModuleDict({"qkv": qkv, "output": LowRank(config, attention.output, output)})
+    output = LowRank(config, attention.output, {"o_proj": sizes.hidden_size})
+    return _with_targets({"qkv": LowRank(config, attention.qkv, projections), "output": output})
+
+
+def _with_targets(updates: dict[str, LowRank]) -> nn.ModuleDict:
+    """Return those that update something: others would only take time."""
+    return nn.ModuleDict({name: update for name, update in updates.items() if update.a})

@@ -74,6 +74,8 @@ class UpdatesOfSome(NamedTuple):
 
     def updated(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         """The product y of a matrix with x, with the update of these tokens; others stay as they are.  # B S O"""
+        if name not in self.updates:
+            return y
         flat, index = y.flatten(0, 1), self.positions
         own = self.updates[name](flat[index], x.flatten(0, 1)[index])
         return flat.index_copy(0, index, own.to(y.dtype)).view_as(y)

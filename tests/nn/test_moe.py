@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from openm6 import kernels
-from openm6.nn.config import ExpertsConfig
-from openm6.nn.layers import MLP
+from openm6.nn.block import build_block
+from openm6.nn.config import AttentionConfig, ExpertsConfig, LoraConfig, ModalityExpertsConfig
+from openm6.nn.layers import MLP, UpdatesOfSome
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, Routing, TokenDispatcher
 from openm6.ops import moe as module
 from openm6.ops.moe import choose_backend
@@ -278,3 +279,15 @@ def test_the_gate_of_one_expert_depends_on_the_router_unless_it_is_set():
     one = {"intermediate_size": 8, "num_experts": 4, "top_k": 1}
     assert not ExpertsConfig(**one).norm_topk_prob and ExpertsConfig(**one, norm_topk_prob=True).norm_topk_prob
     assert ExpertsConfig(**{**one, "top_k": 2}).norm_topk_prob
+
+
+def test_updates_of_the_queries_leave_all_other_products_as_they_are():
+    """Experts with updates have no other backend than the general one."""
+    attention = AttentionConfig(hidden_size=WIDTH, num_heads=1, num_kv_heads=1, head_dim=16)
+    experts, lora = {"intermediate_size": 24, "num_experts": 6, "top_k": 2}, LoraConfig(r=8, targets=("q_proj",))
+    added = ModalityExpertsConfig(**experts, lora=lora)
+    block = build_block(attention, ExpertsConfig(**experts), lora=lora, modality_experts=added)
+    others = block.modality_experts.attention
+    assert list(block.attention.lora) == list(others) == ["qkv"] and not len(block.mlp.experts.lora)
+    x = torch.randn(1, 3, WIDTH)
+    assert UpdatesOfSome(others, torch.tensor([1])).updated("output", x, x) is x
