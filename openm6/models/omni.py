@@ -121,18 +121,21 @@ class Omni(nn.Module):
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
         return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, self._kinds(groups))
 
+    def uses_modality_experts(self, kind: str) -> bool:
+        """Whether tokens of a kind pass modality experts in place of the layers' own networks."""
+        experts = self.config.modality_experts
+        # The kinds of a modality begin with its name, but for series.
+        return experts is not None and kind.partition("_")[0].replace("series", "numbers") in experts.modalities
+
     def _kinds(self, groups: dict[str, TokenGroup]) -> tuple[Tensor, Tensor] | None:
         """The tokens of the layers' own networks and those of modality experts; None if there are no such tokens."""
-        experts = self.config.modality_experts
-        if experts is None:
-            return None
         found: tuple[list[Tensor], list[Tensor]] = [], []
         for kind, group in groups.items():
-            # The kinds of a modality begin with its name, but for series.
-            modality = kind.partition("_")[0].replace("series", "numbers")
-            found[modality in experts.modalities].append(group.index)
+            found[self.uses_modality_experts(kind)].append(group.index)
+        if not found[1]:
+            return None
         none = torch.empty(0, dtype=torch.long, device=self.device)
-        return (torch.cat([none, *found[0]]), torch.cat(found[1])) if found[1] else None
+        return torch.cat([none, *found[0]]), torch.cat(found[1])
 
     def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of learned tokens by kind (of training, also `as_trained`, else the nll), and what layers routed."""

@@ -15,8 +15,8 @@ from openm6.energy.meter import SOURCES, open_meter
 from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter
-from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
+from openm6.nn.moe import MoE
 from openm6.train.callbacks import Callback, RunState
 from openm6.train.step import StepReport
 
@@ -136,7 +136,7 @@ def gpus_of(device: torch.device) -> tuple[int, ...]:
 
 
 class Attribution:
-    """Operations per token: active weights of the backbone, and those of the token's adapter.
+    """Operations per token: the weights of the backbone and of its adapter that the token passes.
 
     A text token that is only an input costs its adapter nothing, since an embedding is looked up, not multiplied.
     Attention between tokens is left out: it is equal for all modalities.
@@ -145,13 +145,17 @@ class Attribution:
     def __init__(self, model: Omni, tasks: Iterable[str]) -> None:
         """`tasks` are those of the mixture: every rank lists all of them, so that their work can be summed."""
         self._tasks = sorted(tasks)
-        self._backbone = PASSES * count_parameters(model.config).active
-        self._input, self._learned = {}, {}
+        blocks = model.backbone.blocks
+        others = [block.modality_experts for block in blocks if block.modality_experts is not None]
+        both = num_active(model.backbone.final_norm, *blocks)
+        own, other = both - num_active(*others), both - num_active(*(block.mlp for block in blocks))
+        self._backbone, self._input, self._learned = {}, {}, {}
         for name, adapter in model.adapters.items():
             looked_up = {id(module.weight) for module in adapter.modules() if isinstance(module, nn.Embedding)}
             multiplied = sum(weight.numel() for weight in adapter.parameters() if id(weight) not in looked_up)
             # The embedding of text is the output layer as well.
             output = adapter.embedding.weight.numel() if isinstance(adapter, TextAdapter) else 0
+            self._backbone[name] = PASSES * (other if model.uses_modality_experts(name) else own)
             self._input[name], self._learned[name] = PASSES * multiplied, PASSES * (multiplied + output)
 
     def work(self, batch: Batch) -> dict[str, dict[str, WorkCount]]:
@@ -160,7 +164,7 @@ class Attribution:
         modalities = dict.fromkeys(self._input, WorkCount(0, 0.0))
         for name, kind in batch.groups.items():
             learned = kind.weight.numpy() > 0  # n
-            cost = self._backbone + np.where(learned, self._learned[name], self._input[name])
+            cost = self._backbone[name] + np.where(learned, self._learned[name], self._input[name])
             example = kind.example.numpy()
             tokens += np.bincount(example, minlength=batch.num_examples)
             operations += np.bincount(example, weights=cost, minlength=batch.num_examples)
@@ -168,3 +172,13 @@ class Attribution:
         of_task = {task: np.array([name == task for name in batch.tasks]) for task in self._tasks}
         tasks = {task: WorkCount(int(tokens @ chosen), float(operations @ chosen)) for task, chosen in of_task.items()}
         return {"modality": modalities, "task": tasks}
+
+
+def num_active(*modules: nn.Module) -> int:
+    """Parameters of modules that one token passes: of experts, those of its choices."""
+    passed = sum(weight.numel() for module in modules for weight in module.parameters())
+    for network in (part for module in modules for part in module.modules() if isinstance(part, MoE)):
+        here = len(network.experts.up)  # of several ranks, each may hold some of the experts
+        each = sum(weight.numel() // here for weight in network.experts.parameters())
+        passed -= (here - network.router.config.experts_per_token) * each
+    return passed

@@ -16,6 +16,7 @@ from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.modalities.batch import build_sequence, collate
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
+from openm6.nn.config import LoraConfig, ModalityExpertsConfig
 from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
 from openm6.train.metering import PASSES, Attribution
@@ -147,8 +148,14 @@ def test_watts_after_a_crash_are_those_of_the_steps_since_then(tmp_path: Path, m
     assert [line["joules"] for line in lines] == pytest.approx([50, 130, 180, 230])
 
 
-def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
-    omni = Omni(BACKBONE, modalities())
+EXPERTS = ModalityExpertsConfig(
+    modalities=("audio",), intermediate_size=32, num_experts=3, top_k=1, balance="aux", lora=LoraConfig(r=8)
+)
+
+
+@pytest.mark.parametrize("added", [None, EXPERTS], ids=["alike", "with experts for audio"])
+def test_operations_follow_tokens_and_the_weights_that_they_pass(added: ModalityExpertsConfig | None) -> None:
+    omni = Omni(BACKBONE.model_copy(update={"modality_experts": added}), modalities())
     text = modalities()["text"]
     read = text.source("seven red apples")
     target = text.target("apples")
@@ -171,3 +178,9 @@ def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
     head = PASSES * omni.text.embedding.weight.numel()
     learned = 2 * len(target)
     assert kinds["text"].operations == pytest.approx((len(read) + learned) * backbone + learned * head)
+    for name in kinds.keys() - {"text"}:
+        adapter = PASSES * sum(weight.numel() for weight in omni.adapters[name].parameters())
+        passed = count_parameters(BACKBONE.model_copy(update={"experts": added or BACKBONE.experts})).active
+        # Of q, k, v and o in two layers: 8 times the inputs and the outputs.
+        passed += 0 if added is None else 2 * 8 * (4 * 64 + 64 + 32 + 32 + 64)
+        assert kinds[name].operations == pytest.approx(kinds[name].tokens * (PASSES * passed + adapter))
