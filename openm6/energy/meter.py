@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -152,7 +153,12 @@ def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
 
 
 def _visible_handles() -> list[Any]:
-    """Boards in CUDA's order; CUDA_VISIBLE_DEVICES holds indices, UUIDs or their beginnings."""
+    """Boards in CUDA's order, by torch or CUDA_VISIBLE_DEVICES, which holds indices, UUIDs or their beginnings."""
+    torch = sys.modules.get("torch")  # a plan does without it
+    if torch is not None and torch.cuda.is_initialized():
+        with suppress(pynvml.NVMLError):  # a slice of MIG
+            uuids = [torch.cuda.get_device_properties(index).uuid for index in range(torch.cuda.device_count())]
+            return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
     every = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -237,12 +243,15 @@ class ProcessorEstimate(Counter):
     ) -> None:
         self._idle_watts = rated_watts * IDLE_FRACTION if idle else 0.0
         self._busy_watts = rated_watts * (1 - IDLE_FRACTION) / cores
-        super().__init__(f"processor, {rated_watts:g} W rated", "estimate", cpu_clock, clock=clock)
+        self._value = 0.0
+        # While a child ends, a reading may lack what has been counted already.
+        read = lambda: max(self._value, cpu_clock())  # noqa: E731
+        super().__init__(f"processor, {rated_watts:g} W rated", "estimate", read, clock=clock)
 
     def _added(self, value: float, seconds: float) -> float:
         # A machine that slept counts only what was computed.
         awake = seconds if seconds <= SILENCE else 0.0
-        return self._idle_watts * awake + self._busy_watts * max(0.0, value - self._value)
+        return self._idle_watts * awake + self._busy_watts * (value - self._value)
 
 
 def memory_estimate(gib: float, clock: Clock = time.monotonic) -> Counter:

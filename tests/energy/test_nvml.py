@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from openm6.energy import meter as devices
+
+UUIDS = ["GPU-aaaa", "GPU-bbbb"]
 
 
 class Driver:
@@ -27,13 +30,19 @@ class Driver:
         def mig(handle: int) -> tuple[int, int]:
             raise self.NVMLError("Not Supported")
 
+        def by_uuid(uuid: str) -> int:
+            if uuid not in UUIDS:
+                raise self.NVMLError("Not Found")
+            return UUIDS.index(uuid)
+
         return SimpleNamespace(
             NVMLError=self.NVMLError,
             nvmlInit=lambda: None,
             nvmlDeviceGetCount=lambda: 2,
             nvmlDeviceGetHandleByIndex=lambda index: index,
+            nvmlDeviceGetHandleByUUID=by_uuid,
             nvmlDeviceGetName=lambda handle: ["V100", "P100"][handle],
-            nvmlDeviceGetUUID=lambda handle: ["GPU-aaaa", "GPU-bbbb"][handle],
+            nvmlDeviceGetUUID=lambda handle: UUIDS[handle],
             nvmlDeviceGetMigMode=mig,
             nvmlDeviceGetTotalEnergyConsumption=energy,
             nvmlDeviceGetPowerUsage=lambda handle: self.power,
@@ -45,6 +54,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
     monkeypatch.setattr(devices, "pynvml", fake.calls())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     return fake
 
 
@@ -68,6 +78,20 @@ def test_cuda_numbers_are_followed(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [counter.name for counter in devices.open_gpus(None)[0]] == names
+
+
+@pytest.mark.parametrize(
+    ("uuids", "names"),
+    [("bbbb aaaa", ["GPU 0 P100", "GPU 1 V100"]), ("a-slice of-mig", ["GPU 0 V100", "GPU 1 P100"])],
+)
+def test_the_fastest_is_the_first_of_cuda_and_not_of_nvml(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, uuids: str, names: list[str]
+) -> None:
+    found = [SimpleNamespace(uuid=word) for word in uuids.split()]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found[index])
+    assert [counter.name for counter in devices.open_gpus((0, 1))[0]] == names
 
 
 def test_a_driver_that_is_reloaded_drops_the_interval(driver: Driver) -> None:

@@ -88,6 +88,15 @@ def test_rated_power_by_load() -> None:
     assert second.joules() == pytest.approx(100 * 10 * 0.9 * 0.25)
 
 
+def test_a_reading_without_what_was_counted_before_repeats_nothing() -> None:
+    """While a child ends, the time of all of them is missing from one reading."""
+    clock, cpu = Hand(), Hand()
+    estimate = ProcessorEstimate(100.0, 4, clock, cpu, idle=False)
+    for cpu.now in (3600.0, 5.0, 3602.0):
+        spent = estimate.joules()
+    assert spent == pytest.approx(100 * 0.9 * 3602 / 4)
+
+
 def test_sleep_adds_nothing_but_what_was_computed() -> None:
     clock, cpu = Hand(), Hand()
     processor, memory = ProcessorEstimate(100.0, 4, clock, cpu), memory_estimate(16.0, clock)
