@@ -21,7 +21,7 @@ HEAD = ("task", "input", "output", "goal", "metrics", "baseline", "English promp
 BASELINES = {
     "frequent_answer": "the most frequent training answer in the language of the prompt",
     "position_frequencies": "the frequency of each code at its position in the training images or recordings",
-    "column_median": "the median of the column in the training records",
+    "column_median": "the median of the column in the training records of the source",
     "chance": "the test records in random order",
     "last_value": "the last value repeated, or the last season repeated if its error on the test records is smaller",
 }

@@ -169,6 +169,7 @@ def test_replayed_passes_of_few_sizes_are_those_that_run(
     monkeypatch.setattr(DecodeBatch, "_captured", captured)
     monkeypatch.setattr(DecodeBatch, "graphed", property(lambda self: True, lambda self, found: None), raising=False)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     found = run_all(model, prompts, 7, False)
     assert {index: row.tokens for index, row in found.items()} == {i: row.tokens for i, row in expected.items()}
     assert {rows for rows, _, _ in sizes} == {1, 8} and {keys for _, keys, _ in sizes} == {128}
