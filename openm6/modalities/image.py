@@ -104,6 +104,14 @@ def pixels(image: PIL.Image.Image | np.ndarray) -> np.ndarray:
 LEVELS = pixels(np.arange(256))  # the value of each level of brightness
 
 
+def merged(features: np.ndarray, size: int) -> np.ndarray:
+    """Squares of size x size tokens as one each, with the features of all; zeros beyond the edges.  # h w F -> H W F"""
+    down, across, width = features.shape
+    features = np.pad(features, ((0, -down % size), (0, -across % size), (0, 0)))
+    parts = features.reshape(-(-down // size), size, -(-across // size), size, width).swapaxes(1, 2)
+    return parts.reshape(*parts.shape[:2], -1)
+
+
 @functools.lru_cache(256)
 def image_grid(down: int, across: int) -> TokenGrid:
     """The grid of `down` × `across` tokens, row by row, at one moment: middles, also as fractions of the sides."""
@@ -115,7 +123,8 @@ def image_grid(down: int, across: int) -> TokenGrid:
 
 class ImageConfig(Config):
     """`codec` is a shipped name, a file or a model as transformers:NAME; generated images are squares of `side` pixels.
-    `encoder`: a model as transformers:NAME or openm6:NAME, whose frozen features replace patches and their settings.
+    `encoder`: a model as transformers:NAME or openm6:NAME, whose frozen features replace patches and their settings;
+    of squares of `spatial_merge_size` tokens a side, the features of all become one token.
 
     An image that is read becomes `min_patches` to `max_patches` patches of `patch` x `patch` pixels, enlarged or shrunk
     to that. `stem`: patches are embedded by a linear layer each, or by convolutions over the image. `augmentation` of
@@ -124,6 +133,7 @@ class ImageConfig(Config):
 
     codec: str = "image-64"
     encoder: EncoderName = None
+    spatial_merge_size: int = Field(default=1, ge=1, le=8)
     side: int = Field(default=64, ge=8, le=4096)
     min_patches: int = Field(default=0, ge=0)  # 0: small images keep their size
     max_patches: int = Field(default=64, ge=1)
@@ -142,6 +152,10 @@ class ImageConfig(Config):
     def _ordered(self) -> Self:
         if self.min_patches > self.max_patches:
             raise ValueError(f"min_patches={self.min_patches} is above max_patches={self.max_patches}: lower it")
+        if self.spatial_merge_size > 1 and self.encoder is None:
+            raise ValueError(
+                f"spatial_merge_size={self.spatial_merge_size} is for an encoder: name one, or leave it out"
+            )
         return self
 
 
@@ -152,7 +166,7 @@ class Image(CodesModality):
 
     def __init__(self, codec: Codec, config: ImageConfig, encoder: Encoder | None = None) -> None:
         self.codec, self.config, self.max_pixels, self.encoder = codec, config, config.max_pixels, encoder
-        self.patch_size = config.patch**2 * 3 if encoder is None else encoder.width
+        self.patch_size = config.patch**2 * 3 if encoder is None else encoder.width * config.spatial_merge_size**2
         self.side = side = config.side
         self.target_grid = image_grid(side // codec.step, side // codec.step)
         self.code_cache = LRUCache[np.ndarray](CACHE_BYTES)
@@ -189,7 +203,7 @@ class Image(CodesModality):
             return encoder(image) if drawn is None else encoder(image, drawn)
 
         key = key_of(raw) if mask_box is None and drawn is None else None
-        features = self._pixel_cache.get_or_compute(key, compute)
+        features = merged(self._pixel_cache.get_or_compute(key, compute), self.config.spatial_merge_size)
         down, across, _ = features.shape
         patches = features.reshape(down * across, -1)
         return self._source(patches, box_mask(mask_box, down, across), image_grid(down, across))

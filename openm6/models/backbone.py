@@ -81,7 +81,7 @@ class Backbone(nn.Module):
 
     def forward(
         self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None,
-        kinds: tuple[Tensor, Tensor] | None = None,
+        others: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:  # fmt: skip
         """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
         expected = (meta.batch, meta.length, self.config.hidden_size)
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
             rotary, mask = rotary_table(meta.positions, *self.config.rotary), choose_mask(meta, cache, x)
-            return Context(rotary, mask, meta.valid, cache, self.executor.dispatcher, kinds)
+            return Context(rotary, mask, meta.valid, cache, self.executor.dispatcher, others)
 
         x, stats = self.executor.run(self.blocks, x, meta, make_context)
         return self.final_norm(x), stats

@@ -21,7 +21,7 @@ class BackboneConfig(Config):
         number n one of every n consecutive layers; None shares nothing.
     initializer_range: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
     lora: low-rank adapters of each layer's projections, beside weights that are frozen.
-    modality_experts: of every layer, beside its own network, which then serves the other tokens alone.
+    modality_experts: of every layer, beside its own network, which all tokens pass.
     """
 
     hidden_size: int = Field(gt=0, multiple_of=8)

@@ -119,23 +119,18 @@ class Omni(nn.Module):
         self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
-        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, self._kinds(groups))
+        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, self._others(groups))
 
     def uses_modality_experts(self, kind: str) -> bool:
-        """Whether tokens of a kind pass modality experts in place of the layers' own networks."""
+        """Whether tokens of a kind pass modality experts."""
         experts = self.config.modality_experts
         # The kinds of a modality begin with its name, but for series.
         return experts is not None and kind.partition("_")[0].replace("series", "numbers") in experts.modalities
 
-    def _kinds(self, groups: dict[str, TokenGroup]) -> tuple[Tensor, Tensor] | None:
-        """The tokens of the layers' own networks and those of modality experts; None if there are no such tokens."""
-        found: tuple[list[Tensor], list[Tensor]] = [], []
-        for kind, group in groups.items():
-            found[self.uses_modality_experts(kind)].append(group.index)
-        if not found[1]:
-            return None
-        none = torch.empty(0, dtype=torch.long, device=self.device)
-        return torch.cat([none, *found[0]]), torch.cat(found[1])
+    def _others(self, groups: dict[str, TokenGroup]) -> Tensor | None:
+        """The tokens that pass modality experts; None if there are no such."""
+        found = [group.index for kind, group in groups.items() if self.uses_modality_experts(kind)]
+        return torch.cat(found) if found else None
 
     def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of learned tokens by kind (of training, also `as_trained`, else the nll), and what layers routed."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.nn.attention import Attention, Mask, QKNorm
@@ -15,7 +14,6 @@ from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, LoraConfig, ModalityExpertsConfig
 from openm6.nn.layers import MLP, LowRank, RMSNorm, UpdatesOfSome
 from openm6.nn.moe import Experts, MoE, Router, RouterStats, TokenDispatcher
-from openm6.ops.matmul import matmul_dtype, pad_rows
 
 BlockOutput = tuple[Tensor, RouterStats | None]
 
@@ -24,7 +22,7 @@ BlockOutput = tuple[Tensor, RouterStats | None]
 class Context:
     """What layers of a pass share: rotary tables of new tokens, mask, valid B S (no padding), cache, dispatcher.
 
-    kinds: of the flattened B S, the tokens of the layer's own network and those of modality experts; None: no such
+    others: tokens, of the flattened B S, that pass modality experts; None: no such
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -32,11 +30,14 @@ class Context:
     valid: Tensor
     cache: TokenCache | None
     dispatcher: TokenDispatcher
-    kinds: tuple[Tensor, Tensor] | None = None
+    others: Tensor | None = None
 
 
 class ModalityExperts(MoE):
-    """Experts for the tokens of some modalities, and updates of the layer's attention for them, if there are any."""
+    """Experts for the tokens of some modalities beside the layer's own network, which is their shared expert.
+
+    `attention`: updates of the layer's attention for these tokens, if there are any.
+    """
 
     def __init__(self, config: ModalityExpertsConfig, attention: Attention) -> None:
         width = attention.config.hidden_size
@@ -113,8 +114,8 @@ class TransformerBlock(nn.Module):
         """B S D -> B S D, and the router's statistics if the MLP has experts."""
         normal, some = self.attention_norm(x), None
         rotary, mask, cache = context.rotary, context.mask, context.cache
-        if self.modality_experts is not None and context.kinds is not None and len(self.modality_experts.attention):
-            some = UpdatesOfSome(self.modality_experts.attention, context.kinds[1])
+        if self.modality_experts is not None and context.others is not None and len(self.modality_experts.attention):
+            some = UpdatesOfSome(self.modality_experts.attention, context.others)
         x = x + self.attention(normal, self.qk_norm, rotary, mask, cache, layer, self.qkv_bias, some)
         normal = self.mlp_norm(x)
         if self.modality_experts is None:
@@ -129,25 +130,18 @@ class TransformerBlock(nn.Module):
         return network(x, valid, context.dispatcher, layer)
 
     def _by_modality(self, x: Tensor, experts: MoE, context: Context, layer: int) -> BlockOutput:
-        """Two kinds of tokens, each through its network, and the statistics of `router`; text alone as without."""
-        side, router = x.new_zeros(()), self.router or experts.router
-        own = RouterStats(layer, x.new_zeros(router.config.num_experts), side, side, side, side)
-        if context.kinds is None:
-            y, stats = self._feed_forward(self.mlp, x, context.valid, context, layer)
-            return y, stats or own
-        flat, valid = x.flatten(0, 1), context.valid.flatten()
-        y = torch.zeros_like(flat)
-        for network, index in zip((self.mlp, experts), context.kinds, strict=True):
-            if len(index):
-                rows, count = flat[index], len(index)
-                if self.training and isinstance(network, MLP):  # experts pad themselves
-                    rows = F.pad(rows, (0, 0, 0, pad_rows(count, matmul_dtype(flat)) - count))
-                part, stats = self._feed_forward(network, rows[None], valid[index][None], context, layer)
-                y = y.index_copy(0, index, part[0, :count].to(y.dtype))
-                if stats is not None:
-                    side = side + stats.side_loss
-                    own = stats if isinstance(network, MoE) and network.router is router else own
-        return y.view_as(x), replace(own, side_loss=side)
+        """The output of the layer's own network, with that of `experts` added at their tokens; statistics of `router`.
+
+        A pass of text alone is computed as without experts.
+        """
+        y, own = self._feed_forward(self.mlp, x, context.valid, context, layer)
+        if context.others is None:
+            side, router = x.new_zeros(()), self.router or experts.router
+            return y, own or RouterStats(layer, x.new_zeros(router.config.num_experts), side, side, side, side)
+        rows, valid = x.flatten(0, 1)[context.others], context.valid.flatten()[context.others]
+        part, stats = experts(rows[None], valid[None], context.dispatcher, layer)
+        y = y.flatten(0, 1).index_add(0, context.others, part[0].to(y.dtype)).view_as(x)
+        return y, stats if own is None else replace(own, side_loss=own.side_loss + stats.side_loss)
 
 
 def build_block(

@@ -109,7 +109,7 @@ class LoraConfig(Config):
 
 
 class ModalityExpertsConfig(ExpertsConfig):
-    """Experts, with a router of their own, for the tokens of some modalities in place of the layer's network.
+    """Experts, with a router of their own, for the tokens of some modalities beside the layer's network.
 
     lora: low-rank updates of the attention's projections for these tokens alone.
     """

@@ -17,6 +17,7 @@ from openm6.modalities.image import (
     Image,
     ImageConfig,
     box_mask,
+    merged,
     pixels,
     random_box,
     read_image,
@@ -339,3 +340,14 @@ def test_a_jpeg_that_is_decoded_small_stands_as_the_camera_was_held() -> None:
     stream = io.BytesIO()
     image.save(stream, "JPEG", exif=tags)
     assert read_image(stream.getvalue(), target_pixels=64 * 64).size == (100, 199)
+
+
+def test_tokens_of_an_encoder_are_merged_in_squares() -> None:
+    features = np.arange(3 * 5 * 2, dtype=np.float16).reshape(3, 5, 2)
+    found = merged(features, 2)
+    assert found.shape == (2, 3, 8)
+    np.testing.assert_array_equal(found[0, 1], features[:2, 2:4].reshape(-1))
+    np.testing.assert_array_equal(found[1, 2], [*features[2, 4], *[0] * 6])
+    np.testing.assert_array_equal(merged(features, 1), features)
+    with pytest.raises(ConfigError, match="spatial_merge_size=2 is for an encoder"):
+        build(ImageConfig, {"spatial_merge_size": 2}, "here")
