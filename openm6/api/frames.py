@@ -230,7 +230,8 @@ def _without_category(
     task: Task, records: Sequence[Record | None], target: str, classes: Sequence[str], key: str
 ) -> dict[int, Example]:
     """Those records as examples that ask for a category and do not show it; `key` is that of a label."""
-    if not (isinstance(task.target, AnyText) or task.optional):
+    own = isinstance(task.target, AnyText)
+    if not (own or task.optional):
         labels = {"label", "label_zh"}
         asked = [
             record and {**{k: v for k, v in record.items() if k not in labels}, key: UNKNOWN} for record in records
@@ -240,15 +241,14 @@ def _without_category(
     for record in records:
         named = (record or {}).get("categories") or {}
         true = named.get(target)
-        if isinstance(task.target, AnyText):
-            kept = record or {}
-        else:  # a text may be the label
-            kept = {k: v for k, v in (record or {}).items() if true is None or v != true} | {"label": UNKNOWN}
+        kept = record or {}
+        if not own:  # a text may be the label
+            kept = {k: v for k, v in kept.items() if true is None or v != true} | {"label": UNKNOWN}
         asked.append(record and {**kept, "categories": {**named, target: UNKNOWN}})
         # Prompts were in the language of the categories, of which the hidden one may be the only one.
         guess = true or (classes[0] if classes else target)
         shown.append(record and {**kept, "categories": {**named, target: guess}})
-    if isinstance(task.target, AnyText):
+    if own:
         return _examples(task, task, asked, asked)
     pinned = Derived("text", partial(hold_out_category, column=target), lambda *_: True)
     return _examples(task, replace(task, target=pinned), asked, shown)
