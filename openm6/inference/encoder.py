@@ -1,6 +1,6 @@
 """A trained model as a frozen encoder of images or audio for another one: `modalities.image.encoder: openm6:NAME`."""
 
-# Shapes: N tokens, or h w patches, of F features; S samples
+# Shapes: N tokens, or h w patches, of F features; S samples; R rows of T tokens, D width
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from openm6.checkpoint.folder import MODEL_FILE, SHIPPED, latest
 from openm6.codecs.external import Encoder
 from openm6.core.errors import ConfigError, nearest
 from openm6.inference.load import LoadedModel, load
+from openm6.inference.question import Question, trained_prompts
 from openm6.modalities.audio import Audio
 from openm6.modalities.batch import build_sequence, collate
-from openm6.modalities.interface import Rng
-from openm6.tasks.registry import all_tasks
+from openm6.modalities.interface import Part, Rng
+from openm6.modalities.registry import opened, source_segments, split_opening
 
 
 class TrainedEncoder(Encoder):
-    """The features of each token that the model `name` reads an image or a recording as.
+    """What the model `name` makes of an image or a recording, in a question that it was trained to answer with text.
 
-    They are the outputs of its last layer but one: nothing in its training has read those of the last one at tokens of
-    a prompt. `name` is that of a model of the package, or a path with a slash. ConfigError: there is no such model, or
-    it was not trained on such inputs; CheckpointError: there is no run at the path.
+    The features of a token are its own state and, the same for all of them, that of the token where the answer begins,
+    from which its first word is predicted. Both are outputs of the last layer but one: nothing in its training has read
+    those of the last one at tokens of a prompt. `name` is that of a model of the package, or a path with a slash.
+    ConfigError: there is no such model, or it was not trained to answer such inputs with text; CheckpointError: there
+    is no run at the path.
     """
 
     augments: ClassVar[bool] = True
@@ -38,22 +41,31 @@ class TrainedEncoder(Encoder):
             hint = f"{nearest(name, shipped)}; the path of a run has a slash, as ./{name}"
             raise ConfigError(f"openm6:{name} is no model of the package; {hint}")
         loaded = _headless(latest(Path(name) if "/" in name else SHIPPED / name))
-        known, trained = all_tasks(loaded.description.tasks), loaded.description.trained_tasks
-        inputs = {slot.modality for one in trained if one.task in known for slot in known[one.task].inputs.values()}
-        if kind not in inputs.union(*(one.modalities for one in trained)):
-            raise ConfigError(f"{name} was not trained on inputs of {kind}: name a model that was")
-        self.modality, self.omni = loaded.modalities[kind], loaded.omni
-        self.width = loaded.description.backbone.hidden_size
+        given = Question(output="text", image=b"") if kind == "image" else Question(output="text", audio=b"")
+        prompts = trained_prompts(given, loaded)
+        if not prompts:
+            raise ConfigError(f"{name} was not trained to answer {kind} with text: name a model that was")
+        self.before, self.after = prompts[0]
+        self.modality, self.modalities, self.omni, self.text = (
+            loaded.modalities[kind], loaded.modalities, loaded.omni, loaded.text,
+        )  # fmt: skip
+        self.width = 2 * loaded.description.backbone.hidden_size
         if isinstance(self.modality, Audio):
             self.step = self.modality.step
 
     @torch.inference_mode()
     def forward(self, raw: Any, rng: Rng = None) -> np.ndarray:
         """Features in half precision; a generator asks for the augmentation of the model.  # H W -> h w F, S -> N F"""
-        segment = self.modality.source(raw, rng)
-        batch = collate([[build_sequence([segment])]], len(segment))
-        hidden, _ = self.omni(batch.groups, batch.meta)
-        features = hidden[0].half().numpy()
+        parts = [Part("text", self.before), Part(self.modality.name, raw), Part("text", self.after)]
+        given = [part for part in parts if part.modality != "text" or part.raw]
+        prompt, opening = split_opening(source_segments(given, self.modalities, rng))
+        row = [*prompt, opened(self.text.target(""), opening)]
+        batch = collate([[build_sequence(row)]], sum(map(len, row)))
+        hidden = self.omni(batch.groups, batch.meta)[0][0]  # T D
+        index = next(index for index, one in enumerate(row) if one.kind != "text")
+        first, segment = sum(map(len, row[:index])), row[index]
+        own, answer = hidden[first : first + len(segment)], hidden[sum(map(len, prompt))]
+        features = torch.cat([own, answer.expand_as(own)], 1).half().numpy()
         if isinstance(self.modality, Audio):
             return np.asarray(features)
         down = len(np.unique(segment.arrays["positions"][:, 0]))

@@ -319,14 +319,19 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
 
 def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] | None:
     """The words before and after the input in the first prompt of the first trained task that fits, if one does."""
-    if not (fitting := _fitting(question, loaded)):
-        return None
-    task = fitting[0][0]
-    # An own task may have prompts in other languages alone.
-    prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
-    before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
-    column = question.target_column().replace("_", " ") if "{column}" in after else ""
-    return before, after.replace("{column}", column)
+    return next(iter(trained_prompts(question, loaded)), None)
+
+
+def trained_prompts(question: Question, loaded: LoadedModel) -> list[tuple[str, str]]:
+    """Return the words before and after the input in the first prompt of each trained task that fits, without twins."""
+    found: dict[tuple[str, str], None] = {}
+    for task, _ in _fitting(question, loaded):
+        # An own task may have prompts in other languages alone.
+        prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
+        before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
+        column = question.target_column().replace("_", " ") if "{column}" in after else ""
+        found[before, after.replace("{column}", column)] = None
+    return list(found)
 
 
 def _fitting(question: Question, loaded: LoadedModel) -> list[tuple[Task, str]]:

@@ -241,10 +241,13 @@ class PatchAdapter(Adapter):
         self.place = position
         nn.init.normal_(self.gone, std=0.02)
 
-    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+    def hidden(self, arrays: dict[str, Tensor]) -> Tensor:
+        """What the last layer projects.  # N F -> N D"""
         tables = [array for name, array in arrays.items() if name.startswith(OF_SIZE)]
-        hidden = F.gelu(self.inner(arrays["patches"].to(self.gone.dtype), *([tables] if tables else ())))  # N F -> N D
-        vectors = self.norm(self.outer(hidden))
+        return F.gelu(self.inner(arrays["patches"].to(self.gone.dtype), *([tables] if tables else ())))
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        vectors = self.norm(self.outer(self.hidden(arrays)))
         vectors = torch.where(arrays["is_masked"][:, None], self.gone.to(vectors.dtype), vectors)
         return vectors + self.place(arrays["positions"])
 

@@ -39,6 +39,7 @@ from openm6.models.presets import build_backbone
 from openm6.nn.moe import TokenDispatcher
 from openm6.tasks.registry import any_masks_words
 from openm6.train import multimodal_data as data
+from openm6.train.alignment import align
 from openm6.train.calibration import EARLY_EXAMPLES, MAX_EXAMPLES, calibration_examples, fit_widths
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.recipe import MultimodalRecipe, check_mesh
@@ -88,6 +89,7 @@ class MultimodalTraining(TrainingTask):
             found = {slot.modality for task in tasks for slot in (task.target, *task.inputs.values())}
             chats = MODALITIES if any(task.chat for task in tasks) else ()
             freeze(self.omni, recipe.model.freeze, {"text", POOL, *found, *chats})
+            self._align(start, sources)
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):  # in place; tensors on `meta` stay there
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
@@ -108,6 +110,15 @@ class MultimodalTraining(TrainingTask):
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.max_parts = 1 if whole else max(1, self.tokens_per_step // PART_TOKENS)
+
+    def _align(self, start: Start, sources: dict[str, Source]) -> None:
+        """Fit the projections of encoders that the start lacks to its words, on every rank alike."""
+        chosen, began = self.recipe.modalities, time.monotonic()
+        kinds = [f"{name}_in" for name in start.unlike(chosen) if getattr(chosen, name).encoder is not None]
+        if start.checkpoint is not None and kinds:
+            packer = data.open_packer(self.recipe, sources, self.modalities, ProcessGroupContext(), None)
+            align(self.omni, cast(Text, self.modalities["text"]), kinds, packer.batches())
+            self.seconds_before += self.ranks.broadcast_object(time.monotonic() - began)
 
     def _fit(self, sources: dict[str, Source], start: Start | None) -> dict[str, FittedRidges]:
         """Set tokenizer, simple predictors and description, by the sources and the start; return ridges of series."""

@@ -54,6 +54,11 @@ class Start:
         kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths", "external")}
         return own.model_copy(update=joined | kept)
 
+    def unlike(self, chosen: ModalitiesConfig) -> list[str]:
+        """Return the modalities that have other settings than in the start, so that no weights of it fit."""
+        own = self.description.modalities
+        return [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
+
     def load_weights(self, omni: Omni, chosen: ModalitiesConfig, offloaded: bool) -> CheckpointReader | None:
         """Fill a model with the start's weights; return the reader of its layers' matrices if these stay on `meta`.
 
@@ -63,9 +68,8 @@ class Start:
             return None
         for block in omni.backbone.blocks if not offloaded else ():
             block.place_matrices("cpu")
-        own = self.description.modalities
-        unlike = [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
-        new, unread = (".lora.", ".modality_experts.", f"adapters.{POOL}."), tuple(f"adapters.{x}_" for x in unlike)
+        unread = tuple(f"adapters.{name}_" for name in self.unlike(chosen))
+        new = (".lora.", ".modality_experts.", f"adapters.{POOL}.")
         reader = load_placed(self.checkpoint, omni, new, unread)
         return reader if offloaded else None
 

@@ -39,15 +39,21 @@ def test_features_are_the_states_before_the_last_layer(run: Path) -> None:
     loaded = load(run, "cpu")
     states: list[torch.Tensor] = []
     loaded.omni.backbone.layers[-2].register_forward_hook(lambda _, __, out: states.append(out[0]))
-    segments = source_segments([Part("image", noise())], loaded.modalities)
-    batch = collate([[build_sequence(segments)]], len(segments[0]))
+    reader = TrainedEncoder(str(run), "image")
+    questions = [[Part("text", text) for text in prompt if text] for prompt in reader.prompts]
+    assert reader.prompts and all(not before for before, _ in reader.prompts)
+    image, begin = Part("image", noise()), loaded.text.target("")
+    rows = [source_segments([image, *words], loaded.modalities) + [begin] * bool(words) for words in ([], *questions)]
     with torch.inference_mode():
-        loaded.omni(batch.groups, batch.meta)
-        expected = loaded.omni.backbone.final_norm(states[0])[0]
-    features = TrainedEncoder(str(run), "image")(noise())
-    assert np.abs(features - TrainedEncoder(str(run), "image")(noise().rotate(90))).max() > 0.01
-    assert features.dtype == np.float16 and features.shape[2] == loaded.description.backbone.hidden_size
-    np.testing.assert_allclose(features.reshape(len(expected), -1), expected.numpy(), atol=2e-3)
+        for row in rows:
+            batch = collate([[build_sequence(row)]], sum(map(len, row)))
+            loaded.omni(batch.groups, batch.meta)
+        tokens, *answers = [loaded.omni.backbone.final_norm(state)[0] for state in states]
+    features = reader(noise()).reshape(len(tokens), -1)
+    expected = torch.cat([tokens, *(answer[-1].expand_as(tokens) for answer in answers)], 1)
+    np.testing.assert_allclose(features, expected.numpy(), atol=2e-3)
+    assert features.dtype == np.float16 and features.shape[1] == reader.width
+    assert np.abs(features - reader(noise().rotate(90)).reshape(len(tokens), -1)).max() > 0.01
 
 
 def test_audio_has_a_token_for_each_step_and_training_changes_what_is_read(run: Path) -> None:
