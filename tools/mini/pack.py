@@ -91,7 +91,7 @@ def pack(
             if (file := checkpoint / PREDICTORS_FILE).is_file():
                 (partial / PREDICTORS_FILE).write_bytes(without_folds(file))
             if (run / CARD_FILE).is_file():
-                (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows), encoding="utf-8", newline="\n")
+                (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows, out.name), encoding="utf-8", newline="\n")
             # The card and the examples may be edited.
             listed = (MODEL_FILE, DESCRIPTION_FILE, TOKENIZER_FILE, PREDICTORS_FILE)
             sizes = {name: (partial / name).stat().st_size for name in listed if (partial / name).is_file()}
@@ -132,7 +132,7 @@ def pack_addition(
         if (file := partial / PREDICTORS_FILE).is_file():
             file.write_bytes(without_folds(file))
         if (path := partial / CARD_FILE).is_file():
-            path.write_text(card(path, None), encoding="utf-8", newline="\n")
+            path.write_text(card(path, None, out.name), encoding="utf-8", newline="\n")
         size = sum(file.stat().st_size for file in partial.iterdir())
         if size > MAX_ADDITION:
             raise ConfigError(f"{out} would take {size:,} bytes, more than {MAX_ADDITION:,}: train a smaller addition")
@@ -149,17 +149,17 @@ def without_folds(path: Path) -> bytes:
     return to_bytes(tables)
 
 
-def card(path: Path, rows: Path | None) -> str:
-    """The card of the run with the model's licence, and the table of its rows if there is one."""
+def card(path: Path, rows: Path | None, name: str) -> str:
+    """The card of the run under the model's name, with its licence and the table of its rows if there is one."""
     text = re.sub("^license: .*$", f"license: {LICENSE}", path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    text = re.sub("^(- name: |# ).+$", rf"\g<1>{name}", text, count=2, flags=re.MULTILINE)
     if rows is None:
         return text
     return f"""{text}
 ## Answers evaluated by other means
 
 Held-out records of the corpus, evaluated by published networks, networks trained on real records, and comparison; the
-last column is what real records reach in place of answers, after the codec (`tools/mini/README.md`, Evaluation).
-What the goals need and is not reached stands as it is.
+last column is the score of real records in the same evaluation (`tools/mini/README.md`, Evaluation).
 
 ```sh
 python -m tools.mini.build --out build/mini
