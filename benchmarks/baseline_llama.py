@@ -89,6 +89,8 @@ def transformers_candidates(
         for position in range(len(prompt), len(prompt) + new_tokens):
             token = out.logits[:, -1].argmax(-1)
             tokens.append(int(token))
+            if len(tokens) == new_tokens:
+                break
             at = torch.tensor([position])
             out = forward(input_ids=token[:, None], past_key_values=cache, cache_position=at, logits_to_keep=1)
         return tokens

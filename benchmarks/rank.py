@@ -39,6 +39,8 @@ OFFLOADED = (0.0, 0.25, 0.5, 0.75, 1.0)
 class PlayedDispatcher(TokenDispatcher):
     """Give each local expert as many rows as all ranks together would send, by copies of the rank's own rows."""
 
+    is_local = False
+
     def __init__(self, copies: int) -> None:
         self.copies = copies
 

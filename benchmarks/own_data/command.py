@@ -251,7 +251,8 @@ class Run:
             methods[self.named(name, "TF-IDF")] = untimed(partial(word_classes, *rows, name, target, classes))
         for name in frame.names("image"):
             known = (train_rows.columns[name], train_rows.columns[target], test_rows.columns[name], classes)
-            methods[self.named("image", "CNN")] = partial(cnn_classes, *known, self.data.flips)
+            with_truth = (*known[:3], test_rows.columns[target], classes, self.data.flips)
+            methods[self.named("image", "CNN")] = partial(cnn_classes, *with_truth)
             methods[self.named("image", "pixel forest")] = untimed(partial(forest_classes, *known))
         return self.all_of(target, methods)
 

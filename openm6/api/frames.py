@@ -101,13 +101,14 @@ def predict(
             for name, level in [("predictions", 0.5), *((str(level), level) for level in quantile_levels)]:
                 found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
         elif classes is not None:
-            probability = class_probabilities(loaded, task, records, target, list(map(str, classes)), key)
+            source = one.source if own else ""  # without a mapping, it may be another one
+            probability = class_probabilities(loaded, task, records, target, list(map(str, classes)), key, source)
             best = np.nan_to_num(probability).argmax(1)
             asked = ~np.isnan(probability[:, 0])
             found["predictions"] = [classes[one] if able else None for one, able in zip(best, asked, strict=True)]
             found |= {str(name): probability[:, index] for index, name in enumerate(classes)}
         else:
-            source = one.source if own else ""  # without a mapping, it may be another one
+            source = one.source if own else ""
             labels = [x.labels[target] for x in loaded.numbers.predictors if target in x.labels_of(source)]
             examples = _without_category(task, records, target, labels[0].classes if labels else (), key)
             sourced = [example.of_source(source) for example in examples.values()]
@@ -217,12 +218,14 @@ def class_probabilities(
     target: str,
     classes: Sequence[str],
     key: str = "label",
+    source: str = "",
 ) -> np.ndarray:
     """Return probabilities of classes by the likelihoods of their names, NaN if a record cannot be asked.  # N K"""
     examples = _without_category(task, records, target, classes, key)
     found = np.full((len(records), len(classes)), np.nan)
     if examples:
-        found[list(examples)] = np.exp(class_scores(loaded, list(examples.values()), classes))
+        sourced = [example.of_source(source) for example in examples.values()]
+        found[list(examples)] = np.exp(class_scores(loaded, sourced, classes))
     return found
 
 
@@ -278,8 +281,7 @@ class _Series:
     target: str
     past: list[float]
     covariates: dict[str, list[float]]
-    clock: float | None  # seconds of the first value
-    step: float
+    clock: list[float] | None  # seconds of the past and of the steps ahead
     ahead: Any
 
 
@@ -325,7 +327,8 @@ def forecast(
             extra: dict[str, Any] = {"context": len(values) - first, "horizon": ahead}
             extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
             if config.time is not None and one.clock is not None:
-                extra["clock"] = (one.clock + first * one.step, one.step)
+                window = one.clock[first : len(values) + ahead]
+                extra["clock"] = (window[0], float(np.median(np.diff(window))))
             plain = {key: [None if math.isnan(x) else x for x in cells] for key, cells in shown.items()}
             record = {"id": f"{one.item}/{start}", "series": plain, "extra": extra}
             examples.append(loaded.tasks[trained.task].example(record, np.random.default_rng(0), language="en"))
@@ -390,12 +393,12 @@ def _all_series(
         if later is not None:
             cells |= {name: [*cells[name], *_floats(pd, later[name], where)] for name in known}
         dated = isinstance(times[0], pd.Timestamp)
-        step = (ahead[0] - times[-1]).total_seconds() if dated else float(ahead[0] - times[-1])
+        clock = [time.timestamp() for time in (*times, *ahead)] if dated else None
         for target in targets:
             if all(map(math.isnan, cells[target])):
                 raise DataError(f"{where} has no value of {target!r}: drop it, or fill the column")
             covariates = {name: cells[name] for name in beside}
-            yield _Series(item, target, cells[target], covariates, times[0].timestamp() if dated else None, step, ahead)
+            yield _Series(item, target, cells[target], covariates, clock, ahead)
 
 
 def _stamps(pd: Any, cells: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import soundfile
 
 from openm6.core.errors import ConfigError, DataError
@@ -21,6 +21,7 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.question import chat_prompt, read_media
 from openm6.modalities.audio import RATE
 from openm6.modalities.histogram import Histogram
+from openm6.modalities.image import upright
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 
@@ -153,14 +154,14 @@ def media_bytes(value: Any, modality: str) -> Path | bytes | None:
     try:
         if modality == "image":
             image = value if isinstance(value, PIL.Image.Image) else PIL.Image.fromarray(np.asarray(value))
-            image, buffer = PIL.ImageOps.exif_transpose(image), io.BytesIO()
+            image, buffer = upright(image), io.BytesIO()
             (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
             return buffer.getvalue()
         if isinstance(value, Mapping):
             value = Audio(np.asarray(value["array"]), int(value["sampling_rate"]))
         if isinstance(value, Audio):
             return value.to_bytes()
-    except (TypeError, ValueError, KeyError, OSError, RuntimeError):
+    except (TypeError, ValueError, KeyError, OSError, RuntimeError, struct.error):
         pass
     kinds = "a Pillow image or an array H W 3 of uint8" if modality == "image" else "openm6.Audio(array, sampling_rate)"
     raise DataError(

@@ -91,5 +91,7 @@ def print_result(result: Any) -> None:
         names.no_wrap, names.min_width = longest <= MAX_NAME, min(longest, MAX_NAME)
     if result is not None:
         # rich would print a dataclass field by field instead of its `str`.
-        shown = result if is_renderable(result) else str(result)
-        Console().print(shown, soft_wrap=True, highlight=False, markup=False)
+        if isinstance(result, str) or not is_renderable(result):
+            typer.echo(str(result))  # as it is: rich would expand tabs and names of emoji
+        else:
+            Console(emoji=False).print(result, soft_wrap=True, highlight=False, markup=False)

@@ -115,7 +115,7 @@ def print_inspection(inspection: Inspection, out: Path | None) -> None:
     if out is None:
         ask = "A recipe to start from; --out my.yaml writes it to a file, which openm6 train my.yaml trains:"
         console.print(Text(ask, style="bold"))
-        console.print(recipe, markup=False, highlight=False, soft_wrap=True)
+        typer.echo(recipe)  # as it is: rich would expand tabs and names of emoji
         return
     # It may hold hours of a person's work
     if out.exists():

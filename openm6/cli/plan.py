@@ -9,8 +9,11 @@ import typer
 
 from openm6.cli.train import Device, Overrides
 from openm6.core.errors import ConfigError
+from openm6.core.files import check_writable
 from openm6.plan import hardware
 from openm6.plan.hardware import PER_NODE
+
+PLOTS = (".svg", ".png", ".pdf")
 
 Model = Annotated[str | None, typer.Argument(metavar="PRESET|RECIPE", help="Preset, recipe, or folder of a run.")]
 Kind = Annotated[str | None, typer.Option(metavar="KIND", help="GPU of the table; default: measure on this machine.")]
@@ -76,6 +79,10 @@ def plan(
         return show_measured(model, overrides or [], tokens, days, energy, json_path, device)
     if device != "auto":
         raise ConfigError("--device is where a recipe is measured: leave out --gpu, which plans for a GPU of the table")
+    if plot is not None:
+        if sweep is None or plot.suffix not in PLOTS:
+            raise ConfigError(f"--plot {plot} needs --sweep, and a file that ends in {', '.join(PLOTS)}")
+        check_writable(plot, "--plot")
     config = build(EnergyConfig, energy, "the options of energy")
     request = PlanRequest(read_model(model, overrides), batch, tokens, days, *lengths, config)
     card = hardware.gpu(gpu, gpu_table)

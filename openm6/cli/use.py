@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from mimetypes import guess_type
 from pathlib import Path
@@ -231,9 +232,11 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
     get_log().addFilter(_on_a_new_line)
     typer.echo("> ", nl=False)
     while line := sys.stdin.readline().strip():
-        files = [word[1:] for word in line.split() if word.startswith("@")]
+        files = [name for name in re.findall(r"(?<!\S)@(\S+)", line) if Path(name).suffix or Path(name).exists()]
         content = [{"type": (guess_type(name)[0] or "image").partition("/")[0], "path": name} for name in files]
-        content.append({"type": "text", "text": " ".join(word for word in line.split() if not word.startswith("@"))})
+        for name in files:
+            line = re.sub(rf"(?<!\S)@{re.escape(name)}(\s|$)", "", line, count=1)
+        content.append({"type": "text", "text": line.strip()})
         messages.append({"role": "user", "content": content})
         answer = ""
         try:

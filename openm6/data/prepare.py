@@ -47,8 +47,9 @@ def example_sequence(
     target = target_segment(example.target, modalities, rng)
     guided = example.target.modality in ("image", "audio")
     unconditional = rng is not None and guided and rng.random() < UNCONDITIONAL_FRACTION
-    # A clip of another pitch or tempo would have another number than the one that is learned.
-    options = {"measured": True} if example.target.modality == "numbers" else {}
+    # A clip of another pitch or tempo would have another number than the one that is learned, and a shifted image
+    # another edited one.
+    options = {"numbers": {"measured": True}, "image": {"aligned": True}}.get(example.target.modality, {})
     parts = [replace(part, options=part.options | options) for part in example.source]
     source = [] if unconditional else source_segments(parts, modalities, rng)
     if target.placement == "causal":
@@ -90,7 +91,7 @@ class ExampleTransform:
         record = self.sampler.record(sample)
         if task.needs_negatives:
             record = with_negatives(record, component.source, rng)
-        example = task.example(record, rng, train=True)
+        example = task.example(record, rng, train=True).of_source(component.source.name)
         if not task.contrastive and rng.random() < NULL_FRACTION:
             example = null_example(example, component.source.name)
         weight = self.loss_weights.get(example.target.modality, 1.0)

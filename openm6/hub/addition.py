@@ -74,7 +74,12 @@ def export_addition(run: Path, folder: Path, out: Path, dtype: str) -> str:
     pretrained, reader = open_pretrained(description.base_model), open_reader(folder)
     tensors = [one for group in base_tensors(pretrained) for one in group]
     base = fingerprint(tensors, lambda one: one.read(pretrained.weights))
-    if not all(one.ours in reader for one in tensors) or base != fingerprint(tensors, lambda x: reader.read(x.ours)):
+    if missing := [one.ours for one in tensors if one.ours not in reader]:
+        raise ConfigError(
+            f"{run} has no {missing[0]}, as with --experts or offloaded weights in int8: an addition is beside the "
+            "decoder as it was imported; export the run as hf"
+        )
+    if base != fingerprint(tensors, lambda x: reader.read(x.ours)):
         raise ConfigError(
             f"training has changed the weights of {description.base_model}, so there is no addition to it: "
             "train with model.freeze=[text], or with lora"

@@ -132,7 +132,9 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         "ggml.token_type": [added.get(index, NORMAL if index in names else UNUSED) for index in range(rows)],
     }
     pre = next((name for name in PRE_TOKENIZERS if _rules(_pre_tokenizer(name)) == _rules(content)), None)
-    if model["type"] == "BPE" and pre is not None:
+    # llama.cpp changes no character first; NFC, which Qwen's tokenizers ask for, it leaves out.
+    plain = (content["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+    if model["type"] == "BPE" and pre is not None and plain:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         return {"ggml.model": "gpt2", "ggml.pre": pre, **found, "ggml.merges": merges}
     if model["type"] == "BPE" and model["byte_fallback"] and model["unk_token"] in found["ggml.tokens"]:

@@ -290,6 +290,7 @@ def prompt_parts(question: Question, loaded: LoadedModel, chat: bool = True) -> 
     if chat and (turns or (found is None and loaded.chats)):
         return chat_prompt([("user", [*parts, Part("text", question.text or "")])], loaded)
     words = found or ("", "")
+    asks = {"asks": question.text is None}
     if question.text is None:
         before, after = words
     elif parts or column is None or column in question.text or column.replace("_", " ") in question.text:
@@ -297,7 +298,8 @@ def prompt_parts(question: Question, loaded: LoadedModel, chat: bool = True) -> 
     else:
         first, last = (Part("text", part, {"cuttable": ()}) for part in words)
         return [join_texts(join_texts(first, Part("text", question.text)), last)]
-    return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
+    around = [[Part("text", text, asks)] if text else [] for text in (before, after)]
+    return [*around[0], *parts, *around[1]]
 
 
 def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:

@@ -5,6 +5,7 @@
 import functools
 import io
 import math
+import struct
 import warnings
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -12,7 +13,8 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import PIL.Image
 import torch
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
+from PIL.Image import Transpose
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -28,6 +30,9 @@ from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 MaskBox = tuple[float, float, float, float] | np.ndarray | None
 SIDE_UNITS = 32  # units of rotary positions along each side of an image
 MAX_PIXELS = 32_000_000
+ORIENTATION = 0x0112  # of EXIF
+TURNS = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
+                        Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), 2))  # fmt: skip
 REACH = (0.2, 0.1, 0.15, 0.1, 0.1)  # strong augmentation: logs of scale and aspect, radians, shift across and down
 TINTS = (0.92, 1.08)  # and brightness of each colour beside that of all
 CONTRASTS = (0.85, 1.1)  # brightness of all colours, in any augmentation
@@ -52,13 +57,22 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
             )
         if target_pixels is not None and not isinstance(raw, PIL.Image.Image):
             image = _decoded_small(image, OVERSAMPLING * target_pixels)
-        return _in_rgb(ImageOps.exif_transpose(image))  # turned as the camera was held
+        return _in_rgb(upright(image))
     except PIL.Image.DecompressionBombError:
         raise DataError(f"the image is over the bound of {max_pixels:,} pixels: shrink it") from None
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, struct.error) as error:
         # Pillow's own sentence about an unknown format names an object in memory.
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise DataError(f"the image is broken or of an unknown format{reason}: save it again as PNG or JPEG") from None
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image turned as the camera was held; other entries of its EXIF, which may be broken, are left alone."""
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info.pop("exif", None)
+    return image
 
 
 def _decoded_small(image: PIL.Image.Image, min_pixels: int) -> PIL.Image.Image:
@@ -176,11 +190,12 @@ class Image(CodesModality):
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
         mask_box = options.get("mask_box")
+        rng = None if mask_box is not None or options.get("aligned") else rng  # pixels must keep their positions
         if self.encoder is not None:
             return self._encoded(raw, self.encoder, mask_box, rng if self.encoder.augments else None)
         values = self._pixel_cache.get_or_compute(key_of(raw), lambda: self._fit(raw))
         gain = np.ones((), np.float32)
-        if rng is not None and mask_box is None:  # an inpainted region must keep its position
+        if rng is not None:
             values, strong = augmented(values, self.config, rng), self.config.augmentation == "strong"
             gain = np.asarray(rng.uniform(*CONTRASTS) * (rng.uniform(*TINTS, 3) if strong else 1), np.float32)
         side = self.config.patch
@@ -194,15 +209,14 @@ class Image(CodesModality):
 
     def _encoded(self, raw: Any, encoder: Encoder, mask_box: MaskBox, rng: Rng) -> Segment:
         """Features of the image, from which a masked region is hidden; cached without one and without augmentation."""
-        drawn = None if mask_box is not None else rng  # an inpainted region must keep its position
 
         def compute() -> np.ndarray:
             image = read_image(raw, self.max_pixels)
             hidden = box_mask(mask_box, 256, 256).reshape(256, 256)
             image.paste("grey", mask=PIL.Image.fromarray(hidden).resize(image.size))
-            return encoder(image) if drawn is None else encoder(image, drawn)
+            return encoder(image) if rng is None else encoder(image, rng)
 
-        key = key_of(raw) if mask_box is None and drawn is None else None
+        key = key_of(raw) if mask_box is None and rng is None else None
         features = merged(self._pixel_cache.get_or_compute(key, compute), self.config.spatial_merge_size)
         down, across, _ = features.shape
         patches = features.reshape(down * across, -1)

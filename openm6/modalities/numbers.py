@@ -116,7 +116,7 @@ class Numbers(Modality):
             arrays["name_ids"] = self._names(names)
         else:
             given = {} if options.get("mask_context") else options.get("given", {})
-            arrays, kind = self._query_arrays(raw, given, options.get("fold")), "numbers_out"
+            arrays, kind = self._query_arrays(raw, given, options), "numbers_out"
             length, learn, names = len(arrays["values"]), arrays["observed"], list(raw)
         widths = self.widths.get(kind, {})
         arrays["width"] = np.asarray([widths.get(name, 1.0) for name in names], np.float32)
@@ -138,11 +138,11 @@ class Numbers(Modality):
     def _stats(self, series: NumberSeries) -> SeriesStats:
         return series.stats or self.series.get(series.name) or SeriesStats()
 
-    def _query_arrays(self, raw: Any, given: Given, fold: int | None) -> Arrays:
+    def _query_arrays(self, raw: Any, given: Given, options: Options) -> Arrays:
         """Of a column: what is predicted of it, and its value in units of the prediction."""
         arrays = self._arrays(raw)
         known = {name: value for name, value in given.items() if name not in raw}
-        found = [self._prediction(name, known, fold) for name in raw]
+        found = [self._prediction(name, known, options) for name in raw]
         values = np.asarray([math.nan if value is None else float(value) for value in raw.values()])
         loc, scale, log, most = np.asarray([one.units for one in found]).T
         positive = np.where(log > 0, np.where(values > 0, np.log(np.maximum(values, 1e-300)), -np.inf), values)
@@ -214,11 +214,12 @@ class Numbers(Modality):
             nll, lengths = -self.label_scores(np.asarray([nll]), texts, [options])[0], [1] * len(texts)
         return list(zip(map(float, nll), lengths, strict=True))
 
-    def _prediction(self, column: str, given: Given, fold: int | None) -> Prediction:
-        """What simple predictors make of a column from others; without any, its middle and scale."""
-        best = max(self.predictors, key=lambda table: table.num_usable(column, given), default=None)
+    def _prediction(self, column: str, given: Given, options: Options) -> Prediction:
+        """What simple predictors, those of the `source` if it is known, make of a column; else its middle and scale."""
+        own = [table for table in self.predictors if table.is_of(options.get("source"))]
+        best = max(own or self.predictors, key=lambda table: table.num_usable(column, given), default=None)
         if best is not None and best.num_usable(column, given):
-            return best.predict(column, given, fold)
+            return best.predict(column, given, options.get("fold"))
         return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False, MOST))
 
     def _arrays(self, raw: Any) -> Arrays:

@@ -164,9 +164,13 @@ def source_segments(
         segment = modalities[part.modality].source(part.raw, rng, part.options)
         if modalities.prompt_attention != "bidirectional" or "role" in part.options:
             segment = replace(segment, placement="causal" if causal and segment.kind == "text" else "part")
-        if held is not None:
+        if held is not None and segment.kind == "text":
             segment, held = after_token(held, segment), None
+        elif held is not None:
+            segments, held = [*segments, causal_source([held])], None
         segments.append(segment)
+    if held is not None:
+        segments.append(causal_source([held]))
     if causal:
         segments = text.with_bos(segments)
     if opening and segments:  # a template may leave nothing of a chat

@@ -102,7 +102,8 @@ def fit_series(windows: Sequence[np.ndarray]) -> SeriesStats:
 
 def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> regression.FittedRidges | None:
     """The regressions of a column from training windows of equal lengths that have positions."""
-    usable = [window for window in windows if window.position is not None]
+    usable = [window for window in windows if window.position is not None
+              and all(np.isfinite(_floats(part)).any() for part in (window.past, window.values))]  # fmt: skip
     if len({(len(window.past), len(window.values)) for window in usable}) != 1:
         return None
     whole = np.stack([fill_gaps(_floats([*window.past, *window.values])) for window in usable])  # W C+H

@@ -79,13 +79,16 @@ def fold_of(record: Mapping[str, Any]) -> int:
 
 
 def given_columns(parts: Iterable[Part]) -> dict[str, Any]:
-    """Return what parts of a prompt show: mappings of numbers, texts with `columns`, other texts, and an image."""
+    """Return what parts of a prompt show: mappings of numbers, texts with `columns`, other texts, and an image.
+
+    Words of the prompt itself, marked `asks`, are none of it.
+    """
     found: dict[str, Any] = {}
     for part in parts:
         shown = part.raw if part.modality == "numbers" else part.options.get("columns")
         if isinstance(shown, Mapping):
             found.update(shown)
-        elif part.modality == "text":
+        elif part.modality == "text" and not part.options.get("asks"):
             found[TEXT] = f"{found.get(TEXT, '')} {part.raw}"[:MAX_LETTERS]
         elif part.modality == "image":
             found[IMAGE] = part.raw
@@ -374,9 +377,13 @@ class TablePredictors:
             "trees": np.concatenate([values, np.where(codes < 0, np.nan, codes)], 1),
         }
 
+    def is_of(self, source: str | None) -> bool:
+        """Whether the table may be that of a source: it is, or one of the two names none."""
+        return not source or not self.sources or source in self.sources
+
     def labels_of(self, source: str | None) -> dict[str, Label]:
-        """Those of a source, by their columns; all if one of the two names no source."""
-        return self.labels if not source or not self.sources or source in self.sources else {}
+        """The labels by their columns if the table may be that of a source."""
+        return self.labels if self.is_of(source) else {}
 
     def predict_label(self, column: str, given: Given, number: int = 1) -> LabelPrediction:
         """What each expert makes of a label; `number` is that of this source in the key of the weights."""

@@ -49,12 +49,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(text: str, where: str) -> Tokenizer:
-    """The tokenizer in the JSON `text` of a tokenizer.json; ConfigError if it is not one."""
+    """The tokenizer in the JSON `text` of a tokenizer.json; ConfigError if it is not one.
+
+    As in transformers, limits of length and padding in it, which a last call has left there, have no effect.
+    """
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     # The library raises bare Exception.
     except Exception as error:
         raise ConfigError(f"{where} is not a tokenizer.json: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class ImportedText(Config):

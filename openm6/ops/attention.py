@@ -69,7 +69,8 @@ class _AttendQueryBlocks(torch.autograd.Function):
             logits = torch.baddbmm(bias, queries[:, rows], keys[:, seen].mT, alpha=scale)  # G Q·M K
             weight = torch.softmax(logits, -1, out=logits)
             torch.bmm(weight, values[:, seen], out=outputs[:, rows])
-            kept.append(weight)
+            if any(ctx.needs_input_grad):
+                kept.append(weight)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.mask = mask
         return _by_token(outputs, query)

@@ -28,13 +28,12 @@ import httpx
 import numpy as np
 import soundfile
 from PIL import Image as Pillow
-from PIL import ImageOps
 from pydantic import BaseModel, Field
 
 from openm6.inference.load import LoadedModel
 from openm6.inference.question import chat_prompt
 from openm6.modalities.audio import RATE
-from openm6.modalities.image import read_image
+from openm6.modalities.image import read_image, upright
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
@@ -251,7 +250,7 @@ def edit_mask(mask: bytes | None, source: bytes, pixels: int) -> np.ndarray | No
 def _transparent(data: bytes) -> np.ndarray:
     """Pixels of a valid image that are not fully opaque.  # H W bool"""
     with Pillow.open(io.BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened)
+        image = upright(opened)
     return np.asarray(image.convert("RGBA").getchannel("A")) < 255
 
 
@@ -273,7 +272,7 @@ def part_prompt(task: str, part: Part, language: str = "en", column: str = "") -
     """Return an image, audio or numbers in the first prompt of a task."""
     prompt = TASKS[task].prompts[language][0].replace("{column}", column.replace("_", " "))
     before, after = _SLOT.split(prompt, maxsplit=1)
-    parts = [Part("text", before), part, Part("text", after)]
+    parts = [Part("text", before, {"asks": True}), part, Part("text", after, {"asks": True})]
     return tuple(one for one in parts if one is part or one.raw)
 
 

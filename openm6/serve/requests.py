@@ -241,7 +241,7 @@ def decode_codes(request: CodesRequest, codes: Any, loaded: LoadedModel) -> Pill
         return loaded.audio.decode(codes)
     drawn = loaded.image.decode(codes)
     if request.source is not None and request.mask is not None:
-        width, height = read_image(request.source).size
+        width, height = read_image(request.source, loaded.image.max_pixels).size
         mask = box_mask(request.mask, height, width).reshape(height, width)
         drawn = restore_outside(drawn, request.source, mask, loaded.image)
     return drawn

@@ -103,7 +103,8 @@ class Text(Slot):
         return self.value(record, language) not in ABSENT
 
     def part(self, record: Record, language: str) -> Part:
-        column = f"{self.name}_zh" if self.name == "label" and language == "zh" else self.name
+        own = self.name == "label" or f"{self.name}_zh" in (record.get("extra") or {})
+        column = f"{self.name}_zh" if own and language == "zh" else self.name
         # A short text is a label, but for answers to questions of any kind.
         named = {"column": column} if self.max_tokens <= SHORT and self.name != "answer" else {}
         return Part("text", as_text(self.value(record, language)), {"max_tokens": self.max_tokens, **named})
@@ -123,7 +124,7 @@ class Gloss(Text):
         text = as_text(self.value(record, language))
         head, colon, rest = text.partition(": ")
         label = as_text(localised(record, "label", language) or "")
-        return Part("text", rest if colon and label and label in head else text)
+        return Part("text", rest if colon and label and label in head else text, {"max_tokens": self.max_tokens})
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ class Conversion:
         self.old_rule, self.new_rule = (
             update_rule(OptimizerConfig(precision=name)) for name in (state["precision"], self.precision)
         )
-        self.weights, self.kept = CheckpointReader(folder, "model"), CheckpointReader(folder, "optimizer")
+        self.weights = CheckpointReader(folder, "model")
+        # An imported decoder has no moments yet.
+        has_moments = any(folder.glob("optimizer*.safetensors"))
+        self.kept = CheckpointReader(folder, "optimizer") if has_moments else None
         with torch.device("meta"):
             self.blocks = Backbone(self.old).group_blocks
 
@@ -78,7 +81,7 @@ class Conversion:
 
     def _is_trained(self, name: str) -> bool:
         """Whether a matrix has optimizer state, which a frozen one never has, or nothing has any yet."""
-        names = self.kept.names
+        names = [] if self.kept is None else self.kept.names
         return not names or any(one.startswith(f"{name}{SEPARATOR}") for one in names)
 
     def _read_group(self, source: int, shapes: dict[str, Shape]) -> dict[str, Slots]:
@@ -89,7 +92,7 @@ class Conversion:
                 full = full_name(f"backbone.layers.{self.old.group_layers[source]}.{name}", slot)
                 if slot in self.old_rule.read_slots:
                     self.weights.read_into(full, tensor)
-                elif full in self.kept:
+                elif self.kept is not None and full in self.kept:
                     self.kept.read_into(full, tensor)
         return views
 
@@ -161,7 +164,7 @@ def convert(
         new_state["callbacks"] = {name: one for name, one in state.get("callbacks", {}).items() if name != "stages"}
     new_state |= {"stage": conversion.new.stage, "precision": conversion.precision}
     weights = conversion.others(conversion.weights, "independent")
-    optimizer = conversion.others(conversion.kept, moments)
+    optimizer = {} if conversion.kept is None else conversion.others(conversion.kept, moments)
     snapshot = Snapshot(
         int(state["step"]), nn.Module(), optimizer, new_state, load_training_tensors(folder), files,
         conversion.groups(), len(conversion.sources), weights=weights,

@@ -237,6 +237,26 @@ def test_a_forecast_of_known_windows_is_that_of_the_training_source(model: openm
     np.testing.assert_allclose(found["predictions"], expected.median(), rtol=1e-4)
 
 
+def test_the_clock_of_a_forecast_is_that_of_the_training_source(
+    model: openm6.OpenM6, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = _forecasting(model.loaded, ["sales"])
+    months = pd.date_range("2021-01-01", periods=24, freq="MS")
+    seen: list[Any] = []
+
+    def kept(loaded: Any, examples: list[Any], sampling: Any) -> Any:
+        seen.extend(example.target.raw.clock for example in examples)
+        return answer(loaded, examples, sampling)
+
+    monkeypatch.setattr("openm6.api.frames.answer", kept)
+    rows = pd.DataFrame({"item_id": "a", "timestamp": months[:20], "sales": np.arange(20.0), "promo": 0.0})
+    rows["visits"] = 1.0
+    ahead = pd.DataFrame({"item_id": "a", "timestamp": months[20:], "promo": 0.0})
+    model.forecast(rows, ahead, target="sales", prediction_length=4)
+    seconds = np.asarray([one.timestamp() for one in months[20 - config.context :]])
+    assert seen == [(seconds[0], np.median(np.diff(seconds)))]
+
+
 def later(items: tuple[str, ...] = ("b", "a")) -> pd.DataFrame:
     """What is known of the four steps ahead."""
     days = pd.date_range("2024-02-10", periods=4)

@@ -161,7 +161,9 @@ def test_the_network_finds_shapes_and_stops_in_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cnn, "BATCH", 16)
     images, labels = bars(160)
     classes = ["across", "down"]
-    found, epochs = cnn.cnn_classes(images[:128], labels[:128], images[128:], classes, True, Deadline(MINUTE), 12)
+    found, epochs = cnn.cnn_classes(
+        images[:128], labels[:128], images[128:], labels[128:], classes, True, Deadline(MINUTE), 12
+    )
     assert epochs == 12 and found.shape == (32, 2) and np.allclose(found.sum(1), 1)
     assert (found.argmax(1) == np.asarray([classes.index(label) for label in labels[128:]])).mean() > 0.9
     values = np.arange(64, dtype=float)

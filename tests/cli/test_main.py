@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from openm6.cli.group import print_result
 from openm6.cli.main import app
 from openm6.core.config import apply_overrides
 from openm6.core.errors import DataError, Interrupted
@@ -343,11 +344,17 @@ class Echo:
 
 def test_a_chat_shows_files_and_remembers_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openm6.api.model.load", lambda *_: Echo())
-    said = "hello\nbroken\n@a/b.png What is @c.wav this?\n\nnever\n"
+    said = "hello\nbroken\n@a/b.png What is @c.wav this?\nWhat does  @dataclass do?\n\nnever\n"
     shown = runner.invoke(app, ["chat", "smol"], input=said)
     assert shown.exit_code == 0
-    answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.wav')] What is this?", "> "
+    answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.wav')] What is this?"
+    answers += "> 5 [] What does  @dataclass do?", "> "
     assert shown.stdout == "\n".join(answers)
+
+
+def test_an_answer_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result("urn:key:1\tend [red]")
+    assert capsys.readouterr().out == "urn:key:1\tend [red]\n"
 
 
 def test_a_note_about_an_answer_begins_a_line(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from openm6.checkpoint.folder import latest
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.hub.export import export_run
 from openm6.hub.find import find_model
@@ -170,8 +173,18 @@ def test_a_damaged_addition_is_one_sentence(folder: Path, tmp_path: Path, case: 
 
 
 def test_what_is_no_addition_is_not_exported_as_one(folder: Path, tmp_path: Path) -> None:
-    import_model(str(folder / "base"), tmp_path / "noisy", receipt=False, additions=Additions(experts=2, noise=0.1))
+    import_model(str(folder / "base"), tmp_path / "sparse", receipt=False, additions=Additions(experts=2))
+    with pytest.raises(ConfigError, match="has no backbone.layers.0.mlp.up, as with --experts"):
+        export_run(tmp_path / "sparse", tmp_path / "out", "addition")
+    shutil.copytree(folder / "run", tmp_path / "trained")
+    weights = latest(tmp_path / "trained") / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    changed = load_file(weights)
+    changed["backbone.layers.0.mlp.up"] += 1
+    save_file(changed, weights, metadata)
+    assert latest(tmp_path / "trained") == weights.parent
     with pytest.raises(ConfigError, match="training has changed the weights of"):
-        export_run(tmp_path / "noisy", tmp_path / "out", "addition")
+        export_run(tmp_path / "trained", tmp_path / "out", "addition")
     with pytest.raises(ConfigError, match="--dtype q8_0 is not one of"):
         export_run(folder / "run", tmp_path / "out", "addition", "q8_0")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.hub.export import export_run
@@ -324,6 +324,16 @@ def test_a_broken_tokenizer_is_one_sentence() -> None:
             read_gguf_tokenizer({**whole, **change})
     with pytest.raises(ConfigError, match=r"the GGUF lacks tokenizer\.ggml\.token_type"):
         read_gguf_tokenizer({"ggml.model": "gpt2", "ggml.tokens": []})
+
+
+def test_a_normalizer_that_llama_cpp_lacks_is_refused() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.NFC()
+    assert gguf_tokenizer(tokenizer, 2)["ggml.model"] == "gpt2"
+    tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ConfigError, match="no rules that give the tokens"):
+        gguf_tokenizer(tokenizer, 2)
 
 
 @pytest.mark.parametrize(

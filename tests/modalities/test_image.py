@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 
@@ -254,6 +255,7 @@ def test_augmentation_follows_the_generator_and_leaves_masked_images_alone(image
     assert np.array_equal(patches(None), image.source(values).arrays["patches"])
     hole = {"mask_box": (0.0, 0.0, 0.5, 0.5)}
     assert np.array_equal(patches(1, hole), patches(None, hole))
+    assert np.array_equal(patches(1, {"aligned": True}), patches(None))
 
 
 def test_strong_augmentation_keeps_the_image_in_view(image: Image) -> None:
@@ -306,6 +308,20 @@ def test_a_photograph_stands_as_the_camera_was_held() -> None:
     stream = io.BytesIO()
     image.save(stream, "JPEG", exif=tags)
     assert read_image(stream.getvalue()).size == (2, 4)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_orientation_is_that_of_pillow_and_other_tags_may_be_broken(turn: int) -> None:
+    image = PIL.Image.fromarray(noise(6, 4))
+    tags = image.getexif()
+    tags[0x0112] = turn
+    stream = io.BytesIO()
+    image.save(stream, "PNG", exif=tags)
+    expected = PIL.ImageOps.exif_transpose(PIL.Image.open(stream))
+    assert expected is not None and np.array_equal(read_image(stream.getvalue()), expected)
+    image.getexif()[0x0111] = 2**40  # no value of this tag
+    image.getexif()[0x0112] = turn
+    assert np.array_equal(read_image(image), expected)
 
 
 def photograph(width: int, height: int) -> PIL.Image.Image:

@@ -164,6 +164,21 @@ def test_a_question_shows_columns_as_numbers_and_in_words() -> None:
     text = parts[1].raw
     assert known.given(parts) == {"b": 2.0, "cut_kind": "Very Good", TEXT: f" {text}"}
     assert known.given([Part("text", "the cut kind: Very Goodish")]).keys() == {TEXT}
+    assert known.given([parts[0], Part("text", " What is its a?", {"asks": True})]).keys() == {"b"}
+
+
+def test_a_column_is_predicted_by_the_table_of_its_own_source() -> None:
+    rows = [{"price": factor * (n % 9), "weight": float(n % 9)} for factor in (1.0, 100.0) for n in range(60)]
+    tables = [fit_table(rows[start : start + 60], np.arange(60) % FOLDS, 0) for start in (0, 60)]
+    for name, table in zip(("euros", "yen"), tables, strict=True):
+        assert table is not None
+        table.sources = [name]
+    known = Numbers(Text(train_tokenizer(["a"], 300)), {"price": (4.0, 2.0), "weight": (4.0, 2.0)}, {}, tables)  # type: ignore[arg-type]
+    middle = [
+        known.target({"price": 4.0}, options={"given": {"weight": 8.0}, "source": name}).arrays["units"][0, 0]
+        for name in ("euros", "yen")
+    ]
+    assert middle[1] > 20 * middle[0] > 0
 
 
 def test_probabilities_of_labels_are_those_of_the_model_and_of_simple_predictors() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -104,6 +107,17 @@ def test_texts_hold_all_that_is_needed() -> None:
 def test_few_windows_have_none() -> None:
     assert fit_column(windows(seasonal(40)), SeriesStats()) is None
     assert fit_column([NumberSeries("sales", [1.0], [2.0])], SeriesStats()) is None
+
+
+def test_a_window_without_a_value_takes_nothing_from_others() -> None:
+    known = windows(seasonal(200) + 9)
+    late = replace(known[0], past=[math.nan] * len(known[0].past), values=[math.nan] * len(known[0].values))
+    for log in (False, True):
+        found, expected = (
+            fit_column([late, *known[1:]], SeriesStats(log=log)),
+            fit_column(known[1:], SeriesStats(log=log)),
+        )
+        assert found is not None and expected is not None and found.to_texts() == expected.to_texts()
     assert fit_column(windows(seasonal(120) - 60), SeriesStats(log=True)) is None, "logarithms of what is negative"
     assert fit_ridges(np.ones((3, 9)), np.ones((3, 2)), None, [(n, 3) for n in range(3)]) is None
 

@@ -128,6 +128,14 @@ def test_a_file_that_is_no_tokenizer_is_one_sentence() -> None:
         read_tokenizer('{"model": 3}', "there/tokenizer.json")
 
 
+def test_limits_in_a_tokenizer_file_have_no_effect(text: Text) -> None:
+    tokenizer = Tokenizer.from_str(text.tokenizer.to_str())
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=8)
+    words = "one two three four five six seven"
+    assert read_tokenizer(tokenizer.to_str(), "it").encode(words).ids == text.tokenizer.encode(words).ids
+
+
 def test_bytes_of_tokens_join_to_the_text(text: Text) -> None:
     for words in ("画数字七", "a \U0001f600 b", "é à"):
         ids = text.encode(words)

@@ -37,6 +37,20 @@ def test_a_plain_table_in_one_language_can_pose_a_shop_task() -> None:
     assert task.example(table, np.random.default_rng(0)).answer == "negative"
 
 
+def test_a_column_of_another_language_is_a_label_of_its_own() -> None:
+    extra = {"review_zh": "好用", "review_en": "good", "sentiment_zh": "好评", "sentiment_en": "positive"}
+    task = TASKS["sentiment_analysis"]
+    record, rng = {"id": "1", "extra": extra}, np.random.default_rng(0)
+    for language, column in (("en", "sentiment"), ("zh", "sentiment_zh")):
+        assert task.example(record, rng, language=language).target.options["column"] == column
+
+
+def test_a_definition_has_the_bound_of_its_task() -> None:
+    record = {"id": "1", "label": "cup", "text_en": "cup: a thing to drink from"}
+    target = TASKS["definition_generation"].example(record, np.random.default_rng(0), language="en").target
+    assert target.raw == "a thing to drink from" and target.options["max_tokens"] == 256
+
+
 @pytest.mark.parametrize(
     ("value", "answer"), [(0, "0"), (False, "False"), (1, "1"), ("", None), (None, None), ([], None)]
 )

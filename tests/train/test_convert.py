@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from openm6.checkpoint.folder import latest, read_state
-from openm6.checkpoint.load import load_model
+from openm6.checkpoint.load import load_model, open_reader
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
+from openm6.hub.importing import import_model
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
 from openm6.optim.config import PRECISION_OF_BYTES
 from openm6.train.convert import convert
 from openm6.train.loop import train
+from tests.hub.published import publish
 from tests.offload.test_executor import PLAIN, SHARED, run_config
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
@@ -59,6 +61,17 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
     assert RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["precision"] == PRECISION_OF_BYTES[size]
     train(DescribedTraining(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True)
+
+
+def test_an_imported_decoder_has_no_moments_to_convert(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), tmp_path / "imported", receipt=False)
+    convert(tmp_path / "imported", tmp_path / "small", precision="bf16-adafactor")
+    weights = (
+        open_reader(latest(tmp_path / name)).read("backbone.layers.0.attention.qkv") for name in ("imported", "small")
+    )
+    before, after = weights
+    torch.testing.assert_close(after.float(), before.float(), rtol=0.01, atol=1e-6)
 
 
 def test_a_small_run_goes_on_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
