@@ -19,7 +19,7 @@ import pyarrow as pa
 from openm6.core.errors import ConfigError, DataError, MissingColumnError, nearest
 from openm6.data.records import COLUMN_KEYS, Fields, Record, RowReader, check_columns
 from openm6.data.table import ArrowTable
-from openm6.data.windows import WindowsConfig
+from openm6.data.windows import WindowsConfig, clock_of
 from openm6.evaluate.answers import answer, class_scores
 from openm6.evaluate.run import source_configs
 from openm6.inference.load import LoadedModel
@@ -96,19 +96,18 @@ def predict(
             continue
         found: dict[str, Any] = {}
         key = "label" if fields.label == target else "label_zh"
+        source = one.source if own else ""  # without a mapping, it may be another one
         if numeric:
             answers = number_answers(loaded, task, records, target)
             for name, level in [("predictions", 0.5), *((str(level), level) for level in quantile_levels)]:
                 found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
         elif classes is not None:
-            source = one.source if own else ""  # without a mapping, it may be another one
             probability = class_probabilities(loaded, task, records, target, list(map(str, classes)), key, source)
             best = np.nan_to_num(probability).argmax(1)
             asked = ~np.isnan(probability[:, 0])
             found["predictions"] = [classes[one] if able else None for one, able in zip(best, asked, strict=True)]
             found |= {str(name): probability[:, index] for index, name in enumerate(classes)}
         else:
-            source = one.source if own else ""
             labels = [x.labels[target] for x in loaded.numbers.predictors if target in x.labels_of(source)]
             examples = _without_category(task, records, target, labels[0].classes if labels else (), key)
             sourced = [example.of_source(source) for example in examples.values()]
@@ -327,8 +326,7 @@ def forecast(
             extra: dict[str, Any] = {"context": len(values) - first, "horizon": ahead}
             extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
             if config.time is not None and one.clock is not None:
-                window = one.clock[first : len(values) + ahead]
-                extra["clock"] = (window[0], float(np.median(np.diff(window))))
+                extra["clock"] = clock_of(np.asarray(one.clock[first : len(values) + ahead]))
             plain = {key: [None if math.isnan(x) else x for x in cells] for key, cells in shown.items()}
             record = {"id": f"{one.item}/{start}", "series": plain, "extra": extra}
             examples.append(loaded.tasks[trained.task].example(record, np.random.default_rng(0), language="en"))

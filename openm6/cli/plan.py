@@ -79,15 +79,18 @@ def plan(
         return show_measured(model, overrides or [], tokens, days, energy, json_path, device)
     if device != "auto":
         raise ConfigError("--device is where a recipe is measured: leave out --gpu, which plans for a GPU of the table")
-    if plot is not None:
-        if sweep is None or plot.suffix not in PLOTS:
-            raise ConfigError(f"--plot {plot} needs --sweep, and a file that ends in {', '.join(PLOTS)}")
-        check_writable(plot, "--plot")
+    _check_plot(plot, sweep)
     config = build(EnergyConfig, energy, "the options of energy")
     request = PlanRequest(read_model(model, overrides), batch, tokens, days, *lengths, config)
     card = hardware.gpu(gpu, gpu_table)
     if sweep is not None:
         show_sweep(sweep_plans(request, card, options, sweep), sweep, plot, json_path)
     else:
-        known = hardware.gpus(gpu_table).values()
-        show_plan(plan_json(request, card, options, known), json_path)
+        show_plan(plan_json(request, card, options, hardware.gpus(gpu_table).values()), json_path)
+
+
+def _check_plot(plot: Path | None, sweep: str | None) -> None:
+    if plot is not None:
+        if sweep is None or plot.suffix not in PLOTS:
+            raise ConfigError(f"--plot {plot} needs --sweep, and a file that ends in {', '.join(PLOTS)}")
+        check_writable(plot, "--plot")

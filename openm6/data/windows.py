@@ -191,6 +191,11 @@ class WindowsConfig(SourceConfig):
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]
 
 
+def clock_of(seconds: np.ndarray) -> tuple[float, float]:
+    """The first time of a window and its median step, in seconds."""
+    return float(seconds[0]), float(np.median(np.diff(seconds)))
+
+
 @dataclass(eq=False)
 class WindowSource(Source):
     """Windows of L rows: `series` holds L values per column, of which the last `horizon` are to be forecast.
@@ -224,8 +229,7 @@ class WindowSource(Source):
         }
         extra = {"context": config.context, "horizon": config.horizon, **about}
         if self.seconds is not None:
-            times = self.seconds[rows]
-            extra["clock"] = (float(times[0]), float(np.median(np.diff(times))))
+            extra["clock"] = clock_of(self.seconds[rows])
         if len(config.numbers) > len(config.columns):
             extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
         return {"id": f"{self.name}/{int(rows[0])}", "series": series, "extra": extra}
