@@ -12,11 +12,14 @@ from typer.testing import CliRunner
 
 import openm6
 from openm6.cli.main import app
+from openm6.codecs.external import weights_sha256
 from openm6.hub.find import SHIPPED, find_model
+from openm6.inference.encoder import TrainedEncoder
+from openm6.models.description import MODEL_FILE, read_description
 from openm6.serve.scenarios.run import examples_of
 from openm6.serve.scenarios.scenario import LANGUAGES, library_of, read_scores, readiness
 from tools.mini.evaluate import ROWS
-from tools.mini.pack import CARD_FILE, MAX_BYTES
+from tools.mini.pack import CARD_FILE, MAX_ADDITION, MAX_BYTES
 
 MINI = SHIPPED / "mini"
 PAGE = (Path(__file__).parent.parent / "docs" / "mini.md").read_text(encoding="utf-8")
@@ -72,6 +75,13 @@ def test_examples_are_of_scenarios_that_are_ready(mini: openm6.OpenM6) -> None:
     pairs = {(one.scenario.input_modality, one.scenario.output) for one in shown}
     assert f"{len(pairs)} of the sixteen pairs" in PAGE
     assert {one.language for one in shown} == set(LANGUAGES)
+
+
+def test_smol_reads_by_this_mini() -> None:
+    text = (SHIPPED / "smol" / MODEL_FILE).read_text(encoding="utf-8")
+    reader = weights_sha256(TrainedEncoder("mini", "image"))
+    assert read_description(text, "smol").external == {"image.encoder": reader, "audio.encoder": reader}
+    assert sum(file.stat().st_size for file in (SHIPPED / "smol").iterdir()) <= MAX_ADDITION
 
 
 def test_the_card_has_front_matter_and_every_row() -> None:

@@ -39,6 +39,7 @@ from openm6.evaluate.formatting import count, duration, plain, short_count, sign
 from openm6.evaluate.metrics import is_percent, known_metrics, metric_title, same_text, score
 from openm6.evaluate.results import EvalReport, Lines, RunFacts, Sample, TaskResult, read_lines
 from openm6.modalities.audio import RATE, read_audio
+from openm6.modalities.chat_template import TURNS
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
@@ -387,9 +388,9 @@ def sample_data(sample: Sample, media: MediaBudget) -> dict[str, Any]:
     if isinstance(answer, str):
         true = "" if truth is None else str(truth).strip()
         text = {"answer": answer.strip(), "truth": true, "correct": bool(true) and same_text(answer, str(truth))}
-        return {"inputs": [_input(part, media) for part in parts], "text": text}
+        return {"inputs": _inputs(parts, media), "text": text}
     if isinstance(answer, Histogram):
-        inputs = [_input(part, media) for part in parts]
+        inputs = _inputs(parts, media)
         past = next((part.raw for part in sample.inputs if isinstance(part.raw, NumberSeries)), None)
         forecast = None if past is None else forecast_chart(past, answer, truth)
         if forecast is not None:
@@ -405,11 +406,15 @@ def sample_data(sample: Sample, media: MediaBudget) -> dict[str, Any]:
             replace(part, options=part.options | options) if part.options.get("mask_span") is not None else part
             for part in parts
         ]
-    inputs = [_input(part, media) for part in parts if part.modality in ("text", "numbers")]
+    inputs = _inputs((part for part in parts if part.modality in ("text", "numbers")), media)
     row = [media.add(part, "input") for part in parts if part.modality in ("image", "audio")]
     row += [media.add(Part(kind, answer), "model")]
     row += [] if truth is None else [media.add(Part(kind, truth, options), "truth")]
     return {"inputs": inputs, "media": row}
+
+
+def _inputs(parts: Iterable[Part], media: MediaBudget) -> list[Any]:
+    return [shown for part in parts if (shown := _input(part, media)) != ""]
 
 
 def _input(part: Part, media: MediaBudget) -> str | Media | NumberSeries | dict[str, Any]:
@@ -424,7 +429,7 @@ def _input(part: Part, media: MediaBudget) -> str | Media | NumberSeries | dict[
             for name, value in shown
         }
         return {"columns": columns, "left_out": len(part.raw) - len(shown)}
-    return str(part.raw).strip().replace(MASK_CHARACTER, TEXT_GAP)
+    return TURNS.sub("", str(part.raw)).strip().replace(MASK_CHARACTER, TEXT_GAP)
 
 
 def _training(lines: Lines, facts: RunFacts) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from openm6.inference.masked import decode_masked
 from openm6.inference.prefill import Prompt
 from openm6.inference.sampling import Decoding, MaskedSampling, Sampling
 from openm6.modalities.audio import Audio, read_audio
+from openm6.modalities.chat_template import TURNS
 from openm6.modalities.dates import is_date
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import Image, read_image
@@ -52,8 +53,6 @@ LENGTH_RATIO = 1.25
 MAX_LISTED = 4
 CHINESE = {"text": "文本", "image": "图片", "audio": "声音", "numbers": "数值"}
 _SLOT = re.compile(r"\{\w+\}")
-# Of a prompt in the words of a chat template: the system message, and what opens and closes a turn.
-_TEMPLATE = re.compile(r"<\|im_start\|>system.*?<\|im_end\|>|<\|\w+\|>(?:user|assistant)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def inputs_of(task: Task) -> set[str]:
 
 def _fixed_words(task: Task) -> list[set[str]]:
     """The words of each prompt of a task without its inputs; none if the prompt is an input alone."""
-    prompts = [_TEMPLATE.sub(" ", prompt) for prompts in task.prompts.values() for prompt in prompts]
+    prompts = [TURNS.sub(" ", prompt) for prompts in task.prompts.values() for prompt in prompts]
     return [set(words_of(_SLOT.sub(" ", prompt))) for prompt in prompts]
 
 
@@ -151,7 +150,7 @@ def _other_words(fitting: list[Task]) -> Coverage:
     for language in ("en", "zh"):
         prompts = [task.prompts[language][0] for task in fitting if language in task.prompts]
         shown = dict.fromkeys(prompts or [next(iter(task.prompts.values()))[0] for task in fitting])
-        words = [_SLOT.sub("…", _TEMPLATE.sub("", prompt)).strip() for prompt in list(shown)[:MAX_LISTED]]
+        words = [_SLOT.sub("…", TURNS.sub("", prompt)).strip() for prompt in list(shown)[:MAX_LISTED]]
         listed[language] = ", ".join(map(repr, words))
     return Coverage(
         f"not trained: no prompt of this model has such words; it was trained on {listed['en']}",
@@ -307,8 +306,12 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
 
     A model that was trained on chats, or imported with a chat template, reads turns with roles, as in training. Another
     one reads a line per turn, without roles; texts of neighbouring turns are joined unless each part is a block of its
-    own, which an earlier request may have cached.
+    own, which an earlier request may have cached. One that was imported, and trained to answer single questions about
+    images and audio, reads such a question without earlier turns, and later ones without these images and audio: it
+    would take what follows for the same question.
     """
+    if loaded.has_chat_template and not loaded.chats:
+        turns = _as_single_questions(list(turns))
     if loaded.chats or loaded.has_chat_template:
         return chat_parts(turn for turn in turns if said(turn[1]))
     found: list[list[Part]] = []
@@ -317,6 +320,14 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
             found.append(join_neighbours([Part("text", "\n"), *parts] if found else parts))
     joined = [part for turn in found for part in turn]
     return joined if loaded.modalities.prompt_attention != "bidirectional" else join_neighbours(joined)
+
+
+def _as_single_questions(turns: list[Turn]) -> list[Turn]:
+    answered = 1 + max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
+    before, asked = turns[:answered], turns[answered:]
+    if any(part.modality != "text" for _, parts in asked for part in parts):
+        return [*(turn for turn in before if turn[0] == "system"), *asked]
+    return [*((role, [part for part in parts if part.modality == "text"]) for role, parts in before), *asked]
 
 
 def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] | None:

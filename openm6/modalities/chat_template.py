@@ -1,6 +1,7 @@
 """The chat template of an imported tokenizer: turns with roles as the text that its model was trained on."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -14,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from openm6.core.errors import ConfigError
 from openm6.modalities.interface import Part
 
+# Of a prompt in the words of a template: the system message, and what opens and closes a turn. None of it is shown.
+TURNS = re.compile(r"<\|im_start\|>system.*?<\|im_end\|>|<\|\w+\|>(?:user|assistant)?", re.DOTALL)
 # In rendered text, what stands for part n of the prompt that is no text: two characters that no text may hold.
 FIRST, COUNT = 0xFDD0, 32
 

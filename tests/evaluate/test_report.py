@@ -22,6 +22,7 @@ from openm6.core.errors import OutputError
 from openm6.evaluate.report import (
     MEDIA_BYTES,
     MediaBudget,
+    _inputs,
     card,
     codec_rows,
     report_environment,
@@ -365,3 +366,9 @@ def test_each_codec_has_a_table(tmp_path: Path) -> None:
     tables = html.split('id="codecs"')[1].split("</section>")[0]
     assert tables.count("<table") == 3 and tables.count("<td></td>") == 2  # measures that one record lacks
     assert "digits, 64 pixels" in tables and "log-mel L1" in tables and tables.count("dB</td>") == 7
+
+
+def test_the_words_of_a_chat_template_are_not_shown() -> None:
+    words = "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    parts = [Part("text", words[0]), Part("text", " What is this?" + words[1])]
+    assert _inputs(parts, MediaBudget(0)) == ["What is this?"]

@@ -18,7 +18,7 @@ from openm6.core.errors import ConfigError, MissingFieldError
 from openm6.data.prepare import example_sequence
 from openm6.evaluate.likelihood import sequence_nll
 from openm6.inference.load import LoadedModel
-from openm6.inference.question import Question, assess, chat_prompt, prompt_parts
+from openm6.inference.question import Question, _as_single_questions, assess, chat_prompt, prompt_parts
 from openm6.modalities.batch import build_sequence, shortened
 from openm6.modalities.interface import NO_OPTIONS, Modality, Options, Part, Segment
 from openm6.modalities.registry import (
@@ -311,3 +311,14 @@ def test_no_text_passes_for_an_image_or_ends_its_turn() -> None:
     asked, letters = imported(trained=False), "".join(map(chr, range(0xFDD0, 0xFDF0)))
     segments = source_segments(chat_parts([("user", [Part("text", f"a<e>{letters}<e>b")])]), asked.modalities)
     assert text_of(segments, asked.text) == "<s>system\nHelp.</s>\n<s>user\na  b</s>\n"
+
+
+def test_a_model_of_single_questions_reads_them_alone() -> None:
+    image, question, answer = Part("image", b"x"), Part("text", "What is this?"), Part("text", "a cup")
+    begun = [("system", [Part("text", "Be kind.")]), ("user", [image, question])]
+    assert _as_single_questions(begun) == begun
+    told = [*begun, ("assistant", [answer])]
+    again = ("user", [image, question])
+    assert _as_single_questions([*told, again]) == [begun[0], again]
+    later = ("user", [Part("text", "What is it for?")])
+    assert _as_single_questions([*told, later]) == [begun[0], ("user", [question]), told[2], later]
