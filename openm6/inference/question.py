@@ -310,7 +310,7 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
     images and audio, reads such a question without earlier turns, and later ones without these images and audio: it
     would take what follows for the same question.
     """
-    if loaded.has_chat_template and not loaded.chats:
+    if loaded.has_chat_template and loaded.description.trained_tasks and not loaded.chats:
         turns = _as_single_questions(list(turns))
     if loaded.chats or loaded.has_chat_template:
         return chat_parts(turn for turn in turns if said(turn[1]))

@@ -82,20 +82,20 @@ def test_an_addition_and_its_decoder_are_the_run_again(folder: Path, tmp_path: P
 
 def test_an_addition_needs_its_decoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENM6_HOME", str(tmp_path))
-    added = tmp_path / "models" / "smol"
+    added = tmp_path / "models" / "small"
     export_run(folder / "run", added, "addition")
-    with pytest.raises(CheckpointError, match=r"is an addition to base: .* openm6 import base --adapter .*smol --out"):
-        find_model("smol")
+    with pytest.raises(CheckpointError, match=r"is an addition to base: .* openm6 import base --adapter .*small --out"):
+        find_model("small")
     # An addition of the same name in the working folder hides no whole model, and alone is named as one.
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    added.rename(tmp_path / "here" / "smol")
-    with pytest.raises(CheckpointError, match="smol is an addition to base"):
-        find_model("smol")
+    added.rename(tmp_path / "here" / "small")
+    with pytest.raises(CheckpointError, match="small is an addition to base"):
+        find_model("small")
     added.mkdir()
-    assert find_model("smol") == added
+    assert find_model("small") == added
     added.rmdir()
-    (tmp_path / "here" / "smol").rename(added)
+    (tmp_path / "here" / "small").rename(added)
     publish("llama, tied", tmp_path / "other")
     adapter = Additions(adapter=added)
     with pytest.raises(CheckpointError, match="is an addition to base, and .*other is not: import that model"):

@@ -145,9 +145,11 @@ def test_smollm2_in_and_out() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHIPPED / "smol").is_dir(), reason="this package has no addition to it")
 def test_smol_talks_and_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched()
+    decoder = fetched()
     with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
         monkeypatch.setenv("OPENM6_HOME", temporary)
+        monkeypatch.setenv("HOME", temporary)  # which may hold a smol, too
+        monkeypatch.setattr("openm6.hub.find.decoder_file", lambda _: decoder)
         assert find_model("smol") == Path(temporary, "models", "smol")
         m6, checkpoint = openm6.load("smol", "cpu"), latest(find_model("smol"))
         assert "Paris" in m6.chat([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=12)

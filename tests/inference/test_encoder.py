@@ -40,20 +40,19 @@ def test_features_are_the_states_before_the_last_layer(run: Path) -> None:
     states: list[torch.Tensor] = []
     loaded.omni.backbone.layers[-2].register_forward_hook(lambda _, __, out: states.append(out[0]))
     reader = TrainedEncoder(str(run), "image")
-    questions = [[Part("text", text) for text in prompt if text] for prompt in reader.prompts]
-    assert reader.prompts and all(not before for before, _ in reader.prompts)
-    image, begin = Part("image", noise()), loaded.text.target("")
-    rows = [source_segments([image, *words], loaded.modalities) + [begin] * bool(words) for words in ([], *questions)]
+    assert not reader.before and reader.after
+    segments = source_segments([Part("image", noise()), Part("text", reader.after)], loaded.modalities)
+    row = [*segments, loaded.text.target("")]
+    batch = collate([[build_sequence(row)]], sum(map(len, row)))
     with torch.inference_mode():
-        for row in rows:
-            batch = collate([[build_sequence(row)]], sum(map(len, row)))
-            loaded.omni(batch.groups, batch.meta)
-        tokens, *answers = [loaded.omni.backbone.final_norm(state)[0] for state in states]
-    features = reader(noise()).reshape(len(tokens), -1)
-    expected = torch.cat([tokens, *(answer[-1].expand_as(tokens) for answer in answers)], 1)
+        loaded.omni(batch.groups, batch.meta)
+        (state,) = loaded.omni.backbone.final_norm(states[0])
+    count = len(segments[0])
+    features = reader(noise()).reshape(count, -1)
+    expected = torch.cat([state[:count], state[-1].expand(count, -1)], 1)
     np.testing.assert_allclose(features, expected.numpy(), atol=2e-3)
     assert features.dtype == np.float16 and features.shape[1] == reader.width
-    assert np.abs(features - reader(noise().rotate(90)).reshape(len(tokens), -1)).max() > 0.01
+    assert np.abs(features - reader(noise().rotate(90)).reshape(count, -1)).max() > 0.01
 
 
 def test_audio_has_a_token_for_each_step_and_training_changes_what_is_read(run: Path) -> None:
@@ -90,6 +89,6 @@ def test_what_was_not_trained_on_such_inputs_or_is_not_there_is_refused(
         TrainedEncoder("./nothing", "image")
     with pytest.raises(ConfigError, match="openm6:minj is no model of the package; did you mean 'mini'"):
         TrainedEncoder("minj", "image")
-    monkeypatch.setattr(encoder, "all_tasks", lambda own: {})
-    with pytest.raises(ConfigError, match="was not trained on inputs of image: name a model that was"):
+    monkeypatch.setattr(encoder, "trained_prompts", lambda *_: [])
+    with pytest.raises(ConfigError, match="was not trained to answer image with text: name a model that was"):
         TrainedEncoder(str(run), "image")

@@ -127,7 +127,7 @@ def test_the_card_shows_the_rows(run: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     pack.pack(run, tmp_path / "packed", "bf16", tmp_path, written(tmp_path, {}), tmp_path / "rows.json")
     card = (tmp_path / "packed" / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("# mini\n") and "python -m tools.mini.evaluate mini" in card
+    assert card.startswith("# packed\n") and "python -m tools.mini.evaluate mini" in card
     assert "| 91.0 % | 88.0 % to 94.0 % | ≥ 85.0 % | yes | 100 | exact |" in card
     assert "| the part is missing |" in card
 
