@@ -285,7 +285,7 @@ def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "requests_per_second": setting.requests / seconds,
-        "joules_per_request": span.joules / setting.requests,
+        "joules_per_request": span.joules * seconds / whole / setting.requests,
         "joules_source": span.source,
         **extra,
     }

@@ -1,6 +1,6 @@
 """A trained model as a frozen encoder of images or audio for another one: `modalities.image.encoder: openm6:NAME`."""
 
-# Shapes: N tokens, or h w patches, of F features; S samples; R rows of T tokens, D width
+# Shapes: N tokens, or h w patches, of F features; S samples; T tokens of the question, D width
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openm6.checkpoint.folder import MODEL_FILE, SHIPPED, latest
 from openm6.codecs.external import Encoder
 from openm6.core.errors import ConfigError, nearest
 from openm6.inference.load import LoadedModel, load
-from openm6.inference.question import Question, trained_prompts
+from openm6.inference.question import Question, trained_prompt
 from openm6.modalities.audio import Audio
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part, Rng
@@ -42,13 +42,12 @@ class TrainedEncoder(Encoder):
             raise ConfigError(f"openm6:{name} is no model of the package; {hint}")
         loaded = _headless(latest(Path(name) if "/" in name else SHIPPED / name))
         given = Question(output="text", image=b"") if kind == "image" else Question(output="text", audio=b"")
-        prompts = trained_prompts(given, loaded)
-        if not prompts:
+        prompt = trained_prompt(given, loaded)
+        if prompt is None:
             raise ConfigError(f"{name} was not trained to answer {kind} with text: name a model that was")
-        self.before, self.after = prompts[0]
-        self.modality, self.modalities, self.omni, self.text = (
-            loaded.modalities[kind], loaded.modalities, loaded.omni, loaded.text,
-        )  # fmt: skip
+        self.before, self.after = prompt
+        self.modality, self.modalities = loaded.modalities[kind], loaded.modalities
+        self.omni, self.text = loaded.omni, loaded.text
         self.width = 2 * loaded.description.backbone.hidden_size
         if isinstance(self.modality, Audio):
             self.step = self.modality.step

@@ -283,7 +283,7 @@ def prompt_parts(question: Question, loaded: LoadedModel, chat: bool = True) -> 
         parts.append(Part("numbers", rest))
     if question.series is not None:
         parts.append(Part("numbers", question.series))
-    found = _trained_prompt(question, loaded)
+    found = trained_prompt(question, loaded)
     # An imported model reads own words beside an image in the turns of its chat template, as `openm6 chat` asks them.
     turns = bool(parts and question.text and question.output == "text" and loaded.has_chat_template)
     if chat and (turns or (found is None and loaded.chats)):
@@ -323,6 +323,7 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
 
 
 def _as_single_questions(turns: list[Turn]) -> list[Turn]:
+    """What is asked after the last answer: alone if it shows media, else after the texts of earlier turns."""
     answered = 1 + max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
     before, asked = turns[:answered], turns[answered:]
     if any(part.modality != "text" for _, parts in asked for part in parts):
@@ -330,21 +331,16 @@ def _as_single_questions(turns: list[Turn]) -> list[Turn]:
     return [*((role, [part for part in parts if part.modality == "text"]) for role, parts in before), *asked]
 
 
-def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] | None:
-    """The words before and after the input in the first prompt of the first trained task that fits, if one does."""
-    return next(iter(trained_prompts(question, loaded)), None)
-
-
-def trained_prompts(question: Question, loaded: LoadedModel) -> list[tuple[str, str]]:
-    """Return the words before and after the input in the first prompt of each trained task that fits, without twins."""
-    found: dict[tuple[str, str], None] = {}
-    for task, _ in _fitting(question, loaded):
-        # An own task may have prompts in other languages alone.
-        prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
-        before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
-        column = question.target_column().replace("_", " ") if "{column}" in after else ""
-        found[before, after.replace("{column}", column)] = None
-    return list(found)
+def trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] | None:
+    """Return the words before and after the input in the first prompt of the first trained task that fits, if any."""
+    if not (fitting := _fitting(question, loaded)):
+        return None
+    task = fitting[0][0]
+    # An own task may have prompts in other languages alone.
+    prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
+    before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
+    column = question.target_column().replace("_", " ") if "{column}" in after else ""
+    return before, after.replace("{column}", column)
 
 
 def _fitting(question: Question, loaded: LoadedModel) -> list[tuple[Task, str]]:

@@ -31,8 +31,10 @@ MaskBox = tuple[float, float, float, float] | np.ndarray | None
 SIDE_UNITS = 32  # units of rotary positions along each side of an image
 MAX_PIXELS = 32_000_000
 ORIENTATION = 0x0112  # of EXIF
-TURNS = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
-                        Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), 2))  # fmt: skip
+ROTATIONS = dict(enumerate((
+    Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
+    Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90,
+), 2))  # fmt: skip
 REACH = (0.2, 0.1, 0.15, 0.1, 0.1)  # strong augmentation: logs of scale and aspect, radians, shift across and down
 TINTS = (0.92, 1.08)  # and brightness of each colour beside that of all
 CONTRASTS = (0.85, 1.1)  # brightness of all colours, in any augmentation
@@ -68,7 +70,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image turned as the camera was held; other entries of its EXIF, which may be broken, are left alone."""
-    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    turn = ROTATIONS.get(image.getexif().get(ORIENTATION, 1))
     if turn is not None:
         image = image.transpose(turn)
         image.info.pop("exif", None)

@@ -89,6 +89,6 @@ def test_what_was_not_trained_on_such_inputs_or_is_not_there_is_refused(
         TrainedEncoder("./nothing", "image")
     with pytest.raises(ConfigError, match="openm6:minj is no model of the package; did you mean 'mini'"):
         TrainedEncoder("minj", "image")
-    monkeypatch.setattr(encoder, "trained_prompts", lambda *_: [])
+    monkeypatch.setattr(encoder, "trained_prompt", lambda *_: None)
     with pytest.raises(ConfigError, match="was not trained to answer image with text: name a model that was"):
         TrainedEncoder(str(run), "image")
