@@ -74,7 +74,7 @@ def align(omni: Omni, text: Text, kinds: Sequence[str], batches: Iterable[Batch]
             parameter.copy_(values)
     if aligned:
         names, seconds = " and ".join(kind.removesuffix("_in") for kind in aligned), time.monotonic() - began
-        get_log().info(f"projections of {names} fitted to words of answers, by {examples:,} examples in {seconds:.0f} s")
+        get_log().info(f"projections of {names} fitted to words of answers by {examples:,} examples in {seconds:.0f} s")
 
 
 def _answers(omni: Omni, text: Text, batch: Batch) -> tuple[Tensor, Tensor]:
