@@ -237,6 +237,7 @@ class OpenM6:
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        repetition_penalty: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
@@ -262,6 +263,7 @@ class OpenM6:
         asked |= {"mask_box": mask_box, "mask_span": mask_span}
         questions = [Question(**asked, **_inputs(row)) for row in _rows(given)]
         text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
+        text["repetition_penalty"] = repetition_penalty
         masked = {"steps": num_inference_steps, "guidance": guidance_scale}
         settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         is_batch = any(isinstance(value, list) for value in given.values())
@@ -287,6 +289,7 @@ class OpenM6:
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        repetition_penalty: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
@@ -310,6 +313,7 @@ class OpenM6:
         chats = messages if is_batch else [messages]
         prompts = [values.parts_of_messages(chat, self.loaded) for chat in chats]
         text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
+        text["repetition_penalty"] = repetition_penalty
         masked = {"steps": num_inference_steps, "guidance": guidance_scale}
         settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         if stream:

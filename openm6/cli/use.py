@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openm6.cli.group import print_result, write_json
-from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, Trained, model_of
+from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, model_of
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.core.log import get_log
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
@@ -30,7 +30,7 @@ CHAT_TOKENS = 1024  # of an answer in a chat, which ends by itself
 
 
 def evaluate(
-    trained: Trained,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a run or checkpoint, or name of a model.")],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="eval.KEY=VALUE", help="Settings, such as eval.answers=300.")
     ] = None,
@@ -48,15 +48,17 @@ def evaluate(
     Example: openm6 evaluate runs/demo --tasks image_classification,text_to_image --json scores.json
     All records: openm6 evaluate runs/demo eval.records=1000 eval.answers=1000
     """
+    # torch takes seconds to import
+    from openm6.hub.find import find_model
+
+    trained = find_model(model_of(model))
     if scenarios:
         if tasks is not None or data is not None or num_gpu_layers is not None or settings:
             raise ConfigError("--scenarios runs examples of its own: leave all but --json, --device and --dtype out")
-        # torch takes seconds to import
         from openm6.serve.scenarios.run import results_table, run_scenarios
 
         print_result(results_table(run_scenarios(trained, json_path, device, dtype)))
         return
-    # torch takes seconds to import
     from openm6.evaluate.report import print_table
     from openm6.evaluate.run import evaluate as evaluate_model
 

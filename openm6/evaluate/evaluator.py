@@ -151,6 +151,8 @@ class EvalConfig(Config):
 
     # Whether a run is evaluated when it has been trained; auto: unless its weights are offloaded, which takes long.
     at_end: bool | Literal["auto"] = "auto"
+    # Also the tasks that only the start of the run was trained on.
+    of_start: bool = False
     # Test records per task for the information gain; of them, those answered in text or numbers, and those answered in
     # images or audio. auto: all, or as many of them as take `seconds`, but no fewer than LEAST.
     records: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"

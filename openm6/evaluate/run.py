@@ -31,10 +31,13 @@ def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig
     return dict(build(_Sources, {"sources": values}, where).sources)
 
 
-def chosen_tasks(description: CheckpointConfig, tasks: list[str] | None) -> list[TrainedTask]:
-    """The tasks trained after a start, or those whose task (or task/source) is named; ConfigError if one is unknown."""
+def chosen_tasks(description: CheckpointConfig, tasks: list[str] | None, of_start: bool = False) -> list[TrainedTask]:
+    """The tasks whose task (or task/source) is named; by default those trained after a start, and with `of_start` all.
+
+    ConfigError: a name is unknown.
+    """
     if tasks is None:
-        return [one for one in description.trained_tasks if not one.of_start]
+        return [one for one in description.trained_tasks if of_start or not one.of_start]
     names = [{one.task, f"{one.task}/{one.source}"} for one in description.trained_tasks]
     known = sorted(set().union(*names))
     for name in tasks:
@@ -68,11 +71,11 @@ def evaluate(
         check_writable(json_path, "--json")
     loaded = loaded or load(path, device, num_gpu_layers, precision=precision_of(dtype))
     description = loaded.description
-    trained_tasks = chosen_tasks(description, tasks)
     values = apply_overrides({"eval": description.eval}, settings or [])
     if set(values) != {"eval"}:
         raise ConfigError(f"evaluate takes settings of the section eval only, as eval.answers=300, not {settings}")
     config = build(EvalConfig, values["eval"], "eval")
+    trained_tasks = chosen_tasks(description, tasks, config.of_start)
     configs = source_configs(description.sources, str(loaded.checkpoint))
     used = dict.fromkeys(one.source for one in trained_tasks)
     if data is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, get_args
@@ -22,9 +23,10 @@ from openm6.core.device import check_alive
 from openm6.core.errors import first_line
 from openm6.core.log import get_log
 from openm6.inference.decode import DecodeStep, TextHead
-from openm6.inference.sampling import Sampling, filter_logits, gumbel
+from openm6.inference.sampling import Sampling, filter_logits, gumbel, penalize
+from openm6.modalities.interface import Segment
 
-SamplingMode = Literal["greedy", "unfiltered", "filtered"]
+SamplingMode = Literal["greedy", "unfiltered", "filtered", "penalized"]  # each does what those before it do
 # Rows of a pass from which on a product's bits do not depend on how many more there are (measured, MKL).
 PADDED_ROWS = 16
 MIN_TEMPERATURE = 1e-6  # below it, the most likely token is taken
@@ -49,6 +51,8 @@ class DecodeSequence:
     token: int
     # If set: scores of each token and of so many most likely ones are kept.
     top: int | None = None
+    # Its texts count for `repetition_penalty`.
+    prompt: Sequence[Segment] = ()
     tokens: list[int] = field(default_factory=list)
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     # Negative log-likelihood of the tokens.
@@ -93,6 +97,9 @@ class DecodeBatch:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(7)
         )
         self.temperature, self.top_p = (torch.zeros(slots, device=device) for _ in range(2))
+        self.penalty = torch.ones(slots, device=device)
+        # Which tokens a row has, once one is penalized.  # slots V
+        self.seen: Tensor | None = None
         # What graphs write: the tokens and the logits of a pass.
         self.sampled = torch.zeros(slots if self.graphed else 0, dtype=torch.int64, device=device)
         self.logits = torch.zeros(len(self.sampled), len(text_head.head), device=device)
@@ -106,9 +113,12 @@ class DecodeBatch:
         """The slot for the prompt of the next sequence."""
         return len(self.rows)
 
-    def add(self, key: Any, sampling: Sampling, position: int, token: int, top: int | None = None) -> DecodeSequence:
+    def add(
+        self, key: Any, sampling: Sampling, position: int, token: int, top: int | None = None,
+        prompt: Sequence[Segment] = (),
+    ) -> DecodeSequence:  # fmt: skip
         """Add a sequence whose prompt is in `next_slot`; `token` opens its text at `position`."""
-        row = DecodeSequence(key, sampling, position, token, top)
+        row = DecodeSequence(key, sampling, position, token, top, prompt)
         self._set(len(self.rows), row)
         self.rows.append(row)
         return row
@@ -124,6 +134,16 @@ class DecodeBatch:
         self.active[slot] = 1
         self.top_k[slot] = min(sampling.top_k or vocabulary, vocabulary)
         self.top_p[slot] = 1.0 if sampling.top_p is None else sampling.top_p
+        self.penalty[slot] = sampling.repetition_penalty
+        if sampling.repetition_penalty == 1:
+            return
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.token), vocabulary, dtype=torch.bool, device=self.token.device)
+        seen = torch.zeros(vocabulary, dtype=torch.bool)
+        for ids in (*(part.arrays["ids"] for part in row.prompt if part.kind == "text"), row.tokens):
+            seen[torch.as_tensor(ids, dtype=torch.int64)] = True
+        seen[list(self.text_head.ends)] = False  # a prompt of several turns has them, and must not delay the end
+        self.seen[slot] = seen
 
     def remove(self, row: DecodeSequence) -> None:
         """Remove a sequence, ended or not; the last one moves into its slot."""
@@ -147,6 +167,8 @@ class DecodeBatch:
         unfiltered = all(sampling.top_k is None and sampling.top_p is None for sampling in settings)
         greedy = all(sampling.temperature == 0 for sampling in settings)
         mode: SamplingMode = "greedy" if greedy else "unfiltered" if unfiltered else "filtered"  # as simple as possible
+        if any(sampling.repetition_penalty != 1 for sampling in settings):
+            mode = "penalized"
         run = self._replay if self.graphed else self._run
         sampled, logits = run(self._padded(count), longest, mode)
         logits, sampled = logits[:count], sampled[:count]
@@ -190,12 +212,18 @@ class DecodeBatch:
         if mode == "greedy":
             return logits.argmax(-1)
         batch = len(logits)
+        if mode == "penalized":
+            assert self.seen is not None
+            logits = penalize(logits, self.seen[:batch], self.penalty[:batch])
         temperature = self.temperature[:batch, None]
         scores = logits / torch.where(temperature > 0, temperature, 1.0)
-        if mode == "filtered":
+        if mode != "unfiltered":
             scores = filter_logits(scores, self.top_k[:batch], self.top_p[:batch])
         noise = gumbel(self.seed[:batch], self.draw[:batch], logits.shape[-1])
-        return torch.where(temperature > 0, scores + noise, logits).argmax(-1)
+        sampled = torch.where(temperature > 0, scores + noise, logits).argmax(-1)
+        if mode == "penalized":
+            self.seen[:batch].scatter_(1, sampled[:, None], True)
+        return sampled
 
     def capture(self) -> None:
         """Capture the passes of all sizes, the shortest first, or prepare compiled layers, before there are texts."""
@@ -209,7 +237,8 @@ class DecodeBatch:
         batches = dict.fromkeys(map(self._padded, range(1, self.capacity + 1)))
         lengths = sorted({min(size, self.cache.capacity) for size in (*KEYS, self.cache.capacity)})
         with torch.inference_mode():
-            for longest, batch, mode in product(lengths, batches, get_args(SamplingMode)):
+            modes = [mode for mode in get_args(SamplingMode) if mode != "penalized"]  # rare: captured when it occurs
+            for longest, batch, mode in product(lengths, batches, modes):
                 self._graph(batch, longest, mode)
         seconds = time.perf_counter() - began
         get_log().info(f"{len(self.graphs)} passes of up to {max(batches)} texts captured in {seconds:.1f} s")
@@ -243,7 +272,7 @@ class DecodeBatch:
 
         The state is restored each time; what the passes wrote into the cache is written again by the next one.
         """
-        state = (self.token, self.position, self.length, self.draw)
+        state = [self.token, self.position, self.length, self.draw, *([] if self.seen is None else [self.seen])]
         before = [part.clone() for part in state]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

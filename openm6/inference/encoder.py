@@ -19,6 +19,7 @@ from openm6.inference.question import Question, trained_prompt
 from openm6.modalities.audio import Audio
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part, Rng
+from openm6.modalities.pool import POOL
 from openm6.modalities.registry import opened, source_segments, split_opening
 
 
@@ -73,7 +74,9 @@ class TrainedEncoder(Encoder):
 
 @functools.lru_cache(2)
 def _headless(checkpoint: Path) -> LoadedModel:
-    """The model of a checkpoint without its last layer; one for images and audio."""
+    """The model of a checkpoint without what is not read, its last layer and its pool; one for images and audio."""
     loaded = load(checkpoint, "cpu")
+    if loaded.omni.pool is not None:
+        del loaded.omni.adapters[POOL]
     loaded.omni.backbone.layers = loaded.omni.backbone.layers[:-1]
     return loaded

@@ -97,9 +97,9 @@ def _decode(
     while waiting or batch.rows:
         joining, waiting = waiting[: batch.free], waiting[batch.free :]
         positions = prefill_all(loaded.omni, [prompt for _, (prompt, _) in joining], batch.cache, batch.next_slot)
-        for (index, (_, opening)), position in zip(joining, positions, strict=True):
+        for (index, (prompt, opening)), position in zip(joining, positions, strict=True):
             own = sampling.model_copy(update={"seed": sampling.seed + index})
-            batch.add(index, own, position, loaded.text.start if opening is None else opening)
+            batch.add(index, own, position, loaded.text.start if opening is None else opening, prompt=prompt)
         ended = batch.step()
         yield list(batch.rows), ended
         for row in ended:

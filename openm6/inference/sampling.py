@@ -19,11 +19,15 @@ MAX_TOKENS = 2**17  # for which a cache is allocated
 
 
 class Sampling(Config):
-    """How the next token of a text is chosen; temperature 0 takes the most likely one."""
+    """How the next token of a text is chosen; temperature 0 takes the most likely one.
+
+    `repetition_penalty`: above 1, tokens of the prompt and of the answer so far are less likely (see `penalize`).
+    """
 
     temperature: float = Field(default=0.0, ge=0)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
     seed: int = Field(default=0, ge=-MAX_SEED, le=MAX_SEED)
 
@@ -76,6 +80,15 @@ def draw_from(scores: Tensor, quantile: Tensor) -> Tensor:
     """Draw from the softmax of scores, by one number in (0, 1) for each row.  # B V, B -> B"""
     mass = scores.softmax(-1).cumsum(-1)
     return torch.searchsorted(mass, quantile[:, None] * mass[:, -1:])[:, 0]
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Divide positive scores of tokens that were seen, multiply negative ones (arXiv 1909.05858, section 4.1).
+
+    # B V, B V bool, B -> B V
+    """
+    penalty = torch.where(seen, penalty[:, None], 1.0)
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -24,9 +24,14 @@ FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0  # arXiv 2103.00020, section 2.5
 
 
 class PoolConfig(Config):
-    """`size` numbers make an embedding."""
+    """`size` numbers make an embedding.
+
+    `hidden_size`: a layer of so many units before the embedding (arXiv 2002.05709, section 4.2). A frozen backbone,
+    whose hidden states are not trained for it, needs one.
+    """
 
     size: int = Field(default=128, ge=2, le=8192)
+    hidden_size: int | None = Field(default=None, ge=2, le=65536)
 
 
 def pooled(segments: list[Segment], key: str = "", space: str = "", learn: bool = False) -> list[Segment]:
@@ -47,7 +52,9 @@ class PoolAdapter(Adapter):
     def __init__(self, hidden_size: int, config: PoolConfig) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(hidden_size).normal_(std=0.02))
-        self.project = nn.Linear(hidden_size, config.size, bias=False)
+        width = config.hidden_size
+        self.hidden = None if width is None else nn.Linear(hidden_size, width)
+        self.project = nn.Linear(width or hidden_size, config.size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
         self.gather: Gather | None = None
 
@@ -56,6 +63,8 @@ class PoolAdapter(Adapter):
 
     def vectors(self, hidden: Tensor) -> Tensor:
         """Embeddings of length 1.  # n D -> n E"""
+        if self.hidden is not None:
+            hidden = F.gelu(self.hidden(hidden))
         return F.normalize(self.project(hidden).float(), dim=-1)
 
     @property

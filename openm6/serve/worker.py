@@ -286,7 +286,7 @@ class Worker:
         assert isinstance(request, requests.TextRequest)
         opening = handle.prepared.opening
         token = self.loaded.text.start if opening is None else opening
-        self.text.add(handle, request.sampling, position, token, request.top)
+        self.text.add(handle, request.sampling, position, token, request.top, handle.prepared.prompt)
 
     def _step_text(self) -> None:
         """Generate one token of every text; decode those that end, have stop strings or are being read."""

@@ -39,6 +39,7 @@ def write_reference(model: LoadedModel, prompt: Prompt, sampling: Sampling) -> s
     """A text, token by token."""
     prompt, opening = split_opening(prompt)
     text, ids = model.text, [model.text.start if opening is None else opening]
+    asked = {int(one) for segment in prompt if segment.kind == "text" for one in segment.arrays["ids"]} - text.ends
     token = torch.arange(text.vocab_size)
     suppressed = (token >= text.first_special) & (token != text.end)
     while len(ids) <= sampling.max_tokens and ids[-1] != text.end:
@@ -46,6 +47,8 @@ def write_reference(model: LoadedModel, prompt: Prompt, sampling: Sampling) -> s
         target = Segment("text", arrays, line(len(ids)), len(ids), arrays["ids"] >= 0, "causal")
         logits = model.omni.text.logits(hidden_states(model, prompt, target)[-1:]).float()
         logits = logits.masked_fill(suppressed, float("-inf"))
+        for one in {*asked, *ids[1:]}:
+            logits[0, one] *= sampling.repetition_penalty ** (-1 if logits[0, one] > 0 else 1)
         if sampling.temperature > 0:
             k = torch.tensor([sampling.top_k or len(token)]).clamp(max=len(token))
             p = torch.tensor([1.0 if sampling.top_p is None else sampling.top_p])

@@ -30,7 +30,7 @@ SAMPLINGS = (
     Sampling(temperature=1.0, max_tokens=5, seed=2),
     Sampling(temperature=0.8, top_k=20, max_tokens=20, seed=3),
     Sampling(temperature=1.0, top_p=0.7, max_tokens=9, seed=4),
-    Sampling(temperature=0.7, top_k=30, top_p=0.9, max_tokens=14, seed=5),
+    Sampling(temperature=0.7, top_k=30, top_p=0.9, repetition_penalty=1.5, max_tokens=14, seed=5),
 )
 STEPS = 12
 
@@ -57,7 +57,7 @@ def run_all(model: LoadedModel, prompts: list[Prompt], slots: int, batch_invaria
         if todo and rows.free and steps % 2 == 0:
             index = todo.pop(0)
             position, _ = prefill(model.omni, prompts[index], rows.cache, rows.next_slot)
-            rows.add(index, SAMPLINGS[index], position, model.text.start, top=2)
+            rows.add(index, SAMPLINGS[index], position, model.text.start, top=2, prompt=prompts[index])
         for row in rows.step():
             done[row.key] = row
             rows.remove(row)
@@ -125,6 +125,35 @@ def test_a_text_alone_equals_the_text_in_a_batch(
         assert alone.confidence == pytest.approx(batch[row].confidence, rel=1e-4)
         assert 0 < alone.confidence <= 1
     assert generate_texts(model, [], settings) == []
+
+
+def test_a_penalty_is_that_of_the_model_without_a_cache(model: LoadedModel, ragged: list[Prompt]) -> None:
+    greedy = Sampling(max_tokens=STEPS, repetition_penalty=1.4)
+    drawn = greedy.model_copy(update={"temperature": 0.8, "top_p": 0.9, "seed": 3})
+    expected = [
+        [write_reference(model, prompt, one.model_copy(update={"seed": one.seed + row})) for row, prompt in rows]
+        for one in (greedy, drawn)
+        for rows in [list(enumerate(ragged))]
+    ]
+    assert [generate_texts(model, ragged, one) for one in (greedy, drawn)] == expected
+    assert generate_texts(model, ragged, Sampling(max_tokens=STEPS)) != expected[0]
+
+
+def test_a_high_penalty_leaves_no_token_twice(model: LoadedModel, ragged: list[Prompt]) -> None:
+    def written(penalty: float) -> list[list[int]]:
+        found = []
+        for prompt in ragged:
+            rows = DecodeBatch(TextHead.of(model.omni, model.text), 1, 128)
+            position, _ = prefill(model.omni, prompt, rows.cache, 0)
+            sampling = Sampling(max_tokens=STEPS, repetition_penalty=penalty)
+            row = rows.add(0, sampling, position, model.text.start, prompt=prompt)
+            while row not in rows.step():
+                pass
+            found.append(row.tokens)
+        return found
+
+    assert any(len(set(tokens)) < len(tokens) for tokens in written(1.0)), "the model must repeat itself"
+    assert all(len(set(tokens)) == len(tokens) for tokens in written(100.0))
 
 
 def test_seeds_matter_only_if_something_is_drawn(model: LoadedModel, prompts: list[Prompt]) -> None:

@@ -65,7 +65,10 @@ def opened(head: TextHead, rows: int, replays: bool) -> DecodeBatch:
     slots = next(size for size in BATCHES if size >= rows)
     batch = DecodeBatch(head, slots, 64)
     for row in range(rows):
-        sampling = Sampling(max_tokens=STEPS - row % 2, temperature=0.8 if row % 3 == 0 else 0.0, seed=row)
+        sampling = Sampling(
+            max_tokens=STEPS - row % 2, temperature=0.8 if row % 3 == 0 else 0.0, seed=row,
+            repetition_penalty=1.0 if row % 4 else 1.5,
+        )  # fmt: skip
         batch.add(row, sampling, 0, row % VOCABULARY)
     return graphed(batch) if replays else ungraphed(batch)
 
@@ -117,7 +120,7 @@ def test_replayed_is_run(
 def test_all_sizes_are_captured_before_the_first_text(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For 1, 8 and 16 texts, 128 and 200 keys, three ways to sample; later nothing is captured any more."""
+    """For 1, 8 and 16 texts, 128 and 200 keys, three ways to sample, none with a penalty; later nothing is captured."""
     if device == CPU:
         monkeypatch.setattr(DecodeBatch, "_captured", recorded)
     caplog.set_level(logging.INFO, get_log().name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 import openm6
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import open_reader
+from openm6.codecs.external import weights_sha256
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference import encoder
 from openm6.inference.encoder import TrainedEncoder
 from openm6.inference.load import load, read_texts
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part
+from openm6.modalities.pool import POOL, PoolAdapter, PoolConfig
 from openm6.modalities.registry import source_segments
 from openm6.train.run import train_recipe
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
@@ -53,6 +56,17 @@ def test_features_are_the_states_before_the_last_layer(run: Path) -> None:
     np.testing.assert_allclose(features, expected.numpy(), atol=2e-3)
     assert features.dtype == np.float16 and features.shape[1] == reader.width
     assert np.abs(features - reader(noise().rotate(90)).reshape(count, -1)).max() > 0.01
+
+
+def test_embeddings_that_are_trained_later_change_no_encoder(run: Path, tmp_path: Path) -> None:
+    loaded, before = load(run, "cpu"), TrainedEncoder(str(run), "image")
+    loaded.omni.adapters[POOL] = PoolAdapter(loaded.description.backbone.hidden_size, PoolConfig(size=16))
+    description = loaded.description.model_copy(update={"embedding": PoolConfig(size=16)})
+    openm6.OpenM6(replace(loaded, description=description)).save_pretrained(tmp_path / "embeds")
+    after = TrainedEncoder(str(tmp_path / "embeds"), "image")
+    assert load(tmp_path / "embeds", "cpu").omni.pool is not None
+    assert weights_sha256(before) == weights_sha256(after)
+    np.testing.assert_array_equal(before(noise()), after(noise()))
 
 
 def test_audio_has_a_token_for_each_step_and_training_changes_what_is_read(run: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from openm6.inference.sampling import draw_from, filter_logits, gumbel
+from openm6.inference.sampling import draw_from, filter_logits, gumbel, penalize
 
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]])
 COUNT = 4000
@@ -55,6 +56,15 @@ def test_top_p_leaves_the_smallest_set_of_that_mass() -> None:
 def test_each_row_is_filtered_by_its_own_settings() -> None:
     found = filter_logits(SCORES.expand(3, -1), torch.tensor([1, 5, 3]), torch.tensor([1.0, 0.8, 1.0]))
     assert found.isfinite().sum(1).tolist() == [1, 2, 3]
+
+
+def test_a_penalty_is_that_of_transformers() -> None:
+    """Tokens that were seen, twice or once, count once; others keep their scores to the bit."""
+    scores, ids = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 1, 4]]).expand(3, 3)
+    seen = torch.zeros(3, 20, dtype=torch.bool).scatter(1, ids, True)
+    for penalty in (0.8, 1.0, 1.7):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, scores)
+        torch.testing.assert_close(penalize(scores, seen, torch.full((3,), penalty)), expected)
 
 
 def test_noise_belongs_to_its_row() -> None:

@@ -62,6 +62,17 @@ def test_no_pairs_cost_nothing_and_still_have_a_gradient() -> None:
     assert pool.project.weight.grad is not None and not pool.project.weight.grad.any()
 
 
+def test_a_hidden_layer_separates_what_one_projection_cannot() -> None:
+    """Embeddings of x, −x and 0, of which a linear head makes two opposite ones."""
+    hidden = torch.tensor([[1.0] * 16, [-1.0] * 16])
+    torch.manual_seed(0)
+    pool = PoolAdapter(16, PoolConfig(size=8, hidden_size=64))
+    similarity = [float(one.vectors(hidden).detach().prod(0).sum()) for one in (adapter(), pool)]
+    assert similarity[0] == pytest.approx(-1, abs=1e-5) and similarity[1] > -0.9
+    pool.nll(torch.randn(4, 16), arrays(["a", "b"])).sum().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in (pool.hidden.weight, pool.project.weight))  # type: ignore[union-attr]
+
+
 def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
     pool = adapter()
     assert torch.allclose(pool.vectors(torch.randn(5, 16)).norm(dim=-1), torch.ones(5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,16 @@ def test_examples_bring_their_files(run: Path, tmp_path: Path, corpus: Path) -> 
     scenario = library_of(load(packed).loaded.description, packed).scenarios["read_digit"]
     assert example_values(scenario, "en")["image"] == png("red", 40)
     assert example_values(scenario, "zh")["image"].startswith(b"\x89PNG")
+
+
+def test_the_parts_of_a_training_make_one_model(tmp_path: Path) -> None:
+    model = loaded(trained_tasks=TASKS)
+    tasks = [one.model_copy(update={"of_start": True}) for one in model.description.trained_tasks]
+    description = model.description.model_copy(update={"trained_tasks": tasks})
+    OpenM6(replace(model, description=description)).save_pretrained(tmp_path / "run")
+    pack.pack(tmp_path / "run", tmp_path / "packed", "bf16", tmp_path, written(tmp_path, {}))
+    found = load(tmp_path / "packed").loaded.description.trained_tasks
+    assert len(found) == len(TASKS) and not any(one.of_start for one in found)
 
 
 @pytest.mark.parametrize(

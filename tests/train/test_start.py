@@ -141,6 +141,9 @@ def test_tasks_of_the_start_alone_are_not_evaluated_again(start: Path, tmp_path:
     found = evaluate(tmp_path / "run")
     assert [result.source for result in found.results] == ["penguins", "penguins"]
     assert len(load(tmp_path / "run").description.trained_tasks) == 7
+    few = [f"eval.{name}=2" for name in ("records", "answers", "drawn")]
+    everything = evaluate(tmp_path / "run", settings=["eval.of_start=true", *few])
+    assert len(everything.results) == 7
     again = evaluate(tmp_path / "run", ["image_classification"])
     assert [result.source for result in again.results] == ["digits"]
 

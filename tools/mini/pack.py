@@ -71,6 +71,9 @@ def pack(
     """
     checkpoint = latest(run)
     description, tokenizer = read_texts(checkpoint)
+    # The parts of a training make one model.
+    trained = [one.model_copy(update={"of_start": False}) for one in description.trained_tasks]
+    published = description.to_publish().model_copy(update={"trained_tasks": trained})
     reader, state = open_reader(checkpoint), read_state(checkpoint)
     whole = {name: reader.read(name) for name in reader.names if SEPARATOR not in name}
     kept: dict[str, Any] = {
@@ -81,7 +84,7 @@ def pack(
     for chosen in choices:
         with new_folder(out) as partial:
             write_tensors(partial / MODEL_FILE, compact(whole, chosen))
-            (partial / DESCRIPTION_FILE).write_text(description.to_publish().to_json(), encoding="utf-8", newline="\n")
+            (partial / DESCRIPTION_FILE).write_text(published.to_json(), encoding="utf-8", newline="\n")
             (partial / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8", newline="\n")
             write_examples(examples, corpus, partial)
             if (report := run / "report.json").is_file():

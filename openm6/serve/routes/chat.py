@@ -88,7 +88,8 @@ class DrawSettings(BaseModel):
 
 
 class ChatBody(BaseModel):
-    """OpenAI's fields; `modalities` may also hold `image` and `numbers`; top_k, numbers, image and draw are ours.
+    """OpenAI's fields; `modalities` may also hold `image` and `numbers`; top_k, repetition_penalty (both as in vLLM),
+    numbers, image and draw are ours.
 
     `temperature` is 0 by default: a small model answers best by its likeliest words.
     Fields of OpenAI's that would change the answer and are not offered are refused, see `refuse_unsupported`.
@@ -104,6 +105,7 @@ class ChatBody(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
     n: int | None = Field(default=None, ge=1, le=8)
     seed: schemas.Seed = None
     stop: Stop | list[Stop] | None = None
@@ -161,8 +163,9 @@ def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens
     if body.top_logprobs is not None and not body.logprobs:
         raise BadRequestError("top_logprobs needs logprobs: set it to true", "top_logprobs")
     sampling = Sampling(
-        temperature=body.temperature or 0.0, top_k=body.top_k, top_p=body.top_p, max_tokens=tokens, seed=seed
-    )
+        temperature=body.temperature or 0.0, top_k=body.top_k, top_p=body.top_p,
+        repetition_penalty=body.repetition_penalty or 1.0, max_tokens=tokens, seed=seed,
+    )  # fmt: skip
     top = (body.top_logprobs or 0) if body.logprobs else None
     return TextRequest(parts=parts, sampling=sampling, stop=tuple(stop), top=top)
 

@@ -360,28 +360,39 @@ def results_table(results: list[ExampleResult]) -> Table:
 
 
 class Example(NamedTuple):
-    """An example that belongs to a model; `number` counts those of a scenario in a language."""
+    """An example that belongs to a model; `number` counts those of a scenario in a language.
+
+    `note`: why the scenario is not ready, if it is not.
+    """
 
     scenario: Scenario
     language: Language
     number: int
     request: requests.Request
+    note: str = ""
 
 
 def examples_of(
     library: ScenarioLibrary, description: CheckpointConfig, scores: Scores, languages: Iterable[Language] = LANGUAGES,
-    recorded: bool = False,
+    recorded: bool = False, weak: bool = False,
 ) -> Iterator[Example]:  # fmt: skip
-    """Yield examples of all scenarios that are ready; with `recorded`, a test record stands in where none fits."""
-    for scenario, language in product(library.scenarios.values(), languages):
-        if scenario.output not in MODALITIES or not readiness(scenario, description, scores).ready:
+    """Yield examples of all scenarios that are ready; with `recorded`, a test record stands in where none fits.
+
+    With `weak`, scenarios that are trained but not ready stand in for pairs of modalities that have none.
+    """
+    able = {name: readiness(one, description, scores) for name, one in library.scenarios.items()}
+    pairs = {(one.input_modality, one.output) for name, one in library.scenarios.items() if able[name].ready}
+    for (name, scenario), language in product(library.scenarios.items(), languages):
+        stands_in = weak and able[name].trained and (scenario.input_modality, scenario.output) not in pairs
+        if scenario.output not in MODALITIES or not (able[name].ready or stands_in):
             continue
+        note = "" if able[name].ready else able[name].text(language)
         own = sum(language in one for one in scenario.own_examples) or example_fits(scenario, language, description)
         for index in range(own):
             values = example_values(scenario, language, index)
-            yield Example(scenario, language, index, scenario_request(scenario, language, values))
+            yield Example(scenario, language, index, scenario_request(scenario, language, values), note)
         if recorded and not own and (request := recorded_request(scenario, language, description)):
-            yield Example(scenario, language, 0, request)
+            yield Example(scenario, language, 0, request, note)
 
 
 def sample_of(request: requests.Request, answer: requests.Answer, loaded: LoadedModel) -> Sample:
@@ -410,7 +421,7 @@ def try_model(trained: Path | str, out: Path, device: str = "auto", dtype: str =
         library = library_of(loaded.description, loaded.checkpoint)
         cells: dict[tuple[str, str], list[tuple[Example, Any]]] = {}
         others: list[tuple[Example, Any]] = []
-        examples = list(examples_of(library, loaded.description, scores, recorded=True))
+        examples = list(examples_of(library, loaded.description, scores, recorded=True, weak=True))
         for example in track(examples, "answers", console=Console(stderr=True), transient=True):
             with suppress(OpenM6Error):
                 answer = engine.ask_and_wait(example.request)

@@ -136,6 +136,22 @@ def test_a_page_of_answers_to_the_examples_that_a_model_brings(home: Path) -> No
     assert "truth" not in re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
 
 
+def test_what_is_not_ready_is_shown_for_its_pair_with_the_reason(home: Path) -> None:
+    def page(*weak: str) -> str:
+        score = {"metric": "exact_match", "value": 0.02, "baseline": 0.03, "beats_baseline": False}
+        scores = {"tasks": {f"{task}/digits": score for task in weak}}
+        (home / "models" / "mini" / "report.json").write_text(json.dumps(scores), encoding="utf-8")
+        assert try_model("mini", home / "try.html").startswith("answers of mini in 5 of 16 pairs")
+        return (home / "try.html").read_text(encoding="utf-8")
+
+    reason = "trained, but not better than its baseline: 2.0 % exact match against 3.0 %"
+    assert reason not in page()
+    drawn = page("text_to_image")
+    assert reason in drawn and "已训练，但不优于基线" in drawn and "a blue kite" in drawn
+    # Filling in takes an image, too; no other pair lacks a scenario that is ready.
+    assert page("text_to_image", "image_inpainting").count(reason) > drawn.count(reason)
+
+
 @pytest.mark.parametrize(
     ("examples", "error"),
     [
