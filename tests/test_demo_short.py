@@ -32,7 +32,7 @@ SETTINGS = [
     "eval.decoding.steps=2",
 ]
 # Fewer records, or the tokenizer takes the time; as many as hold every answer of the closed tasks.
-LIMITS = {"digits": 60, "spoken": 400, "questions": 60}
+LIMITS = {"avatars": 60, "digits": 60, "spoken": 400, "questions": 60}
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
-from embedded_data import images, numbers, questions, speech, synthetic, tables, texts
+from embedded_data import faces, images, numbers, questions, speech, synthetic, tables, texts
 
 RECORDS = {
+    "avatars": faces.avatars,
     "emoji": images.emoji,
     "countries": images.countries,
     "digits": images.digits,

@@ -18,7 +18,7 @@ from openm6.core.errors import ConfigError
 TASKS = (
     "image classification/digits",
     "speech recognition/spoken",
-    "text to image/digits",
+    "text to image/avatars",
     "image inpainting/digits",
     "time series forecasting/weather",
 )

@@ -207,17 +207,17 @@ def test_a_row_without_its_part_or_task_states_the_reason(evaluation, tmp_path):
 
 
 def test_degenerate_couplets_and_empty_descriptions_are_no_success(evaluation, monkeypatch):
-    def ask(task_name, records, words="天天天天天"):
+    def ask(task_name, records):
         pairs = rows.Evaluation.examples(evaluation, task_name, records)
-        text = words if task_name == "couplet_completion" else ""
-        return [rows.Asked(record, example, text) for record, example in pairs]
+        return [rows.Asked(record, example, "") for record, example in pairs]
 
     monkeypatch.setattr(evaluation, "ask", ask)
+    monkeypatch.setattr(rows, "generate_texts", lambda loaded, prompts, sampling: ["天天天天天"] * len(prompts))
     found = rows.couplet_form(evaluation)
     assert found.value == 0 and found.details["length"] == 1 and found.details["different lines"] == 1
     described = rows.avatars_described(evaluation)
     assert described.value == described.details["empty text"] < 0.5
-    monkeypatch.setattr(evaluation, "ask", lambda task_name, records: ask(task_name, records, "星垂平野阔"))
+    monkeypatch.setattr(rows, "generate_texts", lambda loaded, prompts, sampling: ["星垂平野阔"] * len(prompts))
     assert rows.couplet_form(evaluation).value == 1
 
 

@@ -32,9 +32,12 @@ from openm6.evaluate.likelihood import sequence_nll
 from openm6.evaluate.metrics import same_text
 from openm6.evaluate.results import Interval, bootstrap_interval
 from openm6.evaluate.run import source_configs
+from openm6.inference.engine import generate_texts
 from openm6.inference.load import LoadedModel
 from openm6.inference.question import Answer
 from openm6.modalities.histogram import Histogram
+from openm6.modalities.registry import source_segments
+from openm6.serve.scenarios.scenario import read_library
 from openm6.tasks.task import Example
 from openm6.train.run import recipe_path
 from tools.mini.corpus import fraction_of
@@ -482,10 +485,15 @@ def series_losses(asked: Asked, history: tuple[list[str], np.ndarray], season: i
 
 
 def couplet_form(run: Evaluation) -> Evaluated:
-    """Lower lines of the length of the upper line, without any of its characters, and not one character repeated."""
-    asked = run.ask("couplet_completion", run.records("couplets", ANSWERED))
+    """Lower lines of the length of the upper line, without any of its characters, and not one character repeated.
+
+    They are decoded as in the scenario `couplet`, by the settings that a user gets.
+    """
+    found = run.examples("couplet_completion", run.records("couplets", ANSWERED))
+    prompts = [source_segments(example.source, run.loaded.modalities) for _, example in found]
+    lines = generate_texts(run.loaded, prompts, read_library().scenarios["couplet"].decoding.text)
     trained = set(run.source("couplets", "train").values("answer"))
-    pairs = [(one.record["question"], str(one.answer).strip("。 ")) for one in asked]
+    pairs = [(record["question"], line.strip("。 ")) for (record, _), line in zip(found, lines, strict=True)]
     long = [float(len(upper) == len(lower)) for upper, lower in pairs]
     new = [float(len(set(lower)) > 1 and not set(upper) & set(lower)) for upper, lower in pairs]
     details = {"length": float(np.mean(long)), "new characters": float(np.mean(new))}

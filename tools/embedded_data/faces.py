@@ -1,0 +1,62 @@
+"""Faces in pixel art by DiceBear: what draws one is its caption. No test combination of hair and colours is trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from embedded_data.tables import Row
+
+# The builder of the corpus of `mini` fetches and draws them.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tools.mini.avatars import FAMILIES, WHITE, Attributes  # noqa: E402
+from tools.mini.corpus import split_of  # noqa: E402
+from tools.mini.images import exported  # noqa: E402
+from tools.mini.packages import PACKAGES, Packages  # noqa: E402
+from tools.mini.raster import SIDE, png, svg_image  # noqa: E402
+
+FAMILY, COUNT = "pixel-art", 9000  # draws, of which all 864 faces come out
+SHAPES = {
+    "hair": ["short17", "long13"], "mouth": ["happy09", "sad01"], "eyes": ["variant09"], "clothing": ["variant03"],
+    "glasses": ["light05"], "glassesColor": ["323232"], "glassesProbability": 50, "eyesColor": ["5b7c8b"],
+    "mouthColor": ["de0f0d"],
+    "hatProbability": 0, "beardProbability": 0, "accessoriesProbability": 0,
+}  # fmt: skip
+
+
+def avatars(cache: Path) -> list[Row]:
+    """One shape for each word, so that a caption says all that there is to draw."""
+    packages = Packages(cache / "mini")
+    packages.import_requirements()
+    family = FAMILIES[FAMILY]
+    colours = {name: family.options[name] for name in ("hairColor", "skinColor", "clothingColor")}
+    options = json.dumps({**WHITE, **colours, **SHAPES})
+    rows: dict[str, Row] = {}
+    for drawn in exported(packages, ["dicebear", *FAMILIES], "avatars", FAMILY, str(COUNT), options):
+        words = family.attributes(drawn["options"])
+        english, chinese = _caption(words)
+        if english not in rows:
+            rows[english] = {
+                "id": f"avatar/{drawn['index']}",
+                "source": PACKAGES[FAMILY].source,
+                "license": PACKAGES[FAMILY].license,
+                "split": split_of(FAMILY, *(words[name][0] for name in family.combined), validation=0.0),
+                "kind": "image_text",
+                "image": png(svg_image(drawn["svg"])),
+                "image_w": SIDE,
+                "image_h": SIDE,
+                "text_en": english,
+                "text_zh": chinese,
+            }
+    return list(rows.values())
+
+
+def _caption(words: Attributes) -> tuple[str, str]:
+    mood, skin, hair, colour, shirt = (words[name] for name in ("mood", "skin", "hair", "hair colour", "shirt"))
+    english = [f"{skin[0]} skin", f"{hair[0]} {colour[0]} hair", f"a {shirt[0]} shirt"]
+    chinese = [f"{mood[1]}的脸", f"{skin[1]}皮肤", f"{colour[1]}{hair[1]}", f"{shirt[1]}上衣"]
+    if "glasses" in words:
+        english.append(words["glasses"][0])
+        chinese.append(words["glasses"][1])
+    return f"a {mood[0]} face with {', '.join(english[:-1])} and {english[-1]}", "，".join(chinese)
