@@ -10,11 +10,11 @@ from embedded_data.tables import Row
 
 # The builder of the corpus of `mini` fetches and draws them.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from tools.mini.avatars import FAMILIES, WHITE, Attributes  # noqa: E402
-from tools.mini.corpus import split_of  # noqa: E402
-from tools.mini.images import exported  # noqa: E402
-from tools.mini.packages import PACKAGES, Packages  # noqa: E402
-from tools.mini.raster import SIDE, png, svg_image  # noqa: E402
+from tools.mini.avatars import FAMILIES, WHITE, Attributes
+from tools.mini.corpus import split_of
+from tools.mini.images import exported
+from tools.mini.packages import PACKAGES, Packages
+from tools.mini.raster import SIDE, png, svg_image
 
 FAMILY, COUNT = "pixel-art", 9000  # draws, of which all 864 faces come out
 SHAPES = {
