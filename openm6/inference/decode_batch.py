@@ -212,17 +212,17 @@ class DecodeBatch:
         if mode == "greedy":
             return logits.argmax(-1)
         batch = len(logits)
-        if mode == "penalized":
-            assert self.seen is not None
-            logits = penalize(logits, self.seen[:batch], self.penalty[:batch])
+        seen = None if mode != "penalized" or self.seen is None else self.seen[:batch]
+        if seen is not None:
+            logits = penalize(logits, seen, self.penalty[:batch])
         temperature = self.temperature[:batch, None]
         scores = logits / torch.where(temperature > 0, temperature, 1.0)
         if mode != "unfiltered":
             scores = filter_logits(scores, self.top_k[:batch], self.top_p[:batch])
         noise = gumbel(self.seed[:batch], self.draw[:batch], logits.shape[-1])
         sampled = torch.where(temperature > 0, scores + noise, logits).argmax(-1)
-        if mode == "penalized":
-            self.seen[:batch].scatter_(1, sampled[:, None], True)
+        if seen is not None:
+            seen.scatter_(1, sampled[:, None], True)
         return sampled
 
     def capture(self) -> None:
