@@ -48,17 +48,19 @@ def evaluate(
     Example: openm6 evaluate runs/demo --tasks image_classification,text_to_image --json scores.json
     All records: openm6 evaluate runs/demo eval.records=1000 eval.answers=1000
     """
+    if scenarios and (tasks is not None or data is not None or num_gpu_layers is not None or settings):
+        raise ConfigError("--scenarios runs examples of its own: leave all but --json, --device and --dtype out")
     # torch takes seconds to import
     from openm6.hub.find import find_model
 
     trained = find_model(model_of(model))
     if scenarios:
-        if tasks is not None or data is not None or num_gpu_layers is not None or settings:
-            raise ConfigError("--scenarios runs examples of its own: leave all but --json, --device and --dtype out")
+        # torch takes seconds to import
         from openm6.serve.scenarios.run import results_table, run_scenarios
 
         print_result(results_table(run_scenarios(trained, json_path, device, dtype)))
         return
+    # torch takes seconds to import
     from openm6.evaluate.report import print_table
     from openm6.evaluate.run import evaluate as evaluate_model
 

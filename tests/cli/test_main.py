@@ -131,9 +131,10 @@ def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) 
 def test_an_evaluation_takes_a_model_that_does_not_fit_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called(monkeypatch)
     assert runner.invoke(app, ["evaluate", "runs/x", "--num-gpu-layers", "0", "--device", "cpu"]).exit_code == 0
-    assert called.calls[0] == (
+    assert called.calls[0] == ("find_model", (Path("runs/x"),), {})
+    assert called.calls[1] == (
         "evaluate",
-        (Path("runs/x"), None, None, None, []),
+        ("find_model is done", None, None, None, []),
         {"device": "cpu", "num_gpu_layers": 0, "dtype": "auto"},
     )
     refused = runner.invoke(app, ["evaluate", "runs/x", "--num-gpu-layers", "0", "--scenarios"])
@@ -181,10 +182,10 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     called = Called(monkeypatch)
     shown = runner.invoke(app, ["evaluate", "runs/x", "--tasks", "a,b", "--json", "s.json"])
     assert shown.exit_code == 0, shown.output
-    (name, words, named), (show, shown_words, _) = called.calls
+    _, (name, words, named), (show, shown_words, _) = called.calls
     assert (name, words, named) == (
         "evaluate",
-        (Path("runs/x"), ["a", "b"], None, Path("s.json"), []),
+        ("find_model is done", ["a", "b"], None, Path("s.json"), []),
         {"device": "auto", "num_gpu_layers": None, "dtype": "auto"},
     )
     assert (show, shown_words[0]) == ("print_table", "evaluate is done")

@@ -144,7 +144,9 @@ def test_what_is_not_ready_is_shown_for_its_pair_with_the_reason(home: Path) -> 
         assert try_model("mini", home / "try.html").startswith("answers of mini in 5 of 16 pairs")
         return (home / "try.html").read_text(encoding="utf-8")
 
-    reason = "trained, but not better than its baseline: 2.0 % exact match against 3.0 %"
+    reason = (
+        "trained, but not better than its baseline: 2.0\N{NO-BREAK SPACE}% exact match against 3.0\N{NO-BREAK SPACE}%"
+    )
     assert reason not in page()
     drawn = page("text_to_image")
     assert reason in drawn and "已训练，但不优于基线" in drawn and "a blue kite" in drawn
