@@ -28,6 +28,7 @@ from openm6.data.sources import open_sources
 from tests.data.sample_images import png
 
 LENGTHS = {
+    "avatars": (768, 96),
     "emoji": (1468, 181),
     "countries": (225, 24),
     "digits": (1618, 179),

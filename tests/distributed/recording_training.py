@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,16 @@ class FallError(Exception):
 class RecordingTraining(MultimodalTraining):
     """`seen` holds the records of each step that this rank took; nothing is judged at the end."""
 
-    def prepare(self, fall_at: int | None) -> None:
-        self.fall_at, self.seen = fall_at, {}
+    def prepare(self, fall_at: int | None, checkpoints: Path) -> None:
+        self.fall_at, self.seen, self.checkpoints = fall_at, {}, checkpoints
 
     def loss(self, batch: Batch) -> StepResult:
         step = self.first_step + len(self.seen)
         if step == self.fall_at:
+            # Ranks that fall leave a checkpoint that is being written incomplete; on a slow disk it still is.
+            end = time.monotonic() + 60
+            while any(self.checkpoints.glob(".step-*.partial")) and time.monotonic() < end:
+                time.sleep(0.01)
             raise FallError
         self.seen[step] = [(draw.component, draw.epoch, draw.index) for draw in batch.samples]
         return super().loss(batch)
@@ -56,7 +61,7 @@ def run_steps(
     ranks = DistributedContext(torch.device("cpu"), 20) if dist.is_initialized() else ProcessGroupContext()
     training = RecordingTraining(checked, run, torch.device("cpu"), ranks)
     training.first_step = begin
-    training.prepare(fall_at)
+    training.prepare(fall_at, run.checkpoints)
     with contextlib.suppress(FallError):
         train(training, checked.loop, run, resume=True)
     losses: dict[int, Any] = {line["step"]: line["loss"] for line in run.read_metrics() if "loss" in line}

@@ -180,7 +180,7 @@ def test_a_trial_trains_saves_and_evaluates(
     run = RunFolder(tmp_path)
     trial, steps = TrialRun.model_validate_json((run.path / TRIAL_FILE).read_text()), measured_steps(run)
     assert steps.count == STEPS - WARMUP_STEPS - 1 and steps.seconds > 0
-    assert trial.minutes == 5.6 and trial.steps is None and trial.step_tokens == 256
+    assert trial.minutes == 5.9 and trial.steps is None and trial.step_tokens == 256
     assert trial.cached_batches == STEPS + 3 and trial.cores >= 1 and trial.cache_uses
     assert trial.save_seconds and trial.held_out_seconds and trial.report_seconds > 0
     assert [fraction for fraction, _ in trial.evaluations] == [0.05, 0.25]
