@@ -262,8 +262,7 @@ class OpenM6:
         asked: Any = {"output": output, "column": target, "ahead": prediction_length, "language": language}
         asked |= {"mask_box": mask_box, "mask_span": mask_span}
         questions = [Question(**asked, **_inputs(row)) for row in _rows(given)]
-        text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
-        text["repetition_penalty"] = repetition_penalty
+        text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
         masked = {"steps": num_inference_steps, "guidance": guidance_scale}
         settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         is_batch = any(isinstance(value, list) for value in given.values())
@@ -312,8 +311,7 @@ class OpenM6:
         is_batch = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list)
         chats = messages if is_batch else [messages]
         prompts = [values.parts_of_messages(chat, self.loaded) for chat in chats]
-        text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
-        text["repetition_penalty"] = repetition_penalty
+        text = {"max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
         masked = {"steps": num_inference_steps, "guidance": guidance_scale}
         settings = _decoding(text, masked, {"temperature": temperature, "seed": seed})
         if stream:

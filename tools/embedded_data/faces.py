@@ -10,7 +10,7 @@ from embedded_data.tables import Row
 
 # The builder of the corpus of `mini` fetches and draws them.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from tools.mini.avatars import FAMILIES, WHITE, Attributes
+from tools.mini.avatars import FAMILIES, WHITE, caption
 from tools.mini.corpus import split_of
 from tools.mini.images import exported
 from tools.mini.packages import PACKAGES, Packages
@@ -35,7 +35,7 @@ def avatars(cache: Path) -> list[Row]:
     rows: dict[str, Row] = {}
     for drawn in exported(packages, ["dicebear", *FAMILIES], "avatars", FAMILY, str(COUNT), options):
         words = family.attributes(drawn["options"])
-        english, chinese = _caption(words)
+        english, chinese = map(str.removesuffix, caption(family, words), (f", {family.name[0]}", f"，{family.name[1]}"))
         if english not in rows:
             rows[english] = {
                 "id": f"avatar/{drawn['index']}",
@@ -50,13 +50,3 @@ def avatars(cache: Path) -> list[Row]:
                 "text_zh": chinese,
             }
     return list(rows.values())
-
-
-def _caption(words: Attributes) -> tuple[str, str]:
-    mood, skin, hair, colour, shirt = (words[name] for name in ("mood", "skin", "hair", "hair colour", "shirt"))
-    english = [f"{skin[0]} skin", f"{hair[0]} {colour[0]} hair", f"a {shirt[0]} shirt"]
-    chinese = [f"{mood[1]}的脸", f"{skin[1]}皮肤", f"{colour[1]}{hair[1]}", f"{shirt[1]}上衣"]
-    if "glasses" in words:
-        english.append(words["glasses"][0])
-        chinese.append(words["glasses"][1])
-    return f"a {mood[0]} face with {', '.join(english[:-1])} and {english[-1]}", "，".join(chinese)
