@@ -13,6 +13,18 @@ from openm6.core.config import read_yaml
 from openm6.core.errors import TrainingError
 from openm6.core.files import as_output_error, replace_text
 
+_locked: set[int] = set()  # descriptors of the folders that this process has locked
+
+
+def _close_locked() -> None:
+    """Leave the locks to the parent: held by a worker, they would outlive a parent that was killed."""
+    while _locked:
+        os.close(_locked.pop())
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none
+    os.register_at_fork(after_in_child=_close_locked)
+
 
 class RunFolder:
     """Paths inside a run's folder; `RunFolder.open` makes the folder."""
@@ -45,6 +57,8 @@ class RunFolder:
                 # The folder itself is locked: a file for it would stay behind.
                 descriptor = os.open(self.path, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
+                stack.callback(_locked.discard, descriptor)
+                _locked.add(descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TrainingError(

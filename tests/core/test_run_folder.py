@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,18 @@ from openm6.core.run_folder import RunFolder
 
 fcntl = pytest.importorskip("fcntl")
 HOLDER = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(1, flush=True); input()"
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from openm6.core.run_folder import RunFolder
+with RunFolder.open(Path(sys.argv[1])).lock():
+    worker = os.fork()
+    if not worker:
+        os.close(1)
+        time.sleep(600)
+    print(worker, flush=True)
+    time.sleep(600)
+"""
 
 
 def test_a_folder_is_locked_until_the_end_of_a_training_and_files_are_free(tmp_path: Path) -> None:
@@ -39,6 +53,20 @@ def test_a_process_that_is_killed_leaves_no_lock(tmp_path: Path) -> None:
         holder.kill()
     with run.lock():
         pass
+
+
+def test_a_process_that_is_killed_leaves_no_lock_to_its_workers(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT, tmp_path], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        with pytest.raises(TrainingError), RunFolder.open(tmp_path).lock():
+            pass
+        parent.kill()
+    try:
+        with RunFolder.open(tmp_path).lock():
+            os.kill(worker, 0)  # it still runs
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_file_system_without_locks_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
