@@ -74,9 +74,13 @@ class TrainedEncoder(Encoder):
 
 @functools.lru_cache(2)
 def _headless(checkpoint: Path) -> LoadedModel:
-    """The model of a checkpoint without what is not read, its last layer and its pool; one for images and audio."""
+    """The model of a checkpoint without what reading needs not: the last layer, the pool and all that generates."""
     loaded = load(checkpoint, "cpu")
-    if loaded.omni.pool is not None:
-        del loaded.omni.adapters[POOL]
-    loaded.omni.backbone.layers = loaded.omni.backbone.layers[:-1]
+    omni = loaded.omni
+    for kind in [kind for kind in omni.adapters if kind == POOL or kind.endswith("_out")]:
+        del omni.adapters[kind]
+    omni.backbone.layers = omni.backbone.layers[:-1]
+    if not any(map(omni.uses_modality_experts, omni.adapters)):
+        for block in omni.backbone.blocks:
+            block.modality_experts = None
     return loaded

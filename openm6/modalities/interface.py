@@ -22,6 +22,11 @@ ALONG: Moves = (1, 1, 1)
 OWN_ORIGIN: Moves = (1, 0, 0)
 
 
+def modality_of(kind: str) -> str:
+    """The modality of a kind of token: its name begins with that, but for series, which are numbers."""
+    return kind.partition("_")[0].replace("series", "numbers")
+
+
 class Cuttable(NamedTuple):
     """A span of a text, in characters or tokens, that may lose its end (with `keep_end`: its start)."""
 

@@ -10,8 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from openm6.core.errors import ConfigError, nearest
 from openm6.modalities.batch import Batch, TokenGroup
-from openm6.modalities.interface import Adapter
+from openm6.modalities.interface import Adapter, modality_of
 from openm6.modalities.pool import POOL, PoolAdapter, PoolConfig
 from openm6.modalities.registry import Modalities
 from openm6.modalities.text import TextAdapter
@@ -49,6 +50,10 @@ class Omni(nn.Module):
         if embedding is not None:
             adapters[POOL] = PoolAdapter(config.hidden_size, embedding)
         self.adapters = nn.ModuleDict(adapters)
+        if (experts := config.modality_experts) is not None:
+            names = list(dict.fromkeys([*map(modality_of, adapters), *adapters]))
+            if wrong := [name for name in experts.modalities if name not in names]:
+                raise ConfigError(f"modality_experts.modalities names {wrong[0]!r}; {nearest(wrong[0], names)}")
 
     def round_weights(self) -> None:
         """Round all weights to bf16 but the small balance bias of routers: rounded, it would choose other experts."""
@@ -124,8 +129,7 @@ class Omni(nn.Module):
     def uses_modality_experts(self, kind: str) -> bool:
         """Whether tokens of a kind pass modality experts."""
         experts = self.config.modality_experts
-        # The kinds of a modality begin with its name, but for series.
-        return experts is not None and kind.partition("_")[0].replace("series", "numbers") in experts.modalities
+        return experts is not None and not {kind, modality_of(kind)}.isdisjoint(experts.modalities)
 
     def _others(self, groups: dict[str, TokenGroup]) -> Tensor | None:
         """The tokens that pass modality experts; None if there are no such."""

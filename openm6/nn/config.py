@@ -111,6 +111,7 @@ class LoraConfig(Config):
 class ModalityExpertsConfig(ExpertsConfig):
     """Experts, with a router of their own, for the tokens of some modalities beside the layer's network.
 
+    modalities: their names, or kinds of tokens, as `audio_out`, which is what is generated.
     lora: low-rank updates of the attention's projections for these tokens alone.
     """
 

@@ -24,13 +24,16 @@ NUM_FORMANTS = 5
 
 
 class AudioDataConfig(CodecDataConfig):
-    """Fractions: `voices` by formula, of the rest `mixed` of two; of all `coloured` by a room, `noisy` with noise."""
+    """Fractions: `voices` by formula, of the rest `mixed` of two and `resampled` to another speed and pitch; of all
+    `coloured` by a room and `noisy` with noise.
+    """
 
     batch: int = Field(default=32, ge=2)
     seconds: float = Field(default=1.0, gt=0.2)
     voices: float = Field(default=0.2, ge=0, lt=1)
     coloured: float = Field(default=0.6, ge=0, le=1)
     mixed: float = Field(default=0.25, ge=0, le=1)
+    resampled: float = Field(default=0.7, ge=0, le=1)
     noisy: float = Field(default=0.25, ge=0, le=1)
     mel_weight: float = 1.0
     stft_weight: float = 0.5
@@ -88,7 +91,8 @@ class AudioSubject:
         count = config.batch - num_voices
         waveforms = self._clips(count, rng)
         waveforms = waveforms + self._clips(count, rng) * rng.bernoulli(config.mixed, count, 1)
-        waveforms = torch.cat([waveforms, voices(num_voices, length, self.rate, rng)])
+        if num_voices:  # an FFT of nothing is an error
+            waveforms = torch.cat([waveforms, voices(num_voices, length, self.rate, rng)])
         is_coloured = rng.bernoulli(config.coloured, len(waveforms), 1)
         waveforms = torch.where(is_coloured, colour(waveforms, self.rate, rng), waveforms)
         level = torch.exp(rng.uniform(len(waveforms), 1, low=-7.0, high=-2.5))
@@ -100,11 +104,11 @@ class AudioSubject:
         return waveforms * torch.where(scaled, target / peak, 1.0)
 
     def _clips(self, count: int, rng: DeviceRng) -> Tensor:
-        """Return clips at random speeds that begin at random times.  # -> B S"""
+        """Return clips, some at random speeds, that begin at random times.  # -> B S"""
         chosen = torch.multinomial(self.weights, count, replacement=True, generator=rng.generator)
         start, end = self.start[chosen], self.end[chosen]
         speed = torch.exp2(rng.uniform(count, low=-0.5, high=0.5)).double()
-        speed = torch.where(rng.bernoulli(0.3, count), torch.ones_like(speed), speed)
+        speed = torch.where(rng.bernoulli(1 - self.config.resampled, count), torch.ones_like(speed), speed)
         spare = (end - start - self.length * speed).clamp(min=0.0)  # long clips are cut anywhere
         start = start + (spare * rng.uniform(count)).floor()
         slack = (self.length - (end - start) / speed).clamp(min=0.0)  # short ones lie anywhere

@@ -27,7 +27,7 @@ from openm6.train.recipe import MultimodalRecipe
 
 # Validation records of each label, series or number column of a source, examples of all its number columns, and those
 # at checkpoints before the last.
-RECORDS, MAX_EXAMPLES, EARLY_EXAMPLES = 200, 1500, 200
+RECORDS, MAX_EXAMPLES, EARLY_EXAMPLES = 1000, 3000, 200
 COLUMN_RECORDS = 100  # of a source, in which number columns are looked for
 PRIORS = {"numbers_out": 1.0, "series_out": 1.25}  # widths without records: the future of a series differs
 

@@ -15,6 +15,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.data.source import SourceConfig
 from openm6.hub.find import find_model
 from openm6.inference.load import read_texts
+from openm6.modalities.interface import modality_of
 from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.modalities.simple_predictors import TablePredictors, from_bytes
@@ -130,7 +131,7 @@ def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
     `used`: the modalities of the mixture, for which something must be left to train.
     Beside modality experts or low-rank adapters, the rest of the backbone belongs to the text, and adapters freeze it.
     """
-    parts = {kind: {"series": "numbers"}.get(part := kind.partition("_")[0], part) for kind in omni.adapters}
+    parts = {kind: modality_of(kind) for kind in omni.adapters}
     groups = {name: [f"adapters.{kind}" for kind, part in parts.items() if part == name] for name in MODALITIES}
     groups |= {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
     lora, experts = omni.config.lora, omni.config.modality_experts

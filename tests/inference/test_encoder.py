@@ -69,6 +69,23 @@ def test_embeddings_that_are_trained_later_change_no_encoder(run: Path, tmp_path
     np.testing.assert_array_equal(before(noise()), after(noise()))
 
 
+def test_experts_for_what_is_generated_change_nothing_that_is_read(run: Path, tmp_path: Path) -> None:
+    experts = {"modalities": ["image_out", "audio_out"], "intermediate_size": 16, "num_experts": 2, "top_k": 1}
+    kept = ["text", "numbers", "adapters.image_in", "adapters.audio_in"]
+    recipe = tiny_recipe(3, num_processes=1, optimizer={"learning_rate": 0.01})
+    recipe["model"] = {"start": str(run), "freeze": kept, "modality_experts": {**experts, "balance": "aux"}}
+    recipe["mixture"] = [part for part in recipe["mixture"] if part["task"].startswith("text_to")]
+    del recipe["modalities"], recipe["sources"]["penguins"]
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    before, after = (TrainedEncoder(str(folder), "image") for folder in (run, tmp_path / "run"))
+    assert weights_sha256(before) == weights_sha256(after)
+    np.testing.assert_array_equal(before(noise()), after(noise()))
+    models = [openm6.load(folder) for folder in (run, tmp_path / "run")]
+    texts = [model.generate("What is this?", image=noise(), output="text", max_new_tokens=4) for model in models]
+    drawn = [np.asarray(model.generate("draw 7", output="image", seed=0)) for model in models]
+    assert texts[0] == texts[1] and not np.array_equal(*drawn)
+
+
 def test_audio_has_a_token_for_each_step_and_training_changes_what_is_read(run: Path) -> None:
     reader, samples = TrainedEncoder(str(run), "audio"), np.sin(np.arange(16_000) / 9).astype(np.float32)
     features = reader(samples)

@@ -166,3 +166,7 @@ def test_what_adapters_cannot_do_is_refused(tmp_path: Path) -> None:
         recipe["model"], recipe["modalities"] = {"start": str(tmp_path / "start"), "modality_experts": experts}, {}
         recipe["loop"]["offload"] = {}
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    with pytest.raises(OpenM6Error, match="modality_experts.modalities names 'image_ot'; did you mean 'image_out'"):
+        recipe["model"]["modality_experts"] = {**experts, "modalities": ["image_ot"]}
+        del recipe["loop"]["offload"]
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
