@@ -154,7 +154,7 @@ def test_predictors_answer_the_same_without_moments_of_folds(tmp_path: Path) -> 
     assert table is not None
     path = tmp_path / "predictors.safetensors"
     path.write_bytes(to_bytes([table]))
-    content = pack.without_folds(path)
+    content = pack.compact_predictors(path)
     (packed,) = from_bytes(content, "here")
     assert len(content) < path.stat().st_size and len(packed.arrays["covariance"]) == 1
     given = {"height": 0.5, "width": -1.0}

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
@@ -92,7 +93,7 @@ def pack(
             if (licences := corpus / "NOTICE").is_file():
                 shutil.copyfile(licences, partial / licences.name)
             if (file := checkpoint / PREDICTORS_FILE).is_file():
-                (partial / PREDICTORS_FILE).write_bytes(without_folds(file))
+                (partial / PREDICTORS_FILE).write_bytes(compact_predictors(file))
             if (run / CARD_FILE).is_file():
                 (partial / CARD_FILE).write_text(card(run / CARD_FILE, rows, out.name), encoding="utf-8", newline="\n")
             # The card and the examples may be edited.
@@ -133,7 +134,7 @@ def pack_addition(
         notice += (corpus / "NOTICE").read_text(encoding="utf-8")
         (partial / "NOTICE").write_text(notice, encoding="utf-8", newline="\n")
         if (file := partial / PREDICTORS_FILE).is_file():
-            file.write_bytes(without_folds(file))
+            file.write_bytes(compact_predictors(file))
         if (path := partial / CARD_FILE).is_file():
             path.write_text(card(path, None, out.name), encoding="utf-8", newline="\n")
         size = sum(file.stat().st_size for file in partial.iterdir())
@@ -144,11 +145,16 @@ def pack_addition(
     return f"{out}: addition to {decoder.model}, {size / 1e6:.1f} MB{listed_unready}"
 
 
-def without_folds(path: Path) -> bytes:
-    """The predictors of columns without the moments that leave out a fold, which only their own training rows need."""
+def compact_predictors(path: Path) -> bytes:
+    """The predictors of columns without the moments that leave out a fold, which only their own training rows need.
+
+    Thresholds of trees lie between values of the training rows, so they are rounded to fp32.
+    """
     tables = from_bytes(path.read_bytes(), str(path))
     for table in tables:
-        table.arrays |= {name: table.arrays[name][-1:] for name in ("mean", "covariance") if name in table.arrays}
+        kept = {name: table.arrays[name][-1:] for name in ("mean", "covariance") if name in table.arrays}
+        thresholds = {name: x.astype(np.float32) for name, x in table.arrays.items() if name.endswith("/threshold")}
+        table.arrays |= kept | thresholds
     return to_bytes(tables)
 
 
