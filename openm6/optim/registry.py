@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from openm6.core.errors import ConfigError, nearest
 from openm6.optim.adafactor import Adafactor
 from openm6.optim.adamw import AdamW
 from openm6.optim.config import OptimizerConfig
@@ -30,16 +29,10 @@ OPTIMIZERS: dict[str, Build] = {
 }  # fmt: skip
 
 
-def check_optimizer_name(name: str) -> None:
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"no optimizer {name!r}; {nearest(name, list(OPTIMIZERS))}")
-
-
 def build_optimizer(
     groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf = replicated
 ) -> torch.optim.Optimizer:
     """Return the optimizer that `config` names; groups: see `default_groups`; `spec_of`: how a parameter is sharded."""
-    check_optimizer_name(config.name)
     optimizer = OPTIMIZERS[config.name](groups, config, spec_of)
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)

@@ -6,11 +6,11 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from openm6.checkpoint.optimizer import Moments
 from openm6.core.config import Config
-from openm6.core.errors import ConfigError
+from openm6.core.errors import nearest
 from openm6.energy.meter import EnergyConfig
 from openm6.offload.config import OffloadConfig
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
-from openm6.optim.registry import check_optimizer_name
+from openm6.optim.registry import OPTIMIZERS
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-products"]
 LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
@@ -104,10 +104,8 @@ class LoopConfig(Config):
     @field_validator("optimizer")
     @classmethod
     def _known(cls, optimizer: OptimizerConfig) -> OptimizerConfig:
-        try:
-            check_optimizer_name(optimizer.name)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        if optimizer.name not in OPTIMIZERS:
+            raise ValueError(f"no optimizer {optimizer.name!r}; {nearest(optimizer.name, list(OPTIMIZERS))}")
         return optimizer
 
     @property

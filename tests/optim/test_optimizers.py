@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openm6.core.errors import ConfigError
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.registry import OPTIMIZERS, build_optimizer, default_groups, set_lr
 
@@ -124,8 +123,3 @@ def test_a_shared_parameter_is_in_one_group_once() -> None:
     model.head.weight = model.table.weight
     taken = [id(parameter) for group in default_groups(model) for parameter in group["params"]]
     assert taken.count(id(model.table.weight)) == 1
-
-
-def test_an_unknown_name_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="no optimizer 'adam'; did you mean 'adamw'"):
-        build_optimizer(default_groups(mixed()), OptimizerConfig(name="adam"))
