@@ -320,7 +320,7 @@ def _figures(
     return {
         "parameters": total,
         "active_parameters": active,
-        "bytes_per_parameter": budget.bytes_per_parameter,
+        "bytes_per_parameter": budget.checkpoint_bytes / budget.parameters,
         "budget_gib": {
             f"{tier}: {what}": size / GIB
             for (tier, what), size in budget.entries(tuple(train_step.store.on_device)).items()

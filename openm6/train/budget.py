@@ -67,10 +67,6 @@ class Budget:
         return kept + OTHERS.weights * self.others + OTHERS.moments * (self.others - self.frozen)
 
     @property
-    def bytes_per_parameter(self) -> float:
-        return self.checkpoint_bytes / max(1, self.parameters)
-
-    @property
     def on_device(self) -> tuple[int, ...]:
         """Return the groups of layers that stay on the device, evenly between others, whose transfers they hide.
 
