@@ -15,18 +15,17 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
-from openm6.core.seeds import numpy_generator
 from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
-from openm6.data.prepare import ExampleTransform, with_negatives
+from openm6.data.prepare import ExampleTransform
 from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
-from openm6.data.records import Record, check_columns, contents_of
+from openm6.data.records import Record, check_columns, contents_of, unless_broken
 from openm6.data.source import Source
 from openm6.data.sources import PairSource, open_sources
 from openm6.data.windows import WindowSource
 from openm6.distributed.process_group import ProcessGroupContext
-from openm6.evaluate.answers import evenly_spaced
+from openm6.evaluate.answers import build_examples, evenly_spaced
 from openm6.modalities.batch import Batch as PackedBatch
 from openm6.modalities.numbers import Scales
 from openm6.modalities.registry import Modalities
@@ -54,18 +53,9 @@ MAX_IMAGES, IMAGE_BYTES = 3_000, 2**28  # of a source, that simple predictors ar
 COUNTED = 100  # records of a source in which words are counted
 
 
-def _sampled(source: Source, limit: int) -> Iterator[tuple[int, Record | DataError]]:
-    """Yield up to `limit` evenly distributed records with their index; instead of a broken one, its error."""
-    for index in evenly_spaced(len(source), limit):
-        try:
-            yield index, source[index]
-        except DataError as error:
-            yield index, error
-
-
 def _readable(source: Source, limit: int) -> Iterator[Record]:
-    """Yield the readable ones of those records; the quarantine names the others when they are drawn."""
-    return (record for _, record in _sampled(source, limit) if not isinstance(record, DataError))
+    """Yield up to `limit` evenly spaced records without broken ones; the quarantine names these when they are drawn."""
+    return filter(None, (unless_broken(source.__getitem__, index) for index in evenly_spaced(len(source), limit)))
 
 
 def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> str:
@@ -225,8 +215,13 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
         source, tasks = sources[name], [recipe.task(one.task) for one in recipe.mixture if one.source == name]
         records = list(_readable(source, SAMPLED))
         if not records:
-            broken = [record for _, record in _sampled(source, SAMPLED)]
-            raise DataError(f"all of the {len(broken)} records looked at in source {name!r} are broken: {broken[0]}")
+            looked = min(len(source), SAMPLED)
+            try:
+                source[0]
+            except DataError as error:
+                raise DataError(
+                    f"all of the {looked} records looked at in source {name!r} are broken: {error}"
+                ) from None
         for task in tasks:
             found, looked = [record for record in records if task.languages(record)], len(records)
             if not found:  # rare, but perhaps not absent
@@ -270,14 +265,7 @@ def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[
 
 def words_read(task: Task, source: Source) -> tuple[int, int] | None:
     """Return the min and max of words of the task's inputs in some records; None if it can read none of them."""
-    counts = []
-    for index, record in _sampled(source, COUNTED):
-        rng = numpy_generator(0, "words", index)
-        with suppress(DataError):
-            if isinstance(record, DataError):
-                raise record
-            record = with_negatives(record, source, rng) if task.needs_negatives else record
-            counts.append(word_count(task.example(record, rng).source))
+    _, counts, _ = build_examples(task, source, COUNTED, (0, "words"), lambda example: word_count(example.source))
     return (min(counts), max(counts)) if counts else None
 
 
