@@ -48,16 +48,12 @@ def fitting_side(images: Sequence[Any]) -> int:
     return MAX_SIDE if longest <= MAX_SIDE // 2 else int(min(longest, MAX_SIDE))
 
 
-def num_steps(rows: int, side: int, seconds: float) -> int:
-    """Steps of a network by an estimate of their time that does not depend on the machine; 0 if these are too few."""
-    steps = int(min(MAX_EPOCHS * rows, seconds / (PIXEL_SECONDS * side**2)) / BATCH)
-    return steps if steps >= MIN_STEPS else 0
-
-
 def fit_network(raw: Sequence[Any], truth: np.ndarray, plan: NetworkPlan) -> Arrays:
     """Train a network with images and the numbers of their classes; nothing if the time is too short.  # R, R"""
     side = fitting_side(raw)
-    if not (steps := num_steps(len(raw), side, plan.seconds)):
+    # By an estimate of the time of a step that does not depend on the machine.
+    steps = int(min(MAX_EPOCHS * len(raw), plan.seconds / (PIXEL_SECONDS * side**2)) / BATCH)
+    if steps < MIN_STEPS:
         return {}
     images = np.stack([image_pixels(one, side) for one in raw])
     return {**_train(images, truth, steps, plan.config), "side": np.asarray([side])}
