@@ -59,6 +59,8 @@ class Conversion:
         # An imported decoder has no moments yet.
         has_moments = any(folder.glob("optimizer*.safetensors"))
         self.kept = CheckpointReader(folder, "optimizer") if has_moments else None
+        # Those with optimizer state, which a frozen one never has; empty: none has any yet.
+        self.trained = {name.partition(SEPARATOR)[0] for name in self.kept.names} if self.kept is not None else set()
         with torch.device("meta"):
             self.blocks = Backbone(self.old).group_blocks
 
@@ -70,19 +72,14 @@ class Conversion:
             for name, stored in _empty_group(shapes, self.new_rule).items():
                 state = self._inherited(self.old_rule.export_state(old[name]), self.sources.count(source))
                 self.new_rule.import_state(stored, state, derive_seed(0, "convert", group, name))
-                trained = self._is_trained(f"backbone.layers.{self.old.group_layers[source]}.{name}")
+                before = f"backbone.layers.{self.old.group_layers[source]}.{name}"
                 for slot, tensor in stored.items():
                     full = full_name(f"backbone.layers.{self.new.group_layers[group]}.{name}", slot)
                     if slot in self.new_rule.read_slots:
                         shard.model[full] = tensor
-                    elif trained:
+                    elif not self.trained or before in self.trained:
                         shard.optimizer[full] = tensor
             yield shard
-
-    def _is_trained(self, name: str) -> bool:
-        """Whether a matrix has optimizer state, which a frozen one never has, or nothing has any yet."""
-        names = [] if self.kept is None else self.kept.names
-        return not names or any(one.startswith(f"{name}{SEPARATOR}") for one in names)
 
     def _read_group(self, source: int, shapes: dict[str, Shape]) -> dict[str, Slots]:
         """One group as it was saved; what the optimizer had not kept yet is zero."""
