@@ -67,31 +67,29 @@ class Conversion:
     def groups(self) -> Iterator[Shard]:
         """The new groups of layers, one in memory at a time."""
         for group, source in enumerate(self.sources):
-            shapes = matrix_shapes(self.blocks[source])
-            old, shard = self._read_group(source, shapes), Shard({}, {})
-            for name, stored in _empty_group(shapes, self.new_rule).items():
-                state = self._inherited(self.old_rule.export_state(old[name]), self.sources.count(source))
+            shapes, shard = matrix_shapes(self.blocks[source]), Shard({}, {})
+            before, after = _empty_group(shapes, self.old_rule), _empty_group(shapes, self.new_rule)
+            for name, stored in after.items():
+                old_name = f"backbone.layers.{self.old.group_layers[source]}.{name}"
+                new_name = f"backbone.layers.{self.new.group_layers[group]}.{name}"
+                self._read(old_name, before[name])
+                state = self._inherited(self.old_rule.export_state(before[name]), self.sources.count(source))
                 self.new_rule.import_state(stored, state, derive_seed(0, "convert", group, name))
-                before = f"backbone.layers.{self.old.group_layers[source]}.{name}"
                 for slot, tensor in stored.items():
-                    full = full_name(f"backbone.layers.{self.new.group_layers[group]}.{name}", slot)
                     if slot in self.new_rule.read_slots:
-                        shard.model[full] = tensor
-                    elif not self.trained or before in self.trained:
-                        shard.optimizer[full] = tensor
+                        shard.model[full_name(new_name, slot)] = tensor
+                    elif not self.trained or old_name in self.trained:
+                        shard.optimizer[full_name(new_name, slot)] = tensor
             yield shard
 
-    def _read_group(self, source: int, shapes: dict[str, Shape]) -> dict[str, Slots]:
-        """One group as it was saved; what the optimizer had not kept yet is zero."""
-        views = _empty_group(shapes, self.old_rule)
-        for name, stored in views.items():
-            for slot, tensor in stored.items():
-                full = full_name(f"backbone.layers.{self.old.group_layers[source]}.{name}", slot)
-                if slot in self.old_rule.read_slots:
-                    self.weights.read_into(full, tensor)
-                elif self.kept is not None and full in self.kept:
-                    self.kept.read_into(full, tensor)
-        return views
+    def _read(self, name: str, stored: Slots) -> None:
+        """One matrix as it was saved; what the optimizer had not kept yet stays zero."""
+        for slot, tensor in stored.items():
+            full = full_name(name, slot)
+            if slot in self.old_rule.read_slots:
+                self.weights.read_into(full, tensor)
+            elif self.kept is not None and full in self.kept:
+                self.kept.read_into(full, tensor)
 
     def _inherited(self, state: OptimizerState, uses: int) -> OptimizerState:
         """A layer's part of the state that `uses` layers shared."""
