@@ -19,6 +19,7 @@ from openm6.train.codec import CodecDataConfig, CodecRecipe, DeviceRng, draw_wei
 
 MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # window -> mels (DAC, arXiv 2306.06546)
 STFT_WINDOWS = (512, 1024, 2048)
+MEL_WEIGHT, STFT_WEIGHT, COMPLEX_WEIGHT, WAVE_WEIGHT = 1.0, 0.5, 0.1, 0.1  # of the parts of the loss
 NUM_HARMONICS = 48
 NUM_FORMANTS = 5
 
@@ -35,10 +36,6 @@ class AudioDataConfig(CodecDataConfig):
     mixed: float = Field(default=0.25, ge=0, le=1)
     resampled: float = Field(default=0.7, ge=0, le=1)
     noisy: float = Field(default=0.25, ge=0, le=1)
-    mel_weight: float = 1.0
-    stft_weight: float = 0.5
-    complex_weight: float = 0.1
-    wave_weight: float = 0.1
 
 
 class AudioCodecRecipe(CodecRecipe):
@@ -117,7 +114,6 @@ class AudioSubject:
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
         """Return log-mel L1, spectral convergence, log-magnitude; a little L1 for the phase, which codes lack."""
-        config = self.config
         mel = stft = whole = torch.zeros((), device=self.device)
         for size, window in self.windows.items():
             true, guess = (spectrum(x, window, size // 4) for x in (target, output))
@@ -131,8 +127,8 @@ class AudioSubject:
                 logs = F.l1_loss(guess_size.clamp(min=FLOOR).log(), true_size.clamp(min=FLOOR).log())
                 stft = stft + (convergence + logs) / len(STFT_WINDOWS)
                 whole = whole + (guess - true).abs().mean() / len(STFT_WINDOWS)
-        parts = config.mel_weight * mel + config.stft_weight * stft + config.complex_weight * whole
-        return parts + config.wave_weight * F.l1_loss(output, target)
+        parts = MEL_WEIGHT * mel + STFT_WEIGHT * stft + COMPLEX_WEIGHT * whole
+        return parts + WAVE_WEIGHT * F.l1_loss(output, target)
 
 
 @torch.no_grad()
