@@ -211,12 +211,11 @@ def _empty(rows: Sequence[Given], most_words: int) -> TablePredictors:
         logs = np.log(seen[seen > 0])
         has_log = len(logs) >= MIN_POSITIVE * len(seen) and np.ptp(logs) > 0
         scale.append([*fit_scale(seen), *(fit_scale(logs) if has_log else (math.nan, math.nan))])
-    repeated = {name: sorted(word for word, count in found.most_common(MAX_WORDS) if count >= MIN_REPEATED)
-                for name, found in sorted(words.items())}  # fmt: skip
     several: dict[str, list[str]] = {}
-    for name, found in repeated.items():
-        if 1 < len(found) <= MAX_ALL_WORDS - sum(map(len, several.values())):
-            several[name] = found
+    for name, found in sorted(words.items()):
+        repeated = sorted(word for word, count in found.most_common(MAX_WORDS) if count >= MIN_REPEATED)
+        if 1 < len(repeated) <= MAX_ALL_WORDS - sum(map(len, several.values())):
+            several[name] = repeated
     count = len(kept)
     counted = rows[:: 1 + sum(len(row.get(TEXT, "")) for row in rows) // COUNTED_LETTERS]
     documents = Counter(word for row in counted for word in words_in(row.get(TEXT, "")))
