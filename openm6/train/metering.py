@@ -130,9 +130,8 @@ class MeterCallback(Callback):
 
 
 def gpus_of(device: torch.device) -> tuple[int, ...]:
-    if device.type != "cuda":
-        return ()
-    return (device.index if device.index is not None else torch.cuda.current_device(),)
+    """Return the index of the GPU, which the device of a tensor always has; none of another device."""
+    return (device.index,) if device.type == "cuda" else ()
 
 
 class Attribution:
