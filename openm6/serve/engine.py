@@ -159,15 +159,11 @@ class Engine:
         return EngineUnavailableError(self.failure or "the engine does not run: start the server again")
 
     async def ask_all(self, requests: Iterable[Request], client: str, seconds: float) -> list[RequestHandle]:
-        """Queue all requests of a client, or none; each must be answered within `seconds`. Raise as `ask`."""
-        return self.submit([await self._read(replace(request, client=client, seconds=seconds)) for request in requests])
+        """Prepare requests of a client in threads and queue all, or none; each must be answered within `seconds`.
 
-    async def ask(self, request: Request) -> RequestHandle:
-        """Prepare a request in a thread of its own and queue it.
-
-        Raise DataError if it is broken or out of bounds, QueueFullError, or EngineUnavailableError if nothing runs.
+        Raise DataError if one is broken or out of bounds, QueueFullError, or EngineUnavailableError if nothing runs.
         """
-        return self.submit([await self._read(request)])[0]
+        return self.submit([await self._read(replace(request, client=client, seconds=seconds)) for request in requests])
 
     async def _read(self, request: Request) -> PreparedRequest:
         if not self._preparing.acquire(blocking=False):
@@ -178,14 +174,14 @@ class Engine:
             self._preparing.release()
 
     def ask_and_wait(self, request: Request) -> Answer:
-        """Return the answer, for callers without an event loop; raise as `ask` and `RequestHandle.wait`."""
+        """Return the answer, for callers without an event loop; raise as `ask_all` and `RequestHandle.wait`."""
         return self.submit([self._prepare(request)])[0].wait()
 
     def _prepare(self, request: Request) -> PreparedRequest:
         return prepare(request, self.loaded, self.config.max_model_len)
 
     def submit(self, prepared: Sequence[PreparedRequest]) -> list[RequestHandle]:
-        """Queue all prepared requests, or none; raise as `ask`."""
+        """Queue all prepared requests, or none; raise as `ask_all`."""
         handles = [RequestHandle(one) for one in prepared]
         with self._changed:
             if not self.ready:
