@@ -180,7 +180,7 @@ FIGURES: Any = (
 async def show_answer(
     server: Server, request: Request, language: Language, past: Sequence[float | None] = ()
 ) -> dict[str, Any]:
-    """Return the parts of the answer panel for a request that continues `past`, if a series; raise as `Engine.ask_all`."""
+    """Return the parts of the answer panel for a request that continues `past`, if a series; raise as `ask_all`."""
     [handle] = await server.engine.ask_all([request], CLIENT, server.limits.seconds)
     answer = await handle.answer()
     server.metrics.add(CLIENT, answer)

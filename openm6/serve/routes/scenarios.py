@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from openm6.core.errors import ConfigError
+from openm6.inference.engine import RankedText
 from openm6.inference.load import LoadedModel
 from openm6.serve import content, schemas
 from openm6.serve.config import Limits
@@ -93,7 +94,7 @@ class ScenarioAnswer(schemas.CoveredReply):
     image: str | None = None
     audio: str | None = None
     numbers: dict[str, schemas.Distribution] | None = None
-    ranking: list[schemas.RankedCandidate] | None = None
+    ranking: list[RankedText] | None = None
     embedding: list[float] | None = None
 
 
