@@ -182,12 +182,8 @@ def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -
         if isinstance(value, content.Series):
             found[name] = value.model_dump()
         elif kind in content.CHECKS and isinstance(value, str):
-            data = (
-                content.decode_data_url(value, param)
-                if value.startswith("data:")
-                else content.decode_base64(value, param)
-            )
-            found[name] = content.CHECKS[kind](data, limits, param)
+            decode = content.decode_data_url if value.startswith("data:") else content.decode_base64
+            found[name] = content.CHECKS[kind](decode(value, param), limits, param)
         else:
             check_size(param, value, limits)
     return found
