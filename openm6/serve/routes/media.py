@@ -79,9 +79,8 @@ class Images(schemas.CoveredReply):
 async def generate(body: GenerationBody, call: ThisCall) -> Images:
     """Images from a text."""
     _check(call.server, body)
-    request = CodesRequest(
-        modality="image", parts=content.text_prompt(call.server.loaded, "text_to_image", body.prompt)
-    )
+    parts = content.text_prompt(call.server.loaded, "text_to_image", body.prompt)
+    request = CodesRequest(modality="image", parts=parts)
     return await _answer(call, "images", request, body)
 
 
