@@ -14,7 +14,7 @@ import torch
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
-from openm6.inference.engine import generate_texts, score_texts
+from openm6.inference.engine import generate_texts, score_texts, visible_text
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.kernels.probe import Capabilities
@@ -233,6 +233,31 @@ def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
     seen, whole = asyncio.run(read())
     assert seen[-1] == whole
     assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
+
+
+def test_a_text_that_nobody_reads_as_it_grows_is_decoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = Mock(side_effect=visible_text)
+    monkeypatch.setattr("openm6.serve.worker.visible_text", decoded)
+
+    async def ask() -> str:
+        request = TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=20))
+        [handle] = await engine.ask_all([request], "", 60)
+        return str((await handle.answer()).value)
+
+    assert asyncio.run(ask()) and decoded.call_count == 1
+
+
+def test_who_stops_waiting_for_an_answer_cancels_it(engine: Engine) -> None:
+    async def leave() -> RequestHandle:
+        request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200))
+        [handle] = await engine.ask_all([request], "", 60)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(handle.answer(), 0.01)
+        return handle
+
+    handle = asyncio.run(leave())
+    with pytest.raises(DeadlineExceededError, match="cancelled"):
+        handle.wait(30)
 
 
 def test_who_stops_reading_frees_the_slot(engine: Engine) -> None:
