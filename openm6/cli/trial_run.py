@@ -88,8 +88,7 @@ class TrialTraining(MultimodalTraining):
 
 def part_of(config: EvalConfig, divisor: int) -> EvalConfig:
     config = config.limited(LEAST)
-    counts = {"records": config.records, "answers": config.answers, "drawn": config.drawn}
-    update = {name: -(-int(count) // divisor) for name, count in counts.items()}
+    update = {name: -(-int(getattr(config, name)) // divisor) for name in LEAST}
     return config.model_copy(update={**update, "records": max(2, update["records"])})
 
 
@@ -126,6 +125,10 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
     training.restore(start)
     clock = Clock()
     train(training, checked.loop, run, callbacks=[clock])
+    cache_uses = [
+        (cache.lookups - lookups, cache.misses - misses, cache.seconds - seconds)
+        for cache, (lookups, misses, seconds) in zip(caches, before, strict=True)
+    ]
     trial = TrialRun(
         name=path.stem,
         machine=torch.cuda.get_device_name(device) if on_gpu else f"this processor, {torch.get_num_threads()} threads",
@@ -141,13 +144,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str], device_name: str 
         save_seconds=training.finish_began - clock.last_step,
         evaluations=training.evaluations,
         report_seconds=time.perf_counter() - training.finish_began - sum(x for _, x in training.evaluations),
-        # On a GPU, batches are made while it computes.
-        cache_uses=[]
-        if on_gpu
-        else [
-            (cache.lookups - lookups, cache.misses - misses, cache.seconds - seconds)
-            for cache, (lookups, misses, seconds) in zip(caches, before, strict=True)
-        ],
+        cache_uses=[] if on_gpu else cache_uses,  # on a GPU, batches are made while it computes
         cached_batches=cached_batches,
         cores=usable_cores(),
         memory_peak=torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM"),

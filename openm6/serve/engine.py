@@ -11,14 +11,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from bisect import bisect_left, insort
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from heapq import merge
-from itertools import count, groupby
-from operator import itemgetter
+from operator import attrgetter
 
 import torch
 
@@ -42,30 +39,22 @@ MAX_PREPARING = 64  # requests whose images and audio are being decoded or wait 
 MAX_COUNTERS = 4096  # counters kept of clients that do not wait
 
 
-@dataclass(order=True)
+@dataclass
 class _Line:
-    """The waiting requests of a client by kind, each with its age; ordered by the work that was admitted for it."""
+    """The waiting requests of a client, the oldest first, and the work that was admitted for it."""
 
     counter: int
-    turn: int
-    client: str = field(compare=False)
-    handles: dict[type, dict[RequestHandle, int]] = field(default_factory=dict, compare=False)
+    handles: dict[RequestHandle, None] = field(default_factory=dict)
 
 
 class FairQueue:
-    """Waiting requests of many clients, bounded by their work; not safe for threads by itself.
-
-    The clients that wait are kept sorted for each kind of request, so that the next client is found without a search,
-    and a kind without a free slot costs nothing, however many wait for it.
-    """
+    """Waiting requests of many clients, bounded by their work; not safe for threads by itself."""
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
         self.work = 0
         self.waiting: dict[str, _Line] = {}
         self.counters: OrderedDict[str, int] = OrderedDict()  # of clients that do not wait, the latest last
-        self._sorted: defaultdict[type, list[_Line]] = defaultdict(list)
-        self._ages = count()
         self._size = 0
 
     def __len__(self) -> int:
@@ -79,54 +68,35 @@ class FairQueue:
         if self.work and self.work + sum(handle.prepared.work for handle in handles) > self.bound:
             raise QueueFullError("too many requests are waiting: try again later", max(1, round(seconds_of_work)))
         for handle in handles:
-            self._add(handle)
-
-    def _add(self, handle: RequestHandle) -> None:
-        client, kind = handle.client, type(handle.prepared.request)
-        if client not in self.waiting:
-            lowest = min((lines[0].counter for lines in self._sorted.values() if lines), default=0)
-            counter = max(lowest, self.counters.pop(client, 0))
-            self.waiting[client] = _Line(counter, next(self._ages), client)
-        line = self.waiting[client]
-        if kind not in line.handles:
-            line.handles[kind] = {}
-            insort(self._sorted[kind], line)
-        line.handles[kind][handle] = next(self._ages)
-        self.work += handle.prepared.work
-        self._size += 1
+            if handle.client not in self.waiting:
+                lowest = min((line.counter for line in self.waiting.values()), default=0)
+                self.waiting[handle.client] = _Line(max(lowest, self.counters.pop(handle.client, 0)))
+            self.waiting[handle.client].handles[handle] = None
+            self.work += handle.prepared.work
+            self._size += 1
 
     def pop(self, fits: Callable[[RequestHandle], bool], kinds: Collection[type] | None = None) -> RequestHandle | None:
         """Remove and return the next request that fits, and is of `kinds`: by counters, within a client by age."""
-        open_kinds = [kind for kind in self._sorted if kinds is None or kind in kinds]
-        # A client that waits for several kinds stands in the list of each.
-        for line, _ in groupby(merge(*(self._sorted[kind] for kind in open_kinds))):
-            handles = (line.handles[kind].items() for kind in open_kinds if kind in line.handles)
-            for handle, _ in merge(*handles, key=itemgetter(1)):
-                if fits(handle):
+        # Of equal counters, that of the client that waits longest.
+        for line in sorted(self.waiting.values(), key=attrgetter("counter")):
+            for handle in line.handles:
+                if (kinds is None or type(handle.prepared.request) in kinds) and fits(handle):
                     self._remove(handle, charge=handle.prepared.work)
                     return handle
         return None
 
     def drop(self, gone: Callable[[RequestHandle], bool]) -> list[RequestHandle]:
         """Remove and return, without charge, all requests that are `gone`."""
-        lines = [handles for line in self.waiting.values() for handles in line.handles.values()]
-        found = [handle for handles in lines for handle in handles if gone(handle)]
+        found = [handle for line in self.waiting.values() for handle in line.handles if gone(handle)]
         for handle in found:
             self._remove(handle, charge=0)
         return found
 
     def _remove(self, handle: RequestHandle, charge: int) -> None:
         """Remove a request and add `charge` to its client's counter."""
-        line, kind = self.waiting[handle.client], type(handle.prepared.request)
-        for other in line.handles:
-            lines = self._sorted[other]
-            del lines[bisect_left(lines, line)]
-        del line.handles[kind][handle]
-        if not line.handles[kind]:
-            del line.handles[kind]
+        line = self.waiting[handle.client]
+        del line.handles[handle]
         line.counter += charge
-        for other in line.handles:
-            insort(self._sorted[other], line)
         self.work -= handle.prepared.work
         self._size -= 1
         if not line.handles:
@@ -189,15 +159,11 @@ class Engine:
         return EngineUnavailableError(self.failure or "the engine does not run: start the server again")
 
     async def ask_all(self, requests: Iterable[Request], client: str, seconds: float) -> list[RequestHandle]:
-        """Queue all requests of a client, or none; each must be answered within `seconds`. Raise as `ask`."""
-        return self.submit([await self._read(replace(request, client=client, seconds=seconds)) for request in requests])
+        """Prepare requests of a client in threads and queue all, or none; each must be answered within `seconds`.
 
-    async def ask(self, request: Request) -> RequestHandle:
-        """Prepare a request in a thread of its own and queue it.
-
-        Raise DataError if it is broken or out of bounds, QueueFullError, or EngineUnavailableError if nothing runs.
+        Raise DataError if one is broken or out of bounds, QueueFullError, or EngineUnavailableError if nothing runs.
         """
-        return self.submit([await self._read(request)])[0]
+        return self.submit([await self._read(replace(request, client=client, seconds=seconds)) for request in requests])
 
     async def _read(self, request: Request) -> PreparedRequest:
         if not self._preparing.acquire(blocking=False):
@@ -208,14 +174,14 @@ class Engine:
             self._preparing.release()
 
     def ask_and_wait(self, request: Request) -> Answer:
-        """Return the answer, for callers without an event loop; raise as `ask` and `RequestHandle.wait`."""
+        """Return the answer, for callers without an event loop; raise as `ask_all` and `RequestHandle.wait`."""
         return self.submit([self._prepare(request)])[0].wait()
 
     def _prepare(self, request: Request) -> PreparedRequest:
         return prepare(request, self.loaded, self.config.max_model_len)
 
     def submit(self, prepared: Sequence[PreparedRequest]) -> list[RequestHandle]:
-        """Queue all prepared requests, or none; raise as `ask`."""
+        """Queue all prepared requests, or none; raise as `ask_all`."""
         handles = [RequestHandle(one) for one in prepared]
         with self._changed:
             if not self.ready:

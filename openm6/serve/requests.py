@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from openm6.core.errors import DataError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
-from openm6.modalities.image import Image, box_mask, read_image, to_square
+from openm6.modalities.image import box_mask, read_image, to_square
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import opened, prompt_segments, split_opening
 from openm6.modalities.series import NumberSeries
@@ -236,20 +236,17 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
 
 
 def decode_codes(request: CodesRequest, codes: Any, loaded: LoadedModel) -> Pillow.Image | np.ndarray:
-    """Return the image, or the samples of the audio, that answer a request; around a box the source is kept."""
+    """Return the image, or the samples of the audio, that answer a request; outside a mask the source is kept."""
     if request.modality == "audio":
         return loaded.audio.decode(codes)
-    drawn = loaded.image.decode(codes)
-    if request.source is not None and request.mask is not None:
-        width, height = read_image(request.source, loaded.image.max_pixels).size
-        mask = box_mask(request.mask, height, width).reshape(height, width)
-        drawn = restore_outside(drawn, request.source, mask, loaded.image)
-    return drawn
-
-
-def restore_outside(drawn: Pillow.Image, source: bytes, mask: np.ndarray, image: Image) -> Pillow.Image:
-    """Return the drawn image within the mask, and the source, made square like it, everywhere else."""
-    kept = to_square(read_image(source, image.max_pixels), image.side)
-    outside = Pillow.fromarray(np.where(mask, 0, 255).astype(np.uint8)).convert("RGB")
-    keep = to_square(outside, image.side).convert("L")
-    return Pillow.composite(kept, drawn, keep.point(lambda value: 255 if value == 255 else 0))
+    image, mask = loaded.image, request.mask
+    drawn = image.decode(codes)
+    if request.source is None or mask is None:
+        return drawn
+    source = read_image(request.source, image.max_pixels)
+    if not isinstance(mask, np.ndarray):
+        mask = box_mask(mask, source.height, source.width).reshape(source.height, source.width)
+    # All is made square, as the model reads the source.
+    outside = to_square(Pillow.fromarray(np.where(mask, 0, 255).astype(np.uint8)).convert("RGB"), image.side)
+    kept = outside.convert("L").point(lambda value: 255 if value == 255 else 0)
+    return Pillow.composite(to_square(source, image.side), drawn, kept)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from openm6.core.errors import DataError
 from openm6.core.seeds import derive_seed
-from openm6.inference.engine import rank_texts
+from openm6.inference.engine import RankedText, rank_texts
 from openm6.inference.question import Coverage, assess
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
@@ -96,15 +96,6 @@ class Distribution(BaseModel):
     coverage: float
 
 
-class RankedCandidate(BaseModel):
-    """A candidate; log_likelihood is the sum over its tokens, in nats."""
-
-    index: int
-    candidate: str
-    log_likelihood: float
-    score: float
-
-
 def usage_of(answers: list[Answer], one_prompt: bool = True) -> TokenUsage:
     """Return the usage of several answers: what is generated adds up; one prompt is read once, others add up too."""
     read = [answer.usage for answer in answers[: 1 if one_prompt else None]]
@@ -134,12 +125,9 @@ def distribution_of(histogram: Histogram, coverage: float) -> Distribution:
     return Distribution(mean=mean, median=median, low=low, high=high, coverage=coverage)
 
 
-def rank_candidates(
-    texts: Sequence[str], value: list[tuple[float, int]], normalize: bool = True
-) -> list[RankedCandidate]:
+def rank_candidates(texts: Sequence[str], value: list[tuple[float, int]], normalize: bool = True) -> list[RankedText]:
     """Return the candidates of a ranking, the best first; `value` holds nats and tokens of each."""
-    ranked = rank_texts(texts, [nll for nll, _ in value], [length for _, length in value], normalize)
-    return [RankedCandidate(**vars(one)) for one in ranked]
+    return rank_texts(texts, [nll for nll, _ in value], [length for _, length in value], normalize)
 
 
 def _rounded(values: np.ndarray) -> float | list[float]:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -97,10 +97,12 @@ class RequestHandle:
 
     async def answer(self) -> requests.Answer:
         """Wait for the answer; a caller that stops waiting cancels it. Raise OpenM6Error if there is none."""
-        async with aclosing(follow([self])) as changes:
-            async for _ in changes:
-                pass
-        return self.wait()
+        try:
+            # Without a reader, so that a text is decoded once, at its end. The engine alone sets the outcome.
+            return await asyncio.shield(asyncio.wrap_future(self._outcome))
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
 
 async def follow(handles: Sequence[RequestHandle]) -> AsyncGenerator[None]:

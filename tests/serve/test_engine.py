@@ -14,7 +14,7 @@ import torch
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
-from openm6.inference.engine import generate_texts, score_texts
+from openm6.inference.engine import generate_texts, score_texts, visible_text
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.kernels.probe import Capabilities
@@ -225,7 +225,8 @@ def test_a_stop_string_ends_the_text_and_is_left_out(engine: Engine) -> None:
 
 def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
     async def read() -> tuple[list[str], str]:
-        handle = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40)))
+        request = TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40))
+        [handle] = await engine.ask_all([request], "", 60)
         seen = [handle.text async for _ in follow([handle])]
         return seen, handle.wait().value
 
@@ -234,9 +235,35 @@ def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
     assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
 
 
+def test_a_text_that_nobody_reads_as_it_grows_is_decoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = Mock(side_effect=visible_text)
+    monkeypatch.setattr("openm6.serve.worker.visible_text", decoded)
+
+    async def ask() -> str:
+        request = TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=20))
+        [handle] = await engine.ask_all([request], "", 60)
+        return str((await handle.answer()).value)
+
+    assert asyncio.run(ask()) and decoded.call_count == 1
+
+
+def test_who_stops_waiting_for_an_answer_cancels_it(engine: Engine) -> None:
+    async def leave() -> RequestHandle:
+        request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200))
+        [handle] = await engine.ask_all([request], "", 60)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(handle.answer(), 0.01)
+        return handle
+
+    handle = asyncio.run(leave())
+    with pytest.raises(DeadlineExceededError, match="cancelled"):
+        handle.wait(30)
+
+
 def test_who_stops_reading_frees_the_slot(engine: Engine) -> None:
     async def leave() -> RequestHandle:
-        handle = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200)))
+        request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200))
+        [handle] = await engine.ask_all([request], "", 60)
         async for _ in follow([handle]):
             if handle.text:
                 break
@@ -269,7 +296,7 @@ def test_too_many_requests_being_read_are_refused(model: LoadedModel, monkeypatc
     monkeypatch.setattr("openm6.serve.engine.MAX_PREPARING", 0)
     config = EngineConfig(max_num_seqs=1, max_model_len=256)
     with Engine(model, config) as engine, pytest.raises(QueueFullError, match="are being read"):
-        asyncio.run(engine.ask(TextRequest(parts=say("a"))))
+        asyncio.run(engine.ask_all([TextRequest(parts=say("a"))], "", 60))
 
 
 def test_requests_that_have_been_read_make_way_for_others(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +305,10 @@ def test_requests_that_have_been_read_make_way_for_others(model: LoadedModel, mo
     with Engine(model, EngineConfig(max_num_seqs=1, max_model_len=256)) as engine:
         for _ in range(2):
             with pytest.raises(DataError):
-                asyncio.run(engine.ask(TextRequest(parts=())))
+                asyncio.run(engine.ask_all([TextRequest(parts=())], "", 60))
         for _ in range(2):
-            asyncio.run(engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=1))))
+            request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=1))
+            asyncio.run(engine.ask_all([request], "", 60))
 
 
 def test_a_deadline_that_passes_is_said(engine: Engine) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import io
 import re
 from abc import ABCMeta
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,8 @@ FIGURES: Any = (
 )
 
 
-async def show_answer(
-    server: Server, request: Request, language: Language, past: Sequence[float | None] = ()
-) -> dict[str, Any]:
-    """Return the parts of the answer panel for a request that continues `past`, if a series; raise as `Engine.ask`."""
+async def show_answer(server: Server, request: Request, language: Language) -> dict[str, Any]:
+    """Return the parts of the answer panel for a request; raise as `Engine.ask_all`."""
     [handle] = await server.engine.ask_all([request], CLIENT, server.limits.seconds)
     answer = await handle.answer()
     server.metrics.add(CLIENT, answer)
@@ -196,12 +194,17 @@ async def show_answer(
             found = {"audio": (RATE, pcm(samples))}
         case {"numbers": numbers}:
             [(name, distribution)] = numbers.items()
-            found = {"figure": str(FIGURES.chart(name, distribution, past))}
+            found = {"figure": str(FIGURES.chart(name, distribution, past_of(request.parts)))}
         case {"ranking": ranking}:
             found = {"figure": str(FIGURES.ranking(ranking))}
         case {"embedding": vector}:
             found = {"figure": str(FIGURES.vector(vector))}
     return {**found, "note": note}
+
+
+def past_of(parts: Iterable[Part]) -> Sequence[float | None]:
+    """Return the values of the series that a request continues, if it holds one."""
+    return next((part.raw.values for part in parts if isinstance(part.raw, NumberSeries)), ())
 
 
 async def make_card(server: Server, example: Example) -> str:
@@ -221,9 +224,8 @@ async def make_card(server: Server, example: Example) -> str:
     shown = await asyncio.to_thread(sample_data, sample, MediaBudget(CARD_BYTES))
     title, figure = example.scenario.title.text(example.language), ""
     if isinstance(sample.answer, Histogram):
-        past = next((part.raw.values for part in sample.inputs if isinstance(part.raw, NumberSeries)), ())
         found = distribution_of(sample.answer, COVERAGE)
-        figure = FIGURES.chart(example.scenario.column or title, found, past)
+        figure = FIGURES.chart(example.scenario.column or title, found, past_of(sample.inputs))
     return str(FIGURES.card(example.scenario.name, example.number, title, shown, figure))
 
 
@@ -244,15 +246,11 @@ def add_playground(app: FastAPI) -> FastAPI:
     assert isinstance(server, Server)
     keys = server.config.keys
     app.state.playground = True
-
-    def login(user: str, password: str) -> bool:
-        return match_key(password, keys) is not None
-
     return gradio.mount_gradio_app(
         app,
         Page(server).build(),
         path=PLAYGROUND,
-        auth=login if keys else None,
+        auth=(lambda _, password: match_key(password, keys) is not None) if keys else None,
         auth_message="Any name; the password is an API key." if keys else None,
         footer_links=[],
         max_file_size=server.limits.body_bytes,
@@ -420,8 +418,7 @@ class Page:
         try:
             values = values_in(scenario, contents, self.server.limits, language)
             request = scenario_request(scenario, language, values, int(seed or 0))
-            series = scenario.kind_of("series")
-            shown = await show_answer(self.server, request, language, values[series]["values"] if series else ())
+            shown = await show_answer(self.server, request, language)
         except OpenM6Error as error:
             return _failed(str(error), language, drawn)
         return _panel(shown, scenario.title.text(language), drawn)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import time
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Form, Response, UploadFile
@@ -19,7 +19,7 @@ from openm6.modalities.audio import RATE, read_audio
 from openm6.modalities.interface import Part
 from openm6.serve import content, schemas
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
-from openm6.serve.requests import Answer, CodesRequest, TextRequest, restore_outside
+from openm6.serve.requests import Answer, CodesRequest, TextRequest, decode_codes
 from openm6.serve.server import Call, Server, StrictRoute, ThisCall
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=DOCUMENTED)
@@ -79,9 +79,8 @@ class Images(schemas.CoveredReply):
 async def generate(body: GenerationBody, call: ThisCall) -> Images:
     """Images from a text."""
     _check(call.server, body)
-    request = CodesRequest(
-        modality="image", parts=content.text_prompt(call.server.loaded, "text_to_image", body.prompt)
-    )
+    parts = content.text_prompt(call.server.loaded, "text_to_image", body.prompt)
+    request = CodesRequest(modality="image", parts=parts)
     return await _answer(call, "images", request, body)
 
 
@@ -138,10 +137,9 @@ async def _answer(call: Call, kind: str, request: CodesRequest, body: Generation
 
 
 def _files(server: Server, request: CodesRequest, answers: list[Answer], form: content.ImageFormat) -> list[bytes]:
-    image = server.loaded.image
-    images = [image.decode(answer.value) for answer in answers]
-    if request.source is not None and isinstance(request.mask, np.ndarray):
-        images = [restore_outside(drawn, request.source, request.mask, image) for drawn in images]
+    if not isinstance(request.mask, np.ndarray):  # all of it was drawn
+        request = replace(request, mask=None)
+    images: list[Any] = [decode_codes(request, answer.value, server.loaded) for answer in answers]
     return [content.image_file(drawn, form) for drawn in images]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from openm6.inference.engine import RankedText
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve import schemas
@@ -71,7 +72,7 @@ class Ranking(schemas.EnergyReply):
 
     object: Literal["list"] = "list"
     model: str
-    data: list[schemas.RankedCandidate]
+    data: list[RankedText]
     usage: schemas.TokenUsage
 
 

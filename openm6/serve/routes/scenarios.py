@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from openm6.core.errors import ConfigError
+from openm6.inference.engine import RankedText
 from openm6.inference.load import LoadedModel
 from openm6.serve import content, schemas
 from openm6.serve.config import Limits
@@ -93,7 +94,7 @@ class ScenarioAnswer(schemas.CoveredReply):
     image: str | None = None
     audio: str | None = None
     numbers: dict[str, schemas.Distribution] | None = None
-    ranking: list[schemas.RankedCandidate] | None = None
+    ranking: list[RankedText] | None = None
     embedding: list[float] | None = None
 
 
@@ -181,12 +182,8 @@ def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -
         if isinstance(value, content.Series):
             found[name] = value.model_dump()
         elif kind in content.CHECKS and isinstance(value, str):
-            data = (
-                content.decode_data_url(value, param)
-                if value.startswith("data:")
-                else content.decode_base64(value, param)
-            )
-            found[name] = content.CHECKS[kind](data, limits, param)
+            decode = content.decode_data_url if value.startswith("data:") else content.decode_base64
+            found[name] = content.CHECKS[kind](decode(value, param), limits, param)
         else:
             check_size(param, value, limits)
     return found

@@ -47,11 +47,7 @@ async def list_models(server: ThisServer) -> ModelList:
     return ModelList(data=[await one_model(server, server.name)])
 
 
-@router.get(
-    "/v1/models/{model:path}",
-    tags=["models"],
-    responses=KEYED | {404: DOCUMENTED[404]},
-)
+@router.get("/v1/models/{model:path}", tags=["models"], responses=KEYED | {404: DOCUMENTED[404]})
 async def one_model(server: ThisServer, model: str) -> Model:
     """The model of this name."""
     server.check_model(model)

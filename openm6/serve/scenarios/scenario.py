@@ -21,6 +21,7 @@ from openm6.core.config import Config, build, read_yaml
 from openm6.core.errors import ConfigError
 from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
+from openm6.inference.question import CHINESE
 from openm6.inference.sampling import Decoding
 from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import all_tasks, unknown_task
@@ -36,6 +37,7 @@ InputKind = Literal["text", "image", "audio", "numbers", "series", "candidates",
 Output = Literal["text", "image", "audio", "numbers", "ranking", "embedding"]
 # The others steer the answer.
 PROMPTED: tuple[InputKind, ...] = ("text", "image", "audio", "numbers", "series")
+KINDS_ZH = {**CHINESE, "series": "序列", "candidates": "候选", "box": "区域", "span": "区间"}
 SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -47,18 +49,6 @@ class Bilingual(Config):
         return self.en if language == "en" else self.zh
 
 
-KINDS: dict[InputKind, Bilingual] = {
-    "text": Bilingual(en="Text", zh="文本"),
-    "image": Bilingual(en="Image", zh="图片"),
-    "audio": Bilingual(en="Audio", zh="声音"),
-    "numbers": Bilingual(en="Numbers", zh="数值"),
-    "series": Bilingual(en="Series", zh="序列"),
-    "candidates": Bilingual(en="Candidates", zh="候选"),
-    "box": Bilingual(en="Box", zh="区域"),
-    "span": Bilingual(en="Span", zh="区间"),
-}
-
-
 class Input(Config):
     """One input; without a title it is called after its kind. One that is `optional` may be left out."""
 
@@ -68,7 +58,7 @@ class Input(Config):
 
     @property
     def label(self) -> Bilingual:
-        return self.title or KINDS[self.kind]
+        return self.title or Bilingual(en=self.kind.capitalize(), zh=KINDS_ZH[self.kind])
 
 
 class Scenario(Config):

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
+from openm6.inference.engine import RankedText
 from openm6.serve.playground.page import FIGURES
-from openm6.serve.schemas import Distribution, RankedCandidate
+from openm6.serve.schemas import Distribution
 
 ONE = Distribution(mean=3.0, median=3.0, low=2.0, high=4.5, coverage=0.8)
 AHEAD = Distribution(mean=[1.0, 2.0], median=[1.0, 2.0], low=[0.5, 1.0], high=[2.0, 3.0], coverage=0.8)
@@ -42,7 +43,7 @@ def test_a_series_that_never_changes_can_be_drawn() -> None:
 
 def test_markup_in_names_stays_text() -> None:
     name = '"><script>alert(1)</script>'
-    ranking = [RankedCandidate(index=0, candidate=name, log_likelihood=-2.0, score=-1.0)]
+    ranking = [RankedText(index=0, candidate=name, log_likelihood=-2.0, score=-1.0)]
     drawn = "".join(map(str, (FIGURES.chart(name, ONE), FIGURES.ranking(ranking), FIGURES.failure(name, name))))
     assert "<script" not in drawn and "&lt;script&gt;" in drawn
 
