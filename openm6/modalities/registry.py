@@ -10,11 +10,11 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from openm6.codecs.base import FSQCodec
-from openm6.codecs.external import ENCODERS, EncoderName, load_external, weights_sha256
+from openm6.codecs.external import ENCODERS, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.modalities.audio import MAX_SECONDS, SLIGHT, STRONG, Audio
+from openm6.modalities.audio import Audio, AudioConfig
 from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
@@ -49,26 +49,6 @@ class TextConfig(Config):
     tokenizer: str | None = None
     max_tokens: int = Field(default=2048, ge=1)
     imported: ImportedText | None = None
-
-
-class AudioConfig(Config):
-    """`codec` is a shipped name, a file or a model as transformers:NAME; a generated recording lasts `seconds`.
-
-    `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME or
-    openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds`
-    bounds the inputs.
-    `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter.
-    `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
-    voices are then not memorized, but a word of one voice has nine answers.
-    """
-
-    codec: str = "audio"
-    codebooks: int | None = Field(default=None, ge=1)
-    encoder: EncoderName = None
-    seconds: float = Field(default=1.2, gt=0)
-    max_seconds: float = Field(default=MAX_SECONDS, gt=0)
-    augmentation: Literal["slight", "strong"] = "strong"
-    vary_speed: bool = False
 
 
 class NumbersConfig(Config):
@@ -117,18 +97,11 @@ def build_modalities(
 ) -> Modalities:
     """The four modalities of one model. Errors as `load_networks`."""
     networks = load_networks(config)
-    text, audio = Text(tokenizer, config.text.max_tokens, config.text.imported), config.audio
+    text = Text(tokenizer, config.text.max_tokens, config.text.imported)
     modalities = Modalities(
         text=text,
         image=Image(networks["image.codec"], config.image, networks.get("image.encoder")),
-        audio=Audio(
-            networks["audio.codec"],
-            audio.seconds,
-            audio.max_seconds,
-            networks.get("audio.encoder"),
-            audio.vary_speed,
-            SLIGHT if audio.augmentation == "slight" else STRONG,
-        ),
+        audio=Audio(networks["audio.codec"], config.audio, networks.get("audio.encoder")),
         numbers=Numbers(text, scales, series, predictors),
     )
     modalities.prompt_attention = config.prompt_attention
