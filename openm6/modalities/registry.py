@@ -20,7 +20,7 @@ from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.series import SeriesStats
 from openm6.modalities.simple_predictors import TablePredictors
-from openm6.modalities.text import ImportedText, Text, after_token, after_tokens, causal_source, select_tokens
+from openm6.modalities.text import ImportedText, Text, after_tokens, causal_source, select_tokens
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
 NO_SERIES: Mapping[str, SeriesStats] = MappingProxyType({})
@@ -138,7 +138,7 @@ def source_segments(
         if modalities.prompt_attention != "bidirectional" or "role" in part.options:
             segment = replace(segment, placement="causal" if causal and segment.kind == "text" else "part")
         if held is not None and segment.kind == "text":
-            segment, held = after_token(held, segment), None
+            segment, held = after_tokens([held], segment), None
         elif held is not None:
             segments, held = [*segments, causal_source([held])], None
         segments.append(segment)
@@ -163,7 +163,8 @@ def prompt_segments(parts: Sequence[Part], modalities: Modalities) -> list[Segme
 def _beside(target: Segment, opening: tuple[int, ...]) -> Segment:
     """A target that is hidden from what follows, which begins at the same position."""
     if opening and target.kind == "text":
-        target = after_tokens(opened(target, opening[-1]), opening[:-1])
+        cuttable = () if opening[1:] else target.cuttable
+        target = replace(after_tokens(opening[:-1], opened(target, opening[-1])), cuttable=cuttable)
     return replace(target, span=0, placement="aside" if target.placement == "causal" else target.placement)
 
 
