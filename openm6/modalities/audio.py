@@ -5,6 +5,7 @@
 import functools
 import io
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -203,9 +204,9 @@ class Audio(CodesModality):
         seconds, mask_span = options.get("seconds") or self.seconds, options.get("mask_span")
         length = self.length(seconds)
         region = None if mask_span is None else span_mask(mask_span, length)
-        segment, fill = self._target(audio_grid(length, self.hop), region, options, rng, self.is_longer(raw, seconds))
+        segment, fill = self._target(audio_grid(length, self.hop), region, options, rng)
         self._pass_codes(*self._read(raw, seconds, speed), fill)
-        return segment
+        return replace(segment, truncated=self.is_longer(raw, seconds))
 
     def blank(self, seconds: float | None = None) -> Segment:
         return self._blank(audio_grid(self.length(seconds), self.hop))

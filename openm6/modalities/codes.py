@@ -179,12 +179,7 @@ class CodesModality(Modality):
             together.encode()
 
     def _target(
-        self,
-        grid: TokenGrid,
-        region: np.ndarray | None = None,
-        options: Options = NO_OPTIONS,
-        rng: Rng = None,
-        truncated: bool = False,
+        self, grid: TokenGrid, region: np.ndarray | None = None, options: Options = NO_OPTIONS, rng: Rng = None
     ) -> tuple[Segment, Callable[[np.ndarray], None]]:
         """Target tokens, masked by the training pattern, or in `region` alone, and what fills in their codes, N G.
 
@@ -211,8 +206,7 @@ class CodesModality(Modality):
                 shown[is_wrong] = wrong
 
         arrays = {"codes": codes, "shown": shown, "is_masked": mask, "positions": grid.positions}
-        kind = f"{self.name}_out"
-        return Segment(kind, arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN, truncated), fill
+        return Segment(f"{self.name}_out", arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN), fill
 
     def _blank(self, grid: TokenGrid) -> Segment:
         segment, fill = self._target(grid)
