@@ -294,9 +294,7 @@ def squared(mask_box: MaskBox, width: int, height: int) -> MaskBox:
     if mask_box is None or width == height:
         return mask_box
     if isinstance(mask_box, np.ndarray):
-        square = np.zeros((side, side), bool)
-        square[top : top + height, left : left + width] = mask_box
-        return square
+        return np.pad(mask_box, ((top, side - height - top), (left, side - width - left)))
     x, y = ((offset + np.asarray(mask_box[axis::2]) * length) / side
             for axis, (offset, length) in enumerate(((left, width), (top, height))))  # fmt: skip
     return float(x[0]), float(y[0]), float(x[1]), float(y[1])

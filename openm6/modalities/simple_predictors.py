@@ -248,9 +248,7 @@ class TablePredictors:
     def read(self, rows: Sequence[Given]) -> tuple[np.ndarray, np.ndarray]:
         """Numbers, NaN if missing, and codes of categories: -1 missing, -2 not among the words.  # R C, R Q"""
         own = [[row.get(name) for name in self.numbers] for row in rows]
-        values = [
-            [math.nan if value is None or isinstance(value, str) else float(value) for value in row] for row in own
-        ]
+        values = [[math.nan if x is None or isinstance(x, str) else float(x) for x in row] for row in own]
         named = list(zip(self.categories, self.codes, strict=True))
         codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
         columns = [np.asarray(values, float).reshape(len(rows), -1)]

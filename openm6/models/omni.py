@@ -124,17 +124,14 @@ class Omni(nn.Module):
         self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
-        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, self._others(groups))
+        found = [group.index for kind, group in groups.items() if self.uses_modality_experts(kind)]
+        others = torch.cat(found) if found else None  # the tokens that pass modality experts
+        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, others)
 
     def uses_modality_experts(self, kind: str) -> bool:
         """Whether tokens of a kind pass modality experts."""
         experts = self.config.modality_experts
         return experts is not None and not {kind, modality_of(kind)}.isdisjoint(experts.modalities)
-
-    def _others(self, groups: dict[str, TokenGroup]) -> Tensor | None:
-        """The tokens that pass modality experts; None if there are no such."""
-        found = [group.index for kind, group in groups.items() if self.uses_modality_experts(kind)]
-        return torch.cat(found) if found else None
 
     def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of learned tokens by kind (of training, also `as_trained`, else the nll), and what layers routed."""
