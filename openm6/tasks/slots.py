@@ -24,8 +24,7 @@ from openm6.modalities.text import MASK_CHARACTER
 
 Record = dict[str, Any]
 MAX_TOKENS = 256
-# A text of at most this many tokens is a name or a category.
-SHORT = 16
+SHORT = 16  # at most so many tokens are a name or a category
 ABSENT: tuple[object, ...] = (None, "", [], ())  # but not 0 and False, which are answers
 MIN_STATED = 3  # letters of an answer that a text states
 METRICS: dict[str, tuple[str, ...]] = {
@@ -73,8 +72,6 @@ def localised(record: Record, name: str, language: str) -> Any:
     if f"{name}_{language}" in extra:
         return extra[f"{name}_{language}"]
     plain = extra.get(name)
-    if plain is None:
-        return None
     return plain if _is_chinese(as_text(plain)) == (language == "zh") else None
 
 
@@ -172,10 +169,8 @@ class Numbers(Slot):
         return Part("numbers", dict(record["numbers"]))
 
 
-# The key of `extra` with the column that is always held out of a record.
-PINNED = "pinned_column"
-# The key of `extra` with the number columns that are never held out.
-INPUT_ONLY = "input_only_columns"
+# Keys of `extra`: the column that is always held out of a record, and the number columns that never are.
+PINNED, INPUT_ONLY = "pinned_column", "input_only_columns"
 
 
 def pinned(record: Record) -> str | None:
@@ -255,20 +250,15 @@ TEXT, LABEL = Text("text"), Text("label", max_tokens=SHORT)
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
 # The fraction of the words (in Chinese: characters) of a text that is masked, and the mean length of a masked run.
 MASKED_FRACTION, MASKED_RUN = 0.15, 3
-# Shorter texts are not continued.
-MIN_CHARACTERS = 12
+MIN_CHARACTERS = 12  # shorter texts are not continued
 COUPLET_TOKENS = 32
 _SENTENCE = re.compile(r"[。！？；.!?;\n]+")
 _COMMA = re.compile(r"[，,]")
-# Shorter series are not used. An anomaly moves one step by this many scales of the series.
-MIN_STEPS = 8
-ANOMALY_SCALES = 6.0
-# Of the columns, in the training examples that are not given all.
-KEPT_COLUMNS = (0.2, 1.0)
-# The bound in a question differs from the value by a fraction of it in this range.
-MARGIN = (0.1, 0.5)
-# Of the training windows, without their times: a series is often asked about without.
-NO_CLOCK = 0.2
+MIN_STEPS = 8  # shorter series are not used
+ANOMALY_SCALES = 6.0  # of the series, by which an anomaly moves one step
+KEPT_COLUMNS = (0.2, 1.0)  # of the columns, in the training examples that are not given all
+MARGIN = (0.1, 0.5)  # between the value and the bound in a question, as a fraction of the value
+NO_CLOCK = 0.2  # of the training windows, without their times: a series is often asked about without
 
 
 def _text(record: Record, language: str) -> str:
