@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.modalities import regression
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll
 from openm6.modalities.interface import Adapter, Arrays
 
 PATCH = 8
@@ -384,12 +384,11 @@ class SeriesOut(Adapter):
                 for p, scale, width, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        found, change = self.distribution(hidden, arrays), arrays["change"][:, None]
-        nll, _ = expected_nll(*found, arrays["values"], change, one_hot_bins)
+        nll, _ = expected_nll(*self.distribution(hidden, arrays), arrays["values"], arrays["change"][:, None])
         return ((nll + arrays["log_unit"]) * arrays["observed"]).sum(-1)
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         count = arrays["observed"].sum(-1).clamp(min=1)
         found, change = self.distribution(hidden, arrays), arrays["change"][:, None]
-        nll, distance = expected_nll(*found, arrays["values"], change, smooth_bins)
+        nll, distance = expected_nll(*found, arrays["values"], change, smooth=True)
         return ((nll + DISTANCE_WEIGHT * distance) * arrays["observed"]).sum(-1) / count
