@@ -18,12 +18,9 @@ from openm6.modalities.audio import Audio, AudioConfig
 from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
-from openm6.modalities.series import SeriesStats
-from openm6.modalities.simple_predictors import TablePredictors
 from openm6.modalities.text import ImportedText, Text, after_tokens, causal_source, select_tokens
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
-NO_SERIES: Mapping[str, SeriesStats] = MappingProxyType({})
 PromptAttention = Literal["bidirectional", "block", "causal"]
 
 
@@ -88,21 +85,15 @@ def load_networks(config: ModalitiesConfig) -> dict[str, Any]:
     return found
 
 
-def build_modalities(
-    config: ModalitiesConfig,
-    tokenizer: Tokenizer,
-    scales: Scales,
-    series: Mapping[str, SeriesStats] = NO_SERIES,
-    predictors: Sequence[TablePredictors] = (),
-) -> Modalities:
-    """The four modalities of one model. Errors as `load_networks`."""
+def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales) -> Modalities:
+    """The four modalities of one model; what else `Numbers` knows is set later. Errors as `load_networks`."""
     networks = load_networks(config)
     text = Text(tokenizer, config.text.max_tokens, config.text.imported)
     modalities = Modalities(
         text=text,
         image=Image(networks["image.codec"], config.image, networks.get("image.encoder")),
         audio=Audio(networks["audio.codec"], config.audio, networks.get("audio.encoder")),
-        numbers=Numbers(text, scales, series, predictors),
+        numbers=Numbers(text, scales, {}),
     )
     modalities.prompt_attention = config.prompt_attention
     modalities.external = {name: weights_sha256(one) for name, one in networks.items() if not isinstance(one, FSQCodec)}
