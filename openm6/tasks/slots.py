@@ -375,8 +375,7 @@ def hold_out_number(record: Record, context: Context, column: str | None = None)
     """One number, drawn each time unless it is named, and what else the record holds."""
     values = predictable(record)
     column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
-    target = Part("numbers", {column: values[column]})
-    key = f"{column}={values[column]}"
+    target, key = Part("numbers", {column: values[column]}), f"{column}={values[column]}"
     return Built(_shown(record, context, column), target, key, {"column": _words(column)})
 
 
@@ -419,7 +418,7 @@ def ask_column(record: Record, context: Context) -> Built:
     above = bool(rng.random() < 0.5)
     margin = max(abs(seen[name]), 1.0) * float(rng.uniform(*MARGIN))
     bound = float(f"{seen[name] + (-margin if above else margin):.3g}")
-    column = name.replace("_", " ")
+    column = _words(name)
     questions = {"en": f"Is the {column} above {bound:g}?", "zh": f"{column}大于{bound:g}吗？"}
     answer = YES_NO[context.language][int(above)]
     return Built({"question": Part("text", questions[context.language])}, Part("text", answer), key=str(above))
@@ -491,8 +490,7 @@ SLOTS: dict[str, Slot] = {
     "image": IMAGE,
     "audio": AUDIO,
     "numbers": NUMBERS,
-    # One column is held out.
-    "several_numbers": Numbers(min_columns=2),
+    "several_numbers": Numbers(min_columns=2),  # one column is held out
     "rest_of_text": Derived("text", split_text, lambda record, lang: len(_text(record, lang)) >= MIN_CHARACTERS),
     "unmasked_text": Derived("text", mask_words),
     "second_line": Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language))),
