@@ -44,43 +44,42 @@ def key_of(raw: Any) -> bytes | None:
     return _file_keys.get_or_compute(raw, lambda: (raw, content_key(raw)))[1] if isinstance(raw, bytes) else None
 
 
-class CodesToCome:
-    """Inputs whose codes are computed together: the codec takes half as long for eight at once as for one by one."""
-
-    def __init__(self) -> None:
-        # By modality and key: the input, and what to do with its codes.
-        self.waiting: dict[tuple[CodesModality, Hashable], tuple[np.ndarray, list[Callable[[np.ndarray], None]]]] = {}
-
-    def encode(self) -> None:
-        alike: dict[tuple[CodesModality, tuple[int, ...]], list[Hashable]] = {}
-        for (modality, key), (values, _) in self.waiting.items():
-            alike.setdefault((modality, values.shape), []).append(key)
-        groups = [(one, keys[n : n + GROUP]) for (one, _), keys in alike.items() for n in range(0, len(keys), GROUP)]
-        for modality, group in groups:
-            inputs = [self.waiting[modality, key][0] for key in group]
-            with modality.code_cache.timed():
-                # Never alone: kernels for one round differently, and codes must not depend on what is beside them.
-                found = modality.encode_values(inputs if len(inputs) > 1 else inputs * 2)
-            for key, codes in zip(group, found, strict=False):
-                modality.code_cache.put(None if isinstance(key, int) else key, codes.copy())
-                for use in self.waiting[modality, key][1]:
-                    use(codes)
-        self.waiting.clear()
-
-
+# Of inputs whose codes are computed together, by modality and key: the input, and what to do with its codes.
+CodesToCome = dict[tuple["CodesModality", Hashable], tuple[np.ndarray, list[Callable[[np.ndarray], None]]]]
 _codes_to_come: ContextVar[CodesToCome | None] = ContextVar("codes_to_come", default=None)
 
 
 @contextmanager
 def encode_together() -> Iterator[None]:
-    """Within it the codes of targets may be missing; at its end they are there."""
-    codes = CodesToCome()
-    token = _codes_to_come.set(codes)
+    """Within it the codes of targets may be missing; at its end they are there.
+
+    The codec takes half as long for eight inputs at once as for one by one.
+    """
+    waiting: CodesToCome = {}
+    token = _codes_to_come.set(waiting)
     try:
         yield
     finally:
         _codes_to_come.reset(token)
-        codes.encode()
+        _encode_all(waiting)
+
+
+def _encode_all(waiting: CodesToCome) -> None:
+    """Compute the codes of all that waits, and use them."""
+    alike: dict[tuple[CodesModality, tuple[int, ...]], list[Hashable]] = {}
+    for (modality, key), (values, _) in waiting.items():
+        alike.setdefault((modality, values.shape), []).append(key)
+    groups = [(one, keys[n : n + GROUP]) for (one, _), keys in alike.items() for n in range(0, len(keys), GROUP)]
+    for modality, group in groups:
+        inputs = [waiting[modality, key][0] for key in group]
+        with modality.code_cache.timed():
+            # Never alone: kernels for one round differently, and codes must not depend on what is beside them.
+            found = modality.encode_values(inputs if len(inputs) > 1 else inputs * 2)
+        for key, codes in zip(group, found, strict=False):
+            modality.code_cache.put(None if isinstance(key, int) else key, codes.copy())
+            for use in waiting[modality, key][1]:
+                use(codes)
+    waiting.clear()
 
 
 class TokenGrid(NamedTuple):
@@ -165,18 +164,18 @@ class CodesModality(Modality):
 
     def _pass_codes(self, key: Hashable, read: Callable[[], np.ndarray], use: Callable[[np.ndarray], None]) -> None:
         """Call `use` with the codes of what `read` returns: now, or at the end of `encode_together`."""
-        together = _codes_to_come.get()
-        if together is None or key in self.code_cache.entries:
+        waiting = _codes_to_come.get()
+        if waiting is None or key in self.code_cache.entries:
             use(self._encode(key, read))
             return
         self.code_cache.lookups += 1
-        key = len(together.waiting) if key is None else key
-        if (self, key) not in together.waiting:
+        key = len(waiting) if key is None else key
+        if (self, key) not in waiting:
             with self.code_cache.timed(misses=1):
-                together.waiting[self, key] = (read(), [])
-        together.waiting[self, key][1].append(use)
-        if len(together.waiting) >= WAITING:
-            together.encode()
+                waiting[self, key] = (read(), [])
+        waiting[self, key][1].append(use)
+        if len(waiting) >= WAITING:
+            _encode_all(waiting)
 
     def _target(
         self, grid: TokenGrid, region: np.ndarray | None = None, options: Options = NO_OPTIONS, rng: Rng = None
