@@ -8,11 +8,10 @@ head weighs, in units of the window's typical change from step to step or from s
 # Letters: N tokens, P steps of a patch, C steps of the past, H of the future, K simple forecasts, T features of a time,
 # M features of a step, W features of a window, D hidden size, B bins, Q frequencies
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -65,10 +64,10 @@ class NumberSeries:
     past: Sequence[float | None] = ()
     clock: regression.Clock | None = None
     stats: SeriesStats | None = None
-    beside: Sequence[NumberSeries] = ()
+    beside: "Sequence[NumberSeries]" = ()
     position: tuple[int, int] | None = None
 
-    def to_forecast(self, ahead: int) -> NumberSeries:
+    def to_forecast(self, ahead: int) -> "NumberSeries":
         """The steps after these as a target; its values are only asked for, so any will do."""
         return NumberSeries(self.name, [1.0] * ahead, self.values, self.clock, self.stats)
 
@@ -174,7 +173,7 @@ class Window:
     period: int
 
     @classmethod
-    def of(cls, past: np.ndarray, stats: SeriesStats, column: tuple[float, float]) -> Window:
+    def of(cls, past: np.ndarray, stats: SeriesStats, column: tuple[float, float]) -> Self:
         """Measured on C observed or missing values; without any, by the scale of the column."""
         seen = past[np.isfinite(past)]
         log = stats.log and bool((seen > 0).all())

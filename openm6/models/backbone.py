@@ -2,8 +2,6 @@
 
 # Dimensions: B rows, S new tokens, T tokens with those of the cache, D width, E experts
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import product

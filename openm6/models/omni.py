@@ -2,8 +2,6 @@
 
 # Dimensions: R rows, S tokens a row, N = R*S, D width, n tokens of one kind, m of them learned
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import cast
 
@@ -97,7 +95,7 @@ class Omni(nn.Module):
         self.config = self.backbone.config
         return {f"backbone.{new}": f"backbone.{old}" for new, old in names.items()}
 
-    def unwrapped(self) -> Omni:
+    def unwrapped(self) -> "Omni":
         """The same parts in a new root, which nobody has wrapped."""
         fresh = Omni.__new__(Omni)
         nn.Module.__init__(fresh)

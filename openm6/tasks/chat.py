@@ -4,8 +4,6 @@ A turn is a token of its role and what was said. Training learns the answers of 
 a hidden target, then a turn like any other, which what follows attends to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial

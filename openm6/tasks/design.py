@@ -2,11 +2,8 @@
 
 # Letters: H and W pixels down and across
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -82,7 +79,6 @@ def _part(image: Image.Image) -> Part:
     return Part("image", stream.getvalue())
 
 
-@dataclass(frozen=True)
 class Outline(Derived):
     def part(self, record: Record, language: str) -> Part:
         return _part(outline(_read(record["image"])))

@@ -1,12 +1,10 @@
 """Own tasks: the section `tasks:` of a recipe, which a checkpoint keeps, as tasks like the built-in ones."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,7 +36,6 @@ KINDS: tuple[str, ...] = get_args(Kind)
 RECORD_TEXTS = ("text", "tags", "label", "question", "answer")
 
 
-@dataclass(frozen=True)
 class AnyText(Text):
     """A text of any name: a key of records, a column in `extra`, or a category."""
 
@@ -123,7 +120,7 @@ class FieldConfig(Config):
         return {"kind": kinds[0], "columns": tuple(listed), **rest}
 
     @model_validator(mode="after")
-    def _fits(self) -> FieldConfig:
+    def _fits(self) -> Self:
         if len(self.columns) > 1 and self.kind != "numbers":
             raise ValueError(f"{self.kind} is one column: name one, or use numbers")
         if self.max_tokens is not None and self.kind not in ("text", "category"):
@@ -182,7 +179,7 @@ class TaskConfig(Config):
         return {key: (one,) if isinstance(one, str) else one for key, one in found} or prompts
 
     @model_validator(mode="after")
-    def _consistent(self) -> TaskConfig:
+    def _consistent(self) -> Self:
         try:
             task = self.task("it")
         except ConfigError as error:

@@ -4,8 +4,6 @@ Some targets are built together with some inputs, because both depend on one ran
 matches. Each function for them takes a record and the context of the example, and returns both sides.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from abc import ABC, abstractmethod
@@ -113,7 +111,6 @@ class Text(Slot):
         return ("exact_match",) if self.max_tokens <= SHORT else ("char_bigram_f1", "exact_match")
 
 
-@dataclass(frozen=True)
 class Gloss(Text):
     """A text without the words before its first colon if the label is among them: a definition without its word."""
 
@@ -124,7 +121,6 @@ class Gloss(Text):
         return Part("text", rest if colon and label and label in head else text, {"max_tokens": self.max_tokens})
 
 
-@dataclass(frozen=True)
 class Title(Text):
     """The first line of a text of several lines."""
 
@@ -136,7 +132,6 @@ class Title(Text):
         return Part("text", as_text(self.value(record, language)).partition("\n")[0])
 
 
-@dataclass(frozen=True)
 class Body(Title):
     def part(self, record: Record, language: str) -> Part:
         text = as_text(self.value(record, language)).partition("\n")[2]

@@ -3,12 +3,10 @@
 A task is data. Its modalities, metrics and baseline follow from the slots of its inputs and of its target.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -100,7 +98,7 @@ class Example:
     column: str = ""
     contrastive: bool = False
 
-    def of_source(self, name: str) -> Example:
+    def of_source(self, name: str) -> Self:
         """The example with the name of its source, by which the simple predictors of a label are chosen."""
         return replace(self, target=replace(self.target, options={**self.target.options, "source": name}))
 
