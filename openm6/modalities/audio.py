@@ -4,7 +4,6 @@
 
 import functools
 import io
-from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +19,7 @@ from openm6.codecs.external import Encoder, EncoderName
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
-from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of
+from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, Input, TokenGrid, key_of
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
@@ -204,18 +203,17 @@ class Audio(CodesModality):
         seconds, mask_span = options.get("seconds") or self.seconds, options.get("mask_span")
         length = self.length(seconds)
         region = None if mask_span is None else span_mask(mask_span, length)
-        segment, fill = self._target(audio_grid(length, self.hop), region, options, rng)
-        self._pass_codes(*self._read(raw, seconds, speed), fill)
+        segment = self._target(audio_grid(length, self.hop), self._input(raw, seconds, speed), region, options, rng)
         return replace(segment, truncated=self.is_longer(raw, seconds))
 
     def blank(self, seconds: float | None = None) -> Segment:
-        return self._blank(audio_grid(self.length(seconds), self.hop))
+        return self._target(audio_grid(self.length(seconds), self.hop), None)
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
         """Codes of the audio, cut or padded with silence; cached by the bytes of the file.  # T G"""
-        return self._encode(*self._read(raw, seconds or self.seconds, speed))
+        return self._encode(*self._input(raw, seconds or self.seconds, speed))
 
-    def _read(self, raw: Any, seconds: float, speed: float) -> tuple[Hashable, Callable[[], np.ndarray]]:
+    def _input(self, raw: Any, seconds: float, speed: float) -> Input:
         """The key of some seconds of audio at a speed, and the function that reads its samples."""
         key, length = key_of(raw), self.length(seconds) * self.hop
         return key and (key, seconds, speed), lambda: _fitted(self._samples(raw, speed), length)

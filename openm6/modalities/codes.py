@@ -44,6 +44,7 @@ def key_of(raw: Any) -> bytes | None:
     return _file_keys.get_or_compute(raw, lambda: (raw, content_key(raw)))[1] if isinstance(raw, bytes) else None
 
 
+Input = tuple[Hashable, Callable[[], np.ndarray]]  # the key of an input of a codec, and the function that reads it
 # Of inputs whose codes are computed together, by modality and key: the input, and what to do with its codes.
 CodesToCome = dict[tuple["CodesModality", Hashable], tuple[np.ndarray, list[Callable[[np.ndarray], None]]]]
 _codes_to_come: ContextVar[CodesToCome | None] = ContextVar("codes_to_come", default=None)
@@ -178,9 +179,14 @@ class CodesModality(Modality):
             _encode_all(waiting)
 
     def _target(
-        self, grid: TokenGrid, region: np.ndarray | None = None, options: Options = NO_OPTIONS, rng: Rng = None
-    ) -> tuple[Segment, Callable[[np.ndarray], None]]:
-        """Target tokens, masked by the training pattern, or in `region` alone, and what fills in their codes, N G.
+        self,
+        grid: TokenGrid,
+        of: Input | None,
+        region: np.ndarray | None = None,
+        options: Options = NO_OPTIONS,
+        rng: Rng = None,
+    ) -> Segment:
+        """Target tokens `of` an input, or of zeros, masked by the training pattern, or in `region` alone.
 
         `mask_context` masks the codes around the region as well; without a generator only those in it carry a loss.
         Training masks the context of half the examples, and then learns all codes, to inpaint from the source alone.
@@ -191,26 +197,21 @@ class CodesModality(Modality):
             mask_context = (rng is not None and rng.random() < 0.5) or options.get("mask_context")
             mask = np.ones_like(region) if mask_context else region
             learn = region if rng is None else mask
-        codes, shown = (np.empty((len(mask), self.codec.config.groups), np.int64) for _ in range(2))
-        wrong: np.ndarray | None = None
+        codes, shown = (np.zeros((len(mask), self.codec.config.groups), np.int64) for _ in range(2))
         if rng is not None:
             is_wrong = ~mask & (rng.random(len(mask)) < WRONG_FRACTION)
-            if is_wrong.any():
-                learn = learn | is_wrong
-                wrong = rng.integers(0, self.codec.config.codebook_size, (int(is_wrong.sum()), codes.shape[1]))
+            wrong = rng.integers(0, self.codec.config.codebook_size, (int(is_wrong.sum()), codes.shape[1]))
+            learn = learn | is_wrong
 
         def fill(found: np.ndarray) -> None:
             codes[:] = shown[:] = found
-            if wrong is not None:
+            if rng is not None:
                 shown[is_wrong] = wrong
 
+        if of is not None:
+            self._pass_codes(*of, fill)
         arrays = {"codes": codes, "shown": shown, "is_masked": mask, "positions": grid.positions}
-        return Segment(f"{self.name}_out", arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN), fill
-
-    def _blank(self, grid: TokenGrid) -> Segment:
-        segment, fill = self._target(grid)
-        fill(np.zeros((), np.int64))
-        return segment
+        return Segment(f"{self.name}_out", arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN)
 
     def stem(self, hidden_size: int) -> nn.Module:
         return nn.Linear(self.patch_size, hidden_size)

@@ -247,12 +247,10 @@ class Image(CodesModality):
                 key_of(raw), lambda: np.asarray(read_image(raw, self.max_pixels).size)
             )
             region = box_mask(squared(mask_box, *size.tolist()), *self.target_grid.shape)
-        segment, fill = self._target(self.target_grid, region, options, rng)
-        self._pass_codes(key_of(raw), partial(self._read, raw), fill)
-        return segment
+        return self._target(self.target_grid, (key_of(raw), partial(self._read, raw)), region, options, rng)
 
     def blank(self) -> Segment:
-        return self._blank(self.target_grid)
+        return self._target(self.target_grid, None)
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of an image squared to `side`; cached by the bytes of the file.  # N G"""

@@ -78,9 +78,8 @@ class Backbone(nn.Module):
         self.final_norm.reset_parameters()
 
     def forward(
-        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None,
-        others: Tensor | None = None,
-    ) -> tuple[Tensor, list[RouterStats]]:  # fmt: skip
+        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None, others: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
         """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
         expected = (meta.batch, meta.length, self.config.hidden_size)
         if x.shape != expected:
