@@ -98,11 +98,11 @@ class TemplatedChat:
 
     def _split(self, text: str) -> list[Part]:
         found: list[Part] = []
-        for index, piece in enumerate(re.split(f"({_MARK}{{2}})", text)):
+        for index, chunk in enumerate(re.split(f"({_MARK}{{2}})", text)):
             if index % 2:
-                found.append(self.media[(ord(piece[0]) - FIRST) * COUNT + ord(piece[1]) - FIRST])
-            elif piece:
-                found.append(Part("text", piece))
+                found.append(self.media[(ord(chunk[0]) - FIRST) * COUNT + ord(chunk[1]) - FIRST])
+            elif chunk:
+                found.append(Part("text", chunk))
         return found
 
     def _render(self, messages: Sequence[Mapping[str, str]], answer: bool = False) -> str:

@@ -86,7 +86,7 @@ def load_networks(config: ModalitiesConfig) -> dict[str, Any]:
 
 
 def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales) -> Modalities:
-    """The four modalities of one model; what else `Numbers` knows is set later. Errors as `load_networks`."""
+    """The four modalities of one model; what else `Numbers` has is set later. Errors as `load_networks`."""
     networks = load_networks(config)
     text = Text(tokenizer, config.text.max_tokens, config.text.imported)
     modalities = Modalities(
