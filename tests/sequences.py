@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from openm6.modalities.batch import PackedExample, collate
 from openm6.ops.sequence import PADDING, SequenceMeta
 
 
@@ -16,3 +17,8 @@ def padding_meta(batch: int, length: int) -> SequenceMeta:
 def narrow(meta: SequenceMeta, start: int, stop: int) -> SequenceMeta:
     """Return tokens start to stop - 1 of each row, as views."""
     return SequenceMeta(*(part[:, start:stop] for part in meta.parts()))
+
+
+def meta_of(example: PackedExample) -> SequenceMeta:
+    """Return the sequence rule of an example alone in a row."""
+    return collate([[example]], len(example)).meta

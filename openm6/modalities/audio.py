@@ -4,20 +4,22 @@
 
 import functools
 import io
-from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import soundfile
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig, LogMels
 from openm6.codecs.base import Codec
-from openm6.codecs.external import Encoder
+from openm6.codecs.external import Encoder, EncoderName
+from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
-from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of
+from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, Input, TokenGrid, key_of
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
@@ -25,7 +27,7 @@ RATE = 16_000
 FRAMES = 8  # of 10 ms in one input token
 UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
-STRONG, SLIGHT = 1.0, 0.35  # reach of augmentation
+REACH = {"strong": 1.0, "slight": 0.35}  # of augmentation
 # Of targets while training, which changes the voice (Ko et al., Interspeech 2015); few, so that codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
 BLOCK = 2**16  # samples of each channel that are decoded at once
@@ -84,17 +86,34 @@ def audio_grid(count: int, samples: int) -> TokenGrid:
     return TokenGrid(np.stack([index, middle, middle], axis=1), positions, (1, count))
 
 
+class AudioConfig(Config):
+    """`codec` is a shipped name, a file or a model as transformers:NAME; a generated recording lasts `seconds`.
+
+    `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME or
+    openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds`
+    bounds the inputs.
+    `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter.
+    `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
+    voices are then not memorized, but a word of one voice has nine answers.
+    """
+
+    codec: str = "audio"
+    codebooks: int | None = Field(default=None, ge=1)
+    encoder: EncoderName = None
+    seconds: float = Field(default=1.2, gt=0)
+    max_seconds: float = Field(default=MAX_SECONDS, gt=0)
+    augmentation: Literal["slight", "strong"] = "strong"
+    vary_speed: bool = False
+
+
 class Audio(CodesModality):
     """Audio as patches of 8 log-mel frames in, and up to a number of seconds in positions of 40 ms out."""
 
     name: ClassVar[str] = "audio"
 
-    def __init__(
-        self, codec: Codec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS, encoder: Encoder | None = None,
-        vary_speed: bool = False, reach: float = STRONG,
-    ) -> None:  # fmt: skip
-        self.codec, self.encoder, self.seconds, self.max_seconds = codec, encoder, seconds, max_seconds
-        self.vary_speed, self.reach = vary_speed, reach
+    def __init__(self, codec: Codec, config: AudioConfig, encoder: Encoder | None = None) -> None:
+        self.codec, self.config, self.encoder = codec, config, encoder
+        self.seconds, self.max_seconds = config.seconds, config.max_seconds
         self.hop = codec.step
         self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
         self.num_mels = self.mels.config.num_mels
@@ -142,7 +161,7 @@ class Audio(CodesModality):
         """Log-mels of 8 frames each; a generator asks for augmentation, see `_augmented`.  # N F"""
         frames = self._frames(raw, seconds, speed)
         if rng is not None:
-            frames = _augmented(frames, rng, self.reach, measured)
+            frames = _augmented(frames, rng, REACH[self.config.augmentation], measured)
         silence = np.full((-len(frames) % FRAMES, self.num_mels), frames.min(), np.float32)
         return np.concatenate([frames, silence]).reshape(-1, FRAMES * self.num_mels)
 
@@ -179,23 +198,22 @@ class Audio(CodesModality):
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Codes of `seconds` of audio, cut or padded with silence; masked as in training, or in `mask_span` alone."""
         speed = options.get("speed", 1.0)
-        if rng is not None and self.vary_speed and "speed" not in options:
+        if rng is not None and self.config.vary_speed and "speed" not in options:
             speed = random_speed(rng)
         seconds, mask_span = options.get("seconds") or self.seconds, options.get("mask_span")
         length = self.length(seconds)
         region = None if mask_span is None else span_mask(mask_span, length)
-        segment, fill = self._target(audio_grid(length, self.hop), region, options, rng, self.is_longer(raw, seconds))
-        self._pass_codes(*self._read(raw, seconds, speed), fill)
-        return segment
+        segment = self._target(audio_grid(length, self.hop), self._input(raw, seconds, speed), region, options, rng)
+        return replace(segment, truncated=self.is_longer(raw, seconds))
 
     def blank(self, seconds: float | None = None) -> Segment:
-        return self._blank(audio_grid(self.length(seconds), self.hop))
+        return self._target(audio_grid(self.length(seconds), self.hop), None)
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
         """Codes of the audio, cut or padded with silence; cached by the bytes of the file.  # T G"""
-        return self._encode(*self._read(raw, seconds or self.seconds, speed))
+        return self._encode(*self._input(raw, seconds or self.seconds, speed))
 
-    def _read(self, raw: Any, seconds: float, speed: float) -> tuple[Hashable, Callable[[], np.ndarray]]:
+    def _input(self, raw: Any, seconds: float, speed: float) -> Input:
         """The key of some seconds of audio at a speed, and the function that reads its samples."""
         key, length = key_of(raw), self.length(seconds) * self.hop
         return key and (key, seconds, speed), lambda: _fitted(self._samples(raw, speed), length)
@@ -229,7 +247,7 @@ def random_speed(rng: np.random.Generator) -> float:
     return SPEEDS[int(rng.integers(len(SPEEDS)))]
 
 
-def _augmented(frames: np.ndarray, rng: np.random.Generator, reach: float, measured: bool = False) -> np.ndarray:
+def _augmented(frames: np.ndarray, rng: np.random.Generator, reach: float, measured: bool) -> np.ndarray:
     """Imitate other speakers and microphones: stretch mels and time, change level, start and a few bands.  # F M
 
     `reach` is a factor on the changes, 1 for strong ones. Audio that is `measured`, whose number is asked for, is

@@ -43,11 +43,6 @@ class PackedExample:
         return self.length
 
     @property
-    def meta(self) -> SequenceMeta:
-        """The sequence rule of each token, as one row."""
-        return collate([[self]], self.length).meta
-
-    @property
     def truncated(self) -> bool:
         return any(segment.truncated for segment in self.segments)
 
@@ -119,10 +114,21 @@ class TokenGroup:
     learned: Tensor
 
 
-def _group_of_arrays(index: np.ndarray, arrays: Arrays, *rest: np.ndarray) -> TokenGroup:
+def _group_of_arrays(index: np.ndarray, arrays: Arrays, example: np.ndarray, weight: np.ndarray) -> TokenGroup:
     tables = by_size(arrays["shapes"]) if "shapes" in arrays else {}
     tensors = {name: torch.from_numpy(array) for name, array in (arrays | tables).items()}
-    return TokenGroup(torch.from_numpy(index), tensors, *map(torch.from_numpy, rest))
+    rest = map(torch.from_numpy, (example, weight, np.flatnonzero(weight)))
+    return TokenGroup(torch.from_numpy(index), tensors, *rest)
+
+
+def _meta_of(rows: int, length: int, index: np.ndarray, parts: Iterable[np.ndarray]) -> SequenceMeta:
+    """The sequence rule of rows: its parts for the tokens at `index` of the flattened rows, and padding elsewhere."""
+    found = []
+    for part, fill in zip(parts, (PADDING, 0, 0, 0), strict=True):
+        padded = np.full((rows * length, *part.shape[1:]), fill, np.int32)
+        padded[index] = part
+        found.append(torch.from_numpy(padded.reshape(rows, length, *part.shape[1:])))
+    return SequenceMeta(*found)
 
 
 @dataclass(frozen=True)
@@ -254,29 +260,21 @@ def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any]
     used = [sum(example.length for example in row) for row in rows]
     index = np.arange(len(example)) + np.repeat(np.arange(len(rows)) * length - np.cumsum(used) + used, used)
     in_row = np.asarray([number for row in rows for number in range(len(row))], np.int32)
-    attn_order, block_id, positions = _token_rules(segments, [rule for example in examples for rule in example.rules])
-    meta = [np.full((len(rows), length), PADDING, np.int32), *(np.zeros((len(rows), length), np.int32) for _ in "ab")]
-    meta.append(np.zeros((len(rows), length, 3), np.int32))
-    for part, values in zip(meta, (in_row[example], attn_order, block_id, positions), strict=True):
-        part.reshape(-1, *part.shape[2:])[index] = values
+    rules = _token_rules(segments, [rule for example in examples for rule in example.rules])
+    meta = _meta_of(len(rows), length, index, (in_row[example], *rules))
     learn = np.concatenate([np.zeros(0, bool), *(segment.learn for segment in segments)])
     learned = np.bincount(example, learn, minlength=len(examples)).tolist()
     weights = [example.weight / max(1.0, count) for example, count in zip(examples, learned, strict=True)]
     weight = learn * np.asarray(weights, np.float32)[example]
     present = [segment for segment in segments if len(segment.grid)]
-    kinds: dict[str, list[Segment]] = {}
-    for segment in present:
-        kinds.setdefault(segment.kind, []).append(segment)
-    numbers = {kind: number for number, kind in enumerate(sorted(kinds))}
-    kind_of = np.repeat([numbers[one.kind] for one in present], [len(one.grid) for one in present])
+    kind_of = np.repeat([segment.kind for segment in present], [len(segment.grid) for segment in present])
     groups = {}
-    for kind, number in numbers.items():
-        found, here = kinds[kind], np.flatnonzero(kind_of == number)
+    for kind in sorted({segment.kind for segment in present}):
+        found, here = [segment for segment in present if segment.kind == kind], np.flatnonzero(kind_of == kind)
         arrays = {name: np.concatenate([segment.arrays[name] for segment in found]) for name in found[0].arrays}
-        own = weight[here]
-        groups[kind] = _group_of_arrays(index[here], arrays, example[here], own, np.flatnonzero(own))
+        groups[kind] = _group_of_arrays(index[here], arrays, example[here], weight[here])
     tasks = [example.task for example in examples]
-    return Batch(SequenceMeta(*map(torch.from_numpy, meta)), groups, len(example), tasks, cursor or {})
+    return Batch(meta, groups, len(example), tasks, cursor or {})
 
 
 def count(batch: Batch) -> Counts:
@@ -310,10 +308,6 @@ def _part_of(batch: Batch, tokens: np.ndarray, whole: Counts) -> Batch:
     flat[0] = flat[0] * rows.batch + (tokens // rows.length).astype(flat[0].dtype)
     # A part without an example, of a batch of few long ones, is padding alone.
     length = max(ROWS, count + -count % ROWS)
-    padded = [np.zeros((1, length, *part.shape[1:]), part.dtype) for part in flat]
-    padded[0][:] = PADDING
-    for part, values in zip(padded, flat, strict=True):
-        part[0, :count] = values
     moved = np.full(rows.batch * rows.length, -1)
     moved[tokens] = np.arange(count)
     groups = {}
@@ -323,9 +317,7 @@ def _part_of(batch: Batch, tokens: np.ndarray, whole: Counts) -> Batch:
         if len(here):
             kept = (key for key in group.arrays if not key.startswith(OF_SIZE))
             arrays = {key: group.arrays[key].numpy()[here] for key in kept}
-            weight = group.weight.numpy()[here]
-            groups[name] = _group_of_arrays(
-                index[here], arrays, group.example.numpy()[here], weight, np.flatnonzero(weight)
-            )
-    meta = SequenceMeta(*map(torch.from_numpy, padded))
+            example, weight = group.example.numpy()[here], group.weight.numpy()[here]
+            groups[name] = _group_of_arrays(index[here], arrays, example, weight)
+    meta = _meta_of(1, length, np.arange(count), flat)
     return replace(batch, meta=meta, groups=groups, tokens=count, cursor={}, whole=whole)

@@ -19,6 +19,7 @@ from openm6.modalities.interface import Part
 TURNS = re.compile(r"<\|im_start\|>system.*?<\|im_end\|>|<\|\w+\|>(?:user|assistant)?", re.DOTALL)
 # In rendered text, what stands for part n of the prompt that is no text: two characters that no text may hold.
 FIRST, COUNT = 0xFDD0, 32
+_MARK = f"[{chr(FIRST)}-{chr(FIRST + COUNT - 1)}]"
 
 
 def _refuse(message: str) -> NoReturn:
@@ -89,7 +90,7 @@ class TemplatedChat:
 
     def _as_text(self, part: Part) -> str:
         if part.modality == "text":
-            text = "".join(letter for letter in part.raw if not FIRST <= ord(letter) < FIRST + COUNT)
+            text = re.sub(_MARK, "", part.raw)
             return functools.reduce(lambda left, token: left.replace(token, " "), self.special, text)
         self.media.append(part)
         high, low = divmod(len(self.media) - 1, COUNT)
@@ -97,16 +98,12 @@ class TemplatedChat:
 
     def _split(self, text: str) -> list[Part]:
         found: list[Part] = []
-        rest = ""
-        letters = iter(text)
-        for letter in letters:
-            if not FIRST <= ord(letter) < FIRST + COUNT:
-                rest += letter
-                continue
-            found += [Part("text", rest)] if rest else []
-            found.append(self.media[(ord(letter) - FIRST) * COUNT + ord(next(letters)) - FIRST])
-            rest = ""
-        return [*found, *([Part("text", rest)] if rest else [])]
+        for index, chunk in enumerate(re.split(f"({_MARK}{{2}})", text)):
+            if index % 2:
+                found.append(self.media[(ord(chunk[0]) - FIRST) * COUNT + ord(chunk[1]) - FIRST])
+            elif chunk:
+                found.append(Part("text", chunk))
+        return found
 
     def _render(self, messages: Sequence[Mapping[str, str]], answer: bool = False) -> str:
         values: dict[str, Any] = {"messages": messages, "add_generation_prompt": answer, **self.tokens}

@@ -44,43 +44,43 @@ def key_of(raw: Any) -> bytes | None:
     return _file_keys.get_or_compute(raw, lambda: (raw, content_key(raw)))[1] if isinstance(raw, bytes) else None
 
 
-class CodesToCome:
-    """Inputs whose codes are computed together: the codec takes half as long for eight at once as for one by one."""
-
-    def __init__(self) -> None:
-        # By modality and key: the input, and what to do with its codes.
-        self.waiting: dict[tuple[CodesModality, Hashable], tuple[np.ndarray, list[Callable[[np.ndarray], None]]]] = {}
-
-    def encode(self) -> None:
-        alike: dict[tuple[CodesModality, tuple[int, ...]], list[Hashable]] = {}
-        for (modality, key), (values, _) in self.waiting.items():
-            alike.setdefault((modality, values.shape), []).append(key)
-        groups = [(one, keys[n : n + GROUP]) for (one, _), keys in alike.items() for n in range(0, len(keys), GROUP)]
-        for modality, group in groups:
-            inputs = [self.waiting[modality, key][0] for key in group]
-            with modality.code_cache.timed():
-                # Never alone: kernels for one round differently, and codes must not depend on what is beside them.
-                found = modality.encode_values(inputs if len(inputs) > 1 else inputs * 2)
-            for key, codes in zip(group, found, strict=False):
-                modality.code_cache.put(None if isinstance(key, int) else key, codes.copy())
-                for use in self.waiting[modality, key][1]:
-                    use(codes)
-        self.waiting.clear()
-
-
+Input = tuple[Hashable, Callable[[], np.ndarray]]  # the key of an input of a codec, and the function that reads it
+# Of inputs whose codes are computed together, by modality and key: the input, and what to do with its codes.
+CodesToCome = dict[tuple["CodesModality", Hashable], tuple[np.ndarray, list[Callable[[np.ndarray], None]]]]
 _codes_to_come: ContextVar[CodesToCome | None] = ContextVar("codes_to_come", default=None)
 
 
 @contextmanager
 def encode_together() -> Iterator[None]:
-    """Within it the codes of targets may be missing; at its end they are there."""
-    codes = CodesToCome()
-    token = _codes_to_come.set(codes)
+    """Within it the codes of targets may be missing; at its end they are there.
+
+    The codec takes half as long for eight inputs at once as for one by one.
+    """
+    waiting: CodesToCome = {}
+    token = _codes_to_come.set(waiting)
     try:
         yield
     finally:
         _codes_to_come.reset(token)
-        codes.encode()
+        _encode_all(waiting)
+
+
+def _encode_all(waiting: CodesToCome) -> None:
+    """Compute the codes of all that waits, and use them."""
+    alike: dict[tuple[CodesModality, tuple[int, ...]], list[Hashable]] = {}
+    for (modality, key), (values, _) in waiting.items():
+        alike.setdefault((modality, values.shape), []).append(key)
+    groups = [(one, keys[n : n + GROUP]) for (one, _), keys in alike.items() for n in range(0, len(keys), GROUP)]
+    for modality, group in groups:
+        inputs = [waiting[modality, key][0] for key in group]
+        with modality.code_cache.timed():
+            # Never alone: kernels for one round differently, and codes must not depend on what is beside them.
+            found = modality.encode_values(inputs if len(inputs) > 1 else inputs * 2)
+        for key, codes in zip(group, found, strict=False):
+            modality.code_cache.put(None if isinstance(key, int) else key, codes.copy())
+            for use in waiting[modality, key][1]:
+                use(codes)
+    waiting.clear()
 
 
 class TokenGrid(NamedTuple):
@@ -165,28 +165,28 @@ class CodesModality(Modality):
 
     def _pass_codes(self, key: Hashable, read: Callable[[], np.ndarray], use: Callable[[np.ndarray], None]) -> None:
         """Call `use` with the codes of what `read` returns: now, or at the end of `encode_together`."""
-        together = _codes_to_come.get()
-        if together is None or key in self.code_cache.entries:
+        waiting = _codes_to_come.get()
+        if waiting is None or key in self.code_cache.entries:
             use(self._encode(key, read))
             return
         self.code_cache.lookups += 1
-        key = len(together.waiting) if key is None else key
-        if (self, key) not in together.waiting:
+        key = len(waiting) if key is None else key
+        if (self, key) not in waiting:
             with self.code_cache.timed(misses=1):
-                together.waiting[self, key] = (read(), [])
-        together.waiting[self, key][1].append(use)
-        if len(together.waiting) >= WAITING:
-            together.encode()
+                waiting[self, key] = (read(), [])
+        waiting[self, key][1].append(use)
+        if len(waiting) >= WAITING:
+            _encode_all(waiting)
 
     def _target(
         self,
         grid: TokenGrid,
+        of: Input | None,
         region: np.ndarray | None = None,
         options: Options = NO_OPTIONS,
         rng: Rng = None,
-        truncated: bool = False,
-    ) -> tuple[Segment, Callable[[np.ndarray], None]]:
-        """Target tokens, masked by the training pattern, or in `region` alone, and what fills in their codes, N G.
+    ) -> Segment:
+        """Target tokens `of` an input, or of zeros, masked by the training pattern, or in `region` alone.
 
         `mask_context` masks the codes around the region as well; without a generator only those in it carry a loss.
         Training masks the context of half the examples, and then learns all codes, to inpaint from the source alone.
@@ -197,27 +197,21 @@ class CodesModality(Modality):
             mask_context = (rng is not None and rng.random() < 0.5) or options.get("mask_context")
             mask = np.ones_like(region) if mask_context else region
             learn = region if rng is None else mask
-        codes, shown = (np.empty((len(mask), self.codec.config.groups), np.int64) for _ in range(2))
-        wrong: np.ndarray | None = None
+        codes, shown = (np.zeros((len(mask), self.codec.config.groups), np.int64) for _ in range(2))
         if rng is not None:
             is_wrong = ~mask & (rng.random(len(mask)) < WRONG_FRACTION)
-            if is_wrong.any():
-                learn = learn | is_wrong
-                wrong = rng.integers(0, self.codec.config.codebook_size, (int(is_wrong.sum()), codes.shape[1]))
+            wrong = rng.integers(0, self.codec.config.codebook_size, (int(is_wrong.sum()), codes.shape[1]))
+            learn = learn | is_wrong
 
         def fill(found: np.ndarray) -> None:
             codes[:] = shown[:] = found
-            if wrong is not None:
+            if rng is not None:
                 shown[is_wrong] = wrong
 
+        if of is not None:
+            self._pass_codes(*of, fill)
         arrays = {"codes": codes, "shown": shown, "is_masked": mask, "positions": grid.positions}
-        kind = f"{self.name}_out"
-        return Segment(kind, arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN, truncated), fill
-
-    def _blank(self, grid: TokenGrid) -> Segment:
-        segment, fill = self._target(grid)
-        fill(np.zeros((), np.int64))
-        return segment
+        return Segment(f"{self.name}_out", arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN)
 
     def stem(self, hidden_size: int) -> nn.Module:
         return nn.Linear(self.patch_size, hidden_size)

@@ -3,7 +3,6 @@
 # Letters: N values, B bins, M predicted values
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -37,13 +36,14 @@ def smooth_bins(values: Tensor) -> Tensor:
 
 
 def expected_nll(
-    log_probability: Tensor, location: Tensor, values: Tensor, change: Tensor, bins_of: Callable[[Tensor], Tensor]
+    log_probability: Tensor, location: Tensor, values: Tensor, change: Tensor, smooth: bool = False
 ) -> tuple[Tensor, Tensor]:
     """-log p(x) up to the width of a bin, and |t|, if t = asinh((x - location) / change).  # N … B, N … -> N …, N …"""
     off = (values - location) / change
     t = off.asinh()
     log_slope = change.log() + 0.5 * torch.log1p(off.square())  # of dx/dt
-    return -(log_probability * bins_of(t.clamp(-LIMIT, LIMIT))).sum(-1) + log_slope, t.abs()
+    bins = (smooth_bins if smooth else one_hot_bins)(t.clamp(-LIMIT, LIMIT))
+    return -(log_probability * bins).sum(-1) + log_slope, t.abs()
 
 
 @torch.no_grad()

@@ -247,12 +247,10 @@ class Image(CodesModality):
                 key_of(raw), lambda: np.asarray(read_image(raw, self.max_pixels).size)
             )
             region = box_mask(squared(mask_box, *size.tolist()), *self.target_grid.shape)
-        segment, fill = self._target(self.target_grid, region, options, rng)
-        self._pass_codes(key_of(raw), partial(self._read, raw), fill)
-        return segment
+        return self._target(self.target_grid, (key_of(raw), partial(self._read, raw)), region, options, rng)
 
     def blank(self) -> Segment:
-        return self._blank(self.target_grid)
+        return self._target(self.target_grid, None)
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of an image squared to `side`; cached by the bytes of the file.  # N G"""
@@ -294,9 +292,7 @@ def squared(mask_box: MaskBox, width: int, height: int) -> MaskBox:
     if mask_box is None or width == height:
         return mask_box
     if isinstance(mask_box, np.ndarray):
-        square = np.zeros((side, side), bool)
-        square[top : top + height, left : left + width] = mask_box
-        return square
+        return np.pad(mask_box, ((top, side - height - top), (left, side - width - left)))
     x, y = ((offset + np.asarray(mask_box[axis::2]) * length) / side
             for axis, (offset, length) in enumerate(((left, width), (top, height))))  # fmt: skip
     return float(x[0]), float(y[0]), float(x[1]), float(y[1])

@@ -21,16 +21,7 @@ from torch import Tensor, nn
 from openm6.core.errors import DataError, nearest
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.dates import date_names, split_dates
-from openm6.modalities.histogram import (
-    BINS,
-    LIMIT,
-    MOST,
-    Histogram,
-    expected_nll,
-    mix_neighbours,
-    one_hot_bins,
-    smooth_bins,
-)
+from openm6.modalities.histogram import BINS, LIMIT, MOST, Histogram, expected_nll, mix_neighbours
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
 from openm6.modalities.regression import FittedRidges
 from openm6.modalities.series import (
@@ -347,10 +338,10 @@ class NumbersOut(Adapter):
                 for p, scale, log, width, most, seen in zip(*rows, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        nll, _ = expected_nll(*self.distribution(hidden, arrays), arrays["values"], arrays["change"], one_hot_bins)
+        nll, _ = expected_nll(*self.distribution(hidden, arrays), arrays["values"], arrays["change"])
         return (nll + arrays["log_unit"]) * arrays["observed"]
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         predicted, found = arrays["forecasts"].any(-1), self.distribution(hidden, arrays)
-        nll, distance = expected_nll(*found, arrays["values"], arrays["change"], smooth_bins)
+        nll, distance = expected_nll(*found, arrays["values"], arrays["change"], smooth=True)
         return (nll + arrays["log_unit"] + DISTANCE_WEIGHT * distance * predicted) * arrays["observed"]

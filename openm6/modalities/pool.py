@@ -52,7 +52,7 @@ class PoolAdapter(Adapter):
     def __init__(self, hidden_size: int, config: PoolConfig) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(hidden_size).normal_(std=0.02))
-        width = config.hidden_size
+        self.size, width = config.size, config.hidden_size
         self.hidden = None if width is None else nn.Linear(hidden_size, width)
         self.project = nn.Linear(width or hidden_size, config.size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
@@ -66,10 +66,6 @@ class PoolAdapter(Adapter):
         if self.hidden is not None:
             hidden = F.gelu(self.hidden(hidden))
         return F.normalize(self.project(hidden).float(), dim=-1)
-
-    @property
-    def size(self) -> int:
-        return self.project.out_features
 
     @property
     def scale(self) -> Tensor:

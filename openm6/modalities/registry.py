@@ -10,20 +10,17 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from openm6.codecs.base import FSQCodec
-from openm6.codecs.external import ENCODERS, EncoderName, load_external, weights_sha256
+from openm6.codecs.external import ENCODERS, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.modalities.audio import MAX_SECONDS, SLIGHT, STRONG, Audio
+from openm6.modalities.audio import Audio, AudioConfig
 from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
-from openm6.modalities.series import SeriesStats
-from openm6.modalities.simple_predictors import TablePredictors
-from openm6.modalities.text import ImportedText, Text, after_token, after_tokens, causal_source, select_tokens
+from openm6.modalities.text import ImportedText, Text, after_tokens, causal_source, select_tokens
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
-NO_SERIES: Mapping[str, SeriesStats] = MappingProxyType({})
 PromptAttention = Literal["bidirectional", "block", "causal"]
 
 
@@ -49,26 +46,6 @@ class TextConfig(Config):
     tokenizer: str | None = None
     max_tokens: int = Field(default=2048, ge=1)
     imported: ImportedText | None = None
-
-
-class AudioConfig(Config):
-    """`codec` is a shipped name, a file or a model as transformers:NAME; a generated recording lasts `seconds`.
-
-    `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME or
-    openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds`
-    bounds the inputs.
-    `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter.
-    `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
-    voices are then not memorized, but a word of one voice has nine answers.
-    """
-
-    codec: str = "audio"
-    codebooks: int | None = Field(default=None, ge=1)
-    encoder: EncoderName = None
-    seconds: float = Field(default=1.2, gt=0)
-    max_seconds: float = Field(default=MAX_SECONDS, gt=0)
-    augmentation: Literal["slight", "strong"] = "strong"
-    vary_speed: bool = False
 
 
 class NumbersConfig(Config):
@@ -108,28 +85,15 @@ def load_networks(config: ModalitiesConfig) -> dict[str, Any]:
     return found
 
 
-def build_modalities(
-    config: ModalitiesConfig,
-    tokenizer: Tokenizer,
-    scales: Scales,
-    series: Mapping[str, SeriesStats] = NO_SERIES,
-    predictors: Sequence[TablePredictors] = (),
-) -> Modalities:
-    """The four modalities of one model. Errors as `load_networks`."""
+def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales) -> Modalities:
+    """The four modalities of one model; what else `Numbers` has is set later. Errors as `load_networks`."""
     networks = load_networks(config)
-    text, audio = Text(tokenizer, config.text.max_tokens, config.text.imported), config.audio
+    text = Text(tokenizer, config.text.max_tokens, config.text.imported)
     modalities = Modalities(
         text=text,
         image=Image(networks["image.codec"], config.image, networks.get("image.encoder")),
-        audio=Audio(
-            networks["audio.codec"],
-            audio.seconds,
-            audio.max_seconds,
-            networks.get("audio.encoder"),
-            audio.vary_speed,
-            SLIGHT if audio.augmentation == "slight" else STRONG,
-        ),
-        numbers=Numbers(text, scales, series, predictors),
+        audio=Audio(networks["audio.codec"], config.audio, networks.get("audio.encoder")),
+        numbers=Numbers(text, scales, {}),
     )
     modalities.prompt_attention = config.prompt_attention
     modalities.external = {name: weights_sha256(one) for name, one in networks.items() if not isinstance(one, FSQCodec)}
@@ -165,7 +129,7 @@ def source_segments(
         if modalities.prompt_attention != "bidirectional" or "role" in part.options:
             segment = replace(segment, placement="causal" if causal and segment.kind == "text" else "part")
         if held is not None and segment.kind == "text":
-            segment, held = after_token(held, segment), None
+            segment, held = after_tokens([held], segment), None
         elif held is not None:
             segments, held = [*segments, causal_source([held])], None
         segments.append(segment)
@@ -190,7 +154,8 @@ def prompt_segments(parts: Sequence[Part], modalities: Modalities) -> list[Segme
 def _beside(target: Segment, opening: tuple[int, ...]) -> Segment:
     """A target that is hidden from what follows, which begins at the same position."""
     if opening and target.kind == "text":
-        target = after_tokens(opened(target, opening[-1]), opening[:-1])
+        cuttable = () if opening[1:] else target.cuttable
+        target = replace(after_tokens(opening[:-1], opened(target, opening[-1])), cuttable=cuttable)
     return replace(target, span=0, placement="aside" if target.placement == "causal" else target.placement)
 
 

@@ -8,11 +8,10 @@ head weighs, in units of the window's typical change from step to step or from s
 # Letters: N tokens, P steps of a patch, C steps of the past, H of the future, K simple forecasts, T features of a time,
 # M features of a step, W features of a window, D hidden size, B bins, Q frequencies
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.modalities import regression
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll, one_hot_bins, smooth_bins
+from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll
 from openm6.modalities.interface import Adapter, Arrays
 
 PATCH = 8
@@ -65,10 +64,10 @@ class NumberSeries:
     past: Sequence[float | None] = ()
     clock: regression.Clock | None = None
     stats: SeriesStats | None = None
-    beside: Sequence[NumberSeries] = ()
+    beside: "Sequence[NumberSeries]" = ()
     position: tuple[int, int] | None = None
 
-    def to_forecast(self, ahead: int) -> NumberSeries:
+    def to_forecast(self, ahead: int) -> "NumberSeries":
         """The steps after these as a target; its values are only asked for, so any will do."""
         return NumberSeries(self.name, [1.0] * ahead, self.values, self.clock, self.stats)
 
@@ -174,7 +173,7 @@ class Window:
     period: int
 
     @classmethod
-    def of(cls, past: np.ndarray, stats: SeriesStats, column: tuple[float, float]) -> Window:
+    def of(cls, past: np.ndarray, stats: SeriesStats, column: tuple[float, float]) -> Self:
         """Measured on C observed or missing values; without any, by the scale of the column."""
         seen = past[np.isfinite(past)]
         log = stats.log and bool((seen > 0).all())
@@ -384,12 +383,11 @@ class SeriesOut(Adapter):
                 for p, scale, width, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        found, change = self.distribution(hidden, arrays), arrays["change"][:, None]
-        nll, _ = expected_nll(*found, arrays["values"], change, one_hot_bins)
+        nll, _ = expected_nll(*self.distribution(hidden, arrays), arrays["values"], arrays["change"][:, None])
         return ((nll + arrays["log_unit"]) * arrays["observed"]).sum(-1)
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         count = arrays["observed"].sum(-1).clamp(min=1)
         found, change = self.distribution(hidden, arrays), arrays["change"][:, None]
-        nll, distance = expected_nll(*found, arrays["values"], change, smooth_bins)
+        nll, distance = expected_nll(*found, arrays["values"], change, smooth=True)
         return ((nll + DISTANCE_WEIGHT * distance) * arrays["observed"]).sum(-1) / count

@@ -229,10 +229,8 @@ class TablePredictors:
         self.inputs = {*self.numbers, *categories, *[TEXT] * bool(vocabulary), *[IMAGE] * ("image" in arrays)}
         self.labels = {name: Label(*label) for name, label in (labels or {}).items()}
         self.sources = list(sources)
-        self.trees: dict[int | str, Trees] = {}
-        for name in (*range(len(self.numbers)), *(f"label {name} trees" for name in self.labels)):
-            if own := _part(arrays, name):
-                self.trees[name] = Trees(own)
+        predicted = (*range(len(self.numbers)), *(f"label {name} trees" for name in self.labels))
+        self.trees: dict[int | str, Trees] = {x: Trees(own) for x in predicted if (own := _part(arrays, x))}
         self.networks = {name: Network(own) for name in self.labels if (own := _part(arrays, f"label {name} pixels"))}
         self._ridges = LRUCache[tuple[np.ndarray, ...]](CACHE_BYTES)
         self._images = LRUCache[np.ndarray](CACHE_BYTES)
@@ -248,9 +246,7 @@ class TablePredictors:
     def read(self, rows: Sequence[Given]) -> tuple[np.ndarray, np.ndarray]:
         """Numbers, NaN if missing, and codes of categories: -1 missing, -2 not among the words.  # R C, R Q"""
         own = [[row.get(name) for name in self.numbers] for row in rows]
-        values = [
-            [math.nan if value is None or isinstance(value, str) else float(value) for value in row] for row in own
-        ]
+        values = [[math.nan if x is None or isinstance(x, str) else float(x) for x in row] for row in own]
         named = list(zip(self.categories, self.codes, strict=True))
         codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
         columns = [np.asarray(values, float).reshape(len(rows), -1)]
@@ -410,7 +406,8 @@ class TablePredictors:
 
 def _part(arrays: Arrays, prefix: int | str) -> Arrays:
     """Arrays under `prefix/`, by the rest of their names."""
-    return {name.rpartition("/")[2]: array for name, array in arrays.items() if name.startswith(f"{prefix}/")}
+    start = f"{prefix}/"
+    return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -467,8 +464,4 @@ def from_bytes(content: bytes, where: str) -> list[TablePredictors]:
         listed, arrays = json.loads(header["__metadata__"][_TABLES]), load(content)
     except (SafetensorError, ValueError, KeyError):
         raise CheckpointError(f"{where} is damaged: use another checkpoint") from None
-    by_table: list[Arrays] = [{} for _ in listed]
-    for name, array in arrays.items():
-        number, _, own = name.partition("/")
-        by_table[int(number)][own] = array
-    return [TablePredictors(**one, arrays=own) for one, own in zip(listed, by_table, strict=True)]
+    return [TablePredictors(**one, arrays=_part(arrays, number)) for number, one in enumerate(listed)]

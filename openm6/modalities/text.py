@@ -211,7 +211,7 @@ class Text(Modality):
         first = segments[0] if segments and segments[0].kind == "text" else None
         if bos is None or (first is not None and len(first) and first.arrays["ids"][0] == bos):
             return segments
-        return [causal_source([bos]), *segments] if first is None else [after_token(bos, first), *segments[1:]]
+        return [causal_source([bos]), *segments] if first is None else [after_tokens([bos], first), *segments[1:]]
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         tied = self.imported is None or self.imported.tie_word_embeddings
@@ -223,21 +223,13 @@ def causal_source(ids: list[int]) -> Segment:
     return replace(_source_of(ids, ()), placement="causal")
 
 
-def after_token(token: int, segment: Segment) -> Segment:
-    """A source text after one more token."""
-    cuttable = tuple(Cuttable(span.start + 1, span.stop + 1, span.keep_end) for span in segment.cuttable)
-    joined = _source_of([token, *segment.arrays["ids"].tolist()], cuttable)
-    return replace(joined, truncated=segment.truncated, placement=segment.placement)
-
-
-def after_tokens(target: Segment, before: Sequence[int]) -> Segment:
-    """A target text after more tokens, of which nothing is learned."""
-    if not before:
-        return target
-    count, source = len(before) + len(target), _source_of(list(before), ())
-    arrays = {name: np.concatenate([source.arrays[name], array]) for name, array in target.arrays.items()}
-    learn = np.concatenate([source.learn, target.learn])
-    return replace(target, arrays=arrays, grid=line(count), span=count, learn=learn, cuttable=())
+def after_tokens(before: Sequence[int], segment: Segment) -> Segment:
+    """A text after more tokens, of which nothing is learned, and which are not cut."""
+    first, count = _source_of(list(before), ()), len(before) + len(segment)
+    arrays = {name: np.concatenate([first.arrays[name], array]) for name, array in segment.arrays.items()}
+    learn = np.concatenate([first.learn, segment.learn])
+    cuttable = tuple(one._replace(start=one.start + len(first), stop=one.stop + len(first)) for one in segment.cuttable)
+    return replace(segment, arrays=arrays, grid=line(count), span=count, learn=learn, cuttable=cuttable)
 
 
 def _source_of(ids: list[int], cuttable: tuple[Cuttable, ...]) -> Segment:
@@ -248,8 +240,6 @@ def _source_of(ids: list[int], cuttable: tuple[Cuttable, ...]) -> Segment:
 def _checked(raw: Any) -> str:
     if not isinstance(raw, str):
         raise DataError(f"text was expected, not {type(raw).__name__}: map a text column to this field")
-    if raw.isascii():
-        return raw
     try:
         raw.encode()
     except UnicodeEncodeError as error:

@@ -2,8 +2,6 @@
 
 # Dimensions: B rows, S new tokens, T tokens with those of the cache, D width, E experts
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
@@ -80,9 +78,8 @@ class Backbone(nn.Module):
         self.final_norm.reset_parameters()
 
     def forward(
-        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None,
-        others: Tensor | None = None,
-    ) -> tuple[Tensor, list[RouterStats]]:  # fmt: skip
+        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None, others: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
         """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
         expected = (meta.batch, meta.length, self.config.hidden_size)
         if x.shape != expected:

@@ -106,9 +106,10 @@ def build_model(
 ) -> tuple[Omni, Modalities]:
     """A model with fresh weights, and its modalities, see `Backbone` and `Numbers`; CheckpointError: wrong encoder."""
     tokens = read_tokenizer(tokenizer, where)
-    modalities = build_modalities(description.modalities, tokens, description.scales, description.series, predictors)
+    modalities = build_modalities(description.modalities, tokens, description.scales)
     check_external(description, modalities)
     numbers = cast(Numbers, modalities["numbers"])
+    numbers.series, numbers.predictors = description.series, predictors
     numbers.ridges = {name: FittedRidges.of_texts(texts) for name, texts in description.ridges.items()}
     numbers.widths = description.widths
     fields = [source.get("fields") or {} for source in description.sources.values()]

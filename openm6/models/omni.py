@@ -2,8 +2,6 @@
 
 # Dimensions: R rows, S tokens a row, N = R*S, D width, n tokens of one kind, m of them learned
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import cast
 
@@ -97,7 +95,7 @@ class Omni(nn.Module):
         self.config = self.backbone.config
         return {f"backbone.{new}": f"backbone.{old}" for new, old in names.items()}
 
-    def unwrapped(self) -> Omni:
+    def unwrapped(self) -> "Omni":
         """The same parts in a new root, which nobody has wrapped."""
         fresh = Omni.__new__(Omni)
         nn.Module.__init__(fresh)
@@ -124,17 +122,14 @@ class Omni(nn.Module):
         self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
-        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, self._others(groups))
+        found = [group.index for kind, group in groups.items() if self.uses_modality_experts(kind)]
+        others = torch.cat(found) if found else None  # the tokens that pass modality experts
+        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, others)
 
     def uses_modality_experts(self, kind: str) -> bool:
         """Whether tokens of a kind pass modality experts."""
         experts = self.config.modality_experts
         return experts is not None and not {kind, modality_of(kind)}.isdisjoint(experts.modalities)
-
-    def _others(self, groups: dict[str, TokenGroup]) -> Tensor | None:
-        """The tokens that pass modality experts; None if there are no such."""
-        found = [group.index for kind, group in groups.items() if self.uses_modality_experts(kind)]
-        return torch.cat(found) if found else None
 
     def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of learned tokens by kind (of training, also `as_trained`, else the nll), and what layers routed."""

@@ -4,8 +4,6 @@ A turn is a token of its role and what was said. Training learns the answers of 
 a hidden target, then a turn like any other, which what follows attends to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,10 +31,11 @@ def join_neighbours(parts: Iterable[Part]) -> list[Part]:
 
 def said(parts: Iterable[Part]) -> list[Part]:
     """What was said in a turn: texts without white space around them, none of them empty."""
-    stripped = [
-        replace(part, raw=part.raw.strip()) if part.modality == "text" else part for part in join_neighbours(parts)
-    ]
-    return join_neighbours(part for part in stripped if part.modality != "text" or part.raw)
+    return join_neighbours(part for part in _stripped(join_neighbours(parts)) if part.modality != "text" or part.raw)
+
+
+def _stripped(parts: Iterable[Part]) -> list[Part]:
+    return [replace(part, raw=part.raw.strip()) if part.modality == "text" else part for part in parts]
 
 
 def chat_parts(turns: Iterable[Turn]) -> list[Part]:
@@ -78,20 +77,15 @@ def build_chat(record: Record, context: Context, modality: str) -> Built:
     shown: list[Part] = []
     for index, turn in enumerate(turns[:last]):
         if turn[0] == "assistant" and index and context.train:
-            shown += map(_learned, _answers(turn))
+            shown += map(_learned, _stripped(turn[1]))
         shown += chat_parts([turn])
-    answers = _answers(turns[last])
+    answers = _stripped(turns[last][1])  # without the blank that separates a text from an image
     target = next(part for part in answers if part.modality == modality)
     if context.train:
         shown += [_learned(part) for part in answers if part is not target]
     elif modality == "text":
         target = replace(target, options={"max_tokens": MAX_TOKENS})
     return Built({}, target, turns=shown)
-
-
-def _answers(turn: Turn) -> list[Part]:
-    """What is learned of a turn: the text without the blank that separates it from an image, and all else."""
-    return [replace(part, raw=part.raw.strip()) if part.modality == "text" else part for part in turn[1]]
 
 
 def _learned(part: Part) -> Part:

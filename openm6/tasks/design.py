@@ -2,11 +2,8 @@
 
 # Letters: H and W pixels down and across
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,10 +14,8 @@ from openm6.modalities.interface import Part
 from openm6.tasks.slots import IMAGE, Built, Context, Derived, Record
 
 Style = Callable[[Image.Image], Image.Image]
-# Larger images are shrunk first.
-MAX_SIDE = 256
-# Each channel of a white background has at least this value.
-MIN_WHITE = 235
+MAX_SIDE = 256  # larger images are shrunk first
+MIN_WHITE = 235  # of each channel of a white background
 BACKGROUNDS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "red": ("红色", (214, 64, 56)),
     "orange": ("橙色", (240, 150, 50)),
@@ -84,7 +79,6 @@ def _part(image: Image.Image) -> Part:
     return Part("image", stream.getvalue())
 
 
-@dataclass(frozen=True)
 class Outline(Derived):
     def part(self, record: Record, language: str) -> Part:
         return _part(outline(_read(record["image"])))

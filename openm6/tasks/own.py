@@ -1,35 +1,18 @@
 """Own tasks: the section `tasks:` of a recipe, which a checkpoint keeps, as tasks like the built-in ones."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, nearest
 from openm6.modalities.interface import Part
-from openm6.tasks.slots import (
-    ABSENT,
-    MAX_TOKENS,
-    SHORT,
-    Derived,
-    Media,
-    Numbers,
-    Record,
-    Slot,
-    Text,
-    categories,
-    hold_out,
-    hold_out_number,
-    localised,
-    observed,
-    predictable,
-)
+from openm6.tasks import slots
+from openm6.tasks.slots import Record
 from openm6.tasks.task import LANGUAGES, Task
 
 Kind = Literal["text", "category", "categories", "image", "audio", "number", "numbers"]
@@ -38,26 +21,25 @@ KINDS: tuple[str, ...] = get_args(Kind)
 RECORD_TEXTS = ("text", "tags", "label", "question", "answer")
 
 
-@dataclass(frozen=True)
-class AnyText(Text):
+class AnyText(slots.Text):
     """A text of any name: a key of records, a column in `extra`, or a category."""
 
     def value(self, record: Record, language: str) -> Any:
         languages = (language,) if self.language == "own" else (language, *LANGUAGES)
-        found = (localised(record, self.name, one) for one in languages)
-        present = next((value for value in found if value not in ABSENT), None)
-        return categories(record).get(self.name) if present is None else present
+        found = (slots.localised(record, self.name, one) for one in languages)
+        present = next((value for value in found if value not in slots.ABSENT), None)
+        return slots.categories(record).get(self.name) if present is None else present
 
 
 @dataclass(frozen=True)
-class SomeNumbers(Numbers):
+class SomeNumbers(slots.Numbers):
     """Some number columns, or all but the target; one of them must hold a value."""
 
     columns: tuple[str, ...] = ()
     target: str = ""
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(set(self._shown(record)) & set(observed(record)))
+        return bool(set(self._shown(record)) & set(slots.observed(record)))
 
     def part(self, record: Record, language: str) -> Part:
         return Part("numbers", self._shown(record))
@@ -74,22 +56,22 @@ def for_number(task: Task, column: str) -> Task:
     """The task with this number column as its target; an own task keeps the one that it names."""
     if isinstance(task.target, SomeNumbers):
         return task
-    build = partial(hold_out_number if task.optional else hold_out, column=column)
-    return replace(task, target=Derived("numbers", build, lambda record, _: column in predictable(record)))
+    build = partial(slots.hold_out_number if task.optional else slots.hold_out, column=column)
+    return replace(task, target=slots.Derived("numbers", build, lambda record, _: column in slots.predictable(record)))
 
 
 @dataclass(frozen=True)
-class Categories(Slot):
+class Categories(slots.Slot):
     """All category columns but the target, as a text."""
 
     target: str = ""
     modality = "text"
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(set(categories(record)) - {self.target})
+        return bool(set(slots.categories(record)) - {self.target})
 
     def part(self, record: Record, language: str) -> Part:
-        shown = {name: value for name, value in categories(record).items() if name != self.target}
+        shown = {name: value for name, value in slots.categories(record).items() if name != self.target}
         listed = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in shown.items())
         return Part("text", listed, {"columns": shown})
 
@@ -123,7 +105,7 @@ class FieldConfig(Config):
         return {"kind": kinds[0], "columns": tuple(listed), **rest}
 
     @model_validator(mode="after")
-    def _fits(self) -> FieldConfig:
+    def _fits(self) -> Self:
         if len(self.columns) > 1 and self.kind != "numbers":
             raise ValueError(f"{self.kind} is one column: name one, or use numbers")
         if self.max_tokens is not None and self.kind not in ("text", "category"):
@@ -134,14 +116,14 @@ class FieldConfig(Config):
         """The column of a field that is called `name` unless it names one."""
         return self.columns[0] if self.columns else name
 
-    def slot(self, name: str, target: str, language: Literal["own", "any"]) -> Slot:
+    def slot(self, name: str, target: str, language: Literal["own", "any"]) -> slots.Slot:
         """The slot of a field that is called `name`, in a task that predicts the column `target`."""
         column = self.column(name)
         if self.kind in ("text", "category"):
-            default = SHORT if self.kind == "category" else MAX_TOKENS
+            default = slots.SHORT if self.kind == "category" else slots.MAX_TOKENS
             return AnyText(column, self.max_tokens or default, language)
         if self.kind in ("image", "audio"):
-            return Media(self.kind)
+            return slots.Media(self.kind)
         if self.kind == "number":
             return SomeNumbers(columns=(column,))
         return Categories(target) if self.kind == "categories" else SomeNumbers(columns=self.columns, target=target)
@@ -182,7 +164,7 @@ class TaskConfig(Config):
         return {key: (one,) if isinstance(one, str) else one for key, one in found} or prompts
 
     @model_validator(mode="after")
-    def _consistent(self) -> TaskConfig:
+    def _consistent(self) -> Self:
         try:
             task = self.task("it")
         except ConfigError as error:

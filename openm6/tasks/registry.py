@@ -3,8 +3,6 @@
 A new built-in task is an entry of `built_in.yaml`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -4,8 +4,6 @@ Some targets are built together with some inputs, because both depend on one ran
 matches. Each function for them takes a record and the context of the example, and returns both sides.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from abc import ABC, abstractmethod
@@ -24,8 +22,7 @@ from openm6.modalities.text import MASK_CHARACTER
 
 Record = dict[str, Any]
 MAX_TOKENS = 256
-# A text of at most this many tokens is a name or a category.
-SHORT = 16
+SHORT = 16  # at most so many tokens are a name or a category
 ABSENT: tuple[object, ...] = (None, "", [], ())  # but not 0 and False, which are answers
 MIN_STATED = 3  # letters of an answer that a text states
 METRICS: dict[str, tuple[str, ...]] = {
@@ -73,8 +70,6 @@ def localised(record: Record, name: str, language: str) -> Any:
     if f"{name}_{language}" in extra:
         return extra[f"{name}_{language}"]
     plain = extra.get(name)
-    if plain is None:
-        return None
     return plain if _is_chinese(as_text(plain)) == (language == "zh") else None
 
 
@@ -116,7 +111,6 @@ class Text(Slot):
         return ("exact_match",) if self.max_tokens <= SHORT else ("char_bigram_f1", "exact_match")
 
 
-@dataclass(frozen=True)
 class Gloss(Text):
     """A text without the words before its first colon if the label is among them: a definition without its word."""
 
@@ -127,7 +121,6 @@ class Gloss(Text):
         return Part("text", rest if colon and label and label in head else text, {"max_tokens": self.max_tokens})
 
 
-@dataclass(frozen=True)
 class Title(Text):
     """The first line of a text of several lines."""
 
@@ -139,7 +132,6 @@ class Title(Text):
         return Part("text", as_text(self.value(record, language)).partition("\n")[0])
 
 
-@dataclass(frozen=True)
 class Body(Title):
     def part(self, record: Record, language: str) -> Part:
         text = as_text(self.value(record, language)).partition("\n")[2]
@@ -172,10 +164,8 @@ class Numbers(Slot):
         return Part("numbers", dict(record["numbers"]))
 
 
-# The key of `extra` with the column that is always held out of a record.
-PINNED = "pinned_column"
-# The key of `extra` with the number columns that are never held out.
-INPUT_ONLY = "input_only_columns"
+# Keys of `extra`: the column that is always held out of a record, and the number columns that never are.
+PINNED, INPUT_ONLY = "pinned_column", "input_only_columns"
 
 
 def pinned(record: Record) -> str | None:
@@ -255,20 +245,15 @@ TEXT, LABEL = Text("text"), Text("label", max_tokens=SHORT)
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
 # The fraction of the words (in Chinese: characters) of a text that is masked, and the mean length of a masked run.
 MASKED_FRACTION, MASKED_RUN = 0.15, 3
-# Shorter texts are not continued.
-MIN_CHARACTERS = 12
+MIN_CHARACTERS = 12  # shorter texts are not continued
 COUPLET_TOKENS = 32
 _SENTENCE = re.compile(r"[。！？；.!?;\n]+")
 _COMMA = re.compile(r"[，,]")
-# Shorter series are not used. An anomaly moves one step by this many scales of the series.
-MIN_STEPS = 8
-ANOMALY_SCALES = 6.0
-# Of the columns, in the training examples that are not given all.
-KEPT_COLUMNS = (0.2, 1.0)
-# The bound in a question differs from the value by a fraction of it in this range.
-MARGIN = (0.1, 0.5)
-# Of the training windows, without their times: a series is often asked about without.
-NO_CLOCK = 0.2
+MIN_STEPS = 8  # shorter series are not used
+ANOMALY_SCALES = 6.0  # of the series, by which an anomaly moves one step
+KEPT_COLUMNS = (0.2, 1.0)  # of the columns, in the training examples that are not given all
+MARGIN = (0.1, 0.5)  # between the value and the bound in a question, as a fraction of the value
+NO_CLOCK = 0.2  # of the training windows, without their times: a series is often asked about without
 
 
 def _text(record: Record, language: str) -> str:
@@ -385,8 +370,7 @@ def hold_out_number(record: Record, context: Context, column: str | None = None)
     """One number, drawn each time unless it is named, and what else the record holds."""
     values = predictable(record)
     column = column or pinned(record) or sorted(values)[int(context.rng.integers(len(values)))]
-    target = Part("numbers", {column: values[column]})
-    key = f"{column}={values[column]}"
+    target, key = Part("numbers", {column: values[column]}), f"{column}={values[column]}"
     return Built(_shown(record, context, column), target, key, {"column": _words(column)})
 
 
@@ -429,7 +413,7 @@ def ask_column(record: Record, context: Context) -> Built:
     above = bool(rng.random() < 0.5)
     margin = max(abs(seen[name]), 1.0) * float(rng.uniform(*MARGIN))
     bound = float(f"{seen[name] + (-margin if above else margin):.3g}")
-    column = name.replace("_", " ")
+    column = _words(name)
     questions = {"en": f"Is the {column} above {bound:g}?", "zh": f"{column}大于{bound:g}吗？"}
     answer = YES_NO[context.language][int(above)]
     return Built({"question": Part("text", questions[context.language])}, Part("text", answer), key=str(above))
@@ -501,8 +485,7 @@ SLOTS: dict[str, Slot] = {
     "image": IMAGE,
     "audio": AUDIO,
     "numbers": NUMBERS,
-    # One column is held out.
-    "several_numbers": Numbers(min_columns=2),
+    "several_numbers": Numbers(min_columns=2),  # one column is held out
     "rest_of_text": Derived("text", split_text, lambda record, lang: len(_text(record, lang)) >= MIN_CHARACTERS),
     "unmasked_text": Derived("text", mask_words),
     "second_line": Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language))),

@@ -3,13 +3,10 @@
 A task is data. Its modalities, metrics and baseline follow from the slots of its inputs and of its target.
 """
 
-from __future__ import annotations
-
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,11 +35,6 @@ def literal_texts(prompt: str) -> list[str]:
     return [text for text in _NAME.split(prompt)[::2] if text]
 
 
-@functools.lru_cache(1024)
-def _split(prompt: str) -> tuple[str, ...]:
-    return tuple(_NAME.split(prompt))
-
-
 def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str]) -> list[Part]:
     """The prompt with each `{name}` replaced by its input, if there is one, or words; neighbouring texts become one.
 
@@ -50,7 +42,7 @@ def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str
     """
     parts: list[Part] = []
     left_out = False
-    for index, segment in enumerate(_split(prompt)):
+    for index, segment in enumerate(_NAME.split(prompt)):
         segment = segment.removeprefix(" ") if left_out else segment
         left_out = index % 2 == 1 and segment not in words and segment not in inputs
         if left_out:
@@ -70,7 +62,7 @@ def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str
 
 def without_inputs(prompt: str, words: Mapping[str, str]) -> str:
     """The words of a prompt with its inputs left out; the name of the target column stays."""
-    segments = enumerate(_split(prompt))
+    segments = enumerate(_NAME.split(prompt))
     return " ".join("".join(words.get(one, " ") if index % 2 else one for index, one in segments).split())
 
 
@@ -106,7 +98,7 @@ class Example:
     column: str = ""
     contrastive: bool = False
 
-    def of_source(self, name: str) -> Example:
+    def of_source(self, name: str) -> Self:
         """The example with the name of its source, by which the simple predictors of a label are chosen."""
         return replace(self, target=replace(self.target, options={**self.target.options, "source": name}))
 
@@ -125,18 +117,12 @@ class Task:
     prompts: dict[str, tuple[str, ...]]
     metrics: tuple[str, ...] = ()
     baseline: str = ""
-    # Its key in the registry.
-    name: str = ""
-    # The record must come with `others`, fields of other records.
-    needs_negatives: bool = False
-    # Nothing is answered: the embeddings of inputs and target are aligned (InfoNCE).
-    contrastive: bool = False
-    # A record needs one of the inputs; those that it lacks are left out of the prompt.
-    optional: bool = False
-    # The target is the masked part of the input.
-    is_inpainting: bool = False
-    # The inputs are the turns of a conversation, of any modalities.
-    chat: bool = False
+    name: str = ""  # its key in the registry
+    needs_negatives: bool = False  # the record must come with `others`, fields of other records
+    contrastive: bool = False  # nothing is answered: the embeddings of inputs and target are aligned (InfoNCE)
+    optional: bool = False  # a record needs one of the inputs; those that it lacks are left out of the prompt
+    is_inpainting: bool = False  # the target is the masked part of the input
+    chat: bool = False  # the inputs are the turns of a conversation, of any modalities
     # Input modality: that of the first input that is not text, if there is one; and output modality.
     input_modality: str = field(init=False)
     output_modality: str = field(init=False)

@@ -23,6 +23,7 @@ from openm6.modalities.registry import opened, source_segments, split_opening
 from tests.data.sample_images import png
 from tests.inference.reference import write_reference
 from tests.inference.test_decode_graphs import Recording
+from tests.sequences import meta_of
 from tests.small_model import demo_sources, loaded, modalities
 
 SAMPLINGS = (
@@ -108,7 +109,7 @@ def test_a_causal_prompt_is_continued_from_its_last_token() -> None:
     assert split_opening(prompts[2]) == ([], model.text.encode("s")[0]) and split_opening(prompts[3])[1] is None
     target = opened(model.text.target("seven"), opening)
     assert target.arrays["ids"][0] == opening
-    order = build_sequence([*rest, target]).meta.attn_order[0].tolist()
+    order = meta_of(build_sequence([*rest, target])).attn_order[0].tolist()
     assert order == sorted(set(order)), "strictly causal"
 
 

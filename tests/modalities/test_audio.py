@@ -13,7 +13,7 @@ import torch
 from openm6.codecs.registry import load_codec
 from openm6.core.errors import DataError
 from openm6.data.prepare import example_sequence
-from openm6.modalities.audio import FRAMES, MAX_RATE, RATE, Audio, random_span, read_audio, span_mask
+from openm6.modalities.audio import FRAMES, MAX_RATE, RATE, Audio, AudioConfig, random_span, read_audio, span_mask
 from openm6.tasks.registry import TASKS
 from tests.small_model import modalities
 
@@ -211,7 +211,7 @@ def test_a_file_heard_before_gives_the_same(audio: Audio) -> None:
 
 def audio_of(seconds: float) -> Audio:
     """The modality as `modalities.audio.seconds` makes it."""
-    return Audio(load_codec("audio"), seconds)  # type: ignore[arg-type]
+    return Audio(load_codec("audio"), AudioConfig(seconds=seconds))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seconds", [0.4, 2.0])
@@ -258,7 +258,7 @@ def test_a_recording_to_be_generated_is_played_at_other_speeds_only_if_so_set() 
     raw = file_of(sine(0.4))
     speeds = {}
     for vary_speed in (False, True):
-        modality = Audio(load_codec("audio"), 0.4, vary_speed=vary_speed)  # type: ignore[arg-type]
+        modality = Audio(load_codec("audio"), AudioConfig(seconds=0.4, vary_speed=vary_speed))  # type: ignore[arg-type]
         for seed in range(8):
             modality.target(raw, np.random.default_rng(seed))
         speeds[vary_speed] = {speed for _, _, speed in modality.code_cache.entries}

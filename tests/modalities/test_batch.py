@@ -15,6 +15,7 @@ from openm6.modalities.interface import OWN_ORIGIN, Placement, Segment, line
 from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import visible
 from openm6.tasks.registry import TASKS
+from tests.sequences import meta_of
 from tests.small_model import demo_sources, loaded, modalities
 
 
@@ -28,11 +29,11 @@ def test_sources_causal_text_and_blocks() -> None:
     grid, learned = image_grid(2, 2).cells, np.ones(4, bool)
     square = Segment("c", {"number": np.arange(4)}, grid, 2, learned, "block", OWN_ORIGIN)
     found = build_sequence([segment(2), segment(1), segment(3, "causal"), square, segment(2, "block")])
-    assert found.meta.attn_order[0].tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
-    assert found.meta.block_id[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
-    assert found.meta.positions[0][:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert found.meta.positions[0][6:10].tolist() == [[6, 8, 8], [6, 8, 24], [6, 24, 8], [6, 24, 24]]
-    assert found.meta.positions[0][10].tolist() == [8, 8, 8], "an image moves on by its longer side"
+    assert meta_of(found).attn_order[0].tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
+    assert meta_of(found).block_id[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert meta_of(found).positions[0][:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert meta_of(found).positions[0][6:10].tolist() == [[6, 8, 8], [6, 8, 24], [6, 24, 8], [6, 24, 24]]
+    assert meta_of(found).positions[0][10].tolist() == [8, 8, 8], "an image moves on by its longer side"
     assert len(found) == 12
 
 
@@ -40,9 +41,9 @@ def test_parts_see_themselves_and_what_stands_before_them() -> None:
     found = build_sequence(
         [segment(2, "part"), segment(1, "part"), segment(2, "causal"), segment(2, "block")], position=3
     )
-    assert found.meta.attn_order[0].tolist() == [1, 1, 2, 3, 4, 5, 5]
-    assert found.meta.block_id[0].tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert found.meta.positions[0][:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert meta_of(found).attn_order[0].tolist() == [1, 1, 2, 3, 4, 5, 5]
+    assert meta_of(found).block_id[0].tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert meta_of(found).positions[0][:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
     alone, pair = build_sequence([segment(2, "part")]), [segment(2, "part"), segment(1, "part")]
     rows = collate([[alone, build_sequence(pair)]], 5)
     seen = visible(rows.meta, rows.meta)[0, 0]
@@ -50,7 +51,7 @@ def test_parts_see_themselves_and_what_stands_before_them() -> None:
 
 
 def test_text_stands_on_one_place_on_all_axes() -> None:
-    assert (build_sequence([segment(5)]).meta.positions[0] == np.arange(5)[:, None]).all()
+    assert (meta_of(build_sequence([segment(5)])).positions[0] == np.arange(5)[:, None]).all()
 
 
 def test_an_empty_piece_changes_nothing() -> None:
@@ -58,9 +59,9 @@ def test_an_empty_piece_changes_nothing() -> None:
         build_sequence([segment(2), segment(0), segment(2, "causal")]),
         build_sequence([segment(2), segment(2, "causal")]),
     )
-    assert np.array_equal(with_it.meta.attn_order[0], without.meta.attn_order[0]) and np.array_equal(
-        with_it.meta.positions[0], without.meta.positions[0]
-    )
+    with_it, without = meta_of(with_it), meta_of(without)
+    assert np.array_equal(with_it.attn_order, without.attn_order)
+    assert np.array_equal(with_it.positions, without.positions)
 
 
 def test_rows_tokens_and_padding() -> None:

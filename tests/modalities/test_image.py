@@ -26,6 +26,7 @@ from openm6.modalities.image import (
 )
 from openm6.modalities.interface import Segment, line
 from tests.data.sample_images import bomb, png
+from tests.sequences import meta_of
 from tests.small_model import modalities
 
 PATCH = 8
@@ -132,8 +133,8 @@ def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image)
     raw = PIL.Image.new("RGB", (64, 64))
     source, wanted = image.source(raw), image.target(raw)
     words = Segment("text", {}, line(7), 7, np.zeros(7, bool))
-    laid = build_sequence([words, source, words, wanted])
-    patches, codes = laid.meta.positions[0][7 : 7 + len(source)], laid.meta.positions[0][-len(wanted) :]
+    laid = meta_of(build_sequence([words, source, words, wanted])).positions[0]
+    patches, codes = laid[7 : 7 + len(source)], laid[-len(wanted) :]
     assert len(patches) == len(codes) == 64  # the shipped codec has one place for each patch
     assert np.array_equal(patches[:, 1:], codes[:, 1:])
     assert (codes[:, 0] > patches[:, 0]).all()

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.batch import build_pair, build_sequence, collate
+from openm6.modalities.batch import build_pair, build_sequence
 from openm6.modalities.interface import Part
 from openm6.modalities.pool import MAX_SCALE, POOL, PoolAdapter, PoolConfig, pooled
 from openm6.modalities.registry import source_segments
 from openm6.ops.sequence import visible
+from tests.sequences import meta_of
 from tests.small_model import modalities
 
 
@@ -32,11 +33,12 @@ def test_the_sides_of_a_pair_do_not_attend_to_each_other() -> None:
     text = modalities()["text"]
     left, right = (pooled([text.source(words)], "7", "s", learn=True) for words in ("seven", "draw the digit"))
     pair, alone = build_pair(left, right), build_sequence(right)
-    seen = visible(*[collate([[pair]], len(pair)).meta] * 2)[0, 0]
+    seen = visible(*[meta_of(pair)] * 2)[0, 0]
     half = sum(map(len, left))
     assert seen[:half, :half].all() and seen[half:, half:].all()
     assert not seen[:half, half:].any() and not seen[half:, :half].any()
-    assert (pair.meta.positions[0][half:] == alone.meta.positions[0]).all() and (pair.meta.attn_order[0] == 0).all()
+    assert (meta_of(pair).positions[0][half:] == meta_of(alone).positions[0]).all()
+    assert (meta_of(pair).attn_order[0] == 0).all()
 
 
 def test_the_loss_is_the_mean_of_both_directions() -> None:
@@ -83,7 +85,7 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
 
 def test_the_pool_token_attends_to_all_parts() -> None:
     segments = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("block"))
-    order = build_sequence(pooled(segments)).meta.attn_order[0]
+    order = meta_of(build_sequence(pooled(segments))).attn_order[0]
     assert order[-1] > order[-2] > order[0], "and no part attends to what pools it"
     assert pooled([])[0].placement == "source"
 
