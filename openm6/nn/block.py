@@ -136,8 +136,8 @@ class TransformerBlock(nn.Module):
         """
         y, own = self._feed_forward(self.mlp, x, context.valid, context, layer)
         if context.others is None:
-            side, router = x.new_zeros(()), self.router or experts.router
-            return y, own or RouterStats(layer, x.new_zeros(router.config.num_experts), side, side, side, side)
+            none, router = x.new_zeros(()), self.router or experts.router
+            return y, own or RouterStats(layer, x.new_zeros(router.config.num_experts), none, none)
         rows, valid = x.flatten(0, 1)[context.others], context.valid.flatten()[context.others]
         part, stats = experts(rows[None], valid[None], context.dispatcher, layer)
         y = y.flatten(0, 1).index_add(0, context.others, part[0].to(y.dtype)).view_as(x)

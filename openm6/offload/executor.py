@@ -274,11 +274,9 @@ def _blend(stats: list[tuple[RouterStats, Tensor]], layer: int) -> RouterStats:
     """The statistics of all parts, each with its fraction: loads add up, the rest is a mean by valid tokens."""
     if len(stats) == 1:
         return replace(stats[0][0], layer=layer)
-    means = {
-        name: sum(getattr(one, name) * fraction for one, fraction in stats)
-        for name in ("aux_loss", "z_loss", "dropped", "side_loss")
-    }
-    return RouterStats(layer, torch.stack([one.load for one, _ in stats]).sum(0), **means)
+    load, none = torch.stack([one.load for one, _ in stats]).sum(0), torch.zeros_like(stats[0][1])
+    dropped = sum((one.dropped * fraction for one, fraction in stats), none)
+    return RouterStats(layer, load, dropped, sum((one.side_loss * fraction for one, fraction in stats), none))
 
 
 def _add(total: dict[Key, Tensor], keys: Iterable[Key], found: Sequence[Tensor | None]) -> None:
