@@ -144,26 +144,17 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from module.named_parameters(prefix=name)
 
 
-class UnitResharder:
-    """Fills new modules with the weights of sharded ones and shards them; all ranks do so in the same order.
+@torch.no_grad()
+def refill_unit(layout: Layout, fresh: nn.Module, old: nn.Module) -> None:
+    """Fill `fresh`, which has the form of `old` before it was sharded, and shard it; all ranks in the same order.
 
     FSDP2 can neither unwrap nor copy a module. So a sharded model that takes another form is built again from the
-    old one's tensors and wrapped in turn, one module at a time.
+    old one's tensors and wrapped in turn, one module at a time. Each rank keeps its experts.
     """
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self._last: tuple[nn.Module, dict[str, Tensor]] | None = None
-
-    @torch.no_grad()
-    def refill(self, fresh: nn.Module, old: nn.Module) -> None:
-        """Fill `fresh`, which has the form of `old` before it was sharded; each rank keeps its experts."""
-        if self._last is None or self._last[0] is not old:  # layers that shared it come one after another
-            self._last = old, {name: _full_tensor(weight) for name, weight in old.named_parameters()}
-        for name, weight in self._last[1].items():
-            setattr(fresh, name, nn.Parameter(weight.clone()))
-        fresh.train(old.training)
-        shard_unit(fresh, self.layout)
+    for name, weight in old.named_parameters():
+        setattr(fresh, name, nn.Parameter(_full_tensor(weight).clone()))
+    fresh.train(old.training)
+    shard_unit(fresh, layout)
 
 
 @torch.no_grad()
