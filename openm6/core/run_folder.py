@@ -22,7 +22,7 @@ def _close_locked() -> None:
         os.close(_locked.pop())
 
 
-if hasattr(os, "register_at_fork"):  # Windows has none
+if os.name != "nt":  # Windows forks no processes
     os.register_at_fork(after_in_child=_close_locked)
 
 
