@@ -108,10 +108,6 @@ class AllToAllDispatcher(CopiesDispatcher):
         self, rows: Tensor, counts: Tensor, capacity: int | None, experts: ChunkOfExperts, meanwhile: Meanwhile
     ) -> tuple[Tensor, Tensor | None]:
         """R D and E -> R D in the order of the rows; all chunks are being sent before the first is computed."""
-        if len(counts) % (self.size * self.chunks):
-            raise ValueError(
-                f"{len(counts)} experts cannot be distributed over {self.size} ranks in {self.chunks} chunks"
-            )
         ours = counts.view(self.size, -1)  # P E'
         if capacity is None:
             theirs = torch.empty_like(ours)

@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from openm6.core.errors import Interrupted, OpenM6Error, TrainingError
+from openm6.core.errors import Interrupted, OpenM6Error, TrainingError, first_line
 
 FAILURE, REPORTED, DONE = "failure", "reported", "done"
 LOOK_EVERY = 0.3  # seconds between the first looks at the store
@@ -98,8 +98,7 @@ class FailureWatchdog:
             return f"{waited}: look for one that hangs, or raise parallel.timeout_seconds"
         if _is_external(error):
             return "another rank was lost: see its last message, and go on with --resume"
-        kind, lines = type(error).__name__, str(error).strip().splitlines()
-        return f"{kind}: {lines[0][:300] if lines else kind}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def pause_before(look: int) -> float:

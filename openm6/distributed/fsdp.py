@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from openm6.core.errors import ConfigError
 from openm6.distributed.config import MeshShape
 from openm6.distributed.process_group import LayerWeights
 from openm6.nn.block import TransformerBlock
@@ -70,12 +69,6 @@ def shard_unit(module: nn.Module, layout: Layout) -> None:
     if not isinstance(module, Experts):
         fully_shard(module, mesh=_mesh(layout, "dense"))
     elif layout.shape.dp_shard > 1:
-        for name, weight in module.named_parameters():
-            if weight.shape[1] % layout.shape.dp_shard:
-                raise ConfigError(
-                    f"parallel.dp_shard={layout.shape.dp_shard} cannot shard the experts' {name} matrices of "
-                    f"{weight.shape[1]} rows evenly: choose a divisor"
-                )
         # Along dim 1, because dim 0, that of the experts, is distributed already.
         fully_shard(module, mesh=_mesh(layout, "dp_shard"), shard_placement_fn=lambda parameter: Shard(1))
     _sum_only(module)
@@ -151,26 +144,17 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from module.named_parameters(prefix=name)
 
 
-class UnitResharder:
-    """Fills new modules with the weights of sharded ones and shards them; all ranks do so in the same order.
+@torch.no_grad()
+def refill_unit(layout: Layout, fresh: nn.Module, old: nn.Module) -> None:
+    """Fill `fresh`, which has the form of `old` before it was sharded, and shard it; all ranks in the same order.
 
     FSDP2 can neither unwrap nor copy a module. So a sharded model that takes another form is built again from the
-    old one's tensors and wrapped in turn, one module at a time.
+    old one's tensors and wrapped in turn, one module at a time. Each rank keeps its experts.
     """
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self._last: tuple[nn.Module, dict[str, Tensor]] | None = None
-
-    @torch.no_grad()
-    def refill(self, fresh: nn.Module, old: nn.Module) -> None:
-        """Fill `fresh`, which has the form of `old` before it was sharded; each rank keeps its experts."""
-        if self._last is None or self._last[0] is not old:  # layers that shared it come one after another
-            self._last = old, {name: _full_tensor(weight) for name, weight in old.named_parameters()}
-        for name, weight in self._last[1].items():
-            setattr(fresh, name, nn.Parameter(weight.clone()))
-        fresh.train(old.training)
-        shard_unit(fresh, self.layout)
+    for name, weight in old.named_parameters():
+        setattr(fresh, name, nn.Parameter(_full_tensor(weight).clone()))
+    fresh.train(old.training)
+    shard_unit(fresh, layout)
 
 
 @torch.no_grad()
@@ -233,26 +217,20 @@ class ShardedWeights(LayerWeights):
     sharded = True
 
     def __init__(self, layout: Layout, shapes: Sequence[Mapping[str, Shape]]) -> None:
-        """`shapes` are those of whole matrices; ConfigError if the experts' rows cannot be sharded evenly."""
+        """`shapes` are those of whole matrices."""
         super().__init__(shapes)
         self.layout = layout
         self._dense = layout.dense.get_group()
         self._data = layout.mesh["dp_replicate"].get_group() if layout.shape.dp_replicate > 1 else None
         self.host = layout.on_host()  # for checkpoints
-        self._specs = [{name: self._spec(name, shape) for name, shape in one.items()} for one in shapes]
+        self._specs = [{name: self._spec(shape) for name, shape in one.items()} for one in shapes]
 
-    def _spec(self, name: str, shape: Shape) -> ShardSpec:
+    def _spec(self, shape: Shape) -> ShardSpec:
         if len(shape) == 2:
             return ShardSpec(0, shape[0], self._dense)
-        axes = self.layout.shape
-        if shape[1] % axes.dp_shard:
-            raise ConfigError(
-                f"parallel.dp_shard={axes.dp_shard} cannot shard the experts' {name} of {shape[1]} rows evenly: "
-                "choose a divisor"
-            )
-        mesh, here = self.layout.mesh, shape[0] // axes.ep
+        axes, mesh = self.layout.shape, self.layout.mesh
         group = mesh["dp_shard"].get_group() if axes.dp_shard > 1 else None
-        return ShardSpec(1, shape[1], group, here * mesh.get_local_rank("ep"))
+        return ShardSpec(1, shape[1], group, shape[0] // axes.ep * mesh.get_local_rank("ep"))
 
     def shard_spec(self, index: int, name: str) -> ShardSpec:
         return self._specs[index][name]

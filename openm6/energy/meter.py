@@ -37,10 +37,9 @@ Clock = Callable[[], float]
 
 @dataclass
 class EnergyReading:
-    """Joules by source, from the best to the least, and the seconds in which they were spent, if these are known."""
+    """Joules by source, from the best to the least."""
 
     by_source: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
 
     @property
     def joules(self) -> float:
@@ -107,33 +106,28 @@ class PowerOverTime(Counter):
         return (value + self._value) / 2 * seconds if seconds <= SILENCE else 0.0
 
 
-def open_gpus(indices: tuple[int, ...] | None) -> tuple[list[Counter], list[str]]:
-    """Counters of the GPUs of these indices in CUDA (None: all visible), and a sentence for each without."""
+def open_gpus(indices: tuple[int, ...] | None) -> list[Counter]:
+    """Counters of the GPUs of these indices in CUDA, None: all visible; the log names each that lacks one."""
+    counters: list[Counter] = []
     if indices == ():
-        return [], []
+        return counters
     try:
         pynvml.nvmlInit()  # for the rest of the process, as torch does
-    except pynvml.NVMLError as error:
-        return [], [f"no GPU is counted: {error}"]
-    counters: list[Counter] = []
-    notes: list[str] = []
-    try:
         handles = _visible_handles()
         for index in range(len(handles)) if indices is None else indices:
-            if index >= len(handles):
-                notes.append(f"GPU {index} is not counted: NVML does not show it")
-                continue
-            counter, note = _open(handles[index], index)
-            counters += [counter] if counter else []
-            notes += [note] if note else []
+            if index < len(handles):
+                counters += _open(handles[index], index)
+            else:
+                get_log().warning(f"GPU {index} is not counted: NVML does not show it")
     except (pynvml.NVMLError, ValueError) as error:
-        notes.append(f"GPUs are not counted in full: {error}")
-    return counters, notes
+        if indices is not None or counters:  # else there may be none
+            get_log().warning(f"GPUs are not counted in full: {error}")
+    return counters
 
 
-def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
-    """A counter, and a note about it, or none."""
-    name, shared = f"GPU {index} {pynvml.nvmlDeviceGetName(handle)}", ""
+def _open(handle: Any, index: int) -> list[Counter]:
+    """The counter of a board, or none."""
+    name, errors = f"GPU {index} {pynvml.nvmlDeviceGetName(handle)}", (pynvml.NVMLError,)
 
     def joules() -> float:
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
@@ -143,13 +137,13 @@ def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
 
     with suppress(pynvml.NVMLError):  # older boards have no such mode
         if pynvml.nvmlDeviceGetMigMode(handle)[0]:
-            shared = f"{name}: MIG is on: the whole card is counted, not its slice"
-    errors = (pynvml.NVMLError,)
+            get_log().warning(f"{name}: MIG is on: the whole card is counted, not its slice")
     with suppress(pynvml.NVMLError):  # Volta and newer count since the driver was loaded
-        return EnergyRegister(name, "nvml", joules, errors, max_watts=4000.0, bridges_silence=True), shared
+        return [EnergyRegister(name, "nvml", joules, errors, max_watts=4000.0, bridges_silence=True)]
     with suppress(pynvml.NVMLError):
-        return PowerOverTime(name, "estimate", watts, errors), shared
-    return None, f"{name} is not counted: it reports neither energy nor power"
+        return [PowerOverTime(name, "estimate", watts, errors)]
+    get_log().warning(f"{name} is not counted: it reports neither energy nor power")
+    return []
 
 
 def _visible_handles() -> list[Any]:
@@ -189,8 +183,8 @@ def _joules_in(path: Path) -> float:
     return int(path.read_text()) / 1e6
 
 
-def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]]:
-    """Counters of every package and its memory, whether the memory is among them, and why one is missing.
+def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool]:
+    """Counters of every package and its memory, and whether the memory is among them; none if they may not be read.
 
     Zones are nested: core and uncore lie within the package, psys contains it, and intel-rapl-mmio shows it again, so
     only packages and DRAM are summed. AMD's processors appear under the same names, without DRAM. A register wraps
@@ -207,11 +201,9 @@ def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]
                 errors, name = (OSError, ValueError), f"{zone.name} {kind}"
                 counters.append(EnergyRegister(name, "rapl", read, errors, max_watts=2000.0, wrap=wrap))
                 has_memory = has_memory or kind == "dram"
-    except PermissionError:
-        return [], False, [f"RAPL is there, but may not be read: let an administrator allow reading of {root}"]
-    except (OSError, ValueError) as error:
-        return [], False, [f"RAPL cannot be read: {error}"]
-    return counters, has_memory, []
+    except (OSError, ValueError):
+        return [], False
+    return counters, has_memory
 
 
 def own_cpu_seconds() -> float:
@@ -294,10 +286,9 @@ class EnergyConfig(Config):
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """Sums its counters; cumulative since it was opened. `notes` lists what is not counted, or only in part."""
+    """Sums its counters; cumulative since it was opened."""
 
-    def __init__(self, counters: Sequence[Counter], notes: Sequence[str] = ()) -> None:
-        self.notes = list(notes)
+    def __init__(self, counters: Sequence[Counter]) -> None:
         self._joules = dict.fromkeys(counters, 0.0)
         self._open = list(counters)  # those that can be read
         self._lock = threading.Lock()
@@ -305,10 +296,6 @@ class Meter(AbstractContextManager["Meter"]):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="energy meter", daemon=True)
         self._thread.start()
-
-    @property
-    def devices(self) -> list[str]:
-        return [f"{counter.name} ({counter.source})" for counter in self._joules]
 
     def joules(self, fresh: bool = False) -> EnergyReading:
         """All joules since the meter was opened; with `fresh`, read now whatever it costs."""
@@ -320,8 +307,7 @@ class Meter(AbstractContextManager["Meter"]):
                         self._joules[counter] = counter.joules()
                     except counter.errors as reason:
                         self._open.remove(counter)
-                        self.notes.append(f"{counter.name} is counted only in part: {reason}")
-                        get_log().warning(self.notes[-1])
+                        get_log().warning(f"{counter.name} is counted only in part: {reason}")
                 ended = time.perf_counter()
                 # On a busy machine a reading may take long by the clock; the meter must not pause for that long.
                 self._rest_until = ended + min((ended - began) / MAX_TIME_FRACTION, MAX_REST)
@@ -335,12 +321,11 @@ class Meter(AbstractContextManager["Meter"]):
     @contextmanager
     def span(self) -> Iterator[EnergyReading]:
         """Measure what happens inside: `with meter.span() as span: ...`, then `span.joules`."""
-        span, before, began = EnergyReading(), self.joules(fresh=True).by_source, time.perf_counter()
+        span, before = EnergyReading(), self.joules(fresh=True).by_source
         try:
             yield span
         finally:
             span.by_source = {s: n - before.get(s, 0.0) for s, n in self.joules(fresh=True).by_source.items()}
-            span.seconds = time.perf_counter() - began
 
     def close(self) -> None:
         """Read once more; `joules` returns the last sum from then on."""
@@ -369,16 +354,14 @@ def open_meter(gpus: Sequence[int] | None = None, cpu_watts: float | None = None
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if gpus is None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         gpus = (rank,)
-    boards, notes = open_gpus(None if gpus is None else tuple(gpus))
-    packages, has_memory, why = open_packages()
+    boards = open_gpus(None if gpus is None else tuple(gpus))
+    packages, has_memory = open_packages()
     if not packages:
         # Of the machine, as `cpu_watts` is, even if this process may use only some of them.
         cores = os.cpu_count() or 1
         packages = [ProcessorEstimate(cpu_watts or WATTS_PER_CORE * cores, cores, idle=rank == 0)]
     elif rank:
         packages = []
-    if rank == 0:
-        notes += why
-        if not has_memory and (gib := installed_gib()) > 0:
-            packages.append(memory_estimate(gib))
-    return Meter([*boards, *packages], notes)
+    if rank == 0 and not has_memory and (gib := installed_gib()) > 0:
+        packages.append(memory_estimate(gib))
+    return Meter([*boards, *packages])

@@ -119,25 +119,25 @@ class TransformerBlock(nn.Module):
         x = x + self.attention(normal, self.qk_norm, rotary, mask, cache, layer, self.qkv_bias, some)
         normal = self.mlp_norm(x)
         if self.modality_experts is None:
-            y, stats = self._feed_forward(self.mlp, normal, context.valid, context, layer)
+            y, stats = self._feed_forward(normal, context, layer)
         else:
             y, stats = self._by_modality(normal, self.modality_experts, context, layer)
         return x + y, stats
 
-    def _feed_forward(self, network: MLP | MoE, x: Tensor, valid: Tensor, context: Context, layer: int) -> BlockOutput:
-        if isinstance(network, MLP):
-            return network(x), None
-        return network(x, valid, context.dispatcher, layer)
+    def _feed_forward(self, x: Tensor, context: Context, layer: int) -> BlockOutput:
+        if isinstance(self.mlp, MLP):
+            return self.mlp(x), None
+        return self.mlp(x, context.valid, context.dispatcher, layer)
 
     def _by_modality(self, x: Tensor, experts: MoE, context: Context, layer: int) -> BlockOutput:
         """The output of the layer's own network, with that of `experts` added at their tokens; statistics of `router`.
 
         A pass of text alone is computed as without experts.
         """
-        y, own = self._feed_forward(self.mlp, x, context.valid, context, layer)
+        y, own = self._feed_forward(x, context, layer)
         if context.others is None:
-            side, router = x.new_zeros(()), self.router or experts.router
-            return y, own or RouterStats(layer, x.new_zeros(router.config.num_experts), side, side, side, side)
+            none, router = x.new_zeros(()), self.router or experts.router
+            return y, own or RouterStats(layer, x.new_zeros(router.config.num_experts), none, none)
         rows, valid = x.flatten(0, 1)[context.others], context.valid.flatten()[context.others]
         part, stats = experts(rows[None], valid[None], context.dispatcher, layer)
         y = y.flatten(0, 1).index_add(0, context.others, part[0].to(y.dtype)).view_as(x)

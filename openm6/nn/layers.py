@@ -105,16 +105,10 @@ class Adaptable(nn.Module):
         self.lora.clear()
 
 
-class RMSNorm(nn.Module):
-    """Divide by the root mean square of the last axis and multiply by a learned weight."""
+class RMSNorm(nn.RMSNorm):
+    """Divide by the root mean square of the last axis and multiply by a learned weight; torch's, by `ops.pointwise`."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)  # ... D -> ... D

@@ -49,13 +49,11 @@ class RouterStats:
     """What one layer's router did with the valid tokens of a step.
 
     load: E, tokens per expert, before any were dropped; dropped: fraction of choices dropped (0 without a capacity)
-    aux_loss, z_loss: as defined in ops/moe.py, for the log; side_loss: their weighted sum, to be added to the loss
+    side_loss: weighted sum of the balance loss and the z-loss of ops/moe.py, to be added to the loss
     """
 
     layer: int
     load: Tensor
-    aux_loss: Tensor
-    z_loss: Tensor
     dropped: Tensor
     side_loss: Tensor
 
@@ -67,13 +65,12 @@ class RouterStats:
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's choice for N tokens: gates N K, chosen experts N K, load E, the two side losses."""
+    """The router's choice for N tokens: gates N K, chosen experts N K, load E, side loss as in `RouterStats`."""
 
     gate: Tensor
     chosen: Tensor
     load: Tensor
-    aux_loss: Tensor
-    z_loss: Tensor
+    side_loss: Tensor
 
 
 class Router(nn.Module):
@@ -105,12 +102,13 @@ class Router(nn.Module):
                 logits, self.bias, config.experts_per_token, prototypes, config.norm_topk_prob
             )
             load = ops.tokens_per_expert(chosen, valid, config.num_experts)
-            none = logits.new_zeros(())
-            aux = none
+            side = logits.new_zeros(())
             if config.balance == "aux":
-                aux = ops.balance_loss(probability, dispatcher.all_reduce(load) if dispatcher else load, valid)
-            z = ops.z_loss(logits, valid, config.num_prototypes or 1) if config.router_z_loss_coef else none
-        return Routing(gate, chosen, load, aux, z)
+                total = dispatcher.all_reduce(load) if dispatcher else load
+                side = config.router_aux_loss_coef * ops.balance_loss(probability, total, valid)
+            if config.router_z_loss_coef:
+                side = side + config.router_z_loss_coef * ops.z_loss(logits, valid, config.num_prototypes or 1)
+        return Routing(gate, chosen, load, side)
 
     def update_balance(self, load: Tensor) -> None:
         """Loss-free balancing (2408.15664): bias up for too small a `load`, down for too large, summed over all."""
@@ -192,5 +190,4 @@ class MoE(nn.Module):
         dropped = routing.load.new_zeros(())
         if kept is not None:
             dropped = 1 - kept.sum() / (valid.sum().clamp(min=1) * config.experts_per_token)
-        side = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
-        return y, RouterStats(layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side)
+        return y, RouterStats(layer, routing.load, dropped, routing.side_loss)

@@ -22,7 +22,7 @@ from openm6.nn.executor import LayerExecutor, MakeContext, warn_of_failed_compil
 from openm6.nn.moe import RouterStats, TokenDispatcher
 from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import Use, WeightStore
-from openm6.ops.matmul import capture_precision
+from openm6.ops.matmul import autocast_dtype, capture_precision
 from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import UpdateArgs, UpdateRule
 
@@ -75,8 +75,7 @@ class OffloadedExecutor(LayerExecutor):
         rows = _row_parts(meta, self.config.gradient_accumulation_steps if learning else 1)
         contexts = [make_context(x[one], part) for one, part in rows]
         counts = torch.stack([context.valid.sum() for context in contexts]).float()
-        # Exactly 1 for a single part.
-        fractions = counts / counts.sum().clamp(min=1) if len(rows) > 1 else torch.ones_like(counts)
+        fractions = counts / counts.sum().clamp(min=1)
         parts = list(zip([one for one, _ in rows], contexts, fractions.unbind(), strict=True))
         self._gathered = None
         self.store.plan(self.uses(learning))
@@ -172,8 +171,7 @@ class OffloadedExecutor(LayerExecutor):
 
     def _open(self, group: int, x: Tensor) -> dict[str, Tensor]:
         """The group's weights in the dtype of computation."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        dtype = autocast_dtype(x)
         self._opened = self.store.open(group)
         if self._gathered is None or self._gathered[0] != group:  # layers that share weights gather them once
             self._gathered = None  # free it before the next one is gathered
@@ -263,8 +261,6 @@ def run_block(
 def _row_parts(meta: SequenceMeta, parts: int) -> list[tuple[slice, SequenceMeta]]:
     """Up to `parts` parts of the rows, as even as can be."""
     count = max(1, min(parts, meta.batch))
-    if count == 1:
-        return [(slice(None), meta)]
     borders = [round(part * meta.batch / count) for part in range(count + 1)]
     rows = [slice(first, last) for first, last in itertools.pairwise(borders)]
     return [(one, SequenceMeta(*(part[one] for part in meta.parts()), causal=meta.causal)) for one in rows]
@@ -274,11 +270,9 @@ def _blend(stats: list[tuple[RouterStats, Tensor]], layer: int) -> RouterStats:
     """The statistics of all parts, each with its fraction: loads add up, the rest is a mean by valid tokens."""
     if len(stats) == 1:
         return replace(stats[0][0], layer=layer)
-    means = {
-        name: sum(getattr(one, name) * fraction for one, fraction in stats)
-        for name in ("aux_loss", "z_loss", "dropped", "side_loss")
-    }
-    return RouterStats(layer, torch.stack([one.load for one, _ in stats]).sum(0), **means)
+    load, none = torch.stack([one.load for one, _ in stats]).sum(0), torch.zeros_like(stats[0][1])
+    dropped = sum((one.dropped * fraction for one, fraction in stats), none)
+    return RouterStats(layer, load, dropped, sum((one.side_loss * fraction for one, fraction in stats), none))
 
 
 def _add(total: dict[Key, Tensor], keys: Iterable[Key], found: Sequence[Tensor | None]) -> None:

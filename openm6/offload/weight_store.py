@@ -58,9 +58,7 @@ class CudaStream(Stream):
             target.copy_(source, non_blocking=True)
 
     def record_event(self) -> Event:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
+        return self._stream.record_event()
 
     def wait_event(self, event: Event) -> None:
         if event is not None:

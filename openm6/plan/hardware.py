@@ -11,7 +11,6 @@ from openm6.core.errors import ConfigError, nearest
 from openm6.core.files import read_table
 
 GIB = 2**30
-TABLE = "gpus"
 
 # What is reached of the specified rates; each is an assumption until the machine itself was measured.
 PRODUCTS = 0.8  # of the peak, in the largest products, if the card was not measured
@@ -50,7 +49,7 @@ class Gpu:
 
 def gpus(table: Path | None = None) -> dict[str, Gpu]:
     """All GPUs by kind, with the rows of `table`, a file of the same columns; ConfigError if one cannot be used."""
-    rows = read_table(TABLE)
+    rows = read_table("gpus")
     if table is not None:
         try:
             rows += list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))

@@ -14,7 +14,7 @@ from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset
 from openm6.offload.config import OffloadConfig
-from openm6.optim.config import BYTES_PER_PARAMETER
+from openm6.optim.config import BYTES_PER_PARAMETER, OptimizerConfig
 from openm6.plan.memory import TIERS
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -111,24 +111,20 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     if kind != "multimodal":
         raise ConfigError(f"{name} is a recipe of kind {kind!r}: only multimodal recipes and presets are planned")
     loop, text = values.get("loop") or {}, (values.get("modalities") or {}).get("text") or {}
-    optimizer = loop.get("optimizer") or {}
-    precision = optimizer.get("precision")
-    if precision is not None and precision not in BYTES_PER_PARAMETER:
-        hint = nearest(precision, list(BYTES_PER_PARAMETER))
-        raise ConfigError(f"{name}: loop.optimizer.precision={precision} is not known; {hint}")
-    bytes_ = 16 if precision is None else BYTES_PER_PARAMETER[precision]  # at 16 the optimizer decides
+    optimizer = build(OptimizerConfig, loop.get("optimizer") or {}, f"{name}: loop.optimizer")
+    bytes_ = BYTES_PER_PARAMETER[optimizer.precision]  # at 16 the optimizer decides
     offload = build(OffloadConfig, loop.get("offload") or {}, f"{name}: loop.offload")
     choice = build(ModelConfig, values.get("model") or {}, f"{name}: model")
     if choice.start is not None:
         raise ConfigError(f"{name} trains a model of the shape of {choice.start}: plan that run, or name a preset")
     vocabulary = text.get("vocab_size") or preset(choice.preset).vocab_size
     packing = build(Packing, values.get("packing") or {}, f"{name}: packing")
-    seq_len, rows, rule = packing.seq_len, packing.batch_size, str(optimizer.get("name", "adamw"))
+    seq_len, rows = packing.seq_len, packing.batch_size
     if rows == "auto" and (loop.get("offload") is not None or bytes_ < 16):
         rows = ROWS
     batch = None if rows == "auto" else rows * seq_len
     return Model(
-        name, build_backbone(choice), vocabulary, batch, seq_len, rule, adapters=True,
+        name, build_backbone(choice), vocabulary, batch, seq_len, optimizer.name, adapters=True,
         activation_checkpointing_every=offload.activation_checkpointing_every,
         bytes_per_parameter=bytes_ if bytes_ < 16 else None,
     )  # fmt: skip

@@ -257,12 +257,12 @@ class MultimodalTraining(TrainingTask):
         """Copy the weights for each layer; a sharded model is built again, sharded as it was, one block at a time."""
         if self.ranks.wrapped:
             # torch's distributed tensors take seconds to import: a process alone is spared them.
-            from openm6.distributed.fsdp import UnitResharder, gather_parameters, shard_rest  # noqa: PLC0415
+            from openm6.distributed.fsdp import gather_parameters, refill_unit, shard_rest  # noqa: PLC0415
 
             old, layout = self.omni, self.ranks.layout
             with torch.no_grad():
                 gather_parameters([old.adapters, old.backbone.layers, old.backbone.final_norm])
-                names = old.delink(UnitResharder(layout).refill)
+                names = old.delink(lambda fresh, module: refill_unit(layout, fresh, module))
                 self.omni = self.model = old.unwrapped()
                 shard_rest(self.omni, layout)
         else:

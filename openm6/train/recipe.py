@@ -220,3 +220,9 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
             f"parallel.ep_overlap_chunks={chunks} cannot divide the {experts.num_experts // shape.ep} experts of a "
             "rank evenly: choose a divisor"
         )
+    matrix_rows = (config.hidden_size, experts.intermediate_size) if experts is not None else ()
+    if any(number % shape.dp_shard for number in matrix_rows):
+        raise ConfigError(
+            f"parallel.dp_shard={shape.dp_shard} cannot shard the experts' matrices of "
+            f"{' and '.join(map(str, matrix_rows))} rows evenly: choose a divisor"
+        )

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from openm6.core.errors import OpenM6Error
+from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.config import MeshShape
 from openm6.distributed.processes import DistributedContext
+from openm6.models.presets import build_backbone
 from openm6.train import run as running
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
+from openm6.train.recipe import check_mesh
 from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import wait_for
 from tests.distributed.fleet import Fleet
@@ -68,6 +71,12 @@ def test_every_rank_stops_with_the_same_sentence(
     first, second = two.run(reported, recipe_file(tmp_path), str(tmp_path / "run"), settings, odd)
     assert first == second and sentence in first and "\n" not in first
     two.run(dist.barrier)  # nobody hangs in what came before
+
+
+def test_experts_whose_rows_cannot_be_sharded_evenly_are_refused(tmp_path: Path) -> None:
+    checked, _ = read_recipe(Path(recipe_file(tmp_path)), [])
+    with pytest.raises(ConfigError, match="dp_shard=3 cannot shard the experts' matrices of 64 and 64 rows evenly"):
+        check_mesh(checked, MeshShape(1, 3, 1), build_backbone(checked.model))
 
 
 def test_a_checkpoint_that_lacks_a_part_stops_every_rank(tmp_path: Path, two: Fleet) -> None:

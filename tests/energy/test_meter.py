@@ -43,15 +43,15 @@ def test_a_span_holds_what_was_spent_inside() -> None:
         open_one.joules(fresh=True)
         with open_one.span() as span:
             pass
-    assert (span.joules, span.source, span.by_source) == (1.0, "rapl", {"rapl": 1.0}) and span.seconds > 0
+    assert (span.joules, span.source, span.by_source) == (1.0, "rapl", {"rapl": 1.0})
 
 
-def test_a_lost_counter_keeps_its_sum_and_is_told() -> None:
+def test_a_lost_counter_keeps_its_sum_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with meter([Ticking("nvml", life=2), Ticking("rapl")]) as open_one:
         for _ in range(4):
             reading = open_one.joules(fresh=True)
         assert reading.by_source == {"nvml": 2.0, "rapl": 4.0}
-        assert open_one.notes == ["ticking nvml is counted only in part: unplugged"]
+    assert caplog.messages == ["ticking nvml is counted only in part: unplugged"]
 
 
 def test_a_closed_meter_keeps_its_last_sum() -> None:
@@ -81,7 +81,7 @@ def test_this_machine_has_a_meter_that_never_falls(monkeypatch: pytest.MonkeyPat
         first = open_one.joules(fresh=True)
         second = open_one.joules(fresh=True)
     assert 0 <= first.joules <= second.joules
-    assert first.source in ("rapl", "rapl+estimate", "estimate") and open_one.devices
+    assert first.source in ("rapl", "rapl+estimate", "estimate")
 
 
 def test_only_the_first_process_of_a_machine_counts_its_counters_and_memory(
@@ -89,8 +89,8 @@ def test_only_the_first_process_of_a_machine_counts_its_counters_and_memory(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     with open_meter(gpus=()) as open_one:
-        assert all(device.startswith("processor") for device in open_one.devices)
         assert open_one.joules(fresh=True).source in ("", "estimate")
-    monkeypatch.setattr(meter_file, "open_packages", lambda: ([Ticking("rapl")], True, []))
-    with open_meter(gpus=()) as open_one:
-        assert open_one.devices == []
+    monkeypatch.setattr(meter_file, "Meter", list)
+    assert all(counter.name.startswith("processor") for counter in open_meter(gpus=()))
+    monkeypatch.setattr(meter_file, "open_packages", lambda: ([Ticking("rapl")], True))
+    assert open_meter(gpus=()) == []

@@ -19,7 +19,7 @@ class Driver:
         pass
 
     def __init__(self) -> None:
-        self.millijoules, self.power = 5_000, 70_000
+        self.millijoules, self.power, self.mig = 5_000, 70_000, 0
 
     def calls(self) -> SimpleNamespace:
         def energy(handle: int) -> int:
@@ -28,7 +28,9 @@ class Driver:
             return self.millijoules
 
         def mig(handle: int) -> tuple[int, int]:
-            raise self.NVMLError("Not Supported")
+            if handle == 1:
+                raise self.NVMLError("Not Supported")
+            return self.mig, self.mig
 
         def by_uuid(uuid: str) -> int:
             if uuid not in UUIDS:
@@ -58,13 +60,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return fake
 
 
-def test_a_board_with_a_counter_and_one_without(driver: Driver) -> None:
-    counters, notes = devices.open_gpus(None)
+def test_a_board_with_a_counter_and_one_without(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    counters = devices.open_gpus(None)
     assert [(counter.name, counter.source) for counter in counters] == [
         ("GPU 0 V100", "nvml"),
         ("GPU 1 P100", "estimate"),
     ]
-    assert notes == []
+    assert caplog.messages == []
     driver.millijoules = 8_500
     assert counters[0].joules() == pytest.approx(3.5)
     assert counters[1].joules() >= 0
@@ -77,7 +79,7 @@ def test_cuda_numbers_are_followed(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [counter.name for counter in devices.open_gpus(None)[0]] == names
+    assert [counter.name for counter in devices.open_gpus(None)] == names
 
 
 @pytest.mark.parametrize(
@@ -91,23 +93,29 @@ def test_the_fastest_is_the_first_of_cuda_and_not_of_nvml(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found[index])
-    assert [counter.name for counter in devices.open_gpus((0, 1))[0]] == names
+    assert [counter.name for counter in devices.open_gpus((0, 1))] == names
 
 
 def test_a_driver_that_is_reloaded_drops_the_interval(driver: Driver) -> None:
-    counter = devices.open_gpus((0,))[0][0]
+    counter = devices.open_gpus((0,))[0]
     driver.millijoules = 10
     assert counter.joules() == 0.0
     driver.millijoules = 1_010
     assert counter.joules() == pytest.approx(1.0)
 
 
-def test_a_number_that_is_not_there_is_told(driver: Driver) -> None:
-    counters, notes = devices.open_gpus((7,))
-    assert counters == [] and notes == ["GPU 7 is not counted: NVML does not show it"]
+def test_a_number_that_is_not_there_is_told(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    assert devices.open_gpus((7,)) == []
+    assert caplog.messages == ["GPU 7 is not counted: NVML does not show it"]
 
 
-def test_no_driver_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_of_a_board_is_told_that_all_of_it_is_counted(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    driver.mig = 1
+    assert len(devices.open_gpus(None)) == 2
+    assert caplog.messages == ["GPU 0 V100: MIG is on: the whole card is counted, not its slice"]
+
+
+def test_no_driver_no_counter(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     fake = Driver()
     calls = fake.calls()
 
@@ -116,5 +124,7 @@ def test_no_driver_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     calls.nvmlInit = refuse
     monkeypatch.setattr(devices, "pynvml", calls)
-    assert devices.open_gpus(None) == ([], ["no GPU is counted: Driver Not Loaded"])
-    assert devices.open_gpus(()) == ([], [])
+    assert devices.open_gpus(None) == devices.open_gpus(()) == []
+    assert caplog.messages == []  # a machine may have no GPU
+    assert devices.open_gpus((0,)) == []
+    assert caplog.messages == ["GPUs are not counted in full: Driver Not Loaded"]

@@ -195,7 +195,7 @@ def test_first_weights_have_the_stated_spread():
 
 def report(layer: int, load: list[float]) -> RouterStats:
     zero = torch.zeros(())
-    return RouterStats(layer, torch.tensor(load), zero, zero, zero, zero)
+    return RouterStats(layer, torch.tensor(load), zero, zero)
 
 
 def biases(model: Backbone) -> list[Tensor]:

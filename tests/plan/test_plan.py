@@ -137,7 +137,7 @@ def test_the_rows_of_a_recipe_are_those_of_all_gpus() -> None:
 def test_an_invalid_request_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"no GPU 'v100-23gb' in the table; did you mean 'v100-32gb'.*--gpu-table"):
         gpu("v100-23gb")
-    with pytest.raises(ConfigError, match="loop.optimizer.precision=fp8 is not known"):
+    with pytest.raises(ConfigError, match="demo: loop.optimizer: precision: .*int8-adafactor.* \\(given: 'fp8'\\)"):
         request_of("demo", "loop.optimizer.precision=fp8")
     for override in ("packing.batch_size=many", "packing.seq_len=1k", "packing.batch_size=null", "packing=5"):
         with pytest.raises(ConfigError, match="demo: packing: "):

@@ -61,7 +61,7 @@ class TwoRanks(ProcessGroupContext):
 
 def test_everything_of_a_step_is_summed_over_ranks() -> None:
     ones = torch.ones(())
-    stats = RouterStats(0, torch.tensor([1.0, 3.0]), ones, ones, ones * 0.25, ones)
+    stats = RouterStats(0, torch.tensor([1.0, 3.0]), ones * 0.25, ones)
     work = {
         "modality": {"text": WorkCount(2**24 + 1, 0.5), "image_out": WorkCount(0, 0.0)},
         "task": {"translation": WorkCount(3, 7.0)},

@@ -71,7 +71,7 @@ class ToyTraining(TrainingTask):
         if batch.index + 1 in self.spoilt:
             loss = loss * float("nan")
         zero = torch.zeros(())
-        load = RouterStats(0, torch.bincount(batch.corners, minlength=4).float(), zero, zero, zero + 0.25, zero)
+        load = RouterStats(0, torch.bincount(batch.corners, minlength=4).float(), zero + 0.25, zero)
         return StepResult(loss, {"loss/toy": loss, "seen": 1.0}, [load])
 
     def after_step(self, result: StepResult) -> None:

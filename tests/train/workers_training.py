@@ -80,7 +80,7 @@ class WorkersTraining(TrainingTask):
         if batch.cursor.get("next") == self.spoilt:
             total = total * float("nan")
         zero = torch.zeros(())
-        load = RouterStats(0, torch.bincount(batch.corners, minlength=4).float(), zero, zero, zero, zero)
+        load = RouterStats(0, torch.bincount(batch.corners, minlength=4).float(), zero, zero)
         return StepResult(total / batch.whole, {"loss/toy": total.detach() / batch.whole}, [load])
 
     def after_step(self, result: StepResult) -> None:
