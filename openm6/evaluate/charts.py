@@ -2,12 +2,10 @@
 
 # Shapes: P points of a line, V predicted values
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -52,7 +50,7 @@ class Frame:
     top: float
 
     @classmethod
-    def around(cls, xs: np.ndarray, ys: np.ndarray, from_zero: bool = False) -> Frame:
+    def around(cls, xs: np.ndarray, ys: np.ndarray, from_zero: bool = False) -> Self:
         """The frame that contains all finite points, with a margin above and below."""
         left, right = _extent(xs)
         bottom, top = _extent(ys)

@@ -5,8 +5,6 @@ Contrastive tasks are evaluated by retrieval: the image or audio of a text among
 
 # Shapes: Q queries, G gallery, E embedding size
 
-from __future__ import annotations
-
 import math
 import threading
 import time
@@ -14,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -167,7 +165,7 @@ class EvalConfig(Config):
     num_processes: PositiveInt | Literal["auto"] = "auto"
     seed: int = 0
 
-    def limited(self, counts: Mapping[str, int]) -> EvalConfig:
+    def limited(self, counts: Mapping[str, int]) -> Self:
         """With these numbers of records, answers and drawn for those that are auto."""
         return self.model_copy(update={name: n for name, n in counts.items() if getattr(self, name) == "auto"})
 

@@ -1,7 +1,5 @@
 """Numbers and names as text for people: counts, times, differences and signs of intervals."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -11,8 +11,6 @@ The same frequencies are baselines of text and codes; those of numbers are naive
 
 # Shapes: M training targets, N test examples, P positions of a target, G codes per position, C codebook size
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter, defaultdict

@@ -2,8 +2,6 @@
 
 # Shapes: N examples, R training records, F features
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

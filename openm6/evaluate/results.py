@@ -5,8 +5,6 @@ The energy account of a run is from the tracker in its last checkpoint and the l
 
 # Shapes: N records, B blocks, R resamples
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io
