@@ -180,9 +180,8 @@ def _image_settings(reports: list[DatasetReport], fixed: Sequence[str]) -> dict[
     found = [report.images for report in reports if report.images]
     if not found:
         return {}
-    common = {name: value for name, value in found[0].items() if all(name in images for images in found)}
-    common = {name: value for name, value in common.items() if name not in fixed}
-    return {"modalities": {"image": common}}
+    agreed = [name for name in found[0] if name not in fixed and all(name in images for images in found)]
+    return {"modalities": {"image": {name: found[0][name] for name in agreed}}}
 
 
 def _parts(report: DatasetReport) -> list[dict[str, Any]]:
@@ -196,12 +195,10 @@ def _artificial_series(reports: list[DatasetReport]) -> tuple[dict[str, Any], di
     if not reports:
         return None
     context, horizon = (max(report.source[key] for report in reports) for key in ("context", "horizon"))
-    context = max(context, 2 * MIN_CONTEXT)
-    source = SyntheticSeriesConfig(context=context, horizon=horizon).model_dump(exclude_defaults=True)
+    config = SyntheticSeriesConfig(context=max(context, 2 * MIN_CONTEXT), horizon=horizon)
     weight = sum(min(MAX_ARTIFICIAL, max(1.0, ENOUGH_WINDOWS / max(1, report.train))) for report in reports)
-    kind = SyntheticSeriesConfig.model_fields["kind"].default
     part = {"source": ARTIFICIAL, "task": "time_series_forecasting", "weight": round(weight, 1)}
-    return {"kind": kind, **source}, part
+    return {"kind": config.kind, **config.model_dump(exclude_defaults=True)}, part
 
 
 def _inspect_all(path: str) -> list[DatasetReport]:

@@ -255,12 +255,8 @@ class RowReader:
         # Of each column that is read, the keys that it fills; a column of `extra` fills a key of its own name.
         self.columns: dict[str, list[str]] = {}
         numbers = [*self._numbers, *self._dates, *(PAIRED_COLUMNS if self._paired else ())]
-        fills = [
-            *named.items(),
-            *(("numbers", name) for name in numbers),
-            *(("categories", name) for name in self._categories),
-            *((name, name) for name in self._extra),
-        ]
+        fills = [*named.items(), *(("numbers", name) for name in numbers)]
+        fills += [*(("categories", name) for name in self._categories), *((name, name) for name in self._extra)]
         for key, column in fills:
             self.columns.setdefault(column, []).append(key)
         check_columns(self.columns, columns, where)

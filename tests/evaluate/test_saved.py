@@ -28,7 +28,7 @@ def test_the_report_is_the_same_from_what_was_kept(tmp_path: Path) -> None:
     found = load_evaluation(run, "runs/x/step-9")
     assert found is not None and found[1] == 12.5
     (kept,) = found[0].results[-1].samples
-    assert kept.answer == "end" and kept.inputs[0].options["cuttable"] == [Cuttable(0, 11, keep_end=True)]
+    assert kept.answer == "end" and kept.inputs[0].raw == "a beginning"
     assert report_html(run, found[0], example.facts()) == report_html(run, report, example.facts())
     assert report_json(found[0], example.facts()) == report_json(report, example.facts())
     drop_evaluation(run)
