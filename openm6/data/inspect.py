@@ -249,8 +249,7 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
         report.add_problem(path, "no cell holds anything that can be read")
         return [report]
     fields = None if isinstance(config, ChatConfig) else propose.propose_fields(report.columns)
-    update = {"fields": fields, "test_path": test_path}
-    _try_source(report, config.model_copy(update=update))
+    _try_source(report, config.model_copy(update={"fields": fields, "test_path": test_path}))
     series = _series(report, table)
     if series is None:
         return [report]

@@ -272,8 +272,7 @@ class RowReader:
         """The record of one row, without keys whose cells are missing; DataError if a cell does not fit its key."""
         record: Record = {}
         for key, (column, convert) in self.single.items():
-            value = convert(row.get(column), column)
-            if value is not None:
+            if (value := convert(row.get(column), column)) is not None:
                 record[key] = value
         if self._numbers:
             numbers = {name: as_number(row.get(name), name) for name in self._numbers}

@@ -222,10 +222,8 @@ class WindowSource(Source):
             row, column = broken[0]
             where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
             raise DataError(f"{self.name}, {where}: not a finite number")
-        series = {
-            column: [None if np.isnan(value) else float(value) for value in values[:, index]]
-            for index, column in enumerate(config.numbers)
-        }
+        cells = np.where(np.isnan(values), None, values).T.tolist()
+        series = dict(zip(config.numbers, cells, strict=True))
         extra = {"context": config.context, "horizon": config.horizon, **about}
         if self.seconds is not None:
             extra["clock"] = clock_of(self.seconds[rows])
