@@ -346,7 +346,8 @@ def _encode(value: Any) -> Any:
         return {_TAG: "array", "content": stream.getvalue()}
     if isinstance(value, Histogram):
         scale = np.stack([value.loc, value.scale], axis=1)
-        return {_TAG: "Histogram", "probability": value.probability, "scale": scale, "log": value.log}
+        fields = {"probability": value.probability, "scale": scale, "log": value.log, "most": value.most}
+        return {_TAG: "Histogram", **fields}
     return value.item()  # a number of NumPy
 
 
