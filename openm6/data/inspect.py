@@ -384,8 +384,7 @@ def _window_shape(config: WindowsConfig, length: int) -> tuple[int, int]:
         records = _read(DatasetReport("", "", ""), whole.open("series", "train", _no_neighbour))
     except DataError:  # reported when the windows are opened
         records = []
-    windows = [np.array([np.nan if v is None else v for v in values], float)
-               for record in records[:WINDOWS] for values in record["series"].values()]  # fmt: skip
+    windows = [np.array(values, float) for record in records[:WINDOWS] for values in record["series"].values()]
     period = fit_series(windows).period
     longest = max(2, length // HORIZONS)
     horizon = min(period if 4 <= period <= MAX_HORIZON else HORIZON, longest)

@@ -61,6 +61,9 @@ class MixtureSampler:
     """
 
     def __init__(self, components: Sequence[Component], seed: int) -> None:
+        for component in components:
+            if len(component.source) == 0:
+                raise DataError(f"{component.key} has no records to draw: check its path and split")
         self.components = tuple(components)
         self.seed = seed
         self._bounds = np.cumsum([component.weight for component in components]).tolist()
