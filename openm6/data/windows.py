@@ -222,8 +222,9 @@ class WindowSource(Source):
             row, column = broken[0]
             where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
             raise DataError(f"{self.name}, {where}: not a finite number")
-        cells = np.where(np.isnan(values), None, values).T.tolist()
-        series = dict(zip(config.numbers, cells, strict=True))
+        cells = values.astype(object)
+        cells[np.isnan(values)] = None
+        series = dict(zip(config.numbers, cells.T.tolist(), strict=True))
         extra = {"context": config.context, "horizon": config.horizon, **about}
         if self.seconds is not None:
             extra["clock"] = clock_of(self.seconds[rows])
