@@ -17,15 +17,10 @@ from openm6.data.text_tables import JSONL_ENDINGS, JsonlConfig
 TURNS = ("messages", "conversations")  # columns, of which a chat has one
 # Columns of files for the marks in texts, and the files allowed.
 MEDIA = {"image": ("images", records.MAX_IMAGE_BYTES), "audio": ("audios", records.MAX_AUDIO_BYTES)}
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt"), "assistant"),
-}
-KINDS = {
-    **{"text": "text", "image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"},
-    **{"input_audio": "audio", "numbers": "numbers"},
-}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant"}
+KINDS = {"text": "text", "image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}
+KINDS |= {"input_audio": "audio", "numbers": "numbers"}
 NO_VIDEO = "videos cannot be read: leave the chat out, or replace each video by images of it"
 _MARK = re.compile(r"<(image|audio|video)>")
 
@@ -41,9 +36,8 @@ class ChatReader(records.RowReader):
         if not is_chat(columns):
             records.check_columns(TURNS[:1], columns, where)
         self.single = {}
-        used = [*TURNS, "system", "tools", "videos", *(column for column, _ in MEDIA.values())]
-        self.columns = {name: ["messages"] for name in used if name in columns}
-        self.columns |= {"id": ["id"]} if "id" in columns else {}
+        used = ["id", *TURNS, "system", "tools", "videos", *(column for column, _ in MEDIA.values())]
+        self.columns = {name: ["id" if name == "id" else "messages"] for name in used if name in columns}
         self._open_file = open_file
 
     def read(self, row: Mapping[str, Any]) -> records.Record:

@@ -180,9 +180,8 @@ def _image_settings(reports: list[DatasetReport], fixed: Sequence[str]) -> dict[
     found = [report.images for report in reports if report.images]
     if not found:
         return {}
-    common = {name: value for name, value in found[0].items() if all(name in images for images in found)}
-    common = {name: value for name, value in common.items() if name not in fixed}
-    return {"modalities": {"image": common}}
+    agreed = [name for name in found[0] if name not in fixed and all(name in images for images in found)]
+    return {"modalities": {"image": {name: found[0][name] for name in agreed}}}
 
 
 def _parts(report: DatasetReport) -> list[dict[str, Any]]:
@@ -196,12 +195,10 @@ def _artificial_series(reports: list[DatasetReport]) -> tuple[dict[str, Any], di
     if not reports:
         return None
     context, horizon = (max(report.source[key] for report in reports) for key in ("context", "horizon"))
-    context = max(context, 2 * MIN_CONTEXT)
-    source = SyntheticSeriesConfig(context=context, horizon=horizon).model_dump(exclude_defaults=True)
+    config = SyntheticSeriesConfig(context=max(context, 2 * MIN_CONTEXT), horizon=horizon)
     weight = sum(min(MAX_ARTIFICIAL, max(1.0, ENOUGH_WINDOWS / max(1, report.train))) for report in reports)
-    kind = SyntheticSeriesConfig.model_fields["kind"].default
     part = {"source": ARTIFICIAL, "task": "time_series_forecasting", "weight": round(weight, 1)}
-    return {"kind": kind, **source}, part
+    return {"kind": config.kind, **config.model_dump(exclude_defaults=True)}, part
 
 
 def _inspect_all(path: str) -> list[DatasetReport]:
@@ -252,8 +249,7 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
         report.add_problem(path, "no cell holds anything that can be read")
         return [report]
     fields = None if isinstance(config, ChatConfig) else propose.propose_fields(report.columns)
-    update = {"fields": fields, "test_path": test_path}
-    _try_source(report, config.model_copy(update=update))
+    _try_source(report, config.model_copy(update={"fields": fields, "test_path": test_path}))
     series = _series(report, table)
     if series is None:
         return [report]
@@ -388,8 +384,7 @@ def _window_shape(config: WindowsConfig, length: int) -> tuple[int, int]:
         records = _read(DatasetReport("", "", ""), whole.open("series", "train", _no_neighbour))
     except DataError:  # reported when the windows are opened
         records = []
-    windows = [np.array([np.nan if v is None else v for v in values], float)
-               for record in records[:WINDOWS] for values in record["series"].values()]  # fmt: skip
+    windows = [np.array(values, float) for record in records[:WINDOWS] for values in record["series"].values()]
     period = fit_series(windows).period
     longest = max(2, length // HORIZONS)
     horizon = min(period if 4 <= period <= MAX_HORIZON else HORIZON, longest)

@@ -240,9 +240,8 @@ TABLE_ENDINGS = tuple(ending for config in TABLES for ending in config.endings)
 
 def table_config(path: str) -> TableConfig:
     """The config that reads the table at a path, by its ending (Parquet if the ending says nothing)."""
-    config: Callable[..., TableConfig] = ParquetConfig
-    if not path.startswith(EMBEDDED_MARK):
-        config = next((one for one in TABLES if path.lower().endswith(one.endings)), config)
+    fitting = (one for one in TABLES if path.lower().endswith(one.endings))
+    config: Callable[..., TableConfig] = next(fitting, ParquetConfig)
     return config(path=path)
 
 

@@ -67,8 +67,7 @@ class MixtureSampler:
         self.components = tuple(components)
         self.seed = seed
         self._bounds = np.cumsum([component.weight for component in components]).tolist()
-        self._lengths = [len(component.source) for component in components]
-        self._cursor = [(0, 0) for _ in components]  # epoch, offset
+        self._drawn = [0] * len(components)  # records of each component, in all epochs
         self._orders: dict[int, np.ndarray] = {}  # of the current epoch, by component
         self.global_index = 0  # of the next sample
         self.set_shards(1)
@@ -81,16 +80,14 @@ class MixtureSampler:
 
     def draw(self) -> SampleIndex:
         point = uniform(self.seed, self.global_index) * self._bounds[-1]
-        component = bisect(self._bounds, point)
-        epoch, offset = self._cursor[component]
-        length = self._lengths[component]
-        if component not in self._orders:
-            seed = mix(self.seed, text_hash(self.components[component].key))
-            self._orders[component] = permutation(length, seed, epoch)
-        sample = SampleIndex(component, epoch, int(self._orders[component][offset]), self.global_index)
-        if offset + 1 == length:
-            del self._orders[component]
-        self._cursor[component] = (epoch + 1, 0) if offset + 1 == length else (epoch, offset + 1)
+        index = bisect(self._bounds, point)
+        component = self.components[index]
+        length = len(component.source)
+        epoch, offset = divmod(self._drawn[index], length)
+        if offset == 0 or index not in self._orders:
+            self._orders[index] = permutation(length, mix(self.seed, text_hash(component.key)), epoch)
+        sample = SampleIndex(index, epoch, int(self._orders[index][offset]), self.global_index)
+        self._drawn[index] += 1
         self.global_index += 1
         return sample
 
@@ -112,8 +109,8 @@ class MixtureSampler:
         """JSON-able: the position of the sequence at the slowest own shard, and that of each own shard."""
         cursors = {}
         for index, component in enumerate(self.components):
-            (epoch, offset), length = self._cursor[index], len(component.source)
-            drawn = epoch * length + offset - sum(sample.component == index for sample in self._ahead)
+            length = len(component.source)
+            drawn = self._drawn[index] - sum(sample.component == index for sample in self._ahead)
             cursors[component.key] = {"epoch": drawn // length, "offset": drawn % length, "length": length}
         global_index = self.global_index - len(self._ahead)
         shards = {
@@ -135,7 +132,7 @@ class MixtureSampler:
             cursor, was = cursors[key], cursors[key]["length"]
             if was != now:
                 raise DataError(f"{key} had {was} records and has {now} now: restore the data, or start again")
-            self._cursor[index] = (cursor["epoch"], cursor["offset"])
+            self._drawn[index] = cursor["epoch"] * now + cursor["offset"]
         self.global_index = mixture["global_index"]
         if state["num_shards"] == self.num_shards:
             for shard in self.shards:

@@ -13,7 +13,7 @@ from openm6.core.errors import DataError, first_line, nearest
 from openm6.data.records import check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
 from openm6.data.storage import find_files, is_remote, refuse_foreign
-from openm6.data.table import ArrowTable, Table, TableConfig
+from openm6.data.table import ArrowTable, TableConfig
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED = tuple(sorted(path.stem.removesuffix("-train") for path in EMBEDDED_FOLDER.glob("*-train.parquet")))
@@ -107,34 +107,19 @@ class EmbeddedConfig(SourceConfig):
         return source
 
 
-class DatasetsTable(Table):
-    """A `datasets.Dataset` as a table: images and audio clips stay undecoded, class numbers become names."""
+class DatasetsTable(ArrowTable):
+    """A `datasets.Dataset` by its Arrow table: images and audio clips stay undecoded, class numbers become names."""
 
     def __init__(self, dataset: Any, where: str) -> None:
-        self.where = where
-        self.names = list(dataset.column_names)
-        self._classes: dict[str, Sequence[str]] = {}
-        # Decoding is the modalities' task: cells become {bytes, path}. Types by name: the library is optional.
-        for name, feature in dataset.features.items():
-            kind = type(feature).__name__
-            if kind in ("Image", "Audio"):
-                dataset = dataset.cast_column(name, type(feature)(decode=False))
-            elif kind == "ClassLabel":
-                self._classes[name] = feature.names
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
+        super().__init__(dataset.with_format("arrow")[:], where)
+        features = dataset.features.items()  # types by name: the library is optional
+        self._classes = {name: one.names for name, one in features if type(one).__name__ == "ClassLabel"}
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        try:
-            cells = self._dataset[row]
-        except (OSError, ValueError, ArithmeticError) as error:
-            raise DataError(f"the row cannot be read: {error}") from None
-        return {name: self._named(name, cells[name]) for name in columns}
+        return {name: self._named(name, cell) for name, cell in super().row(row, columns).items()}
 
     def column(self, column: str) -> list[Any]:
-        return [self._named(column, cell) for cell in self._dataset.select_columns([column])[:][column]]
+        return [self._named(column, cell) for cell in super().column(column)]
 
     def _named(self, column: str, cell: Any) -> Any:
         names = self._classes.get(column, ())

@@ -4,6 +4,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -195,8 +196,7 @@ def propose_fields(columns: Sequence[Column]) -> Fields | None:
     picked: dict[str, Any] = {}
 
     def pick(key: str, kind: Kind, language: str | None = None, usual: Sequence[str] = ()) -> None:
-        fitting = [c.name for c in columns if c.kind == kind and c.language == language]
-        free = [name for name in fitting if name not in taken]
+        free = [c.name for c in columns if c.kind == kind and c.language == language and c.name not in taken]
         if free:
             picked.setdefault(key, min(free, key=lambda name: name.lower() not in usual))
 
@@ -319,10 +319,8 @@ def unused_columns(source: Source, records: Sequence[Record], tasks: Iterable[Ta
     for task in tasks:
         rng = np.random.default_rng(0)
         for record in [record for record in records if task.languages(record)][:POSED]:
-            try:
+            with suppress(DataError):  # a broken image or audio: the quarantine names it when it is drawn
                 shown = with_negatives(record, source, rng) if task.needs_negatives else record
                 for language in task.languages(shown):
                     task.build(_Watched(shown, read), Context(language, rng))
-            except DataError:  # a broken image or audio: the quarantine names it when it is drawn
-                continue
     return [column for column, keys in source.columns.items() if not read & set(keys)]

@@ -255,12 +255,8 @@ class RowReader:
         # Of each column that is read, the keys that it fills; a column of `extra` fills a key of its own name.
         self.columns: dict[str, list[str]] = {}
         numbers = [*self._numbers, *self._dates, *(PAIRED_COLUMNS if self._paired else ())]
-        fills = [
-            *named.items(),
-            *(("numbers", name) for name in numbers),
-            *(("categories", name) for name in self._categories),
-            *((name, name) for name in self._extra),
-        ]
+        fills = [*named.items(), *(("numbers", name) for name in numbers)]
+        fills += [*(("categories", name) for name in self._categories), *((name, name) for name in self._extra)]
         for key, column in fills:
             self.columns.setdefault(column, []).append(key)
         check_columns(self.columns, columns, where)
@@ -276,8 +272,7 @@ class RowReader:
         """The record of one row, without keys whose cells are missing; DataError if a cell does not fit its key."""
         record: Record = {}
         for key, (column, convert) in self.single.items():
-            value = convert(row.get(column), column)
-            if value is not None:
+            if (value := convert(row.get(column), column)) is not None:
                 record[key] = value
         if self._numbers:
             numbers = {name: as_number(row.get(name), name) for name in self._numbers}

@@ -17,7 +17,6 @@ PERIODS = (4, 7, 12, 24, 52)
 PERIOD_BOUNDS = (3, 48)
 # Chances of a part of a series.
 SEASON, TREND, SMOOTH, SHIFT, OUTLIERS, GAPS, PERCENT = 0.7, 0.7, 0.5, 0.15, 0.1, 0.15, 0.4
-SECONDS = 86_400.0
 
 
 class SyntheticSeriesConfig(SourceConfig):

@@ -158,10 +158,9 @@ class CsvTable(ArrowTable):
         if doubled:
             raise DataError(f"{self.where} has two columns called {doubled[0]!r}: rename one in the header")
         if all(_is_number(name) for name in names):
-            shown = ", ".join(names[:3])
             raise DataError(
-                f"the first line of {self.where} holds only numbers ({shown}), so it is no header: write the names of "
-                "the columns above it, or, in a source of kind csv, name them as `columns: [...]`"
+                f"the first line of {self.where} holds only numbers ({', '.join(names[:3])}), so it is no header: "
+                "write the names of the columns above it, or, in a source of kind csv, name them as `columns: [...]`"
             )
         return count, names
 

@@ -21,7 +21,7 @@ from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_ind
 from openm6.data.text_tables import CsvConfig
 from openm6.modalities.dates import FORMS, Parse, is_date, parsed, plain_number, strptime, to_seconds
 
-TRIED = 50  # first cells that rule out most forms before a whole column is parsed
+TRIED = 50  # first cells by which the form of most is found, if they have several
 
 
 def parse_times(cells: Sequence[Any], column: str, where: str, time_format: str | None = None) -> list[float]:
@@ -53,8 +53,7 @@ def _parse_texts(texts: list[str], where: str, time_format: str | None) -> list[
     numbers = parsed(texts, plain_number)
     if numbers is not None:
         return numbers
-    forms = {name: parse for name, parse in FORMS.items() if parsed(texts[:TRIED], parse)}
-    found = {name: times for name, parse in forms.items() if (times := parsed(texts, parse))}
+    found = {name: times for name, parse in FORMS.items() if (times := parsed(texts, parse))}
     if not found:
         # The first cell that the form of most cells does not parse.
         tried = texts[:TRIED]
@@ -223,10 +222,9 @@ class WindowSource(Source):
             row, column = broken[0]
             where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
             raise DataError(f"{self.name}, {where}: not a finite number")
-        series = {
-            column: [None if np.isnan(value) else float(value) for value in values[:, index]]
-            for index, column in enumerate(config.numbers)
-        }
+        cells = values.astype(object)
+        cells[np.isnan(values)] = None
+        series = dict(zip(config.numbers, cells.T.tolist(), strict=True))
         extra = {"context": config.context, "horizon": config.horizon, **about}
         if self.seconds is not None:
             extra["clock"] = clock_of(self.seconds[rows])

@@ -1,7 +1,5 @@
 """Records of a source as examples of a task, and the model's answers, whatever their target."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

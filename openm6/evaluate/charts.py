@@ -2,12 +2,10 @@
 
 # Shapes: P points of a line, V predicted values
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -52,7 +50,7 @@ class Frame:
     top: float
 
     @classmethod
-    def around(cls, xs: np.ndarray, ys: np.ndarray, from_zero: bool = False) -> Frame:
+    def around(cls, xs: np.ndarray, ys: np.ndarray, from_zero: bool = False) -> Self:
         """The frame that contains all finite points, with a margin above and below."""
         left, right = _extent(xs)
         bottom, top = _extent(ys)
@@ -137,13 +135,9 @@ def history(steps: np.ndarray, lines: np.ndarray, description: str, from_zero: b
         frame = Frame.around(xs, means, from_zero)
         shapes = [frame.line(xs, values, "fine") for values in means]
     shapes.append(frame.line(xs, np.array([finite_mean(column) for column in means.T]), "line"))
-    whole = [value for value in ticks(frame.left, frame.right) if value == round(value)]
-    return frame.chart(
-        shapes,
-        description,
-        x=[(value, short_count(value)) for value in whole],
-        y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top)],
-    )
+    x = [(value, short_count(value)) for value in ticks(frame.left, frame.right) if value == round(value)]
+    y = [(value, plain(value)) for value in ticks(frame.bottom, frame.top)]
+    return frame.chart(shapes, description, x, y)
 
 
 def bar(value: float, baseline: float, whole: float | None) -> tuple[float, float]:
@@ -236,11 +230,8 @@ def forecast_chart(past: NumberSeries, answer: Histogram, truth: Any) -> Forecas
     ]
     shapes = [shape for shape in shapes if known or shape.name != "truth"]
     predicted, true = (" ".join(plain(value) for value in v[:12]) for v in (quantiles[0.5], future))
-    drawing = frame.chart(
-        shapes,
-        f"{words(past.name)}: predicted {predicted}" + f"; truth {true}" * bool(known),
-        x=[(frame.left, f"{plain(frame.left - 1)} steps"), (0, "now"), (len(future), f"+{len(future)}")],
-        y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top, 3)],
-    )
+    description = f"{words(past.name)}: predicted {predicted}" + f"; truth {true}" * bool(known)
+    x = [(frame.left, f"{plain(frame.left - 1)} steps"), (0, "now"), (len(future), f"+{len(future)}")]
+    y = [(value, plain(value)) for value in ticks(frame.bottom, frame.top, 3)]
     inside = (quantiles[0.1] <= future[observed]) & (future[observed] <= quantiles[0.9])
-    return ForecastChart(drawing, past.name, int(inside.sum()), known)
+    return ForecastChart(frame.chart(shapes, description, x, y), past.name, int(inside.sum()), known)

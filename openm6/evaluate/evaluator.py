@@ -5,8 +5,6 @@ Contrastive tasks are evaluated by retrieval: the image or audio of a text among
 
 # Shapes: Q queries, G gallery, E embedding size
 
-from __future__ import annotations
-
 import math
 import threading
 import time
@@ -14,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -84,7 +82,7 @@ class Search:
 def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Source, seed: int) -> TaskResult | None:
     """Recall of a contrastive task over directions and languages, each among the metrics; None if no record fits."""
     task = loaded.task(trained_task.task)
-    modalities, searches, records, left_out = loaded.modalities, list[Search](), set[str](), 0
+    modalities, searches, records = loaded.modalities, list[Search](), set[str]()
     for language in LANGUAGES:
         examples, _, _ = build_examples(
             task, test, MAX_GALLERY, (seed, task.name), lambda x: source_segments([x.target], modalities), language
@@ -92,7 +90,6 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
         if len({example.key for example in examples}) > 1:
             searches += both_directions(loaded, task, examples, language)
             records |= {example.record_id for example in examples}
-            left_out = max(0, len(test) - MAX_GALLERY)
     if not searches:
         return None
     recalls = {search.name: search.recalls() for search in searches}
@@ -124,7 +121,7 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
         null_predictor="any test record alike",
         records=len(records),
         answered=len(records),
-        left_out=left_out,
+        left_out=max(0, len(test) - MAX_GALLERY),
         summary=task.summary,
         metrics=metrics,
     )
@@ -141,9 +138,6 @@ def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], la
     backward = f"{task.output_modality}_to_{task.input_modality}_{language}"
     blocks = [f"text {one.key}" for one in unique], [f"record {one.record_id}" for one in examples]
     return [Search(forward, similarity, matches, blocks[0]), Search(backward, similarity.T, matches.T, blocks[1])]
-
-
-Result = TypeVar("Result")
 
 
 class EvalConfig(Config):
@@ -167,7 +161,7 @@ class EvalConfig(Config):
     num_processes: PositiveInt | Literal["auto"] = "auto"
     seed: int = 0
 
-    def limited(self, counts: Mapping[str, int]) -> EvalConfig:
+    def limited(self, counts: Mapping[str, int]) -> Self:
         """With these numbers of records, answers and drawn for those that are auto."""
         return self.model_copy(update={name: n for name, n in counts.items() if getattr(self, name) == "auto"})
 
@@ -244,8 +238,8 @@ def num_workers(tasks: int, config: EvalConfig, device: torch.device) -> int:
 
 
 def parallel_map(
-    function: Callable[[int], Result], indices: Sequence[int], workers: int
-) -> Iterator[tuple[int, Result]]:
+    function: Callable[[int], TaskResult | None], indices: Sequence[int], workers: int
+) -> Iterator[tuple[int, TaskResult | None]]:
     """Each index with `function(index)`: in this order from one process, as they are ready from several forked ones."""
     if workers == 1:
         yield from ((index, function(index)) for index in indices)

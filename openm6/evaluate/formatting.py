@@ -1,15 +1,11 @@
 """Numbers and names as text for people: counts, times, differences and signs of intervals."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
 NO_BREAK = "\u00a0"  # a space that keeps a number and its unit on one line
 _SCALES = ((10**12, "trillion", "T"), (10**9, "billion", "B"), (10**6, "million", "M"))
 _TIMES = ((86400, "days"), (3600, "hours"), (60, "minutes"))
-
-Significance = Literal["positive", "none", "negative"]
 
 
 def plain(value: float, digits: int = 4) -> str:
@@ -62,7 +58,7 @@ def signed(value: float) -> str:
     return _minus(text) if float(text.replace(",", "")) else "0.00"  # a zero has no sign
 
 
-def significance(interval: tuple[float, float]) -> Significance:
+def significance(interval: tuple[float, float]) -> Literal["positive", "none", "negative"]:
     """Whether a whole interval is above 0, below 0, or neither (also if it is not finite)."""
     low, high = interval
     if low > 0 and high > 0:

@@ -11,8 +11,6 @@ The same frequencies are baselines of text and codes; those of numbers are naive
 
 # Shapes: M training targets, N test examples, P positions of a target, G codes per position, C codebook size
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter, defaultdict
@@ -227,13 +225,12 @@ def _past(example: Example) -> list[float | None]:
 
 def _repeated(example: Example, period: int) -> np.ndarray:
     """The last `period` values repeated over the horizon, at the observed steps; missing values are forward-filled."""
-    past = np.asarray([np.nan if value is None else value for value in _past(example)], float)
+    past = np.asarray(_past(example), float)
     if not np.isfinite(past).any():
         past = np.zeros(1)
     seen = np.maximum.accumulate(np.where(np.isfinite(past), np.arange(len(past)), -1))
     past = past[np.where(seen >= 0, seen, np.flatnonzero(np.isfinite(past))[0])]
-    values = example.answer.values
-    steps = np.asarray([i for i, value in enumerate(values) if value is not None and np.isfinite(value)])
+    steps = np.flatnonzero(np.isfinite(np.asarray(example.answer.values, float)))
     period = min(period, len(past))
     return past[len(past) - period + steps % period]
 

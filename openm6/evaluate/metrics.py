@@ -2,11 +2,10 @@
 
 # Shapes: N examples, R training records, F features
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -60,13 +59,11 @@ def fit_knn(loaded: LoadedModel, source: Source, modality: str) -> KNNClassifier
     extract = image_features if modality == "image" else partial(_audio_features, loaded.audio)
     features, labels = [], []
     for index in evenly_spaced(len(source), MAX_RECORDS):
-        try:
+        with suppress(DataError):
             record = source[index]
             if record.get(modality) and record.get("label"):
                 features.append(extract(record[modality]))
                 labels.append(record["label"])
-        except DataError:
-            continue
     return KNNClassifier(np.stack(features), labels, extract) if features else None
 
 

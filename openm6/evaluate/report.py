@@ -7,8 +7,6 @@ the terminal, and the model card README.md of a run, of the template card.md.
 
 # Shapes: P lines of metrics.jsonl, L layers; S samples, T frames in time, F frequency bands
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -5,8 +5,6 @@ The energy account of a run is from the tracker in its last checkpoint and the l
 
 # Shapes: N records, B blocks, R resamples
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io
@@ -32,7 +30,7 @@ from openm6.energy.meter import EnergyConfig
 from openm6.energy.tracker import EnergyTracker, EnergyUse
 from openm6.inference.question import Answer
 from openm6.modalities.histogram import Histogram
-from openm6.modalities.interface import Cuttable, Part
+from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.models.description import CheckpointConfig
 from openm6.models.omni import Omni
@@ -348,22 +346,17 @@ def _encode(value: Any) -> Any:
         return {_TAG: "array", "content": stream.getvalue()}
     if isinstance(value, Histogram):
         scale = np.stack([value.loc, value.scale], axis=1)
-        return {_TAG: "Histogram", "probability": value.probability, "scale": scale, "log": value.log}
+        fields = {"probability": value.probability, "scale": scale, "log": value.log, "most": value.most}
+        return {_TAG: "Histogram", **fields}
     return value.item()  # a number of NumPy
 
 
 _DECODERS: dict[Any, Callable[..., Any]] = {
-    **{found.__name__: found for found in (EvalReport, TaskResult, Sample, NumberSeries, Histogram)},
-    "Part": lambda modality, raw, options: Part(modality, raw, _options(options)),
+    **{found.__name__: found for found in (EvalReport, TaskResult, Sample, Part, NumberSeries, Histogram)},
     "bytes": lambda content: base64.b64decode(content),
     "image": lambda pixels: Image.fromarray(pixels),
     "array": lambda content: np.load(io.BytesIO(content), allow_pickle=False),
 }
-
-
-def _options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a part with the spans that may be cut, which JSON holds as lists."""
-    return options | {"cuttable": [Cuttable(*one) for one in options["cuttable"]]} if "cuttable" in options else options
 
 
 def _decode(values: dict[str, Any]) -> Any:

@@ -1,7 +1,5 @@
 """`openm6 evaluate`: a checkpoint on the test records of the sources it was trained on, or on a file or folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
