@@ -51,9 +51,7 @@ class Audio:
     def to_bytes(self, suffix: str = ".wav") -> bytes:
         """Return a file of the format that a suffix names: .wav, .flac or .ogg."""
         if suffix.lower() not in SUFFIXES["audio"]:
-            raise ConfigError(
-                f"audio is not written as {suffix or 'a file without a suffix'!r}: use .wav, .flac or .ogg"
-            )
+            raise ConfigError(f"audio is not written as {suffix or 'a file without suffix'!r}: use .wav, .flac or .ogg")
         buffer = io.BytesIO()
         try:
             soundfile.write(buffer, np.asarray(self.array), self.sampling_rate, format=suffix[1:].lower())
@@ -164,9 +162,7 @@ def media_bytes(value: Any, modality: str) -> Path | bytes | None:
     except (TypeError, ValueError, KeyError, OSError, RuntimeError, struct.error):
         pass
     kinds = "a Pillow image or an array H W 3 of uint8" if modality == "image" else "openm6.Audio(array, sampling_rate)"
-    raise DataError(
-        f"{type(value).__name__} is no {modality} that can be read: give a path, the bytes of a file, {kinds}"
-    )
+    raise DataError(f"{type(value).__name__} is no {modality} that can be read: give a path, bytes of a file, {kinds}")
 
 
 def number_series(value: Any) -> NumberSeries | None:
