@@ -28,9 +28,7 @@ SCALINGS: dict[str, set[str]] = {
     "yarn": {*_CONTEXT, "beta_fast", "beta_slow", "attention_factor"},
 }
 EXPERT_NAMES = ("mlp.gate", "mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj", "mlp.experts.{e}.down_proj")
-MIXTRAL_NAMES = tuple(
-    f"block_sparse_moe.{name}" for name in ("gate", "experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2")
-)
+MIXTRAL_NAMES = tuple(f"block_sparse_moe.{x}" for x in ("gate", "experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2"))
 
 
 class Kind(NamedTuple):
@@ -83,10 +81,8 @@ class StoredTensor:
 
     def parts(self, stacked: bool = False) -> Iterator[tuple[str, Shape]]:
         """Name and shape of each of their tensors; `stacked`: of all experts in one, named as that of the first."""
-        stack = (self.experts,) if stacked and self.experts else ()
-        for expert in range(1 if stack else max(1, self.experts)):
-            for name, rows in zip(self.theirs, self.rows, strict=True):
-                yield name.format(e=expert), (*stack, rows) if self.columns is None else (*stack, rows, self.columns)
+        for name, part in self.split(torch.empty(self.shape, device="meta"), stacked):
+            yield name, tuple(part.shape)
 
     def read(self, weights: Weights) -> Tensor:
         """Ours from theirs."""
@@ -113,10 +109,7 @@ class StoredTensor:
 def outer_tensors(config: BackboneConfig, rows: int, tied: bool) -> list[StoredTensor]:
     """The tensors outside of layers; `rows` of the embedding."""
     width = config.hidden_size
-    found = [
-        StoredTensor(NORM, (THEIR_NORM,), (width,)),
-        StoredTensor(EMBEDDING, (THEIR_EMBEDDING,), (rows,), width),
-    ]
+    found = [StoredTensor(NORM, (THEIR_NORM,), (width,)), StoredTensor(EMBEDDING, (THEIR_EMBEDDING,), (rows,), width)]
     return found if tied else [*found, StoredTensor(HEAD, (THEIR_HEAD,), (rows,), width)]
 
 
@@ -225,14 +218,11 @@ def _rope_scaling(settings: Settings) -> tuple[RopeScaling | None, float]:
     form = rope.get("rope_type", rope.get("type", "default"))
     if form == "default":
         return None, theta
-    unknown = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)] + ["truncate"] * (
-        not rope.get("truncate", True)
-    )
+    unknown = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)]
+    unknown += [] if rope.get("truncate", True) else ["truncate"]
     if form not in SCALINGS or unknown:
         what = f"{form} with {', '.join(unknown)}" if unknown else repr(form)
-        raise ConfigError(
-            f"rotary positions scaled by {what} are not supported: choose a model with {', '.join(SCALINGS)}"
-        )
+        raise ConfigError(f"rotary positions scaled by {what} are not supported: choose one of {', '.join(SCALINGS)}")
     context = rope.get("original_max_position_embeddings") or settings.get("max_position_embeddings", 8192)
     known = {key: rope[key] for key in RopeScaling.model_fields if rope.get(key) is not None}
     values = {**known, "rope_type": form, "original_max_position_embeddings": context}

@@ -141,9 +141,8 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         _add_scores(found, content)
         again = json.loads(_read(found, "llama", "")[0])
         model["vocab"] = again["model"]["vocab"]  # they differ in unused rows and added tokens
-        if all(
-            again[part] == content[part] for part in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
-        ):
+        rules = ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
+        if all(again[part] == content[part] for part in rules):
             return found
     raise ConfigError("llama.cpp has no rules that give the tokens of this tokenizer: export with --format hf")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError, ConfigError, first_line
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
+from openm6.hub.decoders import sha256_of
 from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
 from openm6.models.description import TOKENIZER_FILE
@@ -65,9 +65,7 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     if missing := sorted({name for name in index.values() if not (path / name).is_file()}):
         raise CheckpointError(f"{path} lacks {missing[0]}, which {INDEX_FILE} names: download the whole model")
     if not (path / WEIGHTS_FILE).exists() and not any(path.glob("model-*.safetensors")):
-        raise CheckpointError(
-            f"{path} holds no safetensors file: download the whole model, or convert it to safetensors"
-        )
+        raise CheckpointError(f"{path} holds no safetensors file: download the whole model, or convert it to that")
     if not (path / TOKENIZER_FILE).exists():
         raise CheckpointError(f"{path} lacks {TOKENIZER_FILE}: save the fast tokenizer of this model there")
     tokenizer = read_text(path / TOKENIZER_FILE)
@@ -78,9 +76,7 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
 def _check_sha256(path: Path, expected: str) -> None:
     if path.is_dir():
         raise ConfigError(f"sha256 is for a single file, and {path} is a folder: leave it out")
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected.strip().lower():
+    if (found := sha256_of(path)) != expected.strip().lower():
         raise CheckpointError(f"{path} has the sha256 {found}, not {expected}: download it again, or check the number")
 
 
