@@ -56,11 +56,7 @@ UNKNOWN = "?"
 
 
 def predict(
-    loaded: LoadedModel,
-    frame: pd.DataFrame,
-    target: str,
-    quantile_levels: Sequence[float],
-    classes: Sequence[Any] | None,
+    loaded: LoadedModel, frame: pd.DataFrame, target: str, levels: Sequence[float], classes: Sequence[Any] | None
 ) -> pd.DataFrame:
     columns = columns_of(frame)
     if not columns or not len(frame):
@@ -68,7 +64,7 @@ def predict(
     if classes is not None and not len(classes):
         raise ConfigError("classes must name at least one class")
     table = arrow_table(columns, "the DataFrame")
-    check_levels(quantile_levels)
+    check_levels(levels)
     numeric, known = target in loaded.numbers.scales, {*loaded.numbers.scales}
     configs = source_configs(loaded.description.sources, str(loaded.checkpoint))
     failure: DataError | None = None
@@ -99,7 +95,7 @@ def predict(
         source = one.source if own else ""  # without a mapping, it may be another one
         if numeric:
             answers = number_answers(loaded, task, records, target)
-            for name, level in [("predictions", 0.5), *((str(level), level) for level in quantile_levels)]:
+            for name, level in [("predictions", 0.5), *((str(level), level) for level in levels)]:
                 found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
         elif classes is not None:
             probability = class_probabilities(loaded, task, records, target, list(map(str, classes)), key, source)

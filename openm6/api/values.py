@@ -214,8 +214,7 @@ def _content_part(part: Any, loaded: LoadedModel, where: str) -> Part:
         given = inner.get(key) if isinstance(inner, Mapping) else inner
         given = _decoded(given, where) if kind == "audio" else given
     else:
-        found = [part[key] for key in (kind, "path", "url") if key in part] if kind in MEDIA else []
-        given = found[0] if found else None
+        given = next((part[key] for key in (kind, "path", "url") if key in part), None) if kind in MEDIA else None
     if given is None:
         raise DataError(f"{where} is not understood: its type is text, image, audio, image_url, input_audio or numbers")
     if isinstance(given, str) and given.startswith("data:"):
