@@ -140,20 +140,15 @@ def layer_tensors(kind: str, config: BackboneConfig, layer: int) -> list[StoredT
     part = config.feed_forward(layer)
     hidden = part.intermediate_size
     if isinstance(part, DenseConfig):
-        up, down = names("mlp.gate_proj", "mlp.up_proj"), names("mlp.down_proj")
-        return [
-            *found,
-            StoredTensor(f"{first}mlp.up", up, (hidden, hidden), width),
-            StoredTensor(f"{first}mlp.down", down, (width,), hidden),
-        ]
-    router = first if config.share_routers else own
-    gate, *experts = names(*(MIXTRAL_NAMES if kind == "mixtral" else EXPERT_NAMES))
-    return [
-        *found,
-        StoredTensor(f"{router}mlp.router.weight", (gate,), (part.num_experts,), width),
-        StoredTensor(f"{first}mlp.experts.up", tuple(experts[:2]), (hidden, hidden), width, part.num_experts),
-        StoredTensor(f"{first}mlp.experts.down", tuple(experts[2:]), (width,), hidden, part.num_experts),
-    ]
+        ours, count, matrices = f"{first}mlp", 0, names("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    else:
+        ours, count = f"{first}mlp.experts", part.num_experts
+        gate, *experts = names(*(MIXTRAL_NAMES if kind == "mixtral" else EXPERT_NAMES))
+        matrices = tuple(experts)
+        router = first if config.share_routers else own
+        found.append(StoredTensor(f"{router}mlp.router.weight", (gate,), (count,), width))
+    found.append(StoredTensor(f"{ours}.up", matrices[:2], (hidden, hidden), width, count))
+    return [*found, StoredTensor(f"{ours}.down", matrices[2:], (width,), hidden, count)]
 
 
 def check_tensors(weights: Weights, tensors: list[StoredTensor], where: str) -> None:

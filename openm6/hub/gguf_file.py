@@ -213,7 +213,7 @@ class GgufFile:
         import gguf  # noqa: PLC0415
         from gguf.quants import dequantize  # noqa: PLC0415
 
-        self.path, self._gguf, self._dequantize = path, gguf, dequantize
+        self.path, self._dequantize = path, dequantize
         try:
             reader = gguf.GGUFReader(path)
             self.fields = {name: field.contents() for name, field in reader.fields.items()}

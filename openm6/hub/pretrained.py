@@ -53,8 +53,10 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     path = Path(source)
     try:
         path = path if path.exists() else download(source)
-        if sha256 is not None:
-            _check_sha256(path, sha256)
+        if sha256 is not None and path.is_dir():
+            raise ConfigError(f"sha256 is for a single file, and {path} is a folder: leave it out")
+        if sha256 is not None and (own := sha256_of(path)) != sha256.strip().lower():
+            raise CheckpointError(f"{path} has the sha256 {own}, not {sha256}: download it again, or check the number")
         file = GgufFile(path) if path.is_file() else None
     except ModuleNotFoundError as error:
         raise ConfigError(f"{source} needs an optional package: pip install {error.name}") from None
@@ -71,13 +73,6 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     tokenizer = read_text(path / TOKENIZER_FILE)
     special = _special_tokens(path, settings, read_tokenizer(tokenizer, str(path / TOKENIZER_FILE)))
     return _opened(path, settings, CheckpointReader(path, "model"), tokenizer, special)
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    if path.is_dir():
-        raise ConfigError(f"sha256 is for a single file, and {path} is a folder: leave it out")
-    if (found := sha256_of(path)) != expected.strip().lower():
-        raise CheckpointError(f"{path} has the sha256 {found}, not {expected}: download it again, or check the number")
 
 
 def _opened(
