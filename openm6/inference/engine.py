@@ -134,10 +134,8 @@ def predict_numbers(
 ) -> list[Histogram]:
     """As `predict_distributions` for prompts in slots, which stay as they are, and targets of one length after them."""
     adapter = omni.adapter(targets[0].kind)
-    arrays = {
-        name: torch.from_numpy(np.concatenate([target.arrays[name] for target in targets])).to(omni.device)
-        for name in targets[0].arrays
-    }
+    joined = {name: np.concatenate([target.arrays[name] for target in targets]) for name in targets[0].arrays}
+    arrays = {name: torch.from_numpy(array).to(omni.device) for name, array in joined.items()}
     hidden = run_block(omni, cache, list(slots), positions, targets[0], arrays)  # B T D
     assert isinstance(adapter, (NumbersOut, SeriesOut))
     return adapter.histograms(hidden, arrays)
@@ -154,10 +152,8 @@ def score_rows(
     first = candidates[0]
     found = []
     for few in passes_of(range(len(first)), lambda index: len(first[index]), ROW_TOKENS):
-        rows = [
-            [build_sequence([own[index]], position=position) for index in few]
-            for own, position in zip(candidates, positions, strict=True)
-        ]
+        pairs = zip(candidates, positions, strict=True)
+        rows = [[build_sequence([own[index]], position=position) for index in few] for own, position in pairs]
         batch = collate(rows, sum(len(first[index]) for index in few)).to(omni.device)
         example_id = batch.meta.example_id
         # All belong to the example of the prompt, each to its own block.

@@ -313,11 +313,10 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
         turns = _as_single_questions(list(turns))
     if loaded.chats or loaded.has_chat_template:
         return chat_parts(turn for turn in turns if said(turn[1]))
-    found: list[list[Part]] = []
+    joined: list[Part] = []
     for _, parts in turns:
         if parts:
-            found.append(join_neighbours([Part("text", "\n"), *parts] if found else parts))
-    joined = [part for turn in found for part in turn]
+            joined += join_neighbours([Part("text", "\n"), *parts] if joined else parts)
     return joined if loaded.modalities.prompt_attention != "bidirectional" else join_neighbours(joined)
 
 
