@@ -217,7 +217,9 @@ def _rope_scaling(settings: Settings) -> tuple[RopeScaling | None, float]:
     unknown += [] if rope.get("truncate", True) else ["truncate"]
     if form not in SCALINGS or unknown:
         what = f"{form} with {', '.join(unknown)}" if unknown else repr(form)
-        raise ConfigError(f"rotary positions scaled by {what} are not supported: choose one of {', '.join(SCALINGS)}")
+        raise ConfigError(
+            f"rotary positions scaled by {what} are not supported: choose a model with {', '.join(SCALINGS)}"
+        )
     context = rope.get("original_max_position_embeddings") or settings.get("max_position_embeddings", 8192)
     known = {key: rope[key] for key in RopeScaling.model_fields if rope.get(key) is not None}
     values = {**known, "rope_type": form, "original_max_position_embeddings": context}

@@ -67,7 +67,9 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     if missing := sorted({name for name in index.values() if not (path / name).is_file()}):
         raise CheckpointError(f"{path} lacks {missing[0]}, which {INDEX_FILE} names: download the whole model")
     if not (path / WEIGHTS_FILE).exists() and not any(path.glob("model-*.safetensors")):
-        raise CheckpointError(f"{path} holds no safetensors file: download the whole model, or convert it to that")
+        raise CheckpointError(
+            f"{path} holds no safetensors file: download the whole model, or convert it to safetensors"
+        )
     if not (path / TOKENIZER_FILE).exists():
         raise CheckpointError(f"{path} lacks {TOKENIZER_FILE}: save the fast tokenizer of this model there")
     tokenizer = read_text(path / TOKENIZER_FILE)
