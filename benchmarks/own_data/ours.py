@@ -167,13 +167,15 @@ def _number_answers(ours: Ours, test: Path, target: str) -> list[Histogram | Non
     reasons = []
     for one in trained_for(ours.loaded, "numbers"):
         records = _records(ours, one.source, test)
-        known = [record if target in (record or {}).get("numbers", {}) else None for record in records]
-        if not any(known):
+        readable = {row: record for row, record in enumerate(records) if record is not None}
+        known = {row: record for row, record in readable.items() if target in record.get("numbers", {})}
+        if not known:
             reasons.append(f"{target} is no number of source {one.source}")
             continue
-        answers = number_answers(ours.loaded, ours.loaded.tasks[one.task], known, target)
-        if any(answers):
-            return answers
+        found = number_answers(ours.loaded, ours.loaded.tasks[one.task], list(known.values()), target)
+        if any(found):
+            answers = dict(zip(known, found, strict=True))
+            return [answers.get(row) for row in range(len(records))]
         reasons.append(f"no record can be asked in {one.task}")
     raise FailedError(f"no trained task predicts {target}: {'; '.join(dict.fromkeys(reasons)) or 'none is of numbers'}")
 
@@ -189,14 +191,14 @@ def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str],
     for one in trained_for(ours.loaded, "text"):
         task, records = ours.loaded.tasks[one.task], _records(ours, one.source, test)
         if task.optional and any(target in (record or {}).get("categories", {}) for record in records):
-            return class_probabilities(ours.loaded, task, records, target, classes)
+            return _probabilities(ours, task, records, target, classes)
         if not (isinstance(task.target, Text) and task.target.name == "label"):
             continue
         labels = [str((record or {}).get("label")) for record in records]
         # The label of the source may be another column.
         if sum(own == true for own, true in zip(labels, truth, strict=True)) < len(truth) / 2:
             continue
-        return class_probabilities(ours.loaded, task, records, target, classes)
+        return _probabilities(ours, task, records, target, classes)
     try:
         answers, values = _number_answers(ours, test, target), np.asarray([float(name) for name in classes])
     except ValueError:
@@ -207,6 +209,16 @@ def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str],
             quantiles = np.asarray([histogram.quantile(level)[0] for level in CLASS_LEVELS])
             nearest = np.abs(quantiles[:, None] - values).argmin(1)
             found[row] = (np.bincount(nearest, minlength=len(classes)) + 0.5) / (len(quantiles) + 0.5 * len(classes))
+    return found
+
+
+def _probabilities(
+    ours: Ours, task: Task, records: Sequence[Record | None], target: str, classes: Sequence[str]
+) -> np.ndarray:
+    """NaN for records that cannot be read or asked.  # N K"""
+    known = {row: record for row, record in enumerate(records) if record is not None}
+    found = np.full((len(records), len(classes)), np.nan)
+    found[list(known)] = class_probabilities(ours.loaded, task, list(known.values()), target, classes)
     return found
 
 

@@ -21,6 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 
 from openm6.api import frames
+from openm6.api.frames import TableError
 from openm6.api.model import OpenM6, load
 from openm6.checkpoint.folder import list_checkpoints
 from openm6.core.config import read_yaml
@@ -80,11 +81,11 @@ class _TableEstimator(BaseEstimator):
         try:
             return self._checked(X, y, reset)
         except ValueError as error:
-            raise error if isinstance(error, frames.TableError) else frames.TableError(str(error)) from None
+            raise error if isinstance(error, TableError) else TableError(str(error)) from None
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[dict[str, Any], Any]:  # noqa: N803
         if reset and y is None:
-            raise frames.TableError("fit requires y to be passed, but the target y is None: pass the values to learn")
+            raise TableError("fit requires y to be passed, but the target y is None: pass the values to learn")
         columns = frames.columns_of(X)
         if columns:
             # Names and their number alone: an array of all cells would lose their types.
@@ -107,7 +108,7 @@ class _TableEstimator(BaseEstimator):
 
     def _fit(self, columns: dict[str, Any], y: Any, name: Any) -> None:
         if len(y) < 2:
-            raise frames.TableError("one sample is too few to learn from (n_samples=1): give at least two rows")
+            raise TableError("one sample is too few to learn from (n_samples=1): give at least two rows")
         self.target_ = name if name and isinstance(name, str) and name not in columns else "target"
         while self.target_ in columns:
             self.target_ += "_"
@@ -182,11 +183,9 @@ class OpenM6Regressor(RegressorMixin, _TableEstimator):
         try:
             values = np.asarray(values, float)
         except (TypeError, ValueError):
-            raise frames.TableError(
-                "y holds values that are no numbers: convert them, or use OpenM6Classifier"
-            ) from None
+            raise TableError("y holds values that are no numbers: convert them, or use OpenM6Classifier") from None
         if not np.isfinite(values).all():
-            raise frames.TableError("Input y contains NaN or infinite values: drop these rows")
+            raise TableError("Input y contains NaN or infinite values: drop these rows")
         self._fit(columns, values, getattr(y, "name", None))
         return self
 
@@ -195,7 +194,7 @@ class OpenM6Regressor(RegressorMixin, _TableEstimator):
     ) -> np.ndarray:  # fmt: skip
         """Return the mean, the median or quantiles of each row, as `output_type` asks.  # N F -> N, or N Q"""
         if output_type not in ("mean", "median", "quantiles"):
-            raise frames.TableError(f"output_type={output_type!r} is not one of mean, median, quantiles")
+            raise TableError(f"output_type={output_type!r} is not one of mean, median, quantiles")
         frames.check_levels(quantile_levels)
         records = self._records(X)
         answers = frames.number_answers(self.model_.loaded, self.model_.loaded.task(self._task), records, self.target_)
@@ -228,11 +227,9 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
             check_classification_targets(values)
             self.classes_, index = np.unique(values, return_inverse=True)
         except ValueError as error:
-            raise frames.TableError(str(error)) from None
+            raise TableError(str(error)) from None
         except TypeError:
-            raise frames.TableError(
-                "y holds missing values, or values of several types: drop or convert them"
-            ) from None
+            raise TableError("y holds missing values, or values of several types: drop or convert them") from None
         names = [" ".join(str(one).split()) for one in self.classes_]
         # Names carry meaning; those that are empty, or alike in what is read of them, are counted: a token is a byte
         # or more of a name.
@@ -258,10 +255,8 @@ def _fields(table: pa.Table, target: str, numeric: bool) -> Fields:
     """What fills a record: numbers by their type, all else by what the cells look like."""
     found: dict[str, Any] = {"numbers": [], "categories": [], "dates": {}}
     for name in table.column_names[:-1]:
-        kind, language = "number", None
-        if not pa.types.is_primitive(table.schema.field(name).type) or pa.types.is_temporal(
-            table.schema.field(name).type
-        ):
+        kind, language, stored = "number", None, table.schema.field(name).type
+        if not pa.types.is_primitive(stored) or pa.types.is_temporal(stored):
             column = column_of(name, table.column(name).to_pylist())
             kind, language = column.kind, column.language
         if kind == "number":
@@ -270,10 +265,10 @@ def _fields(table: pa.Table, target: str, numeric: bool) -> Fields:
             found["dates"][name] = next(iter(column.formats), None)
         elif kind in LIMITS:
             if kind in found:
-                raise frames.TableError(f"columns {found[kind]!r} and {name!r} both hold files of {kind}: keep one")
+                raise TableError(f"columns {found[kind]!r} and {name!r} both hold files of {kind}: keep one")
             found[kind] = name
         elif kind in ("list", "mapping"):
-            raise frames.TableError(f"column {name!r} holds values of type {kind}, which no record has: convert it")
+            raise TableError(f"column {name!r} holds values of type {kind}, which no record has: convert it")
         elif kind == "free text" and not {"text_en", "text_zh"} & set(found):
             found[f"text_{language or 'en'}"] = name
         elif kind not in LEFT_OUT:

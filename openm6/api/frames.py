@@ -56,11 +56,7 @@ UNKNOWN = "?"
 
 
 def predict(
-    loaded: LoadedModel,
-    frame: pd.DataFrame,
-    target: str,
-    quantile_levels: Sequence[float],
-    classes: Sequence[Any] | None,
+    loaded: LoadedModel, frame: pd.DataFrame, target: str, levels: Sequence[float], classes: Sequence[Any] | None
 ) -> pd.DataFrame:
     columns = columns_of(frame)
     if not columns or not len(frame):
@@ -68,7 +64,7 @@ def predict(
     if classes is not None and not len(classes):
         raise ConfigError("classes must name at least one class")
     table = arrow_table(columns, "the DataFrame")
-    check_levels(quantile_levels)
+    check_levels(levels)
     numeric, known = target in loaded.numbers.scales, {*loaded.numbers.scales}
     configs = source_configs(loaded.description.sources, str(loaded.checkpoint))
     failure: DataError | None = None
@@ -99,7 +95,7 @@ def predict(
         source = one.source if own else ""  # without a mapping, it may be another one
         if numeric:
             answers = number_answers(loaded, task, records, target)
-            for name, level in [("predictions", 0.5), *((str(level), level) for level in quantile_levels)]:
+            for name, level in [("predictions", 0.5), *((str(level), level) for level in levels)]:
                 found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
         elif classes is not None:
             probability = class_probabilities(loaded, task, records, target, list(map(str, classes)), key, source)
@@ -194,16 +190,11 @@ def read_file(name: str, limit: int) -> bytes:
     return content
 
 
-def number_answers(
-    loaded: LoadedModel, task: Task, records: Sequence[Record | None], target: str
-) -> list[Histogram | None]:
+def number_answers(loaded: LoadedModel, task: Task, records: Sequence[Record], target: str) -> list[Histogram | None]:
     """Return the distribution of a column for each record; None for one without what the task needs."""
     # Any value will do where it is missing: only its distribution is asked for.
-    numbers = [(record or {}).get("numbers") or {} for record in records]
-    asked = [
-        record and {**record, "numbers": {**own, target: own.get(target) or 0.0}}
-        for record, own in zip(records, numbers, strict=True)
-    ]
+    pairs = [(record, record.get("numbers") or {}) for record in records]
+    asked = [{**record, "numbers": {**own, target: own.get(target) or 0.0}} for record, own in pairs]
     examples = _examples(task, for_number(task, target), asked, asked)
     answers = answer(loaded, list(examples.values()), MaskedSampling())
     by_row = {row: found for row, found in zip(examples, answers, strict=True) if isinstance(found, Histogram)}
@@ -213,7 +204,7 @@ def number_answers(
 def class_probabilities(
     loaded: LoadedModel,
     task: Task,
-    records: Sequence[Record | None],
+    records: Sequence[Record],
     target: str,
     classes: Sequence[str],
     key: str = "label",
@@ -229,44 +220,38 @@ def class_probabilities(
 
 
 def _without_category(
-    task: Task, records: Sequence[Record | None], target: str, classes: Sequence[str], key: str
+    task: Task, records: Sequence[Record], target: str, classes: Sequence[str], key: str
 ) -> dict[int, Example]:
     """Those records as examples that ask for a category and do not show it; `key` is that of a label."""
     own = isinstance(task.target, AnyText)
     if not (own or task.optional):
         labels = {"label", "label_zh"}
-        asked = [
-            record and {**{k: v for k, v in record.items() if k not in labels}, key: UNKNOWN} for record in records
-        ]
+        asked = [{k: v for k, v in record.items() if k not in labels} | {key: UNKNOWN} for record in records]
         return _examples(task, task, asked, asked)
     asked, shown = [], []
     for record in records:
-        named = (record or {}).get("categories") or {}
-        true = named.get(target)
-        kept = record or {}
+        named = record.get("categories") or {}
+        true, kept = named.get(target), record
         if not own:  # a text may be the label
-            kept = {k: v for k, v in kept.items() if true is None or v != true} | {"label": UNKNOWN}
-        asked.append(record and {**kept, "categories": {**named, target: UNKNOWN}})
+            kept = {k: v for k, v in record.items() if true is None or v != true} | {"label": UNKNOWN}
+        asked.append({**kept, "categories": {**named, target: UNKNOWN}})
         # Prompts were in the language of the categories, of which the hidden one may be the only one.
         guess = true or (classes[0] if classes else target)
-        shown.append(record and {**kept, "categories": {**named, target: guess}})
+        shown.append({**kept, "categories": {**named, target: guess}})
     if own:
         return _examples(task, task, asked, asked)
     pinned = Derived("text", partial(hold_out_category, column=target), lambda *_: True)
     return _examples(task, replace(task, target=pinned), asked, shown)
 
 
-def _examples(
-    task: Task, pinned: Task, records: Sequence[Record | None], shown: Sequence[Record | None]
-) -> dict[int, Example]:
+def _examples(task: Task, pinned: Task, records: Sequence[Record], shown: Sequence[Record]) -> dict[int, Example]:
     """Those records as examples that have what the task needs, by their rows, in the language of its training.
 
     shown: the records with what is asked for, by which the training chose the language
     """
     found = {}
     for row, (record, whole) in enumerate(zip(records, shown, strict=True)):
-        languages = [] if record is None else task.languages(whole or {}) or pinned.languages(record)
-        if record is not None and languages:
+        if languages := task.languages(whole) or pinned.languages(record):
             language = "en" if "en" in languages else languages[0]
             found[row] = pinned.example(record, np.random.default_rng(0), language=language)
     return found
@@ -320,9 +305,7 @@ def forecast(
             first = max(0, len(values) - context)
             # Every step ahead is asked for by some value.
             shown = {one.target: [*values[first:], *[0.0] * ahead]}
-            for name, covariate in one.covariates.items():
-                cut = covariate[first : len(values) + ahead]
-                shown[name] = [*cut, *[math.nan] * (len(values) - first + ahead - len(cut))]
+            shown |= {name: cells[first : len(values) + ahead] for name, cells in one.covariates.items()}
             extra: dict[str, Any] = {"context": len(values) - first, "horizon": ahead}
             extra |= {"past_covariates": config.past_covariates, "known_covariates": config.known_covariates}
             if config.time is not None and one.clock is not None:
@@ -395,7 +378,8 @@ def _all_series(
         for target in targets:
             if all(map(math.isnan, cells[target])):
                 raise DataError(f"{where} has no value of {target!r}: drop it, or fill the column")
-            covariates = {name: cells[name] for name in beside}
+            # What is not known of the steps ahead is missing there.
+            covariates = {name: [*cells[name], *[math.nan] * length][: len(times) + length] for name in beside}
             yield _Series(item, target, cells[target], covariates, clock, ahead)
 
 

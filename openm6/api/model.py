@@ -463,12 +463,8 @@ def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _inputs(row: dict[str, Any]) -> dict[str, Any]:
     media = {name: values.media_bytes(row[name], name) for name in ("image", "audio")}
-    return {
-        "text": row["prompt"],
-        "numbers": row["numbers"],
-        "series": values.number_series(row.get("series")),
-        **media,
-    }
+    series = values.number_series(row.get("series"))
+    return {"text": row["prompt"], "numbers": row["numbers"], "series": series, **media}
 
 
 def _check_stream(output: str, is_batch: bool) -> None:

@@ -51,9 +51,7 @@ class Audio:
     def to_bytes(self, suffix: str = ".wav") -> bytes:
         """Return a file of the format that a suffix names: .wav, .flac or .ogg."""
         if suffix.lower() not in SUFFIXES["audio"]:
-            raise ConfigError(
-                f"audio is not written as {suffix or 'a file without a suffix'!r}: use .wav, .flac or .ogg"
-            )
+            raise ConfigError(f"audio is not written as {suffix or 'a file without suffix'!r}: use .wav, .flac or .ogg")
         buffer = io.BytesIO()
         try:
             soundfile.write(buffer, np.asarray(self.array), self.sampling_rate, format=suffix[1:].lower())
@@ -164,9 +162,7 @@ def media_bytes(value: Any, modality: str) -> Path | bytes | None:
     except (TypeError, ValueError, KeyError, OSError, RuntimeError, struct.error):
         pass
     kinds = "a Pillow image or an array H W 3 of uint8" if modality == "image" else "openm6.Audio(array, sampling_rate)"
-    raise DataError(
-        f"{type(value).__name__} is no {modality} that can be read: give a path, the bytes of a file, {kinds}"
-    )
+    raise DataError(f"{type(value).__name__} is no {modality} that can be read: give a path, bytes of a file, {kinds}")
 
 
 def number_series(value: Any) -> NumberSeries | None:
@@ -218,8 +214,7 @@ def _content_part(part: Any, loaded: LoadedModel, where: str) -> Part:
         given = inner.get(key) if isinstance(inner, Mapping) else inner
         given = _decoded(given, where) if kind == "audio" else given
     else:
-        found = [part[key] for key in (kind, "path", "url") if key in part] if kind in MEDIA else []
-        given = found[0] if found else None
+        given = next((part[key] for key in (kind, "path", "url") if key in part), None) if kind in MEDIA else None
     if given is None:
         raise DataError(f"{where} is not understood: its type is text, image, audio, image_url, input_audio or numbers")
     if isinstance(given, str) and given.startswith("data:"):

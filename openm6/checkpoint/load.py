@@ -17,54 +17,41 @@ from openm6.optim.low_precision import from_levels
 Names = tuple[str, ...]
 
 
-def is_sharded(folder: Path) -> bool:
-    """Return whether ranks wrote their shards of the weights to files of their own."""
-    return not (folder / MODEL_FILE).exists() and any(folder.glob("shard-*.safetensors"))
-
-
 def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
-    """Return the reader of the weights (`model`) or moments (`optimizer`), sharded or not."""
-    return CheckpointReader(folder, "all" if is_sharded(folder) else kind)
+    """Return the reader of the weights (`model`) or moments (`optimizer`), also in files of ranks, which hold both."""
+    sharded = not (folder / MODEL_FILE).exists() and any(folder.glob("shard-*.safetensors"))
+    return CheckpointReader(folder, "all" if sharded else kind)
 
 
-def load_model(folder: Path, model: nn.Module, layout: Any = None, new: Names = (), unread: Names = ()) -> None:
-    """Fill a model (not on `meta`) from a folder, on all ranks of a `layout`; CheckpointError if it does not fit.
-
-    Names with one of `new` in them may be missing there, those with one of `unread` are passed over.
-    """
+def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
+    """Fill a model (not on `meta`) from a folder, on all ranks of a `layout`; CheckpointError if it does not fit."""
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device; move the model to a device before loading into it")
     if layout is None:
-        load_placed(folder, model, new, unread)
+        load_placed(folder, model)
         return
     reader = open_reader(folder)
-    _check_names(reader, set(targets), set(targets))
+    check_names(reader, set(targets), set(targets))
     load_parts(reader, _sharded().with_offsets(model, targets, layout))
 
 
 def load_placed(folder: Path, model: nn.Module, new: Names = (), unread: Names = ()) -> CheckpointReader:
-    """Fill what of a model is not on `meta`, as `load_model`; return the reader, for the rest when it is needed."""
+    """Fill what of a model is not on `meta`, as `load_model`; return the reader, for the rest when it is needed.
+
+    Names with one of `new` in them may be missing there, those with one of `unread` are passed over.
+    """
     reader, named = open_reader(folder), named_tensors(model)
     missing = {name for name in named if name not in reader and any(part in name for part in new)}
     passed = {name for name in {*named, *reader.names} if any(part in name for part in unread)}
     targets = {key: tensor for key, tensor in named.items() if not tensor.is_meta and key not in missing | passed}
-    _check_names(reader, set(targets), set(named) | passed)
+    check_names(reader, set(targets), set(named) | passed)
     for name, target in targets.items():  # before anything is copied
         if reader.shape(name) != tuple(target.shape):
             reader.read_into(name, target)  # raises
     for name, target in targets.items():
         read_weight(reader, name, target)
     return reader
-
-
-def check_known(reader: CheckpointReader, known: set[str]) -> None:
-    """Raise CheckpointError for a weight, or a tensor kept with one, that the model does not have."""
-    if unknown := {name.partition(SEPARATOR)[0] for name in reader.names} - known:
-        raise CheckpointError(
-            f"{reader.folder} has {min(unknown)!r}, unknown to this model: "
-            "convert it with openm6 convert, or load it with the config that it was saved with"
-        )
 
 
 def load_parts(reader: CheckpointReader, targets: dict[str, Tensor]) -> None:
@@ -113,10 +100,11 @@ def open_saver(layout: Any = None) -> Saver:
     return Saver() if layout is None else _sharded().ShardedSaver(layout)
 
 
-def _check_names(reader: CheckpointReader, needed: set[str], known: set[str]) -> None:
-    saved = {name for name in reader.names if SEPARATOR not in name}
-    fix = "load it with the config that it was saved with"
-    if missing := sorted(needed - saved):
+def check_names(reader: CheckpointReader, needed: set[str], known: set[str]) -> None:
+    """Raise CheckpointError for a weight that is missing, or one, or a tensor kept with one, that is not known."""
+    saved = {name.partition(SEPARATOR)[0] for name in reader.names}
+    fix = "load it with the config that it was saved with, or convert it with openm6 convert"
+    if missing := sorted(needed - set(reader.names)):
         raise CheckpointError(f"{reader.folder} lacks {_listed(missing)}: {fix}")
     if unknown := sorted(saved - known):
         raise CheckpointError(f"{reader.folder} has {_listed(unknown)}, unknown to this model: {fix}")

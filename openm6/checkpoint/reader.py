@@ -5,7 +5,6 @@ optimizer. If ranks wrote their shards of the tensors, the headers state where i
 """
 
 import json
-import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from itertools import chain
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -57,12 +57,9 @@ class _Part:
                 stream.seek(self.first)
                 stream.readinto(bytes_of(here))
             return
-        with self.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as file:
-            count = prod(self.shape)
-            flat = torch.frombuffer(file, dtype=self.dtype, count=count, offset=self.first)
-            own = tuple(slice(a - mine, b - mine) for (a, b), mine in zip(common, self.offsets, strict=True))
-            here.copy_(flat.view(self.shape)[own])
-            del flat  # or the map could not be closed
+        mapped = np.memmap(self.path, np.uint8, "c", self.first, (prod(self.shape) * self.dtype.itemsize,))
+        own = tuple(slice(a - mine, b - mine) for (a, b), mine in zip(common, self.offsets, strict=True))
+        here.copy_(torch.from_numpy(mapped).view(self.dtype).view(self.shape)[own])
 
 
 class CheckpointReader:

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from openm6.codecs.base import FSQCodec, Quantized, QuantizerConfig, ResidualQuantizer
@@ -22,7 +22,7 @@ QUIET = -4.0  # initial log-magnitude, or an untrained network would start as lo
 class AudioCodecConfig(QuantizerConfig):
     """Shape of the network; `stride` frames of `hop` samples make one position (25 per second by default)."""
 
-    groups: int = 4
+    groups: int = Field(default=4, ge=1)
     rate: int = 16000
     hop: int = 160
     window: int = 640

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from openm6.core.config import Config
@@ -59,23 +59,15 @@ def bits_per_channel(cells: Tensor, levels: Tensor) -> Tensor:
 class QuantizerConfig(Config):
     """How many codes a position has, and the FSQ levels of one code, whose product is the values it can take."""
 
-    groups: int
+    groups: int = Field(ge=1)
     levels: tuple[int, ...] = (8, 5, 5, 5)
 
-    # One for each field, so that an error names the line of the recipe.
     @field_validator("levels")
     @classmethod
     def _small_enough(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
         if not levels or min(levels) < 2 or math.prod(levels) > MAX_CODEBOOK:
             raise ValueError(f"levels must be at least 2 and multiply to at most {MAX_CODEBOOK}, as [8, 5, 5, 5]")
         return levels
-
-    @field_validator("groups")
-    @classmethod
-    def _some_groups(cls, groups: int) -> int:
-        if groups < 1:
-            raise ValueError("groups must be 1 or more")
-        return groups
 
     @property
     def codebook_size(self) -> int:

@@ -55,14 +55,12 @@ class JanusCodec(ExternalCodec):
         sides, step = raw.shape[2:], self.step
         if raw.dim() != 4 or raw.shape[1] != 3 or any(side % step or side == 0 for side in sides):
             raise DataError(f"images of shape {tuple(raw.shape)} do not fit the codec: sides are multiples of {step}")
-        codes: Tensor = self.model.encode(raw).image_tokens
-        return codes.view(len(raw), sides[0] // step, sides[1] // step, 1)
+        return self.model.encode(raw).image_tokens.view(len(raw), sides[0] // step, sides[1] // step, 1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         self.model.quantize.quant_state_dims = list(codes.shape[1:3])  # the library decodes images of one size alone
-        pixels: Tensor = self.model.decode(codes.flatten(1))
-        return pixels.clamp(-1.0, 1.0)
+        return self.model.decode(codes.flatten(1)).clamp(-1.0, 1.0)
 
 
 class MimiCodec(ExternalCodec):
@@ -81,13 +79,11 @@ class MimiCodec(ExternalCodec):
         if raw.dim() != 2 or raw.shape[1] == 0:
             raise DataError(f"audio of shape {tuple(raw.shape)} does not fit the codec: it reads B samples, not empty")
         samples = _resampled(F.pad(raw, (0, -raw.shape[1] % self.step)), RATE, self.rate)
-        codes: Tensor = self.model.encode(samples[:, None], num_quantizers=self.config.groups).audio_codes
-        return codes.mT  # B G T -> B T G
+        return self.model.encode(samples[:, None], num_quantizers=self.config.groups).audio_codes.mT  # B T G
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        samples: Tensor = self.model.decode(codes.mT).audio_values[:, 0]
-        return _resampled(samples, self.rate, RATE).clamp(-1.0, 1.0)
+        return _resampled(self.model.decode(codes.mT).audio_values[:, 0], self.rate, RATE).clamp(-1.0, 1.0)
 
 
 def _resampled(samples: Tensor, rate: int, new_rate: int) -> Tensor:
@@ -133,7 +129,7 @@ class ImageEncoder(Encoder):
         features = self.model(**inputs).last_hidden_state[0].half().numpy()
         sides = [side // self.model.config.patch_size for side in inputs["pixel_values"].shape[2:]]
         down, across = inputs["spatial_shapes"][0].tolist() if "spatial_shapes" in inputs else sides
-        return np.asarray(features[: down * across].reshape(down, across, -1))
+        return features[: down * across].reshape(down, across, -1)
 
 
 class AudioEncoder(Encoder):
@@ -167,7 +163,7 @@ class WhisperEncoder(AudioEncoder):
 
     def encode(self, samples: np.ndarray) -> Tensor:
         inputs = self.processor(samples, sampling_rate=RATE, return_tensors="pt")
-        features: Tensor = self.model(inputs["input_features"]).last_hidden_state[0]
+        features = self.model(inputs["input_features"]).last_hidden_state[0]
         return features.unflatten(0, (-1, STACK)).flatten(1)[: -(-len(samples) // self.step)]
 
 

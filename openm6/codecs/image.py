@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from openm6.codecs.base import FSQCodec, GroupedQuantizer, Quantized, QuantizerConfig
@@ -18,7 +18,7 @@ STEM = 4  # pixels folded into channels before the first convolution, which make
 class ImageCodecConfig(QuantizerConfig):
     """Shape of the network: one width and number of residual blocks per scale, the first at a quarter of the size."""
 
-    groups: int = 4
+    groups: int = Field(default=4, ge=1)
     widths: tuple[int, ...] = (96, 192)
     encoder_blocks: tuple[int, ...] = (2, 2)
     decoder_blocks: tuple[int, ...] = (2, 2)

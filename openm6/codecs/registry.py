@@ -30,10 +30,8 @@ def shipped_codecs() -> tuple[str, ...]:
 
 def save_codec(codec: FSQCodec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
     """Write weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file."""
-    tensors = {
-        name: tensor.to(dtype if tensor.dim() > 1 else torch.float32).contiguous().cpu()
-        for name, tensor in codec.state_dict().items()
-    }
+    state = codec.state_dict().items()
+    tensors = {name: one.to(dtype if one.dim() > 1 else torch.float32).contiguous().cpu() for name, one in state}
     about = {"kind": codec.kind, "config": codec.config.model_dump(mode="json")}
     # A single key: safetensors writes several in random order, and equal codecs should be equal files.
     save_file(tensors, str(path), {METADATA_KEY: json.dumps(about)})

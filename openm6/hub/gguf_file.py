@@ -141,9 +141,8 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         _add_scores(found, content)
         again = json.loads(_read(found, "llama", "")[0])
         model["vocab"] = again["model"]["vocab"]  # they differ in unused rows and added tokens
-        if all(
-            again[part] == content[part] for part in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
-        ):
+        rules = ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")
+        if all(again[part] == content[part] for part in rules):
             return found
     raise ConfigError("llama.cpp has no rules that give the tokens of this tokenizer: export with --format hf")
 
@@ -214,7 +213,7 @@ class GgufFile:
         import gguf  # noqa: PLC0415
         from gguf.quants import dequantize  # noqa: PLC0415
 
-        self.path, self._gguf, self._dequantize = path, gguf, dequantize
+        self.path, self._dequantize = path, dequantize
         try:
             reader = gguf.GGUFReader(path)
             self.fields = {name: field.contents() for name, field in reader.fields.items()}

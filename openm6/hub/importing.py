@@ -142,7 +142,7 @@ def import_model(
             # The state does not list these files, so that they may be edited.
             copy_beside(addition, checkpoint)
         del weights
-        exactness = _receipt(pretrained, tokenizer, run, base, config) if receipt else "no receipt asked for"
+        exactness = _receipt(pretrained, tokenizer, run, config) if receipt else "no receipt asked for"
     total = sum(parameter.numel() for parameter in omni.backbone.parameters()) / 1e6
     return (
         f"{out}: {pretrained.settings['model_type']}, {config.num_layers} layers, {total:,.1f} million parameters "
@@ -275,13 +275,11 @@ def _write_run(
     return save(snapshot, run.checkpoints, keep=1)
 
 
-def _receipt(
-    pretrained: Pretrained, tokenizer: Tokenizer, out: Path, base: BackboneConfig, config: BackboneConfig
-) -> str:
+def _receipt(pretrained: Pretrained, tokenizer: Tokenizer, out: Path, config: BackboneConfig) -> str:
     """The largest difference of logits to those of `transformers` on RECEIPT_TEXT, without a low-rank adapter."""
     if importlib.util.find_spec("transformers") is None:
         return "no receipt: pip install '.[hub]' to compare logits with transformers"
-    if isinstance(pretrained.weights, GgufFile) and base.experts is not None:
+    if isinstance(pretrained.weights, GgufFile) and backbone_config(pretrained.settings).experts is not None:
         return "no receipt: transformers reads no experts from GGUF files"
     tokens = torch.tensor([tokenizer.encode(RECEIPT_TEXT).ids])
     plain = config.model_copy(update={"lora": None})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from openm6.checkpoint.folder import MODEL_FILE as WEIGHTS_FILE
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError, ConfigError, first_line
 from openm6.hub.architectures import THEIR_EMBEDDING, THEIR_HEAD, Settings
+from openm6.hub.decoders import sha256_of
 from openm6.hub.gguf_file import GgufFile, read_gguf_tokenizer
 from openm6.modalities.text import ImportedText, read_tokenizer
 from openm6.models.description import TOKENIZER_FILE
@@ -53,8 +53,10 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     path = Path(source)
     try:
         path = path if path.exists() else download(source)
-        if sha256 is not None:
-            _check_sha256(path, sha256)
+        if sha256 is not None and path.is_dir():
+            raise ConfigError(f"sha256 is for a single file, and {path} is a folder: leave it out")
+        if sha256 is not None and (own := sha256_of(path)) != sha256.strip().lower():
+            raise CheckpointError(f"{path} has the sha256 {own}, not {sha256}: download it again, or check the number")
         file = GgufFile(path) if path.is_file() else None
     except ModuleNotFoundError as error:
         raise ConfigError(f"{source} needs an optional package: pip install {error.name}") from None
@@ -73,15 +75,6 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
     tokenizer = read_text(path / TOKENIZER_FILE)
     special = _special_tokens(path, settings, read_tokenizer(tokenizer, str(path / TOKENIZER_FILE)))
     return _opened(path, settings, CheckpointReader(path, "model"), tokenizer, special)
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    if path.is_dir():
-        raise ConfigError(f"sha256 is for a single file, and {path} is a folder: leave it out")
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected.strip().lower():
-        raise CheckpointError(f"{path} has the sha256 {found}, not {expected}: download it again, or check the number")
 
 
 def _opened(

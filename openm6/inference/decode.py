@@ -255,8 +255,7 @@ class DecodeStep:
             x, normal = self._program(inputs)(inputs) if compiled else self.layer(*inputs)
             if isinstance(block.mlp, MoE):
                 x = x + decode_moe(normal, block.mlp, self.fixed)
-        states: Tensor = self.backbone.final_norm(x)
-        return states
+        return self.backbone.final_norm(x)
 
     def _program(self, inputs: list[Tensor]) -> Program:
         """Return the compiled layer for such inputs, or the layer itself if there is no compiler that works."""
@@ -271,11 +270,10 @@ def decode_moe(x: Tensor, moe: MoE, fixed: bool) -> Tensor:
     """A mixture of experts for one token of each row; `fixed`: no shape depends on the choice of experts.  # B D"""
     config, experts, shared = moe.experts.config, moe.experts, moe.shared_experts
     logits = F.linear(x.float(), moe.router.weight.float())  # B E
-    prototypes = config.num_prototypes is not None
-    num_choices = config.experts_per_token
+    num_choices, prototypes = config.experts_per_token, config.num_prototypes is not None
     gate, chosen, _ = choose_experts(logits, moe.router.bias, num_choices, prototypes, config.norm_topk_prob)
     # Sorting can be recorded in a graph if it is one kernel, in bfloat16 alone.
-    captured = experts.up.dtype == torch.bfloat16 if isinstance(experts.up, Tensor) else False
+    captured = isinstance(experts.up, Tensor) and experts.up.dtype == torch.bfloat16
     if x.is_cpu and (fixed or len(x) == 1):
         y = _one_by_one(x, experts, gate, chosen)
     elif not x.is_cpu and not fixed and reads_chosen_experts(len(x), config.num_experts, num_choices):

@@ -67,9 +67,9 @@ class TrainedEncoder(Encoder):
         own, answer = hidden[first : first + len(segment)], hidden[sum(map(len, prompt))]
         features = torch.cat([own, answer.expand_as(own)], 1).half().numpy()
         if isinstance(self.modality, Audio):
-            return np.asarray(features)
+            return features
         down = len(np.unique(segment.arrays["positions"][:, 0]))
-        return np.asarray(features.reshape(down, len(features) // down, -1))
+        return features.reshape(down, len(features) // down, -1)
 
 
 @functools.lru_cache(2)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,26 +47,18 @@ ROW_TOKENS, MAX_ROWS = 512, 4
 PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
 
-class GeneratedText(NamedTuple):
-    """A text, and the geometric mean probability of its tokens, its end token among them."""
-
-    text: str
-    confidence: float
-
-
 def generate_texts(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling) -> list[str]:
     """Return the text that follows each prompt, up to its end token or `max_tokens`; row i draws from seed + i."""
-    return [generated.text for generated in generate_scored(loaded, prompts, sampling)]
+    return [text for text, _ in generate_scored(loaded, prompts, sampling)]
 
 
-def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling) -> list[GeneratedText]:
-    """As `generate_texts`, with the confidence in each text."""
-    found: dict[int, GeneratedText] = {}
+def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, float]]:
+    """As `generate_texts`, with the geometric mean probability of the tokens of each text, its end token among them."""
+    found: dict[int, tuple[str, float]] = {}
     for _, ended in _decode(loaded, prompts, sampling):
         for row in ended:
             # Decoding leaves the end token out.
-            text = loaded.text.decode(row.tokens)
-            found[row.key] = GeneratedText(text, row.confidence)
+            found[row.key] = loaded.text.decode(row.tokens), row.confidence
     return [found[index] for index in range(len(prompts))]
 
 
@@ -143,10 +134,8 @@ def predict_numbers(
 ) -> list[Histogram]:
     """As `predict_distributions` for prompts in slots, which stay as they are, and targets of one length after them."""
     adapter = omni.adapter(targets[0].kind)
-    arrays = {
-        name: torch.from_numpy(np.concatenate([target.arrays[name] for target in targets])).to(omni.device)
-        for name in targets[0].arrays
-    }
+    joined = {name: np.concatenate([target.arrays[name] for target in targets]) for name in targets[0].arrays}
+    arrays = {name: torch.from_numpy(array).to(omni.device) for name, array in joined.items()}
     hidden = run_block(omni, cache, list(slots), positions, targets[0], arrays)  # B T D
     assert isinstance(adapter, (NumbersOut, SeriesOut))
     return adapter.histograms(hidden, arrays)
@@ -163,10 +152,8 @@ def score_rows(
     first = candidates[0]
     found = []
     for few in passes_of(range(len(first)), lambda index: len(first[index]), ROW_TOKENS):
-        rows = [
-            [build_sequence([own[index]], position=position) for index in few]
-            for own, position in zip(candidates, positions, strict=True)
-        ]
+        pairs = zip(candidates, positions, strict=True)
+        rows = [[build_sequence([own[index]], position=position) for index in few] for own, position in pairs]
         batch = collate(rows, sum(len(first[index]) for index in few)).to(omni.device)
         example_id = batch.meta.example_id
         # All belong to the example of the prompt, each to its own block.

@@ -65,7 +65,6 @@ class OffloadedInference(LayerExecutor):
         self.host_copy = host_copy and self.device.type == "cuda"
         self.records = [group for group in range(len(backbone.config.group_layers)) if group not in on_device]
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
-        self._parameters: dict[tuple[int, int], dict[str, nn.Parameter]] = {}  # by group and address of the buffer
         self._open: int | None = None  # the group whose weights are in use
         # Low-rank updates are merged into weights when these are read, because decoding uses the matrices alone.
         self._updates = [backbone.group_blocks[group].take_lora() for group in self.records]
@@ -83,16 +82,9 @@ class OffloadedInference(LayerExecutor):
         # One round of uses from this layer on; after the last layer comes the first of the next pass.
         groups = (*self.config.layer_groups[layer:], *self.config.layer_groups[:layer])
         self.store.plan([Use(self.records.index(one), whole=False) for one in groups if one not in self.on_device])
-        stored = self.store.open(self.records.index(group))
-        # Always the same objects for the same memory.
-        key = group, next(iter(stored.values()))[WEIGHT].data_ptr()
-        if key not in self._parameters:
-            self._parameters[key] = {
-                name: nn.Parameter(slots[WEIGHT], requires_grad=False) for name, slots in stored.items()
-            }
-        for name, parameter in self._parameters[key].items():
+        for name, slots in self.store.open(self.records.index(group)).items():
             path, _, leaf = name.rpartition(".")
-            setattr(blocks[layer].get_submodule(path), leaf, parameter)
+            setattr(blocks[layer].get_submodule(path), leaf, nn.Parameter(slots[WEIGHT], requires_grad=False))
         self._open = group
         return blocks[layer]
 
@@ -115,9 +107,7 @@ class OffloadedInference(LayerExecutor):
                 self._updates[record][name].merge_into(slots[WEIGHT])
 
 
-def place_offloaded(
-    omni: Omni, folder: Path, num_gpu_layers: int, device: torch.device, host_copy: bool = True
-) -> None:
+def place_offloaded(omni: Omni, folder: Path, num_gpu_layers: int, device: torch.device, host_copy: bool) -> None:
     """Put a model with matrices on `meta` on a device, but not those that only layers from `num_gpu_layers` on use."""
     backbone = omni.backbone
     for block in backbone.blocks[:num_gpu_layers]:
@@ -196,13 +186,8 @@ class LoadedModel:
         return cast(Numbers, self.modalities["numbers"])
 
 
-def check(path: Path) -> None:
-    """Check a run's newest checkpoint, or one checkpoint, without its weights; CheckpointError if it is no model's."""
-    read_texts(latest(path))
-
-
 def read_texts(folder: Path) -> tuple[CheckpointConfig, str]:
-    """Return the description of a checkpoint folder and the text of its tokenizer; raise as `check`."""
+    """Return the description of a checkpoint folder and the text of its tokenizer; CheckpointError if it has none."""
     texts = []
     for path in (folder / MODEL_FILE, folder / TOKENIZER_FILE):
         try:

@@ -83,14 +83,9 @@ def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -
     slots = [state.slot for state in states] + [None] * len(unprompted)
     starts = [state.position for state in states] + [0] * len(unprompted)
     # States of one size have the same grid, but may differ in the embeddings of its cells.
-    positions = np.concatenate([states[row].target.arrays["positions"] for row in rows])
-    flat = codes[rows].flatten(0, 1)
-    arrays = {
-        "shown": flat,
-        "codes": flat,
-        "is_masked": unknown[rows].flatten(),
-        "positions": torch.from_numpy(positions).to(codes.device),
-    }
+    positions = torch.from_numpy(np.concatenate([states[row].target.arrays["positions"] for row in rows]))
+    flat, is_masked = codes[rows].flatten(0, 1), unknown[rows].flatten()
+    arrays = {"shown": flat, "codes": flat, "is_masked": is_masked, "positions": positions.to(codes.device)}
     hidden = run_block(omni, cache, slots, starts, states[0].target, arrays)  # R N D
     for row, found in zip(unprompted, hidden[len(states) :], strict=True):
         states[row].unprompted = found

@@ -43,10 +43,6 @@ class Unit:
     def __len__(self) -> int:
         return sum(map(len, self.segments))
 
-    @property
-    def span(self) -> int:
-        return sum(segment.span for segment in self.segments)
-
 
 def units_of(prompt: Prompt) -> list[Unit]:
     """Split a prompt into what runs in one pass each: a part by itself, segments that attend to one another together.
@@ -96,7 +92,8 @@ def prefill(
         else:
             _run_units(omni, [unit], cache, [slot], SlotWriter(cache, slot, start), position)
             prefix_cache.put(unit.key, cache.take(slot, start))
-        position, start = position + unit.span, cache.lengths[slot]
+        position += sum(segment.span for segment in unit.segments)
+        start = cache.lengths[slot]
     # Prefixes serve more prompts than ends: they are dropped last.
     for unit in reversed(found):
         prefix_cache.get(unit.key)

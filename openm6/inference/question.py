@@ -103,9 +103,8 @@ def assess(
     ranges = [component.words for component in description.trained_tasks if component.task in free_text]
     recorded = [found for found in ranges if found is not None]
     # A task whose lengths were not recorded takes any.
-    if len(recorded) == len(ranges) and not any(
-        low / LENGTH_RATIO <= length <= high * LENGTH_RATIO for low, high in recorded
-    ):
+    fits = any(low / LENGTH_RATIO <= length <= high * LENGTH_RATIO for low, high in recorded)
+    if len(recorded) == len(ranges) and not fits:
         shortest, longest = min(low for low, _ in recorded), max(high for _, high in recorded)
         return Coverage(
             f"not trained: the question has {length} words, and this model answers texts of {shortest} to "
@@ -314,11 +313,10 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
         turns = _as_single_questions(list(turns))
     if loaded.chats or loaded.has_chat_template:
         return chat_parts(turn for turn in turns if said(turn[1]))
-    found: list[list[Part]] = []
+    joined: list[Part] = []
     for _, parts in turns:
         if parts:
-            found.append(join_neighbours([Part("text", "\n"), *parts] if found else parts))
-    joined = [part for turn in found for part in turn]
+            joined += join_neighbours([Part("text", "\n"), *parts] if joined else parts)
     return joined if loaded.modalities.prompt_attention != "bidirectional" else join_neighbours(joined)
 
 
@@ -469,18 +467,14 @@ def answer_parts(
 ) -> list[Answer]:
     """As `answer_questions`, of prompts as parts; `targets` are those of `target_of`, none for text."""
     segments = [prompt_segments(parts, loaded.modalities) for parts in prompts]
-    found: list[Answer] = []
-    confidences: list[float | None] = [None] * len(prompts)
-    if output == "text":
-        for index, generated in enumerate(generate_scored(loaded, segments, decoding.text)):
-            found.append(generated.text)
-            confidences[index] = generated.confidence
+    texts = generate_scored(loaded, segments, decoding.text) if output == "text" else []
+    found: list[Answer] = [text for text, _ in texts]
     masked = loaded.masked_sampling(decoding.masked)
     for start in range(0, len(targets), BATCH):
         sampling = masked.model_copy(update={"seed": masked.seed + start})
         batch = slice(start, start + BATCH)
         found += decode_targets(loaded, segments[batch], output, list(targets[batch]), sampling)
-    warn_untrained(loaded, prompts, output, confidences)
+    warn_untrained(loaded, prompts, output, [confidence for _, confidence in texts] or [None] * len(prompts))
     return found
 
 

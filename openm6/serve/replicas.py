@@ -13,12 +13,13 @@ from fastapi import FastAPI
 from pydantic import Field, model_validator
 from ray import serve as ray_serve
 
+from openm6.checkpoint.folder import latest
 from openm6.core.config import Config, apply_overrides
 from openm6.core.config import build as build_config
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.hub.find import find_model
-from openm6.inference.load import check, load
+from openm6.inference.load import load, read_texts
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.run import create_app, warn_without_keys
@@ -89,7 +90,7 @@ def serve_replicas(
         raise ConfigError("Ray assigns each replica its own GPU: use --device cuda, without a number")
     replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")
     folder = find_model(trained).resolve()
-    check(folder)  # an error is raised here, not in every replica
+    read_texts(latest(folder))  # an error is raised here, not in every replica
     warn_without_keys(config)
     run_replicas(partial(app_of, folder, config, name or folder.name), config, replicas)
     get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openm6.checkpoint.folder import EXPONENT, SEPARATOR
-from openm6.checkpoint.load import check_known, load_optimizer, load_parts, read_weight
+from openm6.checkpoint.load import check_names, load_optimizer, load_parts, read_weight
 from openm6.checkpoint.optimizer import Moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, named_tensors
@@ -117,7 +117,7 @@ class OffloadedTrainStep(TrainStep):
         model = self.training.model
         others = {name: tensor for name, tensor in named_tensors(model).items() if not tensor.is_meta}
         reader = CheckpointReader(folder, "all")
-        check_known(reader, {name for name, _ in model.named_parameters()} | set(others))
+        check_names(reader, set(), {name for name, _ in model.named_parameters()} | set(others))
         load_parts(reader, others)
         load_optimizer(folder, self.optimizer, model, self.training.ranks.layout)
         self._read(reader, state=True)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.checkpoint.folder import latest, list_checkpoints
-from openm6.checkpoint.load import is_sharded, load_model
+from openm6.checkpoint.folder import MODEL_FILE, latest, list_checkpoints
+from openm6.checkpoint.load import load_model
 from openm6.checkpoint.sharded import Staging
 from openm6.core.errors import CheckpointError
 from openm6.core.run_folder import RunFolder
@@ -115,7 +115,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         records |= together([seen for seen, _ in answers])
         losses |= answers[0][1]
         checkpoint = wait_for(tmp_path, begin + 2)
-        assert is_sharded(checkpoint) is (max(axes[1:]) > 1)
+        assert (checkpoint / MODEL_FILE).exists() is (max(axes[1:]) == 1)
         for later in (begin + 5,) if turn < 2 else ():  # the fall came before this one
             assert not (tmp_path / "checkpoints" / f"step-{later}").exists()
     expected, expected_losses, last = unbroken()
@@ -139,7 +139,7 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path, four: Fleet) -> None:
 
 def assert_streamed(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     """Layers that stay in the ranks' files have these weights when they are used."""
-    assert is_sharded(checkpoint)
+    assert not (checkpoint / MODEL_FILE).exists()
     backbone = load(checkpoint, torch.device("cpu"), num_gpu_layers=0).omni.backbone
     for layer in range(backbone.config.num_layers):
         for name, tensor in backbone.block(layer).named_parameters():

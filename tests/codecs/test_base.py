@@ -25,7 +25,7 @@ def test_levels_out_of_bounds_are_refused_with_an_example(levels: tuple[int, ...
 
 def test_sizes_follow_from_groups_and_levels() -> None:
     assert (CONFIG.codebook_size, CONFIG.vector_size) == (20, 6)
-    with pytest.raises(ValidationError, match="groups must be 1 or more"):
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
         QuantizerConfig(groups=0)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from openm6.checkpoint.folder import STATE_FILE
+from openm6.checkpoint.folder import STATE_FILE, latest
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.engine import generate_texts
-from openm6.inference.load import check, convert_weights, load, precision_of, weight_bytes
+from openm6.inference.load import convert_weights, load, precision_of, read_texts, weight_bytes
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
@@ -21,15 +21,15 @@ from tests.small_model import loaded
 
 def test_a_checkpoint_is_looked_at_without_its_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no run or checkpoint"):
-        check(tmp_path / "nowhere")
+        latest(tmp_path / "nowhere")
     folder = tmp_path / "step-1"
     folder.mkdir()
     (folder / STATE_FILE).write_text(json.dumps({"files": {}}))
     with pytest.raises(CheckpointError, match="not a checkpoint of a multimodal model"):
-        check(folder)
+        read_texts(latest(folder))
     (folder / MODEL_FILE).write_text(loaded().description.to_json(), encoding="utf-8")
     (folder / TOKENIZER_FILE).write_text("{}")
-    check(folder)  # there are no weights at all
+    read_texts(latest(folder))  # there are no weights at all
 
 
 @pytest.mark.parametrize(("task", "gaps"), [("text_denoising", 1), ("text_generation", 0)])

@@ -173,4 +173,4 @@ def test_the_files_of_several_ranks_are_put_together(tmp_path: Path) -> None:
         assert torch.equal(catalogue.read(name), tensor)
     next(folder.glob("shard-00001-*")).unlink()
     with pytest.raises(CheckpointError, match="holds only parts of|lacks"):
-        place_offloaded(offloaded.omni, folder, 1, torch.device("cpu"))
+        place_offloaded(offloaded.omni, folder, 1, torch.device("cpu"), host_copy=True)
