@@ -25,7 +25,7 @@ from tools.mini.pretrained import Whisper
 
 PARTS = {
     "image": ("icons", "emoji", "openmoji", "clipart", "avatars", "outlines"),
-    "audio": ("words", "syllables", "instruments", "recordings"),
+    "audio": ("words", "said_words", "syllables", "said_syllables", "instruments", "recordings"),
 }
 EMBEDDED = {
     "image": {"embedded emoji": "emoji", "embedded flags": "countries", "embedded digits": "digits"},
@@ -72,9 +72,17 @@ def reconstruction(kind: str, codecs: dict[str, Codec], corpus: Path, limit: int
 
 
 def words(codecs: dict[str, Codec], corpus: Path, transcribe: Callable[[Sequence[np.ndarray]], list[str]]) -> Table:
-    """Return the fraction of English words that are transcribed correctly, by voices that are only tested."""
-    config = ParquetConfig(path=str(corpus / "words.parquet"))
-    every = test_records(config, lambda record: record["extra"]["spoken_language"] == "en", limit=1_000_000)
+    """Return the fraction of English words that are transcribed correctly, by voices that are only tested, and by that
+    of `mini`, of which other recordings are trained.
+    """
+
+    def is_english(record: Record) -> bool:
+        return bool(record["extra"]["spoken_language"] == "en")
+
+    every: list[Record] = []
+    for part in ("words", "said_words"):
+        if (file := corpus / f"{part}.parquet").is_file():
+            every += test_records(ParquetConfig(path=str(file)), is_english, limit=1_000_000)
     table: Table = {}
     for voice in sorted({record["extra"]["voice"] for record in every}):
         records = [record for record in every if record["extra"]["voice"] == voice][:WORDS]
