@@ -288,7 +288,7 @@ def prompt_parts(question: Question, loaded: LoadedModel, chat: bool = True) -> 
     if chat and (turns or (found is None and loaded.chats)):
         return chat_prompt([("user", [*parts, Part("text", question.text or "")])], loaded)
     words = found or ("", "")
-    asks = {"asks": question.text is None}
+    asks = {"cuttable": ()} if question.text is None else {}
     if question.text is None:
         before, after = words
     elif parts or column is None or column in question.text or column.replace("_", " ") in question.text:

@@ -38,7 +38,6 @@ from openm6.modalities.series import (
 )
 from openm6.modalities.simple_predictors import (
     PREDICTIONS,
-    TEXT,
     Given,
     LabelPrediction,
     Prediction,
@@ -169,10 +168,10 @@ class Numbers(Modality):
         """What simple predictors make of a label, or None. It has these classes, if there are any.
 
         `options` are those of a target: what is `given`, the `source` if it is known, as other sources have other
-        classes, and the `column` of the label. Without it, the text must name it, unless there are more than two
-        classes, as `yes` and `no` answer many questions.
+        classes, and the `column` of the label. Without it, the `words` of the prompt must name it, unless there are
+        more than two classes, as `yes` and `no` answer many questions.
         """
-        given, names = options.get("given") or {}, set(classes)
+        given, names, words = options.get("given") or {}, set(classes), options.get("words", "")
         # Tables are counted from the last, as those of a start follow new ones.
         usable = [
             (len((table.inputs & given.keys()).difference(label.hidden)), number, column)
@@ -180,7 +179,7 @@ class Numbers(Modality):
             for column, label in table.labels_of(options.get("source")).items()
             if names <= set(label.classes) and (
                 options["column"] in label.hidden if "column" in options
-                else len(names) > 2 or (names and any(x.replace("_", " ") in given.get(TEXT, "") for x in label.hidden))
+                else len(names) > 2 or (names and any(x.replace("_", " ") in words for x in label.hidden))
             )
         ]  # fmt: skip
         most, number, column = max(usable, default=(0, 0, ""))
@@ -200,7 +199,8 @@ class Numbers(Modality):
         self, nll: Sequence[float], texts: Sequence[str], lengths: Sequence[int], parts: Sequence[Part]
     ) -> list[tuple[float, int]]:
         """Nats and length of each text after a prompt, the length 1 if they are classes of a label with predictors."""
-        options = {"given": self.given(parts)}
+        words = " ".join(part.raw for part in parts if part.modality == "text")
+        options = {"given": self.given(parts), "words": words}
         if len(texts) > 1 and self.label_predictions(options, texts) is not None:
             nll, lengths = -self.label_scores(np.asarray([nll]), texts, [options])[0], [1] * len(texts)
         return list(zip(map(float, nll), lengths, strict=True))

@@ -31,6 +31,7 @@ from openm6.modalities.histogram import MOST
 from openm6.modalities.image import LEVELS as VALUES
 from openm6.modalities.image import read_image, to_square
 from openm6.modalities.interface import Arrays, Part
+from openm6.modalities.text import cuttable_in
 
 FOLDS = 5
 PREDICTIONS = 4  # M: a blend of the others; ridge on features, and on their products, too; trees
@@ -81,15 +82,16 @@ def fold_of(record: Mapping[str, Any]) -> int:
 def given_columns(parts: Iterable[Part]) -> dict[str, Any]:
     """Return what parts of a prompt show: mappings of numbers, texts with `columns`, other texts, and an image.
 
-    Words of the prompt itself, marked `asks`, are none of it.
+    Words of the prompt itself, which are never cut, are none of it.
     """
     found: dict[str, Any] = {}
     for part in parts:
         shown = part.raw if part.modality == "numbers" else part.options.get("columns")
         if isinstance(shown, Mapping):
             found.update(shown)
-        elif part.modality == "text" and not part.options.get("asks"):
-            found[TEXT] = f"{found.get(TEXT, '')} {part.raw}"[:MAX_LETTERS]
+        elif part.modality == "text":
+            for span in cuttable_in(part.raw, part.options):
+                found[TEXT] = f"{found.get(TEXT, '')} {part.raw[span.start : span.stop]}"[:MAX_LETTERS]
         elif part.modality == "image":
             found[IMAGE] = part.raw
     return found

@@ -272,7 +272,7 @@ def part_prompt(task: str, part: Part, language: str = "en", column: str = "") -
     """Return an image, audio or numbers in the first prompt of a task."""
     prompt = TASKS[task].prompts[language][0].replace("{column}", column.replace("_", " "))
     before, after = _SLOT.split(prompt, maxsplit=1)
-    parts = [Part("text", before, {"asks": True}), part, Part("text", after, {"asks": True})]
+    parts = [Part("text", before, {"cuttable": ()}), part, Part("text", after, {"cuttable": ()})]
     return tuple(one for one in parts if one is part or one.raw)
 
 

@@ -150,7 +150,7 @@ def test_a_text_that_tells_of_something_is_asked_for_the_number(language: str, q
 def test_a_hole_is_asked_for_as_in_training(image: Path) -> None:
     mask_box = (0.25, 0.25, 0.75, 0.75)
     parts = prompt_parts(Question(output="image", image=image, mask_box=mask_box), MODEL)
-    assert parts == [Part("image", png(), {"mask_box": mask_box}), Part("text", " Fill in.", {"asks": True})]
+    assert parts == [Part("image", png(), {"mask_box": mask_box}), Part("text", " Fill in.", {"cuttable": ()})]
 
 
 def test_a_gap_is_read_at_the_length_that_will_be_filled(recording: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_question_shows_columns_as_numbers_and_in_words() -> None:
     text = parts[1].raw
     assert known.given(parts) == {"b": 2.0, "cut_kind": "Very Good", TEXT: f" {text}"}
     assert known.given([Part("text", "the cut kind: Very Goodish")]).keys() == {TEXT}
-    assert known.given([parts[0], Part("text", " What is its a?", {"asks": True})]).keys() == {"b"}
+    assert known.given([parts[0], Part("text", " What is its a?", {"cuttable": ()})]).keys() == {"b"}
 
 
 def test_a_column_is_predicted_by_the_table_of_its_own_source() -> None:

@@ -31,6 +31,7 @@ from openm6.modalities.simple_predictors import (
     image_features,
     to_bytes,
 )
+from openm6.tasks.task import fill_prompt
 from openm6.train import image_network
 from openm6.train.image_network import (
     BATCH,
@@ -209,6 +210,13 @@ def test_columns_given_are_those_of_all_parts():
     parts = [Part("numbers", {"a": 1.0}), Part("text", "b: x", {"columns": {"b": "x"}}), Part("text", "c: 3")]
     image = Part("image", b"pixels")
     assert given_columns([*parts, image]) == {"a": 1.0, "b": "x", TEXT: " c: 3", IMAGE: b"pixels"}
+
+
+def test_words_of_a_prompt_are_no_text_of_the_record():
+    inputs = {"title": Part("text", "a red sofa"), "maker": Part("text", "Holz")}
+    prompt = fill_prompt("{title} by {maker}: what is the {column}?", inputs, {"column": "price"})
+    assert len(prompt) == 1
+    assert given_columns(prompt) == {TEXT: " a red sofa Holz"} == given_columns(inputs.values())
 
 
 def seen(count: int = 150) -> list[dict[str, Any]]:
