@@ -69,7 +69,8 @@ def test_the_driver_loads_no_model_and_each_replica_its_own(
     monkeypatch.setattr(replicas, "load", loads)
     with pytest.raises(CheckpointError, match="no run or checkpoint"):
         replicas.serve_replicas(tmp_path / "nowhere", ServeConfig())
-    monkeypatch.setattr(replicas, "check", lambda path: None)
+    monkeypatch.setattr(replicas, "latest", lambda path: path)
+    monkeypatch.setattr(replicas, "read_texts", lambda path: None)
     monkeypatch.setattr(replicas, "Engine", Mock())
     monkeypatch.setattr(replicas, "create_app", Mock())
     # Of this module alone: other threads wait for events as well.
