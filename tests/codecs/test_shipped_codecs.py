@@ -16,8 +16,8 @@ from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, read_small, to_pixels
 
 
-def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
-    assert shipped_codecs() == ("audio", "image-256", "image-64")
+def test_four_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
+    assert shipped_codecs() == ("audio", "audio-mini", "image-256", "image-64")
     for name in shipped_codecs():
         assert (SHIPPED / f"{name}.safetensors").stat().st_size < 8_000_000
         assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
