@@ -201,7 +201,11 @@ def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool]:
                 errors, name = (OSError, ValueError), f"{zone.name} {kind}"
                 counters.append(EnergyRegister(name, "rapl", read, errors, max_watts=2000.0, wrap=wrap))
                 has_memory = has_memory or kind == "dram"
-    except (OSError, ValueError):
+    except PermissionError:
+        get_log().info(f"RAPL is there, but may not be read: let an administrator allow reading of {root}")
+        return [], False
+    except (OSError, ValueError) as error:
+        get_log().info(f"RAPL cannot be read: {error}")
         return [], False
     return counters, has_memory
 

@@ -74,7 +74,7 @@ class TrainedEncoder(Encoder):
 
 @functools.lru_cache(2)
 def _headless(checkpoint: Path) -> LoadedModel:
-    """The model of a checkpoint without what reading needs not: the last layer, the pool and all that generates."""
+    """The model of a checkpoint without what is not read: the last layer, the pool and all that generates."""
     loaded = load(checkpoint, "cpu")
     omni = loaded.omni
     for kind in [kind for kind in omni.adapters if kind == POOL or kind.endswith("_out")]:

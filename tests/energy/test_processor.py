@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
@@ -57,12 +58,16 @@ def test_no_rapl_is_no_counter(tmp_path: Path) -> None:
     assert devices.open_packages(tmp_path / "nothing") == ([], False)
 
 
-def test_a_counter_only_root_may_read_is_no_counter(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_only_root_may_read_is_named(
+    powercap: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(path: Path) -> float:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(devices, "_joules_in", refuse)  # root, who may run the tests, reads everything
-    assert devices.open_packages(powercap) == ([], False)
+    with caplog.at_level(logging.INFO):
+        assert devices.open_packages(powercap) == ([], False)
+    assert "may not be read" in caplog.messages[0]
 
 
 class Hand:
