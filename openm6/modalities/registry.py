@@ -9,7 +9,6 @@ import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from openm6.codecs.base import FSQCodec
 from openm6.codecs.external import ENCODERS, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
@@ -33,7 +32,7 @@ class Modalities(dict[str, Modality]):
     """
 
     prompt_attention: PromptAttention = "bidirectional"
-    external: Mapping[str, str] = MappingProxyType({})  # hashes of weights from transformers, by setting
+    external: Mapping[str, str] = MappingProxyType({})  # sha256 of the weights of codecs and encoders, by setting
 
     def __missing__(self, name: str) -> Modality:
         raise ConfigError(f"no modality is called {name!r}; {nearest(name, sorted(self))}")
@@ -96,7 +95,7 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
         numbers=Numbers(text, scales, {}),
     )
     modalities.prompt_attention = config.prompt_attention
-    modalities.external = {name: weights_sha256(one) for name, one in networks.items() if not isinstance(one, FSQCodec)}
+    modalities.external = {name: weights_sha256(one) for name, one in networks.items()}
     return modalities
 
 

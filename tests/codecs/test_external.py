@@ -227,7 +227,7 @@ def test_an_encoder_replaces_patches_and_their_settings() -> None:
     image: Any = modalities["image"]
     assert image.config.stem_elements == 0 and isinstance(image.adapters(16)["image_in"].inner, torch.nn.Linear)
     assert len(image.source(np.asarray(PHOTO), np.random.default_rng(0))) == 16
-    assert set(modalities.external) == {"image.encoder"}
+    assert set(modalities.external) == {"image.codec", "image.encoder", "audio.codec"}
 
 
 def test_a_name_needs_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
