@@ -155,7 +155,7 @@ def read_addition(folder: Path, pretrained: Pretrained) -> Addition:
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {path.name}: copy the whole folder")
     description = read_description(read_text(path), str(path))
-    backbone = description.backbone.model_copy(update={"lora": None, "modality_experts": None})
+    backbone = description.backbone.model_copy(update={"lora": None, "modality_experts": ()})
     if not _equal(backbone.model_dump(), backbone_config(pretrained.settings).model_dump()):
         raise CheckpointError(f"{path} describes another decoder than {pretrained.path}: copy the whole folder again")
     reader = CheckpointReader(folder, "model")

@@ -91,7 +91,7 @@ def _inexpressible(description: CheckpointConfig) -> list[str]:
     used |= {modality for one in description.trained_tasks for modality in one.modalities}
     others, experts = sorted(used - {"text"}), description.backbone.modality_experts
     found += [f"the modalities {', '.join(others)}"] if others else []
-    return found if experts is None else [*found, f"the experts of {', '.join(experts.modalities)}"]
+    return [*found, *(f"the experts of {', '.join(one.modalities)}" for one in experts)]
 
 
 def _exported_text(description: CheckpointConfig, content: str, where: str) -> tuple[Tokenizer, ImportedText]:

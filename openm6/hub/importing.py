@@ -199,11 +199,12 @@ def _layer(
     config: BackboneConfig, layer: int, tensors: dict[str, Tensor], additions: Additions, added: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of one layer: those imported, copies of a dense network as experts, first values of new ones."""
-    prefix, new = f"backbone.layers.{layer}.", nn.ModuleDict()
+    prefix, new = f"backbone.layers.{layer}.", dict[str, MoE]()
     copied = config.experts if additions.experts is not None else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(layer)
-        for name, experts in (("mlp", copied), ("modality_experts", config.modality_experts)):
+        beside = [(f"modality_experts.{number}", one) for number, one in enumerate(config.modality_experts)]
+        for name, experts in (("mlp", copied), *beside):
             if experts is not None and f"{prefix}{name}.router.weight" not in added:
                 if isinstance(experts, ModalityExpertsConfig):
                     with torch.device("meta"):
@@ -221,7 +222,10 @@ def _layer(
                     if isinstance(module, LowRank):
                         module.reset_parameters()
                 new[name] = moe.to(tensors[f"{prefix}attention.qkv"].dtype)
-    return tensors | {prefix + name: tensor for name, tensor in named_tensors(new).items()}
+    found = (
+        (f"{prefix}{name}.{key}", tensor) for name, moe in new.items() for key, tensor in named_tensors(moe).items()
+    )
+    return tensors | dict(found)
 
 
 def _fill_copies(experts: Experts, up: Tensor, down: Tensor, additions: Additions) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from openm6.checkpoint.folder import MODEL_FILE, SHIPPED, latest
 from openm6.codecs.external import Encoder
@@ -80,7 +81,9 @@ def _headless(checkpoint: Path) -> LoadedModel:
     for kind in [kind for kind in omni.adapters if kind == POOL or kind.endswith("_out")]:
         del omni.adapters[kind]
     omni.backbone.layers = omni.backbone.layers[:-1]
-    if not any(map(omni.uses_modality_experts, omni.adapters)):
-        for block in omni.backbone.blocks:
-            block.modality_experts = None
+    used = {number for kind in omni.adapters for number in omni.modality_experts_of(kind)}
+    for block in omni.backbone.blocks:
+        for number in range(len(block.modality_experts)):
+            if number not in used:  # an empty module holds its place
+                block.modality_experts[number] = nn.Module()
     return loaded

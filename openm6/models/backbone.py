@@ -2,7 +2,7 @@
 
 # Dimensions: B rows, S new tokens, T tokens with those of the cache, D width, E experts
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import product
 from typing import cast
@@ -17,7 +17,7 @@ from openm6.nn.block import Context, TransformerBlock, build_block
 from openm6.nn.cache import SlotCache, TokenCache
 from openm6.nn.executor import LayerExecutor
 from openm6.nn.layers import Adaptable, LowRank, RMSNorm
-from openm6.nn.moe import Router, RouterStats
+from openm6.nn.moe import MoE, Router, RouterStats
 from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import CausalMask, SequenceMeta, additive_mask, block_mask, visible
@@ -72,13 +72,14 @@ class Backbone(nn.Module):
             for module in block.modules():
                 if isinstance(module, LowRank):
                     module.reset_parameters()
-            if block.modality_experts is not None:
-                block.modality_experts.experts.reset_parameters(deviation, self.config.output_deviation)
-                block.modality_experts.router.reset_parameters(deviation)
+            for added in block.modality_experts:
+                added = cast(MoE, added)
+                added.experts.reset_parameters(deviation, self.config.output_deviation)
+                added.router.reset_parameters(deviation)
         self.final_norm.reset_parameters()
 
     def forward(
-        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None, others: Tensor | None = None
+        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None, others: Sequence[Tensor | None] = ()
     ) -> tuple[Tensor, list[RouterStats]]:
         """Embedded tokens B S D, added to a cache -> states after the final norm, and sparse layers' statistics."""
         expected = (meta.batch, meta.length, self.config.hidden_size)

@@ -21,7 +21,7 @@ class BackboneConfig(Config):
         number n one of every n consecutive layers; None shares nothing.
     initializer_range: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
     lora: low-rank adapters of each layer's projections, beside weights that are frozen.
-    modality_experts: of every layer, beside its own network, which all tokens pass.
+    modality_experts: of every layer, beside its own network, which all tokens pass; a list, or those of one group.
     """
 
     hidden_size: int = Field(gt=0, multiple_of=8)
@@ -43,7 +43,7 @@ class BackboneConfig(Config):
     share_routers: bool = False
     initializer_range: float | None = Field(default=None, gt=0)
     lora: layers.LoraConfig | None = None
-    modality_experts: layers.ModalityExpertsConfig | None = None
+    modality_experts: layers.ModalityExpertsConfigs = ()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -72,7 +72,7 @@ class BackboneConfig(Config):
                     f"layers {first} and {layer} share weights (group {groups[layer]}), "
                     f"but only one of them holds experts"
                 )
-        if (self.lora or self.modality_experts) is not None and self.stage == "pseudo":
+        if (self.lora is not None or self.modality_experts) and self.stage == "pseudo":
             raise ValueError("lora and modality_experts need layers with weights of their own: leave sharing out")
         if self.lora is not None and self.experts is not None and self.lora.r % 8:
             raise ValueError(f"lora.r={self.lora.r} must be a multiple of 8 for experts, as their products need it")

@@ -48,10 +48,12 @@ class Omni(nn.Module):
         if embedding is not None:
             adapters[POOL] = PoolAdapter(config.hidden_size, embedding)
         self.adapters = nn.ModuleDict(adapters)
-        if (experts := config.modality_experts) is not None:
-            names = list(dict.fromkeys([*map(modality_of, adapters), *adapters]))
-            if wrong := [name for name in experts.modalities if name not in names]:
-                raise ConfigError(f"modality_experts.modalities names {wrong[0]!r}; {nearest(wrong[0], names)}")
+        names = list(dict.fromkeys([*map(modality_of, adapters), *adapters]))
+        chosen = [name for experts in config.modality_experts for name in experts.modalities]
+        if wrong := [name for name in chosen if name not in names]:
+            raise ConfigError(f"modality_experts.modalities names {wrong[0]!r}; {nearest(wrong[0], names)}")
+        if twice := [kind for kind in adapters if len(self.modality_experts_of(kind)) > 1]:
+            raise ConfigError(f"two of modality_experts are for the tokens {twice[0]}: leave one out")
 
     def round_weights(self) -> None:
         """Round all weights to bf16 but the small balance bias of routers: rounded, it would choose other experts."""
@@ -80,14 +82,16 @@ class Omni(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that one token meets: the backbone's active ones and all adapters."""
         adapters = sum(parameter.numel() for parameter in self.adapters.parameters())
-        new = {name: one.numel() for name, one in self.backbone.named_parameters()
-               if ".lora." in name or ".modality_experts." in name}  # fmt: skip
-        adapters += sum(new.values())
-        backbone, added = count_parameters(self.config), self.config.modality_experts
-        # Of the modality experts, a token meets `top_k`.
-        idle = 0.0 if added is None else 1 - added.experts_per_token / added.num_experts
-        unused = round(idle * sum(count for name, count in new.items() if ".modality_experts.experts." in name))
-        return backbone.total + adapters, backbone.active + adapters - unused
+        named = [*self.backbone.named_parameters()]
+        adapters += sum(one.numel() for name, one in named if ".lora." in name)
+        added, met = 0, [0]
+        for index, experts in enumerate(self.config.modality_experts):
+            new = {name: one.numel() for name, one in named if f".modality_experts.{index}." in name}
+            idle = 1 - experts.experts_per_token / experts.num_experts  # a token meets `top_k` of them
+            unused = round(idle * sum(count for name, count in new.items() if ".experts." in name))
+            added, met = added + sum(new.values()), [*met, sum(new.values()) - unused]
+        backbone = count_parameters(self.config)
+        return backbone.total + adapters + added, backbone.active + adapters + max(met)
 
     def delink(self, refill: Refill | None = None) -> dict[str, str]:
         """Goes from the pseudo stage to the real one; see `Backbone.delink`. New parameter name -> old one."""
@@ -122,14 +126,17 @@ class Omni(nn.Module):
         self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
-        found = [group.index for kind, group in groups.items() if self.uses_modality_experts(kind)]
-        others = torch.cat(found) if found else None  # the tokens that pass modality experts
+        found: list[list[Tensor]] = [[] for _ in self.config.modality_experts]
+        for kind, group in groups.items():
+            for number in self.modality_experts_of(kind):
+                found[number].append(group.index)
+        others = [torch.cat(indices) if indices else None for indices in found] if any(found) else []
         return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache, others)
 
-    def uses_modality_experts(self, kind: str) -> bool:
-        """Whether tokens of a kind pass modality experts."""
-        experts = self.config.modality_experts
-        return experts is not None and not {kind, modality_of(kind)}.isdisjoint(experts.modalities)
+    def modality_experts_of(self, kind: str) -> list[int]:
+        """The modality experts that tokens of a kind pass, by number: one or none."""
+        names = {kind, modality_of(kind)}
+        return [number for number, one in enumerate(self.config.modality_experts) if names & {*one.modalities}]
 
     def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of learned tokens by kind (of training, also `as_trained`, else the nll), and what layers routed."""

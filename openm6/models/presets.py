@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from openm6.core.config import Config, build, read_yaml
 from openm6.core.errors import ConfigError, nearest
 from openm6.models.config import BackboneConfig, ParameterCount, count_parameters
-from openm6.nn.config import LoraConfig, ModalityExpertsConfig
+from openm6.nn.config import LoraConfig, ModalityExpertsConfigs
 
 
 class Preset(Config):
@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset] = {
 class ModelConfig(Config):
     """A preset by name, with any field of the backbone overridden; or the run, checkpoint or Hub id that training
     starts from, with what is frozen: a modality, `backbone`, `embeddings` (of words), or prefixes of parameters; with
-    `lora`, adapters are trained in place of the backbone and the text. `modality_experts` adds experts to a start.
+    `lora`, adapters are trained in place of the backbone and the text. `modality_experts` adds to those of a start.
     """
 
     preset: str = "nano"
@@ -51,7 +51,7 @@ class ModelConfig(Config):
     start: str | None = None
     freeze: list[str] = []
     lora: LoraConfig | None = None
-    modality_experts: ModalityExpertsConfig | None = None
+    modality_experts: ModalityExpertsConfigs = ()
 
     @model_validator(mode="after")
     def _one_shape(self) -> Self:
@@ -61,7 +61,7 @@ class ModelConfig(Config):
             raise ValueError("freeze keeps weights of a start: add start: RUN, or leave freeze out")
         if self.lora is not None and self.start is None:
             raise ValueError("lora adapts the weights of a start: add start: RUN, or leave lora out")
-        if self.modality_experts is not None and self.start is None:
+        if self.modality_experts and self.start is None:
             raise ValueError("modality_experts adds to a start: add start: RUN, or set overrides.modality_experts")
         return self
 
@@ -74,9 +74,10 @@ def build_backbone(config: ModelConfig) -> BackboneConfig:
         values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
     backbone = build(BackboneConfig, values, "model.overrides")
     added = backbone.modality_experts
-    if added is not None and added.num_shared:
-        raise ConfigError(f"modality_experts.num_shared={added.num_shared} is not supported: leave it out")
+    if shared := [one.num_shared for one in added if one.num_shared]:
+        raise ConfigError(f"modality_experts.num_shared={shared[0]} is not supported: leave it out")
     # Only one router of a layer reports its load, and that of the layer's own experts comes first.
-    if added is not None and added.balance == "bias" and backbone.experts is not None:
+    beside = added if backbone.experts is not None else added[1:]
+    if any(one.balance == "bias" for one in beside):
         raise ConfigError("modality_experts.balance: bias has no effect beside other experts: set balance: aux")
     return backbone

@@ -3,6 +3,7 @@
 # Dimensions: B rows, S queries, T keys, D width, H query heads, G key-value heads, d size of a head
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,12 +65,13 @@ class Attention(Adaptable):
 
     def forward(
         self, x: Tensor, qk_norm: QKNorm | None, rotary: tuple[Tensor, Tensor], mask: Mask,
-        cache: TokenCache | None, layer: int, qkv_bias: Tensor | None = None, some: UpdatesOfSome | None = None,
+        cache: TokenCache | None, layer: int, qkv_bias: Tensor | None = None, some: Sequence[UpdatesOfSome] = (),
     ) -> Tensor:  # fmt: skip
         """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = self.updated("qkv", linear(x, self.qkv), x)
-        qkv = qkv if some is None else some.updated("qkv", qkv, x)
+        for one in some:
+            qkv = one.updated("qkv", qkv, x)
         qkv = qkv if qkv_bias is None else qkv + qkv_bias.to(qkv.dtype)
         qkv = qkv.unflatten(-1, (-1, self.config.head_dim))  # B S H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
@@ -81,7 +83,9 @@ class Attention(Adaptable):
         answer = attend(query, key, value, mask)
         answer = answer.flatten(2)  # B S H·d
         y = self.updated("output", linear(answer, self.output), answer)  # B S D
-        return y if some is None else some.updated("output", y, answer)
+        for one in some:
+            y = one.updated("output", y, answer)
+        return y
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:

@@ -2,6 +2,7 @@
 
 # Dimensions: B rows, S tokens, D width
 
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
@@ -22,7 +23,7 @@ BlockOutput = tuple[Tensor, RouterStats | None]
 class Context:
     """What layers of a pass share: rotary tables of new tokens, mask, valid B S (no padding), cache, dispatcher.
 
-    others: tokens, of the flattened B S, that pass modality experts; None: no such
+    others: for each of the modality experts, the tokens of the flattened B S that pass them, or None; empty: no such
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -30,7 +31,7 @@ class Context:
     valid: Tensor
     cache: TokenCache | None
     dispatcher: TokenDispatcher
-    others: Tensor | None = None
+    others: Sequence[Tensor | None] = ()
 
 
 class ModalityExperts(MoE):
@@ -52,7 +53,7 @@ class TransformerBlock(nn.Module):
     norms and biases are each layer's own, and so is its router unless the config shares it.
     """
 
-    def __init__(self, attention: Attention, mlp: MLP | MoE, modality_experts: ModalityExperts | None = None) -> None:
+    def __init__(self, attention: Attention, mlp: MLP | MoE, modality_experts: Iterable[ModalityExperts] = ()) -> None:
         super().__init__()
         config = attention.config
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -62,13 +63,13 @@ class TransformerBlock(nn.Module):
         self.attention = attention
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = mlp
-        self.modality_experts = modality_experts
+        self.modality_experts = nn.ModuleList(modality_experts)
 
     @property
     def router(self) -> Router | None:
-        """The router of the MLP or, if that is dense, of modality experts; None if there are none."""
-        sparse = self.mlp if isinstance(self.mlp, MoE) else self.modality_experts
-        return None if sparse is None else sparse.router
+        """The router of the MLP or, if that is dense, of the first modality experts; None if there are none."""
+        sparse = [one for one in (self.mlp, *self.modality_experts) if isinstance(one, MoE)]
+        return sparse[0].router if sparse else None
 
     def shareable(self) -> dict[str, Attention | MLP | Experts]:
         """Return the modules with the matrices, which layers may share, by their name in the block."""
@@ -112,42 +113,48 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> BlockOutput:
         """B S D -> B S D, and the router's statistics if the MLP has experts."""
-        normal, some = self.attention_norm(x), None
         rotary, mask, cache = context.rotary, context.mask, context.cache
-        if self.modality_experts is not None and context.others is not None and len(self.modality_experts.attention):
-            some = UpdatesOfSome(self.modality_experts.attention, context.others)
+        added = zip(self.modality_experts, context.others, strict=False)
+        passed = [(cast(ModalityExperts, experts), tokens) for experts, tokens in added if tokens is not None]
+        some = [UpdatesOfSome(experts.attention, tokens) for experts, tokens in passed]
+        normal = self.attention_norm(x)
         x = x + self.attention(normal, self.qk_norm, rotary, mask, cache, layer, self.qkv_bias, some)
-        normal = self.mlp_norm(x)
-        if self.modality_experts is None:
-            y, stats = self._feed_forward(normal, context, layer)
-        else:
-            y, stats = self._by_modality(normal, self.modality_experts, context, layer)
+        y, stats = self._feed_forward(self.mlp_norm(x), passed, context, layer)
         return x + y, stats
 
-    def _feed_forward(self, x: Tensor, context: Context, layer: int) -> BlockOutput:
-        if isinstance(self.mlp, MLP):
-            return self.mlp(x), None
-        return self.mlp(x, context.valid, context.dispatcher, layer)
+    def _feed_forward(
+        self, x: Tensor, passed: Sequence[tuple[ModalityExperts, Tensor]], context: Context, layer: int
+    ) -> BlockOutput:
+        """The output of the layer's own network, with that of experts added at the tokens that pass them.
 
-    def _by_modality(self, x: Tensor, experts: MoE, context: Context, layer: int) -> BlockOutput:
-        """The output of the layer's own network, with that of `experts` added at their tokens; statistics of `router`.
-
-        A pass of text alone is computed as without experts.
+        Without such tokens it is computed as without experts. The statistics are those of `router`.
         """
-        y, own = self._feed_forward(x, context, layer)
-        if context.others is None:
-            none, router = x.new_zeros(()), self.router or experts.router
-            return y, own or RouterStats(layer, x.new_zeros(router.config.num_experts), none, none)
-        rows, valid = x.flatten(0, 1)[context.others], context.valid.flatten()[context.others]
-        part, stats = experts(rows[None], valid[None], context.dispatcher, layer)
-        y = y.flatten(0, 1).index_add(0, context.others, part[0].to(y.dtype)).view_as(x)
-        return y, stats if own is None else replace(own, side_loss=own.side_loss + stats.side_loss)
+        stats = None
+        if isinstance(self.mlp, MoE):
+            y, stats = self.mlp(x, context.valid, context.dispatcher, layer)
+        else:
+            y = self.mlp(x)
+        side_loss: Tensor | float = 0.0
+        for experts, tokens in passed:
+            rows, valid = x.flatten(0, 1)[tokens], context.valid.flatten()[tokens]
+            part, own = experts(rows[None], valid[None], context.dispatcher, layer)
+            y = y.flatten(0, 1).index_add(0, tokens, part[0].to(y.dtype)).view_as(x)
+            if experts.router is self.router:
+                stats = own
+            else:
+                side_loss = side_loss + own.side_loss
+        if stats is None and self.router is not None:
+            none = x.new_zeros(())
+            stats = RouterStats(layer, x.new_zeros(self.router.config.num_experts), none, none)
+        if passed and stats is not None:
+            stats = replace(stats, side_loss=stats.side_loss + side_loss)
+        return y, stats
 
 
 def build_block(
     attention: AttentionConfig, mlp: DenseConfig | ExpertsConfig, first: TransformerBlock | None = None,
     share_router: bool = False, meta_matrices: bool = False, lora: LoraConfig | None = None,
-    modality_experts: ModalityExpertsConfig | None = None,
+    modality_experts: Sequence[ModalityExpertsConfig] = (),
 ) -> TransformerBlock:  # fmt: skip
     """Return a block, not yet filled, with own matrices (on `meta` if asked) or those of `first`, maybe its router."""
     width = attention.hidden_size
@@ -165,7 +172,7 @@ def build_block(
             assert router is not None
             shared = None if mlp.shared is None else MLP(width, mlp.shared)
             network = MoE(router, Experts(width, mlp), shared)
-    others = None if modality_experts is None else ModalityExperts(modality_experts, own)
+    others = [ModalityExperts(config, own) for config in modality_experts]
     if lora is not None:
         _add_lora(lora, own, network.experts if isinstance(network, MoE) else network)
     return TransformerBlock(own, network, others)

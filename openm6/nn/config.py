@@ -1,9 +1,10 @@
 """Sizes and choices of the layers; without torch, so that presets and plans are read at once."""
 
 import math
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from openm6.core.config import Config
 
@@ -117,6 +118,14 @@ class ModalityExpertsConfig(ExpertsConfig):
 
     modalities: tuple[str, ...] = ("image", "audio", "numbers")
     lora: LoraConfig | None = None
+
+
+def _several(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, Mapping | ModalityExpertsConfig) else value
+
+
+ModalityExpertsConfigs = Annotated[tuple[ModalityExpertsConfig, ...], BeforeValidator(_several)]
+"""Those of several groups of tokens, or the mapping of a single one."""
 
 
 class RopeScaling(Config):

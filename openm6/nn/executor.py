@@ -75,7 +75,7 @@ class CompiledExecutor(LayerExecutor):
     def run_block(self, block: TransformerBlock, x: Tensor, context: Context, layer: int) -> BlockOutput:
         # Except in bf16, products of experts ask for counts on the host; numbers of tokens of a kind differ by batch.
         waits = isinstance(block.mlp, MoE) and autocast_dtype(x) != torch.bfloat16
-        if not block.training or context.cache is not None or context.others is not None or waits:
+        if not block.training or context.cache is not None or context.others or waits:
             return super().run_block(block, x, context, layer)
         key = type(block.mlp), x.shape, x.dtype, x.requires_grad, autocast_dtype(x), type(context.mask)
         try:

@@ -145,15 +145,16 @@ class Attribution:
         """`tasks` are those of the mixture: every rank lists all of them, so that their work can be summed."""
         self._tasks = sorted(tasks)
         blocks = model.backbone.blocks
-        others = num_active(*(block.modality_experts for block in blocks if block.modality_experts is not None))
-        every = num_active(model.backbone.final_norm, *blocks)
+        added = [num_active(*same) for same in zip(*(block.modality_experts for block in blocks), strict=True)]
+        shared = num_active(model.backbone.final_norm, *blocks) - sum(added)
         self._backbone, self._input, self._learned = {}, {}, {}
         for name, adapter in model.adapters.items():
             looked_up = {id(module.weight) for module in adapter.modules() if isinstance(module, nn.Embedding)}
             multiplied = sum(weight.numel() for weight in adapter.parameters() if id(weight) not in looked_up)
             # The embedding of text is the output layer as well.
             output = adapter.embedding.weight.numel() if isinstance(adapter, TextAdapter) else 0
-            self._backbone[name] = PASSES * (every if model.uses_modality_experts(name) else every - others)
+            own = sum(added[number] for number in model.modality_experts_of(name))
+            self._backbone[name] = PASSES * (shared + own)
             self._input[name], self._learned[name] = PASSES * multiplied, PASSES * (multiplied + output)
 
     def work(self, batch: Batch) -> dict[str, dict[str, WorkCount]]:

@@ -52,7 +52,7 @@ class OffloadedTrainStep(TrainStep):
             raise ConfigError(
                 "this kind of training has no blocks to offload: leave loop.offload and loop.optimizer.precision out"
             )
-        if training.backbone.config.modality_experts is not None:
+        if training.backbone.config.modality_experts:
             raise ConfigError(
                 "modality experts are trained without offloading: leave loop.offload and loop.optimizer.precision out"
             )

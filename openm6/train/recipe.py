@@ -191,7 +191,7 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
     """Raise ConfigError if a recipe with a backbone of this config asks for what such a mesh cannot do."""
     rows, loop, chunks = recipe.packing.rows, recipe.loop, recipe.parallel.ep_overlap_chunks
     experts = config.experts
-    if config.lora is not None or config.modality_experts is not None:
+    if config.lora is not None or config.modality_experts:
         raise ConfigError("low-rank adapters and modality experts are trained by one process: leave --nproc out")
     if rows < shape.size:
         raise ConfigError(f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it")

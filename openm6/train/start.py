@@ -111,11 +111,9 @@ def with_start(
     if recipe.replay:
         values = _with_replay(recipe, values, start)
         recipe = build(MultimodalRecipe, values, "the recipe with replayed data")
-    experts, before = recipe.model.modality_experts, found.backbone.modality_experts
-    if None not in (experts, before) and experts != before:
-        raise ConfigError(f"model.modality_experts differs from that of {name}: leave it out")
+    before = found.backbone.modality_experts
     overrides = {**found.backbone.model_dump(), "lora": recipe.model.lora or found.backbone.lora}
-    overrides["modality_experts"] = experts or before
+    overrides["modality_experts"] = [*before, *(one for one in recipe.model.modality_experts if one not in before)]
     shape = {"preset": found.preset or recipe.model.preset, "overrides": overrides}
     chosen = {
         "model": recipe.model.model_copy(update=shape),
@@ -129,13 +127,18 @@ def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
     """Exclude weights from training by modality, `backbone`, `embeddings` or prefix; ConfigError for another name.
 
     `used`: the modalities of the mixture, for which something must be left to train.
-    Beside modality experts or low-rank adapters, the rest of the backbone belongs to the text, and adapters freeze it.
+    Experts for tokens of one modality alone belong to it. Beside modality experts or low-rank adapters, the rest of the
+    backbone belongs to the text, and adapters freeze it.
     """
     parts = {kind: modality_of(kind) for kind in omni.adapters}
     groups = {name: [f"adapters.{kind}" for kind, part in parts.items() if part == name] for name in MODALITIES}
     groups |= {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
     lora, experts = omni.config.lora, omni.config.modality_experts
-    groups["text"] += ["backbone"] if (lora or experts) is not None else []
+    groups["text"] += ["backbone"] if lora is not None or experts else []
+    for number, one in enumerate(experts):
+        if len(owners := {modality_of(name) for name in one.modalities}) == 1:
+            layers = range(omni.config.num_layers)
+            groups[owners.pop()] += [f"backbone.layers.{layer}.modality_experts.{number}" for layer in layers]
     for name in [*names, *(["text"] if lora is not None else [])]:
         prefixes = tuple(f"{prefix}." for prefix in groups.get(name, [name]))
         kept = (".lora.", ".modality_experts.") if name == "text" else (".lora.",)

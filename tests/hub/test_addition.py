@@ -54,7 +54,7 @@ def test_updates_of_attention_are_for_tokens_of_other_modalities_alone(folder: P
     before, count = states(run, WORDS, PIXELS, WORDS), len(states(run, WORDS))
     with torch.no_grad():
         for block in run.omni.backbone.blocks:
-            block.modality_experts.attention["qkv"].b["v_proj"].mul_(-3)
+            block.modality_experts[0].attention["qkv"].b["v_proj"].mul_(-3)
     after = states(run, WORDS, PIXELS, WORDS)
     torch.testing.assert_close(after[:count], before[:count])
     assert (after[count:] != before[count:]).any(1).all(), "the image, and the words after it"
@@ -103,7 +103,7 @@ def test_an_addition_needs_its_decoder(folder: Path, tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match="leave the other options out"):
         import_model(str(folder / "base"), tmp_path / "out", additions=adapter.model_copy(update={"experts": 2}))
     description = json.loads((added / "model.json").read_text())
-    description["backbone"]["modality_experts"]["num_experts"] = 3
+    description["backbone"]["modality_experts"][0]["num_experts"] = 3
     (added / "model.json").write_text(json.dumps(description))
     with pytest.raises(CheckpointError, match=r"does not fit its model\.json"):
         import_model(str(folder / "base"), tmp_path / "out", additions=adapter)

@@ -87,8 +87,8 @@ def test_additions_in_python_are_those_of_the_command(tmp_path: Path) -> None:
     )
     backbone = m6.loaded.description.backbone
     assert backbone.experts is not None and (backbone.experts.num_experts, backbone.experts.top_k) == (4, 1)
-    others = backbone.modality_experts
-    assert others is not None and others.modalities == ("numbers",) and others.lora == LoraConfig(r=4)
+    (others,) = backbone.modality_experts
+    assert others.modalities == ("numbers",) and others.lora == LoraConfig(r=4)
     first = m6.loaded.omni.backbone.blocks[0].mlp.experts.up
     assert not torch.equal(first[0], first[1])
     with pytest.raises(ConfigError, match="openm6.from_hf: modalities.0"):
@@ -152,9 +152,9 @@ def test_modality_experts_serve_their_tokens_and_leave_text_as_it_is(kind: str, 
     before = states(run, WORDS, PIXELS, WORDS)
     with torch.no_grad():
         for block in run.omni.backbone.blocks:
-            block.modality_experts.experts.down.mul_(-3)
+            block.modality_experts[0].experts.down.mul_(-3)
     after, count = states(run, WORDS, PIXELS, WORDS), len(states(run, WORDS))
-    update = run.omni.backbone.blocks[0].modality_experts.attention["qkv"]
+    update = run.omni.backbone.blocks[0].modality_experts[0].attention["qkv"]
     assert len(update.a["q_proj"]) == 4 and update.a["q_proj"].std() > 0 and not update.b["q_proj"].any()
     with torch.no_grad():
         update.b["v_proj"].normal_()

@@ -90,7 +90,7 @@ def test_what_a_decoder_cannot_express_is_named(tmp_path: Path) -> None:
 
 def test_texts_without_the_experts_of_other_modalities_are_ours(tmp_path: Path) -> None:
     added = ModalityExpertsConfig(intermediate_size=16, num_experts=2, top_k=1, balance="aux", modalities=("image",))
-    backbone = BACKBONES["llama"].model_copy(update={"modality_experts": added})
+    backbone = BACKBONES["llama"].model_copy(update={"modality_experts": (added,)})
     run = run_of(tmp_path / "run", backbone)
     with pytest.raises(ConfigError, match="cannot express the experts of image: add --text-only"):
         export_run(run, tmp_path / "out", "hf")

@@ -14,6 +14,7 @@ import openm6
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import open_reader
 from openm6.codecs.external import weights_sha256
+from openm6.core.config import read_yaml
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference import encoder
 from openm6.inference.encoder import TrainedEncoder
@@ -69,21 +70,54 @@ def test_embeddings_that_are_trained_later_change_no_encoder(run: Path, tmp_path
     np.testing.assert_array_equal(before(noise()), after(noise()))
 
 
-def test_experts_for_what_is_generated_change_nothing_that_is_read(run: Path, tmp_path: Path) -> None:
-    experts = {"modalities": ["image_out", "audio_out"], "intermediate_size": 16, "num_experts": 2, "top_k": 1}
-    kept = ["text", "numbers", "adapters.image_in", "adapters.audio_in"]
+@pytest.fixture(scope="module")
+def drawing(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with experts for the images that it generates."""
+    return with_experts(run, tmp_path_factory.mktemp("drawing"), "image")
+
+
+def with_experts(start: Path, folder: Path, modality: str) -> Path:
+    """Train experts for what is generated of a modality; all else is frozen, also experts that the start has."""
+    experts = {"modalities": [f"{modality}_out"], "intermediate_size": 16, "num_experts": 2, "top_k": 1}
+    other = {"image": "audio", "audio": "image"}[modality]
     recipe = tiny_recipe(3, num_processes=1, optimizer={"learning_rate": 0.01})
-    recipe["model"] = {"start": str(run), "freeze": kept, "modality_experts": {**experts, "balance": "aux"}}
-    recipe["mixture"] = [part for part in recipe["mixture"] if part["task"].startswith("text_to")]
-    del recipe["modalities"], recipe["sources"]["penguins"]
-    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
-    before, after = (TrainedEncoder(str(folder), "image") for folder in (run, tmp_path / "run"))
+    recipe["model"] = {"start": str(start), "modality_experts": {**experts, "balance": "aux"}}
+    recipe["model"]["freeze"] = ["text", "numbers", other, f"adapters.{modality}_in"]
+    task = {"image": "text_to_image", "audio": "text_to_speech"}[modality]
+    recipe["mixture"] = [part for part in recipe["mixture"] if part["task"] == task]
+    used = {part["source"] for part in recipe["mixture"]}
+    recipe["sources"] = {name: source for name, source in recipe["sources"].items() if name in used}
+    del recipe["modalities"]
+    train_recipe(write_recipe(folder, recipe), out=folder / "run")
+    return folder / "run"
+
+
+def test_experts_for_what_is_generated_change_nothing_that_is_read(run: Path, drawing: Path) -> None:
+    before, after = (TrainedEncoder(str(folder), "image") for folder in (run, drawing))
     assert weights_sha256(before) == weights_sha256(after)
     np.testing.assert_array_equal(before(noise()), after(noise()))
-    models = [openm6.load(folder) for folder in (run, tmp_path / "run")]
+    models = [openm6.load(folder) for folder in (run, drawing)]
     texts = [model.generate("What is this?", image=noise(), output="text", max_new_tokens=4) for model in models]
     drawn = [np.asarray(model.generate("draw 7", output="image", seed=0)) for model in models]
     assert texts[0] == texts[1] and not np.array_equal(*drawn)
+
+
+def test_experts_are_added_to_those_of_a_start_which_stay_to_the_bit(drawing: Path, tmp_path: Path) -> None:
+    speaking = with_experts(drawing, tmp_path, "audio")
+    found = read_texts(latest(speaking))[0].backbone.modality_experts
+    assert [one.modalities for one in found] == [("image_out",), ("audio_out",)]
+    models = [openm6.load(folder) for folder in (drawing, speaking)]
+    drawn = [np.asarray(model.generate("draw 7", output="image", seed=0)) for model in models]
+    spoken = [model.generate("say 7", output="audio", seed=0).array for model in models]
+    np.testing.assert_array_equal(*drawn)
+    assert not np.array_equal(*spoken)
+    total, active = models[1].loaded.omni.count_parameters()
+    fewer, as_active = models[0].loaded.omni.count_parameters()
+    assert total > fewer and active == as_active, "a token passes the experts of one kind"
+    recipe = read_yaml(tmp_path / "tiny.yaml")
+    recipe["model"]["start"], recipe["model"]["modality_experts"]["modalities"] = str(speaking), ["image", "audio_out"]
+    with pytest.raises(ConfigError, match="two of modality_experts are for the tokens image_out: leave one out"):
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "third")
 
 
 def test_audio_has_a_token_for_each_step_and_training_changes_what_is_read(run: Path) -> None:

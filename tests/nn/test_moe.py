@@ -288,8 +288,8 @@ def test_updates_of_the_queries_leave_all_other_products_as_they_are():
     attention = AttentionConfig(hidden_size=WIDTH, num_heads=1, num_kv_heads=1, head_dim=16)
     experts, lora = {"intermediate_size": 24, "num_experts": 6, "top_k": 2}, LoraConfig(r=8, targets=("q_proj",))
     added = ModalityExpertsConfig(**experts, lora=lora)
-    block = build_block(attention, ExpertsConfig(**experts), lora=lora, modality_experts=added)
-    others = block.modality_experts.attention
+    block = build_block(attention, ExpertsConfig(**experts), lora=lora, modality_experts=[added])
+    others = block.modality_experts[0].attention
     assert list(block.attention.lora) == list(others) == ["qkv"] and not len(block.mlp.experts.lora)
     x = torch.randn(1, 3, WIDTH)
     assert UpdatesOfSome(others, torch.tensor([1])).updated("output", x, x) is x

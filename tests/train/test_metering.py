@@ -153,8 +153,13 @@ EXPERTS = ModalityExpertsConfig(
 )
 
 
-@pytest.mark.parametrize("added", [None, EXPERTS], ids=["alike", "with experts for audio"])
-def test_operations_follow_tokens_and_the_weights_that_they_pass(added: ModalityExpertsConfig | None) -> None:
+OTHERS = EXPERTS.model_copy(update={"modalities": ("image",), "intermediate_size": 16})
+
+
+@pytest.mark.parametrize(
+    "added", [(), (EXPERTS,), (OTHERS, EXPERTS)], ids=["alike", "with experts for audio", "with others for images"]
+)
+def test_operations_follow_tokens_and_the_weights_that_they_pass(added: tuple[ModalityExpertsConfig, ...]) -> None:
     omni = Omni(BACKBONE.model_copy(update={"modality_experts": added}), modalities())
     text = modalities()["text"]
     read = text.source("seven red apples")
@@ -180,7 +185,7 @@ def test_operations_follow_tokens_and_the_weights_that_they_pass(added: Modality
     assert kinds["text"].operations == pytest.approx((len(read) + learned) * backbone + learned * head)
     for name in kinds.keys() - {"text"}:
         adapter = PASSES * sum(weight.numel() for weight in omni.adapters[name].parameters())
-        passed = backbone // PASSES + (0 if added is None else 2 * (64 * 3 + 3 * 64 * 32))
+        passed = backbone // PASSES + (2 * (64 * 3 + 3 * 64 * 32) if added else 0)
         # Of q, k, v and o in two layers: 8 times the inputs and the outputs.
-        passed += 0 if added is None else 2 * 8 * (4 * 64 + 64 + 32 + 32 + 64)
+        passed += 2 * 8 * (4 * 64 + 64 + 32 + 32 + 64) if added else 0
         assert kinds[name].operations == pytest.approx(kinds[name].tokens * (PASSES * passed + adapter))
