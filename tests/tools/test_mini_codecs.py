@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_parts_are_scored_without_images_that_were_trained(corpus: Path) -> None:
-    table = codecs.reconstruction("image", {"image-64": load_codec("image-64")}, corpus, limit=2)
+    table = dict(codecs.reconstruction("image", {"image-64": load_codec("image-64")}, corpus, limit=2))
     names = [f"{name}, {side} pixels, PSNR in dB" for name in ("emoji", *codecs.EMBEDDED["image"]) for side in (64, 32)]
     assert list(table) == names
     assert table[names[0]]["records"] == "2" and float(table[names[0]]["image-64"]) > 20
@@ -48,9 +49,20 @@ def test_words_are_compared_by_voice_before_and_after_the_codec(corpus: Path) ->
     def transcribe(clips: list[np.ndarray]) -> list[str]:
         return ["one"] * len(clips)
 
-    table = codecs.words({"audio": load_codec("audio")}, corpus, transcribe)
+    table = dict(codecs.words({"audio": load_codec("audio")}, corpus, transcribe))
     assert [row["original"] for row in table.values()] == [row["audio"] for row in table.values()] == ["50%", "100%"]
-    assert "| 2 | 50% | 50% |" in codecs.as_markdown(table, ["audio"])
+
+
+def test_rows_are_printed_as_they_are_ready(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(codecs, "EMBEDDED", {"image": {}, "audio": {}})
+    monkeypatch.setattr(codecs, "SIDES", (32,))
+    monkeypatch.setattr(sys, "argv", ["codecs", "image-64", "--corpus", str(corpus)])
+    codecs.main()
+    head, line, row = capsys.readouterr().out.splitlines()
+    assert head == "| part | records | original | image-64 |" and line == "| --- | --- | --- | --- |"
+    assert row.startswith("| emoji, 32 pixels, PSNR in dB | 3 |  | ")
 
 
 @pytest.mark.parametrize(("recipe", "start"), [("codec-image", "image-64"), ("codec-audio", "audio")])

@@ -7,7 +7,8 @@ words that Whisper transcribes correctly, before and after each audio codec.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ EMBEDDED = {
 SIDES = (64, 32)  # in pixels, of the images
 TRAINED = "Noto emoji"  # their style; `image-64` was trained on most of the test images, at another size
 WORDS = 200
-Table = dict[str, dict[str, str]]
-"""Row -> column -> cell."""
+Rows = Iterator[tuple[str, dict[str, str]]]
+"""The name of each row, and its cell of each column, as they are ready."""
 
 
 def opened(kind: str, corpus: Path) -> dict[str, AnySourceConfig]:
@@ -54,25 +55,23 @@ def test_records(config: AnySourceConfig, keep: Callable[[Record], bool], limit:
     return [kept[at] for at in np.linspace(0, len(kept) - 1, min(limit, len(kept))).round().astype(int)]
 
 
-def reconstruction(kind: str, codecs: dict[str, Codec], corpus: Path, limit: int) -> Table:
-    """Return the score of each source by each codec of a kind."""
-    table: Table = {}
+def reconstruction(kind: str, codecs: dict[str, Codec], corpus: Path, limit: int) -> Rows:
+    """Yield the score of each source by each codec of a kind."""
     for name, config in opened(kind, corpus).items():
         records = test_records(config, lambda record: record.get("extra", {}).get("style_en") != TRAINED, limit)
         count = {"records": str(len(records))}
         if kind == "audio":
             clips = [read_clip(record["audio"]) for record in records]
             scores = {codec: f"{audio_scores(codecs[codec], clips)['log_mel_l1']:.3f}" for codec in codecs}
-            table[f"{name}, log-mel L1"] = count | scores
+            yield f"{name}, log-mel L1", count | scores
         for side in SIDES if kind == "image" else ():
             pixels = to_pixels([read_small(record["image"], max(SIDES)) for record in records], side)
             scores = {codec: f"{image_scores(codecs[codec], pixels)['psnr']:.1f}" for codec in codecs}
-            table[f"{name}, {side} pixels, PSNR in dB"] = count | scores
-    return table
+            yield f"{name}, {side} pixels, PSNR in dB", count | scores
 
 
-def words(codecs: dict[str, Codec], corpus: Path, transcribe: Callable[[Sequence[np.ndarray]], list[str]]) -> Table:
-    """Return the fraction of English words that are transcribed correctly, by voices that are only tested, and by that
+def words(codecs: dict[str, Codec], corpus: Path, transcribe: Callable[[Sequence[np.ndarray]], list[str]]) -> Rows:
+    """Yield the fraction of English words that are transcribed correctly, by voices that are only tested, and by that
     of `mini`, of which other recordings are trained.
     """
 
@@ -83,7 +82,6 @@ def words(codecs: dict[str, Codec], corpus: Path, transcribe: Callable[[Sequence
     for part in ("words", "said_words"):
         if (file := corpus / f"{part}.parquet").is_file():
             every += test_records(ParquetConfig(path=str(file)), is_english, limit=1_000_000)
-    table: Table = {}
     for voice in sorted({record["extra"]["voice"] for record in every}):
         records = [record for record in every if record["extra"]["voice"] == voice][:WORDS]
         clips = [read_clip(record["audio"]) for record in records]
@@ -96,15 +94,12 @@ def words(codecs: dict[str, Codec], corpus: Path, transcribe: Callable[[Sequence
             found = transcribe([clip.numpy() for clip in version])
             right = [text == record["label"] for text, record in zip(found, records, strict=True)]
             row[name] = f"{np.mean(right):.0%}"
-        table[f"words transcribed by Whisper, {voice}"] = row
-    return table
+        yield f"words transcribed by Whisper, {voice}", row
 
 
-def as_markdown(table: Table, columns: Iterable[str]) -> str:
-    """Return the table with a row of headings."""
-    head = ["part", "records", "original", *columns]
-    rows = [[name, *(cells.get(column, "") for column in head[1:])] for name, cells in table.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+def as_markdown(cells: Sequence[str]) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 @torch.no_grad()
@@ -117,15 +112,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000, help="at most this many records of each part")
     arguments = parser.parse_args()
     codecs = {name: load_codec(name) for name in arguments.codecs}
-    table: Table = {}
+    head = ["part", "records", "original", *codecs]
+    print(as_markdown(head), as_markdown(["---"] * len(head)), sep="\n", flush=True)
     for kind in PARTS:
         chosen = {name: codec for name, codec in codecs.items() if codec.kind == kind}
-        if chosen:
-            table |= reconstruction(kind, chosen, arguments.corpus, arguments.limit)
+        rows = [reconstruction(kind, chosen, arguments.corpus, arguments.limit)] if chosen else []
         if chosen and kind == "audio":
             Packages(arguments.cache).import_requirements()
-            table |= words(chosen, arguments.corpus, Whisper(arguments.cache).transcribe)
-    print(as_markdown(table, codecs))
+            rows.append(words(chosen, arguments.corpus, Whisper(arguments.cache).transcribe))
+        for name, cells in chain.from_iterable(rows):
+            print(as_markdown([name, *(cells.get(column, "") for column in head[1:])]), flush=True)
 
 
 if __name__ == "__main__":
