@@ -105,12 +105,19 @@ def read_model(name: str | None, overrides: list[str] | None = None) -> Model:
     raise ConfigError(f"no preset and no recipe {name!r}; {nearest(name, known)}")
 
 
+def _section(values: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}: {key} is {found!r}, not a mapping of settings: indent them below {key}:")
+    return found
+
+
 def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Model:
     values = apply_overrides(read_yaml(path), overrides or [])
     kind = values.get("kind", "multimodal")
     if kind != "multimodal":
         raise ConfigError(f"{name} is a recipe of kind {kind!r}: only multimodal recipes and presets are planned")
-    loop, text = values.get("loop") or {}, (values.get("modalities") or {}).get("text") or {}
+    loop, text = _section(values, "loop", name), _section(_section(values, "modalities", name), "text", name)
     optimizer = build(OptimizerConfig, loop.get("optimizer") or {}, f"{name}: loop.optimizer")
     bytes_ = BYTES_PER_PARAMETER[optimizer.precision]  # at 16 the optimizer decides
     offload = build(OffloadConfig, loop.get("offload") or {}, f"{name}: loop.offload")

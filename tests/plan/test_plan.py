@@ -142,6 +142,9 @@ def test_an_invalid_request_is_one_sentence() -> None:
     for override in ("packing.batch_size=many", "packing.seq_len=1k", "packing.batch_size=null", "packing=5"):
         with pytest.raises(ConfigError, match="demo: packing: "):
             request_of("demo", override)
+    for override, section in (("loop=5", "loop"), ("modalities=x", "modalities"), ("modalities.text=[1]", "text")):
+        with pytest.raises(ConfigError, match=f"demo: {section} is .*, not a mapping of settings: indent them below"):
+            request_of("demo", override)
     with pytest.raises(ConfigError, match="only multimodal recipes and presets are planned"):
         request_of("codec-image-64")
     with pytest.raises(ConfigError, match="no preset and no recipe 'm6-10x'; did you mean 'm6-10"):
