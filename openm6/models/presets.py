@@ -42,8 +42,9 @@ PRESETS: dict[str, Preset] = {
 
 class ModelConfig(Config):
     """A preset by name, with any field of the backbone overridden; or the run, checkpoint or Hub id that training
-    starts from, with what is frozen: a modality, `backbone`, `embeddings` (of words), or prefixes of parameters; with
-    `lora`, adapters are trained in place of the backbone and the text. `modality_experts` adds to those of a start.
+    starts from, with what is frozen: a modality, a kind of token such as `image_in`, `backbone`, `embeddings` (of
+    words), or prefixes of parameters. With `lora`, adapters are trained in place of the backbone and the text.
+    `modality_experts` adds to those of a start.
     """
 
     preset: str = "nano"

@@ -124,21 +124,12 @@ def with_start(
 
 
 def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
-    """Exclude weights from training by modality, `backbone`, `embeddings` or prefix; ConfigError for another name.
+    """Exclude weights from training by modality, kind of token, `backbone`, `embeddings` or prefix; else ConfigError.
 
     `used`: the modalities of the mixture, for which something must be left to train.
-    Experts for tokens of one modality alone belong to it. Beside modality experts or low-rank adapters, the rest of the
-    backbone belongs to the text, and adapters freeze it.
+    Beside modality experts or low-rank adapters, the rest of the backbone belongs to the text, and adapters freeze it.
     """
-    parts = {kind: modality_of(kind) for kind in omni.adapters}
-    groups = {name: [f"adapters.{kind}" for kind, part in parts.items() if part == name] for name in MODALITIES}
-    groups |= {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
-    lora, experts = omni.config.lora, omni.config.modality_experts
-    groups["text"] += ["backbone"] if lora is not None or experts else []
-    for number, one in enumerate(experts):
-        if len(owners := {modality_of(name) for name in one.modalities}) == 1:
-            layers = range(omni.config.num_layers)
-            groups[owners.pop()] += [f"backbone.layers.{layer}.modality_experts.{number}" for layer in layers]
+    groups, lora = _parts(omni), omni.config.lora
     for name in [*names, *(["text"] if lora is not None else [])]:
         prefixes = tuple(f"{prefix}." for prefix in groups.get(name, [name]))
         kept = (".lora.", ".modality_experts.") if name == "text" else (".lora.",)
@@ -150,8 +141,25 @@ def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
         for parameter in frozen:
             parameter.requires_grad_(False)
     left = [key.split(".") for key, parameter in omni.named_parameters() if parameter.requires_grad]
-    if not any(key[0] == "backbone" or parts[key[1]] in used for key in left):
+    if not any(key[0] == "backbone" or modality_of(key[1]) in used for key in left):
         raise ConfigError(f"model.freeze={names} leaves nothing to train: take a name out")
+
+
+def _parts(omni: Omni) -> dict[str, list[str]]:
+    """Named parts of a model, by prefixes of their parameters. Experts for one kind or modality alone belong to it."""
+    groups: dict[str, list[str]] = {}
+    for name in (*omni.adapters, *MODALITIES):
+        kinds = {kind for kind in omni.adapters if name in (kind, modality_of(kind))}
+        used, others = (
+            {number for kind in some for number in omni.modality_experts_of(kind)}
+            for some in (kinds, omni.adapters.keys() - kinds)
+        )
+        layers = [f"backbone.layers.{layer}.modality_experts" for layer in range(omni.config.num_layers)]
+        own = [f"{layer}.{number}" for layer in layers for number in used - others]
+        groups[name] = [*(f"adapters.{kind}" for kind in kinds), *own]
+    if omni.config.lora is not None or omni.config.modality_experts:
+        groups["text"].append("backbone")
+    return groups | {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
 
 
 def _with_names_apart(

@@ -82,7 +82,7 @@ def with_experts(start: Path, folder: Path, modality: str) -> Path:
     other = {"image": "audio", "audio": "image"}[modality]
     recipe = tiny_recipe(3, num_processes=1, optimizer={"learning_rate": 0.01})
     recipe["model"] = {"start": str(start), "modality_experts": {**experts, "balance": "aux"}}
-    recipe["model"]["freeze"] = ["text", "numbers", other, f"adapters.{modality}_in"]
+    recipe["model"]["freeze"] = ["text", "numbers", other, f"{modality}_in"]
     task = {"image": "text_to_image", "audio": "text_to_speech"}[modality]
     recipe["mixture"] = [part for part in recipe["mixture"] if part["task"] == task]
     used = {part["source"] for part in recipe["mixture"]}
