@@ -156,16 +156,17 @@ class Network:
 class Trees:
     """Boosted trees of one column, K times T of N nodes each; the outputs of a label take turns.
 
-    A node sends a row to the `left` if its `feature` is at most `threshold`, or missing and `missing_left`; a leaf
-    sends it to itself. `words` are the inputs that stand for the words of categories.  # K T N, of baseline K outputs
+    A node sends a row to the `left` if its `feature` is at most `number`, or missing and `missing_left`. A leaf sends it
+    to itself, and `number` is its value. `words` are the inputs that stand for the words of categories.
+    # K T N, of baseline K outputs
     """
 
     def __init__(self, arrays: Arrays) -> None:
         folds, self.count, self.size = arrays["feature"].shape
         offset = np.arange(folds * self.count).reshape(folds, self.count, 1) * self.size
         self.left, self.right = ((arrays[name] + offset).ravel() for name in ("left", "right"))
-        self.feature, self.threshold, self.missing_left, self.value = (
-            arrays[name].ravel() for name in ("feature", "threshold", "missing_left", "value")
+        self.feature, self.number, self.missing_left = (
+            arrays[name].ravel() for name in ("feature", "number", "missing_left")
         )
         self.baseline, self.words, self.depth = arrays["baseline"].reshape(folds, -1), arrays["words"], 0
         nodes = offset.ravel()
@@ -179,9 +180,9 @@ class Trees:
         node, row = np.tile(first, (len(inputs), 1)), np.arange(len(inputs))[:, None]
         for _ in range(self.depth):
             seen = inputs[row, self.feature.take(node)]
-            goes_left = (seen <= self.threshold.take(node)) | (np.isnan(seen) & self.missing_left.take(node))
+            goes_left = (seen <= self.number.take(node)) | (np.isnan(seen) & self.missing_left.take(node))
             node = np.where(goes_left, self.left.take(node), self.right.take(node))
-        own = self.value.take(node).reshape(len(inputs), -1, self.baseline.shape[1])
+        own = self.number.take(node).astype(np.float32).reshape(len(inputs), -1, self.baseline.shape[1])
         return own.swapaxes(1, 2).sum(2) + self.baseline[fold]
 
 
@@ -464,6 +465,6 @@ def from_bytes(content: bytes, where: str) -> list[TablePredictors]:
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         listed, arrays = json.loads(header["__metadata__"][_TABLES]), load(content)
+        return [TablePredictors(**one, arrays=_part(arrays, number)) for number, one in enumerate(listed)]
     except (SafetensorError, ValueError, KeyError):
-        raise CheckpointError(f"{where} is damaged: use another checkpoint") from None
-    return [TablePredictors(**one, arrays=_part(arrays, number)) for number, one in enumerate(listed)]
+        raise CheckpointError(f"{where} is damaged, or from another version: use another checkpoint") from None

@@ -352,22 +352,21 @@ def tree_arrays(models: Sequence[Any]) -> Arrays:
     """The trees of models of HistGradientBoosting with equally many steps, see `Trees`."""
     nodes = [[one.nodes for predictors in model._predictors for one in predictors] for model in models]
     shape = (len(models), len(nodes[0]), max(len(tree) for trees in nodes for tree in trees))
-    itself = np.broadcast_to(np.arange(shape[2], dtype=np.int16), shape)
+    itself = np.broadcast_to(np.arange(shape[2], dtype=np.min_scalar_type(shape[2])), shape)
     arrays: Arrays = {
-        "feature": np.zeros(shape, np.int16),
-        "threshold": np.zeros(shape),
+        "feature": np.zeros(shape, np.min_scalar_type(max(model.n_features_in_ for model in models))),
+        "number": np.zeros(shape),
         "left": itself.copy(),
         "right": itself.copy(),
         "missing_left": np.zeros(shape, bool),
-        "value": np.zeros(shape, np.float32),
         "baseline": np.concatenate([model._baseline_prediction for model in models]).astype(float),
     }
-    fields = {"feature": "feature_idx", "threshold": "num_threshold", "left": "left", "right": "right",
+    fields = {"feature": "feature_idx", "number": "num_threshold", "left": "left", "right": "right",
               "missing_left": "missing_go_to_left"}  # fmt: skip
     for fold, trees in enumerate(nodes):
         for number, tree in enumerate(trees):
             inner = np.flatnonzero(tree["is_leaf"] == 0)
-            arrays["value"][fold, number, : len(tree)] = tree["value"]
+            arrays["number"][fold, number, : len(tree)] = tree["value"].astype(np.float32)
             for name, field in fields.items():
                 arrays[name][fold, number, inner] = tree[field][inner]
     return arrays

@@ -153,8 +153,8 @@ def compact_predictors(path: Path) -> bytes:
     tables = from_bytes(path.read_bytes(), str(path))
     for table in tables:
         kept = {name: table.arrays[name][-1:] for name in ("mean", "covariance") if name in table.arrays}
-        thresholds = {name: x.astype(np.float32) for name, x in table.arrays.items() if name.endswith("/threshold")}
-        table.arrays |= kept | thresholds
+        numbers = {name: x.astype(np.float32) for name, x in table.arrays.items() if name.endswith("/number")}
+        table.arrays |= kept | numbers
     return to_bytes(tables)
 
 
