@@ -156,8 +156,8 @@ class Network:
 class Trees:
     """Boosted trees of one column, K times T of N nodes each; the outputs of a label take turns.
 
-    A node sends a row to the `left` if its `feature` is at most `number`, or missing and `missing_left`. A leaf sends it
-    to itself, and `number` is its value. `words` are the inputs that stand for the words of categories.
+    A node sends a row to the `left` if its `feature` is at most `number`, or missing and `missing_left`. A leaf sends
+    it to itself, and `number` is its value. `words` are the inputs that stand for the words of categories.
     # K T N, of baseline K outputs
     """
 
