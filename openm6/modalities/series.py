@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.modalities import regression
-from openm6.modalities.histogram import BINS, LIMIT, Histogram, expected_nll
+from openm6.modalities.histogram import BINS, LIMIT, MOST, Histogram, expected_nll
 from openm6.modalities.interface import Adapter, Arrays
 
 PATCH = 8
@@ -38,6 +38,7 @@ MAX_CHANGES = 3.0  # medians of the changes
 MIN_ENERGY = 1e-20  # of these changes, against the values
 MIN_GROWTH = 0.5  # the logarithm is taken if the changes grow with the level by at least this power
 MIN_WINDOWS_STEPS = 16
+GROWTH = math.log(10)  # what a series in logarithms may exceed its largest value by, or by its range if that is larger
 ROUNDING = 1e-14  # of the largest of equal values that sums and products have rounded
 
 
@@ -171,6 +172,7 @@ class Window:
     change: float  # typical change of z, from season to season if that is smaller than from step to step
     log: bool
     period: int
+    most: float = MOST  # logarithm of a value to come
 
     @classmethod
     def of(cls, past: np.ndarray, stats: SeriesStats, column: tuple[float, float]) -> Self:
@@ -191,7 +193,8 @@ class Window:
         period = stats.period if 1 < stats.period <= len(z) // 2 else 1
         lags = {1, period} & set(range(1, len(z)))
         change = min((float(np.abs(z[lag:] - z[:-lag]).mean()) for lag in lags), default=1.0)
-        return cls(z, loc, scale, max(change, MIN_CHANGE), log, period)
+        most = seen.max() + max(np.ptp(seen), GROWTH) if log else MOST
+        return cls(z, loc, scale, max(change, MIN_CHANGE), log, period, float(most))
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """Values in the units of the window; NaN stays, and what has no logarithm lies at the lower end.  # X -> X"""
@@ -305,7 +308,7 @@ def future_arrays(
         "observed": observed.reshape(patches, PATCH),
         "log_unit": np.where(observed, unit, 0).astype(np.float32).reshape(patches, PATCH),
         "change": np.full(patches, window.change, np.float32),
-        "units": np.tile(np.asarray([window.loc, window.scale, window.log], np.float64), (patches, 1)),
+        "units": np.tile(np.asarray([window.loc, window.scale, window.log, window.most]), (patches, 1)),
     }
 
 
@@ -372,15 +375,15 @@ class SeriesOut(Adapter):
     def histograms(self, hidden: Tensor, arrays: dict[str, Tensor]) -> list[Histogram]:
         """The distributions of the observed steps of each row, in the column's units.  # B T D, B*T … -> B"""
         log_probability, location = self.distribution(hidden.flatten(0, 1), arrays)
-        units, change = arrays["units"].double(), arrays["change"].double()  # N 3, N
+        units, change = arrays["units"].double(), arrays["change"].double()  # N 4, N
         loc = units[:, :1] + units[:, 1:2] * location  # N P
         scale = torch.stack([loc, (units[:, 1] * change)[:, None].expand_as(loc)], -1)  # N P 2
-        width = arrays["width"][:, None].expand_as(loc)
-        found = (log_probability.exp(), scale, width, arrays["observed"])
+        width, most = (one[:, None].expand_as(loc) for one in (arrays["width"], units[:, 3]))
+        found = (log_probability.exp(), scale, width, most, arrays["observed"])
         rows = (array.flatten(0, 1).unflatten(0, (len(hidden), -1)).cpu().numpy() for array in found)
         logs = arrays["units"][:, 2].reshape(len(hidden), -1)[:, 0].bool().tolist()
-        return [Histogram(p[seen], scale[seen], log, width[seen])
-                for p, scale, width, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
+        return [Histogram(p[seen], scale[seen], log, width[seen], most[seen])
+                for p, scale, width, most, seen, log in zip(*rows, logs, strict=True)]  # fmt: skip
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         nll, _ = expected_nll(*self.distribution(hidden, arrays), arrays["values"], arrays["change"][:, None])

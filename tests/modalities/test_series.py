@@ -203,6 +203,21 @@ def test_what_has_no_logarithm_is_forecast_too(numbers: Numbers) -> None:
     assert np.isfinite(histogram.crps(np.array([100.0, 0.0, -2.0]))).all()
 
 
+def test_logarithms_grow_no_further_than_the_range_of_the_past(numbers: Numbers) -> None:
+    """Ten times the largest value, or its ratio to the smallest: exp would make any tail of a wide past infinite."""
+    torch.manual_seed(0)
+    out = SeriesOut(16)
+    for lowest, bound in ((50.0, 1000.0), (0.1, 100_000.0)):
+        past = np.geomspace(lowest, 100.0, 40).tolist()
+        series = NumberSeries("sales", [1.0] * 8, past, stats=SeriesStats(log=True))
+        arrays = tensors(numbers.target(series).arrays)
+        arrays["change"] += 5  # tails far away
+        with torch.no_grad():
+            (histogram,) = out.histograms(torch.randn(1, 1, 16), arrays)
+        assert histogram.quantile(0.999).max() == pytest.approx(bound)
+        assert histogram.crps(np.full(8, 100.0)).max() < bound
+
+
 def test_what_was_not_observed_does_not_show() -> None:
     torch.manual_seed(0)
     values = [1.0, 2.0, None, 4.0, 5.0, 4.0, 3.0, 2.0]
