@@ -22,11 +22,9 @@ import os, sys, time
 from pathlib import Path
 from openm6.core.run_folder import RunFolder
 with RunFolder.open(Path(sys.argv[1])).lock():
-    worker = os.fork()
-    if not worker:
+    if not os.fork():
+        print(os.getpid(), flush=True)  # here, so that the parent is not killed before the child has begun
         os.close(1)
-        time.sleep(600)
-    print(worker, flush=True)
     time.sleep(600)
 """
 
