@@ -132,9 +132,8 @@ def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
     groups, lora = _parts(omni), omni.config.lora
     for name in [*names, *(["text"] if lora is not None else [])]:
         prefixes = tuple(f"{prefix}." for prefix in groups.get(name, [name]))
-        kept = (".lora.", ".modality_experts.") if name == "text" else (".lora.",)
         matching = ((key, one) for key, one in omni.named_parameters() if f"{key}.".startswith(prefixes))
-        frozen = [one for key, one in matching if not any(part in key for part in kept)]
+        frozen = [one for key, one in matching if ".lora." not in key]
         if not frozen:
             hint = nearest(name, [*groups, "backbone.layers.0"])
             raise ConfigError(f"model.freeze names {name!r}, which no parameter's name begins with; {hint}")
@@ -147,18 +146,19 @@ def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
 
 def _parts(omni: Omni) -> dict[str, list[str]]:
     """Named parts of a model, by prefixes of their parameters. Experts for one kind or modality alone belong to it."""
+    numbers = range(len(omni.config.modality_experts))
+    tokens = {
+        number: {kind for kind in omni.adapters if number in omni.modality_experts_of(kind)} for number in numbers
+    }
     groups: dict[str, list[str]] = {}
-    for name in (*omni.adapters, *MODALITIES):
+    for name in (*MODALITIES, *omni.adapters):
         kinds = {kind for kind in omni.adapters if name in (kind, modality_of(kind))}
-        used, others = (
-            {number for kind in some for number in omni.modality_experts_of(kind)}
-            for some in (kinds, omni.adapters.keys() - kinds)
-        )
-        layers = [f"backbone.layers.{layer}.modality_experts" for layer in range(omni.config.num_layers)]
-        own = [f"{layer}.{number}" for layer in layers for number in used - others]
-        groups[name] = [*(f"adapters.{kind}" for kind in kinds), *own]
+        own = [f".modality_experts.{number}." for number, passing in tokens.items() if passing <= kinds]
+        experts = [key for key, _ in omni.named_parameters() if any(part in key for part in own)]
+        groups[name] = [*(f"adapters.{kind}" for kind in kinds), *experts]
     if omni.config.lora is not None or omni.config.modality_experts:
-        groups["text"].append("backbone")
+        shared = (key for key, _ in omni.backbone.named_parameters(prefix="backbone"))
+        groups["text"] += [key for key in shared if ".modality_experts." not in key]
     return groups | {"backbone": ["backbone"], "embeddings": ["adapters.text.embedding"]}
 
 

@@ -1,43 +1,57 @@
-"""The mean of checkpoints: each weight, and what is kept of the last one."""
+"""The mean of the weights of runs: each weight, what is kept of the last run, and its own report."""
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import replace
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from openm6.api.model import OpenM6, load
-from openm6.core.errors import ConfigError
-from openm6.inference.load import LoadedModel
-from tests.small_model import embedding_model, loaded
+from openm6.checkpoint.folder import latest
+from openm6.checkpoint.load import open_reader
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.train.run import train_recipe
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
 from tools.mini.average import average
 
 
-def saved(path: Path, change: float, model: LoadedModel) -> Path:
-    omni = deepcopy(model.omni)
-    with torch.no_grad():
-        for parameter in omni.parameters():
-            parameter.add_(change)
-    OpenM6(replace(model, omni=omni)).save_pretrained(path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of four steps, its run after two of them, and the whole run."""
+    path = tmp_path_factory.mktemp("runs")
+    recipe = write_recipe(path, tiny_recipe(4))
+    train_recipe(recipe, ["loop.steps=2"], out=path / "last")
+    shutil.copytree(path / "last", path / "first")
+    train_recipe(recipe, ["loop.steps=4"], resume=True, out=path / "last")
     return path
 
 
-def test_weights_are_the_mean_and_all_else_is_of_the_last_one(tmp_path: Path) -> None:
-    model, other = loaded(), loaded(trained_tasks=(("text_to_image", "digits"),))
-    first = saved(tmp_path / "first", 0.0, model)
-    last = saved(tmp_path / "last", 1.0, replace(model, description=other.description))
-    average([first, last], tmp_path / "mean")
-    mean, before = load(tmp_path / "mean").loaded, dict(load(first).loaded.omni.named_parameters())
-    for name, parameter in mean.omni.named_parameters():
-        torch.testing.assert_close(parameter, before[name] + 0.5)
-    assert mean.description.trained_tasks == load(last).loaded.description.trained_tasks
-    assert mean.description.trained_tasks != load(first).loaded.description.trained_tasks
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    reader = open_reader(latest(run))
+    return {name: reader.read(name) for name in reader.names}
 
 
-def test_models_of_other_weights_are_refused(tmp_path: Path) -> None:
-    first, other = saved(tmp_path / "first", 0.0, loaded()), saved(tmp_path / "other", 0.0, embedding_model())
-    with pytest.raises(ConfigError, match="other and .*first have other weights: name checkpoints of one training"):
-        average([other, first], tmp_path / "mean")
+def test_the_mean_is_a_run_that_gets_a_report_of_its_own(folder: Path) -> None:
+    average([folder / "first", folder / "last"], folder / "mean")
+    first, last, mean = (weights(folder / name) for name in ("first", "last", "mean"))
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, (first[name] + last[name]) / 2)
+    assert any(not torch.equal(first[name], tensor) for name, tensor in last.items())
+    assert not (folder / "mean" / "report.json").exists() and not (folder / "mean" / "README.md").exists()
+    train_recipe(str(folder / "tiny.yaml"), resume=True, out=folder / "mean")
+    reports = [json.loads((folder / name / "report.json").read_text(encoding="utf-8")) for name in ("last", "mean")]
+    assert reports[0]["steps"] == reports[1]["steps"] == 4 and reports[0]["tasks"] != reports[1]["tasks"]
+    assert all(torch.equal(tensor, mean[name]) for name, tensor in weights(folder / "mean").items())
+
+
+def test_runs_of_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(1)
+    recipe["model"]["overrides"]["num_layers"] = 1
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "other")
+    with pytest.raises(ConfigError, match="other and .*last have other weights: name runs of one training"):
+        average([tmp_path / "other", folder / "last"], tmp_path / "mean")
+    with pytest.raises(CheckpointError):
+        average([tmp_path / "nowhere", folder / "last"], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()

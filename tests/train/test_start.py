@@ -20,11 +20,15 @@ from openm6.distributed.process_group import ProcessGroupContext
 from openm6.evaluate.run import chosen_tasks, evaluate
 from openm6.hub.importing import import_model
 from openm6.inference.load import LoadedModel, load, read_texts
+from openm6.models.omni import Omni
+from openm6.models.presets import ModelConfig, build_backbone
 from openm6.plan.request import read_model
 from openm6.train.multimodal_data import pack_held_out
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe, train_values
+from openm6.train.start import freeze
 from tests.hub.published import publish
+from tests.small_model import modalities
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 # How much the loss on held-out records of the old task may rise, with a tenth of the examples from its mixture.
@@ -263,3 +267,20 @@ def test_replay_keeps_the_old_task_and_a_start_helps_the_new_one(tmp_path: Path)
     assert replayed < (1 + MAX_FORGOTTEN) * before < without
     scratch, *started = (held_out_loss(tmp_path / name, new) for name in ("scratch", "tuned", "replayed"))
     assert max(started) < scratch / 2
+
+
+def test_experts_for_some_tokens_are_frozen_with_them() -> None:
+    shape = {"intermediate_size": 16, "num_experts": 2, "top_k": 1, "balance": "aux"}
+    groups = (["text"], ["image_out"], ["image_in", "audio"])
+    added = [{**shape, "modalities": names} for names in groups]
+    config = build_backbone(ModelConfig(preset="nano", overrides={**MODEL["overrides"], "modality_experts": added}))
+    for names, expected in ((["text"], {0}), (["image"], {1}), (["image_out"], {1}), (["image_in"], set()),
+                            (["image", "audio"], {1}), (["backbone"], {0, 1, 2})):  # fmt: skip
+        omni = Omni(config, modalities())
+        freeze(omni, names, {"text", "image", "audio", "numbers"})
+        parts = [(key.split("modality_experts.")[1][0], one.requires_grad) for key, one in omni.named_parameters()
+                 if ".modality_experts." in key]  # fmt: skip
+        assert {int(number) for number, trained in parts if not trained} == expected, names
+        assert all(len({trained for other, trained in parts if other == number}) == 1 for number, _ in parts)
+        shared = omni.backbone.blocks[0].attention.qkv.requires_grad
+        assert shared == (names not in (["text"], ["backbone"]))
