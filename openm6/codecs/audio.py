@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from openm6.codecs.base import FSQCodec, Quantized, QuantizerConfig, ResidualQuantizer
+from openm6.codecs.base import Quantized, QuantizerConfig, ResidualQuantizer, TrainableCodec
 from openm6.core.errors import DataError
 from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_window
 from openm6.ops.matmul import matmul
@@ -88,7 +88,7 @@ class LogMels(nn.Module):
         return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
 
 
-class AudioCodec(FSQCodec):
+class AudioCodec(TrainableCodec):
     """Mono audio in [-1, 1] at the config's rate, to codes and back."""
 
     kind: ClassVar[str] = "audio"

@@ -1,8 +1,8 @@
-"""What every codec offers, and finite scalar quantization (FSQ, arXiv 2309.15505), which rounds channels of a latent to
-one of a few levels each, in two ways: groups side by side, or stage after stage."""
+"""What every codec offers, and how a latent becomes codes: finite scalar quantization (FSQ, arXiv 2309.15505), which
+rounds channels to one of a few levels each, in groups side by side or stage after stage, or vectors of a codebook."""
 
 # Shapes: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code,
-# channel d of which has L_d levels; a code packs D cells, the first one varying fastest
+# channel d of which has L_d levels; a code packs D cells, the first one varying fastest; K vectors of a codebook
 
 import math
 from abc import ABC, abstractmethod
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from openm6.core.config import Config
 
 MAX_CODEBOOK = 1024  # one softmax of the transformer per code
+COMMITMENT = 0.25  # weight of the distance to the chosen vectors in the loss (arXiv 1711.00937, equation 3)
+KEEP, UNUSED = 0.99, 0.01  # of codebooks' running means; of its even share, below which a vector is replaced
 SATURATION = 2.5  # beyond this |z| the slope of y in `quantize` is under 8 % of its peak: the gradient vanishes
 
 
@@ -90,13 +92,17 @@ class QuantizerStats:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized latent B P C, codes B P G, the `inputs` of quantizing and the `cells` left, B P G D; levels D."""
+    """A quantized latent B P C, codes B P G, the `inputs` of quantizing and the `cells` left, B P G D; levels D.
+
+    `commitment` is the squared distance of a latent to the vectors of a codebook, a part of the loss; 0 for FSQ.
+    """
 
     latent: Tensor
     codes: Tensor
     inputs: Tensor
     cells: Tensor
     levels: Tensor
+    commitment: Tensor | float = 0.0
 
     @property
     @torch.no_grad()
@@ -132,6 +138,17 @@ class LatentNorm(nn.Module):
             self.mean.lerp_(mean, self.momentum)
             self.variance.lerp_(variance, self.momentum)
         return (z - mean) * torch.rsqrt(variance + 1e-5)
+
+
+def kept_stages(latent: Tensor, stages: int, dropout: float) -> Tensor:
+    """How many of its first stages each row keeps: a fraction `dropout` of the rows any number.  # B P C -> B 1 1"""
+    shape = (latent.shape[0],) + (1,) * (latent.dim() - 1)
+    kept = torch.full(shape, stages, device=latent.device)
+    if dropout > 0.0:
+        draw = torch.rand(shape, device=latent.device)
+        count = torch.randint(1, stages + 1, shape, device=latent.device)
+        kept = torch.where(draw < dropout, count, kept)
+    return kept
 
 
 class GroupedQuantizer(nn.Module):
@@ -175,20 +192,15 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, latent: Tensor) -> Quantized:
         """# B P C -> latent B P C, codes B P G; while training, some rows keep only their first stages"""
-        rest, stages = latent.float(), len(self.into)
-        shape = (rest.shape[0],) + (1,) * (rest.dim() - 1)
-        used = torch.full(shape, stages, device=rest.device)
-        if self.training and self.dropout > 0.0:
-            draw = torch.rand(shape, device=rest.device)
-            count = torch.randint(1, stages + 1, shape, device=rest.device)
-            used = torch.where(draw < self.dropout, count, used)
+        rest = latent.float()
+        kept = kept_stages(rest, len(self.into), self.dropout if self.training else 0.0)
         total, inputs, cells = torch.zeros_like(rest), [], []
         for stage, (into, norm, out) in enumerate(zip(self.into, self.norms, self.out, strict=True)):
             z = norm(into(rest))  # B P C -> B P D
             values, cell = quantize(z, self.levels)
             step = out(values)  # B P D -> B P C
             rest = rest - step
-            total = total + step * (used > stage)
+            total = total + step * (kept > stage)
             inputs.append(z)
             cells.append(cell)
         stacked, chosen = torch.stack(inputs, -2), torch.stack(cells, -2)  # B P G D
@@ -199,6 +211,69 @@ class ResidualQuantizer(nn.Module):
         values = cell_values(unpack(codes, self.levels), self.levels)  # B P G -> B P G D
         stages = zip(self.out, values.unbind(-2), strict=False)
         return torch.stack([out(value) for out, value in stages]).sum(0)
+
+
+class VectorQuantizer(nn.Module):
+    """Quantizes a latent in G stages to the nearest of K vectors each, of what the stages before left over.
+
+    Vectors are running means of what they are nearest to (arXiv 1711.00937, appendix A.1), and unused ones, as all are
+    at first, are replaced by latents of the batch (arXiv 2107.03312, section III-C). A position of few codes is easier
+    to generate than one of many FSQ codes.
+    """
+
+    codebooks: Tensor
+    used: Tensor
+    levels: Tensor
+
+    def __init__(self, groups: int, size: int, channels: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.norm, self.dropout = LatentNorm(channels), dropout
+        self.register_buffer("codebooks", torch.zeros(groups, size, channels))
+        self.register_buffer("used", torch.zeros(groups, size))  # fractions of the positions
+        self.register_buffer("levels", torch.tensor([size]), persistent=False)
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """# B P C -> B P C, codes B P G; while training, some rows keep only their first stages"""
+        z = self.norm(latent.float())
+        y = 2.0 * torch.sigmoid(1.6 * z) - 1.0
+        rest, total, commitment, chosen = y.detach(), torch.zeros_like(y), y.new_zeros(()), []
+        kept = kept_stages(y, len(self.codebooks), self.dropout if self.training else 0.0)
+        for stage in range(len(self.codebooks)):
+            flat = rest.flatten(0, -2)  # B P C -> N C
+            codes = self._nearest(stage, flat)  # N
+            if self.training:
+                self._learn(stage, flat, codes)
+            step = self.codebooks[stage][codes].view_as(rest)
+            rest = rest - step
+            total = total + step * (kept > stage)
+            commitment = commitment + (y - (y.detach() - rest)).square().mean()
+            chosen.append(codes.view(rest.shape[:-1]))
+        stacked = torch.stack(chosen, -1)  # B P G
+        return Quantized(
+            y + (total - y).detach(), stacked, z[..., None, :], stacked[..., None], self.levels, commitment
+        )
+
+    def _nearest(self, stage: int, rows: Tensor) -> Tensor:
+        """# N C -> N"""
+        vectors = self.codebooks[stage]
+        return torch.cat([(vectors.square().sum(1) - 2 * part @ vectors.T).argmin(1) for part in rows.split(2**14)])
+
+    @torch.no_grad()
+    def _learn(self, stage: int, rows: Tensor, codes: Tensor) -> None:
+        """Move vectors towards the mean of the rows that chose them; replace unused ones by rows.  # N C, N"""
+        vectors, used = self.codebooks[stage], self.used[stage]
+        counts = torch.bincount(codes, minlength=len(vectors)).to(rows.dtype)
+        sums = torch.zeros_like(vectors).index_add_(0, codes, rows)
+        used.mul_(KEEP).add_(counts, alpha=(1 - KEEP) / len(rows))
+        rate = (1 - KEEP) / len(rows) / used.clamp(min=1e-9)
+        vectors.add_(rate[:, None] * (sums - counts[:, None] * vectors))
+        unused = (used < UNUSED / len(vectors)).nonzero()[:, 0][: len(rows)]
+        drawn = torch.randperm(len(rows), device=rows.device)[: len(unused)]
+        vectors[unused], used[unused] = rows[drawn], 1 / len(vectors)
+
+    def latent_of(self, codes: Tensor) -> Tensor:
+        """The latent of the first stages, as many as `codes` has.  # B P G -> B P C"""
+        return torch.stack([book[own] for book, own in zip(self.codebooks, codes.unbind(-1), strict=False)]).sum(0)
 
 
 class CodesShape(NamedTuple):
@@ -228,11 +303,11 @@ class Codec(nn.Module, ABC):
         """Raw output of codes, within [-1, 1]; no gradient.  # B positions G -> B raw"""
 
 
-class FSQCodec(Codec):
+class TrainableCodec(Codec):
     """A codec that is trained here."""
 
     config: QuantizerConfig
-    quantizer: GroupedQuantizer | ResidualQuantizer
+    quantizer: GroupedQuantizer | ResidualQuantizer | VectorQuantizer
 
     @abstractmethod
     def quantized(self, raw: Tensor) -> Quantized:
@@ -248,7 +323,9 @@ class FSQCodec(Codec):
         return self.synthesize(quantized.latent), quantized
 
     def vectors(self) -> Tensor:
-        """FSQ coordinates in [-1, 1], of all groups alike."""
+        """Those of the codebooks, or FSQ coordinates in [-1, 1], of all groups alike."""
+        if isinstance(self.quantizer, VectorQuantizer):
+            return self.quantizer.codebooks
         levels = torch.tensor(self.config.levels)
         cells = unpack(torch.arange(self.config.codebook_size), levels)
         return cell_values(cells, levels).expand(self.config.groups, -1, -1)
@@ -268,8 +345,8 @@ class FSQCodec(Codec):
 def bits_per_code(codes: Tensor, codec: Codec) -> float:
     """Bits that one position's codes carry, code by code, or channel by channel of FSQ.  # N G -> float"""
     total = 0.0
-    if isinstance(codec, FSQCodec):
-        codes = unpack(codes, torch.tensor(codec.config.levels, device=codes.device)).flatten(-2)  # N G -> N C
+    if isinstance(codec, TrainableCodec):
+        codes = unpack(codes, codec.quantizer.levels.to(codes.device)).flatten(-2)  # N G -> N C
     for channel in codes.unbind(-1):
         fractions = channel.unique(return_counts=True)[1].double() / len(channel)
         total -= float((fractions * fractions.log2()).sum())

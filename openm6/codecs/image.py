@@ -1,4 +1,4 @@
-"""The image codec: a small convolutional autoencoder whose latent is a grid of grouped FSQ codes."""
+"""The image codec: a small convolutional autoencoder whose latent is a grid of FSQ codes or codebook vectors."""
 
 # Shapes: B batch, H W height and width in pixels, h w in positions, C channels of the latent, G groups
 
@@ -9,16 +9,29 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from openm6.codecs.base import FSQCodec, GroupedQuantizer, Quantized, QuantizerConfig
+from openm6.codecs.base import (
+    MAX_CODEBOOK,
+    GroupedQuantizer,
+    Quantized,
+    QuantizerConfig,
+    TrainableCodec,
+    VectorQuantizer,
+)
 from openm6.core.errors import DataError
 
 STEM = 4  # pixels folded into channels before the first convolution, which makes the codec fast on a CPU
 
 
 class ImageCodecConfig(QuantizerConfig):
-    """Shape of the network: one width and number of residual blocks per scale, the first at a quarter of the size."""
+    """Shape of the network: one width and number of residual blocks per scale, the first at a quarter of the size.
+
+    With `codebook`, each of the `groups` codes of a position is one of so many vectors of `latent` numbers, the second
+    of what the first left over, and there are no `levels`.
+    """
 
     groups: int = Field(default=4, ge=1)
+    codebook: int | None = Field(default=None, ge=2, le=MAX_CODEBOOK)
+    latent: int = Field(default=16, ge=1)
     widths: tuple[int, ...] = (96, 192)
     encoder_blocks: tuple[int, ...] = (2, 2)
     decoder_blocks: tuple[int, ...] = (2, 2)
@@ -30,6 +43,14 @@ class ImageCodecConfig(QuantizerConfig):
         if any(width % 8 for width in self.widths):
             raise ValueError("widths must be multiples of 8, for the group normalization")
         return self
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebook or super().codebook_size
+
+    @property
+    def vector_size(self) -> int:
+        return super().vector_size if self.codebook is None else self.latent
 
     @property
     def stride(self) -> int:
@@ -57,7 +78,7 @@ def _output(width: int, channels: int) -> list[nn.Module]:
     return [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)]
 
 
-class ImageCodec(FSQCodec):
+class ImageCodec(TrainableCodec):
     """Images in [-1, 1] of any size divisible by the stride, to codes and back: B 3 H W to B h w G."""
 
     kind: ClassVar[str] = "image"
@@ -79,7 +100,11 @@ class ImageCodec(FSQCodec):
                 layers += [nn.Conv2d(width, 4 * widths[scale - 1], 1), nn.PixelShuffle(2)]
         layers += [*_output(widths[0], 3 * STEM**2), nn.PixelShuffle(STEM)]
         self.decoder = nn.Sequential(*layers)  # B C h w -> B 3 H W
-        self.quantizer = GroupedQuantizer(config)
+        self.quantizer = (
+            GroupedQuantizer(config)
+            if config.codebook is None
+            else VectorQuantizer(config.groups, config.codebook, config.latent)
+        )
 
     def quantized(self, raw: Tensor) -> Quantized:
         """The quantized latent of images; DataError unless their sides are multiples of the stride."""

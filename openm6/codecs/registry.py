@@ -9,14 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
-from openm6.codecs.base import Codec, FSQCodec
+from openm6.codecs.base import Codec, TrainableCodec
 from openm6.codecs.external import PREFIX, load_external
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError, ConfigError, nearest
 from openm6.core.extensions import installed
 
-CODECS: dict[str, tuple[type[Config], type[FSQCodec]]] = {
+CODECS: dict[str, tuple[type[Config], type[TrainableCodec]]] = {
     "image": (ImageCodecConfig, ImageCodec),
     "audio": (AudioCodecConfig, AudioCodec),
 }
@@ -28,7 +28,7 @@ def shipped_codecs() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
 
 
-def save_codec(codec: FSQCodec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
+def save_codec(codec: TrainableCodec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
     """Write weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file."""
     state = codec.state_dict().items()
     tensors = {name: one.to(dtype if one.dim() > 1 else torch.float32).contiguous().cpu() for name, one in state}

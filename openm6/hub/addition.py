@@ -33,6 +33,7 @@ from openm6.tasks.registry import all_tasks
 
 # Smaller tensors keep their precision: norms, biases, scales.
 SMALL = 4096
+WHOLE = 1e-3  # of a level: rounding of fp32 products is far below it
 CARD_FILE = "README.md"
 REPORTS = (CARD_FILE, "report.json")
 # Beside the weights of a model.
@@ -131,7 +132,10 @@ def unused_names(description: CheckpointConfig) -> tuple[str, ...]:
 
 @torch.no_grad()
 def compact(whole: dict[str, Tensor], weights: str) -> dict[str, Tensor]:
-    """Large matrices in bf16, or as int8 levels with the exponents of their blocks; all else as it is."""
+    """Large matrices in bf16, or as int8 levels with the exponents of their blocks; all else as it is.
+
+    What was read from such a file gives the same file again.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in whole.items():
         if weights == "fp32" or tensor.dim() < 2 or tensor.numel() < SMALL or not tensor.is_floating_point():
@@ -139,10 +143,21 @@ def compact(whole: dict[str, Tensor], weights: str) -> dict[str, Tensor]:
         elif weights == "bf16":
             found[name] = tensor.to(torch.bfloat16)
         else:
-            exponent = fit_exponent(tensor.float())
-            found[name] = to_levels(tensor.float(), exponent).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-            found[f"{name}{SEPARATOR}{EXPONENT}"] = exponent
+            found[name], found[f"{name}{SEPARATOR}{EXPONENT}"] = _levels(tensor.float())
     return found
+
+
+def _levels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest levels, and exponents; those of values that are whole in units of a scale stay as they were."""
+    exponent = fit_exponent(values)
+    # Rounding makes the largest value of a block smaller, so it may fit the next scale now.
+    coarser = (exponent.to(torch.int16) + 1).clamp(max=127).to(torch.int8)
+    whole = []
+    for one in (exponent, coarser):
+        levels = to_levels(values, one)
+        whole.append(((levels - levels.round()).abs() < WHOLE).unflatten(-1, (one.shape[-1], -1)).all(-1))
+    exponent = torch.where(whole[1] & ~whole[0], coarser, exponent)
+    return to_levels(values, exponent).round().clamp(-LEVELS, LEVELS).to(torch.int8), exponent
 
 
 def read_addition(folder: Path, pretrained: Pretrained) -> Addition:

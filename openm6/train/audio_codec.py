@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openm6.codecs.audio import AudioCodecConfig
-from openm6.codecs.base import Codec, FSQCodec, bits_per_code
+from openm6.codecs.base import Codec, TrainableCodec, bits_per_code
 from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec import CodecDataConfig, CodecRecipe, DeviceRng, draw_weights, hold_out, read_records
@@ -73,10 +73,10 @@ class AudioSubject:
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
         self.filters = {size: mel_filters(n, size, rate).to(device) for size, n in MEL_SCALES.items()}
 
-    def held_out_scores(self, codec: FSQCodec) -> dict[str, float]:
+    def held_out_scores(self, codec: TrainableCodec) -> dict[str, float]:
         return audio_scores(codec, self.held_out)
 
-    def test_scores(self, codec: FSQCodec) -> dict[str, dict[str, float]]:
+    def test_scores(self, codec: TrainableCodec) -> dict[str, dict[str, float]]:
         clips = read_records(self.recipe.sources, "test", "audio", read_clip)
         return {name: audio_scores(codec, part) for name, part in clips.items()}
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from openm6.codecs.base import FSQCodec, QuantizerConfig, QuantizerStats
+from openm6.codecs.base import COMMITMENT, QuantizerConfig, QuantizerStats, TrainableCodec, VectorQuantizer
 from openm6.codecs.registry import CODECS, load_codec, save_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, TrainingError, nearest
@@ -92,9 +92,9 @@ class CodecSubject(Protocol):
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor: ...
 
-    def held_out_scores(self, codec: FSQCodec) -> dict[str, float]: ...
+    def held_out_scores(self, codec: TrainableCodec) -> dict[str, float]: ...
 
-    def test_scores(self, codec: FSQCodec) -> dict[str, dict[str, float]]: ...
+    def test_scores(self, codec: TrainableCodec) -> dict[str, dict[str, float]]: ...
 
 
 class CodecTraining(TrainingTask):
@@ -132,7 +132,7 @@ class CodecTraining(TrainingTask):
             raw = self.subject.draw(derive_seed(self.recipe.loop.seed, "lesson", batch.step))
         output, quantized = self.codec.reconstruct(raw)
         with torch.autocast(self.device.type, enabled=False):
-            loss = self.subject.loss(raw, output, settling)
+            loss = self.subject.loss(raw, output, settling) + COMMITMENT * quantized.commitment
         self.health = health = quantized.health
         metrics: dict[str, float | Tensor] = {
             "latent/mean_magnitude": health.mean_magnitude,
@@ -193,14 +193,24 @@ class CodecTraining(TrainingTask):
         get_log().info(f"wrote {run.path / CODEC_FILE}: {json.dumps(scores['test'])}")
 
 
-def first_codec(recipe: CodecRecipe) -> FSQCodec:
-    """Return a new codec, or the recipe's start; ConfigError if that has another shape than the recipe's codec."""
+def first_codec(recipe: CodecRecipe) -> TrainableCodec:
+    """Return a new codec, with the weights of the recipe's start; ConfigError if that is of another shape.
+
+    A codec with codebooks may start from one with FSQ: its networks, but no vectors.
+    """
+    codec = CODECS[recipe.kind.removeprefix("codec-")][1](recipe.codec)
     if recipe.start is None:
-        return CODECS[recipe.kind.removeprefix("codec-")][1](recipe.codec)
-    codec = load_codec(recipe.start)
-    if not isinstance(codec, FSQCodec) or codec.config != recipe.codec:
-        raise ConfigError(f"start={recipe.start} has another shape than codec, which must be {codec.config!r}")
-    return codec.requires_grad_(True).train()
+        return codec
+    start, own = load_codec(recipe.start), codec.state_dict()
+    tensors = start.state_dict()
+    new = {name for name in own.keys() - tensors.keys() if isinstance(codec.quantizer, VectorQuantizer)}
+    fits = {name: one.shape for name, one in tensors.items()} == {
+        name: one.shape for name, one in own.items() if name not in new
+    }
+    if not fits or (not new and start.config != recipe.codec):
+        raise ConfigError(f"start={recipe.start} has another shape than codec, which must be {start.config!r}")
+    codec.load_state_dict({**own, **tensors})
+    return codec
 
 
 def read_records(

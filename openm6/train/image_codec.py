@@ -14,7 +14,7 @@ from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from openm6.codecs.base import Codec, FSQCodec, bits_per_code
+from openm6.codecs.base import Codec, TrainableCodec, bits_per_code
 from openm6.codecs.image import ImageCodecConfig
 from openm6.data.source import Split
 from openm6.modalities.image import read_image, to_square
@@ -89,10 +89,10 @@ class ImageSubject:
         largest = max(self.config.sides)
         return read_records(self.recipe.sources, split, "image", lambda data: read_small(data, largest))
 
-    def held_out_scores(self, codec: FSQCodec) -> dict[str, float]:
+    def held_out_scores(self, codec: TrainableCodec) -> dict[str, float]:
         return image_scores(codec, self.held_out)
 
-    def test_scores(self, codec: FSQCodec) -> dict[str, dict[str, float]]:
+    def test_scores(self, codec: TrainableCodec) -> dict[str, dict[str, float]]:
         return {
             f"{name}_{side}": image_scores(codec, to_pixels(part, side))
             for name, part in self._read("test").items()

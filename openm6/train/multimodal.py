@@ -89,6 +89,7 @@ class MultimodalTraining(TrainingTask):
             found = {slot.modality for task in tasks for slot in (task.target, *task.inputs.values())}
             chats = MODALITIES if any(task.chat for task in tasks) else ()
             freeze(self.omni, recipe.model.freeze, {"text", POOL, *found, *chats})
+            start.check_codecs(self.omni, recipe.modalities, {task.target.modality for task in tasks})
             self._align(start, sources)
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):  # in place; tensors on `meta` stay there
             if not tensor.is_meta:
@@ -108,7 +109,7 @@ class MultimodalTraining(TrainingTask):
         self.calibration = calibration_examples(recipe, self.modalities) if calibrated else None
         self.packer = data.open_packer(recipe, sources, self.modalities, self.ranks, run.quarantine)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
-        whole = self.omni.pool is not None or self.ranks.size > 1
+        whole = recipe.contrastive or self.ranks.size > 1
         self.max_parts = 1 if whole else max(1, self.tokens_per_step // PART_TOKENS)
 
     def _align(self, start: Start, sources: dict[str, Source]) -> None:

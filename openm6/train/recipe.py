@@ -118,10 +118,14 @@ class MultimodalRecipe(Config):
         return text.vocab_size or (text.imported or preset(self.model.preset)).vocab_size
 
     @property
+    def contrastive(self) -> bool:
+        """Whether a task of the mixture compares the examples of a batch."""
+        return any(self.task(component.task).contrastive for component in self.mixture)
+
+    @property
     def pooling(self) -> PoolConfig | None:
         """Return how the model pools embeddings, if any task of the mixture trains it."""
-        contrastive = any(self.task(component.task).contrastive for component in self.mixture)
-        return self.embedding or (PoolConfig() if contrastive else None)
+        return self.embedding or (PoolConfig() if self.contrastive else None)
 
     @property
     def known_tasks(self) -> Mapping[str, Task]:

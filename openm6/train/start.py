@@ -24,9 +24,9 @@ from openm6.models.omni import Omni
 from openm6.train.recipe import MultimodalRecipe
 
 START_FILE = "start.json"  # in the folder of a run: the description of its start, for resuming without it
-# Settings of modalities that no weight depends on: a run may set its own.
+# Settings of modalities that no weight depends on, or only those of what is generated: a run may set its own.
 OWN_SETTINGS = ("max_tokens", "seconds", "max_seconds", "predictors", "min_patches", "max_patches", "max_pixels",
-                "augmentation", "flips", "vary_speed")  # fmt: skip
+                "augmentation", "flips", "vary_speed", "codec", "codebooks")  # fmt: skip
 FAR = 10.0  # scales that the values of a column may differ from those in the start without a warning
 
 
@@ -52,24 +52,48 @@ class Start:
         before = [one for one in start.trained_tasks if (one.task, one.source) not in trained]
         joined = {name: getattr(own, name) | getattr(start, name) for name in ("scales", "series", "tasks", "sources")}
         joined["trained_tasks"] = [*own.trained_tasks, *(x.model_copy(update={"of_start": True}) for x in before)]
-        kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths", "external")}
-        return own.model_copy(update=joined | kept)
+        kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths")}
+        replaced = {f"{name}.codec" for name in self.with_new_codec(own.modalities)}
+        external = {name: sha256 for name, sha256 in start.external.items() if name not in replaced}
+        return own.model_copy(update=joined | kept | {"external": external})
+
+    def with_new_codec(self, chosen: ModalitiesConfig) -> list[str]:
+        """Return the modalities that have another codec than in the start, so that they are generated anew."""
+        own = self.description.modalities
+        pairs = ((name, getattr(own, name), getattr(chosen, name)) for name in ("image", "audio"))
+        settings = ("codec", "codebooks")
+        return [
+            name
+            for name, *both in pairs
+            if len({tuple(getattr(one, key, None) for key in settings) for one in both}) > 1
+        ]
 
     def unlike(self, chosen: ModalitiesConfig) -> list[str]:
         """Return the modalities that have other settings than in the start, so that no weights of it fit."""
         own = self.description.modalities
         return [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
 
+    def check_codecs(self, omni: Omni, chosen: ModalitiesConfig, targets: set[str]) -> None:
+        """Raise ConfigError unless what another codec generates is trained, by modalities of `targets`."""
+        for name in self.with_new_codec(chosen):
+            trains = any(one.requires_grad for one in omni.adapter(f"{name}_out").parameters())
+            if name not in targets or not trains:
+                raise ConfigError(
+                    f"modalities.{name}.codec is another one than in the start: add a task that generates {name}, and"
+                    f" leave {name}_out out of model.freeze"
+                )
+
     def load_weights(self, omni: Omni, chosen: ModalitiesConfig, offloaded: bool) -> CheckpointReader | None:
         """Fill a model with the start's weights; return the reader of its layers' matrices if these stay on `meta`.
 
-        Pool, adapters and modalities that the start lacks keep their first weights.
+        Pool, adapters, modalities that the start lacks, and what generates with another codec keep their first weights.
         """
         if self.checkpoint is None:
             return None
         for block in omni.backbone.blocks if not offloaded else ():
             block.place_matrices("cpu")
         unread = tuple(f"adapters.{name}_" for name in self.unlike(chosen))
+        unread += tuple(f"adapters.{name}_out." for name in self.with_new_codec(chosen))
         new = (".lora.", ".modality_experts.", f"adapters.{POOL}.")
         reader = load_placed(self.checkpoint, omni, new, unread)
         return reader if offloaded else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from openm6.codecs.base import GroupedQuantizer, LatentNorm, QuantizerConfig, ResidualQuantizer
+from openm6.codecs.base import GroupedQuantizer, LatentNorm, QuantizerConfig, ResidualQuantizer, VectorQuantizer
 
 CONFIG = QuantizerConfig(groups=3, levels=(5, 4))
 
@@ -140,3 +140,50 @@ def test_health_tells_a_live_latent_from_a_dead_one() -> None:
     dead = quantizer(latent(64, 16, 6) * 60).health  # what an unnormalized encoder arrives at
     assert dead.saturated > 0.9 and (dead.bits < 0.6 * dead.capacity).all() and dead.mean_magnitude > 20
     assert torch.allclose(dead.capacity[:2], torch.tensor([5.0, 4.0]).log2())
+
+
+def trained_vectors(rows: torch.Tensor, size: int, passes: int = 150) -> VectorQuantizer:
+    quantizer = VectorQuantizer(2, size, rows.shape[-1], dropout=0.5).train()
+    for _ in range(passes):
+        quantizer(rows)
+    return quantizer.eval()
+
+
+def test_vectors_of_a_codebook_are_the_nearest_and_give_back_the_latent() -> None:
+    quantizer = trained_vectors(latent(8, 20, 5), 32)
+    z = latent(2, 7, 5, seed=1)
+    quantized = quantizer(z)
+    assert quantized.codes.shape == (2, 7, 2) and 0 <= quantized.codes.min() and quantized.codes.max() < 32
+    assert torch.allclose(quantizer.latent_of(quantized.codes), quantized.latent, atol=1e-5)
+    wanted = 2 * torch.sigmoid(1.6 * quantizer.norm(z)) - 1
+    for stage in range(2):
+        code = torch.cdist(wanted, quantizer.codebooks[stage][None]).argmin(-1)
+        assert torch.equal(code, quantized.codes[..., stage])
+        wanted = wanted - quantizer.codebooks[stage][code]
+    first = quantizer.latent_of(quantized.codes[..., :1])
+    assert torch.equal(first, quantizer.codebooks[0][quantized.codes[..., 0]])
+
+
+def test_unused_vectors_are_replaced_until_all_points_of_a_latent_are_found() -> None:
+    points = latent(16, 4)
+    rows = points[torch.arange(320) % 16].view(1, 320, 4)
+    quantizer = trained_vectors(rows, 32, passes=1200)
+    exact = 2 * torch.sigmoid(1.6 * quantizer.norm(points[None])) - 1
+    distance = torch.cdist(exact, quantizer.codebooks[0][None])[0]
+    assert distance.min(1).values.max() < 0.01
+
+
+def test_the_gradient_passes_codebooks_straight_through_and_the_commitment_pulls() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(1, 8, 3)
+    quantizer.norm.frozen = True
+    z = latent(1, 40, 3).requires_grad_()
+    quantized = quantizer(z)
+    y = 2 * torch.sigmoid(1.6 * quantizer.norm(z)) - 1
+    (straight,) = torch.autograd.grad(quantized.latent.sum(), z, retain_graph=True)
+    assert torch.allclose(straight, torch.autograd.grad(y.sum(), z, retain_graph=True)[0])
+    assert isinstance(quantized.commitment, torch.Tensor)
+    (pull,) = torch.autograd.grad(quantized.commitment, z)
+    moved = 2 * torch.sigmoid(1.6 * quantizer.norm(z - 0.1 * pull)) - 1
+    target = quantized.latent.detach()
+    assert (moved - target).square().sum() < (y - target).square().sum()

@@ -41,6 +41,14 @@ def test_one_scale_means_places_of_four_pixels() -> None:
     assert codec.encode(images(1, 64, 64)).shape == (1, 16, 16, 1)
 
 
+def test_a_codec_with_codebooks_has_one_code_for_each_and_their_vectors() -> None:
+    codec = make(TINY.model_copy(update={"codebook": 12, "latent": 6}))
+    codes = codec.encode(images(2, 32, 16))
+    assert codes.shape == (2, 4, 2, 2) and codes.max() < codec.config.codebook_size == 12
+    assert codec.decode(codes).shape == (2, 3, 32, 16)
+    assert codec.vectors().shape == (2, 12, 6)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 60, 64), (1, 1, 64, 64), (3, 64, 64), (1, 3, 0, 8)])
 def test_other_shapes_are_refused_with_the_stride(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="multiples of 8"):

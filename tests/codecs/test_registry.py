@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
-from openm6.codecs.base import FSQCodec
+from openm6.codecs.base import TrainableCodec
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.registry import CODECS, METADATA_KEY, load_codec, save_codec
 from openm6.core.errors import CheckpointError, ConfigError
 
 
-def example(kind: str) -> tuple[FSQCodec, torch.Tensor]:
+def example(kind: str) -> tuple[TrainableCodec, torch.Tensor]:
     torch.manual_seed(0)
     if kind == "image":
         config = ImageCodecConfig(groups=2, levels=(8, 5), widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,))

@@ -16,17 +16,20 @@ from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, read_small, to_pixels
 
 
-def test_four_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
-    assert shipped_codecs() == ("audio", "audio-mini", "image-256", "image-64")
+def test_five_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
+    assert shipped_codecs() == ("audio", "audio-mini", "image-256", "image-64", "image-mini")
     for name in shipped_codecs():
         assert (SHIPPED / f"{name}.safetensors").stat().st_size < 8_000_000
         assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
 
 
-@pytest.mark.parametrize(("name", "grid", "groups", "decibels"), [("image-64", 8, 4, 27.5), ("image-256", 16, 2, 30.5)])
-def test_unseen_emoji_survive(name: str, grid: int, groups: int, decibels: float) -> None:
-    codec = load_codec(name)
-    assert isinstance(codec, ImageCodec) and codec.config.groups == groups and codec.config.codebook_size == 1000
+CODECS = {"image-64": (8, 4, 1000, 27.5), "image-256": (16, 2, 1000, 30.5), "image-mini": (8, 2, 1024, 24)}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_unseen_emoji_survive(name: str) -> None:
+    codec, (grid, groups, size, decibels) = load_codec(name), CODECS[name]
+    assert isinstance(codec, ImageCodec) and codec.config.groups == groups and codec.config.codebook_size == size
     source = open_sources({"emoji": EmbeddedConfig(name="emoji")}, "test")["emoji"]
     pixels = to_pixels([read_small(source[index]["image"], 64) for index in range(0, len(source), 4)], 64)
     assert codec.encode(torch.zeros(1, 3, 64, 64)).shape == (1, grid, grid, groups)

@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openm6.checkpoint.folder import latest
+from openm6.checkpoint.folder import EXPONENT, SEPARATOR, latest
 from openm6.core.errors import CheckpointError, ConfigError
+from openm6.hub.addition import compact
 from openm6.hub.export import export_run
 from openm6.hub.find import find_model
 from openm6.hub.importing import Additions, import_model
 from openm6.inference.load import load
+from openm6.optim.low_precision import from_levels
 from openm6.train.run import train_recipe
 from tests.hub.published import publish
 from tests.hub.test_additions import PIXELS, WORDS, states, text_of
@@ -78,6 +80,18 @@ def test_an_addition_and_its_decoder_are_the_run_again(folder: Path, tmp_path: P
     again, start = load(tmp_path / "again", "cpu"), load(folder / "start", "cpu")
     assert torch.equal(states(again, WORDS), states(start, WORDS))
     assert again.description.trained_tasks and again.description.base_model == str((folder / "base").resolve())
+
+
+def test_weights_that_were_packed_are_packed_to_the_same_levels() -> None:
+    rng = torch.Generator().manual_seed(0)
+    whole = {"a": torch.randn(64, 384, generator=rng), "b": torch.randn(8, 64, 64, generator=rng) ** 3}
+    whole["a"][3] = 0.0
+    packed = compact(whole, "int8")
+    names = [name for name in packed if name in whole]
+    again = {name: from_levels(packed[name], packed[f"{name}{SEPARATOR}{EXPONENT}"], torch.float32) for name in names}
+    twice = compact(again, "int8")
+    assert all(torch.equal(twice[name], one) for name, one in packed.items())
+    assert max(float((again[name] - one).abs().max() / one.abs().max()) for name, one in whole.items()) < 0.01
 
 
 def test_an_addition_needs_its_decoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,14 +61,35 @@ def test_training_starts_from_the_weights_of_a_codec_of_the_same_shape(tmp_path:
         image_training(start="image-64")
 
 
-def test_a_resumed_run_writes_the_same_codec_bit_for_bit(tmp_path: Path) -> None:
-    whole = image_training()
+CODEBOOKS = {"groups": 2, "codebook": 16, "latent": 8, "widths": [16], "encoder_blocks": [1], "decoder_blocks": [1]}
+
+
+def test_codebooks_start_from_the_networks_of_a_codec_without(tmp_path: Path) -> None:
+    before = image_training()
+    train(before, before.recipe.loop, RunFolder.open(tmp_path))
+    start = str(tmp_path / CODEC_FILE)
+    further = image_training(start=start, codec=CODEBOOKS)
+    own = further.codec.state_dict()
+    assert all(torch.equal(own[name], one) for name, one in load_codec(start).state_dict().items())
+    train(further, further.recipe.loop, RunFolder.open(tmp_path / "further"))
+    codec = load_codec(tmp_path / "further" / CODEC_FILE)
+    assert codec.vectors().shape == (2, 16, 8) and codec.vectors().abs().sum(-1).min() > 0
+    assert codec.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8, 2)
+    scores = json.loads((tmp_path / "further" / SCORES_FILE).read_text())
+    assert 0 < scores["held_out"]["bits"] <= 8
+    with pytest.raises(ConfigError, match="another shape than codec"):
+        image_training(start=start, codec=CODEBOOKS | {"latent": 9})
+
+
+@pytest.mark.parametrize("changes", [{}, {"codec": CODEBOOKS}], ids=["fsq", "codebooks"])
+def test_a_resumed_run_writes_the_same_codec_bit_for_bit(changes: dict[str, object], tmp_path: Path) -> None:
+    whole = image_training(**changes)
     train(whole, whole.recipe.loop, RunFolder.open(tmp_path / "whole"))
-    cut = image_training()
+    cut = image_training(**changes)
     _stop_after(cut, 4)
     with pytest.raises(KeyboardInterrupt):
         train(cut, cut.recipe.loop, RunFolder.open(tmp_path / "cut"))
-    again = image_training()
+    again = image_training(**changes)
     train(again, again.recipe.loop, RunFolder.open(tmp_path / "cut"), resume=True)
     assert (tmp_path / "cut" / CODEC_FILE).read_bytes() == (tmp_path / "whole" / CODEC_FILE).read_bytes()
     assert again.updates == whole.updates == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,38 @@ def test_an_imported_decoder_is_a_start(tmp_path: Path) -> None:
         train_recipe(write_recipe(tmp_path, tuned_recipe(tmp_path / "theirs", tmp_path)), out=tmp_path / "no")
 
 
+def test_another_codec_generates_anew_and_all_else_is_kept(start: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(2) | {"eval": {"at_end": False}}
+    recipe |= {"modalities": {"image": {"codec": "image-256"}}, "packing": {"batch_size": 2, "seq_len": 400}}
+    recipe["model"] = {"start": str(start), "freeze": ["backbone", "text", "numbers", "audio", "image_in"]}
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run", resume=True)
+    before, after = read_texts(latest(start))[0], read_texts(latest(tmp_path / "run"))[0]
+    assert after.external["audio.codec"] == before.external["audio.codec"]
+    assert after.external["image.codec"] != before.external["image.codec"]
+    old, new = weights(start), weights(tmp_path / "run")
+    assert new["adapters.image_out.to_codes"].shape != old["adapters.image_out.to_codes"].shape
+    assert all(torch.equal(new[name], one) for name, one in old.items() if ".image_out." not in name)
+    assert load(tmp_path / "run", "cpu").image.codec.step == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_processes_share_steps_of_modality_experts_beside_embeddings_that_are_not_trained(tmp_path: Path) -> None:
+    first = tiny_recipe(2) | {"eval": {"at_end": False}, "embedding": {}}
+    train_recipe(write_recipe(tmp_path, first), out=tmp_path / "start")
+    experts = {"modalities": ["image_out"], "intermediate_size": 32, "num_experts": 2, "top_k": 1, "balance": "none"}
+    model = {"freeze": ["text", "numbers", "audio", "image_in", "pool"], "modality_experts": experts}
+    for workers in (1, 2):
+        recipe = tiny_recipe(3, num_processes=workers) | {"eval": {"at_end": False}, "modalities": {}}
+        recipe |= {"packing": {"batch_size": 2, "seq_len": 400}, "model": {"start": str(tmp_path / "start"), **model}}
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / f"run-{workers}")
+    before, alone, together = (weights(tmp_path / name) for name in ("start", "run-1", "run-2"))
+    moved = {name for name, one in alone.items() if name not in before or not torch.equal(one, before[name])}
+    assert moved and all("modality_experts" in name or "image_out" in name for name in moved)
+    for name, one in alone.items():
+        torch.testing.assert_close(one, together[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no start": ({"model": {"start": "/none"}}, "there is no run or checkpoint at /none"),
     "two starts": ({"model": {"start": ["a", "b"]}}, "model.start: Input should be a valid string"),
@@ -177,6 +210,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "all that is used": ({"freeze": ["backbone", "text", "numbers"]}, "leaves nothing to train"),
     "other codec": ({"modalities": {"image": {"patch": 16}}}, "modalities.image.patch differs from that of"),
     "other prompts": ({"modalities": {"prompt_attention": "causal"}}, "modalities.prompt_attention differs"),
+    "another codec, frozen": (
+        {"modalities": {"image": {"codec": "image-256"}}, "freeze": ["image"]},
+        "modalities.image.codec is another one than in the start: add a task that generates image",
+    ),
     "replay of nothing": ({"model": {}, "replay": 0.1}, "replay=0.1 is for the mixture of a start"),
     "too much replay": ({"replay": 1}, "replay: Input should be less than 1"),
 }  # fmt: skip

@@ -42,6 +42,9 @@ LORELEI_HAIR = {
     ("pinned-up", "盘发"): (14, 26, 36, 38, 46),
     ("ponytail", "马尾"): (31, 33, 42),
 }
+# Of 23 and 27 mouths, those whose mood can be seen at 64 pixels.
+PIXEL_MOUTHS = ["happy06", "happy09", "happy12", "sad01", "sad08", "sad09"]
+LORELEI_MOUTHS = ["happy05", "happy07", "happy12", "sad01", "sad05", "sad06"]
 PEEPS_HEADS: dict[Words, tuple[str, ...]] = {
     ("an afro", "爆炸头"): ("afro", "longAfro"),
     ("braids", "辫子"): ("cornrows", "cornrows2"),
@@ -158,8 +161,9 @@ FAMILIES = {
     "pixel-art": Family(
         ("pixel art", "像素画"),
         {
-            **WHITE, "hairColor": list(HAIR_COLOURS), "skinColor": list(SKINS), "clothingColor": list(SHIRTS),
-            "hatColor": list(HATS), "glassesProbability": 40, "hatProbability": 25, "beardProbability": 25,
+            **WHITE, "mouth": PIXEL_MOUTHS, "hairColor": list(HAIR_COLOURS), "skinColor": list(SKINS),
+            "clothingColor": list(SHIRTS), "hatColor": list(HATS), "glassesProbability": 40, "hatProbability": 25,
+            "beardProbability": 25,
         },
         _pixel_art,
         ("hair", "hair colour", "shirt"),
@@ -167,7 +171,8 @@ FAMILIES = {
     "lorelei": Family(
         ("sketch", "手绘"),
         {
-            **WHITE, "hair": [f"variant{kind:02}" for kinds in LORELEI_HAIR.values() for kind in kinds],
+            **WHITE, "mouth": LORELEI_MOUTHS,
+            "hair": [f"variant{kind:02}" for kinds in LORELEI_HAIR.values() for kind in kinds],
             "hairColor": list(HAIR_COLOURS), "skinColor": list(SKINS), "hairAccessoriesColor": ["e8508c"],
             "earringsColor": ["d19a00"], "glassesProbability": 30, "beardProbability": 20, "earringsProbability": 25,
             "hairAccessoriesProbability": 20, "frecklesProbability": 0,
