@@ -58,7 +58,7 @@ class Start:
         return own.model_copy(update=joined | kept | {"external": external})
 
     def with_new_codec(self, chosen: ModalitiesConfig) -> list[str]:
-        """Return the modalities that have another codec than in the start, so that they are generated anew."""
+        """Return the modalities that have another codec than in the start, so that generating them is learned again."""
         own = self.description.modalities
         pairs = ((name, getattr(own, name), getattr(chosen, name)) for name in ("image", "audio"))
         settings = ("codec", "codebooks")
@@ -197,11 +197,30 @@ def _with_names_apart(
     for name, config in sorted(start.sources.items(), key=lambda item: item[1].get("kind") == "pairs"):
         values = {key: names.get(value, value) if key in ("left", "right") else value for key, value in config.items()}
         new = name
-        while new in renamed or own.get(new, values) != values:
+        while new in renamed or not _same_data(own.get(new, values), values):
             new += "_of_start"
-        names[name], renamed[new] = new, values
+        names[name], renamed[new] = new, _with_task_fields(values, own.get(new, {}))
     trained = [one.model_copy(update={"source": names.get(one.source, one.source)}) for one in start.trained_tasks]
     return start.model_copy(update={"sources": renamed, "trained_tasks": trained}), names
+
+
+def _same_data(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether sources differ by no more than the columns that tasks of a recipe read."""
+    return {**one, "task_fields": None} == {**other, "task_fields": None}
+
+
+def _with_task_fields(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The values of a source with the columns that tasks read in either."""
+    first, second = values.get("task_fields") or {}, own.get("task_fields") or {}
+    if not first or not second:
+        return {**values, "task_fields": first or second} if first or second else values
+    joined: dict[str, Any] = {}
+    for key in {**first, **second}:
+        mine, other = first.get(key), second.get(key)
+        joined[key] = other if mine is None else mine
+        if isinstance(mine, list) and isinstance(other, list):
+            joined[key] = list(dict.fromkeys([*mine, *other]))
+    return {**values, "task_fields": joined}
 
 
 def _with_replay(recipe: MultimodalRecipe, values: dict[str, Any], start: Start) -> dict[str, Any]:

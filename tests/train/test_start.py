@@ -200,6 +200,24 @@ def test_processes_share_steps_of_modality_experts_beside_embeddings_that_are_no
         torch.testing.assert_close(one, together[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_columns_that_tasks_read_do_not_part_a_source_from_that_of_the_start(tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    for name, columns in (("start", ["side"]), ("run", ["depth"])):
+        recipe = tiny_recipe(2) | {"eval": {"at_end": False}}
+        recipe["sources"] = {"boxes": {"kind": "csv", "path": str(table), "fields": {"numbers": ["body_mass_g"]}}}
+        task = {"inputs": {"size": {"numbers": columns}}, "target": {"text": "shape"}, "metrics": ["exact_match"]}
+        task |= {"summary": "Name the shape", "prompts": {"en": "{size} Shape?"}}
+        recipe["tasks"] = {f"shape_by_{columns[0]}": task}
+        recipe["mixture"] = [{"source": "boxes", "task": f"shape_by_{columns[0]}"}]
+        if name == "run":
+            recipe |= {"model": {"start": str(tmp_path / "start")}, "modalities": {}}
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / name)
+    found = read_texts(latest(tmp_path / "run"))[0]
+    assert list(found.sources) == ["boxes"] and len(found.trained_tasks) == 2
+    columns = found.sources["boxes"]["task_fields"].values()
+    assert {"side", "depth", "shape"} <= {name for names in columns for name in names or ()}
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no start": ({"model": {"start": "/none"}}, "there is no run or checkpoint at /none"),
     "two starts": ({"model": {"start": ["a", "b"]}}, "model.start: Input should be a valid string"),
