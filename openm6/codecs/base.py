@@ -27,13 +27,17 @@ def cell_values(cells: Tensor, levels: Tensor) -> Tensor:
     return cells * (2.0 / (levels - 1)) - 1.0
 
 
+def bounded(z: Tensor) -> Tensor:
+    """Numbers within (-1, 1), about uniform for unit Gaussian z (iFSQ, arXiv 2601.17124), in fp32."""
+    return 2.0 * torch.sigmoid(1.6 * z.float()) - 1.0
+
+
 def quantize(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Quantized coordinates with a straight-through gradient, and their cells.  # ... D -> ... D, ... D
 
     `z` is unbounded and should have about unit variance; it is computed in fp32, since rounding in bf16 moves cells.
     """
-    # Within (-1, 1), which cells divide evenly; about uniform for unit Gaussian z (iFSQ, arXiv 2601.17124).
-    y = 2.0 * torch.sigmoid(1.6 * z.float()) - 1.0
+    y = bounded(z)  # cells divide it evenly
     cells = torch.minimum(torch.floor((y + 1.0) * 0.5 * levels).long().clamp(min=0), levels - 1)
     return y + (cell_values(cells, levels) - y).detach(), cells
 
@@ -221,6 +225,8 @@ class VectorQuantizer(nn.Module):
     to generate than one of many FSQ codes.
     """
 
+    OWN: ClassVar[tuple[str, ...]] = ("codebooks", "used")  # what a codec with FSQ lacks
+
     codebooks: Tensor
     used: Tensor
     levels: Tensor
@@ -235,7 +241,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, latent: Tensor) -> Quantized:
         """# B P C -> B P C, codes B P G; while training, some rows keep only their first stages"""
         z = self.norm(latent.float())
-        y = 2.0 * torch.sigmoid(1.6 * z) - 1.0
+        y = bounded(z)
         rest, total, commitment, chosen = y.detach(), torch.zeros_like(y), y.new_zeros(()), []
         kept = kept_stages(y, len(self.codebooks), self.dropout if self.training else 0.0)
         for stage in range(len(self.codebooks)):

@@ -198,16 +198,17 @@ def first_codec(recipe: CodecRecipe) -> TrainableCodec:
 
     A codec with codebooks may start from one with FSQ: its networks, but no vectors.
     """
-    codec = CODECS[recipe.kind.removeprefix("codec-")][1](recipe.codec)
+    make = CODECS[recipe.kind.removeprefix("codec-")][1]
     if recipe.start is None:
-        return codec
-    start, own = load_codec(recipe.start), codec.state_dict()
-    tensors = start.state_dict()
-    new = {name for name in own.keys() - tensors.keys() if isinstance(codec.quantizer, VectorQuantizer)}
-    fits = {name: one.shape for name, one in tensors.items()} == {
-        name: one.shape for name, one in own.items() if name not in new
-    }
-    if not fits or (not new and start.config != recipe.codec):
+        return make(recipe.codec)
+    start = load_codec(recipe.start)
+    if isinstance(start, TrainableCodec) and start.config == recipe.codec:
+        return start.requires_grad_(True).train()
+    codec = make(recipe.codec)
+    own, tensors = codec.state_dict(), start.state_dict()
+    new = {f"quantizer.{name}" for name in VectorQuantizer.OWN} & own.keys()
+    shapes = {name: one.shape for name, one in own.items() if name not in new}
+    if not new or {name: one.shape for name, one in tensors.items()} != shapes:
         raise ConfigError(f"start={recipe.start} has another shape than codec, which must be {start.config!r}")
     codec.load_state_dict({**own, **tensors})
     return codec

@@ -60,13 +60,11 @@ class Start:
     def with_new_codec(self, chosen: ModalitiesConfig) -> list[str]:
         """Return the modalities that have another codec than in the start, so that generating them is learned again."""
         own = self.description.modalities
-        pairs = ((name, getattr(own, name), getattr(chosen, name)) for name in ("image", "audio"))
-        settings = ("codec", "codebooks")
-        return [
-            name
-            for name, *both in pairs
-            if len({tuple(getattr(one, key, None) for key in settings) for one in both}) > 1
-        ]
+        changed = {
+            "image": own.image.codec != chosen.image.codec,
+            "audio": (own.audio.codec, own.audio.codebooks) != (chosen.audio.codec, chosen.audio.codebooks),
+        }
+        return [name for name, one in changed.items() if one]
 
     def unlike(self, chosen: ModalitiesConfig) -> list[str]:
         """Return the modalities that have other settings than in the start, so that no weights of it fit."""
@@ -74,8 +72,11 @@ class Start:
         return [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
 
     def check_codecs(self, omni: Omni, chosen: ModalitiesConfig, targets: set[str]) -> None:
-        """Raise ConfigError unless what another codec generates is trained, by modalities of `targets`."""
-        for name in self.with_new_codec(chosen):
+        """Raise ConfigError unless what another codec generates is trained, by modalities of `targets`.
+
+        An imported decoder generated nothing with its codecs, so it loses nothing.
+        """
+        for name in set(self.with_new_codec(chosen)) - set(self.unlike(chosen)):
             trains = any(one.requires_grad for one in omni.adapter(f"{name}_out").parameters())
             if name not in targets or not trains:
                 raise ConfigError(

@@ -160,10 +160,12 @@ def test_an_imported_decoder_is_a_start(tmp_path: Path) -> None:
     texts = {"text_en": "shape", "numbers": ["side"]}
     recipe["sources"]["penguins"]["fields"] = texts
     recipe["mixture"] = [{"source": "penguins", "task": "text_regression"}]
+    recipe["modalities"] = {"image": {"codec": "image-256"}}  # of which it generates nothing
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     (before, _), (after, _) = read_texts(latest(tmp_path / "imported")), read_texts(latest(tmp_path / "run"))
     assert after.modalities.prompt_attention == "causal" and after.base_model == before.base_model
     assert after.modalities.text.imported == before.modalities.text.imported
+    assert load(tmp_path / "run", "cpu").image.codec.step == 4
     with pytest.raises(OpenM6Error, match="a model of another library: import it first"):
         train_recipe(write_recipe(tmp_path, tuned_recipe(tmp_path / "theirs", tmp_path)), out=tmp_path / "no")
 
