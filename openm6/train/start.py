@@ -80,7 +80,7 @@ class Start:
             trains = any(one.requires_grad for one in omni.adapter(f"{name}_out").parameters())
             if name not in targets or not trains:
                 raise ConfigError(
-                    f"modalities.{name}.codec is another one than in the start: add a task that generates {name}, and"
+                    f"modalities.{name}.codec is another one than in the start: add a task whose output is {name}, and"
                     f" leave {name}_out out of model.freeze"
                 )
 

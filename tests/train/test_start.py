@@ -232,7 +232,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "other prompts": ({"modalities": {"prompt_attention": "causal"}}, "modalities.prompt_attention differs"),
     "another codec, frozen": (
         {"modalities": {"image": {"codec": "image-256"}}, "freeze": ["image"]},
-        "modalities.image.codec is another one than in the start: add a task that generates image",
+        "modalities.image.codec is another one than in the start: add a task whose output is image",
     ),
     "replay of nothing": ({"model": {}, "replay": 0.1}, "replay=0.1 is for the mixture of a start"),
     "too much replay": ({"replay": 1}, "replay: Input should be less than 1"),
