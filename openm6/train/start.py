@@ -21,6 +21,7 @@ from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.modalities.simple_predictors import TablePredictors, from_bytes
 from openm6.models.description import CheckpointConfig, read_description
 from openm6.models.omni import Omni
+from openm6.tasks.registry import all_tasks
 from openm6.train.recipe import MultimodalRecipe
 
 START_FILE = "start.json"  # in the folder of a run: the description of its start, for resuming without it
@@ -50,11 +51,20 @@ class Start:
                 "if they mean something else, give them other names"
             )
         before = [one for one in start.trained_tasks if (one.task, one.source) not in trained]
+        replaced, known = self.with_new_codec(own.modalities), all_tasks(start.tasks)
+        lost = [one for one in before if one.task in known and known[one.task].output_modality in replaced]
+        if lost:
+            names = ", ".join(f"{one.task} of {one.source}" for one in lost)
+            get_log().warning(
+                f"the start learned to generate with another codec and does no longer: {names}; add to the mixture "
+                "what is still needed"
+            )
+        before = [one for one in before if one not in lost]
         joined = {name: getattr(own, name) | getattr(start, name) for name in ("scales", "series", "tasks", "sources")}
         joined["trained_tasks"] = [*own.trained_tasks, *(x.model_copy(update={"of_start": True}) for x in before)]
         kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths")}
-        replaced = {f"{name}.codec" for name in self.with_new_codec(own.modalities)}
-        external = {name: sha256 for name, sha256 in start.external.items() if name not in replaced}
+        codecs = {f"{name}.codec" for name in replaced}
+        external = {name: sha256 for name, sha256 in start.external.items() if name not in codecs}
         return own.model_copy(update=joined | kept | {"external": external})
 
     def with_new_codec(self, chosen: ModalitiesConfig) -> list[str]:

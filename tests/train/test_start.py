@@ -170,13 +170,19 @@ def test_an_imported_decoder_is_a_start(tmp_path: Path) -> None:
         train_recipe(write_recipe(tmp_path, tuned_recipe(tmp_path / "theirs", tmp_path)), out=tmp_path / "no")
 
 
-def test_another_codec_generates_anew_and_all_else_is_kept(start: Path, tmp_path: Path) -> None:
+def test_another_codec_generates_anew_and_all_else_is_kept(
+    start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = tiny_recipe(2) | {"eval": {"at_end": False}}
+    recipe["mixture"] = [{"source": "digits", "task": "tabular_to_image"}]
     recipe |= {"modalities": {"image": {"codec": "image-256"}}, "packing": {"batch_size": 2, "seq_len": 400}}
     recipe["model"] = {"start": str(start), "freeze": ["backbone", "text", "numbers", "audio", "image_in"]}
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run", resume=True)
     before, after = read_texts(latest(start))[0], read_texts(latest(tmp_path / "run"))[0]
+    assert "no longer: text_to_image of digits" in caplog.text
+    kept = {one.task for one in before.trained_tasks} - {"text_to_image"}
+    assert {one.task for one in after.trained_tasks} == kept | {"tabular_to_image"}
     assert after.external["audio.codec"] == before.external["audio.codec"]
     assert after.external["image.codec"] != before.external["image.codec"]
     old, new = weights(start), weights(tmp_path / "run")
