@@ -55,6 +55,11 @@ class Conversion:
         self.old_rule, self.new_rule = (
             update_rule(OptimizerConfig(precision=name)) for name in (state["precision"], self.precision)
         )
+        if any(folder.glob("shard-*.safetensors")):
+            raise ConfigError(
+                f"{folder} is in shards, one for each rank: resume the run with one process, and convert its next "
+                "checkpoint"
+            )
         self.weights = CheckpointReader(folder, "model")
         # An imported decoder has no moments yet.
         has_moments = any(folder.glob("optimizer*.safetensors"))
