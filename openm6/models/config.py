@@ -151,7 +151,7 @@ class BackboneConfig(Config):
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters that exist, and those that one token meets (shared ones count once per layer)."""
+    """Parameters that exist, and those that a token of text meets (shared ones count once per layer)."""
 
     total: int
     active: int
@@ -175,4 +175,17 @@ def count_parameters(config: BackboneConfig) -> ParameterCount:
         active += norms + router + attention + used * network
         total += norms + (0 if config.share_routers and first != layer else router)
         total += attention + existing * network if first == layer else 0
+    total += config.num_layers * sum(modality_parameters(config, one).total for one in config.modality_experts)
     return ParameterCount(total, active)
+
+
+def modality_parameters(config: BackboneConfig, experts: layers.ModalityExpertsConfig) -> ParameterCount:
+    """Parameters of modality experts in one layer, and those that one of their tokens meets."""
+    width, heads, key = (config.hidden_size, *(n * config.head_dim for n in (config.num_heads, config.num_kv_heads)))
+    added = experts.num_experts * width  # the router
+    if experts.lora is not None:
+        sizes = {"q_proj": width + heads, "k_proj": width + key, "v_proj": width + key, "o_proj": heads + width}
+        chosen = sizes if experts.lora.targets == "all-linear" else experts.lora.targets
+        added += experts.lora.r * sum(sizes.get(name, 0) for name in chosen)
+    network = layers.matrices_of(experts.hidden_act) * width * experts.intermediate_size
+    return ParameterCount(added + experts.num_experts * network, added + experts.experts_per_token * network)

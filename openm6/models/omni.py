@@ -15,7 +15,7 @@ from openm6.modalities.pool import POOL, PoolAdapter, PoolConfig
 from openm6.modalities.registry import Modalities
 from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone, Refill
-from openm6.models.config import BackboneConfig, count_parameters
+from openm6.models.config import BackboneConfig, count_parameters, modality_parameters
 from openm6.nn.cache import TokenCache
 from openm6.nn.moe import Router, RouterStats
 from openm6.ops.matmul import autocast_dtype
@@ -80,18 +80,12 @@ class Omni(nn.Module):
         return self.text.embedding.weight.device
 
     def count_parameters(self) -> tuple[int, int]:
-        """All parameters, and those that one token meets: the backbone's active ones and all adapters."""
+        """All parameters, and those that one token meets at most: the backbone's active ones and all adapters."""
         adapters = sum(parameter.numel() for parameter in self.adapters.parameters())
-        named = [*self.backbone.named_parameters()]
-        adapters += sum(one.numel() for name, one in named if ".lora." in name)
-        added, met = 0, [0]
-        for index, experts in enumerate(self.config.modality_experts):
-            new = {name: one.numel() for name, one in named if f".modality_experts.{index}." in name}
-            idle = 1 - experts.experts_per_token / experts.num_experts  # a token meets `top_k` of them
-            unused = round(idle * sum(count for name, count in new.items() if ".experts." in name))
-            added, met = added + sum(new.values()), [*met, sum(new.values()) - unused]
+        adapters += sum(one.numel() for name, one in self.backbone.named_parameters() if ".lora." in name)
+        met = [modality_parameters(self.config, one).active for one in self.config.modality_experts]
         backbone = count_parameters(self.config)
-        return backbone.total + adapters + added, backbone.active + adapters + max(met)
+        return backbone.total + adapters, backbone.active + adapters + self.config.num_layers * max(met, default=0)
 
     def delink(self, refill: Refill | None = None) -> dict[str, str]:
         """Goes from the pseudo stage to the real one; see `Backbone.delink`. New parameter name -> old one."""

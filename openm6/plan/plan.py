@@ -16,7 +16,7 @@ from typing import Any
 from openm6.core.errors import ConfigError, nearest
 from openm6.energy.carbon import GPT3_MWH, JOULES_PER_KWH, grid
 from openm6.energy.meter import EnergyConfig
-from openm6.models.config import BackboneConfig, count_parameters
+from openm6.models.config import BackboneConfig, count_parameters, modality_parameters
 from openm6.nn.config import DenseConfig, ExpertsConfig, matrices_of
 from openm6.plan.hardware import COMPUTING, GIB, MOVING, OTHER_PARTS, WAITING, Cluster, ClusterOptions, Gpu, gpu_cluster
 from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
@@ -36,8 +36,13 @@ class Weights:
 
 
 def weights_per_token(config: BackboneConfig, vocabulary: int) -> Weights:
-    """Weights that one token is multiplied with in a forward pass, the output layer included; no norms or look-ups."""
+    """Weights that one token is multiplied with in a forward pass, the output layer included; no norms or look-ups.
+
+    Of experts for tokens of some modalities the largest are counted, as if every token passed them.
+    """
     experts, others = 0.0, float(vocabulary * config.hidden_size)
+    added = [modality_parameters(config, one).active for one in config.modality_experts]
+    others += config.num_layers * max(added, default=0)
     attention = config.hidden_size * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     for layer in range(config.num_layers):
         part = config.feed_forward(layer)

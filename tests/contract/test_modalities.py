@@ -15,6 +15,7 @@ from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import MODALITIES, Modalities, source_segments, target_segment
 from openm6.modalities.series import NumberSeries
 from openm6.models.omni import Omni
+from openm6.nn.config import ModalityExpertsConfig
 from tests.external_models import external_modalities
 from tests.small_model import BACKBONE, modalities, omni
 
@@ -187,9 +188,16 @@ def test_numbers_are_given_back_by_their_scale() -> None:
     assert centre + spread * arrays["values"][0] == pytest.approx(12.5, rel=1e-5)
 
 
-def test_all_parameters_are_counted() -> None:
+FOR_IMAGES = {"modalities": ["image_out"], "intermediate_size": 48, "num_experts": 4, "top_k": 2, "balance": "none"}
+FOR_AUDIO = {**FOR_IMAGES, "modalities": ["audio"], "num_experts": 2, "top_k": 1}
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 8}, {"r": 4, "targets": ["q_proj", "o_proj"]}])
+@pytest.mark.parametrize("added", [[], [FOR_IMAGES], [FOR_IMAGES, FOR_AUDIO]])
+def test_all_parameters_are_counted(added: list[dict[str, Any]], lora: dict[str, Any] | None) -> None:
+    experts = [ModalityExpertsConfig(**one, lora=lora) for one in added]
     with torch.device("meta"):
-        model = Omni(BACKBONE, modalities())
+        model = Omni(BACKBONE.model_copy(update={"modality_experts": experts}), modalities())
     total, active = model.count_parameters()
     assert total == sum(parameter.numel() for parameter in model.parameters())
     assert 0 < active < total

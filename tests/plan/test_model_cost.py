@@ -8,7 +8,7 @@ import torch
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
-from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.config import DenseConfig, ExpertsConfig, ModalityExpertsConfig
 from openm6.plan.plan import (
     attention_operations,
     max_layer_parameters,
@@ -58,6 +58,15 @@ def test_stored_is_what_a_model_has() -> None:
     with torch.device("meta"):
         built = sum(parameter.numel() for parameter in Backbone(SPARSE).parameters())
     assert stored_parameters(SPARSE, 100).total == built + 100 * 64
+
+
+def test_experts_for_images_count_as_the_largest_that_a_token_passes() -> None:
+    for_images = ModalityExpertsConfig(modalities=("image",), intermediate_size=48, num_experts=4, top_k=2)
+    config = SPARSE.model_copy(update={"modality_experts": [for_images]})
+    router, network = 4 * 64, 3 * 64 * 48
+    more = weights_per_token(config, 100).others - weights_per_token(SPARSE, 100).others
+    assert more == 2 * (router + for_images.experts_per_token * network)
+    assert stored_parameters(config, 100).total - stored_parameters(SPARSE, 100).total == 2 * (router + 4 * network)
 
 
 @pytest.mark.parametrize("width", [64, 192])
