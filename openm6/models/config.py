@@ -151,14 +151,14 @@ class BackboneConfig(Config):
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters that exist, and those that a token of text meets (shared ones count once per layer)."""
+    """Parameters that exist, and those that one token meets (shared ones count once per layer)."""
 
     total: int
     active: int
 
 
 def count_parameters(config: BackboneConfig) -> ParameterCount:
-    """Parameters of a backbone (no embedding, no head), from its config alone."""
+    """Parameters of a backbone (no embedding, no head), from its config; a token of text meets the active."""
     heads = 2 * (config.num_heads + config.num_kv_heads)  # of queries and outputs, keys and values
     attention = config.hidden_size * heads * config.head_dim
     normalized = config.num_heads + config.num_kv_heads if config.qk_norm == "joint" else 2 * bool(config.qk_norm)

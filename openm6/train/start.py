@@ -56,12 +56,12 @@ class Start:
         if lost:
             names = ", ".join(f"{one.task} of {one.source}" for one in lost)
             get_log().warning(
-                f"the start learned to generate with another codec and does no longer: {names}; add to the mixture "
-                "what is still needed"
+                f"the codec is not that of the start, so these tasks are no longer trained: {names}; add those that "
+                "are still needed to the mixture"
             )
-        before = [one for one in before if one not in lost]
         joined = {name: getattr(own, name) | getattr(start, name) for name in ("scales", "series", "tasks", "sources")}
-        joined["trained_tasks"] = [*own.trained_tasks, *(x.model_copy(update={"of_start": True}) for x in before)]
+        of_start = (one.model_copy(update={"of_start": True}) for one in before if one not in lost)
+        joined["trained_tasks"] = [*own.trained_tasks, *of_start]
         kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths")}
         codecs = {f"{name}.codec" for name in replaced}
         external = {name: sha256 for name, sha256 in start.external.items() if name not in codecs}

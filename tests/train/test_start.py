@@ -180,7 +180,7 @@ def test_another_codec_generates_anew_and_all_else_is_kept(
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run", resume=True)
     before, after = read_texts(latest(start))[0], read_texts(latest(tmp_path / "run"))[0]
-    assert "no longer: text_to_image of digits" in caplog.text
+    assert "no longer trained: text_to_image of digits" in caplog.text
     kept = {one.task for one in before.trained_tasks} - {"text_to_image"}
     assert {one.task for one in after.trained_tasks} == kept | {"tabular_to_image"}
     assert after.external["audio.codec"] == before.external["audio.codec"]
