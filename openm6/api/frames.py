@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from openm6.api.times import frequency, read_times, same_times, times_ahead
 from openm6.core.errors import ConfigError, DataError, MissingColumnError, nearest
 from openm6.data.records import COLUMN_KEYS, Fields, Record, RowReader, check_columns
 from openm6.data.table import ArrowTable
@@ -83,10 +83,14 @@ def predict(
             labelled = isinstance(task.target, Text) and task.target.name == "label"
             labelled = labelled and target in (fields.label, fields.label_zh)
             fits = labelled or (target in mapped and (numeric or task.optional))
+            build = getattr(task.target, "build", None)
+            fixed = getattr(config, "target", None) if task.optional else getattr(build, "keywords", {}).get("column")
+            fits = fits and fixed in (None, target)
         if not fits or (failure and own is None):
             continue
         try:
             records = frame_records(table, fields, target, task_fields)
+            spell_as_trained(loaded, records)
         except MissingColumnError as error:  # another source may have others
             failure = failure or error
             continue
@@ -98,7 +102,8 @@ def predict(
             for name, level in [("predictions", 0.5), *((str(level), level) for level in levels)]:
                 found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
         elif classes is not None:
-            probability = class_probabilities(loaded, task, records, target, list(map(str, classes)), key, source)
+            spelt = [_spelling(loaded, str(name), (), target) for name in classes]
+            probability = class_probabilities(loaded, task, records, target, spelt, key, source)
             best = np.nan_to_num(probability).argmax(1)
             asked = ~np.isnan(probability[:, 0])
             found["predictions"] = [classes[one] if able else None for one, able in zip(best, asked, strict=True)]
@@ -137,6 +142,8 @@ def arrow_table(columns: Mapping[str, Any], where: str) -> ArrowTable:
     """Return columns as a table; raise MixedTypesError if one holds values of several types."""
     arrays = {}
     for name, cells in columns.items():
+        if any(isinstance(cell, Path) for cell in cells):
+            cells = [str(cell) if isinstance(cell, Path) else cell for cell in cells]
         try:
             arrays[name] = pa.array(cells, from_pandas=True)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
@@ -188,6 +195,29 @@ def read_file(name: str, limit: int) -> bytes:
     if len(content) > limit:
         raise DataError(f"{name} is larger than {limit:,} bytes, the most allowed: shrink or cut it")
     return content
+
+
+def spell_as_trained(loaded: LoadedModel, records: Sequence[Record]) -> None:
+    """Give categories the words of the training: pandas reads `1` as 1.0 beside an empty cell, and `true` as True."""
+    for record in records:
+        named = record.get("categories") or {}
+        for column, word in named.items():
+            if word is not None:
+                named[column] = _spelling(loaded, word, (column,))
+
+
+def _spelling(loaded: LoadedModel, word: str, columns: Sequence[str], target: str = "") -> str:
+    """The trained word that is alike, of a category or of the classes of a label; the word itself if there is none."""
+    tables = loaded.numbers.predictors
+    known = [words for table in tables for name in columns if (words := table.categories.get(name)) is not None]
+    known += [table.labels[target].classes for table in tables if target in table.labels]
+    if any(word in words for words in known):
+        return word
+    return next((one for words in known for one in words if _plain(one) == _plain(word)), word)
+
+
+def _plain(word: str) -> str:
+    return word.lower().removesuffix(".0")
 
 
 def number_answers(loaded: LoadedModel, task: Task, records: Sequence[Record], target: str) -> list[Histogram | None]:
@@ -354,21 +384,22 @@ def _all_series(
     if frame[names[0]].isna().any():
         raise DataError(f"df has rows without {names[0]!r}: fill or drop them")
     # Written dates have another order than their times.
-    frame = frame.assign(**{names[1]: _stamps(pd, frame[names[1]])})
+    past, beside_past = frame[names[1]], list(future[names[1]]) if known and names[1] in future else []
+    frame = frame.assign(**{names[1]: read_times(pd, past, config.time_format, beside_past)})
     if future is not None and validate:
         _check_future(frame, future, names, targets)
     if known:
         check_columns([*names, *known], list(future.columns), "future_df")
-        future = future.assign(**{names[1]: _stamps(pd, future[names[1]])})
+        future = future.assign(**{names[1]: read_times(pd, future[names[1]], config.time_format, list(past))})
     items = [(item, rows.sort_values(names[1])) for item, rows in frame.groupby(names[0], sort=False, observed=True)]
-    shared = {_frequency(pd, list(rows[names[1]].dropna())) for _, rows in items} - {None}
+    shared = {frequency(pd, list(rows[names[1]].dropna())) for _, rows in items} - {None}
     for item, rows in items:
         where = f"item {item!r}"
-        times, ahead = _times(pd, list(rows[names[1]]), length, freq, shared, where)
+        times, ahead = times_ahead(pd, list(rows[names[1]]), length, freq, shared, where)
         later = None
         if known:
             later = future[future[names[0]] == item].sort_values(names[1])
-            if len(later) != length or (validate and list(later[names[1]]) != list(ahead)):
+            if len(later) != length or (validate and not same_times(list(later[names[1]]), ahead)):
                 raise DataError(f"{where}: future_df must hold the {length} steps from {ahead[0]} to {ahead[-1]}")
         cells = {name: _floats(pd, rows[name], where) for name in [*targets, *beside]}
         if later is not None:
@@ -383,14 +414,6 @@ def _all_series(
             yield _Series(item, target, cells[target], covariates, clock, ahead)
 
 
-def _stamps(pd: Any, cells: Any) -> Any:
-    """Times as they are compared: numbers as they are, all else as dates."""
-    try:
-        return cells if pd.api.types.is_numeric_dtype(cells) else pd.to_datetime(cells)
-    except (ValueError, TypeError):
-        raise DataError(f"column {cells.name!r} holds times that cannot be read: write them as 2024-05-31") from None
-
-
 def _check_future(frame: Any, future: Any, names: tuple[str, str], targets: Sequence[str]) -> None:
     """Raise DataError if what is known ahead has other columns or items than the past, or a target."""
     if not columns_of(future):
@@ -403,41 +426,6 @@ def _check_future(frame: Any, future: Any, names: tuple[str, str], targets: Sequ
     if set(future[names[0]]) != set(frame[names[0]]):
         item = next(iter(set(future[names[0]]) ^ set(frame[names[0]])))
         raise DataError(f"df and future_df must have the same items, and {item!r} is in one alone: add or drop it")
-
-
-def _frequency(pd: Any, times: list[Any]) -> str | None:
-    """The frequency of sorted dates; None of fewer than three, of irregular ones, and of numbers."""
-    return pd.infer_freq(pd.DatetimeIndex(times)) if len(times) > 2 and isinstance(times[0], pd.Timestamp) else None
-
-
-def _times(
-    pd: Any, times: list[Any], length: int, freq: str | None, shared: set[str | None], where: str
-) -> tuple[list[Any], list[Any]]:
-    """The times of a series and those of the steps ahead; DataError if they are missing, repeated or irregular.
-
-    A series of one or two times has the frequency that all others share.
-    """
-    if any(pd.isna(one) for one in times):
-        raise DataError(f"{where} has rows without a time: fill or drop them")
-    repeated = next((first for first, second in itertools.pairwise(times) if first == second), None)
-    if repeated is not None:
-        raise DataError(f"{where} has the time {repeated} twice: keep one row per time")
-    if isinstance(times[0], pd.Timestamp):
-        found = freq or _frequency(pd, times)
-        if found is None and len(times) < 3 and len(shared) == 1:
-            (found,) = shared
-        if found is not None:
-            try:
-                later = pd.date_range(times[-1], periods=length + 1, freq=found)
-            except (ValueError, OverflowError) as error:
-                raise DataError(f"freq={found!r} does not lead beyond {times[-1]} ({error}): name one, as D") from None
-            # The last time need not be one of the frequency.
-            return times, list(later[later > times[-1]][:length])
-    else:
-        steps = {second - first for first, second in itertools.pairwise(times)}
-        if len(steps) == 1:
-            return times, [times[-1] + number * next(iter(steps)) for number in range(1, length + 1)]
-    raise DataError(f"the times of {where} have no regular frequency, or are too few: resample them, or name freq='D'")
 
 
 def _floats(pd: Any, cells: Any, where: str) -> list[float]:

@@ -139,7 +139,7 @@ class OpenM6:
     def __getstate__(self) -> dict[str, Any]:
         """What `save_pretrained` writes as bytes, and the device, unless another machine may lack it."""
         with tempfile.TemporaryDirectory(prefix="openm6-") as temporary:
-            self.save_pretrained(folder := Path(temporary, "model"))
+            self._write(folder := Path(temporary, "model"))
             files = {path.name: path.read_bytes() for path in folder.iterdir()}
         return {"files": files, "device": "cpu" if self.loaded.omni.device.type == "cpu" else "auto"}
 
@@ -157,13 +157,18 @@ class OpenM6:
         Low-rank adapters are merged. `license` is an identifier of the Hub, such as "apache-2.0".
 
         Raises:
-            ConfigError: the folder is not empty, or weights are in int8 or offloaded.
+            ConfigError: the folder is not empty, weights are in int8 or offloaded, or an encoder or a codec is of this
+                machine alone.
             OutputError, CheckpointError: it cannot be written; nothing is left of it.
 
         >>> m6.save_pretrained("published")
         >>> OpenM6.from_pretrained("published")
         OpenM6('published')
         """
+        self.loaded.description.refuse_local()
+        self._write(Path(folder), license)
+
+    def _write(self, folder: Path, license: str | None = None) -> None:
         omni, description = self.loaded.omni, self.loaded.description.to_publish()
         if omni.text.int8_head is not None or omni.backbone.executor.offloaded:
             raise ConfigError("weights in int8 or offloaded are not saved: load the model in fp32 or bf16, as a whole")
@@ -171,10 +176,10 @@ class OpenM6:
         files: dict[str, str | bytes] = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: tokenizer}
         files |= {PREDICTORS_FILE: to_bytes(found)} if (found := self.loaded.numbers.predictors) else {}
         state = {"stage": description.backbone.stage, "precision": "fp32", "optimizer": "adamw"}
-        text = _card(self.loaded, Path(folder).name)
+        text = _card(self.loaded, folder.name)
         if license is not None:
             text = re.sub("^license: .*$", lambda _: f"license: {license}", text, count=1, flags=re.MULTILINE)
-        with new_folder(Path(folder)) as partial:
+        with new_folder(folder) as partial:
             saved = save(Snapshot(0, omni, {}, state, files=files), partial, keep=1)
             # The state does not list it, so that it may be edited.
             (saved / "README.md").write_text(text, encoding="utf-8", newline="\n")
@@ -211,7 +216,7 @@ class OpenM6:
                     api.create_branch(url.repo_id, branch=branch, exist_ok=True)
                 commit = api.upload_folder(
                     repo_id=url.repo_id, folder_path=folder, commit_message=commit_message, revision=branch,
-                    create_pr=create_pr,
+                    create_pr=create_pr, delete_patterns=["*.safetensors"],
                 )  # fmt: skip
             # The library raises errors of its own, of its HTTP client and of the system.
             except Exception as error:
@@ -355,6 +360,7 @@ class OpenM6:
         >>> best.score >= worst.score
         True
         """
+        candidates = candidates if isinstance(candidates, str) else list(candidates)
         if isinstance(candidates, str) or not candidates or not all(isinstance(one, str) for one in candidates):
             raise ConfigError("candidates must be a list of at least one text")
         parts = self._input_parts({"prompt": query, "image": image, "audio": audio, "numbers": numbers})

@@ -151,6 +151,8 @@ def media_bytes(value: Any, modality: str) -> Path | bytes | None:
         return bytes(value)
     try:
         if modality == "image":
+            if not isinstance(value, PIL.Image.Image) and np.asarray(value).dtype.kind == "f":
+                raise TypeError  # Pillow would read 0 to 1 as black
             image = value if isinstance(value, PIL.Image.Image) else PIL.Image.fromarray(np.asarray(value))
             image, buffer = upright(image), io.BytesIO()
             (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")

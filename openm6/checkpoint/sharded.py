@@ -109,8 +109,11 @@ class ShardedSaver(Saver):
         writer = HuggingFaceStorageWriter(str(partial), _files(copies), save_distributed=True)
         try:
             dcp.save(copies, storage_writer=writer, process_group=self.group)
-            if dist.get_rank() == 0:
-                commit(snapshot, checkpoints, keep)
+            try:
+                if dist.get_rank() == 0:
+                    commit(snapshot, checkpoints, keep)
+            finally:
+                dist.barrier(group=self.group)  # after it, all ranks may read the checkpoint
         except BaseException as error:  # CheckpointException is no Exception
             self._failure = error
 

@@ -1,9 +1,11 @@
 """The hardware of this process: its device, its cores, and its memory."""
 
 import ctypes
+import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,7 +68,16 @@ def check_alive(device: torch.device) -> None:
 
 
 def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """Return the cores that this process may use, or the time of how many its control groups allow."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
+    for group, is_old in _control_groups("cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_old else ("cpu.max",)
+        quota, period, *_ = [*" ".join(_read(group / name) for name in names).split(), "", ""]
+        if quota.isdigit() and period.isdigit():  # not `max`, and not -1
+            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    return cores
 
 
 def keep_freed_memory() -> None:
@@ -90,13 +101,35 @@ def reset_peak_memory() -> None:
 
 
 def free_host_bytes() -> float:
-    """Return what may still be allocated on the host: by the system's count, and by the limit of the control group."""
+    """Return what may still be allocated on the host: by the system's count, and by the limits of control groups."""
     available = _bytes_of(PROCESSES / "meminfo", "MemAvailable")
-    limit, used = (_read(CONTROL_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
-    counts = dict(line.split() for line in _read(CONTROL_GROUP / "memory.stat").splitlines())
-    cached = float(counts.get("inactive_file", 0))  # part of `used`, but the kernel drops it when memory is asked for
-    left = float(limit) - float(used) + cached if limit.isdigit() and used.isdigit() else float("inf")
-    return min(left, float("inf") if available is None else available)
+    left = float("inf") if available is None else float(available)
+    for group, is_old in _control_groups("memory"):
+        names = ("limit_in_bytes", "usage_in_bytes") if is_old else ("max", "current")
+        limit, used = (_read(group / f"memory.{name}").strip() for name in names)
+        counts = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+        # Part of `used`, but the kernel drops it when memory is asked for.
+        cached = float(counts.get("total_inactive_file" if is_old else "inactive_file", 0))
+        if limit.isdigit() and used.isdigit():
+            left = min(left, float(limit) - float(used) + cached)
+    return left
+
+
+def _control_groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of the control groups that this process is in, and whether they are of version 1 (cgroups(7)).
+
+    A container may see its own group as the root, whatever path it is told.
+    """
+    yield CONTROL_GROUP, False
+    yield CONTROL_GROUP / controller, True
+    for line in _read(PROCESSES / "self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        inner = Path(path.lstrip("/"))
+        for group in (inner, *inner.parents):
+            if group != Path():
+                yield CONTROL_GROUP / (controller if names else "") / group, bool(names)
 
 
 def _bytes_of(path: Path, key: str) -> int | None:

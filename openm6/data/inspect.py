@@ -28,7 +28,8 @@ SAMPLE = 500  # rows of the sample, at equal distances
 DECODED = 200  # images and audio clips opened
 MAX_PROBLEMS = 20
 _TRAIN = re.compile(r"(?i)train(?=(-\d+-of-\d+)?(\.\w+)+$)")
-_TEST = re.compile(r"(?i)(^|[\W_])test(-\d+-of-\d+)?(\.\w+)+$")
+HELD_OUT_WORDS = ("test", "validation", "valid", "val", "dev")  # of files; the first that there is holds the test rows
+_HELD_OUT = re.compile(rf"(?i)(^|[\W_])({'|'.join(HELD_OUT_WORDS)})(-\d+-of-\d+)?(\.\w+)+$")
 # Of a window: steps without a season; with one, seasons of the context; a series has at least so many horizons.
 CONTEXT, HORIZON, SEASONS, HORIZONS = 32, 8, 3, 10
 MAX_HORIZON = 24
@@ -212,8 +213,14 @@ def _inspect_all(path: str) -> list[DatasetReport]:
     if tables:
         # `x-test.csv` holds the test rows of `x-train.csv`, and one that belongs to none is nothing to train on.
         written = {table.lower(): table for table in tables}
-        tests = {table: written.get(_TRAIN.sub("test", table.lower())) for table in tables if _TRAIN.search(table)}
-        alone = [table for table in tables if not (tests and _TEST.search(table))]
+        tests = {
+            table: next(
+                (written[name] for word in HELD_OUT_WORDS if (name := _TRAIN.sub(word, table.lower())) in written), None
+            )
+            for table in tables
+            if _TRAIN.search(table)
+        }
+        alone = [table for table in tables if not (tests and _HELD_OUT.search(Path(table).name))]
         return [report for table in alone for report in inspect_table(table, tests.get(table))]
     if files := media_files(here):
         config = FolderConfig(path=path)

@@ -33,6 +33,11 @@ def split_of(file: Path) -> Split | None:
     return split_named(file.parts[0]) if len(file.parts) > 1 else None
 
 
+def name_splits(named: Collection[Split | None]) -> bool:
+    """Whether first folders that are called as splits are splits; beside `car/` and `bus/`, `train/` is a class."""
+    return None not in named or ("train" in named and ("test" in named or "validation" in named))
+
+
 def media_files(root: Path) -> list[Path]:
     """Every image and audio file below a folder, relative to it, sorted; hidden files are passed over."""
     found = []
@@ -58,7 +63,8 @@ class FolderConfig(SourceConfig):
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         root, files = self._files(name)
         named = [split_of(file) for file in files]
-        if "train" in named and ("test" in named or "validation" in named):
+        by_split = name_splits(named)
+        if by_split and "train" in named and len(set(named)) > 1:
             divided = split == "test" or {"validation", "test"} <= set(named)
             chosen, test_fraction = present_split(split, named) if divided else "train", 0.0
             files = [file for file, side in zip(files, named, strict=True) if side == chosen]
@@ -67,16 +73,18 @@ class FolderConfig(SourceConfig):
         if not divided:
             names = [file.as_posix() for file in files]
             files = [files[row] for row in rows_by_hash(names, test_fraction, split, self.validation_fraction)]
-        return self._source(name, root, files[: self.limit])
+        return self._source(name, root, files[: self.limit], by_split)
 
     def open_held_out(self, name: str) -> Source:
         """The files of the folder of the test split (or else of validation), or all if there is none."""
         root, files = self._files(name)
-        chosen = present_split("test", {split_of(file) for file in files})
-        return self._source(name, root, [file for file in files if split_of(file) == chosen] or files)
+        named = [split_of(file) for file in files]
+        chosen = present_split("test", named)
+        held_out = [file for file, side in zip(files, named, strict=True) if side == chosen]
+        return self._source(name, root, held_out or files, bool(held_out) or name_splits(named))
 
-    def _source(self, name: str, root: Path, files: list[Path]) -> Source:
-        table = FolderTable(self, root, files)
+    def _source(self, name: str, root: Path, files: list[Path], by_split: bool) -> Source:
+        table = FolderTable(self, root, files, by_split)
         reader = records.RowReader(table.names, None, table.open_file, self.path)
         return TableSource(name, table, reader, np.arange(len(files)))
 
@@ -93,8 +101,8 @@ class FolderConfig(SourceConfig):
 class FolderTable(Table):
     """One row per file: its name, the label of its subfolder, the caption beside it."""
 
-    def __init__(self, config: FolderConfig, root: Path, files: list[Path]) -> None:
-        self.where = config.path
+    def __init__(self, config: FolderConfig, root: Path, files: list[Path], by_split: bool) -> None:
+        self.where, self._by_split = config.path, by_split
         self.names = ["id", "image", "audio", "label", f"text_{config.language}"]
         self._config, self._root, self._files = config, root, files
         self.open_file = partial(read_beside, str(root / "any"))  # reads nothing outside the folder, links included
@@ -111,7 +119,7 @@ class FolderTable(Table):
         cells: dict[str, Any] = {"id": file.as_posix(), kind: file.as_posix()}
         if self._config.labels:
             # The innermost folder, unless that is the split's.
-            folders = file.parts[0 if split_of(file) is None else 1 : -1]
+            folders = file.parts[1 if self._by_split and split_of(file) else 0 : -1]
             cells["label"] = folders[-1] if folders else None
         text, caption = self.names[-1], file.with_suffix(".txt")
         if self._config.captions and text in columns and (self._root / caption).is_file():

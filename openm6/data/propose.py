@@ -318,9 +318,10 @@ def unused_columns(source: Source, records: Sequence[Record], tasks: Iterable[Ta
     read = set(ALWAYS_READ)
     for task in tasks:
         rng = np.random.default_rng(0)
-        for record in [record for record in records if task.languages(record)][:POSED]:
-            with suppress(DataError):  # a broken image or audio: the quarantine names it when it is drawn
-                shown = with_negatives(record, source, rng) if task.needs_negatives else record
-                for language in task.languages(shown):
+        # Records of one language may come first.
+        for language in task.prompts:
+            for record in [record for record in records if language in task.languages(record)][:POSED]:
+                with suppress(DataError):  # a broken image or audio: the quarantine names it when it is drawn
+                    shown = with_negatives(record, source, rng) if task.needs_negatives else record
                     task.build(_Watched(shown, read), Context(language, rng))
     return [column for column, keys in source.columns.items() if not read & set(keys)]

@@ -66,8 +66,9 @@ class Quarantine:
             worst, count = self.counts["broken"].most_common(1)[0]
             where = f"; see {self._path}" if self._path else ""
             raise TrainingError(
-                f"{self.broken_fraction:.1%} of the records are broken, most ({count}) in {worst!r}, such as "
-                f"{record_id}: {short}{where}; fix the data or raise max_broken, the limit of {self._limit:.0%}"
+                f"{self.broken_fraction:.1%} of the records are broken, most ({count}) in {worst!r}, the last one "
+                f"{record_id} of {source!r}: {short}{where}; fix the data or raise max_broken, the limit of "
+                f"{self._limit:.0%}"
             )
 
     def state(self) -> dict[str, Any]:

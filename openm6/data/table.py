@@ -144,8 +144,8 @@ class TableConfig(SourceConfig):
         return self._source(name, path, lambda table: self._rows(table, split)[: self.limit], needed)
 
     def open_held_out(self, name: str) -> Source:
-        """The rows of `path` that a column marks as test, or all without such a column; DataError if it marks none."""
-        return self._source(name, self.path, self._held_out_rows)
+        """The rows that a column marks as test, or all without such a column; DataError if it marks none."""
+        return self._source(name, self.test_path or self.path, self._held_out_rows)
 
     def _held_out_rows(self, table: Table) -> np.ndarray:
         column = self._split_column(table.names)

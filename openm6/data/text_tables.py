@@ -15,6 +15,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from itertools import islice
 from typing import IO, Any, ClassVar, Literal
@@ -27,7 +28,7 @@ from pydantic import Field, field_validator
 from openm6.core.errors import DataError, first_line
 from openm6.core.log import get_log
 from openm6.data.number_formats import NumberFormat, number_format
-from openm6.data.records import decode_utf8, listed_columns, unless_broken
+from openm6.data.records import RowReader, decode_utf8, listed_columns, unless_broken
 from openm6.data.storage import is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
 
@@ -88,6 +89,8 @@ class CsvTable(ArrowTable):
         self._skipped, self.names = (0, config.columns) if config.columns else self._header()
         self._set_aside: list[tuple[int, int]] = []  # rows with a wrong number of cells: which, and the number
         self._formats: dict[str, NumberFormat] = {}  # of columns whose numbers are not written as 3.5
+        self.as_written: set[str] = set()  # columns of texts
+        self.like: CsvTable | None = None  # the table that was trained on, whose decimal marks hold here too
 
     def __len__(self) -> int:
         return super().__len__() + len(self.unreadable)
@@ -119,11 +122,22 @@ class CsvTable(ArrowTable):
         ]
         if self.unreadable and not self.arrow.num_rows:
             raise DataError(f"no row of {self.where} fits: {self.unreadable[0]}; check the header and `separator`")
-        # Without `fields`, any column may hold numbers.
-        fields = self._config.fields
-        for name in columns if fields is None else listed_columns("numbers", fields, self._config.task_fields, columns):
-            decimal, unusual = self._config.decimal, pc.match_substring_regex(self.arrow.column(name), _UNUSUAL)
-            if decimal is None and not pc.any(unusual).as_py():
+        self._find_formats(columns)
+
+    def _find_formats(self, columns: Sequence[str]) -> None:
+        """Set the formats of the columns of numbers; without `fields`, any that is no text may hold them."""
+        fields, like = self._config.fields, self.like
+        numbers = listed_columns("numbers", fields, self._config.task_fields, columns)
+        if fields is None:
+            numbers += [name for name in columns if name not in self.as_written and name not in numbers]
+        if like is not None:
+            like.read([name for name in columns if name in like.names])
+        for name in numbers:
+            decimal = self._config.decimal
+            if decimal is None and like is not None and name in like.names:
+                decimal = like._formats.get(name, NumberFormat()).mark
+            unusual = pc.match_substring_regex(self.arrow.column(name), _UNUSUAL)
+            if decimal != "," and not pc.any(unusual).as_py():
                 continue
             form = number_format(self.column(name), name, self.where, decimal, certain=fields is not None)
             if form is not None:
@@ -271,7 +285,17 @@ class CsvConfig(TableConfig):
         return columns
 
     def load(self, path: str) -> CsvTable:
-        return CsvTable(path, self)
+        table = CsvTable(path, self)
+        if path == self.test_path and self.decimal is None:
+            with suppress(DataError):  # of a trained model, the table may be gone
+                table.like = CsvTable(self.path, self)
+        return table
+
+    def reader(self, table: Table, path: str) -> RowReader:
+        reader = super().reader(table, path)
+        if self.fields is None and isinstance(table, CsvTable):
+            table.as_written = {column for column, _ in reader.single.values()}
+        return reader
 
 
 def _open_unpacked(path: str) -> IO[bytes]:

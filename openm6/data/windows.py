@@ -155,11 +155,13 @@ class WindowsConfig(SourceConfig):
         if self.time is not None:
             times = np.asarray(parse_times(cells[self.time], self.time, self.path, self.time_format))
         dated = self.time_format is not None or any(map(is_date, described.get("start", ())[:1]))
+        short = 0
         for rows in self._groups(described.get("group", [None] * len(values)), times):
             tested = len(rows) - round(len(rows) * self.test_fraction)
             validated = tested - round(tested * self.validation_fraction)
             borders = {"train": (0, validated), "validation": (validated, tested), "test": (tested, len(rows))}
             first, last = borders[split]
+            short += last - first < length
             for begin in range(max(0, first - (split != "train") * self.context), last - length + 1, self.stride):
                 covered = rows[begin : begin + length]
                 # Without a value there is nothing to forecast.
@@ -173,6 +175,11 @@ class WindowsConfig(SourceConfig):
                 windows.append((covered, about))
         if not windows and split == "train":
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
+        if short and split == "train":
+            get_log().warning(
+                f"source {name} leaves out {short:,} series with fewer than {length} rows to train on: "
+                "lower context or horizon if they matter"
+            )
         return WindowSource(name, self, values, windows, times if dated else None)
 
     def _groups(self, names: Sequence[Any], times: np.ndarray | None) -> list[np.ndarray]:

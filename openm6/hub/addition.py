@@ -90,6 +90,7 @@ def export_addition(run: Path, folder: Path, out: Path, dtype: str) -> str:
     weights = {name: reader.read(name) for name in names if SEPARATOR not in name and not name.startswith(left_out)}
     if not weights:
         raise ConfigError(f"{run} is {description.base_model} as it was imported: train something beside it first")
+    description.refuse_local()
     published = description.to_publish().model_copy(update={"backbone": description.backbone})
     with new_folder(out) as partial:
         write_tensors(partial / MODEL_FILE, compact(weights, dtype))

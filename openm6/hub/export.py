@@ -61,7 +61,8 @@ def export_run(
         )
     config, reader = description.backbone, open_reader(folder)
     tokenizer, text = _exported_text(description, content, str(folder / TOKENIZER_FILE))
-    context = description.modalities.text.max_tokens
+    # A run may cut texts short.
+    context = text.context or description.modalities.text.max_tokens
     settings = settings_of(config, text.vocab_size, text.tie_word_embeddings, context)
     settings |= {"bos_token_id": text.bos, "eos_token_id": text.eos}
     kind = settings["model_type"]

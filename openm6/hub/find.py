@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from openm6.checkpoint.folder import SHIPPED, latest
+from openm6.checkpoint.folder import SHIPPED, STATE_FILE, latest
 from openm6.core.config import build
 from openm6.core.errors import CheckpointError, nearest
 from openm6.core.files import as_output_error, replace_text
@@ -55,7 +55,7 @@ def find_model(name: str | Path, options: Mapping[str, Any] | None = None) -> Pa
     if text.startswith("runs/"):
         raise CheckpointError(f"there is no run at {text}: train or import it first, or name another model")
     try:
-        return _whole(download(text, options), text.rpartition("/")[2])
+        return _whole(download(text, options), text.rpartition("/")[2], text)
     except ModuleNotFoundError:
         raise CheckpointError(
             f"there is no run at {text}: check the name, or pip install huggingface_hub to look for it on the Hub"
@@ -96,8 +96,14 @@ def _is_made_of(digest: str, path: Path) -> bool:
     return False
 
 
-def _whole(path: Path, name: str) -> Path:
-    """The path of a model; CheckpointError if it is an addition alone."""
+def _whole(path: Path, name: str, source: str | None = None) -> Path:
+    """The path of a model; CheckpointError if it is an addition alone, or a model of another library."""
+    published = (path / "config.json").is_file() and not (path / STATE_FILE).is_file()
+    if published or path.suffix == ".gguf":
+        source, out = source or str(path), Path("runs", Path(name).stem)
+        raise CheckpointError(
+            f"{source} is a model of another library: import it first, as openm6 import {source} --out {out}"
+        )
     if (path / ADDITION_FILE).is_file():
         base = read_json(path / ADDITION_FILE).get("base_model")
         raise CheckpointError(

@@ -45,7 +45,7 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
 
 def read_gguf_tokenizer(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The text of a tokenizer.json, and the fields of `ImportedText`; ConfigError if unreadable."""
-    model, pre = fields.get("ggml.model"), fields.get("ggml.pre", "gpt-2")
+    model, pre = fields.get("ggml.model"), fields.get("ggml.pre", "default")
     pre = ALIASES.get(pre, pre)
     if model not in ("gpt2", "llama") or (model == "gpt2" and pre not in PRE_TOKENIZERS):
         raise ConfigError(
@@ -262,9 +262,11 @@ class GgufFile:
         rope = {"rope_theta": settings.get("rope_theta", 10_000.0), "partial_rotary_factor": 1.0}
         if rotated != size:
             rope["partial_rotary_factor"] = rotated / size
-        if own.get("rope.scaling.type", "none") != "none":
+        factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")  # the latter in older files
+        scaled = own.get("rope.scaling.type", "linear" if factor else "none")
+        if scaled != "none":
             original = own.get("rope.scaling.original_context_length")
-            rope |= {"rope_type": own["rope.scaling.type"], "factor": own.get("rope.scaling.factor")}
+            rope |= {"rope_type": scaled, "factor": factor}
             rope |= {"original_max_position_embeddings": original} if original else {}
         if FREQUENCIES in self.tensors:
             found = self._array(FREQUENCIES)

@@ -349,8 +349,8 @@ def reference_logits(pretrained: Pretrained, tokens: Tensor) -> Iterator[Tensor]
         model = _dense_reference(transformers, transformers.AutoConfig.from_pretrained(pretrained.path), pretrained)
     embedded = _embed(pretrained.weights, THEIR_EMBEDDING, tokens)
     hidden = model.eval().model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return _logits(hidden[0], pretrained.weights, THEIR_EMBEDDING if tied else THEIR_HEAD, rows)
+    head = THEIR_EMBEDDING if pretrained.text.tie_word_embeddings else THEIR_HEAD
+    return _logits(hidden[0], pretrained.weights, head, rows)
 
 
 def _dense_reference(library: Any, config: Any, pretrained: Pretrained) -> Any:

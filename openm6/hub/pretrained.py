@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
 from openm6.checkpoint.folder import INDEX_FILE
@@ -26,6 +27,7 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
 TWICE = "*consolidated*"  # all weights of Mistral's models once more, under other names
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?")
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+ROWS = 8192  # of a matrix that are read at once
 ADDITION_FILE = "addition.json"  # of what belongs on an imported decoder, see hub/addition.py
 
 
@@ -62,14 +64,15 @@ def open_pretrained(source: str, sha256: str | None = None) -> Pretrained:
         raise ConfigError(f"{source} needs an optional package: pip install {error.name}") from None
     if file is not None:
         return _opened(path, file.settings, file, *read_gguf_tokenizer(file.tokenizer_fields))
-    settings = read_json(path / "config.json", needed=True)
     index = read_json(path / INDEX_FILE).get("weight_map") or {}
     if missing := sorted({name for name in index.values() if not (path / name).is_file()}):
         raise CheckpointError(f"{path} lacks {missing[0]}, which {INDEX_FILE} names: download the whole model")
     if not (path / WEIGHTS_FILE).exists() and not any(path.glob("model-*.safetensors")):
         raise CheckpointError(
-            f"{path} holds no safetensors file: download the whole model, or convert it to safetensors"
+            f"{source} holds no safetensors file: download the whole model, convert it to safetensors, or name a GGUF "
+            "file, as OWNER/NAME/FILE.gguf"
         )
+    settings = read_json(path / "config.json", needed=True)
     if not (path / TOKENIZER_FILE).exists():
         raise CheckpointError(f"{path} lacks {TOKENIZER_FILE}: save the fast tokenizer of this model there")
     tokenizer = read_text(path / TOKENIZER_FILE)
@@ -91,8 +94,20 @@ def _opened(
             f"{path}: the tokenizer has ids up to {largest}, but the embedding {rows} rows: it is that of another model"
         )
     tied = bool(settings.get("tie_word_embeddings", THEIR_HEAD not in weights))
-    text = ImportedText(vocab_size=rows, tie_word_embeddings=tied, **special)
+    if tied and isinstance(weights, CheckpointReader) and THEIR_HEAD in weights:
+        tied = _same(weights, THEIR_HEAD, THEIR_EMBEDDING)  # as transformers 5: a head of other values is not tied
+    context = settings.get("max_position_embeddings")
+    text = ImportedText(vocab_size=rows, tie_word_embeddings=tied, context=context, **special)
     return Pretrained(path, settings, weights, tokenizer, text)
+
+
+def _same(weights: CheckpointReader, one: str, other: str) -> bool:
+    """Whether two matrices are equal, read in parts."""
+    rows = weights.shape(one)[0]
+    parts = (slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS))
+    return weights.shape(one) == weights.shape(other) and all(
+        torch.equal(weights.read(one, part), weights.read(other, part)) for part in parts
+    )
 
 
 def _special_tokens(path: Path, settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -148,6 +148,8 @@ class DecodeBatch:
     def remove(self, row: DecodeSequence) -> None:
         """Remove a sequence, ended or not; the last one moves into its slot."""
         slot, last = self.rows.index(row), len(self.rows) - 1
+        if math.isnan(row.nll):  # masks do not hide NaN from the next sequence in this slot
+            self.cache.clear([slot])
         if slot != last:
             self.cache.move(last, slot)
             self._set(slot, self.rows[last])

@@ -336,7 +336,7 @@ def trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str] |
     task = fitting[0][0]
     # An own task may have prompts in other languages alone.
     prompts = task.prompts.get(question.language) or next(iter(task.prompts.values()))
-    before, after = re.split(r"\{(?!column\})\w+\}", prompts[0], maxsplit=1)
+    before, *_, after = re.split(r"\{(?!column\})\w+\}", prompts[0])
     column = question.target_column().replace("_", " ") if "{column}" in after else ""
     return before, after.replace("{column}", column)
 
@@ -353,7 +353,7 @@ def _fits(task: Task, question: Question) -> bool:
     return (
         [task.input_modality] == given
         and task.output_modality == question.output
-        and len(task.inputs) == 1
+        and (len(task.inputs) == 1 or (task.optional and question.output == "numbers"))
         and not (task.contrastive or task.chat)
         and task.is_inpainting == question.is_inpainting
         and ("series" in task.inputs) == (question.series is not None)

@@ -102,7 +102,8 @@ def failure_of(trial: Callable[[], bool]) -> str | None:
 def use_writable_cache() -> None:
     """Keep Triton's compiled code in the temporary folder where the home cannot be written."""
     home = Path(os.path.expanduser("~"))
-    there = next(path for path in (home / ".triton", home, *home.parents) if path.exists())
+    # Unlike Path.exists, it raises nothing for a home that may not be entered.
+    there = next(path for path in (home / ".triton", home, *home.parents) if os.path.exists(path))
     if CACHE not in os.environ and not os.access(there, os.W_OK | os.X_OK):
         os.environ[CACHE] = str(Path(tempfile.gettempdir()) / f"openm6-triton-{home.name}")
 

@@ -27,7 +27,7 @@ RATE = 16_000
 FRAMES = 8  # of 10 ms in one input token
 UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
-REACH = {"strong": 1.0, "slight": 0.35}  # of augmentation
+REACH = {"strong": (1.0, 1.0), "slight": (0.35, 0.35), "mixed": (0.0, 1.0)}  # of augmentation, drawn between both
 # Of targets while training, which changes the voice (Ko et al., Interspeech 2015); few, so that codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
 BLOCK = 2**16  # samples of each channel that are decoded at once
@@ -92,7 +92,8 @@ class AudioConfig(Config):
     `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME or
     openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds`
     bounds the inputs.
-    `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter.
+    `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter, mixed
+    from none to strong if both do.
     `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
     voices are then not memorized, but a word of one voice has nine answers.
     """
@@ -102,7 +103,7 @@ class AudioConfig(Config):
     encoder: EncoderName = None
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
-    augmentation: Literal["slight", "strong"] = "strong"
+    augmentation: Literal["slight", "mixed", "strong"] = "strong"
     vary_speed: bool = False
 
 
@@ -161,7 +162,8 @@ class Audio(CodesModality):
         """Log-mels of 8 frames each; a generator asks for augmentation, see `_augmented`.  # N F"""
         frames = self._frames(raw, seconds, speed)
         if rng is not None:
-            frames = _augmented(frames, rng, REACH[self.config.augmentation], measured)
+            low, high = REACH[self.config.augmentation]
+            frames = _augmented(frames, rng, low if low == high else rng.uniform(low, high), measured)
         silence = np.full((-len(frames) % FRAMES, self.num_mels), frames.min(), np.float32)
         return np.concatenate([frames, silence]).reshape(-1, FRAMES * self.num_mels)
 

@@ -72,7 +72,7 @@ class TemplatedChat:
     def parts(self) -> list[Part]:
         """The prompt as text and all else, with the learned parts where they were."""
         if not any(self.learned):
-            return self._split(self._render(self.messages))
+            return self._split(self._opened()[0])
         found: list[Part] = []
         done = ""
         for index, learned in enumerate(self.learned[:-1]):
@@ -86,7 +86,12 @@ class TemplatedChat:
 
     def opening(self) -> str:
         """What the template puts before an answer."""
-        return self._render(self.messages, answer=True).removeprefix(self._render(self.messages))
+        return self._opened()[1]
+
+    def _opened(self) -> tuple[str, str]:
+        """The chat, and what opens an answer; the latter is empty if the chat is written otherwise before an answer."""
+        chat, whole = self._render(self.messages), self._render(self.messages, answer=True)
+        return (chat, whole[len(chat) :]) if whole.startswith(chat) else (whole, "")
 
     def _as_text(self, part: Part) -> str:
         if part.modality == "text":

@@ -49,6 +49,7 @@ from openm6.modalities.text import Text
 
 CACHE_BYTES = 2**23  # of the features of rows
 QUERY_FEATURES = 2 * PREDICTIONS + 4
+MAX_OF_SERIES = 1e150  # whose square is finite
 BLEND_WEIGHT = 3.0  # of the blend of simple predictions in the location, before training
 
 Scales = dict[str, tuple[float, float]]
@@ -117,12 +118,14 @@ class Numbers(Modality):
         return {**arrays, "name_ids": self._names([series.name] * len(arrays["steps"]))}
 
     def _checked(self, series: NumberSeries) -> NumberSeries:
-        """The series with its values as numbers; DataError for a value that is none."""
+        """The series with its values as numbers; DataError for a value that is none, or whose square is infinite."""
         self.scale(series.name)
         values, past = (
             [math.nan if value is None else _number(series.name, value) for value in part]
             for part in (series.values, series.past)
         )
+        if any(abs(value) > MAX_OF_SERIES for value in (*values, *past)):
+            raise DataError(f"{series.name} holds a value beyond {MAX_OF_SERIES:g}: correct it, or leave it out")
         return NumberSeries(series.name, values, past, series.clock)
 
     def _stats(self, series: NumberSeries) -> SeriesStats:

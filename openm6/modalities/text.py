@@ -68,6 +68,7 @@ class ImportedText(Config):
 
     bos: precedes a text; eos: closes an answer; stops: more tokens that end one, such as that of a turn.
     chat_template: Jinja; names: texts of special tokens, such as `pad_token`; both as in tokenizer_config.json.
+    context: the positions that it was trained on.
     """
 
     vocab_size: int = Field(gt=0)
@@ -75,6 +76,7 @@ class ImportedText(Config):
     eos: int | None = None
     stops: tuple[int, ...] = ()
     tie_word_embeddings: bool = True
+    context: int | None = None
     chat_template: str | None = None
     names: dict[str, str] = {}
 

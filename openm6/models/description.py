@@ -1,5 +1,6 @@
 """Everything besides weights and tokenizer that rebuilds a model: model.json in each checkpoint."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,17 +61,7 @@ class CheckpointConfig(Config):
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1)
 
     def to_publish(self) -> Self:
-        """Return it without low-rank adapters, which are merged, and without folders of this machine.
-
-        ConfigError: a run of this machine is an encoder of it.
-        """
-        for name in ("image", "audio"):
-            encoder = getattr(self.modalities, name).encoder or ""
-            if encoder.startswith("openm6:") and "/" in encoder:
-                raise ConfigError(
-                    f"modalities.{name}.encoder is a run of this machine, {encoder}, which others do not have: train "
-                    "with an encoder from transformers or the package, as openm6:mini"
-                )
+        """Return it without low-rank adapters, which are merged, and without folders of this machine."""
 
         def bare(value: Any) -> Any:
             return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
@@ -78,6 +69,20 @@ class CheckpointConfig(Config):
         sources = {key: {name: bare(value) for name, value in one.items()} for key, one in self.sources.items()}
         backbone = self.backbone.model_copy(update={"lora": None})
         return self.model_copy(update={"backbone": backbone, "sources": sources, "base_model": bare(self.base_model)})
+
+    def refuse_local(self) -> None:
+        """Raise ConfigError if an encoder or a codec of it is of this machine alone."""
+        for name, setting in itertools.product(("image", "audio"), ("encoder", "codec")):
+            value = getattr(getattr(self.modalities, name), setting) or ""
+            library, colon, inner = value.partition(":")
+            here = "/" in value or (not colon and Path(value).is_file())
+            if library == "transformers":
+                here = Path(inner).is_dir() or inner.startswith(("/", ".", "~"))
+            if here:
+                raise ConfigError(
+                    f"modalities.{name}.{setting} is of this machine, {value}, and others do not have it: train with "
+                    "one from transformers or the package"
+                )
 
 
 def read_description(text: str, where: str) -> CheckpointConfig:

@@ -46,6 +46,7 @@ class OffloadedExecutor(LayerExecutor):
         super().__init__(dispatcher)
         self.blocks, self.layer_groups = list(blocks), tuple(layer_groups)
         self.store, self.rule, self.config, self.weights = store, rule, config, weights
+        self.max_grad_norm: float | None = None  # of each group of layers, as that of all is not there in time
         self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the group that was gathered last
         self._compiled = config.compile and not weights.sharded  # a compiler does not trace collectives
         # Compiled as a function of (weights, tokens): weights in another buffer do not compile it again.
@@ -194,6 +195,9 @@ class OffloadedExecutor(LayerExecutor):
             norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients.values()]
             square = self.weights.all_reduce(torch.stack(norms).square().sum())
             allowed = torch.isfinite(square)
+            if self.max_grad_norm is not None:
+                scale = (self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+                gradients = {name: one * scale for name, one in gradients.items()}
             for name, gradient in gradients.items():
                 key = derive_seed(seed, "round", number, group, name)
                 args = UpdateArgs(lr, weight_decay, key, allowed, self.weights.shard_spec(group, name))

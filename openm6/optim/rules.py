@@ -67,6 +67,7 @@ class UpdateRule(ABC):
     """How one parameter is stored, read and updated. A `key` seeds the rounding to fewer bits; None: to nearest."""
 
     read_slots: tuple[str, ...] = (WEIGHT,)  # those that `read` needs
+    clips: bool = True  # whether it bounds its updates by itself
 
     def __init__(self, config: OptimizerConfig) -> None:
         self.config = config
@@ -105,6 +106,8 @@ class UpdateRule(ABC):
 
 class AdamRule(UpdateRule):
     """16 bytes: weights and both moments in fp32 (and the gradient, while there is one), by AdamW."""
+
+    clips = False
 
     def slots(self, shape: Shape) -> list[Slot]:
         values = [Slot(name, shape, torch.float32) for name in (WEIGHT, "exp_avg", "exp_avg_sq")]

@@ -108,7 +108,8 @@ def measured_steps(run: RunFolder) -> MeasuredSteps:
     lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
     first, *_, last = lines = [line for line in lines if "seconds" in line][WARMUP_STEPS:]
     count = len(lines) - 1
-    seconds, joules = ((last[name] - first[name]) / count for name in ("seconds", "joules"))
+    seconds, beside, joules = ((last[name] - first[name]) / count for name in ("seconds", "seconds_beside", "joules"))
+    joules *= seconds / (seconds + beside)  # without those of held-out losses and saves
     return MeasuredSteps(count, seconds, joules, last.get("memory_peak"), str(last["energy_source"]))
 
 

@@ -62,18 +62,23 @@ def for_number(task: Task, column: str) -> Task:
 
 @dataclass(frozen=True)
 class Categories(slots.Slot):
-    """All category columns but the target, as a text."""
+    """All category columns but the target, as a text; if the target is the label, also but a column that equals it."""
 
     target: str = ""
     modality = "text"
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(set(slots.categories(record)) - {self.target})
+        return bool(self._shown(record))
 
     def part(self, record: Record, language: str) -> Part:
-        shown = {name: value for name, value in slots.categories(record).items() if name != self.target}
+        shown = self._shown(record)
         listed = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in shown.items())
         return Part("text", listed, {"columns": shown})
+
+    def _shown(self, record: Record) -> dict[str, str]:
+        same = {record.get("label"), record.get("label_zh")} if self.target == "label" else set()
+        named = slots.categories(record)
+        return {name: value for name, value in named.items() if name != self.target and value not in same}
 
 
 class FieldConfig(Config):

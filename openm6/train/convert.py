@@ -171,6 +171,8 @@ def convert(
     )  # fmt: skip
     saved = save(snapshot, run.checkpoints, keep=1)
     kind = f"precision {conversion.precision}, {conversion.new.stage} stage"
+    if "progress" not in state:
+        return f"{saved}: {kind}; train it by a recipe with model: {{start: {out}}}"
     return f"{saved}: {kind}; go on with openm6 train {run.config if settings else 'RECIPE'} --resume --out {out}"
 
 

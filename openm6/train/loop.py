@@ -290,6 +290,7 @@ class _Run:
             return
         self.training.ranks.finish_sums()
         counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "seconds": progress.seconds}
+        counts["seconds_beside"] = progress.seconds_beside
         line = {"step": progress.step, **self.averager.compute(), **counts, "learning_rate": report.learning_rate}
         for callback in self.callbacks:
             line |= callback.totals()
@@ -343,6 +344,11 @@ class _Run:
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)
+        if "progress" not in state:
+            raise CheckpointError(
+                f"{folder} is an imported model that was never trained: "
+                "name it in the recipe as model.start, and another folder as --out"
+            )
         if state["optimizer"] != self.config.optimizer.name:
             raise CheckpointError(
                 f"{folder} was trained with {state['optimizer']}, not {self.config.optimizer.name}: "

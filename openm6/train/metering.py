@@ -50,7 +50,7 @@ class MeterCallback(Callback):
             self.tracker.repeated += lost
         self._meter = open_meter(gpus_of(run.train_step.device), run.config.energy.cpu_watts)
         # Joules, tokens and seconds of training at the last log.
-        self._logged = (self.tracker.joules + lost, run.progress.tokens, run.progress.seconds)
+        self._logged = (self.tracker.joules + lost, run.progress.tokens, self._elapsed())
 
     def before_step(self, step: int) -> None:
         with self._timed():
@@ -76,15 +76,20 @@ class MeterCallback(Callback):
             self._read_alone()
         tracker, progress = self.tracker, self._run.progress
         joules, tokens, seconds = self._logged
-        self._logged = (tracker.joules, progress.tokens, progress.seconds)
+        # Held-out losses and saves take energy, too.
+        now = self._elapsed()
+        self._logged = (tracker.joules, progress.tokens, now)
         spent = tracker.joules - joules
         return {
             "joules": tracker.joules,
             "joules_per_token": spent / max(1, progress.tokens - tokens),
-            "watts": spent / max(1e-9, progress.seconds - seconds),
+            "watts": spent / max(1e-9, now - seconds),
             "energy_source": tracker.source,
             "metering_seconds": self._seconds,
         }
+
+    def _elapsed(self) -> float:
+        return self._run.progress.seconds + self._run.progress.seconds_beside
 
     def state(self) -> dict[str, Any]:
         self._read_alone()

@@ -24,7 +24,7 @@ Line = dict[str, Any]
 LINE_LENGTH = 100  # characters of a plain line
 LINE_SECONDS = 10.0  # seconds between two of them
 # Numbers of a line that are not the training task's own, and are shown otherwise or not at all.
-_NOT_SHOWN = {"metering_seconds", "seconds", "tokens_per_second", "learning_rate", "grad_norm"}
+_NOT_SHOWN = {"metering_seconds", "seconds", "seconds_beside", "tokens_per_second", "learning_rate", "grad_norm"}
 _NOT_SHOWN |= {"joules", "joules_per_token", "watts"}
 
 
@@ -80,7 +80,9 @@ class MetricAverager:
         return {**means, **layers, "tokens_per_second": speed}
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self._sums, "tokens": self._tokens, "seconds": self._seconds}
+        # A copy, as a sharded checkpoint is written while training goes on.
+        sums = {name: [*pair] for name, pair in self._sums.items()}
+        return {"sums": sums, "tokens": self._tokens, "seconds": self._seconds}
 
     def load_state(self, state: dict[str, Any]) -> None:
         # A sum that was not finite was saved as null.

@@ -107,6 +107,8 @@ class MultimodalTraining(TrainingTask):
         # Before the training, so that wrong validation records do not end it at its first checkpoint.
         calibrated = self.ranks.size == 1 and not recipe.loop.offloaded
         self.calibration = calibration_examples(recipe, self.modalities) if calibrated else None
+        if self.ranks.is_main_process and not list_checkpoints(run.checkpoints):
+            run.quarantine.unlink(missing_ok=True)  # of a run that never began
         self.packer = data.open_packer(recipe, sources, self.modalities, self.ranks, run.quarantine)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = recipe.contrastive or self.ranks.size > 1

@@ -3,7 +3,7 @@
 import math
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from openm6.modalities.series import NumberSeries, SeriesStats, fit_column, fit_
 from openm6.modalities.simple_predictors import IMAGE, RAW, TablePredictors, fold_of, image_features, to_bytes
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
-from openm6.tasks.slots import Context, Derived, categories, input_only, pinned, predictable
+from openm6.tasks.slots import ABSENT, Context, Derived, Text, as_text, categories, input_only, pinned, predictable
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.image_network import NetworkPlan
 from openm6.train.recipe import MultimodalRecipe
@@ -71,7 +71,10 @@ def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: Ru
             for prompt in prompts
             for text in literal_texts(prompt)
         ]  # fmt: skip
-        words = (text for s in sources.values() for record in _readable(s, SCANNED) for text in _texts(record))
+        tasks = [recipe.task(component.task) for component in recipe.mixture]
+        slots = (slot for task in tasks for slot in (task.target, *task.inputs.values()))
+        read = {slot.name for slot in slots if isinstance(slot, Text)}
+        words = (text for s in sources.values() for record in _readable(s, SCANNED) for text in _texts(record, read))
         named = str(kept)
         replace_text(kept, train_tokenizer([*prompts * 20, *words], recipe.vocabulary).to_str())
     try:
@@ -80,7 +83,11 @@ def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: Ru
         raise ConfigError(f"modalities.text.tokenizer={named!r} cannot be read: {error}") from None
 
 
-def _texts(record: Record) -> Iterator[str]:
+def _texts(record: Record, read: Collection[str]) -> Iterator[str]:
+    """The texts of a record, those of `extra` that tasks read by these names among them."""
+    for key, value in (record.get("extra") or {}).items():
+        if read & {key, key.removesuffix("_en"), key.removesuffix("_zh")} and value not in ABSENT:
+            yield as_text(value)
     for key in TEXT_KEYS:
         if isinstance(record.get(key), str):
             yield record[key]

@@ -42,7 +42,8 @@ class OffloadedTrainStep(TrainStep):
 
     The others are embeddings, heads, norms, routers and low-rank updates: they stay on the device in fp32 under AdamW,
     whatever `precision` states, since they are few and sensitive. `max_grad_norm` bounds the norm of their gradient
-    alone; matrices are clipped by their rule, because the norm of all gradients is not yet there when they are updated.
+    alone, because the norm of all gradients is not yet there when matrices are updated. At `precision: fp32` it also
+    bounds that of each group of layers; at others, matrices are clipped by their rule.
     Frozen matrices are only read: the store holds no optimizer state of them, and does not write them back.
     """
 
@@ -149,6 +150,7 @@ class OffloadedTrainStep(TrainStep):
         self.executor = self.backbone.executor = OffloadedExecutor(
             self.backbone.blocks, config.layer_groups, self.store, self.rule, self.offload, self.weights, dispatcher
         )
+        self.executor.max_grad_norm = None if self.rule.clips else self.config.max_grad_norm
 
     def budget(self, layouts: list[RecordLayout]) -> Budget:
         matrices = {id(one) for block in self.backbone.group_blocks for one in block.matrices().values()}

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.checkpoint.folder import PREDICTORS_FILE, STATE_FILE, latest, list_checkpoints
+from openm6.checkpoint.folder import PREDICTORS_FILE, latest, list_checkpoints
 from openm6.checkpoint.load import load_placed
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.config import build
-from openm6.core.errors import CheckpointError, ConfigError, nearest
+from openm6.core.errors import ConfigError, nearest
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.data.source import SourceConfig
@@ -117,8 +117,6 @@ def open_start(recipe: MultimodalRecipe, run: RunFolder) -> Start | None:
         return None
     resumes = bool(begun) and kept.is_file()
     found = begun[-1] if resumes else find_model(name)
-    if (found / "config.json").is_file() and not (found / STATE_FILE).is_file():
-        raise CheckpointError(f"{name} is a model of another library: import it first, as openm6 import {name}")
     folder = latest(found)
     description, tokenizer = read_texts(folder)
     if resumes:

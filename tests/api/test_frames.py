@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 
 import openm6
-from openm6.api.frames import _forecasting, _without_category
+from openm6.api.frames import _forecasting, _without_category, spell_as_trained
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.evaluate.answers import answer
 from openm6.inference.sampling import MaskedSampling
@@ -284,6 +285,22 @@ BAD_TABLES: dict[str, tuple[Any, str]] = {
     "no classes": (lambda f: (f, "colour", LEVELS, []), "classes must name at least one"),
     "a level": (lambda f: (f, "price", [0, 1]), "must lie between 0 and 1"),
 }
+
+
+@pytest.mark.parametrize(("word", "trained"), [("1.0", "1"), ("True", "true"), ("2", "2"), ("red", "red")])
+def test_categories_are_spelt_as_in_the_training(word: str, trained: str, model: openm6.OpenM6) -> None:
+    table = SimpleNamespace(categories={"rooms": ("1", "2", "true")}, labels={"size": SimpleNamespace(classes=["1"])})
+    numbers = SimpleNamespace(predictors=[table])
+    loaded: Any = SimpleNamespace(numbers=numbers)
+    records = [{"categories": {"rooms": word, "other": word, "none": None}}]
+    spell_as_trained(loaded, records)
+    assert records == [{"categories": {"rooms": trained, "other": word, "none": None}}]
+
+
+def test_paths_as_cells_are_those_of_texts(model: openm6.OpenM6, folder: Path) -> None:
+    rows = shop(2).assign(photo=[folder / "0.png", folder / "1.png"])
+    found = model.predict(rows, "price")
+    pd.testing.assert_frame_equal(found, model.predict(rows.assign(photo=rows["photo"].map(str)), "price"))
 
 
 @pytest.mark.parametrize("case", BAD_TABLES)

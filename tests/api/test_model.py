@@ -246,6 +246,7 @@ def test_candidates_are_ranked(m6: openm6.OpenM6) -> None:
     found = m6.rank("draw the digit", ["seven", "a long text of many words"], normalize=False)
     assert [one.log_likelihood for one in found] == sorted((one.score for one in found), reverse=True)
     assert found[0].candidate == "seven" and found[0].index == 0
+    assert m6.rank("draw the digit", np.array(["seven", "nine"]))
 
 
 def test_embeddings_of_what_belongs_together(files: Path) -> None:
@@ -270,6 +271,7 @@ BAD = {
     "zero bytes": (lambda m6: m6.generate(image=b""), "the image is broken"),
     "an empty file": (lambda m6: m6.generate(image="empty.png"), "empty.png: the image is broken"),
     "a number as an image": (lambda m6: m6.generate(image=7), "int is no image"),
+    "an image of floats": (lambda m6: m6.generate(image=np.zeros((8, 8))), "an array H W 3 of uint8"),
     "an array of text": (lambda m6: m6.generate(audio=np.zeros(3)), "ndarray is no audio"),
     "lists of two lengths": (lambda m6: m6.generate(["a", "b"], image=["x"]), "there are 2 of prompt, 1 of image"),
     "a bad setting": (lambda m6: m6.generate("x", top_p=2), "text.top_p: Input should be less than or equal to 1"),

@@ -146,7 +146,7 @@ def test_a_model_is_pushed(m6: openm6.OpenM6, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(hub, "HfApi", FakeHub)
     url = m6.push_to_hub("someone/model", private=True, commit_message="First")
     assert url == "https://huggingface.co/someone/model" and "README.md" in FakeHub.files
-    upload = {"commit_message": "First", "revision": None, "create_pr": False}
+    upload = {"commit_message": "First", "revision": None, "create_pr": False, "delete_patterns": ["*.safetensors"]}
     named = [{"token": None}, {"private": True, "exist_ok": True}, upload]
     assert [one for _, one in FakeHub.calls] == named
     FakeHub.calls.clear()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from openm6.core import device
-from openm6.core.device import free_host_bytes, process_memory, resolve_device
+from openm6.core.device import free_host_bytes, process_memory, resolve_device, usable_cores
 from openm6.core.errors import ConfigError
 from tests.devices import needs_gpu
 
@@ -151,3 +151,22 @@ def test_memory_is_read_from_the_system(tmp_path, monkeypatch):
     # Of files that were read, which the kernel forgets before it refuses memory.
     (tmp_path / "group/memory.stat").write_text("anon 300\nactive_file 100\ninactive_file 600\n")
     assert free_host_bytes() == 4600
+    # Of a job, below the root, in either version.
+    (tmp_path / "self/cgroup").write_text("9:memory,x:/job/step\n8:cpuacct,cpu:/job\n0::/slice/job\n")
+    for folder in ("slice/job", "memory/job", "cpu/job"):
+        (tmp_path / "group" / folder).mkdir(parents=True)
+    (tmp_path / "group/slice/job/memory.max").write_text("4000\n")
+    (tmp_path / "group/slice/job/memory.current").write_text("100\n")
+    assert free_host_bytes() == 3900
+    (tmp_path / "group/memory/job/memory.limit_in_bytes").write_text("3000\n")
+    (tmp_path / "group/memory/job/memory.usage_in_bytes").write_text("200\n")
+    assert free_host_bytes() == 2800
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    assert usable_cores() == 16
+    (tmp_path / "group/cpu/job/cpu.cfs_quota_us").write_text("350000\n")
+    (tmp_path / "group/cpu/job/cpu.cfs_period_us").write_text("100000\n")
+    assert usable_cores() == 4
+    (tmp_path / "group/slice/job/cpu.max").write_text("50000 100000\n")
+    assert usable_cores() == 1
+    (tmp_path / "group/slice/job/cpu.max").write_text("max 100000\n")
+    assert usable_cores() == 4

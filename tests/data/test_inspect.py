@@ -117,6 +117,16 @@ def test_a_folder_of_tables_with_test_parts(tmp_path):
     recipe_of(inspection)
 
 
+@pytest.mark.parametrize(("parts", "held_out"), [(("train", "validation"), 10), (("train", "val", "test"), 8)])
+def test_a_validation_table_is_never_trained_on(tmp_path, parts, held_out):
+    for part, count in (("train", 30), ("validation", 10), ("val", 10), ("test", 8)):
+        if part in parts:
+            rows = [f"words {n} of {part},{'xy'[n % 2]}" for n in range(count)]
+            (tmp_path / f"{part}.csv").write_text("\n".join(["text_en,label", *rows]))
+    (found,) = inspect_path(str(tmp_path)).datasets
+    assert (found.train, found.test) == (30, held_out)
+
+
 def test_a_folder_of_images(tmp_path):
     for kind in ("cat", "dog"):
         (tmp_path / kind).mkdir()

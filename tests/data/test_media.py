@@ -65,6 +65,15 @@ def test_a_validation_folder_is_a_split_of_its_own(tmp_path):
     assert open_folder(tmp_path, "validation", validation_fraction=0.5).values("id") in ([], ["train/cat/1.png"])
 
 
+def test_a_class_called_as_a_split_is_a_class(tmp_path):
+    for kind in ("bus", "car", "train"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "1.png").write_bytes(png())
+    labels = ["bus", "car", "train"]
+    assert open_folder(tmp_path, test_fraction=0.0).values("label") == labels
+    assert FolderConfig(path=str(tmp_path)).open_held_out("pets").values("label") == labels
+
+
 def test_broken_files_are_broken_alone(pets, tmp_path):
     (pets / "cat" / "empty.png").write_bytes(b"")
     outside = tmp_path.parent / "outside.png"

@@ -114,6 +114,14 @@ def test_what_no_task_reads(tmp_path: Path, tasks: list[str], expected: list[str
     assert [column for column in found if column != "kind" or not tasks] == expected
 
 
+def test_languages_of_later_records_are_read(tmp_path: Path) -> None:
+    rows = ["text_en,text_zh,label,label_zh,split", *(f"cup {n},,a,,train" for n in range(6))]
+    rows += [f",杯{n},,甲,train" for n in range(6)]
+    (tmp_path / "shop.csv").write_text("\n".join(rows), encoding="utf-8")
+    source = open_sources({"shop": CsvConfig(path=str(tmp_path / "shop.csv"))}, "train")["shop"]
+    assert unused_columns(source, [source[n] for n in range(12)], [TASKS["text_classification"]]) == []
+
+
 def test_canonical_columns_are_judged_alike(tmp_path: Path) -> None:
     header = "text_en,tags_en,label,price,notes,shelf,seller,split"
     assert unused(tmp_path, "text_classification", fields=None, header=header) == [

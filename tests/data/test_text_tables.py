@@ -17,6 +17,7 @@ from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.data.text_tables import SAMPLE_BYTES, CsvConfig, JsonlConfig, sniff_separator
 from openm6.data.windows import WindowsConfig
+from openm6.evaluate.run import open_own_data
 from openm6.tasks.registry import TASKS
 from tests.data.sample_images import png
 
@@ -237,6 +238,25 @@ def test_a_decimal_mark_that_is_told(tmp_path, decimal, values):
     path.write_text(f"title;price\na;1,234\nb;1.234\nc;{half}\nd;12\n")
     source = open_csv(path, decimal=decimal)
     assert [source[n]["numbers"]["price"] for n in range(4)] == values
+
+
+def test_a_test_table_is_read_with_the_marks_of_the_training_table(tmp_path):
+    path, held_out = tmp_path / "cities.csv", tmp_path / "more.csv"
+    path.write_text("title;price\na;1.234.567\nb;512.300\n")
+    held_out.write_text("title;price\nc;98.450\n")
+    assert open_csv(path, "test", test_path=str(held_out))[0]["numbers"]["price"] == 98450
+    trained = CsvConfig(path=str(path), fields=FIELDS)
+    assert open_own_data(str(held_out), {"shop": trained})["shop"][0]["numbers"]["price"] == 98450
+    path.unlink()
+    assert open_own_data(str(held_out), {"shop": trained})["shop"][0]["numbers"]["price"] == 98.45
+
+
+def test_labels_and_answers_stay_as_written(tmp_path):
+    path = tmp_path / "notes.csv"
+    path.write_text('question,answer,label,price\nHow many?,"1,234",5 €,"3,5"\nAnd now?,15,10 €,"4,5"\n')
+    source = open_csv(path, fields=None, task_fields=Fields(numbers=["price"]))
+    assert source.values("answer") == ["1,234", "15"] and source.values("label") == ["5 €", "10 €"]
+    assert source[0]["numbers"] == {"price": 3.5}
 
 
 def test_a_decimal_comma_in_a_series_and_in_a_table_that_is_inspected(tmp_path):

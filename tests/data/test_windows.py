@@ -153,6 +153,19 @@ def test_a_format_without_a_time_column_is_refused():
         build(WindowsConfig, {"path": "x", "columns": ["a"], "time_format": "%Y"}, "r.yaml")
 
 
+def test_short_series_are_named(tmp_path, caplog):
+    path = tmp_path / "load.csv"
+    rows = [f"{shop},{n}" for shop, count in (("a", 30), ("b", 5), ("c", 4)) for n in range(count)]
+    path.write_text("\n".join(["shop,load", *rows]))
+    config = WindowsConfig(path=str(path), columns=["load"], group="shop", context=4, horizon=2)
+    caplog.set_level("WARNING", "openm6")
+    source = open_sources({"w": config}, "train")["w"]
+    assert {source[n]["extra"]["group"] for n in range(len(source))} == {"a"}
+    assert caplog.messages == [
+        "source w leaves out 2 series with fewer than 6 rows to train on: lower context or horizon if they matter"
+    ]
+
+
 def test_groups_are_not_mixed(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("who,v\n" + "".join(f"{'xy'[n % 2]},{n}\n" for n in range(40)))

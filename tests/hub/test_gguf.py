@@ -313,8 +313,15 @@ def test_a_type_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         GgufFile(tmp_path / "one.gguf")
 
 
+def test_positions_scaled_by_the_key_of_older_files(whole: Path) -> None:
+    file = GgufFile(whole)
+    file.fields["llama.rope.scale_linear"] = 8.0
+    assert {"rope_type": "linear", "factor": 8.0}.items() <= file._settings()["rope_parameters"].items()
+
+
 def test_a_broken_tokenizer_is_one_sentence() -> None:
-    whole = {"ggml.model": "gpt2", "ggml.tokens": ["a", "b"], "ggml.token_type": [1, 1], "ggml.merges": []}
+    whole = {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.tokens": ["a", "b"], "ggml.token_type": [1, 1]}
+    whole["ggml.merges"] = []
     for change in (
         {"ggml.merges": ["a c"]},
         {"ggml.token_type": [1]},
@@ -323,7 +330,9 @@ def test_a_broken_tokenizer_is_one_sentence() -> None:
         with pytest.raises(ConfigError, match="the tokenizer in the GGUF is broken"):
             read_gguf_tokenizer({**whole, **change})
     with pytest.raises(ConfigError, match=r"the GGUF lacks tokenizer\.ggml\.token_type"):
-        read_gguf_tokenizer({"ggml.model": "gpt2", "ggml.tokens": []})
+        read_gguf_tokenizer({"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.tokens": []})
+    with pytest.raises(ConfigError, match="'gpt2' with pre-tokenizer 'default' in the GGUF cannot be read"):
+        read_gguf_tokenizer({key: value for key, value in whole.items() if key != "ggml.pre"})
 
 
 def test_a_normalizer_that_llama_cpp_lacks_is_refused() -> None:

@@ -207,6 +207,25 @@ def test_what_the_backbone_lacks_is_refused(name: str) -> None:
         backbone_config({key: value for key, value in settings.items() if value is not ...})
 
 
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_head_beside_a_tied_embedding_counts_if_it_differs(differs: bool, tmp_path: Path) -> None:
+    publish("llama", tmp_path / "theirs")
+    if not differs:
+        changed(
+            tmp_path / "theirs", lambda state: {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}
+        )
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    import_model(str(tmp_path / "theirs"), tmp_path / "run", receipt=False)
+    with torch.inference_mode():
+        ids = torch.arange(1, 9)[None]
+        expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(ids).logits[0]
+    model = load(tmp_path / "run", "cpu")
+    assert model.text.imported is not None and model.text.imported.tie_word_embeddings is not differs
+    found = torch.cat(list(imported_logits(tmp_path / "run", model.description.backbone, ids, ROWS)), -1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def without_a_shard(folder: Path) -> None:
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 

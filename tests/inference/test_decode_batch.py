@@ -3,6 +3,7 @@ without a cache."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +76,22 @@ def test_a_row_in_a_crowd_writes_what_it_writes_alone(
         assert len(row.tokens) <= SAMPLINGS[index].max_tokens
         tokens = [token for token in row.tokens if token != model.text.end]
         assert model.text.decode(tokens) == generate_texts(model, [prompts[index]], SAMPLINGS[index])[0]
+
+
+def test_a_sequence_of_nan_spoils_no_later_one(model: LoadedModel, prompts: list[Prompt]) -> None:
+    sampling = Sampling(max_tokens=6)
+    rows = DecodeBatch(TextHead.of(model.omni, model.text), 1, 128)
+    for spoiled in (True, False):
+        position, _ = prefill(model.omni, prompts[0], rows.cache, rows.next_slot)
+        rows.add(0, sampling, position, model.text.start, prompt=prompts[0])
+        if spoiled:
+            rows.cache.keys.fill_(math.nan)
+            rows.cache.values.fill_(math.nan)
+        while not (ended := rows.step()):
+            pass
+        rows.remove(ended[0])
+    tokens = [token for token in ended[0].tokens if token != model.text.end]
+    assert model.text.decode(tokens) == generate_texts(model, [prompts[0]], sampling)[0]
 
 
 def test_scores_are_those_of_the_model_alone_to_the_last_bit(model: LoadedModel, prompts: list[Prompt]) -> None:

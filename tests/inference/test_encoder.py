@@ -143,7 +143,7 @@ def test_a_run_reads_by_another_and_does_not_contain_it(
     monkeypatch.chdir(tmp_path)  # a relative path holds in other folders, too
     model = openm6.load("second")
     assert isinstance(model.generate("What is this?", image=noise(), output="text", max_new_tokens=2), str)
-    with pytest.raises(ConfigError, match="image.encoder is a run of this machine"):
+    with pytest.raises(ConfigError, match="image.encoder is of this machine"):
         model.save_pretrained(tmp_path / "published")
 
 

@@ -175,6 +175,12 @@ def test_the_missing_number_is_the_wanted_one() -> None:
     assert parts[1].raw == " What is its body mass g?"
 
 
+def test_a_number_is_asked_in_the_words_of_a_task_over_whole_records() -> None:
+    asked = Question(output="numbers", numbers={"bill_length_mm": 40.0, "body_mass_g": None})
+    parts = prompt_parts(asked, loaded(trained_tasks=(("record_regression", "penguins"),)))
+    assert parts[0].raw == {"bill_length_mm": 40.0} and parts[1].raw == " What is its body mass g?"
+
+
 def test_a_target_column_is_never_an_input() -> None:
     numbers = {"bill_length_mm": 40.0, "body_mass_g": 4000.0}
     parts = prompt_parts(Question(output="numbers", numbers=numbers, column="body_mass_g"), MODEL)

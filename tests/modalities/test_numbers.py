@@ -99,6 +99,13 @@ def test_extreme_values_stay_finite(numbers: Numbers) -> None:
     assert arrays["values"].tolist() == [LIMIT, -LIMIT]
 
 
+@pytest.mark.parametrize("value", [1e200, -1e308])
+def test_a_series_beyond_all_scales_is_refused(numbers: Numbers, value: float) -> None:
+    series = NumberSeries("length", [1.0, value, 2.0])
+    with pytest.raises(DataError, match="length holds a value beyond 1e\\+150"):
+        numbers.source(series)
+
+
 def test_a_name_carries_its_words(numbers: Numbers) -> None:
     ids = numbers.source({"body_mass": 1.0, "length": 1.0}).arrays["name_ids"]
     assert ids.shape == (2, 8) and (ids[:, 0] >= 0).all() and (ids[0] != ids[1]).any()

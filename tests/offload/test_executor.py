@@ -102,6 +102,24 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
         assert torch.equal(parameter, named[name]), name
 
 
+def test_gradients_of_layers_are_clipped_in_fp32() -> None:
+    bound = 1e-4
+    training = WordsTraining(PLAIN)
+    offloaded = OffloadedTrainStep(training, config_of(16).model_copy(update={"max_grad_norm": bound}))
+    seen: list[float] = []
+    update = offloaded.rule.update
+
+    def watched(stored: Any, gradient: torch.Tensor, args: Any) -> None:
+        seen.append(float(gradient.square().sum()))
+        update(stored, gradient, args)
+
+    with patch.object(offloaded.rule, "update", watched):
+        report = offloaded.update(training.batch(1), 1, 10)
+    layers = offloaded.num_shards
+    assert report.grad_norm > 100 * bound, "the norm before clipping is reported"
+    assert sum(seen) == pytest.approx(layers * bound**2, rel=1e-3)
+
+
 @pytest.mark.parametrize("bytes_per_parameter", [16, 4, 2, 1])
 @pytest.mark.parametrize("backbone", [PLAIN, SHARED])
 def test_streamed_is_resident_to_the_bit(backbone: BackboneConfig, bytes_per_parameter: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import openai
@@ -17,7 +18,7 @@ from openm6.serve.engine import Engine
 from openm6.serve.run import create_app
 from tests.data.sample_images import png, wav
 from tests.serve.running import running
-from tests.small_model import embedding_model
+from tests.small_model import embedding_model, loaded
 
 IMAGE = {
     "type": "image_url",
@@ -153,6 +154,29 @@ def test_speech(client: openai.OpenAI, form: str) -> None:
 def test_transcription(client: openai.OpenAI) -> None:
     found = client.audio.transcriptions.create(model="tiny", file=("a.wav", wav()))
     assert isinstance(found.text, str) and found.usage.input_tokens > 0
+
+
+def test_transcription_by_a_task_of_ones_own() -> None:
+    plain = loaded(trained_tasks=(("hear", "spoken"),))
+    hear = {"summary": "Hear", "inputs": {"audio": "audio"}, "target": {"text": "label"},
+            "prompts": {"en": "In a long conversation {audio} was heard; it meant:"}}  # fmt: skip
+    description = plain.description.model_copy(update={"tasks": {"hear": hear}})
+    read = {}
+    for name, own in {"own": replace(plain, description=description), "none": loaded(trained_tasks=())}.items():
+        with (
+            running(create_app(Engine(own, EngineConfig(max_model_len=512)), name="tiny")) as address,
+            openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client,
+        ):
+            found = client.audio.transcriptions.create(model="tiny", file=("a.wav", wav()))
+            read[name] = found.usage.input_tokens
+    assert read["own"] > read["none"] + 10
+
+
+def test_neutral_values_are_accepted(client: openai.OpenAI) -> None:
+    more = {"top_k": -1, "top_logprobs": 0, "logprobs": False}
+    assert ask(client, "draw the digit seven", extra_body=more).choices[0].logprobs is None
+    body = {"model": "tiny", "input": "a", "encoding_format": None}
+    assert len(client.post("/embeddings", body=body, cast_to=object)["data"][0]["embedding"]) == 16
 
 
 @pytest.mark.parametrize("form", [None, "float"])

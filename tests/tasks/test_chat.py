@@ -291,6 +291,13 @@ def test_an_opening_is_written_as_it_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     assert list(opening) == encode(asked.text, "go")
 
 
+def test_a_chat_that_ends_otherwise_without_an_answer_is_read_once() -> None:
+    ends = "{% if add_generation_prompt %}go{% else %}end{% endif %}"
+    asked = imported("{% for m in messages %}{{ m.content }};{% endfor %}" + ends)
+    parts, opening = asked.text.chat([Part("text", "a", {"role": "user"})])
+    assert [part.raw for part in parts] == ["a;go"] and not opening
+
+
 def test_marks_of_what_is_trained_change_nothing_of_a_template() -> None:
     mark, end = "{% generation %}", "{%- endgeneration %}"
     marked = TEMPLATE.replace("{{ m.content }}", f"{mark}{{% set said = m.content %}}{end}{mark}{{{{ said }}}}{end}")

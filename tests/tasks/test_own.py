@@ -76,6 +76,12 @@ def test_kinds_of_fields(change: dict[str, Any], seen: list[Any], answer: Any) -
     assert shown(example) == seen and example.answer == answer
 
 
+def test_the_column_of_the_label_is_not_shown_when_the_label_is_asked_for() -> None:
+    config = {**PRICE, "inputs": {"rest": "categories"}, "target": {"category": "label"}, "metrics": []}
+    record = {**ROW, "categories": {**ROW["categories"], "kind": "cup"}}
+    assert shown(example_of({**config, "prompts": {"en": "{rest} ?"}}, record)) == ["colour: red; size: big ?"]
+
+
 def test_prompts_in_any_language() -> None:
     config = {**PRICE, "inputs": {"title": "text"}, "prompts": {"de": ["{title} kostet?", "Preis: {title}"]}}
     seen = {shown(example_of(config))[0] for _ in range(3)}

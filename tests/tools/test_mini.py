@@ -108,6 +108,12 @@ def test_a_tested_pair_of_concept_and_style_is_trained_in_neither_order():
     assert split == corpus.split_pairs(reversed([*pairs, ("single", "a")]), test=0.3, validation=0.1)
 
 
+def test_more_voices_are_neither_tested_nor_trained_twice():
+    more = {*speech.MORE_ESPEAK_VOICES}
+    assert len(more) == len(speech.MORE_ESPEAK_VOICES) and not more & {*speech.ESPEAK_VOICES}
+    assert not {f"espeak-{voice}" for voice in more} & speech.TEST_VOICES
+
+
 def test_combinations_of_attributes_voices_and_years_are_held_out(made_up):
     options = {"mouth": "happy01", "hair": "long02", "hairColor": "#28150a", "skinColor": "#cb9e6e",
                "clothingColor": "#d11141", "glasses": "dark01", "hat": "v1", "hatColor": "#2663a3"}  # fmt: skip

@@ -69,7 +69,7 @@ def test_weights_are_close_and_small(run: Path, tmp_path: Path, weights: str, er
 def test_int8_is_taken_only_if_bf16_is_too_large(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = written(tmp_path, {})
     assert ": bf16, " in pack.pack(run, tmp_path / "small", "auto", tmp_path, examples)
-    size = sum(file.stat().st_size for file in (tmp_path / "small").iterdir())
+    size = pack.bytes_in_wheel(tmp_path / "small")
     monkeypatch.setattr(pack, "MAX_BYTES", size - 1)
     assert ": int8, " in pack.pack(run, tmp_path / "tight", "auto", tmp_path, examples)
     monkeypatch.setattr(pack, "MAX_BYTES", 1000)

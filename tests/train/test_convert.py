@@ -74,6 +74,15 @@ def test_an_imported_decoder_has_no_moments_to_convert(tmp_path: Path) -> None:
     torch.testing.assert_close(after.float(), before.float(), rtol=0.01, atol=1e-6)
 
 
+def test_an_imported_decoder_is_no_run_to_resume(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), tmp_path / "imported", receipt=False)
+    words = convert(tmp_path / "imported", tmp_path / "small", precision="bf16-adafactor")
+    assert words.endswith(f"train it by a recipe with model: {{start: {tmp_path / 'small'}}}")
+    with pytest.raises(CheckpointError, match="an imported model that was never trained: name it in the recipe"):
+        train(DescribedTraining(PLAIN), run_config(), RunFolder(tmp_path / "small"), resume=True)
+
+
 def test_a_small_run_goes_on_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = trained(tmp_path / "small", PLAIN, run_config(steps=4))
     convert(small, tmp_path / "plain", precision="fp32")

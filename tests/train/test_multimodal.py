@@ -275,6 +275,9 @@ def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"of the records are broken, most \(\d+\) in 'images'.*limit of 5%"):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     assert (tmp_path / "run" / "quarantine.jsonl").is_file()
+    # The data is corrected, and the run begins again.
+    train_recipe(write_recipe(tmp_path, tiny_recipe(2) | images(tmp_path / "data", broken=0)), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "quarantine.jsonl").is_file()
 
 
 def test_a_source_that_is_broken_from_the_start_says_why(tmp_path: Path) -> None:

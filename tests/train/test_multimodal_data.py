@@ -9,6 +9,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from tokenizers import Tokenizer
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
@@ -24,6 +25,7 @@ from openm6.train.multimodal_data import (
     network_seconds,
     predictor_rows,
     table_predictors,
+    tokenizer_text,
 )
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource
@@ -54,6 +56,23 @@ def test_a_field_that_some_records_lack_is_said_and_no_error(caplog: pytest.LogC
         check([full(n) if n % 2 else bare(n) for n in range(SAMPLED)], "text_classification", "text_denoising")
     assert "text_classification/mine: 10 of 20 records looked at lack a field" in caplog.text
     assert "text_denoising" not in caplog.text
+
+
+def test_the_tokenizer_learns_texts_of_own_tasks(tmp_path: Path) -> None:
+    own = {"summary": "Shorten", "inputs": {"report": "text"}, "target": {"text": "headline"},
+           "prompts": {"en": "{report}"}}  # fmt: skip
+    values = {
+        "tasks": {"shorten": own},
+        "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
+        "mixture": [{"source": "mine", "task": "shorten"}],
+        "modalities": {"text": {"vocab_size": 500}},
+    }
+    extra = {"report": "harbour closed", "headline_en": "strong gale tonight", "unread": "zyx"}
+    source = ListSource("mine", [{"id": str(n), "extra": extra} for n in range(20)])
+    recipe = build(MultimodalRecipe, values, "r.yaml")
+    tokenizer = Tokenizer.from_str(tokenizer_text(recipe, {"mine": source}, RunFolder(tmp_path)))
+    assert len(tokenizer.encode("harbour closed").ids) == 2 and len(tokenizer.encode("strong gale tonight").ids) == 3
+    assert len(tokenizer.encode("zyx").ids) == 3
 
 
 def test_a_rare_field_is_found_further_on() -> None:

@@ -11,10 +11,12 @@ Of a run on an imported decoder, as that of the recipe `smol`, the addition is p
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ def pack(
     description, tokenizer = read_texts(checkpoint)
     # The parts of a training make one model.
     trained = [one.model_copy(update={"of_start": False}) for one in description.trained_tasks]
+    description.refuse_local()
     published = description.to_publish().model_copy(update={"trained_tasks": trained})
     reader, state = open_reader(checkpoint), read_state(checkpoint)
     whole = {name: reader.read(name) for name in reader.names if SEPARATOR not in name}
@@ -101,9 +104,10 @@ def pack(
             sizes = {name: (partial / name).stat().st_size for name in listed if (partial / name).is_file()}
             content = {**kept, "precision": chosen, "optimizer": "adamw", "files": sizes}
             (partial / STATE_FILE).write_text(to_json(content, indent=1), encoding="utf-8", newline="\n")
-            size = sum(file.stat().st_size for file in partial.iterdir())
+            size = bytes_in_wheel(partial)
             if size > MAX_BYTES and chosen == choices[-1]:
-                raise ConfigError(f"{out} would take {size:,} bytes, more than {MAX_BYTES:,}: train a smaller model")
+                text = f"{out} would take {size:,} bytes of a wheel, more than {MAX_BYTES:,}: train a smaller model"
+                raise ConfigError(text)
             unready = check_examples(partial)
         if size <= MAX_BYTES:
             break
@@ -113,7 +117,7 @@ def pack(
     seconds = time.perf_counter() - began
     slow = f", MORE than {MAX_SECONDS:g} s" if seconds > MAX_SECONDS else ""
     listed_unready = f"\nexamples of scenarios that are not ready: {', '.join(unready)}" if unready else ""
-    return f"{out}: {chosen}, {size / 1e6:.1f} MB, loaded in {seconds:.2f} s{slow}{listed_unready}"
+    return f"{out}: {chosen}, {size / 1e6:.1f} MB of a wheel, loaded in {seconds:.2f} s{slow}{listed_unready}"
 
 
 def pack_addition(
@@ -137,12 +141,21 @@ def pack_addition(
             file.write_bytes(compact_predictors(file))
         if (path := partial / CARD_FILE).is_file():
             path.write_text(card(path, None, out.name), encoding="utf-8", newline="\n")
-        size = sum(file.stat().st_size for file in partial.iterdir())
+        size = bytes_in_wheel(partial)
         if size > MAX_ADDITION:
-            raise ConfigError(f"{out} would take {size:,} bytes, more than {MAX_ADDITION:,}: train a smaller addition")
+            text = f"{out} would take {size:,} bytes of a wheel, more than {MAX_ADDITION:,}: train a smaller addition"
+            raise ConfigError(text)
         unready = check_examples(partial)
     listed_unready = f"\nexamples of scenarios that are not ready: {', '.join(unready)}" if unready else ""
-    return f"{out}: addition to {decoder.model}, {size / 1e6:.1f} MB{listed_unready}"
+    return f"{out}: addition to {decoder.model}, {size / 1e6:.1f} MB of a wheel{listed_unready}"
+
+
+def bytes_in_wheel(folder: Path) -> int:
+    """What the files of a folder take in a wheel, which compresses them."""
+    with zipfile.ZipFile(io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as wheel:
+        for file in folder.iterdir():
+            wheel.write(file)
+        return sum(entry.compress_size for entry in wheel.infolist())
 
 
 def compact_predictors(path: Path) -> bytes:
@@ -172,7 +185,7 @@ last column is the score of real records in the same evaluation (`tools/mini/REA
 
 ```sh
 python -m tools.mini.build --out build/mini
-python -m tools.mini.evaluate mini --corpus build/mini
+python -m tools.mini.evaluate mini --corpus build/mini --limit 200
 ```
 
 {saved_table(json.loads(rows.read_text(encoding="utf-8")))}

@@ -26,10 +26,13 @@ QUIET = 0.02  # of the peak: what is cut off before and after
 LOUDNESS = 0.7
 ESPEAK = ("espeak", "espeak-data", "espeak-library", "pcaudio", "sonic")
 ESPEAK_VOICES = ("m1", "m3", "m4", "m7", "f1", "f2", "f5")
+MORE_ESPEAK_VOICES = ("m2", "m5", "m6", "f3", "Annie", "Denis", "john", "max")  # of syllables
 FLITE_VOICES = ("kal16", "awb", "slt", "rms")
+# Other pitches in Hz, and durations as multiples, of the voices of flite that are trained.
+FLITE_CHANGES = ((85, 1.15), (125, 0.9), (190, 1.0))
 KOKORO = ("kokoro-1", "kokoro-2", "kokoro-3", "kokoro-4", "kokoro-words", "kokoro-voices")
 KOKORO_VOICES = {
-    "en": ("af_heart", "am_fenrir", "bf_emma", "af_bella"),
+    "en": ("af_heart", "am_fenrir", "bf_emma", "am_michael", "af_bella"),
     "zh": ("zf_xiaoxiao", "zm_yunxi", "zf_xiaoyi", "zm_yunyang"),
 }
 KOKORO_RATE = 24_000
@@ -130,11 +133,24 @@ def syllables(packages: Packages) -> Iterator[Row]:
         for speed in HUMAN_SPEEDS if tested == "train" else HUMAN_SPEEDS[:1]:
             yield human_row(syllable, file, speed) | {"split": tested}
     espeak = Espeak(packages)
-    source = identity("espeak") | {"license": "CC0-1.0 (our synthetic output)"}
     for voice in (*ESPEAK_VOICES, "f4"):
         for syllable in known:
-            audio = espeak.speak(f"cmn-latn-pinyin+{voice}", syllable.replace("ü", "v"))
-            yield spoken_row("syllable", f"espeak-{voice}", (syllable, syllable), "zh", audio, source)
+            yield espeak_syllable(espeak, voice, syllable)
+
+
+def more_syllables(packages: Packages) -> Iterator[Row]:
+    """The same syllables in more voices of espeak-ng, to be read."""
+    espeak, known = Espeak(packages), human_syllables(packages)
+    for voice in MORE_ESPEAK_VOICES:
+        for syllable in known:
+            yield espeak_syllable(espeak, voice, syllable)
+
+
+def espeak_syllable(espeak: Espeak, voice: str, syllable: str) -> Row:
+    """The row of a syllable in a voice of espeak-ng."""
+    source = identity("espeak") | {"license": "CC0-1.0 (our synthetic output)"}
+    audio = espeak.speak(f"cmn-latn-pinyin+{voice}", syllable.replace("ü", "v"))
+    return spoken_row("syllable", f"espeak-{voice}", (syllable, syllable), "zh", audio, source)
 
 
 def human_syllables(packages: Packages) -> dict[str, Path]:
@@ -170,17 +186,37 @@ def words(packages: Packages) -> Iterator[Row]:
             for language, tongue, text in (("en", "en-us", english), ("zh", "cmn", chinese)):
                 audio = espeak.speak(f"{tongue}+{voice}", text, 160)
                 yield spoken_row("word", f"espeak-{voice}", (english, chinese), language, audio, source)
+    yield from words_by_flite(packages, [(f"flite-{voice}", ("-voice", voice)) for voice in FLITE_VOICES])
+
+
+def more_words(packages: Packages) -> Iterator[Row]:
+    """The English words by flite at other pitches and speeds, to be read."""
+    voices = [
+        (f"flite-{voice}-{pitch}", ("-voice", voice, *_settings(int_f0_target_mean=pitch, duration_stretch=stretch)))
+        for voice in FLITE_VOICES
+        if f"flite-{voice}" not in TEST_VOICES
+        for pitch, stretch in FLITE_CHANGES
+    ]
+    yield from words_by_flite(packages, voices)
+
+
+def _settings(**values: float) -> list[str]:
+    return [word for name, value in values.items() for word in ("--setf", f"{name}={value}")]
+
+
+def words_by_flite(packages: Packages, voices: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Row]:
+    """The English words in voices of flite: the name of each and the arguments of the program."""
     flite, library = packages.folder("flite"), packages.folder("flite-library")
     folder = next(library.rglob("libflite.so.1")).parent
     source = identity("flite-library") | {"license": "CC0-1.0 (our synthetic output)"}
     with tempfile.TemporaryDirectory() as work:
         file = str(Path(work) / "word.wav")
-        for voice in FLITE_VOICES:
-            for english, chinese in pairs:
-                command = [str(flite / "usr" / "bin" / "flite"), "-voice", voice, "-t", english, "-o", file]
+        for voice, arguments in voices:
+            for english, chinese in word_list(packages):
+                command = [str(flite / "usr" / "bin" / "flite"), *arguments, "-t", english, "-o", file]
                 subprocess.run(command, env={**os.environ, "LD_LIBRARY_PATH": str(folder)}, check=True)
                 samples, rate = soundfile.read(file, dtype="float64")
-                yield spoken_row("word", f"flite-{voice}", (english, chinese), "en", flac(samples, rate), source)
+                yield spoken_row("word", voice, (english, chinese), "en", flac(samples, rate), source)
 
 
 # Pinyin -> the phonemes that Kokoro was trained with.
@@ -289,6 +325,8 @@ def _english_phonemes(espeak: Espeak, word: str) -> str:
 PARTS = {
     "syllables": Part(syllables, ("gcin", *ESPEAK)),
     "words": Part(words, ("emojibase", *ESPEAK, "flite", "flite-library")),
+    "more_syllables": Part(more_syllables, ("gcin", *ESPEAK)),
+    "more_words": Part(more_words, ("emojibase", "flite", "flite-library")),
     "kokoro_words": Part(kokoro_words, ("emojibase", *ESPEAK, *KOKORO)),
     "said_syllables": Part(said_syllables, ("gcin",)),
     "said_words": Part(said_words, ("emojibase", *ESPEAK, *KOKORO)),

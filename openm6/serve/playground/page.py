@@ -271,7 +271,9 @@ class Page:
         self.making = asyncio.Lock()
 
     def build(self) -> gradio.Blocks:
-        with gradio.Blocks(title="OpenM6", analytics_enabled=False, fill_width=True) as blocks:
+        # Files of visitors and answers are deleted after a day; the pair is in seconds, how often and how old.
+        kept = (3600, 86_400)
+        with gradio.Blocks(title="OpenM6", analytics_enabled=False, fill_width=True, delete_cache=kept) as blocks:
             first = self.best(list(self.library.scenarios.values()))
             with gradio.Row(elem_id="head"):
                 self.title = gradio.Markdown(_heading("en"), elem_id="title")

@@ -104,7 +104,7 @@ class ChatBody(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=-1)  # 0 and -1: all tokens, as in vLLM
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
     n: int | None = Field(default=None, ge=1, le=8)
     seed: schemas.Seed = None
@@ -160,10 +160,10 @@ def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens
     check_limit("max_completion_tokens" if body.max_completion_tokens else "max_tokens", tokens, max_tokens)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     check_limit("stop", len(stop), 4, "strings")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise BadRequestError("top_logprobs needs logprobs: set it to true", "top_logprobs")
     sampling = Sampling(
-        temperature=body.temperature or 0.0, top_k=body.top_k, top_p=body.top_p,
+        temperature=body.temperature or 0.0, top_k=max(0, body.top_k or 0) or None, top_p=body.top_p,
         repetition_penalty=body.repetition_penalty or 1.0, max_tokens=tokens, seed=seed,
     )  # fmt: skip
     top = (body.top_logprobs or 0) if body.logprobs else None

@@ -31,7 +31,7 @@ class EmbeddingBody(BaseModel):
 
     input: str | ContentPart | list[Item]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None  # float
     dimensions: int | None = Field(default=None, ge=1)
 
 
