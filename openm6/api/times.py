@@ -86,8 +86,9 @@ def times_ahead(
             return times, list(later[later > times[-1]][:length])
     else:
         step = _step(times)
-        if step is None and len(times) < 3 and len(shared) == 1:
-            (step,) = shared
+        numbers = [one for one in shared if isinstance(one, int | float)]
+        if step is None and len(times) < 3 and len(numbers) == 1:
+            step = numbers[0]
         if step is not None:
             return times, [times[-1] + number * step for number in range(1, length + 1)]
     raise DataError(f"the times of {where} have no regular frequency, or are too few: resample them, or name freq='D'")

@@ -133,7 +133,7 @@ class CsvTable(ArrowTable):
         if like is not None:
             like.read([name for name in columns if name in like.names])
         for name in numbers:
-            decimal = self._config.decimal
+            decimal: str | None = self._config.decimal
             if decimal is None and like is not None and name in like.names:
                 decimal = like._formats.get(name, NumberFormat()).mark
             unusual = pc.match_substring_regex(self.arrow.column(name), _UNUSUAL)

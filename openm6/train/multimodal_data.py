@@ -3,7 +3,7 @@
 import math
 import time
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: Ru
         raise ConfigError(f"modalities.text.tokenizer={named!r} cannot be read: {error}") from None
 
 
-def _texts(record: Record, read: Collection[str]) -> Iterator[str]:
+def _texts(record: Record, read: set[str]) -> Iterator[str]:
     """The texts of a record, those of `extra` that tasks read by these names among them."""
     for key, value in (record.get("extra") or {}).items():
         if read & {key, key.removesuffix("_en"), key.removesuffix("_zh")} and value not in ABSENT:
