@@ -15,7 +15,8 @@ from openm6.core.files import replace_text
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH, GPT3_TOKENS, grid
 from openm6.energy.meter import EnergyConfig
 from openm6.plan.hardware import GIB, ClusterOptions, gpu, gpu_cluster
-from openm6.plan.plan import Plan, make_plan, smallest_count
+from openm6.plan.memory import RESTING
+from openm6.plan.plan import Plan, make_plan, matrix_parameters, smallest_count
 from openm6.plan.request import PlanRequest, read_model
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "m6-10t.md"
@@ -53,7 +54,7 @@ def page() -> str:
         plan_on("h100-80gb"),
     )  # fmt: skip
     values = {**_fit(plans.assumed), **_speeds(plans), **_energy(plans), **_percent(plans)}
-    return TEMPLATE.read_text(encoding="utf-8").format(**values, smallest=_smallest())
+    return TEMPLATE.read_text(encoding="utf-8").format(**values, **_smallest())
 
 
 def plan_on(kind: str, bytes_: int | None = None, network: float | None = None) -> Plan:
@@ -69,8 +70,11 @@ def _request(bytes_: int | None = None) -> PlanRequest:
 def _fit(plan: Plan) -> dict[str, float]:
     total, card = plan.total, gpu("v100-32gb")
     tiers = {bytes_: plan_on("v100-32gb", bytes_) for bytes_ in (4, 2, 1)}
-    assert plan.fits and plan.real.tier.bytes == 2 and tiers[1].real.budget.host == 0
+    assert plan.fits and plan.real.tier.bytes == 2 and tiers[1].fits
+    resting = total - matrix_parameters(plan.model.backbone)
     return {
+        "resting": resting / 1e9,
+        "resting_gb": RESTING * resting / 1e9,
         "trillions": total / 1e12,
         "active": plan.active / 1e9,
         "card_gib": card.memory / GIB,
@@ -85,12 +89,13 @@ def _fit(plan: Plan) -> dict[str, float]:
     }
 
 
-def _smallest() -> str:
+def _smallest() -> dict[str, str | int]:
     options = ClusterOptions()
-    rows = []
+    rows, found = [], dict[str, int]()
     for kind, name in CARDS.items():
         one, two = (smallest_count(_request(bytes_), gpu(kind), options) for bytes_ in (1, 2))
         assert one is not None and two is not None
+        found[kind] = two.cluster.devices
         cells = (
             name,
             one.cluster.devices,
@@ -99,7 +104,7 @@ def _smallest() -> str:
             f"{two.energy.mwh:.0f}",
         )
         rows.append(" | ".join(str(cell) for cell in cells))
-    return "\n".join(f"| {row} |" for row in rows)
+    return {"smallest": "\n".join(f"| {row} |" for row in rows), "hopper_gpus": found["h100-80gb"]}
 
 
 def _speeds(plans: Plans) -> dict[str, float | str]:

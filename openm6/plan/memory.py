@@ -8,7 +8,7 @@ It does without torch: a plan has sizes alone, and a run's budget (train/budget.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, matrices_of
@@ -101,6 +101,11 @@ TIERS: dict[int, Tier] = {
         Tier(1, 1, 0, 0, True, "8-bit weights with block scales, stochastic rounding"),
     )
 }
+# Embeddings, heads, norms and routers beside layers that are trained one after the other: they stay in fp32 under AdamW
+# on each device, with a copy in the dtype of computation or of their exchange.
+RESTING = TIERS[16].kept + FULL
+# Of such layers in fp32.
+LAYERWISE_ADAM = replace(TIERS[16], gradients=0, layerwise=True)
 BY_OPTIMIZER = {"adamw": 16, "muon": 12, "adafactor": 8}
 
 
@@ -134,10 +139,11 @@ class DeviceBudget:
 
 def device_budget(
     config: BackboneConfig, parameters: float, largest: float, tier: Tier, tokens: int, memory: float,
-    learned_logits: float, activation_checkpointing_every: int = 1,
+    learned_logits: float, activation_checkpointing_every: int = 1, resting: float = 0.0,
 ) -> DeviceBudget:  # fmt: skip
     """Of one of several equal devices: `parameters` and those of the `largest` layer that it holds, T tokens per step.
 
+    resting: parameters that are on the device whatever happens, in fp32 under AdamW, if layers are trained one by one.
     memory: usable bytes of the device. learned_logits: bytes of the output layer's results.
     activation_checkpointing_every: of so many layers the first's input alone is kept, if blocks are recomputed.
     """
@@ -152,11 +158,12 @@ def device_budget(
         micro //= 2
     inputs, activations, gradient = layerwise_step(config, tokens, micro, largest, HALF, activation_checkpointing_every)
     working = activations + gradient
-    left_over = memory - CONTEXT - inputs - learned_logits - working
+    always = RESTING * resting
+    left_over = memory - CONTEXT - inputs - learned_logits - working - always
     # Offloaded: a layer's weights while it is trained, and the next one in transfer.
     buffers = 0.0 if states <= left_over else largest * (HALF + tier.weights)
     kept = max(0.0, min(states, left_over - buffers))
-    return DeviceBudget(kept, inputs + learned_logits, working + buffers, CONTEXT, states - kept, micro)
+    return DeviceBudget(kept + always, inputs + learned_logits, working + buffers, CONTEXT, states - kept, micro)
 
 
 def in_bytes(count: float) -> str:

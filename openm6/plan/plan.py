@@ -19,7 +19,7 @@ from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig, count_parameters, modality_parameters
 from openm6.nn.config import DenseConfig, ExpertsConfig, matrices_of
 from openm6.plan.hardware import COMPUTING, GIB, MOVING, OTHER_PARTS, WAITING, Cluster, ClusterOptions, Gpu, gpu_cluster
-from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
+from openm6.plan.memory import BY_OPTIMIZER, LAYERWISE_ADAM, TIERS, DeviceBudget, Tier, device_budget
 from openm6.plan.request import Model, PlanRequest
 
 READS = 3  # of every weight in a step: forward, backward for inputs, backward for weights (or recomputation)
@@ -80,6 +80,18 @@ def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = 
     if adapters:  # in and out of the backbone, of images, audio and numbers together, with the shipped codecs
         total += 8 * config.hidden_size**2 + 2543 * config.hidden_size + 521_071
     return Weights(experts, total - experts)
+
+
+def matrix_parameters(config: BackboneConfig) -> int:
+    """Parameters of attention, dense networks and experts, those of layers that share weights once."""
+    attention = config.hidden_size * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    total = 0
+    for layer, first in enumerate(config.shared_with):
+        part = config.feed_forward(layer)
+        network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
+        count = 1 if isinstance(part, DenseConfig) else part.num_experts + part.num_shared
+        total += (attention + count * network) * (first == layer)
+    return total
 
 
 def max_layer_parameters(config: BackboneConfig) -> int:
@@ -260,7 +272,7 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
     """The plan of a run on a cluster, with the requested bytes per parameter or the most that fit."""
     model = request.model
     tiers = PREFERENCE if model.optimizer is None else ((BY_OPTIMIZER.get(model.optimizer, 16), False),)
-    if chosen := request.bytes_per_parameter or model.bytes_per_parameter:
+    if chosen := request.bytes_per_parameter or model.bytes_per_parameter or (16 if model.offloaded else None):
         tiers = ((chosen, True),)
     stages = {"real": _stage(request, cluster, model.backbone, tiers)}
     if model.backbone.sharing is None and model.backbone.num_layers > 1:
@@ -298,8 +310,12 @@ def _stage(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tiers
     held = in_experts / n + layer - in_experts
     logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
     for bytes_, may_offload in tiers:
-        tier = TIERS[bytes_]
-        budget = device_budget(config, stored.total / n, held, tier, tokens, cluster.memory, logits, every)
+        tier = LAYERWISE_ADAM if bytes_ == 16 and model.offloaded else TIERS[bytes_]
+        # Matrices are divided among the devices, and all else too unless layers are trained one by one.
+        divided = matrix_parameters(config) if tier.layerwise else stored.total
+        budget = device_budget(
+            config, divided / n, held, tier, tokens, cluster.memory, logits, every, stored.total - divided
+        )
         on_host = budget.host <= cluster.host_memory if may_offload else budget.host == 0
         if fits := budget.device <= cluster.memory and on_host:
             break

@@ -37,7 +37,7 @@ class Model:
     """What is to be trained; of a recipe also the tokens of its batch, its optimizer and how blocks are recomputed.
 
     batch: of all devices together, None if each has BATCH; adapters: whether it has other modalities than text;
-    bytes_per_parameter: of its blocks, None if the optimizer decides.
+    bytes_per_parameter: of its blocks, None if the optimizer decides; offloaded: blocks are trained one by one.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Model:
     adapters: bool = False
     activation_checkpointing_every: int = 1
     bytes_per_parameter: int | None = None
+    offloaded: bool = False
 
     def tokens_on(self, devices: int) -> int:
         """Per step of one of so many devices: its part of the batch, at least a row."""
@@ -130,8 +131,12 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     if rows == "auto" and (loop.get("offload") is not None or bytes_ < 16):
         rows = ROWS
     batch = None if rows == "auto" else rows * seq_len
+    backbone = build_backbone(choice)
+    if loop.get("stages"):
+        # The last stage has weights for each layer; the plan adds the stage of shared ones.
+        backbone = backbone.model_copy(update={"sharing": None})
     return Model(
-        name, build_backbone(choice), vocabulary, batch, seq_len, optimizer.name, adapters=True,
+        name, backbone, vocabulary, batch, seq_len, optimizer.name, adapters=True,
         activation_checkpointing_every=offload.activation_checkpointing_every,
-        bytes_per_parameter=bytes_ if bytes_ < 16 else None,
+        bytes_per_parameter=bytes_ if bytes_ < 16 else None, offloaded=loop.get("offload") is not None,
     )  # fmt: skip
