@@ -19,7 +19,9 @@ Model = Annotated[str | None, typer.Argument(metavar="PRESET|RECIPE", help="Pres
 Kind = Annotated[str | None, typer.Option(metavar="KIND", help="GPU of the table; default: measure on this machine.")]
 Bytes = Annotated[
     int | None,
-    typer.Option("--bytes", help="Bytes per parameter: 16, 12, 8, 4, 2 or 1; default: the most that fit."),
+    typer.Option(
+        "--bytes", help="Bytes per parameter: 16, 12, 8, 4, 2 or 1; default: a recipe's own, or the most that fit."
+    ),
 ]
 CheckpointingEvery = Annotated[
     int | None, typer.Option(metavar="BLOCKS", help="Store the input of every n-th block only.")
