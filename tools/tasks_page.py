@@ -75,8 +75,8 @@ the number of bits by which the inputs make the true answer more likely.
 | 3.32 bits | the maximum for ten equally frequent answers, since log2 10 = 3.32 |
 | below 0 | the model is overconfident: it would predict better without the inputs |
 
-- **Without inputs.** A tenth of the training examples of every task but the contrastive ones lose their inputs and keep \
-the prompt. So one model predicts both terms.
+- **Without inputs.** A tenth of the training examples of every task but the contrastive ones lose their inputs and \
+keep the prompt. So one model predicts both terms.
 - **Upper bound.** The frequencies of the training answers replace the model without inputs if they predict the test \
 answers better. The mean gain therefore cannot exceed the entropy of the answers by more than sampling error. \
 `report.json` contains this entropy as `answer_entropy` for closed sets of answers.
