@@ -92,11 +92,13 @@ def print_energy(path: Path, country: str | None, pue: float | None, json_path: 
     # torch takes seconds to import
     from openm6.core.run_folder import RunFolder
     from openm6.evaluate.results import read_account, read_lines
+    from openm6.hub.pretrained import read_json
 
     if not path.is_dir():
         raise CheckpointError(f"there is no run at {path}: check the path")
     run = RunFolder(path)
-    account = read_account(run, country, pue)
+    reported = read_json(run.path / "report.json").get("energy") or {}
+    account = read_account(run, country, pue, float(reported.get("evaluation_joules") or 0.0))
     write_json(account.to_json(), json_path)
     console, tracker = Console(), account.tracker
     console.print(Text(_summary(account)))
@@ -237,7 +239,7 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
     typer.echo("> ", nl=False)
     while line := sys.stdin.readline().strip():
         files = [name for name in re.findall(r"(?<!\S)@(\S+)", line) if Path(name).suffix or Path(name).exists()]
-        content = [{"type": (guess_type(name)[0] or "image").partition("/")[0], "path": name} for name in files]
+        content = [{"type": _kind_of(name), "path": name} for name in files]
         for name in files:
             line = re.sub(rf"(?<!\S)@{re.escape(name)}(\s|$)", "", line, count=1)
         content.append({"type": "text", "text": line.strip()})
@@ -253,6 +255,15 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
             typer.echo(str(error), nl=False)
         typer.echo("\n> ", nl=False)
     get_log().removeFilter(_on_a_new_line)
+
+
+def _kind_of(name: str) -> str:
+    """Whether a file is an audio clip; all else is read as an image. A system may lack the types of some endings."""
+    # torch takes seconds to import
+    from openm6.data.records import AUDIO_ENDINGS
+
+    is_audio = name.lower().endswith(AUDIO_ENDINGS) or (guess_type(name)[0] or "").startswith("audio/")
+    return "audio" if is_audio else "image"
 
 
 def _on_a_new_line(_: logging.LogRecord) -> bool:
@@ -307,6 +318,8 @@ def serve(
     settings = [*settings, f"engine.weights={precision}"] if precision else settings
 
     config = read_serve_config(settings, keys)
+    if replicas and not ray:
+        raise ConfigError("--replicas is for replicas on Ray: add --ray, or leave it out")
     if ray:
         if playground:
             raise ConfigError("--playground keeps its visits in one process: leave it out with --ray")

@@ -14,6 +14,7 @@ The same frequencies are baselines of text and codes; those of numbers are naive
 import dataclasses
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from openm6.data.source import Source
 from openm6.evaluate.answers import build_examples
 from openm6.evaluate.formatting import words
 from openm6.evaluate.metrics import Scored, known_metrics, truths
+from openm6.evaluate.results import true_values
 from openm6.inference.engine import MAX_ROWS, ROW_TOKENS
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import passes_of
@@ -80,20 +82,26 @@ class ValueFrequencies(TargetPrior):
         self.numbers = numbers
         self.counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(BINS))
         for example in examples:
-            self.counts[target_column(example)] += np.bincount(self._bins(example), minlength=BINS)
+            for name, bins in self._bins(example):
+                self.counts[name] += np.bincount(bins, minlength=BINS)
 
     def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         found = []
         for example in examples:
-            smoothed = self.counts[target_column(example)] + PSEUDO_COUNT / 4  # 160 bins would swamp few values
-            found.append(-np.log2(smoothed[self._bins(example)] / smoothed.sum()).sum())
+            bits = 0.0
+            for name, bins in self._bins(example):
+                smoothed = self.counts[name] + PSEUDO_COUNT / 4  # 160 bins would swamp few values
+                bits -= float(np.log2(smoothed[bins] / smoothed.sum()).sum())
+            found.append(bits)
         return np.asarray(found)
 
-    def _bins(self, example: Example) -> np.ndarray:
-        """Bin of each observed value, on the scale of its column."""
-        loc, scale = self.numbers.scale(target_column(example))
-        values = squashed((truths(example) - loc) / scale)
-        return ((values + LIMIT) * (BINS / (2 * LIMIT))).astype(int).clip(0, BINS - 1)
+    def _bins(self, example: Example) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each column with the bins of its observed values, on the scale of the column."""
+        names, values = np.array(target_columns(example)), truths(example)
+        for name in dict.fromkeys(names.tolist()):
+            loc, scale = self.numbers.scale(name)
+            found = squashed((values[names == name] - loc) / scale)
+            yield name, ((found + LIMIT) * (BINS / (2 * LIMIT))).astype(int).clip(0, BINS - 1)
 
 
 class CodeFrequencies(TargetPrior):
@@ -132,8 +140,9 @@ def _lookup(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return table[np.arange(positions)[:, None], np.arange(groups), codes]
 
 
-def target_column(example: Example) -> str:
-    return next(iter(example.answer)) if isinstance(example.answer, dict) else example.answer.name
+def target_columns(example: Example) -> list[str]:
+    """The column of each observed truth."""
+    return [name for name, value in zip(*true_values(example.answer), strict=True) if math.isfinite(value)]
 
 
 def training_examples(
@@ -194,19 +203,20 @@ def column_medians(examples: list[Example], train: list[Example], loaded: Loaded
     """The median of training records in the column of each observed truth; the model's location if none has a value."""
     values: dict[str, list[float]] = defaultdict(list)
     for example in train:
-        values[target_column(example)] += truths(example).tolist()
+        for name, value in zip(target_columns(example), truths(example).tolist(), strict=True):
+            values[name].append(value)
         # If the column is drawn, each record shows values of the others.
         for name, value in example.target.options.get("given", {}).items():
             if isinstance(value, float | int) and math.isfinite(value):
                 values[name].append(value)
-    columns = map(target_column, examples)
-    found = [np.median(values[name] or loaded.numbers.scale(name)[0]) for name in columns]
-    return [np.full(len(truths(example)), median) for example, median in zip(examples, found, strict=True)]
+    named = {name for example in examples for name in target_columns(example)}
+    median = {name: float(np.median(values[name] or loaded.numbers.scale(name)[0])) for name in named}
+    return [np.array([median[name] for name in target_columns(example)]) for example in examples]
 
 
 def column_scales(examples: list[Example], loaded: LoadedModel) -> list[np.ndarray]:
     """The scale of the column of each observed truth, in whose units errors are averaged."""
-    return [np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[1]) for example in examples]
+    return [np.array([loaded.numbers.scale(name)[1] for name in target_columns(example)]) for example in examples]
 
 
 def find_season(train: list[Example]) -> int:

@@ -264,10 +264,16 @@ def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[
         modalities = sorted({item["type"] for record in records for item in contents_of(record)} - {"text"})
         words = words_read(task, source)
         records = _readable(source, COUNTED if task.output_modality == "numbers" else 0)
-        columns = sorted({name for record in records for name in predictable(record)})
+        columns = sorted({name for record in records for name in _asked_for(record, task)})
         one = TrainedTask(task=part.task, source=part.source, words=words, modalities=modalities, weight=part.weight)
         found.append(one.model_copy(update={"columns": columns}))
     return found
+
+
+def _asked_for(record: Record, task: Task) -> list[str]:
+    """The number columns that the task may ask for: one, if the source names a target and the task obeys it."""
+    fixed = pinned(record) if task.optional else None
+    return predictable(record) if fixed is None else [fixed]
 
 
 def words_read(task: Task, source: Source) -> tuple[int, int] | None:

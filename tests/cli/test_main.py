@@ -345,10 +345,11 @@ class Echo:
 
 def test_a_chat_shows_files_and_remembers_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openm6.api.model.load", lambda *_: Echo())
-    said = "hello\nbroken\n@a/b.png What is @c.wav this?\nWhat does  @dataclass do?\n\nnever\n"
+    monkeypatch.setattr("openm6.cli.use.guess_type", lambda _: (None, None))  # as where there is no table of types
+    said = "hello\nbroken\n@a/b.png What is @c.flac this?\nWhat does  @dataclass do?\n\nnever\n"
     shown = runner.invoke(app, ["chat", "smol"], input=said)
     assert shown.exit_code == 0
-    answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.wav')] What is this?"
+    answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.flac')] What is this?"
     answers += "> 5 [] What does  @dataclass do?", "> "
     assert shown.stdout == "\n".join(answers)
 
@@ -365,6 +366,13 @@ def test_a_note_about_an_answer_begins_a_line(
     shown = runner.invoke(app, ["chat", "smol"], input="odd\n\n")
     assert shown.stdout == "> 1 \n[] odd\n> " and "not trained" in caplog.text
     assert not get_log().filters
+
+
+def test_what_would_be_ignored_or_lost_is_refused_first(tmp_path: Path) -> None:
+    shown = runner.invoke(app, ["serve", "mini", "--replicas", "max_replicas=8"])
+    assert shown.exit_code == 1 and "--replicas is for replicas on Ray: add --ray" in shown.stderr
+    shown = runner.invoke(app, ["plan", "demo", "--json", str(tmp_path / "no" / "plan.json")])
+    assert shown.exit_code == 1 and "--json" in shown.stderr
 
 
 def test_settings_of_a_server_need_no_model(monkeypatch: pytest.MonkeyPatch) -> None:

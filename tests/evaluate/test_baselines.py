@@ -14,6 +14,7 @@ from openm6.evaluate.likelihood import (
     TargetPrior,
     ValueFrequencies,
     baseline_values,
+    column_medians,
     column_scales,
     find_season,
     fit_prior,
@@ -189,6 +190,17 @@ def test_values_are_counted_by_column() -> None:
     bits = prior.bits(test, [])
     seen = -np.log2(30.125 / (30 + 160 * 0.125))
     assert bits == pytest.approx([seen, -np.log2(0.125 / 50), 2 * seen])
+
+
+def test_an_answer_of_several_columns_is_measured_by_each() -> None:
+    model = loaded()
+    train = [number({"mass": 10.0, "length": 3.0})] * 10 + [number({"mass": 12.0, "length": None})] * 20
+    test = [number({"mass": 11.0, "length": 2.0}), number({"mass": None, "length": 4.0})]
+    medians = column_medians(test, train, model)
+    assert [one.tolist() for one in medians] == [[12.0, 3.0], [3.0]]
+    assert [one.tolist() for one in column_scales(test, model)] == [[2.0, 0.5], [0.5]]
+    prior = ValueFrequencies(train, model.numbers)
+    assert prior.counts["mass"].sum() == 30 and prior.counts["length"].sum() == 10
 
 
 def test_nothing_is_known_without_training_records(model: LoadedModel) -> None:

@@ -18,6 +18,7 @@ from openm6.data.source import Source
 from openm6.data.sources import PairsConfig, PairSource
 from openm6.modalities.simple_predictors import IMAGE, TEXT, fold_of, from_bytes
 from openm6.tasks.registry import TASKS
+from openm6.tasks.slots import PINNED
 from openm6.train.multimodal_data import (
     MAX_IMAGES,
     SAMPLED,
@@ -26,6 +27,7 @@ from openm6.train.multimodal_data import (
     predictor_rows,
     table_predictors,
     tokenizer_text,
+    trained_tasks,
 )
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource
@@ -73,6 +75,19 @@ def test_the_tokenizer_learns_texts_of_own_tasks(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_str(tokenizer_text(recipe, {"mine": source}, RunFolder(tmp_path)))
     assert len(tokenizer.encode("harbour closed").ids) == 2 and len(tokenizer.encode("strong gale tonight").ids) == 3
     assert len(tokenizer.encode("zyx").ids) == 3
+
+
+@pytest.mark.parametrize(("fixed", "columns"), [("rent", ["rent"]), (None, ["area", "rent"])])
+def test_columns_that_a_model_predicts_are_those_that_were_asked_for(fixed: str | None, columns: list[str]) -> None:
+    values = {
+        "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
+        "mixture": [{"source": "mine", "task": "record_regression"}],
+    }
+    extra = {"extra": {PINNED: fixed}} if fixed else {}
+    records = [{"id": str(n), "numbers": {"rent": 2.0 + n, "area": 1.0 + n}, **extra} for n in range(20)]
+    recipe = build(MultimodalRecipe, values, "r.yaml")
+    (found,) = trained_tasks(recipe, {"mine": ListSource("mine", records)})
+    assert found.columns == columns
 
 
 def test_a_rare_field_is_found_further_on() -> None:

@@ -308,6 +308,8 @@ def run_scenarios(
     trained: Path, json_path: Path | None = None, device: str = "auto", dtype: str = "auto"
 ) -> list[ExampleResult]:
     """Run the examples of all scenarios, in both languages, and write them to `json_path`; raise CheckpointError."""
+    if json_path is not None:
+        check_writable(json_path, "--json")
     config = ONE_AT_A_TIME.model_copy(update={"weights": precision_of(dtype) or "auto"})
     with Engine(load(trained, device), config) as engine:
         scenarios = library_of(engine.loaded.description, engine.loaded.checkpoint).scenarios.values()

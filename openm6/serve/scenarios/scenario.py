@@ -191,7 +191,10 @@ def library_of(description: CheckpointConfig, folder: Path | None = None) -> Sce
     for task in (known[name] for name in names if name in known and name not in covered):
         # Some have no form, such as a regression of which no column is recorded.
         with suppress(ValueError):
-            if not (task.contrastive or task.chat):
+            prompts = [prompt for found in task.prompts.values() for prompt in found]
+            # Which categories were asked for is not recorded.
+            unnamed = task.output_modality != "numbers" and any("{column}" in prompt for prompt in prompts)
+            if not (task.contrastive or task.chat or unnamed):
                 own.append(_own_scenario(task, description, brought.get(task.name, []), str(folder)))
     if own:
         domains["own"] = Domain(title=Bilingual(en="Tasks of this model", zh="该模型的任务"), scenarios=own)

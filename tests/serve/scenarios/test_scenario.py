@@ -295,6 +295,12 @@ def test_a_trained_task_that_the_library_lacks_has_a_scenario_of_its_own() -> No
     assert found == {"record_regression"} and all(given.optional for given in scenario.inputs.values())
 
 
+def test_a_task_that_asks_for_a_category_that_is_not_recorded_has_none() -> None:
+    trained = [TrainedTask(task="record_classification", source="own")]
+    description = loaded().description.model_copy(update={"trained_tasks": trained})
+    assert "record_classification" not in ready(description)[0].scenarios
+
+
 def test_a_report_beside_the_weights_counts_too(tmp_path: Path) -> None:
     reported(tmp_path, {"image_captioning/emoji": entry(0.021, 0.033)})
     assert not readiness(CAPTION, DESCRIPTION, read_scores(tmp_path)).ready
