@@ -41,6 +41,7 @@ LEFT_OUT = ("empty", "identifier")
 LIMITS = {"image": MAX_IMAGE_BYTES, "audio": MAX_AUDIO_BYTES}
 MAX_SEED = 2**31 - 1
 FEW_STEPS = 200
+SOURCE = "table"
 # Rows from which some are for validation in a training of a given time, and the fraction of them.
 MIN_VALIDATED, VALIDATION = 50, 0.1
 
@@ -119,14 +120,18 @@ class _TableEstimator(BaseEstimator):
             split = "split"  # a column of this name may be one of X
             while split in table.names:
                 split += "_"
+            row = "row"  # validation rows are drawn by their numbers, not by what a column `id` may hold
+            while row in table.names:
+                row += "_"
             written = with_files(table.arrow, self.fields_).append_column(split, pa.array(["train"] * len(y)))
+            written = written.append_column(row, pa.array(range(len(y))))
             pq.write_table(written, f"{folder}/table.parquet")
-            self.model_ = self._train(Path(folder), split, len(y), seed)
+            self.model_ = self._train(Path(folder), split, row, len(y), seed)
 
-    def _train(self, folder: Path, split: str, rows: int, seed: int) -> OpenM6:
+    def _train(self, folder: Path, split: str, row: str, rows: int, seed: int) -> OpenM6:
         fields, path = self.fields_.model_dump(exclude_none=True), str(folder / "table.parquet")
         source: dict[str, Any] = {"kind": "parquet", "path": path, "fields": fields}
-        source |= {"target": self.target_, "split": split}
+        source |= {"target": self.target_, "split": split, "test_by": row}
         loop: dict[str, Any] = {"seed": seed, "num_processes": 1, "tensorboard": False, "keep_last": 1}
         if self.max_steps is not None:
             loop["steps"] = self.max_steps
@@ -138,8 +143,8 @@ class _TableEstimator(BaseEstimator):
                 loop |= {"held_out": {"every": 50}, "early_stopping_patience": 5, "load_best_model_at_end": True}
         values: dict[str, Any] = {
             "model": dict(self.model or {}) | ({} if self.base is None else {"start": str(self.base)}),
-            "sources": {"table": source},
-            "mixture": [{"source": "table", "task": self._task}],
+            "sources": {SOURCE: source},
+            "mixture": [{"source": SOURCE, "task": self._task}],
             "loop": loop,
             "eval": {"at_end": False},
         }
@@ -197,7 +202,8 @@ class OpenM6Regressor(RegressorMixin, _TableEstimator):
             raise TableError(f"output_type={output_type!r} is not one of mean, median, quantiles")
         frames.check_levels(quantile_levels)
         records = self._records(X)
-        answers = frames.number_answers(self.model_.loaded, self.model_.loaded.task(self._task), records, self.target_)
+        loaded = self.model_.loaded
+        answers = frames.number_answers(loaded, loaded.task(self._task), records, self.target_, SOURCE)
         # The task takes whatever a row holds, so that each has an answer.
         found = [one for one in answers if one is not None]
         if output_type == "quantiles":
@@ -242,7 +248,7 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
         """Return probabilities of the classes, in the order of `classes_`.  # N F -> N K"""
         records, loaded = self._records(X), self.model_.loaded
         task, names = loaded.task(self._task), self.class_names_
-        probability = frames.class_probabilities(loaded, task, records, self.target_, names)
+        probability = frames.class_probabilities(loaded, task, records, self.target_, names, source=SOURCE)
         return np.nan_to_num(probability, nan=1 / len(names))  # of a row without any value
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803

@@ -98,7 +98,7 @@ def predict(
         key = "label" if fields.label == target else "label_zh"
         source = one.source if own else ""  # without a mapping, it may be another one
         if numeric:
-            answers = number_answers(loaded, task, records, target)
+            answers = number_answers(loaded, task, records, target, source)
             for name, level in [("predictions", 0.5), *((str(level), level) for level in levels)]:
                 found[name] = [math.nan if one is None else one.quantile(level)[0] for one in answers]
         elif classes is not None:
@@ -220,13 +220,15 @@ def _plain(word: str) -> str:
     return word.lower().removesuffix(".0")
 
 
-def number_answers(loaded: LoadedModel, task: Task, records: Sequence[Record], target: str) -> list[Histogram | None]:
-    """Return the distribution of a column for each record; None for one without what the task needs."""
+def number_answers(
+    loaded: LoadedModel, task: Task, records: Sequence[Record], target: str, source: str = ""
+) -> list[Histogram | None]:
+    """Return the distribution of a column for each record, of a source if it is known; None without what is needed."""
     # Any value will do where it is missing: only its distribution is asked for.
     pairs = [(record, record.get("numbers") or {}) for record in records]
     asked = [{**record, "numbers": {**own, target: own.get(target) or 0.0}} for record, own in pairs]
     examples = _examples(task, for_number(task, target), asked, asked)
-    answers = answer(loaded, list(examples.values()), MaskedSampling())
+    answers = answer(loaded, [example.of_source(source) for example in examples.values()], MaskedSampling())
     by_row = {row: found for row, found in zip(examples, answers, strict=True) if isinstance(found, Histogram)}
     return [by_row.get(row) for row in range(len(records))]
 

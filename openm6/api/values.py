@@ -21,7 +21,7 @@ from openm6.inference.load import LoadedModel
 from openm6.inference.question import chat_prompt, read_media
 from openm6.modalities.audio import RATE
 from openm6.modalities.histogram import Histogram
-from openm6.modalities.image import upright
+from openm6.modalities.image import in_rgb, upright
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 
@@ -153,9 +153,11 @@ def media_bytes(value: Any, modality: str) -> Path | bytes | None:
         if modality == "image":
             if not isinstance(value, PIL.Image.Image) and np.asarray(value).dtype.kind == "f":
                 raise TypeError  # Pillow would read 0 to 1 as black
-            image = value if isinstance(value, PIL.Image.Image) else PIL.Image.fromarray(np.asarray(value))
-            image, buffer = upright(image), io.BytesIO()
-            (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+            is_pillow, buffer = isinstance(value, PIL.Image.Image), io.BytesIO()
+            image = upright(value if is_pillow else PIL.Image.fromarray(np.asarray(value)))
+            if image.mode not in PNG_MODES:
+                image = in_rgb(image) if is_pillow else image.convert("RGB")
+            image.save(buffer, "PNG")
             return buffer.getvalue()
         if isinstance(value, Mapping):
             value = Audio(np.asarray(value["array"]), int(value["sampling_rate"]))

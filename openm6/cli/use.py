@@ -180,7 +180,7 @@ def generate(
     ] = None,
     mask_span: Annotated[
         str | None,
-        typer.Option(metavar="START,END", help="Span of the audio to inpaint, as fractions of its length."),
+        typer.Option(metavar="START,END", help="Span of the audio to inpaint, as fractions of the seconds generated."),
     ] = None,
     language: Annotated[str, typer.Option(help="Language of the prompt without --text: en or zh.")] = "en",
     decoding: Annotated[

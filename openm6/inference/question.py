@@ -173,7 +173,7 @@ class Question:
 
     `numbers` maps columns to values (None: missing); `column` is the number to predict; `series` with `ahead` asks for
     a forecast of so many steps. `language` is that of the prompt, if `text` is not one itself. `mask_box` (left, top,
-    right, bottom as fractions of the sides) and `mask_span` (start, end as fractions of the length) ask for
+    right, bottom as fractions of the sides) and `mask_span` (start, end as fractions of the seconds generated) ask for
     inpainting: the image or audio is generated there and kept elsewhere. `image` and `audio` are paths or contents.
     """
 

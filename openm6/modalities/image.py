@@ -59,7 +59,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
             )
         if target_pixels is not None and not isinstance(raw, PIL.Image.Image):
             image = _decoded_small(image, OVERSAMPLING * target_pixels)
-        return _in_rgb(upright(image))
+        return in_rgb(upright(image))
     except PIL.Image.DecompressionBombError:
         raise DataError(f"the image is over the bound of {max_pixels:,} pixels: shrink it") from None
     except (OSError, ValueError, SyntaxError, TypeError, struct.error) as error:
@@ -70,6 +70,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image turned as the camera was held; other entries of its EXIF, which may be broken, are left alone."""
+    image.load()  # a TIFF turns itself then, and no longer tells how
     turn = ROTATIONS.get(image.getexif().get(ORIENTATION, 1))
     if turn is not None:
         image = image.transpose(turn)
@@ -89,8 +90,10 @@ def _decoded_small(image: PIL.Image.Image, min_pixels: int) -> PIL.Image.Image:
     return image.resize(image.size, PIL.Image.Resampling.BICUBIC, box=drafted[1])
 
 
-def _in_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """RGB of any mode, transparency over white."""
+def in_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """RGB of any mode, transparency over white; DataError for fractions, which Pillow would read as black."""
+    if image.mode == "F":
+        raise DataError("the image holds floating-point numbers: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
         levels = np.asarray(image, np.float32) / 257
         image = PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8))

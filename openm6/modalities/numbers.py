@@ -168,7 +168,7 @@ class Numbers(Modality):
         return found
 
     def label_predictions(self, options: Options, classes: Iterable[str] = ()) -> LabelPrediction | None:
-        """What simple predictors make of a label, or None. It has these classes, if there are any.
+        """What simple predictors make of a label, or None. It has these classes; if its `column` is known, two of them.
 
         `options` are those of a target: what is `given`, the `source` if it is known, as other sources have other
         classes, and the `column` of the label. Without it, the `words` of the prompt must name it, unless there are
@@ -180,9 +180,11 @@ class Numbers(Modality):
             (len((table.inputs & given.keys()).difference(label.hidden)), number, column)
             for number, table in enumerate(reversed(self.predictors), 1)
             for column, label in table.labels_of(options.get("source")).items()
-            if names <= set(label.classes) and (
-                options["column"] in label.hidden if "column" in options
-                else len(names) > 2 or (names and any(x.replace("_", " ") in words for x in label.hidden))
+            if (
+                options["column"] in label.hidden and (not names or len(names & set(label.classes)) > 1)
+                if "column" in options
+                else names <= set(label.classes)
+                and (len(names) > 2 or (names and any(x.replace("_", " ") in words for x in label.hidden)))
             )
         ]  # fmt: skip
         most, number, column = max(usable, default=(0, 0, ""))

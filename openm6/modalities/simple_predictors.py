@@ -198,8 +198,14 @@ class LabelPrediction(NamedTuple):
     prior: np.ndarray  # M+1
 
     def with_model(self, own: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-        """Log-probabilities of some classes, those of the model before those of the experts.  # L -> M+1 L"""
-        return np.stack([np.maximum(own, LEAST), *self.experts[:, [self.classes.index(name) for name in classes]]])
+        """Log-probabilities of some classes, those of the model before those of the experts.  # L -> M+1 L
+
+        A class that is too rare for the experts is improbable to each of them that says anything.
+        """
+        index = {name: number for number, name in enumerate(self.classes)}
+        experts = np.pad(self.experts, ((0, 0), (0, 1)))
+        experts[self.experts.any(1), -1] = LEAST
+        return np.stack([np.maximum(own, LEAST), *experts[:, [index.get(name, -1) for name in classes]]])
 
 
 class Label(NamedTuple):

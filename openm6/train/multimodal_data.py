@@ -273,7 +273,7 @@ def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[
 def _asked_for(record: Record, task: Task) -> list[str]:
     """The number columns that the task may ask for: one, if the source names a target and the task obeys it."""
     fixed = pinned(record) if task.optional else None
-    return predictable(record) if fixed is None else [fixed]
+    return list(predictable(record)) if fixed is None else [fixed]
 
 
 def words_read(task: Task, source: Source) -> tuple[int, int] | None:

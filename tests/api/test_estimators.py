@@ -131,6 +131,12 @@ def test_a_time_limit_is_kept() -> None:
     assert regressor.n_iter_ > 1 and regressor.__sklearn_tags__().non_deterministic
 
 
+def test_validation_rows_are_drawn_by_number_whatever_a_column_is_called() -> None:
+    rows = 60
+    table = pd.DataFrame({"id": np.arange(rows) % 10 + 1, "x": np.arange(rows) * 1.0})
+    openm6.OpenM6Regressor(model=MODEL, device="cpu", random_state=0, time_limit=4).fit(table, table["x"])
+
+
 def test_examples_of_docstrings_run() -> None:
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     known = {"tiny": SLIGHT}

@@ -272,6 +272,9 @@ BAD = {
     "an empty file": (lambda m6: m6.generate(image="empty.png"), "empty.png: the image is broken"),
     "a number as an image": (lambda m6: m6.generate(image=7), "int is no image"),
     "an image of floats": (lambda m6: m6.generate(image=np.zeros((8, 8))), "an array H W 3 of uint8"),
+    "a Pillow image of floats": (
+        lambda m6: m6.generate(image=PIL.Image.fromarray(np.zeros((8, 8), np.float32))), "floating-point numbers",
+    ),
     "an array of text": (lambda m6: m6.generate(audio=np.zeros(3)), "ndarray is no audio"),
     "lists of two lengths": (lambda m6: m6.generate(["a", "b"], image=["x"]), "there are 2 of prompt, 1 of image"),
     "a bad setting": (lambda m6: m6.generate("x", top_p=2), "text.top_p: Input should be less than or equal to 1"),

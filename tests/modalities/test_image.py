@@ -319,6 +319,9 @@ def test_every_orientation_is_that_of_pillow_and_other_tags_may_be_broken(turn: 
     stream = io.BytesIO()
     image.save(stream, "PNG", exif=tags)
     expected = PIL.ImageOps.exif_transpose(PIL.Image.open(stream))
+    scan = io.BytesIO()
+    image.save(scan, "TIFF", exif=tags)
+    assert np.array_equal(read_image(scan.getvalue()), expected.convert("RGB")), "a TIFF turns itself"
     assert expected is not None and np.array_equal(read_image(stream.getvalue()), expected)
     image.getexif()[0x0111] = 2**40  # no value of this tag
     image.getexif()[0x0112] = turn

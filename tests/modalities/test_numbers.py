@@ -215,4 +215,8 @@ def test_probabilities_of_labels_are_those_of_the_model_and_of_simple_predictors
     for other in ({"column": "weather"}, {"column": "mood", "given": {"t": 1.0}}, {"given": {"t": 1.0}}, {}):
         assert known.label_predictions(other) is None
     assert known.label_predictions(asked, ("cold", "mild")) is None
+    # A class that was too rare for the predictors does not switch them off.
+    known.widths = {}
+    rare = known.label_scores(np.full((1, 3), 3.0), ("cold", "rare", "warm"), [asked])[0]
+    assert rare[2] > math.log(0.8) and rare[1] < rare[0]
     assert known.ranking([3.0, 3.5], ("cold", "mild"), [2, 4], prompt) == [(3.0, 2), (3.5, 4)]
