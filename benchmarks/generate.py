@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.harness import Json, Report, Timing, alternate, device_name
 from openm6.core.device import resolve_device
 from openm6.inference.decode import DecodeStep, TextHead
+from openm6.inference.decode_batch import STRIDE
 from openm6.inference.masked import MaskedDecodeState, masked_step
 from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling, draw_from
@@ -56,8 +57,7 @@ class Autoregressive:
         start = torch.tensor([position, 0][:rows], device=self.omni.device)
         length = torch.tensor([self.cache.lengths[0], 0][:rows], device=self.omni.device)
         codes = torch.zeros(1, self.adapter.groups, dtype=torch.int64, device=self.omni.device)
-        longest = self.cache.capacity
-        found = []
+        found, read = [], self.cache.lengths[0]
         for number in range(self.positions):
             arrays = {
                 "shown": codes,
@@ -65,6 +65,8 @@ class Autoregressive:
                 "positions": like["positions"][number : number + 1],
             }
             x = self.adapter.embed(arrays).expand(rows, -1)
+            # As text does it: no more keys than there are, in steps of a few.
+            longest = min(-(-(read + number + 1) // STRIDE) * STRIDE, self.cache.capacity)
             states = self.step.states(x, start + number, length + number, longest)  # B D
             codes = self._codes(states, guidance)
             found.append(codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -85,6 +86,8 @@ def bench_own_data(
     \b
     Example: python -m benchmarks own-data --kind series --minutes 5 --json own.json
     """
+    if estimators and importlib.util.find_spec("pandas") is None:
+        raise ConfigError("--estimators needs pandas: pip install pandas")
     chosen = choose(only, kind, development)
     found: list[dict[str, Any]] = []
     with alone(), Report(json_path, LIMIT) as report:
@@ -245,7 +248,9 @@ class Run:
         frame, classes, methods = self.frame, self.classes(target), dict[str, Method]()
         rows = (train_rows, test_rows)
         if len(frame.names("number")) + len(frame.names("category")) > 1:
-            methods[self.named("numbers", "boosting")] = untimed(partial(boosted_classes, *rows, target, classes))
+            with_words = self.data.kind == "table"
+            boosted = partial(boosted_classes, *rows, target, classes, with_words)
+            methods[self.named("numbers", "boosting")] = untimed(boosted)
             methods[self.named("numbers", "logistic")] = untimed(partial(logistic_classes, *rows, target, classes))
         for name in frame.names("text"):
             methods[self.named(name, "TF-IDF")] = untimed(partial(word_classes, *rows, name, target, classes))
@@ -261,7 +266,9 @@ class Run:
         rows, methods = (train_rows, test_rows), dict[str, Method]()
         values = train_rows.numbers(target)
         methods["training median"] = untimed(partial(marginal_quantiles, values, TABLE_LEVELS, len(test_rows)))
-        methods[self.named("numbers", "boosting")] = partial(boosted_quantiles, *rows, target)
+        methods[self.named("numbers", "boosting")] = partial(
+            boosted_quantiles, *rows, target, with_words=self.data.kind == "table"
+        )
         for name in self.frame.names("text") if self.data.kind == "mixed" else ():
             methods[self.named(name, "TF-IDF")] = untimed(partial(word_quantiles, *rows, name, target))
         for name in self.frame.names("image"):

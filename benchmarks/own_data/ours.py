@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import yaml
 from PIL import Image
 
@@ -38,6 +37,9 @@ from openm6.evaluate.run import open_own_data, source_configs
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
+
+if TYPE_CHECKING:
+    import pandas as pd
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import Text
@@ -151,6 +153,9 @@ def estimate(
 
 def _cells(frame: Frame, target: str) -> tuple[pd.DataFrame, list[Any]]:
     """The columns without the target, images as bytes of PNG files, and the target."""
+    # An optional package, which --estimators alone needs.
+    import pandas as pd  # noqa: PLC0415
+
     columns = {}
     for name, column in frame.columns.items():
         columns[name] = [_png(image) for image in column] if frame.kinds[name] == "image" else list(column)

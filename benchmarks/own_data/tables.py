@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor, RandomForestClassifier
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
@@ -21,36 +21,46 @@ from benchmarks.own_data.frame import Frame
 from benchmarks.own_data.scores import TABLE_LEVELS
 
 FOREST_SIDE, TREES = 24, 300
-MIN_DOCUMENTS = 2  # in which a word must occur
+MIN_DOCUMENTS, MAX_WORDS = 2, 128  # texts in which a word must occur, and words of a column
 HELD_OUT = 0.2  # of the training rows, for the quantiles of residuals
 
 
 class Features:
-    """Columns of numbers and categories as one matrix: categories as codes, missing values as NaN."""
+    """Columns of numbers, categories as codes and words of texts as one matrix; missing values are NaN."""
 
-    def __init__(self, train: Frame, target: str) -> None:
+    def __init__(self, train: Frame, target: str, with_words: bool = False) -> None:
         self.numbers = [name for name in train.names("number") if name != target]
         self.categories = [name for name in train.names("category") if name != target]
         self.codes = {
             name: {word: code for code, word in enumerate(sorted(set(train.columns[name]) - {""}))}
             for name in self.categories
         }
+        # As many as OpenM6 makes columns of.
+        self.words = {
+            name: CountVectorizer(binary=True, min_df=MIN_DOCUMENTS, max_features=MAX_WORDS).fit(train.columns[name])
+            for name in (train.names("text") if with_words else ())
+        }
 
     def __call__(self, frame: Frame) -> np.ndarray:
         columns = [frame.numbers(name) for name in self.numbers]
         for name in self.categories:
             columns.append(np.asarray([self.codes[name].get(word, np.nan) for word in frame.columns[name]], float))
+        for name, words in self.words.items():
+            columns += list(words.transform(frame.columns[name]).toarray().astype(float).T)
         return np.stack(columns, 1)
 
     @property
     def is_category(self) -> list[bool]:
         """Whether each column holds codes."""
-        return [False] * len(self.numbers) + [True] * len(self.categories)
+        words = sum(len(one.vocabulary_) for one in self.words.values())
+        return [False] * len(self.numbers) + [True] * len(self.categories) + [False] * words
 
 
-def boosted_quantiles(train: Frame, test: Frame, target: str, deadline: Deadline) -> np.ndarray | None:
+def boosted_quantiles(
+    train: Frame, test: Frame, target: str, deadline: Deadline, with_words: bool = False
+) -> np.ndarray | None:
     """Return quantiles by HistGradientBoosting, one model per level; None if the time is over.  # N Q"""
-    features, values = Features(train, target), train.numbers(target)
+    features, values = Features(train, target, with_words), train.numbers(target)
     seen = np.isfinite(values)
     x, y, x_test = features(train)[seen], values[seen], features(test)
     found = []
@@ -64,9 +74,11 @@ def boosted_quantiles(train: Frame, test: Frame, target: str, deadline: Deadline
     return np.sort(np.stack(found, 1), 1)
 
 
-def boosted_classes(train: Frame, test: Frame, target: str, classes: Sequence[str]) -> np.ndarray:
+def boosted_classes(
+    train: Frame, test: Frame, target: str, classes: Sequence[str], with_words: bool = False
+) -> np.ndarray:
     """Return probabilities by HistGradientBoosting.  # N K"""
-    features = Features(train, target)
+    features = Features(train, target, with_words)
     model = HistGradientBoostingClassifier(categorical_features=features.is_category, random_state=0)
     model.fit(features(train), list(train.columns[target]))
     return aligned(model.predict_proba(features(test)), model.classes_, classes)

@@ -3,6 +3,7 @@
 import difflib
 import signal
 
+LONGEST_NAME = 100  # letters that are compared
 MIN_SIMILARITY = 0.75  # `describe` is 0.67 like `transcribe`, and means something else
 
 
@@ -54,7 +55,8 @@ def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Return a hint such as `did you mean 'penguins'? (known: …)` for a mistyped name."""
     if not known:
         return "none is known"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=MIN_SIMILARITY)
+    # Of a very long name, the search would take seconds.
+    close = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1, cutoff=MIN_SIMILARITY)
     listing = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
     return f"did you mean {close[0]!r}? (known: {listing})" if close else f"known: {listing}"
 

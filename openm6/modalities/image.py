@@ -30,6 +30,7 @@ from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 MaskBox = tuple[float, float, float, float] | np.ndarray | None
 SIDE_UNITS = 32  # units of rotary positions along each side of an image
 MAX_PIXELS = 32_000_000
+MAX_SCANS = 100  # of a JPEG
 ORIENTATION = 0x0112  # of EXIF
 ROTATIONS = dict(enumerate((
     Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
@@ -57,6 +58,10 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
             raise DataError(
                 f"the image has {image.width} x {image.height} pixels, over the bound of {max_pixels:,}: shrink it"
             )
+        # Each scan goes over all pixels, and takes a few bytes of the file.
+        is_jpeg = isinstance(raw, bytes) and image.format in ("JPEG", "MPO")
+        if is_jpeg and raw.count(b"\xff\xda") > MAX_SCANS:
+            raise DataError(f"the image has more than {MAX_SCANS} scans: save it again as PNG or JPEG")
         if target_pixels is not None and not isinstance(raw, PIL.Image.Image):
             image = _decoded_small(image, OVERSAMPLING * target_pixels)
         return in_rgb(upright(image))

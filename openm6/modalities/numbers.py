@@ -49,6 +49,7 @@ from openm6.modalities.text import Text
 
 CACHE_BYTES = 2**23  # of the features of rows
 QUERY_FEATURES = 2 * PREDICTIONS + 4
+LONGEST_DATE = 64  # letters of a cell or a name in a row that is cached
 MAX_OF_SERIES = 1e150  # whose square is finite
 BLEND_WEIGHT = 3.0  # of the blend of simple predictions in the location, before training
 
@@ -224,7 +225,9 @@ class Numbers(Modality):
         raw = self._with_dates(raw)
         compute = functools.partial(self._features, raw)
         try:
-            return dict(self._cache.get_or_compute(tuple(raw.items()), compute))
+            # The cache counts what it keeps, but not the texts of a key.
+            is_short = all(len(cell) <= LONGEST_DATE for cell in (*raw, *raw.values()) if isinstance(cell, str))
+            return dict(self._cache.get_or_compute(tuple(raw.items()) if is_short else None, compute))
         # A value that has no hash is no number, either.
         except TypeError:
             return compute()

@@ -85,10 +85,15 @@ class AudioPart(BaseModel):
     input_audio: InputAudio
 
 
+# Of a column, and a date as text.
+ColumnName = Annotated[str, Field(max_length=256)]
+Cell = float | Annotated[str, Field(max_length=256)] | None
+
+
 class Series(BaseModel):
     """A column over time; null where nothing was observed."""
 
-    name: str
+    name: ColumnName
     values: list[float | None] = Field(min_length=1, max_length=4096)
 
 
@@ -96,7 +101,7 @@ class NumbersPart(BaseModel):
     """Values of columns, dates as text (null: missing), or a series."""
 
     type: Literal["numbers"]
-    numbers: dict[str, float | str | None] | None = None
+    numbers: dict[ColumnName, Cell] | None = None
     series: Series | None = None
 
 
@@ -113,19 +118,22 @@ class Message(BaseModel):
 
 def parts_of_messages(messages: list[Message], limits: Limits, loaded: LoadedModel) -> tuple[Part, ...]:
     """Return the parts of all turns as the model reads them. Raise as below."""
-    turns = (
+    turns = [
         (
             "system" if message.role == "developer" else message.role,
             _content_parts(message.content or "", limits, f"messages.{index}.content"),
         )
         for index, message in enumerate(messages)
-    )
+    ]
+    _check_characters((part for _, parts in turns for part in parts), limits, "messages")
     return _within_limits(chat_prompt(turns, loaded), limits, "messages")
 
 
 def parts_of_content(content: Content, limits: Limits, param: str) -> tuple[Part, ...]:
     """Return the parts of one turn, neighbouring texts joined; raise BadRequestError if one is broken or too much."""
-    return _within_limits(join_neighbours(_content_parts(content, limits, param)), limits, param)
+    parts = _content_parts(content, limits, param)
+    _check_characters(parts, limits, param)
+    return _within_limits(join_neighbours(parts), limits, param)
 
 
 def _content_parts(content: Content, limits: Limits, param: str) -> list[Part]:
@@ -155,9 +163,14 @@ def _part(part: ContentPart, limits: Limits, param: str) -> Part:
 
 def _within_limits(parts: list[Part], limits: Limits, param: str) -> tuple[Part, ...]:
     check_limit(param, len(parts), limits.parts, "parts")
+    _check_characters(parts, limits, param)
+    return tuple(part for part in parts if part.modality != "text" or part.raw or "role" in part.options)
+
+
+def _check_characters(parts: Iterable[Part], limits: Limits, param: str) -> None:
+    """Call it before texts are joined, which copies them."""
     characters = sum(len(part.raw) for part in parts if part.modality == "text")
     check_limit(param, characters, limits.characters, "characters")
-    return tuple(part for part in parts if part.modality != "text" or part.raw or "role" in part.options)
 
 
 def decode_base64(text: str, param: str) -> bytes:

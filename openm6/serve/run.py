@@ -204,8 +204,10 @@ class HeaderTimeoutProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _update_deadline(self) -> None:
-        """Set the deadline while a header is awaited, and clear it once the header is complete."""
-        if self.conn.their_state is not h11.IDLE:
+        """Set the deadline while a header is awaited, or a body that nobody needs, and clear it otherwise."""
+        # Answered before its body was there: nobody waits for the rest any more.
+        is_unread = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if self.conn.their_state is not h11.IDLE and not is_unread:
             self._clear_deadline()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(self.header_seconds, self.transport.close)

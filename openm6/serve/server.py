@@ -178,6 +178,8 @@ class HTTPMiddleware:
         if not length.isdecimal() or int(length) > self.limits.body_bytes:
             return Failure(413, self._too_large)
         page = scope["path"] == PLAYGROUND or scope["path"].startswith(PLAYGROUND + "/")
+        if page and "/file=http" in scope["path"].lower():
+            return Failure(404, "addresses are not fetched: upload the file")
         if not self.keys or scope["path"] in OPEN or page:
             return None
         key = match_key(headers.get("authorization", "").removeprefix("Bearer "), self.keys)

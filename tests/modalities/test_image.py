@@ -302,6 +302,16 @@ def test_sixteen_bit_grey_keeps_its_shades() -> None:
     assert np.abs(shades - np.array([[0, 127.5], [255, 63.8]])).max() <= 1
 
 
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(noise(16, 16)).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    assert read_image(data).size == (16, 16)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    with pytest.raises(DataError, match="more than 100 scans"):
+        read_image(data[:end] + 200 * data[last:end] + data[end:])
+
+
 def test_a_photograph_stands_as_the_camera_was_held() -> None:
     image = PIL.Image.new("RGB", (4, 2), "white")
     tags = image.getexif()

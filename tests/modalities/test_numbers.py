@@ -106,6 +106,15 @@ def test_a_series_beyond_all_scales_is_refused(numbers: Numbers, value: float) -
         numbers.source(series)
 
 
+def test_long_texts_are_not_kept_by_the_cache(numbers: Numbers) -> None:
+    kept = len(numbers._cache.entries)
+    assert (
+        numbers.source({"length": f"{' ' * 1000}2.5"}).arrays["values"].tolist()
+        == numbers.source({"length": 2.5}).arrays["values"].tolist()
+    )
+    assert len(numbers._cache.entries) == kept + 1
+
+
 def test_a_name_carries_its_words(numbers: Numbers) -> None:
     ids = numbers.source({"body_mass": 1.0, "length": 1.0}).arrays["name_ids"]
     assert ids.shape == (2, 8) and (ids[:, 0] >= 0).all() and (ids[0] != ids[1]).any()

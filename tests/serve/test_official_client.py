@@ -172,6 +172,17 @@ def test_transcription_by_a_task_of_ones_own() -> None:
     assert read["own"] > read["none"] + 10
 
 
+def test_long_names_and_many_texts_are_refused_before_any_work(client: openai.OpenAI) -> None:
+    for body in (
+        {"columns": ["x" * 300], "rows": [{"mass": 1.0}]},
+        {"rows": [{"mass": "d" * 300, "length": None}]},
+    ):
+        with pytest.raises(openai.BadRequestError, match="256"):
+            client.post("/predict", body={"model": "tiny", **body}, cast_to=object)
+    with pytest.raises(openai.BadRequestError, match="characters"):
+        ask(client, [{"type": "text", "text": "a" * 400}] * 3000)
+
+
 def test_neutral_values_are_accepted(client: openai.OpenAI) -> None:
     more = {"top_k": -1, "top_logprobs": 0, "logprobs": False}
     assert ask(client, "draw the digit seven", extra_body=more).choices[0].logprobs is None

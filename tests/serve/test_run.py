@@ -223,6 +223,26 @@ def test_a_header_that_does_not_come_closes_the_connection(begun: bytes, monkeyp
     assert b"404" in asyncio.run(send())
 
 
+def test_a_body_that_nobody_waits_for_does_not_hold_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeaderTimeoutProtocol, "header_seconds", 0.05)
+
+    async def send() -> bytes:
+        with bind("127.0.0.1", 0) as listener:
+            server = http_server(FastAPI(), Limits())
+            running = asyncio.create_task(server._serve([listener]))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(b"GET /nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n")
+            found = await asyncio.wait_for(reader.readuntil(b"}"), 20)
+            writer.write(b"x")  # the first byte of two
+            await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            server.should_exit = server.force_exit = True
+            await running
+            return found
+
+    assert b"404" in asyncio.run(send())
+
+
 def test_bounds_are_handed_on() -> None:
     config = http_server(FastAPI(), Limits(connections=7, header_bytes=2048)).config
     assert (config.limit_concurrency, config.h11_max_incomplete_event_size) == (

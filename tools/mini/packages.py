@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.own_data.packages import BOKEH, MDI_SVG, PLOTNINE, Package, fetch, unpacked_debian
+from openm6.core.errors import ConfigError
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
@@ -328,6 +330,8 @@ class Packages:
 
     def import_requirements(self) -> None:
         """Make the libraries of `requirements.txt` importable, installed into the cache unless they are there."""
+        if (sys.version_info[:2], platform.system(), platform.machine()) != ((3, 11), "Linux", "x86_64"):
+            raise ConfigError("the libraries of tools/mini are pinned for Python 3.11 on Linux x86_64: run it there")
         # A list that has changed is installed again, beside the old one.
         digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:8]
         target = self.cache / f"libraries-{digest}"

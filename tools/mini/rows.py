@@ -268,7 +268,7 @@ def read_caption(text: str, phrases: Phrases) -> dict[str, str]:
 def icons_named(run: Evaluation) -> Evaluated:
     """Names of icons and emoji in a style in which the concept was never trained: the label or a listed synonym."""
     values, exact, groups = [], [], []
-    for one in run.ask("image_classification", run.records("things", ANSWERED)):
+    for one in run.ask("image_classification", run.records("things", ANSWERED, _is_new_image(run))):
         language = one.example.language
         synonyms = one.record.get(f"tags_{language}") or []
         exact.append(float(same_text(str(one.answer), one.example.answer)))
@@ -282,7 +282,7 @@ def icons_drawn(run: Evaluation) -> Evaluated:
 
     All candidates are in the style that was asked for. The ceiling is that of the real icon after the codec.
     """
-    asked = run.ask("text_to_image", run.records("things", GENERATED))
+    asked = run.ask("text_to_image", run.records("things", GENERATED, _is_new_image(run)))
     gallery = _real_icons(run)
     groups = [_candidates(one.record, gallery[one.record["extra"]["style_en"]]) for one in asked]
     images = list(dict.fromkeys(image for group in groups for _, image in group))
@@ -295,6 +295,15 @@ def icons_drawn(run: Evaluation) -> Evaluated:
         ])  # fmt: skip
     details = by_group(values[0], [one.record["extra"]["style_en"] for one in asked])
     return mean_of(values[0], float(np.mean(values[1])), {"candidates": min(map(len, groups)), **details})
+
+
+def _is_new_image(run: Evaluation) -> Callable[[str], bool]:
+    """Whether no training record has the image of a held-out one, by its id: IconPark draws some things alike in two
+    styles."""
+    trained = set(run.source("things", "train").values("image"))
+    source = run.source("things")
+    copies = {name for name, image in zip(source.values("id"), source.values("image"), strict=True) if image in trained}
+    return lambda name: name not in copies
 
 
 Candidate = tuple[str, bytes]
@@ -484,12 +493,23 @@ def series_losses(asked: Asked, history: tuple[list[str], np.ndarray], season: i
     return ours_loss, naive_loss
 
 
+def _is_new_couplet(run: Evaluation) -> Callable[[str], bool]:
+    """Whether a held-out couplet, by its id, is no line of a training poem: both parts are of the same poems."""
+    trained: set[str] = set()
+    with suppress(DataError):  # a corpus without poems
+        trained = {line for text in run.source("poems", "train").values("text_zh") for line in text.split("\n")[1:]}
+    source = run.source("couplets")
+    pairs = zip(source.values("id"), source.values("question"), source.values("answer"), strict=True)
+    known = {name for name, upper, lower in pairs if f"{upper}，{lower}。" in trained}
+    return lambda name: name not in known
+
+
 def couplet_form(run: Evaluation) -> Evaluated:
     """Lower lines of the length of the upper line, without any of its characters, and not one character repeated.
 
     They are decoded as in the scenario `couplet`, by the settings that a user gets.
     """
-    found = run.examples("couplet_completion", run.records("couplets", ANSWERED))
+    found = run.examples("couplet_completion", run.records("couplets", ANSWERED, _is_new_couplet(run)))
     prompts = [source_segments(example.source, run.loaded.modalities) for _, example in found]
     lines = generate_texts(run.loaded, prompts, read_library().scenarios["couplet"].decoding.text)
     trained = set(run.source("couplets", "train").values("answer"))
@@ -504,7 +524,7 @@ def couplet_form(run: Evaluation) -> Evaluated:
 
 def couplet_likelihood(run: Evaluation) -> Evaluated:
     """Bits per character of true lower lines that the run saves in comparison with a 5-gram model of the training."""
-    pairs = run.examples("couplet_completion", run.records("couplets", ANSWERED))
+    pairs = run.examples("couplet_completion", run.records("couplets", ANSWERED, _is_new_couplet(run)))
     train = run.source("couplets", "train")
     lines = zip(train.values("question"), train.values("answer"), strict=True)
     model = CharacterModel(f"{upper}，{lower}。" for upper, lower in lines)

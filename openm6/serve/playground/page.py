@@ -240,15 +240,24 @@ SHOW_FORM = """() => document.getElementById("state").scrollIntoView({block: "ce
 CLICKED = Path(__file__).with_name("cards.js")
 
 
+async def _refuse_address(url: str, cache_dir: str) -> str:
+    """In place of Gradio's download, which has no limit of size or time."""
+    raise gradio.Error("addresses are not fetched: upload the file")
+
+
 def add_playground(app: FastAPI) -> FastAPI:
     """Mount the page on an app that `create_app` made, before it starts; with API keys, a key is its password."""
     server = app.state.server
     assert isinstance(server, Server)
     keys = server.config.keys
     app.state.playground = True
+    blocks = Page(server).build()
+    # Gradio checks the paths in a request only of a page that was launched, and mounting does not say so.
+    blocks.has_launched = True
+    gradio.processing_utils.async_ssrf_protected_download = _refuse_address
     return gradio.mount_gradio_app(
         app,
-        Page(server).build(),
+        blocks,
         path=PLAYGROUND,
         auth=(lambda _, password: match_key(password, keys) is not None) if keys else None,
         auth_message="Any name; the password is an API key." if keys else None,

@@ -27,7 +27,15 @@ from openm6.inference.sampling import Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve import schemas
-from openm6.serve.content import AudioFormat, ImageFormat, Message, audio_file, image_data_url, parts_of_messages
+from openm6.serve.content import (
+    AudioFormat,
+    ColumnName,
+    ImageFormat,
+    Message,
+    audio_file,
+    image_data_url,
+    parts_of_messages,
+)
 from openm6.serve.engine import cancel_all
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit, failure_of
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request, ScoredToken, TextRequest
@@ -69,7 +77,7 @@ class AudioSettings(BaseModel):
 class NumbersSettings(BaseModel):
     """What to predict: a `column`, or, if the messages hold a series, how many steps `ahead`."""
 
-    column: str | None = None
+    column: ColumnName | None = None
     ahead: int = Field(default=8, ge=1, le=64)
     coverage: float = Field(default=0.8, gt=0, lt=1)
 

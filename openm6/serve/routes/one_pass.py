@@ -14,7 +14,7 @@ from openm6.inference.engine import RankedText
 from openm6.modalities.interface import Part
 from openm6.modalities.series import NumberSeries
 from openm6.serve import schemas
-from openm6.serve.content import Content, ContentPart, Series, part_prompt, parts_of_content
+from openm6.serve.content import Cell, ColumnName, Content, ContentPart, Series, part_prompt, parts_of_content
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.requests import EmbedRequest, NumbersRequest, RankRequest
 from openm6.serve.server import Server, StrictRoute, ThisCall
@@ -125,7 +125,7 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     return Ranking(model=server.name, data=ranked[: body.top], usage=schemas.usage_of(answers)).with_energy(answers)
 
 
-Row = dict[str, float | str | None]  # dates as text
+Row = dict[ColumnName, Cell]
 
 
 class PredictionBody(BaseModel):
@@ -133,7 +133,7 @@ class PredictionBody(BaseModel):
 
     model: str | None = None
     rows: list[Row] | None = Field(default=None, min_length=1, max_length=256)
-    columns: list[str] | None = Field(default=None, min_length=1, max_length=16)
+    columns: list[ColumnName] | None = Field(default=None, min_length=1, max_length=16)
     series: Series | None = None
     ahead: int = Field(default=8, ge=1, le=64)
     coverage: float = Field(default=0.8, gt=0, lt=1)

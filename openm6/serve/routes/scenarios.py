@@ -32,7 +32,7 @@ Name = Annotated[str, Path(max_length=64)]
 # The first wrong item ends a list: one error for each of many would take longer than the answer.
 NumberList = Annotated[list[float], Field(fail_fast=True)]
 TextList = Annotated[list[str], Field(fail_fast=True)]
-Value = str | content.Series | dict[str, float | str | None] | NumberList | TextList
+Value = str | content.Series | dict[content.ColumnName, content.Cell] | NumberList | TextList
 
 
 class ScenarioInput(BaseModel):
@@ -76,7 +76,7 @@ class ScenarioBody(BaseModel):
     """`inputs` by name. Text is text; images and audio are data URLs or base64; numbers are values by column;
     a series is {name, values}; candidates are a list of texts; boxes and spans are lists of fractions."""
 
-    inputs: dict[str, Value] = Field(min_length=1, max_length=16)
+    inputs: dict[Annotated[str, Field(max_length=64)], Value] = Field(min_length=1, max_length=16)
     language: Language = "en"
     seed: schemas.Seed = None
 
