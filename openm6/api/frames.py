@@ -115,7 +115,7 @@ def predict(
             texts = dict(zip(examples, answer(loaded, sourced, MaskedSampling()), strict=True))
             found["predictions"] = [texts.get(row) for row in range(len(records))]
         return type(frame)(found, index=frame.index)
-    raise failure or DataError(f"the model predicts no column {target!r}; {nearest(target, sorted(known))}")
+    raise failure or DataError(f"the model predicts no column {target!r}; {nearest(target, sorted(known - {target}))}")
 
 
 def check_levels(levels: Sequence[float]) -> None:

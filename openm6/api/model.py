@@ -360,7 +360,7 @@ class OpenM6:
         >>> best.score >= worst.score
         True
         """
-        candidates = candidates if isinstance(candidates, str) else list(candidates)
+        candidates = candidates if candidates is None or isinstance(candidates, str) else list(candidates)
         if isinstance(candidates, str) or not candidates or not all(isinstance(one, str) for one in candidates):
             raise ConfigError("candidates must be a list of at least one text")
         parts = self._input_parts({"prompt": query, "image": image, "audio": audio, "numbers": numbers})

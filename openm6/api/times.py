@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from openm6.core.errors import DataError
 from openm6.data.windows import parse_times
-from openm6.modalities.dates import FORMS, is_date, parsed
+from openm6.modalities.dates import FORMS, parsed, plain_number, strptime
 
 
 def read_times(pd: Any, cells: Any, time_format: str | None, beside: Sequence[Any] = ()) -> Any:
@@ -22,9 +23,14 @@ def read_times(pd: Any, cells: Any, time_format: str | None, beside: Sequence[An
     texts = cells.tolist()
     try:
         if texts and all(isinstance(one, str) for one in texts):
+            plain = [one.strip() for one in texts]
+            if parsed(plain, FORMS["ISO"]):
+                time_format, beside = None, ()  # whatever form the training had
+            elif all(len(one) == 8 for one in plain) and parsed(plain, partial(strptime, time_format="%Y%m%d")):
+                return pd.to_datetime(cells, format="%Y%m%d")
             more = [one for one in beside if isinstance(one, str)]
             times = parse_times([*texts, *more], cells.name, "df", time_format)[: len(texts)]
-            if time_format is None and not is_date(texts[0]):
+            if time_format is None and parsed(plain, plain_number):
                 return pd.Series(times, cells.index)
             if parsed(texts, FORMS["ISO"]):
                 with suppress(ValueError, TypeError):  # zones that differ
@@ -40,9 +46,11 @@ def read_times(pd: Any, cells: Any, time_format: str | None, beside: Sequence[An
 
 def same_times(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two lists of as many times are equal; numbers, up to their rounding."""
-    if isinstance(other[0], int | float | np.number):
-        return np.allclose(np.asarray(one, float), np.asarray(other, float))
-    return list(one) == list(other)
+    numbers = [isinstance(time, int | float | np.number) for time in (*one, *other)]
+    if not any(numbers):
+        return list(one) == list(other)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    return all(numbers) and bool(np.allclose(np.asarray(one, float), np.asarray(other, float), **close))
 
 
 def frequency(pd: Any, times: list[Any]) -> str | float | None:

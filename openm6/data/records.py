@@ -13,7 +13,7 @@ import numpy as np
 from openm6.core.config import Config
 from openm6.core.errors import DataError, MissingColumnError, nearest
 from openm6.modalities.dates import date_columns, date_names
-from openm6.tasks.slots import INPUT_ONLY
+from openm6.tasks.slots import INPUT_ONLY, LABEL_COLUMNS
 
 Record = dict[str, Any]
 """One row of data. Keys that the row does not fill are absent.
@@ -249,6 +249,7 @@ class RowReader:
         self._numbers, self._categories, self._extra = (
             listed_columns(key, fields, task_fields, columns) for key in ("numbers", "categories", "extra")
         )
+        self._labels = [named[key] for key in ("label", "label_zh") if named.get(key) in self._categories]
         self._dates = dict(fields.dates or {}) if fields is not None else {}
         self._date_parts = [name for column in self._dates for name in date_names(column)]
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
@@ -291,6 +292,8 @@ class RowReader:
             cell = decode_utf8(row.get(name), name)
             record["numbers"] = record.get("numbers", {}) | date_columns(None if is_blank(cell) else cell, name, form)
             record["extra"] = record.get("extra", {}) | {INPUT_ONLY: self._date_parts}
+        if self._labels:
+            record["extra"] = record.get("extra", {}) | {LABEL_COLUMNS: self._labels}
         return record
 
 

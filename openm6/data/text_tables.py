@@ -135,7 +135,10 @@ class CsvTable(ArrowTable):
         for name in numbers:
             decimal: str | None = self._config.decimal
             if decimal is None and like is not None and name in like.names:
-                decimal = like._formats.get(name, NumberFormat()).mark
+                form = like._formats.get(name)
+                has_point = pc.any(pc.match_substring(like.arrow.column(name), ".")).as_py()
+                # Whole numbers show no mark.
+                decimal = form.mark if form is not None else "." if has_point else None
             unusual = pc.match_substring_regex(self.arrow.column(name), _UNUSUAL)
             if decimal != "," and not pc.any(unusual).as_py():
                 continue
@@ -295,6 +298,8 @@ class CsvConfig(TableConfig):
         reader = super().reader(table, path)
         if self.fields is None and isinstance(table, CsvTable):
             table.as_written = {column for column, _ in reader.single.values()}
+            if table.like is not None:
+                table.like.as_written = table.as_written
         return reader
 
 

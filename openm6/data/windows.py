@@ -132,9 +132,11 @@ class WindowsConfig(SourceConfig):
         return self._source(name, split)
 
     def open_held_out(self, name: str) -> Source:
-        return self.model_copy(update={"test_fraction": 0.0, "validation_fraction": 0.0})._source(name, "train")
+        return self.model_copy(update={"test_fraction": 0.0, "validation_fraction": 0.0})._source(
+            name, "train", trains=False
+        )
 
-    def _source(self, name: str, split: Split) -> Source:
+    def _source(self, name: str, split: Split, trains: bool = True) -> Source:
         config = table_config(self.path)
         if self.decimal is not None and not isinstance(config, CsvConfig):
             raise DataError(f"{name}: decimal describes a CSV, and {self.path} is none: leave it out")
@@ -175,7 +177,7 @@ class WindowsConfig(SourceConfig):
                 windows.append((covered, about))
         if not windows and split == "train":
             raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
-        if short and split == "train":
+        if short and split == "train" and trains:
             get_log().warning(
                 f"source {name} leaves out {short:,} series with fewer than {length} rows to train on: "
                 "lower context or horizon if they matter"

@@ -135,11 +135,9 @@ def _candidates(
         yield trained.model_copy(update=here)
         return
     if isinstance(trained, TableConfig) and isinstance(plain, TableConfig):
-        if trained.kind == plain.kind:
+        if trained.kind == plain.kind or isinstance(trained, ChatConfig):
             # As its test table, it is read with the decimal marks of the training table.
             yield trained.model_copy(update={"test_path": plain.path})
-        elif isinstance(trained, ChatConfig):
-            yield trained.model_copy(update=here)
         kept = {name: getattr(trained, name) for name in ("task_fields", "target", "split")}
         plain = plain.model_copy(update=kept)
         yield plain.model_copy(update={"fields": trained.fields})

@@ -100,7 +100,7 @@ def _whole(path: Path, name: str, source: str | None = None) -> Path:
     """The path of a model; CheckpointError if it is an addition alone, or a model of another library."""
     published = (path / "config.json").is_file() and not (path / STATE_FILE).is_file()
     if published or path.suffix == ".gguf":
-        source, out = source or str(path), Path("runs", Path(name).stem)
+        source, out = source or str(path), Path("runs", name.removesuffix(".gguf"))
         raise CheckpointError(
             f"{source} is a model of another library: import it first, as openm6 import {source} --out {out}"
         )

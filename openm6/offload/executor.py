@@ -195,10 +195,11 @@ class OffloadedExecutor(LayerExecutor):
             norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients.values()]
             square = self.weights.all_reduce(torch.stack(norms).square().sum())
             allowed = torch.isfinite(square)
-            if self.max_grad_norm is not None:
-                scale = (self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
-                gradients = {name: one * scale for name, one in gradients.items()}
+            bound = self.max_grad_norm
+            scale = None if bound is None else (bound / (square.sqrt() + 1e-6)).clamp(max=1.0)
             for name, gradient in gradients.items():
+                # One at a time: the gradients of a group twice would not fit.
+                gradient = gradient if scale is None else gradient * scale
                 key = derive_seed(seed, "round", number, group, name)
                 args = UpdateArgs(lr, weight_decay, key, allowed, self.weights.shard_spec(group, name))
                 self.rule.update(self._opened[name], gradient, args)

@@ -62,7 +62,7 @@ def for_number(task: Task, column: str) -> Task:
 
 @dataclass(frozen=True)
 class Categories(slots.Slot):
-    """All category columns but the target, as a text; if the target is the label, also but a column that equals it."""
+    """All category columns but the target, as a text; if the target is the label, also but those that fill it."""
 
     target: str = ""
     modality = "text"
@@ -76,9 +76,9 @@ class Categories(slots.Slot):
         return Part("text", listed, {"columns": shown})
 
     def _shown(self, record: Record) -> dict[str, str]:
-        same = {record.get("label"), record.get("label_zh")} if self.target == "label" else set()
-        named = slots.categories(record)
-        return {name: value for name, value in named.items() if name != self.target and value not in same}
+        filling = (record.get("extra") or {}).get(slots.LABEL_COLUMNS, ()) if self.target == "label" else ()
+        hidden = {self.target, *filling}
+        return {name: value for name, value in slots.categories(record).items() if name not in hidden}
 
 
 class FieldConfig(Config):

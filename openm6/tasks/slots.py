@@ -164,8 +164,9 @@ class Numbers(Slot):
         return Part("numbers", dict(record["numbers"]))
 
 
-# Keys of `extra`: the column that is always held out of a record, and the number columns that never are.
-PINNED, INPUT_ONLY = "pinned_column", "input_only_columns"
+# Keys of `extra`: the column that is always held out of a record, the number columns that never are, and the category
+# columns that fill its label.
+PINNED, INPUT_ONLY, LABEL_COLUMNS = "pinned_column", "input_only_columns", "label_columns"
 
 
 def pinned(record: Record) -> str | None:

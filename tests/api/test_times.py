@@ -24,6 +24,8 @@ def read(texts: list[str], time_format: str | None = None) -> pd.Series:
         (["01.2024", "02.2024", "03.2024"], "%m.%Y", MONTHS),
         (["2024M01", "2024M02", "2024M03"], None, MONTHS),
         (["2024-01-01", "2024-02-01", "2024-03-01"], None, MONTHS),
+        (["2024-01-01", "2024-02-01", "2024-03-01"], "%d/%m/%Y", MONTHS),
+        (["20240101", "20240201", "20240301"], None, MONTHS),
     ],
 )
 def test_texts_are_read_as_in_the_training(texts: list[str], time_format: str | None, expected: list[str]) -> None:
@@ -35,6 +37,7 @@ def test_zones_are_kept_and_summer_time_is_read() -> None:
     mixed = read(["2024-03-30T00:00+01:00", "2024-04-01T00:00+02:00"])
     assert mixed.tolist() == [pd.Timestamp("2024-03-29T23:00"), pd.Timestamp("2024-03-31T22:00")]
     assert read(["1", "2"]).tolist() == [1, 2]
+    assert isinstance(read(["10:00", "11:00"])[0], pd.Timestamp)
 
 
 @pytest.mark.parametrize("texts", [["01/02/2024", "02/02/2024"], ["soon", "later"]])
@@ -47,6 +50,7 @@ def test_numbers_go_on_by_their_step() -> None:
     times = (np.arange(20) / 10).tolist()
     _, ahead = times_ahead(pd, times, 3, None, set(), "item")
     assert same_times([2.0, 2.1, 2.2], ahead) and not same_times([2.0, 2.1, 2.3], ahead)
+    assert not same_times([1_700_003_600], [1_700_000_000]) and not same_times([pd.Timestamp("2024-01-01")], [1.0])
     assert times_ahead(pd, [7], 2, None, {frequency(pd, [0, 2, 4])}, "item") == ([7], [9, 11])
     with pytest.raises(DataError, match="no regular frequency"):
         times_ahead(pd, [0.0, 1.0, 3.0], 1, None, set(), "item")

@@ -247,8 +247,21 @@ def test_a_test_table_is_read_with_the_marks_of_the_training_table(tmp_path):
     assert open_csv(path, "test", test_path=str(held_out))[0]["numbers"]["price"] == 98450
     trained = CsvConfig(path=str(path), fields=FIELDS)
     assert open_own_data(str(held_out), {"shop": trained})["shop"][0]["numbers"]["price"] == 98450
+    whole = tmp_path / "whole.csv"
+    whole.write_text("title;price\na;3\nb;4\n")
+    held_out.write_text("title;price\nc;3,5\n")
+    assert open_csv(whole, "test", test_path=str(held_out))[0]["numbers"]["price"] == 3.5
+    held_out.write_text("title;price\nc;98.450\n")
     path.unlink()
     assert open_own_data(str(held_out), {"shop": trained})["shop"][0]["numbers"]["price"] == 98.45
+
+
+def test_texts_of_a_training_table_are_not_read_as_numbers_for_a_test_table(tmp_path):
+    paths = [tmp_path / f"{part}.csv" for part in ("train", "test")]
+    for path in paths:
+        path.write_text('question,answer\nHow many?,"1,234"\nAnd now?,"2,345"\n')
+    test = open_csv(paths[0], "test", test_path=str(paths[1]), fields=None)
+    assert test.values("answer") == ["1,234", "2,345"]
 
 
 def test_labels_and_answers_stay_as_written(tmp_path):
