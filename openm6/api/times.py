@@ -24,10 +24,10 @@ def read_times(pd: Any, cells: Any, time_format: str | None, beside: Sequence[An
     try:
         if texts and all(isinstance(one, str) for one in texts):
             plain = [one.strip() for one in texts]
+            if all(len(one) == 8 for one in plain) and parsed(plain, partial(strptime, time_format="%Y%m%d")):
+                return pd.to_datetime(cells, format="%Y%m%d")
             if parsed(plain, FORMS["ISO"]):
                 time_format, beside = None, ()  # whatever form the training had
-            elif all(len(one) == 8 for one in plain) and parsed(plain, partial(strptime, time_format="%Y%m%d")):
-                return pd.to_datetime(cells, format="%Y%m%d")
             more = [one for one in beside if isinstance(one, str)]
             times = parse_times([*texts, *more], cells.name, "df", time_format)[: len(texts)]
             if time_format is None and parsed(plain, plain_number):
@@ -49,8 +49,7 @@ def same_times(one: Sequence[Any], other: Sequence[Any]) -> bool:
     numbers = [isinstance(time, int | float | np.number) for time in (*one, *other)]
     if not any(numbers):
         return list(one) == list(other)
-    close = {"rtol": 1e-9, "atol": 1e-9}
-    return all(numbers) and bool(np.allclose(np.asarray(one, float), np.asarray(other, float), **close))
+    return all(numbers) and bool(np.allclose(np.asarray(one, float), np.asarray(other, float), rtol=1e-9, atol=1e-9))
 
 
 def frequency(pd: Any, times: list[Any]) -> str | float | None:
