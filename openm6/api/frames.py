@@ -83,9 +83,7 @@ def predict(
             labelled = isinstance(task.target, Text) and task.target.name == "label"
             labelled = labelled and target in (fields.label, fields.label_zh)
             fits = labelled or (target in mapped and (numeric or task.optional))
-            build = getattr(task.target, "build", None)
-            fixed = getattr(config, "target", None) if task.optional else getattr(build, "keywords", {}).get("column")
-            fits = fits and fixed in (None, target)
+            fits = fits and _fixed_column(task, config) in (None, target)
         if not fits or (failure and own is None):
             continue
         try:
@@ -116,6 +114,13 @@ def predict(
             found["predictions"] = [texts.get(row) for row in range(len(records))]
         return type(frame)(found, index=frame.index)
     raise failure or DataError(f"the model predicts no column {target!r}; {nearest(target, sorted(known - {target}))}")
+
+
+def _fixed_column(task: Task, config: Any) -> str | None:
+    """The one column that a task asks for, or that a source has as its target; None if it is drawn."""
+    if task.optional:
+        return getattr(config, "target", None)
+    return getattr(getattr(task.target, "build", None), "keywords", {}).get("column")
 
 
 def check_levels(levels: Sequence[float]) -> None:

@@ -68,8 +68,6 @@ def plan(
     from openm6.plan.plan import plan_json, sweep_plans
     from openm6.plan.request import PlanRequest, read_model
 
-    if json_path is not None:
-        check_writable(json_path, "--json")
     energy = {"country": country, "pue": pue}
     options = hardware.ClusterOptions(gpus, per_node, host_memory, link, network, price)
     lengths = (bytes_per_parameter, pseudo_fraction, activation_checkpointing_every)

@@ -14,6 +14,7 @@ from rich.text import Text
 from openm6.cli.group import write_json
 from openm6.cli.listings import in_short
 from openm6.core.errors import ConfigError
+from openm6.core.files import check_writable
 from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH
 from openm6.models.presets import PRESETS
@@ -91,6 +92,8 @@ def show_measured(
     assert recipe is not None
     if recipe in PRESETS:
         raise ConfigError(f"{recipe} is a preset: name a recipe to measure it here, or a GPU with --gpu")
+    if json_path is not None:
+        check_writable(json_path, "--json")
     Console(stderr=True).print("measuring a few steps on this machine ...", style="dim")
     path = str(RunFolder(Path(recipe)).config) if Path(recipe).is_dir() else recipe
     command = [sys.executable, "-m", "openm6.cli.trial_run", device, path, *overrides]

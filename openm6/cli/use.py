@@ -307,8 +307,7 @@ def serve(
         model, settings = "mini", [model, *(settings or [])]
     trained = model_of(model)
     settings = [f"host={json.dumps(host)}", f"port={port}", f"engine.device={device}", *(settings or [])]
-    if allow_host:
-        settings.append(f"hosts={json.dumps(allow_host)}")
+    settings += [f"hosts={json.dumps(allow_host)}"] if allow_host else []
     # torch takes seconds to import, and the server's packages are an extra
     from openm6.inference.load import precision_of
     from openm6.serve.run import read_serve_config
@@ -316,7 +315,6 @@ def serve(
 
     precision = precision_of(dtype)
     settings = [*settings, f"engine.weights={precision}"] if precision else settings
-
     config = read_serve_config(settings, keys)
     if replicas and not ray:
         raise ConfigError("--replicas is for replicas on Ray: add --ray, or leave it out")

@@ -118,7 +118,7 @@ def free_host_bytes() -> float:
 def _control_groups(controller: str) -> Iterator[tuple[Path, bool]]:
     """Yield the folders of the control groups that this process is in, and whether they are of version 1 (cgroups(7)).
 
-    A container may see its own group as the root, whatever path it is told.
+    A container may see its own group as the root, whatever path stands there.
     """
     yield CONTROL_GROUP, False
     yield CONTROL_GROUP / controller, True

@@ -75,7 +75,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image turned as the camera was held; other entries of its EXIF, which may be broken, are left alone."""
-    image.load()  # a TIFF turns itself then, and no longer tells how
+    image.load()  # a TIFF turns itself then, and has no such entry any more
     turn = ROTATIONS.get(image.getexif().get(ORIENTATION, 1))
     if turn is not None:
         image = image.transpose(turn)

@@ -192,16 +192,15 @@ def words(packages: Packages) -> Iterator[Row]:
 def more_words(packages: Packages) -> Iterator[Row]:
     """The English words by flite at other pitches and speeds, to be read."""
     voices = [
-        (f"flite-{voice}-{pitch}", ("-voice", voice, *_settings(int_f0_target_mean=pitch, duration_stretch=stretch)))
+        (
+            f"flite-{voice}-{pitch}",
+            ("-voice", voice, "--setf", f"int_f0_target_mean={pitch}", "--setf", f"duration_stretch={stretch}"),
+        )
         for voice in FLITE_VOICES
         if f"flite-{voice}" not in TEST_VOICES
         for pitch, stretch in FLITE_CHANGES
     ]
     yield from words_by_flite(packages, voices)
-
-
-def _settings(**values: float) -> list[str]:
-    return [word for name, value in values.items() for word in ("--setf", f"{name}={value}")]
 
 
 def words_by_flite(packages: Packages, voices: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Row]:
