@@ -167,6 +167,17 @@ def test_augmentation_stays_finite_and_differs(audio: Audio) -> None:
         )
 
 
+def test_mixed_augmentation_goes_from_none_to_strong(audio: Audio) -> None:
+    raw = file_of(sine(0.6))
+    plain = audio.patches(raw)
+    counts = {}
+    for strength in ("slight", "mixed", "strong"):
+        one = Audio(audio.codec, AudioConfig(augmentation=strength))
+        lengths = [len(one.patches(raw, rng=np.random.default_rng(seed))) - len(plain) for seed in range(60)]
+        counts[strength] = float(np.std(lengths))
+    assert counts["slight"] < counts["mixed"] < counts["strong"]
+
+
 @pytest.mark.parametrize(("task", "keeps"), [("audio_regression", True), ("audio_classification", False)])
 def test_audio_keeps_its_pitch_and_level_where_a_number_is_asked_for(task: str, keeps: bool) -> None:
     both = modalities()
