@@ -203,44 +203,35 @@ def test_the_address_of_all_machines_in_ipv6_answers_ipv4_too() -> None:
         socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5).close()
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET /x HTTP/1.1\r\nhost: "])
-def test_a_header_that_does_not_come_closes_the_connection(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HeaderTimeoutProtocol, "header_seconds", 0.05)
+def closed_after(first: bytes, rest: bytes) -> bytes:
+    """What a server answers to the first bytes; it must close the connection although the rest begins something."""
 
     async def send() -> bytes:
         with bind("127.0.0.1", 0) as listener:
             server = http_server(FastAPI(), Limits())
             running = asyncio.create_task(server._serve([listener]))
             reader, writer = await asyncio.open_connection(*listener.getsockname())
-            # A whole request first: the connection stays open for the next one.
-            writer.write(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n" + begun)
-            found = await asyncio.wait_for(reader.read(), 20)
-            writer.close()
-            server.should_exit = server.force_exit = True
-            await running
-            return found
-
-    assert b"404" in asyncio.run(send())
-
-
-def test_a_body_that_nobody_waits_for_does_not_hold_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HeaderTimeoutProtocol, "header_seconds", 0.05)
-
-    async def send() -> bytes:
-        with bind("127.0.0.1", 0) as listener:
-            server = http_server(FastAPI(), Limits())
-            running = asyncio.create_task(server._serve([listener]))
-            reader, writer = await asyncio.open_connection(*listener.getsockname())
-            writer.write(b"GET /nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n")
+            writer.write(first)
             found = await asyncio.wait_for(reader.readuntil(b"}"), 20)
-            writer.write(b"x")  # the first byte of two
+            writer.write(rest)
             await asyncio.wait_for(reader.read(), 20)
             writer.close()
             server.should_exit = server.force_exit = True
             await running
             return found
 
-    assert b"404" in asyncio.run(send())
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(
+    ("length", "rest"),
+    [(b"", b""), (b"", b"GET /x HTTP/1.1\r\nhost: "), (b"content-length: 2\r\n", b"x")],
+    ids=["nothing", "half a header", "half a body that nobody waits for"],
+)
+def test_what_does_not_come_closes_the_connection(length: bytes, rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeaderTimeoutProtocol, "header_seconds", 0.3)
+    # A whole request first: the connection stays open for the next one.
+    assert b"404" in closed_after(b"GET /nothing HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n", rest)
 
 
 def test_bounds_are_handed_on() -> None:
