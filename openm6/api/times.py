@@ -22,21 +22,19 @@ def read_times(pd: Any, cells: Any, time_format: str | None, beside: Sequence[An
     """
     texts = cells.tolist()
     try:
-        if texts and all(isinstance(one, str) for one in texts):
-            plain = [one.strip() for one in texts]
-            if all(len(one) == 8 for one in plain) and parsed(plain, partial(strptime, time_format="%Y%m%d")):
-                return pd.to_datetime(cells, format="%Y%m%d")
-            if parsed(plain, FORMS["ISO"]):
-                time_format, beside = None, ()  # whatever form the training had
-            more = [one for one in beside if isinstance(one, str)]
-            times = parse_times([*texts, *more], cells.name, "df", time_format)[: len(texts)]
-            if time_format is None and parsed(plain, plain_number):
-                return pd.Series(times, cells.index)
-            if parsed(texts, FORMS["ISO"]):
-                with suppress(ValueError, TypeError):  # zones that differ
-                    return pd.to_datetime(cells, format="ISO8601")  # keeps the zone
-            return pd.Series(pd.to_datetime(times, unit="s"), cells.index)
-        return cells if pd.api.types.is_numeric_dtype(cells) else pd.to_datetime(cells)
+        if not texts or not all(isinstance(one, str) for one in texts):
+            return cells if pd.api.types.is_numeric_dtype(cells) else pd.to_datetime(cells)
+        plain = [one.strip() for one in texts]
+        fits = time_format is not None and parsed(plain, partial(strptime, time_format=time_format))
+        if not fits and parsed(plain, FORMS["ISO"]):  # whatever form the training had
+            with suppress(ValueError, TypeError):  # zones that differ
+                return pd.to_datetime(cells, format="ISO8601")  # keeps the zone
+            time_format, beside = None, ()
+        more = [one for one in beside if isinstance(one, str)]
+        times = parse_times([*texts, *more], cells.name, "df", time_format)[: len(texts)]
+        if time_format is None and parsed(plain, plain_number):
+            return pd.Series(times, cells.index)
+        return pd.Series(pd.to_datetime(times, unit="s"), cells.index)
     except (ValueError, TypeError):
         raise DataError(f"df holds times that cannot be read in {cells.name!r}: write them as 2024-05-31") from None
     except DataError as error:

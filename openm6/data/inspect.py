@@ -213,13 +213,7 @@ def _inspect_all(path: str) -> list[DatasetReport]:
     if tables:
         # `x-test.csv` holds the test rows of `x-train.csv`, and one that belongs to none is nothing to train on.
         written = {table.lower(): table for table in tables}
-        tests = {
-            table: next(
-                (written[name] for word in HELD_OUT_WORDS if (name := _TRAIN.sub(word, table.lower())) in written), None
-            )
-            for table in tables
-            if _TRAIN.search(table)
-        }
+        tests = {table: _held_out_beside(table, written) for table in tables if _TRAIN.search(table)}
         alone = [table for table in tables if not (tests and _HELD_OUT.search(Path(table).name))]
         return [report for table in alone for report in inspect_table(table, tests.get(table))]
     if files := media_files(here):
@@ -233,6 +227,12 @@ def _inspect_all(path: str) -> list[DatasetReport]:
         if entry.is_file():
             refuse_foreign(str(entry))
     raise DataError(f"{path} holds no tables ({', '.join(TABLE_ENDINGS)}), images or audio clips")
+
+
+def _held_out_beside(table: str, written: dict[str, str]) -> str | None:
+    """The table with the test rows of a training table, by their names in small letters."""
+    names = (_TRAIN.sub(word, table.lower()) for word in HELD_OUT_WORDS)
+    return next((written[name] for name in names if name in written), None)
 
 
 def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:

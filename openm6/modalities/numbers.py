@@ -49,7 +49,7 @@ from openm6.modalities.text import Text
 
 CACHE_BYTES = 2**23  # of the features of rows
 QUERY_FEATURES = 2 * PREDICTIONS + 4
-LONGEST_DATE = 64  # letters of a cell or a name in a row that is cached
+LONGEST_CELL = 64  # letters of a cell or a name in a row that is cached
 MAX_OF_SERIES = 1e150  # whose square is finite
 BLEND_WEIGHT = 3.0  # of the blend of simple predictions in the location, before training
 
@@ -226,7 +226,7 @@ class Numbers(Modality):
         compute = functools.partial(self._features, raw)
         try:
             # The cache counts what it keeps, but not the texts of a key.
-            is_short = all(len(cell) <= LONGEST_DATE for cell in (*raw, *raw.values()) if isinstance(cell, str))
+            is_short = all(len(cell) <= LONGEST_CELL for cell in (*raw, *raw.values()) if isinstance(cell, str))
             return dict(self._cache.get_or_compute(tuple(raw.items()) if is_short else None, compute))
         # A value that has no hash is no number, either.
         except TypeError:

@@ -101,9 +101,10 @@ TIERS: dict[int, Tier] = {
         Tier(1, 1, 0, 0, True, "8-bit weights with block scales, stochastic rounding"),
     )
 }
-# Embeddings, heads, norms and routers beside layers that are trained one after the other: they stay in fp32 under AdamW
-# on each device, with a copy in the dtype of computation or of their exchange.
-RESTING = TIERS[16].kept + FULL
+# Embeddings, heads, norms and routers, whatever the tier of layers that are trained one by one: fp32 under AdamW on
+# each device, and a copy in the dtype of computation.
+OTHERS = TIERS[16]
+RESTING = OTHERS.kept + FULL
 # Of such layers in fp32.
 LAYERWISE_ADAM = replace(TIERS[16], gradients=0, layerwise=True)
 BY_OPTIMIZER = {"adamw": 16, "muon": 12, "adafactor": 8}

@@ -22,9 +22,8 @@ from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
 from openm6.plan.hardware import GIB
-from openm6.plan.memory import FULL, HALF, TIERS, in_bytes, layerwise_step
+from openm6.plan.memory import HALF, OTHERS, RESTING, in_bytes, layerwise_step
 
-OTHERS = TIERS[16]  # of parameters outside the blocks, whatever the precision of those within
 LOGGED = 0.02  # fraction of a tier's bytes below which an entry is left out of the log
 HOST_FRACTION = 0.9  # of the free host memory; the rest is for other programs
 FreeBytes = dict[str, float]  # by tier: `device`, `host`, `disk`
@@ -108,8 +107,7 @@ class Budget:
             ("device", "optimizer state on the device"): kept - read,
             ("device", "buffers for offloaded layers"): offload.buffers * buffer,
             # Beside what is kept, a copy in the dtype of computation.
-            ("device", "embeddings, heads, norms, routers"): (OTHERS.kept + FULL) * self.others
-            - changing * self.frozen,
+            ("device", "embeddings, heads, norms, routers"): RESTING * self.others - changing * self.frozen,
             ("device", "gradient and weights of the layer in use"): in_use * layer,
             ("device", "activations of one layer"): activations,
             ("device", "activations of the image stem"): float(self.value_bytes * self.tokens * self.stem_elements),

@@ -169,14 +169,14 @@ def with_batch_size(
 
 def _log_next_steps(recipe: Recipe, path: Path) -> None:
     if isinstance(recipe, MultimodalRecipe):
-        folder, lines = shlex.quote(str(path)), []
+        folder, generate = shlex.quote(str(path)), ""
         tasks = (recipe.task(component.task) for component in recipe.mixture)
         if task := next((task for task in tasks if not task.contrastive), None):
             asked = "--series NAME=1,2,3" if "series" in task.inputs else "--text 'your question'"
             needs_column = task.output_modality == "numbers" and "series" not in task.inputs
             column = " --column COLUMN" if needs_column else ""
-            lines.append(f"  openm6 generate {folder} {asked} --output {task.output_modality}{column}\n")
-        get_log().info(f"next:\n  openm6 evaluate {folder}\n{''.join(lines)}  openm6 serve {folder} --playground")
+            generate = f"  openm6 generate {folder} {asked} --output {task.output_modality}{column}\n"
+        get_log().info(f"next:\n  openm6 evaluate {folder}\n{generate}  openm6 serve {folder} --playground")
 
 
 def _check_alike(ranks: ProcessGroupContext, values: dict[str, Any]) -> None:

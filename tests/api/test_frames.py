@@ -297,6 +297,12 @@ def test_categories_are_spelt_as_in_the_training(word: str, trained: str, model:
     assert records == [{"categories": {"rooms": trained, "other": word, "none": None}}]
 
 
+def test_another_spelling_changes_no_prediction(model: openm6.OpenM6) -> None:
+    rows = shop(4)
+    found = model.predict(rows.assign(colour=rows["colour"].str.upper()), "price")
+    pd.testing.assert_frame_equal(found, model.predict(rows, "price"))
+
+
 def test_paths_as_cells_are_those_of_texts(model: openm6.OpenM6, folder: Path) -> None:
     rows = shop(2).assign(photo=[folder / "0.png", folder / "1.png"])
     found = model.predict(rows, "price")

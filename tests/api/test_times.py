@@ -26,6 +26,7 @@ def read(texts: list[str], time_format: str | None = None) -> pd.Series:
         (["2024-01-01", "2024-02-01", "2024-03-01"], None, MONTHS),
         (["2024-01-01", "2024-02-01", "2024-03-01"], "%d/%m/%Y", MONTHS),
         (["20240101", "20240201", "20240301"], None, MONTHS),
+        (["20240101", "20240102", "20240103"], "%Y%d%m", MONTHS),
     ],
 )
 def test_texts_are_read_as_in_the_training(texts: list[str], time_format: str | None, expected: list[str]) -> None:

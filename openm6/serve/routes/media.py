@@ -225,13 +225,14 @@ async def transcribe(
         samples = await asyncio.to_thread(read_audio, data, call.server.limits.audio_seconds)
     except DataError as error:
         raise BadRequestError(f"file: {error}", "file") from None
-    parts = content.part_prompt("speech_recognition", Part("audio", samples), body.language)
     loaded = call.server.loaded
     question = Question(output="text", audio=data, text=body.prompt or None, language=body.language)
     # A model may transcribe by a task of its own, as in the turns of a chat.
     own = "speech_recognition" not in {one.task for one in loaded.description.trained_tasks}
     if body.prompt or (own and trained_prompt(question, loaded) is not None):
         parts = tuple(await asyncio.to_thread(prompt_parts, question, loaded))
+    else:
+        parts = content.part_prompt("speech_recognition", Part("audio", samples), body.language)
     sampling = Sampling(temperature=body.temperature, max_tokens=64)
     [answer] = await call.answer("transcriptions", [TextRequest(parts=parts, sampling=sampling)])
     text = answer.value.strip()
