@@ -25,28 +25,24 @@ SIZES = ((1024, 16), (2048, 16), (2048, 32), (3072, 24), (4096, 16), (4096, 20),
 LONGEST = 600.0  # seconds that one size may take
 
 
-def max_deepspeed_size(length: int, deadline: Deadline) -> tuple[dict[str, Any] | None, str]:
-    """Return the results of the largest size that ran, and a note; sizes grow until one fails or the time is over."""
+def max_deepspeed_size(length: int, deadline: Deadline, ran: list[dict[str, Any]]) -> tuple[bool, str]:
+    """Add the results of each size to `ran`, until one fails or the time is over; return whether one failed, a note."""
     if importlib.util.find_spec("deepspeed") is None or resolve_device().type == "cpu":
-        return (
-            None,
-            "deepspeed needs a GPU and `pip install deepspeed transformers`; neither was measured here",
-        )
-    best: dict[str, Any] | None = None
+        return False, "deepspeed needs a GPU and `pip install deepspeed transformers`; neither was measured here"
     for width, layers in SIZES:
-        if deadline.passed:
-            return best, "time was up before a size failed: larger ones may run, too"
-        found = _run(width, layers, length)
+        found = None if deadline.passed else _run(width, layers, length, min(LONGEST, deadline.left))
+        if found is None and deadline.passed:
+            return False, "time was up before a size failed: larger ones may run, too"
         if found is None:
-            return best, f"width {width} with {layers} layers failed (memory, or {LONGEST:.0f} s)"
-        best = found
-    return best, "every size of the list ran"
+            return True, f"width {width} with {layers} layers failed (memory, or {LONGEST:.0f} s)"
+        ran.append(found)
+    return False, "every size of the list ran: larger ones may run, too"
 
 
-def _run(width: int, layers: int, length: int) -> dict[str, Any] | None:
+def _run(width: int, layers: int, length: int, seconds: float) -> dict[str, Any] | None:
     words = [sys.executable, "-m", "benchmarks.baseline_deepspeed", str(width), str(layers), "8", str(length)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
         return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
     except (subprocess.TimeoutExpired, IndexError, ValueError):
         return None

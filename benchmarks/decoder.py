@@ -16,6 +16,7 @@ from benchmarks.sizes import Sizes, peak_tflops
 from openm6.models.backbone import Backbone, choose_mask, side_loss
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.executor import CompiledExecutor
+from openm6.nn.layers import MLP
 from openm6.nn.moe import Experts, MoE, Router, TokenDispatcher
 from openm6.ops.losses import linear_cross_entropy
 from openm6.ops.matmul import bf16_matmul
@@ -123,15 +124,19 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
     width = x.shape[-1]
     with x.device:
         experts, router = Experts(width, config), Router(width, config)
+        shared = None if config.shared is None else MLP(width, config.shared)
     experts.reset_parameters(0.02, 0.02)
     router.reset_parameters(0.02)
-    moe = MoE(router, experts, None).to(x.dtype)
+    dense = [] if shared is None else [shared.up, shared.down]
+    for weight in dense:
+        nn.init.normal_(weight, std=0.02)
+    moe = MoE(router, experts, shared).to(x.dtype)
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
     def forward(leaf: Tensor) -> Tensor:
         return moe(leaf, valid, TokenDispatcher(), 0)[0]
 
-    layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
+    layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight, *dense])
     return layer, own_products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.experts_per_token)
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from openm6.core.files import replace_text
+from openm6.core.files import check_writable, replace_text
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")]
 Seconds = Annotated[float, typer.Option("--seconds", help="Time after which no new part starts.")]
@@ -143,7 +143,7 @@ class Report:
 
     Use `with Report(path, seconds) as report:`; no part starts after its `deadline`. After the limit, on Ctrl-C and on
     SIGTERM, `CutShort` leaves the block, `cut_short` holds the reason, and the results so far are printed. Any other
-    error propagates and prints nothing. Other threads than the main one get no signals: only the deadline applies.
+    error propagates, after the same. Other threads than the main one get no signals: only the deadline applies.
     """
 
     def __init__(
@@ -153,12 +153,18 @@ class Report:
         limit: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """seconds: no new part starts later; limit: seconds after which the results so far are printed."""
+        """seconds: no new part starts later; limit: seconds after which the results so far are printed.
+
+        Raises:
+            ConfigError: `path` cannot be written.
+        """
+        if path is not None:
+            check_writable(path, "--json")
         self.deadline = Deadline(seconds, clock)
         self.found: dict[str, Any] = {}
         self._limit = limit if limit is not None else max(LIMIT, seconds + SPARE)
         self._path = path
-        self._late: dict[str, Callable[[], Any]] = {}
+        self._late: list[Callable[[], Mapping[str, Any]]] = []
         self._at_end: list[Callable[[], Mapping[str, Any]]] = []
         self._previous: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
@@ -174,7 +180,7 @@ class Report:
     def later(self, name: str, make: Callable[[], Any]) -> None:
         """Add an entry that is computed when the report is printed; it keeps its position."""
         self.found[name] = None
-        self._late[name] = make
+        self._late.append(lambda: {name: make()})
 
     def at_end(self, make: Callable[[], Mapping[str, Any]]) -> None:
         """Add several entries that are computed when the report is printed."""
@@ -194,17 +200,22 @@ class Report:
     ) -> bool:
         self._restore_signals()
         ending = self._ending
-        if error is not None and ending is None:
+        failure = error if ending is None else None
+        if failure is not None and not self.found:
             return False
-        for name, make in self._late.items():
-            self.found[name] = make()
-        for several in self._at_end:
-            self.found.update(several())
-        self.found["cut_short"] = ENDINGS[ending.name] if ending else None
+        for make in [*self._late, *self._at_end]:
+            try:
+                self.found.update(make())
+            except Exception as other:  # one that fails must not lose the rest
+                failure = failure or other
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0] if failure else None
+        self.found["cut_short"] = ENDINGS[ending.name] if ending else reason
         emit(self.found, self._path)
+        if failure is not None and failure is not error:
+            raise failure
         if ending is not None and ending.name != "SIGALRM":
             sys.exit(128 + ending)
-        return True
+        return failure is None
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked process inherits the handler; it ends as without one

@@ -160,9 +160,9 @@ def choose(mixture: Sequence[dict[str, Any]], tasks: str | None) -> list[dict[st
 
 def check_files(image: Path | None, table: Path | None) -> None:
     """Raise an error before anything is trained if a file cannot be written, or the image not be drawn."""
-    for path in (image, table):
+    for path, option in ((image, "--image"), (table, "--table")):
         if path is not None:
-            check_writable(path, str(path))
+            check_writable(path, option)
     if image is not None:
         new_figure(1)
         if image.suffix not in (".png", ".svg", ".pdf"):

@@ -205,10 +205,18 @@ def measure(
             report["curve"] = []
             offload_curve(size, device, report.deadline, report.found["curve"])
         if baseline is not None:
-            found, note = max_deepspeed_size(size.length, report.deadline)
-            report.update({"baseline": found, "baseline_note": note})
-            if found:
-                report["times_the_baseline"] = report.found["parameters"] / found["parameters"]
+            compare_with_deepspeed(report, size.length)
+
+
+def compare_with_deepspeed(report: Report, length: int) -> None:
+    """Add each size that DeepSpeed trains; the ratio to the largest only if a larger one failed."""
+    torch.cuda.empty_cache()  # its processes need the memory of the device
+    ran: list[dict[str, Any]] = []
+    report["baseline_sizes"] = ran
+    report.later("baseline", lambda: ran[-1] if ran else None)
+    failed, report["baseline_note"] = max_deepspeed_size(length, report.deadline, ran)
+    if failed and ran:
+        report["times_the_baseline"] = report.found["parameters"] / ran[-1]["parameters"]
 
 
 def measure_offload(report: Report, size: OffloadSize, steps: int, device: torch.device, meter: Meter) -> None:

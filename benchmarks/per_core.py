@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.harness import Deadline, Timing, alternate
 from openm6.core.device import keep_freed_memory, usable_cores
+from openm6.core.errors import TrainingError
 
 Steps = Mapping[str, Callable[[], object]]
 MAX_VARIATION = 1.15  # median over fastest; above, a ratio says more about the machine than about the candidates
@@ -37,7 +38,7 @@ def time_per_core(
     `open_steps` must be importable. After the deadline the processes end with the round in progress.
 
     Raises:
-        RuntimeError: a process failed.
+        TrainingError: a process failed.
     """
     # Forked from a process with all imports, which would otherwise take seconds in each.
     context = multiprocessing.get_context("forkserver")
@@ -56,7 +57,7 @@ def time_per_core(
                 found = answers.get(timeout=LOOK_EVERY)
             except Empty:
                 if any(process.exitcode for process in processes):
-                    raise RuntimeError("a process of the benchmark failed: see above") from None
+                    raise TrainingError("a process of the benchmark failed: see above") from None
                 continue
             working -= found is None
             for name, seconds in (found or {}).items():

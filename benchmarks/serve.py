@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.arrivals import mixed_load, tails
 from benchmarks.baseline_qwen import BASELINE_MISSING, QwenBaseline, Seen, open_baseline
-from benchmarks.harness import Json, Report, device_name
+from benchmarks.harness import Deadline, Json, Report, device_name
 from openm6.core.config import Config
 from openm6.core.device import resolve_device
 from openm6.energy.meter import open_meter
@@ -86,7 +86,7 @@ def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
     text_head.backbone(embedded, meta, PackedWriter(rows.cache, slots))
 
 
-LOAD = 0.7  # of the throughput of the baseline's best setting, so that its queue stays bounded
+LOAD = 0.7  # of the throughput of the baseline's best setting here, so that its queue stays bounded
 
 
 def compare_under_load(
@@ -95,15 +95,16 @@ def compare_under_load(
     prompts: list[list[int]],
     new_tokens: int,
     rates: dict[str, float],
-) -> dict[str, Any]:
+    report: Report,
+) -> None:
     """Send the same prompts at the same random moments to each; `rates` are requests per second with all at once.
 
-    The baseline runs with its default and its best setting, if that is one of continuous batching.
+    The baseline runs with its default and its best setting of continuous batching: only they take arrivals.
     """
-    others = [rate for name, rate in rates.items() if name != "openm6"]
-    rate = LOAD * max(others or list(rates.values()))
+    rate = LOAD * max(rates[name] for name in compared_settings(rates) or rates)
     moments = arrival_moments(len(prompts), rate)
     found: dict[str, Any] = {"arrivals_per_second": rate}
+    report["text_under_load"] = found
     ways: dict[str, Callable[[], Seen | str]] = {"openm6": lambda: answer_prompts(rows, prompts, new_tokens, moments)}
     if baseline is not None:
         settings = baseline.batching_settings(prompts, new_tokens)
@@ -111,9 +112,10 @@ def compare_under_load(
             n: partial(baseline.under_load, prompts, new_tokens, moments, settings[n]) for n in compared_settings(rates)
         }
     for name, call in ways.items():
+        if report.deadline.passed:
+            break
         seen = call()
         found[name] = {"error": seen} if isinstance(seen, str) else summarize(seen, moments)
-    return found
 
 
 def compared_settings(rates: dict[str, float]) -> list[str]:
@@ -178,6 +180,7 @@ class ServeSetting(Config):
         )
 
 
+RUNS = 3
 LONG = 5.0  # seconds from which a run is not repeated
 
 # 0.67B parameters; 128 prompts of 32 to 512 tokens, 144 generated tokens each.
@@ -207,7 +210,7 @@ def bench_serve(
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
     with Report(json_path, limit or setting.seconds) as report:
         compare(setting, device, report)
-        report["mixed_load"] = mixed_load(load_seconds)
+        report["mixed_load"] = None if report.deadline.passed else mixed_load(load_seconds)
 
 
 def compare(setting: ServeSetting, device: torch.device, report: Report) -> None:
@@ -222,7 +225,6 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
     if baseline is not None:
         candidates |= baseline.ways(prompts, setting.new_tokens)
     found: dict[str, Any] = {}
-    left_out: list[str] = []
     report.update(
         {
             "benchmark": "serve",
@@ -232,18 +234,13 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
             "text": found,
             "baseline": baseline.version if baseline is not None else None,
             "baseline_note": BASELINE_MISSING if baseline is None else None,
-            "left_out": left_out,
         }
     )
+    report.later("left_out", lambda: [name for name in candidates if name not in found])
     report.at_end(lambda: _ratios(found))
-    for name, call in candidates.items():
-        if found and report.deadline.passed:
-            left_out.append(name)
-            continue
-        call()  # warm up: graphs, kernels, caches
-        found[name] = _median_run(call, setting)
+    run_in_turn(candidates, setting, report.deadline, found)
     requests = {name: row["requests_per_second"] for name, row in found.items() if "requests_per_second" in row}
-    report["text_under_load"] = compare_under_load(rows, baseline, prompts, setting.new_tokens, requests)
+    compare_under_load(rows, baseline, prompts, setting.new_tokens, requests, report)
 
 
 def _ratios(found: dict[str, Any]) -> dict[str, Any]:
@@ -260,14 +257,24 @@ def _ratios(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _median_run(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict[str, Any]:
-    """Return the median of three runs; a single run if it takes long or fails."""
-    runs = [_measured(call, setting)]
-    while len(runs) < 3 and runs[-1].get("seconds", LONG) < LONG:
-        runs.append(_measured(call, setting))
-    if len(runs) < 3 or any("error" in run for run in runs):
-        return runs[0]
-    return sorted(runs, key=lambda run: run["seconds"])[1]
+def run_in_turn(
+    candidates: dict[str, Callable[[], dict[str, Any]]],
+    setting: ServeSetting,
+    deadline: Deadline,
+    found: dict[str, Any],
+) -> None:
+    """Run the candidates in turn, up to three times each, and once if it takes long or fails; fill in the medians."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in candidates}
+    for number in range(RUNS):
+        for name, call in candidates.items():
+            own = runs[name]
+            if (found and deadline.passed) or (number and own[-1].get("seconds", LONG) >= LONG):
+                continue
+            if not number:
+                call()  # warm up: graphs, kernels, caches
+            own.append(_measured(call, setting))
+            timed = sorted((run for run in own if "error" not in run), key=lambda run: run["seconds"])
+            found[name] = timed[(len(timed) - 1) // 2] if timed else own[0]
 
 
 def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict[str, Any]:

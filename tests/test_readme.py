@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as benchmarks
@@ -26,6 +27,7 @@ from openm6.train.run import read_recipe, recipe_path
 from tests.cli.lazy_imports import replace_calls
 
 ROOT = Path(__file__).parent.parent
+COMMAND = get_command(app)  # the runner would make it again for each line
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
@@ -96,6 +98,7 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     model = SimpleNamespace(answer=lambda questions, decoding: [None])
     instead = {"train_recipe": check_training, "evaluate": check_evaluation, "load": lambda *words: model}
     replace_calls(monkeypatch, instead, keep=HARMLESS)
+    monkeypatch.setattr("typer.testing._get_command", lambda _: COMMAND)
     return CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import Shard
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import _StopRecomputationError, checkpoint
@@ -35,6 +38,7 @@ INTERNALS = {
     "torch.cpu._is_vnni_supported",
     "torch.nn.modules.conv._ConvNd",
     "torch.utils.checkpoint._StopRecomputationError",
+    "torch.distributed.distributed_c10d._set_pg_timeout",
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
     "DeviceMesh._flatten",
 }
@@ -162,3 +166,21 @@ def mesh_parts() -> tuple[list[str], int, tuple[tuple[int, ...], tuple[int, ...]
 def test_meshes_are_flattened_and_parts_located(two: Fleet) -> None:
     found = two.run(mesh_parts)
     assert found == [(["both"], 2, ((3, 4), (0, 0))), (["both"], 2, ((3, 4), (3, 0)))]
+
+
+def wait_in_vain() -> str:
+    """On rank 0: how it ends that it waits for rank 1 in a group whose timeout was set later."""
+    group = dist.new_group([0, 1])
+    _set_pg_timeout(timedelta(seconds=0.2), group)
+    found = ""
+    try:
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        found = str(error)
+    dist.barrier()  # rank 1 must not leave before
+    return found
+
+
+def test_the_timeout_of_a_group_is_set_later(two: Fleet) -> None:
+    assert "Timed out waiting 200ms" in two.run(wait_in_vain)[0]

@@ -64,7 +64,8 @@ def folder_data(folder: Path) -> tuple[Values, list[Values]]:
     sources: Values = {}
     mixture: list[Values] = []
     for path in sorted(folder.glob("*-train.parquet")):
-        name, test = path.name.removesuffix("-train.parquet"), Path(str(path).replace("-train", "-test"))
+        name = path.name.removesuffix("-train.parquet")
+        test = path.with_name(f"{name}-test.parquet")
         source = ParquetConfig(path=str(path), test_path=str(test) if test.is_file() else None)
         tasks = _suitable_tasks(name, source)
         if tasks:

@@ -51,7 +51,7 @@ from benchmarks.own_data.tables import (
     word_quantiles,
 )
 from openm6.core.errors import ConfigError, DataError, OpenM6Error, nearest
-from openm6.core.files import replace_text, to_json
+from openm6.core.files import check_writable, replace_text, to_json
 
 KINDS = ("series", "table", "image", "mixed")
 CACHE = Path("~/.cache/openm6/own-data")
@@ -89,8 +89,11 @@ def bench_own_data(
     if estimators and importlib.util.find_spec("pandas") is None:
         raise ConfigError("--estimators needs pandas: pip install pandas")
     chosen = choose(only, kind, development)
+    if table is not None:
+        check_writable(table, "--table")
     found: list[dict[str, Any]] = []
-    with alone(), Report(json_path, LIMIT) as report:
+    report = Report(json_path, LIMIT)  # before a wait for another run, because it checks its path
+    with alone(), report:
         report.update({"minutes": minutes, "folds": folds, "estimators": estimators, "sets": found})
         report.at_end(lambda: _print_tables(found, table))
         for data in chosen:
@@ -353,19 +356,24 @@ class Run:
         numbers: dict[str, dict[str, np.ndarray]],
         labels: dict[str, dict[str, np.ndarray]],
     ) -> None:
-        """Add the predictions of OpenM6; a record that it cannot be asked about gets those of the training median."""
+        """Add the predictions of OpenM6; a record that it cannot be asked about gets what the training rows have."""
+
+        def filled(target: str, found: np.ndarray, marginal: np.ndarray) -> np.ndarray:
+            lacking = np.isnan(found).any(1)
+            if lacking.any():
+                self.note(f"{OURS}: {target}", f"{lacking.sum()} of {len(found)} records lack what the task needs")
+            return np.where(lacking[:, None], marginal, found)
 
         def predict_number(target: str) -> None:
             found = predict_numbers(ours, path, target)
             marginal = marginal_quantiles(train_rows.numbers(target), TABLE_LEVELS, len(found))
-            lacking = np.isnan(found).any(1)
-            if lacking.any():
-                self.note(f"{OURS}: {target}", f"{lacking.sum()} of {len(found)} records lack what the task needs")
-            numbers.setdefault(OURS, {})[target] = np.where(lacking[:, None], marginal, found)
+            numbers.setdefault(OURS, {})[target] = filled(target, found, marginal)
 
         def predict_label(target: str) -> None:
-            truth = list(test_rows.columns[target])
-            labels[target][OURS] = predict_classes(ours, path, target, self.classes(target), truth)
+            train_labels, classes = list(train_rows.columns[target]), self.classes(target)
+            found = predict_classes(ours, path, target, classes, list(test_rows.columns[target]))
+            frequencies = np.asarray([train_labels.count(name) for name in classes]) / len(train_labels)
+            labels[target][OURS] = filled(target, found, frequencies)
 
         for target in self.data.targets:
             self.ours(target, partial(predict_label if target in labels else predict_number, target))

@@ -188,7 +188,8 @@ def _number_answers(ours: Ours, test: Path, target: str) -> list[Histogram | Non
 def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     """Return probabilities of the classes for each record, by the likelihoods of their names.  # N K
 
-    A category that was taken for a number is predicted as one: the nearest class of each quantile counts.
+    A category that was taken for a number is predicted as one: the nearest class of each quantile counts. A record that
+    cannot be asked about has NaN.
 
     Raises:
         FailedError: no trained task predicts this column.
@@ -208,7 +209,7 @@ def predict_classes(ours: Ours, test: Path, target: str, classes: Sequence[str],
         answers, values = _number_answers(ours, test, target), np.asarray([float(name) for name in classes])
     except ValueError:
         raise FailedError(f"no trained task predicts {target}") from None
-    found = np.full((len(answers), len(classes)), 1 / len(classes))
+    found = np.full((len(answers), len(classes)), np.nan)
     for row, histogram in enumerate(answers):
         if histogram is not None:
             quantiles = np.asarray([histogram.quantile(level)[0] for level in CLASS_LEVELS])

@@ -79,6 +79,8 @@ class _TableEstimator(BaseEstimator):
 
     def _table(self, X: Any, y: Any = None, reset: bool = False) -> tuple[dict[str, Any], Any]:  # noqa: N803
         """The columns of X by name and y, checked; what scikit-learn refuses is a TableError in its words."""
+        if reset:  # a fit that fails leaves no model of other columns or classes
+            self.__dict__.pop("model_", None)
         try:
             return self._checked(X, y, reset)
         except ValueError as error:
@@ -153,10 +155,12 @@ class _TableEstimator(BaseEstimator):
         return load(result.checkpoint, self.device)
 
     def _records(self, X: Any) -> list[Any]:  # noqa: N803
-        check_is_fitted(self)
+        check_is_fitted(self, "model_")
         columns, _ = self._table(X)
         with frames.as_table_error():
-            return list(frames.frame_records(frames.arrow_table(columns, "X"), self.fields_, self.target_))
+            records = frames.frame_records(frames.arrow_table(columns, "X"), self.fields_, self.target_)
+            frames.spell_as_trained(self.model_.loaded, records)
+            return records
 
 
 class OpenM6Regressor(RegressorMixin, _TableEstimator):
@@ -361,4 +365,5 @@ def _recipe(data: Any, target: str | None, start: str, minutes: float, run: RunF
         if target is not None:
             raise ConfigError("a recipe names its targets itself: leave target out")
         return dict(data) if isinstance(data, Mapping) else read_yaml(recipe_path(path))
+    target = None if target is None else str(target)  # names of columns may be numbers in pandas
     return dict(yaml.safe_load(inspect_path(path, minutes, target, start).usable_recipe()))

@@ -39,7 +39,7 @@ class TableError(DataError, ValueError):
 
 
 class MixedTypesError(DataError, TypeError):
-    """A column of several types; scikit-learn expects a TypeError."""
+    """A column of several types, or of one that cannot be read; scikit-learn expects a TypeError."""
 
 
 @contextmanager
@@ -53,15 +53,17 @@ def as_table_error() -> Iterator[None]:
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 UNKNOWN = "?"
+UNREADABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)  # what Arrow raises about cells
 
 
 def predict(
     loaded: LoadedModel, frame: pd.DataFrame, target: str, levels: Sequence[float], classes: Sequence[Any] | None
 ) -> pd.DataFrame:
+    target, classes = str(target), None if classes is None else list(classes)  # pandas has numbers as names
     columns = columns_of(frame)
     if not columns or not len(frame):
         raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")
-    if classes is not None and not len(classes):
+    if classes == []:
         raise ConfigError("classes must name at least one class")
     table = arrow_table(columns, "the DataFrame")
     check_levels(levels)
@@ -144,20 +146,29 @@ def columns_of(frame: Any) -> dict[str, Any]:
 
 
 def arrow_table(columns: Mapping[str, Any], where: str) -> ArrowTable:
-    """Return columns as a table; raise MixedTypesError if one holds values of several types."""
+    """Return columns as a table; raise MixedTypesError if one cannot be read."""
     arrays = {}
     for name, cells in columns.items():
         if any(isinstance(cell, Path) for cell in cells):
             cells = [str(cell) if isinstance(cell, Path) else cell for cell in cells]
         try:
-            arrays[name] = pa.array(cells, from_pandas=True)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            arrays[name] = _arrow_array(cells)
+        except UNREADABLE:
             kinds = sorted({type(cell).__name__ for cell in cells})
+            wrong = "several types", "each argument must be a string or a number, as the others of its column"
+            if len(kinds) == 1:
+                wrong = "a type that cannot be read", "convert them to strings or numbers"
             raise MixedTypesError(
-                f"column {name!r} of {where} holds values of several types ({', '.join(kinds)}): each argument must be "
-                "a string or a number, as the others of its column"
+                f"column {name!r} of {where} holds values of {wrong[0]} ({', '.join(kinds)}): {wrong[1]}"
             ) from None
     return ArrowTable(pa.table(arrays), where)
+
+
+def _arrow_array(cells: Any) -> pa.Array:
+    try:
+        return pa.array(cells, from_pandas=True)
+    except UNREADABLE:
+        return pa.array(np.asarray(cells, object), from_pandas=True)  # a sparse column of pandas
 
 
 def _fields(names: Sequence[str], loaded: LoadedModel, target: str) -> Fields:

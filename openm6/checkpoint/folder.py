@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import CheckpointError
+from openm6.core.log import get_log
 
 STATE_FILE = "state.json"
 SHIPPED = Path(__file__).parents[1] / "shipped"  # models of the package
@@ -96,8 +97,21 @@ def latest(path: Path | str) -> Path:
 def prune(checkpoints: Path, keep: int, kept: int | None = None) -> None:
     """Remove all but the last `keep` complete checkpoints, and that of the step `kept`."""
     for folder in list_checkpoints(checkpoints)[:-keep]:
-        if step_of(folder) == kept:
-            continue
+        if step_of(folder) != kept:
+            remove(folder)
+
+
+def leftovers(checkpoints: Path, step: int) -> list[Path]:
+    """What killed saves and removals have left: partial folders, and those of steps before `step` without a state."""
+    halves = [one for one in _step_folders(checkpoints) if step_of(one) < step and not (one / STATE_FILE).exists()]
+    return [*checkpoints.glob(".step-*.partial"), *halves]
+
+
+def remove(folder: Path) -> None:
+    """Remove what is no longer needed; a failure is only a warning, as it does the new checkpoint no harm."""
+    try:
         # Without its state a folder counts as incomplete: a crash half way through the removal does no harm.
-        (folder / STATE_FILE).unlink()
+        (folder / STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder)
+    except OSError as error:
+        get_log().warning(f"{folder} could not be removed ({error.strerror or error}): remove it by hand")

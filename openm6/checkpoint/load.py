@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.checkpoint.folder import EXPONENT, MODEL_FILE, SEPARATOR, TRAINING_FILE
+from openm6.checkpoint.folder import EXPONENT, MODEL_FILE, SEPARATOR, TRAINING_FILE, read_state
 from openm6.checkpoint.optimizer import load_optimizer_state
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Saver, named_tensors
@@ -83,6 +83,9 @@ def load_training_tensors(folder: Path) -> dict[str, Tensor]:
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Any = None) -> None:
     """Replace the optimizer's state, but not learning rates, by that saved; CheckpointError if it does not fit."""
+    if not any(name.startswith(("optimizer", "shard")) for name in read_state(folder)["files"]):
+        optimizer.state.clear()  # it was saved before the first step that was applied
+        return
     reader = open_reader(folder, "optimizer")
     if layout is not None:
         tensors = _sharded().optimizer_shards(reader, model, layout)

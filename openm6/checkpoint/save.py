@@ -62,12 +62,12 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
 
 @contextmanager
 def open_partial(checkpoints: Path, step: int) -> Iterator[Path]:
-    """Make the folder to write to, without those of killed saves; if writing fails, remove it: CheckpointError."""
+    """Make the folder to write to, without what killed ones left; if writing fails, remove it: CheckpointError."""
     partial = folder.partial_folder(checkpoints, step)
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for killed in checkpoints.glob(".step-*.partial"):
-            shutil.rmtree(killed)
+        for left in folder.leftovers(checkpoints, step):
+            folder.remove(left)
         partial.mkdir()
         yield partial
     except OSError as error:

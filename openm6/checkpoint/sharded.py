@@ -4,6 +4,7 @@ A file states in its header where in the whole its shards are: any number of ran
 """
 
 import mmap
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -60,7 +61,7 @@ class ShardedSaver(Saver):
         self.host = layout.on_host()
         self._staging = Staging()
         # A group of its own: messages of a thread that saves must not mix with those of training.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=layout.timeout)
         self._pending: Thread | None = None
         self._failure: BaseException | None = None
 
@@ -105,17 +106,19 @@ class ShardedSaver(Saver):
 
     def _write(self, copies: dict[str, Tensor], snapshot: Snapshot, checkpoints: Path, keep: int) -> None:
         """In a thread: once all ranks have written, rank 0 renames the checkpoint."""
-        partial = partial_folder(checkpoints, snapshot.step)
+        partial, main = partial_folder(checkpoints, snapshot.step), dist.get_rank() == 0
         writer = HuggingFaceStorageWriter(str(partial), _files(copies), save_distributed=True)
         try:
             dcp.save(copies, storage_writer=writer, process_group=self.group)
             try:
-                if dist.get_rank() == 0:
+                if main:
                     commit(snapshot, checkpoints, keep)
             finally:
                 dist.barrier(group=self.group)  # after it, all ranks may read the checkpoint
         except BaseException as error:  # CheckpointException is no Exception
             self._failure = error
+            if main:  # another rank's wait may have ended while this one still commits
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files(tensors: dict[str, Tensor]) -> dict[str, int]:

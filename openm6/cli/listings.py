@@ -100,6 +100,11 @@ def inspect(
     \b
     Example: openm6 data inspect ~/photos --out photos.yaml
     """
+    if out is not None:
+        # It may hold hours of a person's work
+        if out.exists():
+            raise ConfigError(f"--out {out} exists already: name another file, or remove it")
+        check_writable(out, "--out")
     # torch takes seconds to import
     from openm6.data.inspect import inspect_path
 
@@ -107,7 +112,7 @@ def inspect(
 
 
 def print_inspection(inspection: Inspection, out: Path | None) -> None:
-    """Print everything; the recipe, if there is one, comes last and bare, or is written to `out`, if that is new."""
+    """Print everything; the recipe, if there is one, comes last and bare, or is written to `out`."""
     console = Console()
     for data_set in inspection.datasets:
         _print_data_set(data_set, console)
@@ -117,10 +122,6 @@ def print_inspection(inspection: Inspection, out: Path | None) -> None:
         console.print(Text(ask, style="bold"))
         typer.echo(recipe)  # as it is: rich would expand tabs and names of emoji
         return
-    # It may hold hours of a person's work
-    if out.exists():
-        raise ConfigError(f"--out {out} exists already: name another file, or remove it")
-    check_writable(out, "--out")
     replace_text(out, recipe)
     console.print(f"wrote {out}; train it with: openm6 train {out}", markup=False, highlight=False, soft_wrap=True)
 

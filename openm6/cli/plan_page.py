@@ -17,6 +17,7 @@ from openm6.core.errors import ConfigError
 from openm6.core.files import check_writable
 from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH
+from openm6.evaluate.formatting import duration
 from openm6.models.presets import PRESETS
 from openm6.plan.measured import plan_measured
 from openm6.plan.memory import in_bytes
@@ -140,5 +141,7 @@ def in_energy(mwh: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """Such as `12.3 ms`."""
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    """Such as `12.3 ms`, `5.6 s` or `2.1 hours`."""
+    if seconds >= 120:
+        return duration(seconds)
+    return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"

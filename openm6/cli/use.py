@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from mimetypes import guess_type
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from openm6.evaluate.results import EnergyAccount
 
 WIDTH, HEIGHT = 60, 10  # of the plot, in characters
+CHINESE = "\u3000-\u303f\u3400-\u9fff\uff00-\uffef"  # characters and punctuation
 CHAT_TOKENS = 1024  # of an answer in a chat, which ends by itself
 
 
@@ -238,11 +240,9 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
     get_log().addFilter(_on_a_new_line)
     typer.echo("> ", nl=False)
     while line := sys.stdin.readline().strip():
-        files = [name for name in re.findall(r"(?<!\S)@(\S+)", line) if Path(name).suffix or Path(name).exists()]
-        content = [{"type": _kind_of(name), "path": name} for name in files]
-        for name in files:
-            line = re.sub(rf"(?<!\S)@{re.escape(name)}(\s|$)", "", line, count=1)
-        content.append({"type": "text", "text": line.strip()})
+        words, files = _files_in(line)
+        content = [{"type": kind, "path": name} for name, kind in files]
+        content.append({"type": "text", "text": words})
         messages.append({"role": "user", "content": content})
         answer = ""
         try:
@@ -257,13 +257,36 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
     get_log().removeFilter(_on_a_new_line)
 
 
-def _kind_of(name: str) -> str:
-    """Whether a file is an audio clip; all else is read as an image. A system may lack the types of some endings."""
-    # torch takes seconds to import
-    from openm6.data.records import AUDIO_ENDINGS
+def _files_in(line: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return a line without its files, and their names and kinds. A file has an @ at a start or after Chinese."""
+    files: list[tuple[str, str]] = []
 
-    is_audio = name.lower().endswith(AUDIO_ENDINGS) or (guess_type(name)[0] or "").startswith("audio/")
-    return "audio" if is_audio else "image"
+    def taken(match: re.Match[str]) -> str:
+        word = match[1]
+        # Of `face.png?` and `face.png上`, the file is a beginning: the longest that exists.
+        ends = [end for end in range(len(word), 0, -1) if not re.match(r"\w", word[end:], re.ASCII)]
+        name = next((word[:end] for end in ends if os.path.isfile(word[:end])), None)
+        missing = re.match(r".+\.\w+", word, re.ASCII)
+        if name is None and missing and _kind_of(missing[0]):
+            name = missing[0]  # its absence is an error of the model, which is shown
+        if name is None:
+            return match[0]
+        files.append((name, _kind_of(name) or "image"))
+        return "" if name == word else word[len(name) :] + match[2]
+
+    words = re.sub(rf"(?<![^\s{CHINESE}])@(\S+)(\s?)", taken, line)
+    return words.strip(), files
+
+
+def _kind_of(name: str) -> str | None:
+    """Return `audio` or `image` by the ending of a name; None for another ending."""
+    # torch takes seconds to import
+    from openm6.data.records import AUDIO_ENDINGS, IMAGE_ENDINGS
+
+    guessed = (guess_type(name)[0] or "").partition("/")[0]  # a system may lack the types of some endings
+    if name.lower().endswith(AUDIO_ENDINGS) or guessed == "audio":
+        return "audio"
+    return "image" if name.lower().endswith(IMAGE_ENDINGS) or guessed == "image" else None
 
 
 def _on_a_new_line(_: logging.LogRecord) -> bool:

@@ -3,7 +3,7 @@
 # Shapes: B batch, S samples, T positions, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
 
 from collections import OrderedDict
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class AudioCodecConfig(QuantizerConfig):
     """Shape of the network; `stride` frames of `hop` samples make one position (25 per second by default)."""
 
     groups: int = Field(default=4, ge=1)
-    rate: int = 16000
+    rate: Literal[16000] = 16000  # that of all audio that is read
     hop: int = 160
     window: int = 640
     num_mels: int = 80

@@ -138,9 +138,9 @@ class LatentNorm(nn.Module):
             return (z - self.mean) * torch.rsqrt(self.variance + 1e-5)
         rows = z.flatten(0, -2)
         variance, mean = torch.var_mean(rows, 0, correction=0)
-        with torch.no_grad():
-            self.mean.lerp_(mean, self.momentum)
-            self.variance.lerp_(variance, self.momentum)
+        with torch.no_grad():  # a step that is not finite is undone, and must leave nothing here
+            for kept, new in ((self.mean, mean), (self.variance, variance)):
+                kept.lerp_(torch.where(new.isfinite(), new, kept), self.momentum)
         return (z - mean) * torch.rsqrt(variance + 1e-5)
 
 
@@ -247,7 +247,7 @@ class VectorQuantizer(nn.Module):
         for stage in range(len(self.codebooks)):
             flat = rest.flatten(0, -2)  # B P C -> N C
             codes = self._nearest(stage, flat)  # N
-            if self.training:
+            if self.training and flat.isfinite().all():
                 self._learn(stage, flat, codes)
             step = self.codebooks[stage][codes].view_as(rest)
             rest = rest - step

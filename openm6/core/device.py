@@ -35,7 +35,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(f"torch {torch.__version__} sees no GPU for {name}: check nvidia-smi, or use cpu")
     # `current_device` starts CUDA, and with it an allocator that reads its settings then.
-    rank, index = os.environ.get("LOCAL_RANK"), torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    # A launcher numbers one process, too.
+    rank = os.environ.get("LOCAL_RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     if asked is not None and asked[1] is not None:
         if rank is not None:
             raise ConfigError(f"each of several processes has a GPU of its own: use cuda in place of {name}")

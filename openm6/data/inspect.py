@@ -11,13 +11,15 @@ import yaml
 
 from openm6.core.errors import DataError, nearest
 from openm6.data import propose
-from openm6.data.chat import ChatConfig, is_chat
-from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
+from openm6.data.chat import TURNS, ChatConfig, is_chat
+from openm6.data.media import TABLE_ENDINGS, FolderConfig, media_files, table_config
+from openm6.data.number_formats import UndecidedMarkError
 from openm6.data.records import Record, contents_of
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
 from openm6.data.synthetic import SyntheticSeriesConfig
 from openm6.data.table import Table, TableConfig, UnreadableRowError
+from openm6.data.text_tables import JsonlConfig
 from openm6.data.windows import WindowsConfig
 from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
@@ -30,6 +32,7 @@ MAX_PROBLEMS = 20
 _TRAIN = re.compile(r"(?i)train(?=(-\d+-of-\d+)?(\.\w+)+$)")
 HELD_OUT_WORDS = ("test", "validation", "valid", "val", "dev")  # of files; the first that there is holds the test rows
 _HELD_OUT = re.compile(rf"(?i)(^|[\W_])({'|'.join(HELD_OUT_WORDS)})(-\d+-of-\d+)?(\.\w+)+$")
+_SHARD = re.compile(r"-\d+(-of-\d+)(?=(\.\w+)+$)")
 # Of a window: steps without a season; with one, seasons of the context; a series has at least so many horizons.
 CONTEXT, HORIZON, SEASONS, HORIZONS = 32, 8, 3, 10
 MAX_HORIZON = 24
@@ -212,10 +215,14 @@ def _inspect_all(path: str) -> list[DatasetReport]:
     tables = [str(entry) for entry in entries if entry.name.lower().endswith(TABLE_ENDINGS)]
     if tables:
         # `x-test.csv` holds the test rows of `x-train.csv`, and one that belongs to none is nothing to train on.
-        written = {table.lower(): table for table in tables}
-        tests = {table: _held_out_beside(table, written) for table in tables if _TRAIN.search(table)}
+        tests = {table: _held_out_beside(table, tables) for table in tables if _TRAIN.search(table)}
         alone = [table for table in tables if not (tests and _HELD_OUT.search(Path(table).name))]
-        return [report for table in alone for report in inspect_table(table, tests.get(table))]
+        reports = [report for table in alone for report in inspect_table(table, tests.get(table))]
+        usual = {_SHARD.sub("", _TRAIN.sub(word, table.lower())) for table in tests for word in HELD_OUT_WORDS}
+        for table in tables:
+            if reports and table not in alone and _SHARD.sub("", table.lower()) not in usual:
+                reports[0].add_problem(table, "it is not used: name it as its training table, with test for train")
+        return reports
     if files := media_files(here):
         config = FolderConfig(path=path)
         report = DatasetReport(name_of(path), path, config.kind, rows=len(files))
@@ -229,10 +236,15 @@ def _inspect_all(path: str) -> list[DatasetReport]:
     raise DataError(f"{path} holds no tables ({', '.join(TABLE_ENDINGS)}), images or audio clips")
 
 
-def _held_out_beside(table: str, written: dict[str, str]) -> str | None:
-    """The table with the test rows of a training table, by their names in small letters."""
-    names = (_TRAIN.sub(word, table.lower()) for word in HELD_OUT_WORDS)
-    return next((written[name] for name in names if name in written), None)
+def _held_out_beside(table: str, tables: Sequence[str]) -> str | None:
+    """The table with the test rows of a training table, or a glob of its parts, by their names in small letters."""
+    for name in (_TRAIN.sub(word, table.lower()) for word in HELD_OUT_WORDS):
+        alike = [other for other in tables if other.lower() == name]
+        # The training rows may be in more or fewer parts.
+        alike = alike or [other for other in tables if _SHARD.sub("", other.lower()) == _SHARD.sub("", name)]
+        if alike:
+            return alike[0] if len(alike) == 1 else _SHARD.sub(r"-*\1", alike[0])
+    return None
 
 
 def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
@@ -240,11 +252,11 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
     config = table_config(path)
     report = DatasetReport(name_of(path), path, config.kind)
     try:
-        table = load_table(path)
+        config, table = _load(report, config)
     except DataError as error:
         report.add_problem(path, error)
         return [report]
-    if is_chat(table.names):
+    if isinstance(config, JsonlConfig) and is_chat(table.names):
         config = ChatConfig(path=path)
         report.kind = config.kind
     report.rows = len(table)
@@ -255,8 +267,10 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
     if all(column.kind == "empty" for column in report.columns):
         report.add_problem(path, "no cell holds anything that can be read")
         return [report]
+    if not isinstance(config, ChatConfig) and any(x.name in TURNS and x.kind == "list" for x in report.columns):
+        report.add_problem(path, "it may hold chats, which are read from JSON Lines alone: export them as .jsonl")
     fields = None if isinstance(config, ChatConfig) else propose.propose_fields(report.columns)
-    _try_source(report, config.model_copy(update={"fields": fields, "test_path": test_path}))
+    _try_source(report, _with_test_table(report, config.model_copy(update={"fields": fields}), test_path))
     series = _series(report, table)
     if series is None:
         return [report]
@@ -264,6 +278,29 @@ def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
         used = {*series.source["columns"], series.source["time"], series.source.get("group")}
         report.unused = [name for name in report.unused if name not in used]
     return [report, series]
+
+
+def _load(report: DatasetReport, config: TableConfig) -> tuple[TableConfig, Table]:
+    """The table and the config that reads it; if a decimal mark stays open, it is that of most cells."""
+    table = config.load(config.path)
+    try:
+        table.read(table.names)
+    except UndecidedMarkError as error:
+        report.add_problem(config.path, f"{error}; the proposed one has that of most cells, {error.likely!r}")
+        return _load(report, config.model_copy(update={"decimal": error.likely}))
+    return config, table
+
+
+def _with_test_table(report: DatasetReport, config: TableConfig, test_path: str | None) -> TableConfig:
+    """The config with a second table of test rows, unless that cannot be read: it may lack what is predicted."""
+    tested = config.model_copy(update={"test_path": test_path})
+    try:
+        if test_path is not None:
+            tested.open(report.name, "test", _no_neighbour)
+    except DataError as error:
+        report.add_problem(test_path or "", f"it is not used for testing: {error}")
+        return config
+    return tested
 
 
 def name_of(path: str) -> str:
@@ -321,28 +358,40 @@ def _open(report: DatasetReport, config: SourceConfig, splits: Sequence[Split]) 
 def _read(report: DatasetReport, source: Source) -> list[Record]:
     """A sample of records; images and audio clips are opened as the modalities would."""
     records = []
-    decoded = 0
-    for index in _evenly(len(source), SAMPLE):
+    sample = _evenly(len(source), SAMPLE)
+    decoded = {sample[position] for position in _evenly(len(sample), DECODED)}
+    broken = 0  # of those
+    for index in sample:
         report.sampled += 1
         where = ""
         try:
             record = source[index]
             where = str(record["id"])
-            media = [item for item in (record, *contents_of(record)) if "image" in item or "audio" in item]
-            if decoded < DECODED and media:
-                decoded += 1
-                for item in media:
-                    if "image" in item:
-                        read_image(item["image"])
-                    if "audio" in item:
-                        read_audio(item["audio"])
             records.append(record)
+            if index in decoded and (error := _broken_media(record)):
+                records.pop()
+                broken += 1
+                report.add_problem(where, error)
         except UnreadableRowError:  # reported when the table was opened
             continue
         except DataError as error:
             report.broken += 1
             report.add_problem(where, error)
+    report.broken += round(broken * len(sample) / max(1, len(decoded)))
     return records
+
+
+def _broken_media(record: Record) -> DataError | None:
+    """Why an image or audio clip of a record cannot be opened."""
+    try:
+        for item in (record, *contents_of(record)):
+            if "image" in item:
+                read_image(item["image"])
+            if "audio" in item:
+                read_audio(item["audio"])
+    except DataError as error:
+        return error
+    return None
 
 
 def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
@@ -352,14 +401,18 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     if time is None or not numbers:
         return None
     readable = len(table) - len(table.unreadable)  # the others come last
-    cells = table.column(time)[:readable]
+    # As texts, since some may be lists.
+    cells = list(map(str, table.column(time)[:readable]))
     group, count = None, 1
     if len(set(cells)) < len(cells):
-        # In a column that separates the series, no time occurs twice in a group.
+        # In a column that separates the series, no time occurs twice in a group; the groups of an identifier are short.
         for column in rows.columns:
-            groups = table.column(column.name)[:readable] if column.kind in ("category", "identifier") else []
-            if groups and len(set(zip(groups, cells, strict=True))) == len(cells):
-                group, count = column.name, len(set(groups))
+            found = table.column(column.name)[:readable] if column.kind in ("category", "identifier") else []
+            groups = list(map(str, found))
+            count = len(set(groups))
+            long = len(cells) >= MIN_SERIES * count
+            if groups and long and len(set(zip(groups, cells, strict=True))) == len(cells):
+                group = column.name
                 break
         else:
             return None
@@ -367,7 +420,10 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     length = len(cells) // count
     if length < MIN_SERIES or not numbers:
         return None
-    config = WindowsConfig(path=rows.path, columns=numbers, time=time, group=group, context=1, horizon=1)
+    decimal = rows.source.get("decimal")
+    config = WindowsConfig(
+        path=rows.path, columns=numbers, time=time, decimal=decimal, group=group, context=1, horizon=1
+    )
     context, horizon = _window_shape(config, length)
     # A test window needs a horizon of rows.
     shape: dict[str, Any] = {"context": context, "horizon": horizon}

@@ -4,11 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from openm6.core.errors import DataError
 from openm6.data.records import is_blank
 
-AGREEING = 0.9  # of the cells, from which a column without `fields` holds numbers
+AGREEING = 0.9  # of the cells, from which a column without `fields` holds numbers, or all have one decimal mark
 SAMPLE = 1000  # cells that decide it
 
 # By decimal mark: numbers with decimals, and whole numbers in groups of three that the other mark separates.
@@ -25,6 +26,12 @@ _CURRENCY = r"US\$|[$€£¥₹]|USD|EUR|GBP|CHF|JPY|CNY|CAD|AUD|INR"
 _NUMBER = re.compile(
     rf"([+-]?)\s*(?:({_CURRENCY})\s*)?([+-]?(?:\d+(?:[.,]\d+)*|[.,]\d+)(?:[eE][+-]?\d+)?)(?:\s*(%|{_CURRENCY}))?"
 )
+
+
+class UndecidedMarkError(DataError):
+    """Numbers that can be read in two ways; `likely` is the decimal mark that most cells of the table show."""
+
+    likely = "."
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,18 @@ def _parts(cell: str) -> tuple[str, str] | None:
     return found[2] or found[4] or "", found[1] + found[3]
 
 
-def number_format(
-    cells: Sequence[str | None], column: str, where: str, mark: str | None = None, certain: bool = True
-) -> NumberFormat | None:
-    """The format of a column; None if the numbers are written as Python writes them, or too few cells are numbers.
+class Written(NamedTuple):
+    """How the numbers of a column are written."""
 
-    A column that is `certain` to hold numbers may hold any number of other cells. `mark` overrules what is found.
-    DataError if some numbers have a comma and some a point, or 1,234 may be a thousand or little more than one.
+    unit: str  # beside most of them
+    marks: Counter[str]  # numbers by the decimal mark that they show; see `_shown_mark`
+    stay: bool  # with a decimal point, all of them are as Python writes them
+
+
+def written_numbers(cells: Sequence[str | None], certain: bool = True) -> Written | None:
+    """How the numbers of a column are written; None if too few cells are numbers.
+
+    A column that is `certain` to hold numbers may hold any number of other cells.
     """
     filled = [cell for cell in cells if cell and not is_blank(cell)]
     sample = [parts for parts in map(_parts, filled[:SAMPLE]) if parts]
@@ -70,25 +82,26 @@ def number_format(
         return None
     unit = units.most_common(1)[0][0] if units else ""
     numbers = [parts[1] for parts in map(_parts, filled) if parts]
-    found = NumberFormat(mark or decimal_mark(numbers, column, where, unit in _COMMA_GROUPS), unit)
-    return None if all(found.plain(cell) == cell for cell in filled) else found
+    point = NumberFormat(unit=unit)
+    marks = Counter(_shown_mark(number, unit in _COMMA_GROUPS) for number in numbers)
+    return Written(unit, marks, all(point.plain(cell) == cell for cell in filled))
 
 
-def decimal_mark(numbers: Sequence[str], column: str, where: str, comma_groups: bool = False) -> str:
-    """`,` if numbers are written 3,5, else `.`; `comma_groups`: 1,234 is a thousand. DataError if both may be meant."""
-    grouped = {mark: {number for number in numbers if form.fullmatch(number)} for mark, form in _GROUPED.items()}
+def _shown_mark(number: str, comma_groups: bool) -> str:
+    """The decimal mark that a number shows, `1,234` or `1.234` if that may be a thousand, or nothing.
 
-    def certain(mark: str) -> bool:
-        """Whether some number has decimals behind this mark, or the other mark more than once."""
-        decimals = any(_DECIMAL[mark].fullmatch(n) for n in numbers if n not in grouped[_OTHER_MARK[mark]])
-        return decimals or any(number.count(_OTHER_MARK[mark]) > 1 for number in grouped[mark])
+    `comma_groups`: 1,234 is a thousand.
+    """
+    for mark, other in _OTHER_MARK.items():
+        if _GROUPED[mark].fullmatch(number):
+            return mark if number.count(other) > 1 or (comma_groups and mark == ".") else f"1{other}234"
+    return next((mark for mark, form in _DECIMAL.items() if form.fullmatch(number)), "")
 
-    comma, point = certain(","), certain(".") or (comma_groups and bool(grouped["."]))
-    if comma and not point:
-        return ","
-    if comma or (grouped["."] and not point):
-        raise DataError(
-            f"{where}: numbers of column {column!r} can be read in two ways (is 1,234 a thousand?): "
-            'add decimal: "," or decimal: "." to the source'
-        )
-    return "."
+
+def decimal_mark(marks: Counter[str], elsewhere: str | None = None) -> str | None:
+    """The decimal mark of a column; None if both may be meant. `elsewhere`: that of other columns of the table."""
+    mark = max(_OTHER_MARK, key=lambda mark: marks[mark])
+    if shown := marks["."] + marks[","]:
+        # The others are broken cells.
+        return mark if marks[mark] >= AGREEING * shown else None
+    return elsewhere or (None if marks["1,234"] else ".")

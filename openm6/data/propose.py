@@ -22,6 +22,7 @@ from openm6.data.records import (
     Record,
     as_number,
     is_blank,
+    is_no_class,
     unless_broken,
 )
 from openm6.data.source import Source, split_named
@@ -94,6 +95,8 @@ def column_of(name: str, cells: Sequence[Any]) -> Column:
     """The column type that fits a sample of its cells."""
     filled = [cell for cell in cells if not is_blank(cell)]
     kind = _kind(name, filled)
+    if kind == "category" and not all(map(_is_number, filled)):
+        filled = [cell for cell in cells if not is_no_class(cell)]
     texts = [str(cell) for cell in filled if isinstance(cell, (str, int, float, bool))]
     language: Language | None = None
     coded = kind == "category" and name.lower() not in CATEGORY_NAMES and all(map(_is_number, filled))

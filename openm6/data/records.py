@@ -13,7 +13,7 @@ import numpy as np
 from openm6.core.config import Config
 from openm6.core.errors import DataError, MissingColumnError, nearest
 from openm6.modalities.dates import date_columns, date_names
-from openm6.tasks.slots import INPUT_ONLY, LABEL_COLUMNS
+from openm6.tasks.slots import FILLED_BY, INPUT_ONLY
 
 Record = dict[str, Any]
 """One row of data. Keys that the row does not fill are absent.
@@ -40,6 +40,8 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 32 << 20
 MAX_AUDIO_BYTES = 64 << 20
 MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "null", "none", "-"})
+# Cells without a class. "none" may be one beside "mild" and "severe", and "Na" a symbol.
+NO_CLASSES = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "-"})
 
 
 def contents_of(record: Record) -> list[dict[str, Any]]:
@@ -65,6 +67,11 @@ def is_blank(value: Any) -> bool:
     return is_missing(value) or (isinstance(value, str) and value.strip().lower() in MISSING_WORDS)
 
 
+def is_no_class(value: Any) -> bool:
+    """Whether a cell of labels holds nothing, or a word for it as programs write it."""
+    return is_missing(value) or (isinstance(value, str) and value.strip() in NO_CLASSES)
+
+
 def as_text(value: Any, column: str) -> str | None:
     """A cell as text, None if it is missing; DataError if it is not UTF-8, longer than 1 MiB or not a scalar."""
     if is_missing(value):
@@ -79,6 +86,12 @@ def as_text(value: Any, column: str) -> str | None:
     if len(value) > MAX_TEXT_BYTES or len(value.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
         raise DataError(f"column {column!r} holds a text of more than {MAX_TEXT_BYTES:,} bytes: shorten it")
     return value or None
+
+
+def as_class(value: Any, column: str) -> str | None:
+    """A cell as the name of a class, as `as_text`, but None for words such as `NA` too."""
+    text = as_text(value, column)
+    return None if is_no_class(text) else text
 
 
 def decode_utf8(value: Any, column: str) -> Any:
@@ -153,7 +166,7 @@ def as_numbers(value: Any, column: str) -> dict[str, float | None] | None:
 def as_categories(value: Any, column: str) -> dict[str, str | None] | None:
     """A cell that maps names to texts (a dict, or JSON text of one)."""
     found = as_mapping(value, column, "must map names to texts, such as {'colour': 'red'}")
-    return None if found is None else {str(k): as_text(text, f"{column}.{k}") for k, text in found.items()}
+    return None if found is None else {str(k): as_class(text, f"{column}.{k}") for k, text in found.items()}
 
 
 def as_series(value: Any, column: str) -> dict[str, list[float | None]] | None:
@@ -171,7 +184,7 @@ def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes 
     """A cell as the bytes of an image or audio file: bytes, `{bytes, path}` or a name; DataError if broken or large."""
     if isinstance(value, Mapping):  # the {bytes, path} struct of `datasets`
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    if is_missing(value):
+    if is_blank(value):
         return None
     if isinstance(value, str):
         value = open_file(value, limit)
@@ -237,6 +250,7 @@ class RowReader:
             named = {key: column for key, column in own.items() if column in columns} | named
         convert: dict[str, Callable[[Any, str], Any]] = {
             **dict.fromkeys(TEXT_KEYS, as_text),
+            **dict.fromkeys(("label", "label_zh"), as_class),
             **dict.fromkeys(LIST_KEYS, as_list),
             "image": lambda value, column: as_bytes(value, column, MAX_IMAGE_BYTES, open_file),
             "audio": lambda value, column: as_bytes(value, column, MAX_AUDIO_BYTES, open_file),
@@ -249,7 +263,7 @@ class RowReader:
         self._numbers, self._categories, self._extra = (
             listed_columns(key, fields, task_fields, columns) for key in ("numbers", "categories", "extra")
         )
-        self._labels = [named[key] for key in ("label", "label_zh") if named.get(key) in self._categories]
+        self._filled_by = {key: column for key, column in named.items() if column in self._categories}
         self._dates = dict(fields.dates or {}) if fields is not None else {}
         self._date_parts = [name for column in self._dates for name in date_names(column)]
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
@@ -279,7 +293,7 @@ class RowReader:
             numbers = {name: as_number(row.get(name), name) for name in self._numbers}
             record["numbers"] = record.get("numbers", {}) | numbers
         if self._categories:
-            named = {name: as_text(row.get(name), name) for name in self._categories}
+            named = {name: as_class(row.get(name), name) for name in self._categories}
             record["categories"] = record.get("categories", {}) | named
         if self._paired and (names := row.get("num_names")):
             values = row.get("num_values")
@@ -292,8 +306,8 @@ class RowReader:
             cell = decode_utf8(row.get(name), name)
             record["numbers"] = record.get("numbers", {}) | date_columns(None if is_blank(cell) else cell, name, form)
             record["extra"] = record.get("extra", {}) | {INPUT_ONLY: self._date_parts}
-        if self._labels:
-            record["extra"] = record.get("extra", {}) | {LABEL_COLUMNS: self._labels}
+        if self._filled_by:
+            record["extra"] = record.get("extra", {}) | {FILLED_BY: self._filled_by}
         return record
 
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -136,7 +137,8 @@ class TableConfig(SourceConfig):
 
     def reader(self, table: Table, path: str) -> RowReader:
         """What makes records of the rows of a table."""
-        return RowReader(table.names, self.fields, partial(read_beside, path), path, self.task_fields)
+        beside = str(Path(path, "any")) if Path(path).expanduser().is_dir() else path  # of a folder, files are in it
+        return RowReader(table.names, self.fields, partial(read_beside, beside), path, self.task_fields)
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         path = self.test_path if self.test_path is not None and split == "test" else self.path

@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
@@ -27,7 +28,7 @@ from pydantic import Field, field_validator
 
 from openm6.core.errors import DataError, first_line
 from openm6.core.log import get_log
-from openm6.data.number_formats import NumberFormat, number_format
+from openm6.data.number_formats import NumberFormat, UndecidedMarkError, Written, decimal_mark, written_numbers
 from openm6.data.records import RowReader, decode_utf8, listed_columns, unless_broken
 from openm6.data.storage import is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
@@ -39,6 +40,7 @@ BLOCK_BYTES = 16 << 20  # the longest row that can be read, the header included
 UTF8, LATIN, WINDOWS, UTF16 = "utf-8", "latin-1", "cp1252", "utf-16"
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x19\x1b-\x1f\x7f]")  # bytes of no text in one byte per letter
 _UNUSUAL = rb"[^0-9.eE+-]|\..*\."  # in a cell: not a number as Python writes it
+_THOUSAND = rb"^[+-]?[1-9]\d{0,2}\.\d{3}$"  # among numbers as Python writes them: where the mark is a comma, a thousand
 HEADER_LINES = 200  # at equal distances, whose keys are the columns of JSON Lines
 JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
@@ -126,26 +128,60 @@ class CsvTable(ArrowTable):
 
     def _find_formats(self, columns: Sequence[str]) -> None:
         """Set the formats of the columns of numbers; without `fields`, any that is no text may hold them."""
-        fields, like = self._config.fields, self.like
+        fields, like, self._formats = self._config.fields, self.like, {}
         numbers = listed_columns("numbers", fields, self._config.task_fields, columns)
         if fields is None:
             numbers += [name for name in columns if name not in self.as_written and name not in numbers]
         if like is not None:
             like.read([name for name in columns if name in like.names])
+        written: dict[str, Written] = {}
+        given: dict[str, str] = {}
         for name in numbers:
             decimal: str | None = self._config.decimal
             if decimal is None and like is not None and name in like.names:
-                form = like._formats.get(name)
-                has_point = pc.any(pc.match_substring(like.arrow.column(name), ".")).as_py()
-                # Whole numbers show no mark.
-                decimal = form.mark if form is not None else "." if has_point else None
-            unusual = pc.match_substring_regex(self.arrow.column(name), _UNUSUAL)
-            if decimal != "," and not pc.any(unusual).as_py():
-                continue
-            form = number_format(self.column(name), name, self.where, decimal, certain=fields is not None)
-            if form is not None:
-                self._formats[name] = form
+                decimal = like.shown_mark(name)
+            if decimal is not None:
+                given[name] = decimal
+            if decimal == "," or self._count(name, _UNUSUAL):
+                found = written_numbers(self.column(name), certain=fields is not None)
+            else:
+                thousands = self._count(name, _THOUSAND)
+                marks = Counter({".": self._count(name, rb"\.") - thousands, "1.234": thousands})
+                found = Written("", marks, stay=True)
+            if found is not None:
+                written[name] = found
+        self._set_formats(written, given)
+
+    def _set_formats(self, written: Mapping[str, Written], given: Mapping[str, str]) -> None:
+        """Set the formats of columns by how they are written and by marks that are given."""
+        others = [one.marks for name, one in written.items() if name not in given]
+        shown = [marks for marks in others if marks["."] or marks[","]]
+        certain = {*given.values(), *map(decimal_mark, shown)} - {None}
+        elsewhere = certain.pop() if len(certain) == 1 else None
+        for name, one in written.items():
+            mark = given.get(name, decimal_mark(one.marks, elsewhere))
+            if mark is None:
+                error = UndecidedMarkError(
+                    f"{self.where}: numbers of column {name!r} can be read in two ways (is 1,234 a thousand?): "
+                    'add decimal: "," or decimal: "." to the source'
+                )
+                commas, points = (sum(marks[mark] for marks in shown) for mark in ",.")
+                error.likely = "," if commas > points else "."
+                raise error
+            if not one.stay or (mark == "," and one.marks[","] + one.marks["1.234"]):
+                self._formats[name] = NumberFormat(mark, one.unit)
         self.units = {name: form.unit for name, form in self._formats.items() if form.unit}
+
+    def _count(self, column: str, pattern: bytes) -> int:
+        """The number of cells with a pattern in them."""
+        return pc.sum(pc.match_substring_regex(self.arrow.column(column), pattern)).as_py() or 0
+
+    def shown_mark(self, column: str) -> str | None:
+        """The decimal mark of a column of numbers, if a cell has a mark."""
+        form = self._formats.get(column)
+        if form is None:
+            return "." if self._count(column, rb"\.") else None
+        return form.mark if self._count(column, b"[.,]") else None
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
         if row >= self.arrow.num_rows:

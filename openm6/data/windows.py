@@ -20,6 +20,7 @@ from openm6.data.records import Record, as_number, is_blank
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 from openm6.data.text_tables import CsvConfig
 from openm6.modalities.dates import FORMS, Parse, is_date, parsed, plain_number, strptime, to_seconds
+from openm6.modalities.regression import MAX_OF_SERIES, Clock
 
 TRIED = 50  # first cells by which the form of most is found, if they have several
 
@@ -199,9 +200,9 @@ class WindowsConfig(SourceConfig):
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]
 
 
-def clock_of(seconds: np.ndarray) -> tuple[float, float]:
-    """The first time of a window and its median step, in seconds."""
-    return float(seconds[0]), float(np.median(np.diff(seconds)))
+def clock_of(seconds: np.ndarray) -> Clock:
+    """The times of a window and its median step, in seconds."""
+    return tuple(seconds.tolist()), float(np.median(np.diff(seconds)))
 
 
 @dataclass(eq=False)
@@ -210,12 +211,12 @@ class WindowSource(Source):
 
     `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets), for training windows
     `position` (the first row, and how many rows a window of this group can begin with) and, if the table has them,
-    `start`, `group` and, of dates, `clock`: the first time and the median step, in seconds.
+    `start`, `group` and, of dates, `clock`: the times and the median step, in seconds.
     """
 
     name: str
     config: WindowsConfig
-    cells: np.ndarray  # R C, NaN if missing, infinite if the cell could not be read
+    cells: np.ndarray  # R C, NaN if missing, infinite if the cell is broken
     windows: list[tuple[np.ndarray, dict[str, Any]]]  # the rows of the table of each, L, and what `extra` says of them
     seconds: np.ndarray | None  # R, None if the times are unknown or no dates
 
@@ -230,7 +231,7 @@ class WindowSource(Source):
         if len(broken):
             row, column = broken[0]
             where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
-            raise DataError(f"{self.name}, {where}: not a finite number")
+            raise DataError(f"{self.name}, {where}: not a number of at most {MAX_OF_SERIES:g}")
         cells = values.astype(object)
         cells[np.isnan(values)] = None
         series = dict(zip(config.numbers, cells.T.tolist(), strict=True))
@@ -243,9 +244,11 @@ class WindowSource(Source):
 
 
 def _number(cell: Any, column: str) -> float:
-    """A cell as a number: NaN if it is missing, infinite if it is broken."""
+    """A cell as a number: NaN if it is missing, infinite if it is broken or too large."""
     try:
         number = as_number(cell, column)
     except DataError:
         return np.inf
-    return np.nan if number is None else number
+    if number is None:
+        return np.nan
+    return number if abs(number) <= MAX_OF_SERIES else np.inf

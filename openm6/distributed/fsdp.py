@@ -15,12 +15,14 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -39,18 +41,22 @@ class Layout:
     shape: MeshShape
     mesh: DeviceMesh
     dense: DeviceMesh  # dp_shard and ep as one axis: the ranks that hold one replica of the model among them
+    timeout: timedelta  # of every exchange
 
     def find(self, names: tuple[str, ...]) -> DeviceMesh:
         return self.dense if names == ("dense",) else self.mesh[names]
 
     def on_host(self) -> Layout:
         """Return a mesh of the same ranks on CPUs, for copies of what is on GPUs."""
-        return self if self.mesh.device_type == "cpu" else open_layout(self.shape, torch.device("cpu"))
+        return self if self.mesh.device_type == "cpu" else open_layout(self.shape, torch.device("cpu"), self.timeout)
 
 
-def open_layout(shape: MeshShape, device: torch.device) -> Layout:
+def open_layout(shape: MeshShape, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Layout:
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=MeshShape._fields)
-    return Layout(shape, mesh, mesh["dp_shard", "ep"]._flatten("dense"))
+    dense = mesh["dp_shard", "ep"]._flatten("dense")
+    for group in (*mesh.get_all_groups(), dense.get_group()):
+        _set_pg_timeout(timeout, group)  # a mesh opens its groups with torch's own, up to half an hour
+    return Layout(shape, mesh, dense, timeout)
 
 
 def shard(model: nn.Module, layout: Layout) -> None:
@@ -152,7 +158,7 @@ def refill_unit(layout: Layout, fresh: nn.Module, old: nn.Module) -> None:
     old one's tensors and wrapped in turn, one module at a time. Each rank keeps its experts.
     """
     for name, weight in old.named_parameters():
-        setattr(fresh, name, nn.Parameter(_full_tensor(weight).clone()))
+        setattr(fresh, name, nn.Parameter(_full_tensor(weight).clone(), requires_grad=weight.requires_grad))
     fresh.train(old.training)
     shard_unit(fresh, layout)
 

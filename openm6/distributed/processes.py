@@ -38,12 +38,12 @@ class DistributedContext(ProcessGroupContext):
     """The processes that torchrun started, connected by NCCL on GPUs and by gloo on CPUs."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
-        self.timeout_seconds = timeout_seconds
+        self.timeout = timedelta(seconds=timeout_seconds)
         self._opened = not dist.is_initialized()
         if self._opened:
             gpu = device.type == "cuda"
-            backend, timeout = "cpu:gloo,cuda:nccl" if gpu else "gloo", timedelta(seconds=timeout_seconds)
-            dist.init_process_group(backend, timeout=timeout, device_id=device if gpu else None)
+            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            dist.init_process_group(backend, timeout=self.timeout, device_id=device if gpu else None)
         self.device = device
         self.layout: fsdp.Layout | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -79,7 +79,7 @@ class DistributedContext(ProcessGroupContext):
 
     def open_mesh(self, shape: MeshShape) -> None:
         if not shape.copies_only:
-            self.layout = fsdp.open_layout(shape, self.device)
+            self.layout = fsdp.open_layout(shape, self.device, self.timeout)
 
     def layer_weights(self, shapes: Sequence[Mapping[str, Shape]]) -> LayerWeights:
         return fsdp.ReplicatedWeights(shapes) if self.layout is None else fsdp.ShardedWeights(self.layout, shapes)
@@ -176,7 +176,8 @@ class DistributedContext(ProcessGroupContext):
         dist.barrier()  # rank 0 may keep the store that the others still look at
 
     def guard(self) -> AbstractContextManager[Any]:
-        return FailureWatchdog(self.rank, self.size, self.timeout_seconds, self.broadcast_object(uuid.uuid4().hex))
+        name = self.broadcast_object(uuid.uuid4().hex)
+        return FailureWatchdog(self.rank, self.size, self.timeout.total_seconds(), name)
 
     def close(self) -> None:
         if self._opened:

@@ -30,8 +30,12 @@ ALIGNMENT = 64  # bytes of a cache line, where wide loads begin
 
 
 def can_fork() -> bool:
-    """Whether a process with threads may be forked here: macOS aborts the child, Windows has no fork."""
-    return sys.platform == "linux"
+    """Whether processes may be forked here: macOS aborts those of a process with threads, Windows has no fork.
+
+    Only the main thread forks, as others may hold locks, and daemonic processes may have no children.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    return sys.platform == "linux" and in_main and not multiprocessing.current_process().daemon
 
 
 def handled_stops() -> list[signal.Signals]:
@@ -56,8 +60,8 @@ class WorkerPool:
 
     def __init__(self, works: Sequence[Work], service: int = 0, remedy: str = RESUME) -> None:
         self.remedy = remedy
-        if threading.current_thread() is not threading.main_thread():
-            raise ValueError("processes are forked from the main thread only: others may hold locks")
+        if not can_fork():
+            raise ValueError("no processes can be forked here: ask can_fork first")
         context = multiprocessing.get_context("fork")
         pairs = [context.Pipe() for _ in works]
         ends = [end for pair in pairs for end in pair]

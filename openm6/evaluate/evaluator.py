@@ -6,7 +6,6 @@ Contrastive tasks are evaluated by retrieval: the image or audio of a text among
 # Shapes: Q queries, G gallery, E embedding size
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -47,7 +46,7 @@ MAX_GALLERY = 1000
 class Search:
     """Similarities of queries to a gallery, and the matches of each query: Q G float, Q G bool.
 
-    `blocks` name the text or the record of each query; equal ones of several searches depend on each other.
+    `blocks` are the keys of the queries; those with one key, also of several searches, depend on each other.
     """
 
     name: str
@@ -99,11 +98,9 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
     scale = float(loaded.pool.scale.detach())
     # Each search counts alike, as in the mean of the metrics, however many queries it has.
     blocks = [block for search in searches for block in search.blocks]
-    weights = [len(blocks) / len(searches) / len(search.blocks) for search in searches]
-    bits, hits, chance_hits = (
-        np.concatenate([weight * own for weight, own in zip(weights, values, strict=True)])
-        for values in zip(*((s.bits(scale), s.hits(1), s.chance_hits(1)) for s in searches), strict=True)
-    )
+    weights = np.concatenate([np.full(len(search.blocks), 1 / len(search.blocks)) for search in searches])
+    found = zip(*((s.bits(scale), s.hits(1), s.chance_hits(1)) for s in searches), strict=True)
+    bits, hits, chance_hits = map(np.concatenate, found)
     return TaskResult(
         task=task.name,
         source=trained_task.source,
@@ -111,13 +108,13 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
         output_modality=task.output_modality,
         metric="recall_at_1",
         value=metrics["recall_at_1"],
-        value_interval=bootstrap_interval(hits, seed, blocks),
+        value_interval=bootstrap_interval(hits, seed, blocks, weights),
         baseline=metrics["chance_at_1"],
         better="higher",
-        advantage_interval=bootstrap_interval(hits - chance_hits, seed, blocks),
+        advantage_interval=bootstrap_interval(hits - chance_hits, seed, blocks, weights),
         baseline_name=task.baseline,
-        information_gain=float(bits.mean()),
-        information_interval=bootstrap_interval(bits, seed, blocks),
+        information_gain=float(np.average(bits, weights=weights)),
+        information_interval=bootstrap_interval(bits, seed, blocks, weights),
         null_predictor="any test record alike",
         records=len(records),
         answered=len(records),
@@ -136,7 +133,7 @@ def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], la
     matches = np.asarray([[x.key == y.key for y in examples] for x in unique])
     forward = f"{task.input_modality}_to_{task.output_modality}_{language}"
     backward = f"{task.output_modality}_to_{task.input_modality}_{language}"
-    blocks = [f"text {one.key}" for one in unique], [f"record {one.record_id}" for one in examples]
+    blocks = [[one.key for one in queries] for queries in (unique, examples)]
     return [Search(forward, similarity, matches, blocks[0]), Search(backward, similarity.T, matches.T, blocks[1])]
 
 
@@ -232,7 +229,7 @@ def fit_limits(loaded: LoadedModel, task: Task, source: Source, config: EvalConf
 
 def num_workers(tasks: int, config: EvalConfig, device: torch.device) -> int:
     """The number of processes for a number of tasks; 1 on a GPU, off Linux and in a thread, which cannot fork."""
-    if device.type != "cpu" or not can_fork() or threading.current_thread() is not threading.main_thread():
+    if device.type != "cpu" or not can_fork():
         return 1
     return max(1, min(usable_cores() if config.num_processes == "auto" else config.num_processes, tasks))
 

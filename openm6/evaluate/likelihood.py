@@ -194,8 +194,14 @@ def numbers_references(
     if task.baseline != "last_value":
         return {words(task.baseline): column_medians(examples, train, loaded)}
     references = {"last value": [_repeated(example, 1) for example in examples]}
-    if (season := find_season(train)) > 1:
-        references[f"seasonal naive, period {season}"] = [_repeated(example, season) for example in examples]
+    by_column: dict[str, list[Example]] = defaultdict(list)
+    for example in train:
+        by_column[example.answer.name].append(example)
+    found = {name: season for name, own in by_column.items() if (season := find_season(own)) > 1}
+    if found:
+        named = " to ".join(map(str, dict.fromkeys((min(found.values()), max(found.values())))))
+        seasonal = [_repeated(example, found.get(example.answer.name, 1)) for example in examples]
+        references[f"seasonal naive, period {named}"] = seasonal
     return references
 
 
@@ -221,27 +227,29 @@ def column_scales(examples: list[Example], loaded: LoadedModel) -> list[np.ndarr
 
 def find_season(train: list[Example]) -> int:
     """The period of at least two steps with the best seasonal naive forecast of training windows; 1 if none fits."""
-    longest = min((len(_past(example)) for example in train), default=1)
-    errors = {
-        period: np.mean([np.abs(_repeated(example, period) - truths(example)).mean() for example in train])
-        for period in range(2, longest + 1)
-    }
-    return min(errors, key=errors.__getitem__, default=1)
+    periods = np.arange(2, min((len(_past(example)) for example in train), default=1) + 1)
+    if not len(periods):
+        return 1
+    errors = sum(np.abs(_repeated(example, periods[:, None]) - truths(example)).mean(1) for example in train)
+    return int(periods[np.argmin(errors)])
 
 
 def _past(example: Example) -> list[float | None]:
     return [v for part in example.source if part.modality == "numbers" for v in part.raw.values]
 
 
-def _repeated(example: Example, period: int) -> np.ndarray:
-    """The last `period` values repeated over the horizon, at the observed steps; missing values are forward-filled."""
+def _repeated(example: Example, period: int | np.ndarray) -> np.ndarray:
+    """The last `period` values repeated over the horizon, at the observed steps; missing values are forward-filled.
+
+    Of several periods, as a column, a row for each.
+    """
     past = np.asarray(_past(example), float)
     if not np.isfinite(past).any():
         past = np.zeros(1)
     seen = np.maximum.accumulate(np.where(np.isfinite(past), np.arange(len(past)), -1))
     past = past[np.where(seen >= 0, seen, np.flatnonzero(np.isfinite(past))[0])]
     steps = np.flatnonzero(np.isfinite(np.asarray(example.answer.values, float)))
-    period = min(period, len(past))
+    period = np.minimum(period, len(past))
     return past[len(past) - period + steps % period]
 
 

@@ -145,8 +145,10 @@ Interval = tuple[float, float]
 RESAMPLES, DRAWN = 2000, 2**22  # in all, and indices that are drawn at once
 
 
-def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = (), coverage: float = 0.95) -> Interval:
-    """Percentile bootstrap interval of the mean; both ends are NaN with fewer than two blocks.  # N -> low, high
+def bootstrap_interval(
+    values: np.ndarray, seed: int, blocks: Sequence[str] = (), weights: np.ndarray | None = None
+) -> Interval:
+    """95 % percentile bootstrap interval of the mean, by `weights`; NaN with fewer than two blocks.  # N -> low, high
 
     Records of one block are resampled together, since they depend on each other; "" marks an independent record.
     """
@@ -155,8 +157,8 @@ def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = ()
     blocks = blocks or [""] * len(values)
     indices: dict[str | int, int] = {}
     index = np.asarray([indices.setdefault(name or row, len(indices)) for row, name in enumerate(blocks)])  # N
-    sums = np.bincount(index, weights=values)  # B
-    counts = np.bincount(index).astype(float)  # B
+    weights = np.ones(len(values)) if weights is None else weights
+    sums, counts = np.bincount(index, weights * values), np.bincount(index, weights)  # B, B
     if len(sums) < 2:
         return math.nan, math.nan
     rng, means = np.random.default_rng(seed), np.empty(RESAMPLES)
@@ -164,7 +166,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = ()
     for start in range(0, RESAMPLES, at_once):
         drawn = rng.integers(0, len(sums), (min(at_once, RESAMPLES - start), len(sums)))  # R B
         means[start : start + at_once] = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, ((1 - coverage) / 2, (1 + coverage) / 2))
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -25,15 +25,21 @@ from openm6.hub.architectures import EMBEDDING, HEAD, StoredTensor, layer_tensor
 from openm6.hub.gguf_file import write_gguf
 from openm6.hub.peft import write_adapter
 from openm6.inference.load import load, read_texts
-from openm6.modalities.text import ImportedText, Text, read_tokenizer
+from openm6.modalities.text import ROLES, ImportedText, Text, read_tokenizer
 from openm6.models.description import TOKENIZER_FILE, CheckpointConfig
 from openm6.tasks.registry import all_tasks
+from openm6.tasks.task import Task
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ADDITION_TYPES = {"int8", "bf16", "fp32"}
 GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 ONE_FILE = 2**31  # bytes of weights from which on each layer has a file of its own
-MARKS = ("<|start|>", "<|end|>", "<|mask|>")
+MARKS = ("<|start|>", "<|end|>", "<|mask|>", *(f"<|{role}|>" for role in ROLES))
+# The turns of our chats, as `chat_parts` reads them.
+CHAT_TEMPLATE = (
+    "{% for message in messages if message.content | trim %}<|{{ message.role }}|>{{ message.content | trim }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def export_run(
@@ -86,13 +92,20 @@ def _inexpressible(description: CheckpointConfig) -> list[str]:
     """What of a run a decoder of text does not have."""
     attention = description.modalities.prompt_attention
     found = [] if attention == "causal" else [f"prompts with {attention} attention"]
-    known = all_tasks(description.tasks)
-    tasks = [known[one.task] for one in description.trained_tasks if one.task in known]
+    tasks, imported = _tasks(description), description.modalities.text.imported
     used = {slot.modality for task in tasks for slot in task.inputs.values()} | {task.output_modality for task in tasks}
     used |= {modality for one in description.trained_tasks for modality in one.modalities}
     others, experts = sorted(used - {"text"}), description.backbone.modality_experts
     found += [f"the modalities {', '.join(others)}"] if others else []
+    # Roles have tokens of ours, which an imported tokenizer lacks.
+    unmarked = imported is not None and imported.chat_template is None and any(task.chat for task in tasks)
+    found += ["the turns of chats"] if unmarked else []
     return [*found, *(f"the experts of {', '.join(one.modalities)}" for one in experts)]
+
+
+def _tasks(description: CheckpointConfig) -> list[Task]:
+    known = all_tasks(description.tasks)
+    return [known[one.task] for one in description.trained_tasks if one.task in known]
 
 
 def _exported_text(description: CheckpointConfig, content: str, where: str) -> tuple[Tokenizer, ImportedText]:
@@ -104,7 +117,8 @@ def _exported_text(description: CheckpointConfig, content: str, where: str) -> t
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
     if tokenizer.token_to_id(MARKS[1]) != text.end:
         raise ConfigError(f"{where} leaves ids unused before its last one, so our marks have no place in it")
-    return tokenizer, ImportedText(vocab_size=text.vocab_size, eos=text.end)
+    template = CHAT_TEMPLATE if any(task.chat for task in _tasks(description)) else None
+    return tokenizer, ImportedText(vocab_size=text.vocab_size, eos=text.end, chat_template=template)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def program_of(layer: nn.Module, inputs: list[Tensor], settings: str) -> Program
     parts = processor, torch.__version__, code, sizes, len(inputs[0]) == 1, settings
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     if digest not in _programs:
-        reason = failure_of(partial(_prepare, digest, layer, inputs))
+        reason = failure_of(partial(_prepare, digest, layer, inputs), "TORCHINDUCTOR_CACHE_DIR")
         if reason is not None:
             _programs[digest] = None
             get_log().warning(f"decoding runs uncompiled and slower: {reason}")

@@ -25,10 +25,11 @@ from openm6.core.log import get_log
 from openm6.inference.decode import DecodeStep, TextHead
 from openm6.inference.sampling import Sampling, filter_logits, gumbel, penalize
 from openm6.modalities.interface import Segment
+from openm6.ops.matmul import DECODED_ROWS
 
 SamplingMode = Literal["greedy", "unfiltered", "filtered", "penalized"]  # each does what those before it do
 # Rows of a pass from which on a product's bits do not depend on how many more there are (measured, MKL).
-PADDED_ROWS = 16
+PADDED_ROWS = DECODED_ROWS
 MIN_TEMPERATURE = 1e-6  # below it, the most likely token is taken
 # The keys of a pass are a multiple of this many.
 STRIDE = 64
@@ -57,6 +58,11 @@ class DecodeSequence:
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     # Negative log-likelihood of the tokens.
     nll: float = 0.0
+
+    @property
+    def may_hold_nan(self) -> bool:
+        """Whether its keys may be NaN, which masks do not hide from the next sequence in its slot."""
+        return math.isnan(self.nll) or not self.tokens
 
     @property
     def confidence(self) -> float:
@@ -148,12 +154,15 @@ class DecodeBatch:
     def remove(self, row: DecodeSequence) -> None:
         """Remove a sequence, ended or not; the last one moves into its slot."""
         slot, last = self.rows.index(row), len(self.rows) - 1
-        if math.isnan(row.nll):  # masks do not hide NaN from the next sequence in this slot
+        moved = self.rows[last]
+        if row.may_hold_nan:
             self.cache.clear([slot])
         if slot != last:
             self.cache.move(last, slot)
-            self._set(slot, self.rows[last])
-            self.rows[slot] = self.rows[last]
+            self._set(slot, moved)
+            self.rows[slot] = moved
+            if moved.may_hold_nan:
+                self.cache.clear([last])
         self.rows.pop()
         for state in (self.length, self.position, self.active, self.temperature):
             state[last] = 0

@@ -52,14 +52,19 @@ def generate_texts(loaded: LoadedModel, prompts: list[Prompt], sampling: Samplin
     return [text for text, _ in generate_scored(loaded, prompts, sampling)]
 
 
-def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, float]]:
-    """As `generate_texts`, with the geometric mean probability of the tokens of each text, its end token among them."""
+def generate_scored(
+    loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling, indices: Sequence[int] = ()
+) -> list[tuple[str, float]]:
+    """As `generate_texts`, with the geometric mean probability of the tokens of each text, its end token among them.
+
+    `indices`, which ascend, replace those of the rows in their seeds.
+    """
     found: dict[int, tuple[str, float]] = {}
-    for _, ended in _decode(loaded, prompts, sampling):
+    for _, ended in _decode(loaded, prompts, sampling, indices):
         for row in ended:
             # Decoding leaves the end token out.
             found[row.key] = loaded.text.decode(row.tokens), row.confidence
-    return [found[index] for index in range(len(prompts))]
+    return [found[index] for index in sorted(found)]
 
 
 def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Generator[str, None, float]:
@@ -75,7 +80,7 @@ def stream_text(loaded: LoadedModel, prompt: Prompt, sampling: Sampling) -> Gene
 
 
 def _decode(
-    loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling
+    loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling, indices: Sequence[int] = ()
 ) -> Iterator[tuple[list[DecodeSequence], list[DecodeSequence]]]:
     """Decode a text after each prompt; yield after each step what is being decoded, and what of it has ended."""
     text_head = TextHead.of(loaded.omni, loaded.text)
@@ -84,7 +89,7 @@ def _decode(
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
     batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, one_size, compiled=loaded.compiled)
-    waiting = list(enumerate(map(split_opening, prompts)))
+    waiting = list(zip(indices or range(len(prompts)), map(split_opening, prompts), strict=True))
     while waiting or batch.rows:
         joining, waiting = waiting[: batch.free], waiting[batch.free :]
         positions = prefill_all(loaded.omni, [prompt for _, (prompt, _) in joining], batch.cache, batch.next_slot)

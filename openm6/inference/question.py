@@ -203,7 +203,7 @@ class Question:
             if not isinstance(name, str) or not (value is None or isinstance(value, float | int | str | np.number)):
                 wrong = f"{name!r}: {value!r}"[:80]
                 raise ConfigError(f"numbers map columns to values, as {{'mass': 3.5}}, not {{{wrong}}}")
-        if not isinstance(self.ahead, int) or self.ahead < 1:
+        if not isinstance(self.ahead, int | np.integer) or self.ahead < 1:
             raise ConfigError(f"{self.ahead!r} steps cannot be forecast: ask for at least 1")
         media = (self.image, self.audio)
         if not any((self.text, self.numbers, self.series)) and media == (None, None):
@@ -309,10 +309,15 @@ def chat_prompt(turns: Iterable[Turn], loaded: LoadedModel) -> list[Part]:
     images and audio, reads such a question without earlier turns, and later ones without these images and audio: it
     would take what follows for the same question.
     """
-    if loaded.has_chat_template and loaded.description.trained_tasks and not loaded.chats:
-        turns = _as_single_questions(list(turns))
+    turns = list(turns)
+    if loaded.has_chat_template and not loaded.chats:
+        # As other servers join the parts of a message.
+        turns = [(role, join_neighbours(parts, "\n")) for role, parts in turns]
+        turns = _as_single_questions(turns) if loaded.description.trained_tasks else turns
     if loaded.chats or loaded.has_chat_template:
-        return chat_parts(turn for turn in turns if said(turn[1]))
+        filled = [turn for turn in turns if said(turn[1])]
+        # To a template an empty turn means something, as no system message at all.
+        return chat_parts(turns if loaded.has_chat_template and filled else filled)
     joined: list[Part] = []
     for _, parts in turns:
         if parts:
@@ -437,9 +442,10 @@ def answer_questions(loaded: LoadedModel, questions: Sequence[Question], decodin
     asked = list(zip(questions, parts, strict=True))
     targets = [target_of(question, prompt, loaded) for question, prompt in asked if question.output != "text"]
     named = {index: name for index, one in enumerate(asked) if (name := _class_of(*one, loaded)) is not None}
-    free = [prompt for index, prompt in enumerate(parts) if index not in named]
-    generated = iter(answer_parts(loaded, free, questions[0].output, targets, decoding))
-    return [named[index] if index in named else next(generated) for index in range(len(questions))]
+    free = [index for index in range(len(parts)) if index not in named]
+    generated = answer_parts(loaded, [parts[index] for index in free], questions[0].output, targets, decoding, free)
+    found = named | dict(zip(free, generated, strict=True))
+    return [found[index] for index in range(len(questions))]
 
 
 def _class_of(question: Question, parts: Sequence[Part], loaded: LoadedModel) -> str | None:
@@ -463,11 +469,15 @@ def _class_of(question: Question, parts: Sequence[Part], loaded: LoadedModel) ->
 
 
 def answer_parts(
-    loaded: LoadedModel, prompts: Sequence[Sequence[Part]], output: str, targets: Sequence[Segment], decoding: Decoding
-) -> list[Answer]:
-    """As `answer_questions`, of prompts as parts; `targets` are those of `target_of`, none for text."""
+    loaded: LoadedModel, prompts: Sequence[Sequence[Part]], output: str, targets: Sequence[Segment], decoding: Decoding,
+    indices: Sequence[int] = (),
+) -> list[Answer]:  # fmt: skip
+    """As `answer_questions`, of prompts as parts; `targets` are those of `target_of`, none for text.
+
+    `indices` are those of the prompts among all questions, if texts of others are not generated.
+    """
     segments = [prompt_segments(parts, loaded.modalities) for parts in prompts]
-    texts = generate_scored(loaded, segments, decoding.text) if output == "text" else []
+    texts = generate_scored(loaded, segments, decoding.text, indices) if output == "text" else []
     found: list[Answer] = [text for text, _ in texts]
     masked = loaded.masked_sampling(decoding.masked)
     for start in range(0, len(targets), BATCH):

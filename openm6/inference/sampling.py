@@ -79,7 +79,8 @@ def gumbel(seed: Tensor, draw: Tensor, *shape: int) -> Tensor:
 def draw_from(scores: Tensor, quantile: Tensor) -> Tensor:
     """Draw from the softmax of scores, by one number in (0, 1) for each row.  # B V, B -> B"""
     mass = scores.softmax(-1).cumsum(-1)
-    return torch.searchsorted(mass, quantile[:, None] * mass[:, -1:])[:, 0]
+    drawn = torch.searchsorted(mass, quantile[:, None] * mass[:, -1:])[:, 0]
+    return drawn.clamp(max=scores.shape[-1] - 1)  # of NaN: an index beyond the end would stop a GPU
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:

@@ -7,9 +7,12 @@ import functools
 import importlib.util
 import os
 import platform
+import re
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +82,11 @@ def compile_failure(device: torch.device) -> str | None:
     return failure_of(functools.partial(_check_compiler, device))
 
 
-def failure_of(trial: Callable[[], bool]) -> str | None:
-    """Run a trial that returns whether it is right; return why not, and the remedy; raise if memory or GPU fails."""
+def failure_of(trial: Callable[[], bool], cache: str = CACHE) -> str | None:
+    """Run a trial that returns whether it is right; return why not, and the remedy; raise if memory or GPU fails.
+
+    cache: the variable that names the folder of what it compiles
+    """
     try:
         return None if trial() else "a first small kernel returned a wrong result"
     except (torch.AcceleratorError, torch.OutOfMemoryError):
@@ -90,12 +96,12 @@ def failure_of(trial: Callable[[], bool]) -> str | None:
         cause: BaseException = error
         while (inner := getattr(cause, "inner_exception", None) or cause.__cause__) is not None:
             cause = inner
-        if isinstance(cause, subprocess.CalledProcessError) or "compiler" in str(cause).lower():
+        if isinstance(cause, subprocess.CalledProcessError) or re.search(r"\bc(\+\+)? compiler", str(cause).lower()):
             return f"{COMPILER}; the error was: {first_line(cause)}"
         if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
-            return f"set {CACHE} to a writable folder; the error was: {first_line(cause)}"
+            return f"set {cache} to a writable folder; the error was: {first_line(cause)}"
         if isinstance(cause, ImportError):  # a library on a file system mounted without `exec`
-            return f"set {CACHE} to a folder that may hold programs; the error was: {first_line(cause)}"
+            return f"set {cache} to a folder that may hold programs; the error was: {first_line(cause)}"
         return f"{type(cause).__name__}: {first_line(cause)}"
 
 
@@ -105,7 +111,18 @@ def use_writable_cache() -> None:
     # Unlike Path.exists, it raises nothing for a home that may not be entered.
     there = next(path for path in (home / ".triton", home, *home.parents) if os.path.exists(path))
     if CACHE not in os.environ and not os.access(there, os.W_OK | os.X_OK):
-        os.environ[CACHE] = str(Path(tempfile.gettempdir()) / f"openm6-triton-{home.name}")
+        os.environ[CACHE] = _own_folder()
+
+
+def _own_folder() -> str:
+    """A folder for temporary files of this user alone: what lies there is executed."""
+    user = getattr(os, "getuid", int)()
+    folder = Path(tempfile.gettempdir()) / f"openm6-triton-{user}"
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    found = folder.lstat()
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == user and stat.S_IMODE(found.st_mode) == 0o700
+    return str(folder) if is_own else tempfile.mkdtemp(prefix="openm6-triton-")
 
 
 def _check_kernel(device: torch.device) -> bool:

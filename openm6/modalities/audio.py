@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from openm6.codecs.audio import AudioCodec, AudioCodecConfig, LogMels
+from openm6.codecs.audio import AudioCodecConfig, LogMels
 from openm6.codecs.base import Codec
 from openm6.codecs.external import Encoder, EncoderName
 from openm6.core.config import Config
@@ -116,7 +116,7 @@ class Audio(CodesModality):
         self.codec, self.config, self.encoder = codec, config, encoder
         self.seconds, self.max_seconds = config.seconds, config.max_seconds
         self.hop = codec.step
-        self.mels = codec.mels if isinstance(codec, AudioCodec) else LogMels(AudioCodecConfig())
+        self.mels = LogMels(AudioCodecConfig())  # whatever the codec: what is read stays as it is with another one
         self.num_mels = self.mels.config.num_mels
         self.patch_size = FRAMES * self.num_mels if encoder is None else encoder.width
         self.step = FRAMES * RATE // 100 if encoder is None else encoder.step  # samples of a token that is read
@@ -173,15 +173,15 @@ class Audio(CodesModality):
 
         def compute() -> np.ndarray:
             samples = self._samples(raw, speed)
-            length = self.length(seconds) * self.hop if seconds else len(samples) + -len(samples) % hop
+            length = self.length(seconds) * self.hop if seconds else len(samples)
             with torch.no_grad():
-                frames = self.mels(torch.from_numpy(_fitted(samples, length))[None])[0].numpy()
+                frames = self.mels(torch.from_numpy(_fitted(samples, length + -length % hop))[None])[0].numpy()
             heard = -(-(len(samples) + self.mels.config.window) // hop)  # a frame reads samples beyond its own
             return frames[:heard].copy()
 
         key = key_of(raw)
         frames = self.mel_cache.get_or_compute(key and (key, seconds, speed), compute)
-        missing = self.length(seconds) * self.hop // hop - len(frames) if seconds else 0
+        missing = -(-self.length(seconds) * self.hop // hop) - len(frames) if seconds else 0
         return np.concatenate([frames, np.full((missing, self.num_mels), frames[-1:])]) if missing else frames
 
     def _samples(self, raw: Any, speed: float) -> np.ndarray:

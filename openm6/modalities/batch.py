@@ -167,7 +167,7 @@ class Batch:
         if device == self.meta.example_id.device:
             return self
         blob, specs = packed(self._tensors())
-        meta, groups = _of_tensors(views(moved(blob, device), specs), self.meta.causal, self._keys())
+        meta, groups = _of_tensors(views(moved(blob, device), specs), self._keys())
         return replace(self, meta=meta, groups=groups)
 
     def _tensors(self) -> list[Tensor]:
@@ -178,23 +178,21 @@ class Batch:
         """One array between processes, so that one copy moves it to a GPU; torch would open a file for each tensor."""
         blob, specs = packed(self._tensors())
         rest = {key: value for key, value in vars(self).items() if key not in ("meta", "groups")}
-        return {"blob": blob.numpy(), "specs": specs, "causal": self.meta.causal, "keys": self._keys(), "rest": rest}
+        return {"blob": blob.numpy(), "specs": specs, "keys": self._keys(), "rest": rest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tensors = views(torch.from_numpy(state["blob"]), state["specs"])
-        vars(self)["meta"], vars(self)["groups"] = _of_tensors(tensors, state["causal"], state["keys"])
+        vars(self)["meta"], vars(self)["groups"] = _of_tensors(tensors, state["keys"])
         vars(self).update(state["rest"])
 
     def _keys(self) -> dict[str, list[str]]:
         return {name: list(group.arrays) for name, group in self.groups.items()}
 
 
-def _of_tensors(
-    tensors: Iterable[Tensor], causal: bool, keys: dict[str, list[str]]
-) -> tuple[SequenceMeta, dict[str, TokenGroup]]:
+def _of_tensors(tensors: Iterable[Tensor], keys: dict[str, list[str]]) -> tuple[SequenceMeta, dict[str, TokenGroup]]:
     """What `Batch._tensors` listed, together again; `keys` are those of each group's arrays."""
     left = iter(tensors)
-    meta = SequenceMeta(*islice(left, 4), causal=causal)
+    meta = SequenceMeta(*islice(left, 4))
     return meta, {
         name: TokenGroup(next(left), {key: next(left) for key in names}, *islice(left, 3))
         for name, names in keys.items()

@@ -1,6 +1,7 @@
 """The chat template of an imported tokenizer: turns with roles as the text that its model was trained on."""
 
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -42,6 +43,8 @@ def _compiled(template: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
+    # As in transformers: Jinja's own escapes letters for HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)
 
@@ -111,7 +114,9 @@ class TemplatedChat:
         return found
 
     def _render(self, messages: Sequence[Mapping[str, str]], answer: bool = False) -> str:
-        values: dict[str, Any] = {"messages": messages, "add_generation_prompt": answer, **self.tokens}
+        # Templates ask whether there are tools: without the name, `is not none` holds.
+        values: dict[str, Any] = {"messages": messages, "tools": None, "documents": None, **self.tokens}
+        values["add_generation_prompt"] = answer
         try:
             return _compiled(self.template).render(values)
         # A template of someone else's may raise anything.

@@ -331,7 +331,7 @@ def _moved(values: np.ndarray, rng: np.random.Generator, fraction: float) -> np.
 def _transformed(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image at another scale, aspect, angle and position, edges repeated, as strong augmentation.  # H W 3"""
     height, width = values.shape[:2]
-    margin = max(height, width) // 4
+    margin = 2 * max(height, width) // 5  # as far as the largest of all changes together reaches
     for axis, length in enumerate((height, width)):
         values = values.take(np.arange(-margin, length + margin), axis, mode="clip")
     log_scale, log_aspect, angle, *shift = (rng.uniform(-1, 1, 5) * REACH).tolist()

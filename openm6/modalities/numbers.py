@@ -23,7 +23,7 @@ from openm6.core.lru_cache import LRUCache
 from openm6.modalities.dates import date_names, split_dates
 from openm6.modalities.histogram import BINS, LIMIT, MOST, Histogram, expected_nll, mix_neighbours
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
-from openm6.modalities.regression import FittedRidges
+from openm6.modalities.regression import MAX_OF_SERIES, FittedRidges
 from openm6.modalities.series import (
     DISTANCE_WEIGHT,
     FREQUENCIES,
@@ -50,7 +50,6 @@ from openm6.modalities.text import Text
 CACHE_BYTES = 2**23  # of the features of rows
 QUERY_FEATURES = 2 * PREDICTIONS + 4
 LONGEST_CELL = 64  # letters of a cell or a name in a row that is cached
-MAX_OF_SERIES = 1e150  # whose square is finite
 BLEND_WEIGHT = 3.0  # of the blend of simple predictions in the location, before training
 
 Scales = dict[str, tuple[float, float]]
@@ -119,7 +118,7 @@ class Numbers(Modality):
         return {**arrays, "name_ids": self._names([series.name] * len(arrays["steps"]))}
 
     def _checked(self, series: NumberSeries) -> NumberSeries:
-        """The series with its values as numbers; DataError for a value that is none, or whose square is infinite."""
+        """The series with its values as numbers; DataError for a value that is none, or is too large."""
         self.scale(series.name)
         values, past = (
             [math.nan if value is None else _number(series.name, value) for value in part]
@@ -213,8 +212,8 @@ class Numbers(Modality):
 
     def _prediction(self, column: str, given: Given, options: Options) -> Prediction:
         """What simple predictors, those of the `source` if it is known, make of a column; else its middle and scale."""
-        own = [table for table in self.predictors if table.is_of(options.get("source"))]
-        best = max(own or self.predictors, key=lambda table: table.num_usable(column, given), default=None)
+        own = (table for table in self.predictors if table.is_of(options.get("source")))
+        best = max(own, key=lambda table: table.num_usable(column, given), default=None)
         if best is not None and best.num_usable(column, given):
             return best.predict(column, given, options.get("fold"))
         return Prediction(np.zeros(PREDICTIONS), 1.0, (*self.scale(column), False, MOST))

@@ -12,8 +12,11 @@ import numpy as np
 # A sine and a cosine of the time of the day, of the week, of the month and of the year, in seconds.
 CYCLES = (86_400.0, 7 * 86_400.0, 30.436875 * 86_400.0, 365.2425 * 86_400.0)
 TIMES = 2 * len(CYCLES)
-Clock = tuple[float, float]  # the time of the first step and the length of a step, in seconds
+# Times of the steps from the first on, as far as they are given, and the length of a step, in seconds. Months and days
+# of business have no one length.
+Clock = tuple[Sequence[float], float]
 
+MAX_OF_SERIES = 1e30  # a larger value, such as a mark for a missing one, makes features in fp32 infinite
 ORDER, PENALTY = 8, 3.0  # of the regression within a window
 MIN_INPUT = 0.1  # deviation of an input, of that of the values
 MAX_VALUE = 45.0  # of a forecast, in scales of its window
@@ -30,8 +33,10 @@ def time_features(clock: Clock | None, first: int, count: int) -> np.ndarray:
     """Where in the day, week, month and year each step lies; 0 if unknown or shorter than a step.  # -> X T"""
     if clock is None:
         return np.zeros((count, TIMES))
-    start, length = clock
-    seconds = start + length * (first + np.arange(count))
+    given, length = clock
+    steps = first + np.arange(count)
+    last = len(given) - 1
+    seconds = np.asarray(given)[np.minimum(steps, last)] + length * np.maximum(steps - last, 0)
     angle = 2 * np.pi * seconds[:, None] / np.asarray(CYCLES)
     seen = np.asarray(CYCLES) >= 2 * length
     return np.concatenate([np.sin(angle) * seen, np.cos(angle) * seen], 1)

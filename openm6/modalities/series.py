@@ -54,8 +54,9 @@ class SeriesStats:
 class NumberSeries:
     """Values of one column over time; None or NaN where nothing was observed.
 
-    A series to forecast has its `past`. `clock` holds the time of the first value (of the first of the past, if there
-    is one) and the length of a step, in seconds; None if they are unknown. `stats` are those of the column if None.
+    A series to forecast has its `past`. `clock` holds the times of the values (of the past first, if there is one), as
+    far as they are given, and the length of a step, in seconds; None if they are unknown. `stats` are those of the
+    column if None.
     Covariates stand `beside` a past: their values begin at the same time, and those of known ones last longer.
     `position` is that of a training window among those of its series, and their number; of other windows None.
     """

@@ -1,6 +1,7 @@
 """Text: byte-level BPE in and out, without unknown tokens; long texts are cut within inputs, not within prompts."""
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -28,6 +29,8 @@ _PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 # Letters of tokens of byte-level BPE, as GPT-2 writes them: a byte that is printed is itself, the others follow.
 BYTES = {chr(byte): byte for byte in _PRINTED}
 BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted({*range(0x100)} - {*_PRINTED}))}
+# A space, and a byte of a letter that is no token, as SentencePiece writes them.
+SPACE, BYTE = "\N{LOWER ONE EIGHTH BLOCK}", re.compile("<0x[0-9A-F]{2}>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -43,7 +46,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # Half of a surrogate pair, as in JSON's \ud800, becomes a question mark; its record is broken.
+    tokenizer.train_from_iterator((text.encode("utf-8", "replace").decode() for text in texts), trainer)
     tokenizer.pre_tokenizer = byte_level
     return tokenizer
 
@@ -138,9 +142,12 @@ class Text(Modality):
 
     def bytes_of(self, token: int) -> bytes:
         """The UTF-8 that a token stands for, which may be a part of a character, whose text alone is U+FFFD."""
-        text = self.decode([token])
-        letters = (self.tokenizer.id_to_token(token) or "") if "\ufffd" in text else ""
-        is_bytes = letters != "" and all(letter in BYTES for letter in letters)
+        text, letters = self.decode([token]), self.tokenizer.id_to_token(token) or ""
+        if self.tokenizer.token_to_id(SPACE) is not None:
+            if BYTE.fullmatch(letters):
+                return bytes.fromhex(letters[3:5])
+            return letters.replace(SPACE, " ").encode() if text or not letters.strip(SPACE) else b""  # a special token
+        is_bytes = "\ufffd" in text and all(letter in BYTES for letter in letters)
         return bytes(BYTES[letter] for letter in letters) if is_bytes else text.encode()
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:

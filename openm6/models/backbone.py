@@ -20,7 +20,7 @@ from openm6.nn.layers import Adaptable, LowRank, RMSNorm
 from openm6.nn.moe import MoE, Router, RouterStats
 from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table
-from openm6.ops.sequence import CausalMask, SequenceMeta, additive_mask, block_mask, visible
+from openm6.ops.sequence import SequenceMeta, additive_mask, block_mask, visible
 
 DENSE_PAIRS = 4 * 1024**2  # of queries and keys, whose dense mask and scores take no memory to speak of
 Refill = Callable[[nn.Module, nn.Module], None]  # fills a new module of the same form with an old one's weights
@@ -156,8 +156,6 @@ def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask
     keys = meta if cache is None else cache.extend(meta)
     if keys is meta and x.is_cpu:
         return query_blocks(meta, x.dtype)
-    if keys is meta and x.is_cuda and meta.causal:
-        return CausalMask()
     # Evaluation has rows of many lengths, for each of which FlexAttention would be compiled.
     small = not torch.is_grad_enabled() and meta.batch * meta.length**2 <= DENSE_PAIRS
     whole = cache is None and x.is_cuda and not small

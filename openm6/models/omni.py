@@ -52,6 +52,10 @@ class Omni(nn.Module):
         chosen = [name for experts in config.modality_experts for name in experts.modalities]
         if wrong := [name for name in chosen if name not in names]:
             raise ConfigError(f"modality_experts.modalities names {wrong[0]!r}; {nearest(wrong[0], names)}")
+        if "text" in chosen:
+            raise ConfigError(
+                "modality_experts are not for text, whose tokens are decoded without them: take text out of modalities"
+            )
         if twice := [kind for kind in adapters if len(self.modality_experts_of(kind)) > 1]:
             raise ConfigError(f"two of modality_experts are for the tokens {twice[0]}: leave one out")
 

@@ -74,6 +74,9 @@ def build_backbone(config: ModelConfig) -> BackboneConfig:
         known = values.get(name)
         values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
     backbone = build(BackboneConfig, values, "model.overrides")
+    is_new = config.start is None and config.overrides.get("dense") is not None
+    if is_new and all(map(backbone.has_experts, range(backbone.num_layers))):
+        raise ConfigError("model.overrides.dense has no effect, as every layer has experts: set experts: null, too")
     added = backbone.modality_experts
     if shared := [one.num_shared for one in added if one.num_shared]:
         raise ConfigError(f"modality_experts.num_shared={shared[0]} is not supported: leave it out")

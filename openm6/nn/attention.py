@@ -20,9 +20,8 @@ from openm6.nn.layers import Adaptable, UpdatesOfSome
 from openm6.ops.attention import QueryBlocks, attend_query_blocks
 from openm6.ops.matmul import linear
 from openm6.ops.pointwise import rms_norm, rotate
-from openm6.ops.sequence import CausalMask
 
-Mask = Tensor | QueryBlocks | BlockMask | CausalMask
+Mask = Tensor | QueryBlocks | BlockMask
 
 
 class QKNorm(nn.Module):
@@ -103,9 +102,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
             answer = _flex()(query, key, value, mask)
         answer = answer[:, :, :length]
     else:
-        causal, given = (True, None) if isinstance(mask, CausalMask) else (False, mask)
         grouped = query.shape[1] != key.shape[1]
-        answer = F.scaled_dot_product_attention(query, key, value, given, is_causal=causal, enable_gqa=grouped)
+        answer = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
     return answer.transpose(1, 2)
 
 

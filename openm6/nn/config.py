@@ -31,7 +31,7 @@ class ExpertsConfig(Config):
 
     Either `top_k` experts of all, or one expert in each of `num_prototypes` equal groups (M6-T). `num_shared` more
     see every token. `balance: bias` steers the choice by a bias that `update_balance` moves by `balance_rate`;
-    `aux` adds a loss. `capacity_factor` is the factor γ above which an expert drops tokens; None drops nothing.
+    `aux` adds a loss. `capacity_factor` is the factor γ above which an expert drops tokens in training; None: never.
     `norm_topk_prob`: gates of a token sum to 1. By default not with `top_k: 1`, whose gate would always be 1, so that
     the router would learn nothing from the loss.
     """
@@ -58,7 +58,7 @@ class ExpertsConfig(Config):
     @model_validator(mode="after")
     def _choices_fit(self) -> Self:
         if (self.top_k is None) == (self.num_prototypes is None):
-            raise ValueError("set either top_k or num_prototypes, not both and not neither")
+            raise ValueError("set either top_k or num_prototypes, and the other to null if the preset has it")
         if self.top_k is not None and self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} exceeds num_experts={self.num_experts}: lower top_k or raise num_experts"

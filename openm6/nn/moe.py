@@ -92,7 +92,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor, valid: Tensor, dispatcher: TokenDispatcher | None = None) -> Routing:
         """N D, N bool -> the routing of N tokens; tokens that are not valid are routed, but not counted.
 
-        The auxiliary loss compares this rank's probabilities with the load of all ranks.
+        The auxiliary loss compares this rank's probabilities with the load of all ranks. Where a batch is divided into
+        parts (`num_processes`, `gradient_accumulation_steps`), it is that of each part alone.
         """
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
@@ -127,12 +128,17 @@ class Experts(Adaptable):
         self.up = nn.Parameter(torch.empty(experts, width, first_width(hidden, config.hidden_act)))  # E D P
         self.down = nn.Parameter(torch.empty(experts, hidden, width))  # E F D
 
+    @property
+    def capacity_factor(self) -> float | None:
+        """That of the config while training; a trained model drops no token, as decoding cannot."""
+        return self.config.capacity_factor if self.training else None
+
     def forward(
         self, x: Tensor, routing: Routing, valid: Tensor, dispatcher: TokenDispatcher, shared: MLP | None
     ) -> tuple[Tensor, Tensor | None]:
         """B S D, B S bool -> B S D with the output of `shared` added, and which assignments were kept; None: all."""
         config, flat = self.config, x.flatten(0, 1)  # N D
-        local = config.hidden_act == "swiglu" and config.capacity_factor is None and dispatcher.is_local
+        local = config.hidden_act == "swiglu" and self.capacity_factor is None and dispatcher.is_local
         backend = ops.choose_backend(flat, config.experts_per_token, config.num_experts, local)
         # Weights in int8 and low-rank updates have grouped products only.
         backend = "permute" if len(self.lora) or isinstance(self.up, Int8Weight) else backend
@@ -150,13 +156,13 @@ class Experts(Adaptable):
         self, x: Tensor, routing: Routing, valid: Tensor, dispatcher: TokenDispatcher, shared: MLP | None
     ) -> tuple[Tensor, Tensor | None]:
         """The general backend: permute, dispatch, two grouped products, combine, unpermute."""
-        config, capacity = self.config, None
-        if config.capacity_factor is None:
+        config, factor, capacity = self.config, self.capacity_factor, None
+        if factor is None:
             permutation = ops.dropless_permutation(routing.chosen, config.num_experts)
         else:
             # C = k·T/N·γ, rounded up (M6-T, §2), with k choices, T tokens and N experts
             mean = config.experts_per_token * len(valid) / config.num_experts
-            capacity = max(1, math.ceil(mean * config.capacity_factor))
+            capacity = max(1, math.ceil(mean * factor))
             permutation = ops.capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
         rows = ops.permute(x.flatten(0, 1), permutation)  # N D -> R D
         chunks = dispatcher.chunks

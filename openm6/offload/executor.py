@@ -268,7 +268,7 @@ def _row_parts(meta: SequenceMeta, parts: int) -> list[tuple[slice, SequenceMeta
     count = max(1, min(parts, meta.batch))
     borders = [round(part * meta.batch / count) for part in range(count + 1)]
     rows = [slice(first, last) for first, last in itertools.pairwise(borders)]
-    return [(one, SequenceMeta(*(part[one] for part in meta.parts()), causal=meta.causal)) for one in rows]
+    return [(one, SequenceMeta(*(part[one] for part in meta.parts()))) for one in rows]
 
 
 def _blend(stats: list[tuple[RouterStats, Tensor]], layer: int) -> RouterStats:

@@ -27,7 +27,7 @@ def linear_cross_entropy(
 
     hidden: M D; weight of the head: V D; label: M; token_weight: M, constants; max_logits: that may exist at once
     """
-    rows, head = cast_alike(hidden, weight)
+    rows, head = cast_alike(hidden, weight if torch.is_grad_enabled() else weight.detach())
     if rows.is_cpu:
         max_logits = min(max_logits, max(CPU_LOGITS, CPU_ROWS * len(head)))
     chunks = -(-len(rows) * len(head) // max_logits)
@@ -94,6 +94,7 @@ def grouped_cross_entropy(states: Tensor, weight: Tensor, target: Tensor, smooth
     Label smoothing ε: the target class has weight 1 − ε, and ε is spread evenly over all classes.
     """
     if states.is_cpu and states.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
+        weight = weight if torch.is_grad_enabled() else weight.detach()
         return _GroupedCrossEntropy.apply(states, weight, target, smoothing)
     logits = torch.einsum("ngb,gbc->ngc", states, weight).float().flatten(0, 1)  # N·G C
     nll = F.cross_entropy(logits, target.flatten(), reduction="none", label_smoothing=smoothing)
@@ -151,6 +152,7 @@ def info_nce(query: Tensor, gallery: Tensor, same: Tensor, partner: Tensor, scal
     same:    Q G bool, what equals the query or must not be compared with it: no negatives
     partner: Q, the row of the gallery that belongs to the query
     """
-    scores = scale * (query @ gallery.t())  # Q G
-    ignored = same.scatter(1, partner[:, None], False)
-    return F.cross_entropy(scores.masked_fill(ignored, float("-inf")), partner, reduction="none")
+    with torch.autocast(query.device.type, enabled=False):  # the scale makes much of what bf16 would round away
+        scores = scale * (query.float() @ gallery.float().t())  # Q G
+        ignored = same.scatter(1, partner[:, None], False)
+        return F.cross_entropy(scores.masked_fill(ignored, float("-inf")), partner, reduction="none")

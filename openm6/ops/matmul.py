@@ -31,6 +31,9 @@ from openm6.ops.int8 import Int8Weight
 HALF = torch.bfloat16
 _enabled: ContextVar[bool] = ContextVar("bf16_matmul", default=False)
 ROWS = 32  # fewer waste less on padding; more make fewer shapes, whose kernels take memory
+# From these on a library is chosen by the matrix alone: decoding pads its steps to multiples of them (decode_batch.py),
+# and the bits of a row must not depend on how many more there are.
+DECODED_ROWS = 16
 MIN_PRODUCT = 2**20  # multiplications: below, the overhead of oneDNN exceeds its gain
 MV_ROWS = 4  # up to so many rows are multiplied one by one in bf16
 MAX_EXPERTS = 1023  # of one `F.grouped_mm` on a GPU
@@ -79,7 +82,7 @@ def linear(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
     if x.dtype == HALF and x.is_cpu and not (unknown or has_bf16()):
         return _half_linear(x, weight)
     # Not by whether a gradient is needed: a recomputed layer must have the same result.
-    repeats = not compiling and (x.numel() // x.shape[-1]) % ROWS == 0
+    repeats = not compiling and (x.numel() // x.shape[-1]) % DECODED_ROWS == 0
     if repeats and _plain(x) and (matmul_dtype(x) == HALF or onednn_is_faster()):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
@@ -122,7 +125,8 @@ def matmul_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `matmul` calls oneDNN for rows and a matrix of these sizes; torch itself does so for bf16."""
-    large = x.shape[0] * weight.numel() >= MIN_PRODUCT
+    rows = ROWS if x.shape[0] >= DECODED_ROWS else x.shape[0]
+    large = rows * weight.numel() >= MIN_PRODUCT
     # With gaps between a matrix's rows and between its columns oneDNN is a thousand times as slow.
     dense = weight.is_contiguous() or weight.t().is_contiguous()
     return large and dense and _plain(x) and onednn_is_faster()

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,6 @@ BLOCK = 128  # FlexAttention decides per block of this many queries and keys
 
 
 @dataclass(frozen=True)
-class CausalMask:
-    """Marks plain causal attention (one example per row, no padding), so that SDPA needs no mask."""
-
-
-@dataclass(frozen=True)
 class SequenceMeta:
     """Example, visibility and position of each token of packed rows.
 
@@ -28,14 +23,12 @@ class SequenceMeta:
     attn_order: B S int32, 0 for a bidirectional source; a token attends to its own order and lower ones
     block_id:   B S int32, 0, or the index of a block that is not visible outside
     positions:  B S 3, time, height and width for the rotary embedding (equal on all three for text)
-    causal:     every row is one example without padding and strictly causal; no mask need be built
     """
 
     example_id: Tensor
     attn_order: Tensor
     block_id: Tensor
     positions: Tensor
-    causal: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         shape, *others = (tuple(part.shape) for part in self.parts())
@@ -59,8 +52,7 @@ class SequenceMeta:
         return self.example_id >= 0
 
     def to(self, device: torch.device | str) -> SequenceMeta:
-        parts = (part.to(device, non_blocking=True) for part in self.parts())
-        return SequenceMeta(*parts, causal=self.causal)
+        return SequenceMeta(*(part.to(device, non_blocking=True) for part in self.parts()))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.example_id, self.attn_order, self.block_id, self.positions
@@ -71,7 +63,7 @@ def causal_meta(batch: int, length: int, start: int = 0, device: torch.device | 
     order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
     # A tensor for each part: torch.compile would specialize on two of them being one.
     example_id, block_id = torch.zeros_like(order), torch.zeros_like(order)
-    return SequenceMeta(example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3), causal=True)
+    return SequenceMeta(example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3))
 
 
 def join(metas: list[SequenceMeta]) -> SequenceMeta:

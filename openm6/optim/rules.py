@@ -269,8 +269,9 @@ class BlockRule(FactoredRule):
         return weights.view(stored[WEIGHT].shape)
 
     def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
-        stored[EXPONENT].copy_(low_precision.fit_exponent(values))
-        stored[WEIGHT].copy_(low_precision.round_to_levels(low_precision.to_levels(values, stored[EXPONENT]), bits))
+        exponent = low_precision.fit_exponent(values)  # where the values are: the record may be on the host
+        stored[EXPONENT].copy_(exponent)
+        stored[WEIGHT].copy_(low_precision.round_to_levels(low_precision.to_levels(values, exponent), bits))
 
     def subtract(self, stored: Slots, decay: Tensor, update: Tensor, bits: Tensor) -> None:
         # In units of the scale: without an update a level stays exact.

@@ -149,7 +149,7 @@ def gpu_cluster(gpu: Gpu, options: ClusterOptions) -> Cluster:
         expert_rate=EXPERTS * best,
         memory_rate=STREAM * gpu.memory_rate,
         host_link=STREAM * link,
-        p2p_link=ALL_TO_ALL * (gpu.p2p_link or gpu.host_link / 2),
+        p2p_link=ALL_TO_ALL * (gpu.p2p_link or link / 2),
         network=ALL_TO_ALL * network,
         watts=gpu.watts,
         price=options.price,

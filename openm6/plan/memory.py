@@ -19,6 +19,7 @@ ROW_ELEMENTS = 10.0  # of each row of an expert: its index, gate and position
 FRAGMENTATION = 1.25  # what the allocator's gaps and the buffers of products add to activations
 USED_FRACTION = 0.8  # of the free memory, by a batch that is chosen to fit: heads and adapters need some too
 MIN_TOKENS = 128  # tokens of a micro-batch
+BUFFERS = 2  # for offloaded layers
 WORKING_FRACTION = 0.25  # of a device's memory that one micro-batch of one layer may take
 
 
@@ -140,11 +141,12 @@ class DeviceBudget:
 
 def device_budget(
     config: BackboneConfig, parameters: float, largest: float, tier: Tier, tokens: int, memory: float,
-    learned_logits: float, activation_checkpointing_every: int = 1, resting: float = 0.0,
+    learned_logits: float, activation_checkpointing_every: int = 1, resting: float = 0.0, record: float | None = None,
 ) -> DeviceBudget:  # fmt: skip
     """Of one of several equal devices: `parameters` and those of the `largest` layer that it holds, T tokens per step.
 
     resting: parameters that are on the device whatever happens, in fp32 under AdamW, if layers are trained one by one.
+    record: those of the largest layer that are kept here, if others are gathered for each use.
     memory: usable bytes of the device. learned_logits: bytes of the output layer's results.
     activation_checkpointing_every: of so many layers the first's input alone is kept, if blocks are recomputed.
     """
@@ -158,11 +160,12 @@ def device_budget(
     while micro > MIN_TOKENS and micro * max_activation_bytes(config, HALF) > WORKING_FRACTION * memory:
         micro //= 2
     inputs, activations, gradient = layerwise_step(config, tokens, micro, largest, HALF, activation_checkpointing_every)
-    working = activations + gradient
+    # The layer's weights in the dtype of computation, unless they are stored in it.
+    working = activations + gradient + (0.0 if tier.weights == HALF else HALF * largest)
     always = RESTING * resting
     left_over = memory - CONTEXT - inputs - learned_logits - working - always
-    # Offloaded: a layer's weights while it is trained, and the next one in transfer.
-    buffers = 0.0 if states <= left_over else largest * (HALF + tier.weights)
+    # Offloaded: all that is kept of a layer while it is trained, and of the next one in transfer.
+    buffers = 0.0 if states <= left_over else BUFFERS * tier.kept * (largest if record is None else record)
     kept = max(0.0, min(states, left_over - buffers))
     return DeviceBudget(kept + always, inputs + learned_logits, working + buffers, CONTEXT, states - kept, micro)
 

@@ -314,7 +314,7 @@ def _stage(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tiers
         # Matrices are divided among the devices, and all else too unless layers are trained one by one.
         divided = matrix_parameters(config) if tier.layerwise else stored.total
         budget = device_budget(
-            config, divided / n, held, tier, tokens, cluster.memory, logits, every, stored.total - divided
+            config, divided / n, held, tier, tokens, cluster.memory, logits, every, stored.total - divided, layer / n
         )
         on_host = budget.host <= cluster.host_memory if may_offload else budget.host == 0
         if fits := budget.device <= cluster.memory and on_host:

@@ -40,6 +40,7 @@ from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError, check_limit
 from openm6.tasks.chat import join_neighbours
 from openm6.tasks.registry import TASKS
+from openm6.tasks.task import fill_prompt
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
@@ -52,7 +53,6 @@ AUDIO_TYPES: dict[AudioFormat, str] = {
     "pcm": "audio/pcm",
 }
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_SLOT = re.compile(r"\{\w+\}")
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 
@@ -273,20 +273,18 @@ def language_of(text: str) -> str:
 
 def text_prompt(loaded: LoadedModel, task: str, text: str) -> tuple[Part, ...]:
     """Return a text in the first prompt of a task; it stays as it is if it has the form of one, or without training."""
-    prompts = [_SLOT.split(prompt, maxsplit=1) for prompt in TASKS[task].prompts[language_of(text)]]
-    worded = any(before and text.startswith(before) and text.endswith(after) for before, after in prompts)
+    language = language_of(text)
+    prompts = [prompt.partition("{text}") for prompt in TASKS[task].prompts[language]]
+    worded = any(before and text.startswith(before) and text.endswith(after) for before, _, after in prompts)
     if worded or task not in {trained_task.task for trained_task in loaded.description.trained_tasks}:
         return (Part("text", text),)
-    before, after = prompts[0]
-    return (Part("text", before + text + after),)
+    return part_prompt(task, Part("text", text), language)
 
 
 def part_prompt(task: str, part: Part, language: str = "en", column: str = "") -> tuple[Part, ...]:
-    """Return an image, audio or numbers in the first prompt of a task."""
-    prompt = TASKS[task].prompts[language][0].replace("{column}", column.replace("_", " "))
-    before, after = _SLOT.split(prompt, maxsplit=1)
-    parts = [Part("text", before, {"cuttable": ()}), part, Part("text", after, {"cuttable": ()})]
-    return tuple(one for one in parts if one is part or one.raw)
+    """Return the input of a task in its first prompt."""
+    found, words = TASKS[task], {"column": column.replace("_", " ")}
+    return tuple(fill_prompt(found.prompts[language][0], dict.fromkeys(found.inputs, part), words))
 
 
 PORT = 443

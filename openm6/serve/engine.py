@@ -2,8 +2,8 @@
 
 As in the virtual token counter (arXiv 2401.00588), each client has a counter of the work that was admitted for it.
 The next request is the oldest of the client with the lowest counter; a client that comes back after a pause is lifted
-to the lowest counter of those that wait, so that none saves up credit. Clients that always want more thus differ by
-one request's work at most.
+to the lowest counter of those that wait, or that of the last request if none waits, so that none saves up credit.
+Clients that always want more thus differ by one request's work at most.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class FairQueue:
         self.work = 0
         self.waiting: dict[str, _Line] = {}
         self.counters: OrderedDict[str, int] = OrderedDict()  # of clients that do not wait, the latest last
+        self.floor = 0  # the counter of the request that was taken last, before it was charged
         self._size = 0
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class FairQueue:
             raise QueueFullError("too many requests are waiting: try again later", max(1, round(seconds_of_work)))
         for handle in handles:
             if handle.client not in self.waiting:
-                lowest = min((line.counter for line in self.waiting.values()), default=0)
+                lowest = min((line.counter for line in self.waiting.values()), default=self.floor)
                 self.waiting[handle.client] = _Line(max(lowest, self.counters.pop(handle.client, 0)))
             self.waiting[handle.client].handles[handle] = None
             self.work += handle.prepared.work
@@ -81,6 +82,7 @@ class FairQueue:
         for line in sorted(self.waiting.values(), key=attrgetter("counter")):
             for handle in line.handles:
                 if (kinds is None or type(handle.prepared.request) in kinds) and fits(handle):
+                    self.floor = line.counter
                     self._remove(handle, charge=handle.prepared.work)
                     return handle
         return None
@@ -120,7 +122,7 @@ class Engine:
                 "has the same bits alone and among others" if invariant else "may differ in its last bits among others"
             )
             get_log().info(f"weights in {precision}; a request {bits} (engine.weights, engine.batch_invariant)")
-        self.meter = open_meter()
+        self.meter = open_meter((device.index,) if device.type == "cuda" else ())
         self.queue = FairQueue(self.config.max_queued_tokens)
         self._changed = threading.Condition()
         self._preparing = threading.Semaphore(MAX_PREPARING)

@@ -29,7 +29,7 @@ from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.content import Fetcher
 from openm6.serve.engine import Engine, cancel_all
 from openm6.serve.errors import BadRequestError, Failure, NoModelError
-from openm6.serve.requests import Answer, EngineUnavailableError, Request
+from openm6.serve.requests import Answer, Request
 from openm6.serve.scenarios.scenario import ScenarioLibrary, Scores, library_of
 from openm6.serve.worker import RequestHandle
 
@@ -105,13 +105,13 @@ class Call:
         return await self.server.engine.ask_all(requests, client, self.server.limits.seconds)
 
     async def answer(self, kind: str, requests: Sequence[Request]) -> list[Answer]:
-        """Return all answers; if one fails or the client leaves, cancel what is left and raise OpenM6Error."""
+        """Return all answers; if one fails (OpenM6Error) or the client leaves (HTTPException), cancel what is left."""
         handles = await self.submit(requests)
         waiting = asyncio.gather(*(handle.answer() for handle in handles))
         try:
             while not (await asyncio.wait([waiting], timeout=POLL_SECONDS))[0]:
                 if await self.http.is_disconnected():
-                    raise EngineUnavailableError("the client has disconnected")
+                    raise HTTPException(499, "the client has disconnected")  # a status for the metrics alone
             answers = waiting.result()
         except BaseException:
             waiting.cancel()

@@ -232,10 +232,10 @@ class Worker:
             prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
             position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
             state = MaskedDecodeState(handle, prepared.targets[0], request.sampling, slot, position, omni.device)
-            if state.first_unknown:
-                self.free_slots.pop()
-                self.masked.append(state)
-            else:  # a mask that covers no position
+            self.free_slots.pop()
+            self.masked.append(state)
+            if not state.first_unknown:  # a mask that covers no position
+                self._remove_masked(state)
                 self._end(handle, state.codes.cpu(), 0)
         elif not isinstance(request, requests.TextRequest):
             self.passes += 1
@@ -305,7 +305,8 @@ class Worker:
             if request.top is not None:
                 whole = row in ended and not stopped
                 count = len(row.tokens) if whole else shown_tokens(text, row.tokens, handle.text)
-                handle.tokens = scored_tokens(text, row, count)
+                # A list of its own, as readers hold the last one; what was scored is not scored again.
+                handle.tokens = [*handle.tokens, *scored_tokens(text, row, len(handle.tokens), count)]
             if row in ended or stopped:
                 self.text.remove(row)
                 cut = not stopped and row.tokens[-1] not in text.ends
@@ -326,6 +327,7 @@ class Worker:
     def _remove_masked(self, state: MaskedDecodeState) -> None:
         assert state.slot is not None
         self.masked.remove(state)
+        self.slots.clear([state.slot])  # masks do not hide NaN from other requests
         self.free_slots.append(state.slot)
 
     def _end(
@@ -352,14 +354,15 @@ def shown_tokens(text: Text, tokens: Sequence[int], shown: str) -> int:
     return count
 
 
-def scored_tokens(text: Text, row: DecodeSequence, count: int) -> list[requests.ScoredToken]:
-    """The first tokens of a row with their scores, without the one that ends it."""
+def scored_tokens(text: Text, row: DecodeSequence, first: int, count: int) -> list[requests.ScoredToken]:
+    """The tokens of a row from `first` to `count` with their scores, without the one that ends it."""
 
     def scored(token: int, score: float, likely: Sequence[tuple[int, float]] = ()) -> requests.ScoredToken:
         others = tuple(scored(*one) for one in likely)
-        return requests.ScoredToken(text.decode([token]), text.bytes_of(token), score, others)
+        own = text.bytes_of(token)
+        return requests.ScoredToken(own.decode(errors="replace"), own, score, others)
 
-    pairs = zip(row.tokens[:count], row.scores[:count], strict=True)
+    pairs = zip(row.tokens[first:count], row.scores[first:count], strict=True)
     return [scored(token, *scores) for token, scores in pairs if token not in text.ends]
 
 

@@ -16,12 +16,12 @@ Turn = tuple[str, Sequence[Part]]
 """One of ROLES, and what was said, in order."""
 
 
-def join_neighbours(parts: Iterable[Part]) -> list[Part]:
+def join_neighbours(parts: Iterable[Part], between: str = "") -> list[Part]:
     """Join neighbouring texts; a text after another modality begins with a blank, as in prompts."""
     found: list[Part] = []
     for part in parts:
         if part.modality == "text" and found and found[-1].modality == "text":
-            found[-1] = Part("text", found[-1].raw + part.raw)
+            found[-1] = Part("text", found[-1].raw + between + part.raw)
         elif part.modality == "text" and found and not part.raw[:1].isspace():
             found.append(Part("text", " " + part.raw))
         else:

@@ -62,7 +62,7 @@ def for_number(task: Task, column: str) -> Task:
 
 @dataclass(frozen=True)
 class Categories(slots.Slot):
-    """All category columns but the target, as a text; if the target is the label, also but those that fill it."""
+    """All category columns but the target and those that fill it, as a text."""
 
     target: str = ""
     modality = "text"
@@ -76,8 +76,8 @@ class Categories(slots.Slot):
         return Part("text", listed, {"columns": shown})
 
     def _shown(self, record: Record) -> dict[str, str]:
-        filling = (record.get("extra") or {}).get(slots.LABEL_COLUMNS, ()) if self.target == "label" else ()
-        hidden = {self.target, *filling}
+        keys = (self.target, *(f"{self.target}_{language}" for language in LANGUAGES))
+        hidden = {self.target, *(column for key, column in slots.filled_by(record).items() if key in keys)}
         return {name: value for name, value in slots.categories(record).items() if name not in hidden}
 
 

@@ -164,9 +164,9 @@ class Numbers(Slot):
         return Part("numbers", dict(record["numbers"]))
 
 
-# Keys of `extra`: the column that is always held out of a record, the number columns that never are, and the category
-# columns that fill its label.
-PINNED, INPUT_ONLY, LABEL_COLUMNS = "pinned_column", "input_only_columns", "label_columns"
+# Keys of `extra`: the column that is always held out of a record, the number columns that never are, and by each key of
+# records that a category column fills, such as label or tags_en, that column.
+PINNED, INPUT_ONLY, FILLED_BY = "pinned_column", "input_only_columns", "filled_by"
 
 
 def pinned(record: Record) -> str | None:
@@ -189,6 +189,11 @@ def predictable(record: Record) -> dict[str, float]:
     """The number columns of a record that hold a value and may be the target."""
     without = input_only(record)
     return {name: value for name, value in observed(record).items() if name not in without}
+
+
+def filled_by(record: Record) -> dict[str, str]:
+    """By each key of the record that a category column fills, that column."""
+    return (record.get("extra") or {}).get(FILLED_BY) or {}
 
 
 def categories(record: Record) -> dict[str, str]:
@@ -240,7 +245,7 @@ class Derived(Slot):
 
 
 IMAGE, AUDIO, NUMBERS = Media("image"), Media("audio"), Numbers()
-TEXT, LABEL = Text("text"), Text("label", max_tokens=SHORT)
+TEXT, TAGS, LABEL = Text("text"), Text("tags"), Text("label", max_tokens=SHORT)
 
 
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
@@ -316,7 +321,7 @@ def hold_out(record: Record, context: Context, column: str | None = None) -> Bui
 
 
 def _shown(record: Record, context: Context, column: str, answer: str = "") -> dict[str, Part]:
-    """Numbers, categories and text of a record but for one column and for a text that holds the answer."""
+    """All but media of a record, without one column, texts that it fills, and a text that holds the answer."""
     rng, language = context.rng, context.language
     # In half of the training examples some columns are left out, so that any number of them may be missing.
     kept = float(rng.uniform(*KEPT_COLUMNS)) if context.train and rng.random() < 0.5 else 1.0
@@ -325,8 +330,10 @@ def _shown(record: Record, context: Context, column: str, answer: str = "") -> d
         return {name: value for name, value in values.items() if name != column and (kept == 1 or rng.random() < kept)}
 
     numbers, named = others(observed(record)), others(categories(record))
-    text = _text(record, language)
+    text = "" if filled_by(record).get(f"text_{language}") == column else _text(record, language)
     parts = {"numbers": Part("numbers", numbers)} if numbers else {}
+    if TAGS.present(record, language) and filled_by(record).get(f"tags_{language}") != column:
+        parts["tags"] = TAGS.part(record, language)
     if named:
         listed = "; ".join(f"{_words(name)}: {value}" for name, value in named.items())
         parts["categories"] = Part("text", listed, {"columns": named})
@@ -336,11 +343,13 @@ def _shown(record: Record, context: Context, column: str, answer: str = "") -> d
 
 
 def states(text: str, answer: str) -> bool:
-    """Whether a text has the answer among its words. Answers as short as "no" do not count: any text may have them.
+    """Whether a text is the answer or has it among its words; there, one as short as "no" may be in any text.
 
-    Otherwise the text would be missing for one of two answers, and that it is missing would give the answer away.
+    If that counted, the text would be missing for one of two answers, which would give the answer away.
     """
-    text, answer = text.lower(), answer.lower()
+    text, answer = text.strip().lower(), answer.strip().lower()
+    if text == answer:
+        return True
     if answer not in text or _is_chinese(answer):
         return len(answer) > 1 and answer in text
     return len(answer) >= MIN_STATED and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None

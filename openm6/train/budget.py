@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from openm6.checkpoint.folder import list_checkpoints
+from openm6.checkpoint.folder import leftovers, list_checkpoints, step_of
 from openm6.core.device import free_host_bytes
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
@@ -160,19 +160,27 @@ def check_budget(budget: Budget, rule: UpdateRule) -> None:
             raise ConfigError(refusal(budget, tier, rule))
 
 
-def available(device: torch.device, offload: OffloadConfig, checkpoints: Path | None = None) -> FreeBytes:
+def available(
+    device: torch.device, offload: OffloadConfig, checkpoints: Path | None = None, held: int = 0
+) -> FreeBytes:
     """Return the free bytes by tier, for one of the processes of this machine, which divide the host's.
 
-    A CPU has no tier `device`. On the disk, which holds the checkpoints of all, older ones count, as they will go.
+    A CPU has no tier `device`. `held`: bytes on the device that a budget counts and the run has allocated already.
+    On the disk, which holds the checkpoints of all, older ones and what killed saves left count, as they will go.
     """
     free: FreeBytes = {}
+    host = HOST_FRACTION * free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
-        free["device"] = float(torch.cuda.mem_get_info(device)[0])
-    host = free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free["host"] = min(HOST_FRACTION * host, (offload.host_gib or math.inf) * GIB)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free["device"] = float(torch.cuda.mem_get_info(device)[0] + cached + held)
+    else:
+        host += held
+    free["host"] = min(host, (offload.host_gib or math.inf) * GIB)
     if checkpoints is not None:
         there = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
-        older = sum(path.stat().st_size for folder in list_checkpoints(checkpoints) for path in folder.iterdir())
+        done = list_checkpoints(checkpoints)
+        going = [*done, *leftovers(checkpoints, step_of(done[-1]) if done else 0)]
+        older = sum(path.stat().st_size for folder in going for path in folder.iterdir())
         free["disk"] = float(shutil.disk_usage(there).free + older)
     return free
 

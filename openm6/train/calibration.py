@@ -1,7 +1,7 @@
 """Calibration after training by validation records: widths of distributions, weights of predictions of labels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from openm6.data.prepare import example_sequence
 from openm6.data.records import unless_broken
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.data.windows import WindowSource
 from openm6.evaluate.answers import answer, build_examples, class_nll, evenly_spaced
 from openm6.evaluate.results import true_values
 from openm6.inference.load import LoadedModel
@@ -30,6 +31,12 @@ from openm6.train.recipe import MultimodalRecipe
 RECORDS, MAX_EXAMPLES, EARLY_EXAMPLES = 1000, 3000, 200
 COLUMN_RECORDS = 100  # of a source, in which number columns are looked for
 PRIORS = {"numbers_out": 1.0, "series_out": 1.25}  # widths without records: the future of a series differs
+
+
+def first_widths(sources: Iterable[Source]) -> dict[str, dict[str, float]]:
+    """Return the widths of forecasts without validation windows."""
+    columns = [name for source in sources if isinstance(source, WindowSource) for name in source.config.columns]
+    return {"series_out": dict.fromkeys(columns, PRIORS["series_out"])} if columns else {}
 
 
 def calibration_examples(recipe: MultimodalRecipe, modalities: Modalities) -> list[list[Example]]:
@@ -76,7 +83,7 @@ def fit_widths(
 ) -> dict[str, dict[str, float]]:
     """Return the width of each number column of the examples, rows and series apart, and the weights of labels.
 
-    At most so many examples of each part of the mixture are answered for widths.
+    At most so many examples of each part of the mixture are answered.
     """
     needed: dict[tuple[str, str], list[tuple[float, str]]] = {}
     training = loaded.omni.training
@@ -91,7 +98,7 @@ def fit_widths(
             ratios = histogram.width_needed(values[seen]).tolist()
             for name, ratio in zip(np.asarray(names)[seen].tolist(), ratios, strict=True):
                 needed.setdefault((kind, name), []).append((ratio, example.block or example.record_id))
-    weights = _fit_label_weights(loaded, calibration)
+    weights = _fit_label_weights(loaded, calibration, most)
     loaded.omni.train(training)
     found: dict[str, dict[str, float]] = {}
     for (kind, column), pairs in sorted(needed.items()):
@@ -104,10 +111,12 @@ def fit_widths(
     return found | weights
 
 
-def _fit_label_weights(loaded: LoadedModel, calibration: Sequence[list[Example]]) -> dict[str, dict[str, float]]:
+def _fit_label_weights(
+    loaded: LoadedModel, calibration: Sequence[list[Example]], most: int
+) -> dict[str, dict[str, float]]:
     """Return the weights of the model's and of simple log-probabilities of labels, by what is given of them."""
     asked: dict[str, list[tuple[Example, LabelPrediction]]] = {}
-    for example in (example for examples in calibration for example in examples):
+    for example in (one for examples in calibration for one in examples[:: max(1, math.ceil(len(examples) / most))]):
         predicted = loaded.numbers.label_predictions(example.target.options)
         if predicted is not None and example.answer in predicted.classes:
             asked.setdefault(predicted.key, []).append((example, predicted))

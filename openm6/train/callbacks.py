@@ -58,8 +58,7 @@ class RunLength:
     ) -> None:
         self._config, self._run, self._ranks, self._before = config, run, ranks or ProcessGroupContext(), before
         self._spent: list[tuple[float, float]] = []  # seconds of each step, and of what came beside it
-        written = run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
-        self.steps: int | None = written if isinstance(written, int) else None
+        self.steps: int | None = None if config.steps == "auto" else config.steps
 
     def reached(self, step: int) -> bool:
         return self.steps is not None and step >= self.steps
@@ -98,8 +97,12 @@ class RunLength:
         while decay_start(total, self._config.schedule) < step:
             total += 1
         self.steps = total
-        if self._ranks.is_main_process:
-            self._run.set_config(LOOP_SECTION, "steps", total)
+        self.write()
+
+    def write(self) -> None:
+        """Write a length that is not the recipe's into config.yaml."""
+        if self._ranks.is_main_process and self.steps not in (None, self._config.steps):
+            self._run.set_config(LOOP_SECTION, "steps", self.steps)
 
 
 class RunState(Protocol):
@@ -318,7 +321,8 @@ class StagesCallback(Callback):
         plateau, losses = switch.plateau, self._losses
         if plateau is None or len(losses) < 2 * plateau.window:
             return False
-        return sum(losses[plateau.window :]) > (1 - plateau.improvement) * sum(losses[: plateau.window])
+        before, later = sum(losses[: plateau.window]), sum(losses[plateau.window :])
+        return later > before - plateau.improvement * abs(before)  # a loss may be negative
 
     def _switch(self, step: int) -> None:
         run = self._run

@@ -87,7 +87,8 @@ class LoopConfig(Config):
     prefetch: int = Field(default=2, ge=1)  # batches made ahead
     # Processes that make them; auto: on a GPU one per core but one, at most 8, else 1. The batches do not depend on it.
     num_data_workers: int | Literal["auto"] = "auto"
-    # Processes that share a step on a CPU; auto: one per core. A run keeps the number, which decides the order of sums.
+    # Processes that share a step on a CPU; auto: one per core. A run keeps the number, which decides the order of sums,
+    # and the parts of a batch on which `balance: aux` and `capacity_factor` act.
     num_processes: int | Literal["auto"] = "auto"
     max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run ends with an error
     energy: EnergyConfig = EnergyConfig()

@@ -19,7 +19,7 @@ from openm6.core.seeds import derive_seed
 from openm6.inference.load import read_texts
 from openm6.models.backbone import Backbone
 from openm6.models.config import Stage
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, read_description
 from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import OptimizerState, Shape, Slots, UpdateRule, update_rule
@@ -39,10 +39,10 @@ class Conversion:
         self.old, self.moments, self.precision = self.description.backbone, moments, precision or state["precision"]
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision {self.precision} must be one of {', '.join(PRECISIONS)}")
-        if state.get("optimizer", "adamw") != "adamw" and self.precision != "fp32":
+        if (optimizer := state.get("optimizer", "adamw")) != "adamw":
             raise ConfigError(
-                f"{folder} was trained with {state['optimizer']}, whose state Adafactor cannot use: convert a run of "
-                "adamw"
+                f"{folder} was trained with {optimizer}, whose state cannot be converted: convert a run of adamw, or, "
+                "for the real stage, set loop.stages and go on with --resume"
             )
         if stage == "pseudo" and self.old.stage == "real":
             raise ConfigError(
@@ -126,11 +126,14 @@ class Conversion:
     def changed(self, values: dict[str, Any]) -> dict[str, Any]:
         loop, model = (dict(values.get(name) or {}) for name in ("loop", "model"))
         loop["optimizer"] = {**(loop.get("optimizer") or {}), "precision": self.precision}
+        if self.precision != "fp32":  # weights are offloaded then, by one process
+            loop.pop("num_processes", None)
         if not self.delinked:
             return {**values, "loop": loop}
         loop.pop("stages", None)
-        overrides = {**(model.get("overrides") or {}), "sharing": None}
-        return {**values, "loop": loop, "model": {**model, "overrides": overrides}}
+        if not model.get("start"):  # the shape of a start is in START_FILE
+            model["overrides"] = {**(model.get("overrides") or {}), "sharing": None}
+        return {**values, "loop": loop, "model": model}
 
 
 def convert(
@@ -152,8 +155,11 @@ def convert(
     before = RunFolder(parent.parent if parent.name == "checkpoints" else folder)
     if settings := before.read_config():
         run.write_config(conversion.changed(settings))
-    if (before.path / START_FILE).is_file():
-        replace_text(run.path / START_FILE, (before.path / START_FILE).read_text(encoding="utf-8"))
+    if (kept := before.path / START_FILE).is_file():
+        start = read_description(kept.read_text(encoding="utf-8"), str(kept))
+        if conversion.delinked:
+            start = start.model_copy(update={"backbone": start.backbone.model_copy(update={"sharing": None})})
+        replace_text(run.path / START_FILE, start.to_json())
     description = conversion.description.model_copy(update={"backbone": conversion.new})
     files: dict[str, str | bytes] = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: conversion.tokenizer}
     replace_text(run.path / TOKENIZER_FILE, conversion.tokenizer)

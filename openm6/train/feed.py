@@ -8,7 +8,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,10 +46,9 @@ ENDED = TrainingError("the data ended before the run did: batches() must go on f
 @contextmanager
 def batches_ahead(training: TrainingTask, config: LoopConfig, device: torch.device) -> Iterator[Callable[[], Batch]]:
     """Enter with a function that returns the next batch, valid until the next call. Processes make `prefetch` ahead; a
-    thread does where none can be forked: on other systems, outside of the main thread and in a daemonic process.
+    thread does where none can be forked.
     """
-    is_main = threading.current_thread() is threading.main_thread() and not multiprocessing.current_process().daemon
-    if can_fork() and is_main:
+    if can_fork():
         feed = BatchFeed(training, config, device=device)
         with closing(WorkerPool(feed.works, service=len(feed.works))), closing(feed):
             feed.keep_reader(0)

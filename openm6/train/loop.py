@@ -14,8 +14,8 @@ A step can be read in six files, in this order:
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_folder, step_of
+from openm6.checkpoint.folder import list_checkpoints, read_state, refuse_damaged, step_folder, step_of
 from openm6.checkpoint.load import load_training_tensors, open_saver
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
@@ -49,7 +49,7 @@ from openm6.train.metrics import Logger, MetricAverager, open_loggers
 from openm6.train.offloaded import open_train_step
 from openm6.train.step import StepReport, seed_everything
 from openm6.train.training_task import TrainingTask
-from openm6.train.workers import Workers, number_of_workers
+from openm6.train.workers import Workers, number_of_workers, possible_workers
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def train(
     """Train `training` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
 
     `callbacks` act at every step, after those of the loop itself, in their order. `settings` become the run's
-    config.yaml, but only once its checkpoint fits the training task: a wrong setting leaves the run as it was.
+    config.yaml, but only once its checkpoint fits and all callbacks have started: a wrong setting is not written.
 
     A run killed and resumed equals an unbroken one bit for bit on the CPU: all randomness comes from (seed, step).
 
@@ -84,29 +84,41 @@ def train(
     GPU's memory ran out, or the GPU is gone; evaluating or reporting the trained model failed. CheckpointError: one
     does not fit, or cannot be written. Interrupted: a signal stopped the run; it has saved itself.
     """
-    state = _Run(training, config, run, resume, callbacks, settings)
+    with gpu_failures(config):
+        state = _Run(training, config, run, resume, callbacks, settings)
     done = state.progress
+    # Offloaded weights live in the train step, also during the evaluation. A GPU that is gone fails again there.
+    with gpu_failures(config, lambda: state.begun + 1), closing(state.train_step):
+        state.train()
+        checkpoint = state.finish()
+    training.ranks.close()
+    return TrainResult(done.step, done.tokens, done.seconds, done.non_finite, checkpoint, state.scores)
+
+
+@contextmanager
+def gpu_failures(config: LoopConfig, step: Callable[[], int] | None = None) -> Iterator[None]:
+    """Raise TrainingError if a GPU's memory runs out or the GPU is gone, in a step or, for None, before the first."""
     try:
-        # Offloaded weights live in the train step, also during the evaluation. A GPU that is gone fails again here.
-        with closing(state.train_step):
-            state.train()
-            checkpoint = state.finish()
+        yield
     except torch.OutOfMemoryError as error:
+        if step is None:
+            less = "raise loop.offload.margin_gib" if config.offloaded else "add loop.offload, use more GPUs"
+            raise TrainingError(
+                f"the GPU's memory ran out before the first step: {less}, or take a smaller model.preset"
+            ) from error
         remedy = (
             "raise loop.offload.gradient_accumulation_steps or margin_gib"
             if config.offloaded
             else "raise loop.activation_checkpointing, make batches smaller, or add loop.offload"
         )
-        raise TrainingError(
-            f"the GPU's memory ran out in step {state.begun + 1}: {remedy}, then go on with --resume"
-        ) from error
+        raise TrainingError(f"the GPU's memory ran out in step {step()}: {remedy}, then go on with --resume") from error
     except torch.AcceleratorError as error:
+        when, then = "before the first step", "start it again"
+        if step is not None:
+            when, then = f"in step {step()}", "go on with --resume"
         raise TrainingError(
-            f"the GPU failed in step {state.begun + 1} ({str(error).splitlines()[0]}): what was saved is whole, "
-            "go on with --resume"
+            f"the GPU failed {when} ({str(error).splitlines()[0]}): what was saved is whole, {then}"
         ) from error
-    training.ranks.close()
-    return TrainResult(done.step, done.tokens, done.seconds, done.non_finite, checkpoint, state.scores)
 
 
 def refuse_overwriting(run: RunFolder, resume: bool) -> None:
@@ -122,7 +134,7 @@ class _Run:
         self, training: TrainingTask, config: LoopConfig, run: RunFolder, resume: bool,
         callbacks: Sequence[Callback], settings: dict[str, Any] | None,
     ) -> None:  # fmt: skip
-        self.training, self.config, self.run = training, config, run
+        self.training, self.config, self.run, self.settings = training, config, run, settings
         self.train_step = open_train_step(training, config, run.checkpoints)
         self.callbacks: list[Callback] = [MeterCallback(), MemoryCallback(), SpikeCallback()]
         self.callbacks += [StagesCallback(config.stages)] if config.stages is not None else []
@@ -140,16 +152,26 @@ class _Run:
         self.scores: dict[str, float] = {}
         refuse_overwriting(run, resume)
         refuse_damaged(run.checkpoints)
-        if list_checkpoints(run.checkpoints):
-            self._restore(latest(run.path))
+        if (found := self._agreed(list_checkpoints(run.checkpoints))) is not None:
+            self._restore(found)
         elif resume:
             get_log().info(f"{run.path} holds no checkpoint yet: starting from the first step")
-        if settings is not None:
-            run.write_config(settings)
         self.begun = self.progress.step  # the last step that has begun; on a GPU its report may be to come
         self.progress.seconds_beside += training.seconds_before
         spent = self.progress.seconds_beside + self.progress.seconds
         self.length = RunLength(config, run, training.ranks, spent)
+
+    def _agreed(self, checkpoints: list[Path]) -> Path | None:
+        """Return the newest checkpoint, if any; CheckpointError if it is not that of all ranks."""
+        newest = checkpoints[-1] if checkpoints else None
+        names = self.training.ranks.gather("no checkpoint" if newest is None else newest.name)
+        for rank, name in enumerate(names):
+            if name != names[0]:
+                raise CheckpointError(
+                    f"rank {rank} sees {name} in {self.run.path}, rank 0 {names[0]}: "
+                    "the run's folder must be shared by all machines"
+                )
+        return newest
 
     def train(self) -> None:
         training, config, progress = self.training, self.config, self.progress
@@ -159,11 +181,15 @@ class _Run:
             for callback in self.callbacks:
                 callback.start(self)
                 stack.callback(callback.close)
+            possible = possible_workers(training, config)
+            if self.settings is not None:
+                self.run.write_config(self.settings)
+                self.length.write()
+            workers = number_of_workers(config, possible, self.run)
             if training.ranks.is_main_process:
                 self.loggers = open_loggers(self.run, progress.step, config.tensorboard)
             for logger in self.loggers:
                 stack.callback(logger.close)
-            workers = number_of_workers(training, config, self.run)
             keep_freed_memory()
             update: Callable[[Any, int, int | None], StepReport | None]
             if workers > 1:

@@ -37,6 +37,7 @@ class MeterCallback(Callback):
         self._before: dict[str, float] = {}  # joules of earlier processes of this run, by source
         self._seconds = 0.0  # of metering, in this process
         self._in_flight = 0  # steps that have begun and are not reported yet
+        self._begun = False  # whether a step of this process has
 
     def start(self, run: RunState) -> None:
         self._run = run
@@ -49,11 +50,14 @@ class MeterCallback(Callback):
             self._before[source] = self._before.get(source, 0.0) + lost
             self.tracker.repeated += lost
         self._meter = open_meter(gpus_of(run.train_step.device), run.config.energy.cpu_watts)
-        # Joules, tokens and seconds of training at the last log.
-        self._logged = (self.tracker.joules + lost, run.progress.tokens, self._elapsed())
+        # Joules, tokens and time at the last log.
+        self._logged = (self.tracker.joules + lost, run.progress.tokens, time.perf_counter())
 
     def before_step(self, step: int) -> None:
         with self._timed():
+            if not self._begun:  # the first line counts from here, without what the start of the run has taken
+                self._begun, self._logged = True, (*self._logged[:2], time.perf_counter())
+                self._read(0.0, self._begin_log)
             if not self._in_flight:  # otherwise it counts from the report of the step before
                 self._since = (self._meter.joules().joules, self._run.progress.seconds)
             self._in_flight += 1
@@ -74,10 +78,8 @@ class MeterCallback(Callback):
     def totals(self) -> dict[str, Any]:
         with self._timed():
             self._read_alone()
-        tracker, progress = self.tracker, self._run.progress
+        tracker, progress, now = self.tracker, self._run.progress, time.perf_counter()
         joules, tokens, seconds = self._logged
-        # Held-out losses and saves take energy, too.
-        now = self._elapsed()
         self._logged = (tracker.joules, progress.tokens, now)
         spent = tracker.joules - joules
         return {
@@ -88,8 +90,9 @@ class MeterCallback(Callback):
             "metering_seconds": self._seconds,
         }
 
-    def _elapsed(self) -> float:
-        return self._run.progress.seconds + self._run.progress.seconds_beside
+    def _begin_log(self, spent: float) -> None:
+        self._logged = (self.tracker.joules, *self._logged[1:])
+        self._update_between()
 
     def state(self) -> dict[str, Any]:
         self._read_alone()

@@ -40,7 +40,7 @@ from openm6.nn.moe import TokenDispatcher
 from openm6.tasks.registry import any_masks_words
 from openm6.train import multimodal_data as data
 from openm6.train.alignment import align
-from openm6.train.calibration import EARLY_EXAMPLES, MAX_EXAMPLES, calibration_examples, fit_widths
+from openm6.train.calibration import EARLY_EXAMPLES, MAX_EXAMPLES, calibration_examples, first_widths, fit_widths
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.recipe import MultimodalRecipe, check_mesh
 from openm6.train.start import START_FILE, Start, freeze, open_start
@@ -130,11 +130,12 @@ class MultimodalTraining(TrainingTask):
         known = [name for name in sources if before is not None and name in before.sources]
         new = {name: source for name, source in sources.items() if name not in known}
         text, fitted, spent = "", b"", 0.0
-        if self.ranks.is_main_process:
-            text = data.tokenizer_text(recipe, sources, run) if start is None else start.tokenizer
-            began = time.monotonic()
-            fitted = data.table_predictors(recipe, new, run, [] if start is None else start.predictors)
-            spent = time.monotonic() - began
+        with self.ranks.main_process_first():  # simple predictors may take longer than a collective operation waits
+            if self.ranks.is_main_process:
+                text = data.tokenizer_text(recipe, sources, run) if start is None else start.tokenizer
+                began = time.monotonic()
+                fitted = data.table_predictors(recipe, sources, run, [] if start is None else start.predictors)
+                spent = time.monotonic() - began
         self.tokenizer, self.predictors, self.seconds_before = self.ranks.broadcast_object((text, fitted, spent))
         series = data.fit_all_series(sources.values()) | ({} if before is None else before.series)
         ridges = data.fit_all_ridges(new.values(), series)
@@ -165,6 +166,7 @@ class MultimodalTraining(TrainingTask):
             scales=data.fit_scales(sources.values()),
             series=series,
             ridges={name: fitted.to_texts() for name, fitted in ridges.items()},
+            widths=first_widths(sources.values()),
             embedding=recipe.pooling,
             trained_tasks=data.trained_tasks(recipe, sources),
             tasks={name: recipe.tasks[name].model_dump(mode="json") for name in used},
@@ -334,9 +336,9 @@ class MultimodalTraining(TrainingTask):
             self.numbers.widths = {}
             loaded = LoadedModel(self.omni, self.modalities, self.description, self.run.path)
             widths = fit_widths(loaded, self.calibration, MAX_EXAMPLES if last else EARLY_EXAMPLES)
-            # Of columns of a start, those it had.
+            # Of columns without validation records, those before.
             before = self.description.widths
-            self.numbers.widths = widths = {k: before.get(k, {}) | widths.get(k, {}) for k in before | widths}
+            self.numbers.widths = widths = {k: before.get(k, {}) | found for k, found in (before | widths).items()}
             self.description = self.description.model_copy(update={"widths": widths})
         files: dict[str, str | bytes] = {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
         return files | ({PREDICTORS_FILE: self.predictors} if self.predictors else {})

@@ -23,6 +23,7 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.records import Record, check_columns, contents_of, unless_broken
 from openm6.data.source import Source
 from openm6.data.sources import PairSource, open_sources
+from openm6.data.table import TableConfig
 from openm6.data.windows import WindowSource
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.evaluate.answers import build_examples, evenly_spaced
@@ -38,7 +39,7 @@ from openm6.tasks.slots import ABSENT, Context, Derived, Text, as_text, categori
 from openm6.tasks.task import Task, literal_texts, word_count
 from openm6.train.image_network import NetworkPlan
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.simple_predictors import MAX_ROWS, Labels, fit_table
+from openm6.train.simple_predictors import MAX_ROWS, Labels, covers, fit_table
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
@@ -101,12 +102,12 @@ def _texts(record: Record, read: set[str]) -> Iterator[str]:
 
 def fit_scales(sources: Iterable[Source]) -> Scales:
     """Return location and scale of every number column, from training records alone."""
-    columns: dict[str, list[float]] = {}
+    columns: dict[str, array[float]] = {}  # a quarter of the memory of lists
     for record in (record for source in sources for record in _readable(source, SCANNED)):
         rows = [record.get("numbers") or {}, *(item["numbers"] for item in contents_of(record) if "numbers" in item)]
         listed = [(name, [value]) for row in rows for name, value in row.items()]
         for name, values in (*listed, *(record.get("series") or {}).items()):
-            columns.setdefault(name, []).extend(np.nan if v is None else float(v) for v in values)
+            columns.setdefault(name, array("d")).extend(math.nan if v is None else float(v) for v in values)
     return {name: fit_scale(np.asarray(values)) for name, values in sorted(columns.items())}
 
 
@@ -140,23 +141,29 @@ def table_predictors(
 ) -> bytes:
     """Return predictors.safetensors, or nothing: of the checkpoint that the run goes on from, or fitted to the sources.
 
-    Those `known` follow. A source has predictors if a task predicts one of its numbers, or a label. Pairs have none: a
-    row comes back with other partners in later epochs, and would be in several folds.
+    Those `known` follow. A source has predictors if a task predicts one of its numbers, or a label, unless those known
+    have all its columns and classes. Pairs have none: a row comes back with other partners in later epochs, and would
+    be in several folds.
     """
     if checkpoints := list_checkpoints(run.checkpoints):
         kept = checkpoints[-1] / PREDICTORS_FILE
         return kept.read_bytes() if kept.is_file() else b""
     predicted: dict[str, list[Task]] = {}
-    for component in recipe.mixture:
+    kind, networks = recipe.modalities.numbers.predictors, network_seconds(recipe)
+    for component in recipe.mixture if kind != "none" else ():
         task, source = recipe.task(component.task), sources.get(component.source)
         fits = (task.output_modality == "numbers" or task.may_be_label) and "series" not in task.inputs
         if fits and not task.chat and source is not None and not isinstance(source, PairSource):
             predicted.setdefault(component.source, []).append(task)
+    for name, tasks in list(predicted.items()):
+        if own := [table for table in known if name in table.sources]:
+            rows, _, labels = predictor_rows(sources[name], tasks, as_features=False)
+            if any(covers(table, rows, labels) for table in own):
+                del predicted[name]
     minutes = recipe.loop.minutes or DEFAULT_MINUTES
     seconds = {"auto": FITTING_FRACTION * 60 * minutes / max(1, len(predicted)), "ridge": 0.0}
     tables: list[TablePredictors] = []
-    kind, networks = recipe.modalities.numbers.predictors, network_seconds(recipe)
-    for name, tasks in predicted.items() if kind in seconds else ():
+    for name, tasks in predicted.items():
         began = time.monotonic()
         rows, folds, labels = predictor_rows(sources[name], tasks)
         parts = {column for record in _readable(sources[name], SAMPLED) for column in input_only(record)}
@@ -187,8 +194,13 @@ def network_seconds(recipe: MultimodalRecipe) -> dict[str, float]:
     return seconds
 
 
-def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str, Any]], list[int], Labels]:
-    """Return records as simple predictors see them, what tasks show or ask for, their folds, and their labels."""
+def predictor_rows(
+    source: Source, tasks: Sequence[Task], as_features: bool = True
+) -> tuple[list[dict[str, Any]], list[int], Labels]:
+    """Return records as simple predictors see them, what tasks show or ask for, their folds, and their labels.
+
+    Images are their features, which take time, and in rows with a label also themselves; else files.
+    """
     shown = any(slot.modality == "image" for task in tasks for slot in task.inputs.values())
     sizes = [len(record.get("image") or b"") for record in _readable(source, SAMPLED) if shown]
     most = min(MAX_IMAGES, IMAGE_BYTES // max(1, int(np.mean(sizes)))) if any(sizes) else MAX_ROWS
@@ -206,7 +218,7 @@ def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str
                     any_category = isinstance(task.target, Derived) and not pinned(record)
                     named |= categories(record) if any_category else {target.options["column"]: target.raw}
             row |= {name: named[name] for name in categories(record) if name in named}
-        image = row.pop(IMAGE, None)
+        image = row.pop(IMAGE, None) if as_features else None
         with suppress(DataError):
             row |= {} if image is None else {IMAGE: image_features(image)} | ({RAW: image} if named else {})
         if row:
@@ -218,6 +230,12 @@ def predictor_rows(source: Source, tasks: Sequence[Task]) -> tuple[list[dict[str
 
 def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> None:
     """Log columns that no task reads and tasks that do not fit every record; refuse sources or tasks without any."""
+    for name, config in recipe.sources.items():
+        if isinstance(config, TableConfig) and config.test_path is not None:
+            try:  # not only after the training
+                open_sources(recipe.sources, "test", [name])
+            except DataError as error:
+                raise DataError(f"source {name!r} cannot be tested: {error}; correct or drop its test_path") from None
     for name in dict.fromkeys(component.source for component in recipe.mixture):
         source, tasks = sources[name], [recipe.task(one.task) for one in recipe.mixture if one.source == name]
         records = list(_readable(source, SAMPLED))

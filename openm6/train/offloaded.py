@@ -86,8 +86,9 @@ class OffloadedTrainStep(TrainStep):
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         groups, before, seed = self.backbone.config.layer_groups, self.store, self.config.seed
         before.synchronize()
-        super().delink(moments)
-        self._open_store()
+        super().delink(moments, noise)
+        torch.cuda.empty_cache()
+        self._open_store(sum(one.nbytes for state in self.optimizer.state.values() for one in state.values()))
         uses = Counter(groups)
         for layer, group in enumerate(groups):
             self.store.storage[layer].copy_(before.storage[group])
@@ -127,7 +128,8 @@ class OffloadedTrainStep(TrainStep):
         self.store.free()
         self.backbone.executor = LayerExecutor(self.executor.dispatcher)
 
-    def _open_store(self) -> None:
+    def _open_store(self, moments: int = 0) -> None:
+        """`moments`: bytes of those that the optimizer of other parameters holds already."""
         config = self.backbone.config
         blocks = self.backbone.group_blocks
         self.weights = self.training.ranks.layer_weights([matrix_shapes(block) for block in blocks])
@@ -136,7 +138,7 @@ class OffloadedTrainStep(TrainStep):
             RecordLayout(self.weights.local_shapes(group), self.rule, frozen[group]) for group in range(len(blocks))
         ]
         self.num_shards = len(layouts)
-        budget = self.budget(layouts)
+        budget = self.budget(layouts, moments)
         if self.config.stages is not None and config.stage == "pseudo":
             # The real stage, while layers get their copies of the shared weights.
             copies, beside = [layouts[group] for group in config.layer_groups], sum(one.num_bytes for one in layouts)
@@ -152,11 +154,12 @@ class OffloadedTrainStep(TrainStep):
         )
         self.executor.max_grad_norm = None if self.rule.clips else self.config.max_grad_norm
 
-    def budget(self, layouts: list[RecordLayout]) -> Budget:
+    def budget(self, layouts: list[RecordLayout], moments: int = 0) -> Budget:
         matrices = {id(one) for block in self.backbone.group_blocks for one in block.matrices().values()}
         others = [one for one in self.training.model.parameters() if id(one) not in matrices]
         kept = self.config.keep_last + 1 + self.config.load_best_model_at_end
-        ranks, free = self.training.ranks, available(self.device, self.offload, self._checkpoints)
+        held = sum(one.nbytes for one in others) + moments
+        ranks, free = self.training.ranks, available(self.device, self.offload, self._checkpoints, held)
         ranks.gather(None)  # nobody allocates before all have seen what is free
         half = resolve_precision(self.config.precision, self.device) == "bf16"
         tokens = -(-self.training.tokens_per_step // ranks.size)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -53,7 +53,7 @@ class MultimodalRecipe(Config):
     replay: float = Field(default=0.0, ge=0, lt=1)
     embedding: PoolConfig | None = None  # None: the default one if a task is contrastive, else none
     packing: PackingConfig = PackingConfig()
-    loss_weights: dict[str, float] = {}
+    loss_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     max_broken: float = Field(default=MAX_BROKEN, ge=0, le=1)  # fraction of records that may be quarantined
     loop: LoopConfig = LoopConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -183,6 +183,8 @@ def fit_batch_size(recipe: MultimodalRecipe, free: float, ranks: int) -> int:
     if recipe.loop.offloaded:
         return least
     config, seq_len = build_backbone(recipe.model), recipe.packing.seq_len
+    if recipe.loop.stages is not None:  # layers get weights of their own later
+        config = config.model_copy(update={"sharing": None})
     parameters = count_parameters(config).total + recipe.vocabulary * config.hidden_size
     tier = TIERS[BY_OPTIMIZER[recipe.loop.optimizer.name]]
     element = FULL if recipe.loop.precision == "fp32" else HALF

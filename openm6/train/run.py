@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from openm6 import __version__
+from openm6.checkpoint.folder import list_checkpoints
 from openm6.core.config import apply_overrides, build, read_yaml
 from openm6.core.device import resolve_device
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error, nearest
@@ -22,7 +23,7 @@ from openm6.kernels.probe import capabilities
 from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
 from openm6.train.codec import CodecRecipe, CodecTraining
 from openm6.train.image_codec import ImageCodecRecipe, ImageSubject
-from openm6.train.loop import TrainResult, refuse_overwriting, train
+from openm6.train.loop import TrainResult, gpu_failures, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe, fit_batch_size, fit_learning_rate
 from openm6.train.start import with_start
@@ -84,9 +85,10 @@ def train_recipe(
                 f"{run.path} holds no run to go on with: name the run's folder with --out, or leave --resume out "
                 "to start one there"
             )
-        resume = resume or restarted()
-        if resume and run.config.is_file():
+        # What an attempt before a restart left is gone on with; without a checkpoint, settings may be of an older run.
+        if run.config.is_file() and (resume or (restarted() and list_checkpoints(run.checkpoints))):
             path = run.config
+        resume = resume or restarted()
         checked, values = read_recipe(path, overrides or [])
         refuse_overwriting(run, resume)
         if isinstance(checked, MultimodalRecipe):
@@ -112,7 +114,7 @@ def train_recipe(
         written = values if path == run.config else None
         checked, values = _completed(checked, values, run, device, ranks, begun=bool(resume and written))
         run = RunFolder.open(run.path)
-        with run.lock() if ranks.is_main_process else nullcontext():
+        with run.lock() if ranks.is_main_process else nullcontext(), gpu_failures(checked.loop):
             get_log().info(str(capabilities(device)))
             training = TRAININGS[checked.kind][1](checked, run, device, ranks)
             settings = values if ranks.is_main_process and (values is not written or overrides) else None
@@ -126,7 +128,8 @@ def train_values(values: dict[str, Any], where: str, run: RunFolder, device_name
     device, recipe = resolve_device(device_name), build(MultimodalRecipe, values, where)
     chosen, values = _completed(recipe, values, run, device, ProcessGroupContext())
     assert isinstance(chosen, MultimodalRecipe)
-    training = MultimodalTraining(chosen, RunFolder.open(run.path), device)
+    with gpu_failures(chosen.loop):
+        training = MultimodalTraining(chosen, RunFolder.open(run.path), device)
     return train(training, chosen.loop, run, settings=values)
 
 

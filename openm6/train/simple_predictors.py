@@ -108,6 +108,23 @@ def fit_table(
     return table if fitted or table.labels else None
 
 
+def covers(table: TablePredictors, rows: Sequence[Given], labels: Labels) -> bool:
+    """Whether a table has all inputs and classes of these rows, in which images are files."""
+    found = _empty([{name: value for name, value in row.items() if name != IMAGE} for row in rows], TEXT_WORDS).inputs
+    inputs = found | {IMAGE} if sum(IMAGE in row for row in rows) >= MIN_ROWS else found
+    known = {name: label.classes for label in table.labels.values() for name in label.hidden}
+    columns = {column for row in labels for column in row}
+    return inputs <= table.inputs and all({*_classes(labels, name)} <= {*known.get(name, ())} for name in columns)
+
+
+def _classes(labels: Labels, column: str) -> list[str]:
+    """The classes of a label, none if they are too few or too many, or too rare."""
+    counts = Counter(row[column] for row in labels if row.get(column))
+    classes = sorted(word for word, count in counts.items() if count >= MIN_CLASS_ROWS)
+    enough = sum(map(counts.__getitem__, classes)) >= max(MIN_ROWS, SAME * counts.total())
+    return classes if enough and 2 <= len(classes) <= MAX_CLASSES else []
+
+
 def _fit_label(
     table: TablePredictors, column: str, rows: Sequence[Given], fold: np.ndarray, labels: Labels, seconds: float,
     network: NetworkPlan,
@@ -116,12 +133,10 @@ def _fit_label(
 
     Weights of all but the network follow from predictions for rows of other folds than those that were fitted.
     """
-    counts = Counter(row[column] for row in labels if row.get(column))
-    classes = sorted(word for word, count in counts.items() if count >= MIN_CLASS_ROWS)
+    if not (classes := _classes(labels, column)):
+        return
     chosen = [index for index, named in enumerate(labels) if named.get(column) in classes]
     own = [(rows[index], labels[index]) for index in chosen]
-    if not 2 <= len(classes) <= MAX_CLASSES or len(own) < max(MIN_ROWS, SAME * counts.total()):
-        return
     equal = Counter(name for row, named in own for name, word in {**row, **named}.items()
                     if isinstance(word, str) and word == named[column])  # fmt: skip
     label = Label(classes, sorted(name for name, count in equal.items() if count >= SAME * len(own) and name != TEXT))

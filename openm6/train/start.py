@@ -62,7 +62,8 @@ class Start:
         joined = {name: getattr(own, name) | getattr(start, name) for name in ("scales", "series", "tasks", "sources")}
         of_start = (one.model_copy(update={"of_start": True}) for one in before if one not in lost)
         joined["trained_tasks"] = [*own.trained_tasks, *of_start]
-        kept = {name: getattr(start, name) for name in ("preset", "base_model", "widths")}
+        joined["widths"] = {k: own.widths.get(k, {}) | found for k, found in (own.widths | start.widths).items()}
+        kept = {name: getattr(start, name) for name in ("preset", "base_model")}
         codecs = {f"{name}.codec" for name in replaced}
         external = {name: sha256 for name, sha256 in start.external.items() if name not in codecs}
         return own.model_copy(update=joined | kept | {"external": external})

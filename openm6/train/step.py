@@ -142,12 +142,15 @@ class TrainStep:
         """Copy the weights for each layer, moments as `moments` has it, with `noise` on copies, as `matrix_noise`."""
         tensors, ranks = optimizer_state_dict(self.optimizer, self.training.model), self.training.ranks
         sources = self.training.delink()
-        model = self.training.model  # a sharded one was built again
+        model, backbone = self.training.model, self.training.backbone  # a sharded one was built again
+        if backbone is not None:  # how blocks run is chosen again: separate weights need more memory
+            backbone.executor = LayerExecutor(backbone.executor.dispatcher)
         self._build()
         inherited = delink_moments(tensors, sources, moments)
         load_optimizer_state(inherited.items(), self.optimizer, model, "the stage before")
         uses, named = Counter(sources.values()), dict(model.named_parameters())
-        for name in sorted(new for new, old in sources.items() if noise and uses[old] > 1 and named[new].ndim > 1):
+        delinked = {new for new, old in sources.items() if uses[old] > 1 and named[new].ndim > 1}
+        for name in sorted(one for one in delinked if noise and not named[one].is_meta):  # offloaded ones are on meta
             spec = ranks.shard_spec(named[name])
             with torch.no_grad():
                 values = spec.local(named[name])

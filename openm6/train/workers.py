@@ -3,6 +3,7 @@
 Workers are forked processes that share the weights and each step. A worker takes a part of the batch and runs the same
 train step as a process alone or a distributed rank. Only the sum over ranks differs: gradients are summed in shared
 memory, each parameter's by the worker that owns it, always in the same order, and the owner updates it.
+`balance: aux` and `capacity_factor` act on each part, so with them the loss differs by more than the order of sums.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from openm6.core.device import usable_cores
 from openm6.core.errors import ConfigError
+from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.worker_pool import WorkerPool, can_fork, share_model, shared_like
@@ -30,27 +32,33 @@ COLLECT = "collect"
 Value = TypeVar("Value")
 
 
-def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder) -> int:
-    """Return how many processes share a step; `auto` is resolved once, in config.yaml; ConfigError if too many."""
-    on_cpu = all(parameter.is_cpu for parameter in training.model.parameters())
+def possible_workers(training: TrainingTask, config: LoopConfig) -> int:
+    """Return how many processes may share a step; ConfigError if loop.num_processes is more, except on a GPU."""
+    if any(not (parameter.is_cpu or parameter.is_meta) for parameter in training.model.parameters()):
+        if config.num_processes not in ("auto", 1):  # of a run that began on a CPU
+            get_log().info(f"loop.num_processes={config.num_processes} is for a CPU: this run goes on in one process")
+        return 1
     # A stage replaces the weights, and offloading keeps them where other processes have no access.
     alone = config.stages is not None or config.offloaded
-    possible = training.max_parts if can_fork() and on_cpu and not alone else 1
-    if config.num_processes == "auto":
-        if possible == 1:
-            return 1
-        written = run.read_config().get(LOOP_SECTION, {}).get("num_processes")
-        if not isinstance(written, int):
-            written = min(possible, usable_cores())
-            run.set_config(LOOP_SECTION, "num_processes", written)
-        return written
-    if config.num_processes > possible:
+    possible = training.max_parts if can_fork() and not alone else 1
+    if config.num_processes != "auto" and config.num_processes > possible:
         why = f"its batches make at most {possible} parts" if possible > 1 else "it runs in one process here"
         raise ConfigError(
             f"loop.num_processes={config.num_processes} is too many for this run, {why}: "
             f"set loop.num_processes to {possible}"
         )
-    return config.num_processes
+    return possible
+
+
+def number_of_workers(config: LoopConfig, possible: int, run: RunFolder) -> int:
+    """Return how many processes share a step, of those `possible`; `auto` is resolved once, in config.yaml."""
+    if config.num_processes != "auto":
+        return min(config.num_processes, possible)
+    written = run.read_config().get(LOOP_SECTION, {}).get("num_processes") if possible > 1 else 1
+    if not isinstance(written, int):
+        written = min(possible, usable_cores())
+        run.set_config(LOOP_SECTION, "num_processes", written)
+    return written
 
 
 class Workers(ProcessGroupContext):

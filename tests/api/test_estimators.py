@@ -6,6 +6,7 @@ import doctest
 import pickle
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import openm6
@@ -60,7 +62,7 @@ def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     }  # fmt: skip
 
 
-def test_columns_of_every_kind() -> None:
+def test_columns_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = shop(16).assign(sound=[f"{index % 2}.wav" for index in range(16)])
     frame.loc[3, ["weight", "title", "photo"]] = None
     prices = frame.pop("price")
@@ -75,6 +77,10 @@ def test_columns_of_every_kind() -> None:
     assert not np.allclose(regressor.predict(changed), regressor.predict(frame)), "the images are read"
     alone = np.concatenate([regressor.predict(frame.iloc[[row]], output_type="median") for row in range(16)])
     np.testing.assert_allclose(alone, found[:, 1], rtol=1e-4)
+    words = SimpleNamespace(categories={"colour": ["red", "blue"]}, labels={})
+    monkeypatch.setattr(regressor.model_.loaded.numbers, "predictors", [words])
+    spelt = regressor._records(frame.assign(colour=frame["colour"].str.upper()))
+    assert [one["categories"]["colour"] for one in spelt] == frame["colour"].tolist(), "as in the training"
 
 
 def test_dates_of_a_frame_are_inputs(tmp_path: Path) -> None:
@@ -222,3 +228,7 @@ def test_columns_other_than_those_of_the_training_are_an_error_of_ours() -> None
         fitted.predict(table[["a"]])
     with pytest.raises(OpenM6Error, match="features"):
         fitted.predict([[1.0]])
+    with pytest.raises(TableError, match="y holds values that are no numbers"):
+        fitted.fit(table[["a"]], ["x"] * 8)
+    with pytest.raises(NotFittedError):
+        fitted.predict(table[["a"]])

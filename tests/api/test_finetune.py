@@ -95,6 +95,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no model of this name": ({"start": "mega"}, "no model of this name in"),
     "no data": ({"data": "none.csv"}, "there is nothing at none.csv"),
     "no column": ({"target": "prise"}, "the data have no column 'prise'; did you mean 'price'"),
+    "no column of this number": ({"target": 9}, "the data have no column '9'"),
     "no task": ({"target": "photo", "data": shop(16)[["photo", "weight"]]}, "can be trained on as it is"),
     "no rows": ({"data": shop(16).iloc[:0]}, "a DataFrame with at least one row"),
     "empty target": ({"data": shop(16).assign(price=None)}, "can be trained on as it is"),

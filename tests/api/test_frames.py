@@ -127,6 +127,8 @@ def test_categories_are_predicted_as_text_or_with_probabilities(model: openm6.Op
     assert list(found.columns) == ["predictions", "red", "blue", "green"]
     np.testing.assert_allclose(found[["red", "blue", "green"]].sum(axis=1), 1)
     assert (found["predictions"] == found[["red", "blue", "green"]].idxmax(axis=1)).all()
+    series = pd.Series(["red", "blue", "green"], index=[2, 0, 7])
+    pd.testing.assert_frame_equal(model.predict(frame, "colour", classes=series), found)
 
 
 def test_the_keys_of_records_are_columns_of_a_source_without_fields(model: openm6.OpenM6) -> None:
@@ -255,7 +257,7 @@ def test_the_clock_of_a_forecast_is_that_of_the_training_source(
     ahead = pd.DataFrame({"item_id": "a", "timestamp": months[20:], "promo": 0.0})
     model.forecast(rows, ahead, target="sales", prediction_length=4)
     seconds = np.asarray([one.timestamp() for one in months[20 - config.context :]])
-    assert seen == [(seconds[0], np.median(np.diff(seconds)))]
+    assert seen == [(tuple(seconds), np.median(np.diff(seconds)))]
 
 
 def later(items: tuple[str, ...] = ("b", "a")) -> pd.DataFrame:
@@ -276,6 +278,11 @@ BAD_TABLES: dict[str, tuple[Any, str]] = {
         lambda f: (f.assign(weight=[1, "x", b"y"]), "price"),
         "column 'weight' of the DataFrame holds values of several",
     ),
+    "a type of its own": (
+        lambda f: (f.assign(weight=1j), "price"),
+        "'weight' of the DataFrame holds values of a type that cannot be read .complex.: convert",
+    ),
+    "a number as the target": (lambda f: (f.set_axis(range(5), axis=1), 0), "the model predicts no column '0'"),
     "a text as a number": (lambda f: (f.assign(weight="heavy"), "price"), "row 0 of the DataFrame: column 'weight'"),
     "no file": (lambda f: (f.assign(photo="x.png"), "price"), "row 0 of the DataFrame: x.png cannot be read"),
     "an image of zero bytes": (lambda f: (f.assign(photo=b""), "price"), "column 'photo' holds an empty file"),
@@ -300,6 +307,12 @@ def test_categories_are_spelt_as_in_the_training(word: str, trained: str, model:
 def test_another_spelling_changes_no_prediction(model: openm6.OpenM6) -> None:
     rows = shop(4)
     found = model.predict(rows.assign(colour=rows["colour"].str.upper()), "price")
+    pd.testing.assert_frame_equal(found, model.predict(rows, "price"))
+
+
+def test_a_sparse_column_is_that_of_its_values(model: openm6.OpenM6) -> None:
+    rows = shop(3).assign(weight=[0.0, np.nan, 2.0])
+    found = model.predict(rows.astype({"weight": pd.SparseDtype("float", 0.0)}), "price")
     pd.testing.assert_frame_equal(found, model.predict(rows, "price"))
 
 

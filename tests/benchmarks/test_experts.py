@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from benchmarks import decoder
 from benchmarks.experts import bench_experts, routings
 from benchmarks.sizes import SIZES
 from openm6.core.errors import ConfigError
@@ -39,6 +41,19 @@ def test_routings_have_the_same_active_weights():
     assert ways["prototypes"].num_prototypes == 8 and ways["prototypes_shared"].num_prototypes == 4
     # One prototype is top-1, which stands there already.
     assert list(routings(SIZES["a"].backbone.experts)) == ["top_k", "prototypes", "top_k_shared"]
+
+
+def test_a_layer_computes_its_shared_experts(monkeypatch):
+    passes = []
+    monkeypatch.setattr(decoder, "backward_of", lambda forward, x, parameters: passes.append((forward, parameters)))
+    x = torch.randn(TINY.rows, TINY.length, TINY.width)
+    ways = routings(TINY.backbone.experts)
+    for way in ways.values():
+        decoder.our_layer(way, x)
+    # An unused weight has no gradient, which is an error here.
+    found = [torch.autograd.grad(forward(x).sum(), weights) for forward, weights in passes]
+    counts = dict(zip(ways, [sum(one.numel() for one in gradients) for gradients in found], strict=True))
+    assert counts["top_k_shared"] - counts["top_k"] == 3 * TINY.width * TINY.hidden
 
 
 def test_the_comparison_of_routings_is_reported(tmp_path, monkeypatch, capsys):

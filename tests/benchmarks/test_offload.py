@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.offload import OffloadSize, measure
+from benchmarks import baseline_deepspeed
+from benchmarks.harness import Report
+from benchmarks.offload import OffloadSize, compare_with_deepspeed, measure
 from openm6.core.errors import ConfigError
 
 SMALL = OffloadSize(
@@ -40,6 +43,29 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
     offloaded = written["budget_gib"]["host: offloaded weights"]
     assert 0 < offloaded < sum(written["budget_gib"].values()) < written["peak_host_gib"]
     assert written["curve"][0]["offloaded"] == 0.0
+
+
+@pytest.mark.parametrize(("largest", "seconds", "ratio"), [(2048, 60, 5.0), (9999, 60, None), (2048, 0, None)])
+def test_the_ratio_to_deepspeed_needs_a_size_that_fails(
+    largest: int, seconds: float, ratio: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def run(width: int, layers: int, length: int, limit: float) -> dict[str, float] | None:
+        limits.append(limit)
+        return {"parameters": width * layers} if width <= largest else None
+
+    monkeypatch.setattr(baseline_deepspeed, "_run", run)
+    monkeypatch.setattr(baseline_deepspeed.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(baseline_deepspeed, "resolve_device", lambda: torch.device("cuda"))
+    with Report(None, seconds) as report:
+        report["parameters"] = 5 * 2048 * 32
+        compare_with_deepspeed(report, 16)
+    assert report.found.get("times_the_baseline") == ratio
+    ran = [one["parameters"] for one in report.found["baseline_sizes"]]
+    assert ran == [width * layers for width, layers in baseline_deepspeed.SIZES if width <= largest and seconds]
+    assert report.found["baseline"] == (report.found["baseline_sizes"][-1] if ran else None)
+    assert all(limit <= seconds for limit in limits)
 
 
 def test_what_it_does_not_know_is_refused() -> None:

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from benchmarks.harness import Deadline
 from benchmarks.own_data import cnn
 from benchmarks.own_data import ours as ours_module
-from benchmarks.own_data.command import choose, run_one
+from benchmarks.own_data.command import Run, choose, run_one
 from benchmarks.own_data.datasets import DATASETS, Horizon, OwnData, table
 from benchmarks.own_data.frame import Frame, split, write_image_folder, write_table
 from benchmarks.own_data.ours import FailedError, Ours, train
@@ -303,6 +304,23 @@ def test_predictions_belong_to_their_rows(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [score["values"][OURS] < 1e-6 for score in numbers] == [True] * 3
     (accuracy,) = (score["values"] for score in report["scores"] if score["metric"] == "accuracy")
     assert report["notes"] == {} and set(accuracy) == {"boosting", "logistic", OURS}
+
+
+def test_a_record_that_cannot_be_asked_about_gets_the_frequencies_of_the_classes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer = next(iter(exact(None, [SimpleNamespace(answer={"y": 1.0})], None)))
+    monkeypatch.setattr(ours_module, "trained_for", lambda *_: [])
+    monkeypatch.setattr(ours_module, "_number_answers", lambda *_: [answer, None])
+    rows = [Frame({"y": labels}, {"y": "category"}) for labels in (["0", "2", "2", "1"], ["1", "2"])]
+    frame = Frame({"y": [*rows[0].columns["y"], *rows[1].columns["y"]]}, {"y": "category"})
+    data = OwnData("tiny", "table", "a test", "none", lambda _: frame, ("y",))
+    report: dict[str, Any] = {"notes": {}, "seconds": {}, "failure": ""}
+    labels: dict[str, dict[str, np.ndarray]] = {"y": {}}
+    Run(data, frame, 1.0, tmp_path, report, None).predict(SimpleNamespace(loaded=None), tmp_path, *rows, {}, labels)
+    assert report["failure"] == "" and labels["y"][OURS][1].tolist() == [0.25, 0.25, 0.5]
+    assert labels["y"][OURS][0].argmax() == 1
+    assert report["notes"] == {"openm6: y": "1 of 2 records lack what the task needs"}
 
 
 def test_folds_are_pooled(tmp_path: Path) -> None:

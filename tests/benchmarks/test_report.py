@@ -1,4 +1,4 @@
-"""A benchmark's report: printed once, also when it is cut short, with what was found by then; errors print nothing."""
+"""A benchmark's report: printed once, also when it is cut short or fails, with what was found by then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import LIMIT, Deadline, Report
-from openm6.core.errors import ConfigError
+from benchmarks.multitask import check_files
+from benchmarks.own_data.command import bench_own_data
+from openm6.core.errors import ConfigError, OutputError
 
 
 def printed(capsys: pytest.CaptureFixture) -> dict[str, Any]:
@@ -68,11 +70,38 @@ def test_an_error_on_the_way_out_is_still_a_cut(capsys: pytest.CaptureFixture) -
     assert printed(capsys)["cut_short"] == report.found["cut_short"] == "the time was over"
 
 
-def test_an_error_of_its_own_passes_and_prints_nothing(capsys: pytest.CaptureFixture) -> None:
+def test_an_error_of_its_own_passes_after_what_was_found(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(ConfigError, match="no such size"), Report(None, 60):
         raise ConfigError("no such size")
     assert capsys.readouterr().out == ""
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    with pytest.raises(RuntimeError, match="CUDA"), Report(None, 60) as report:
+        report["ours"] = 1
+        raise RuntimeError("CUDA is out of memory\nTried to allocate")
+    assert printed(capsys) == {"ours": 1, "cut_short": "RuntimeError: CUDA is out of memory"}
+
+
+@pytest.mark.parametrize("limit", [None, 0.02])
+def test_an_entry_that_fails_loses_no_other(limit: float | None, capsys: pytest.CaptureFixture) -> None:
+    def failing() -> dict[str, Any]:
+        raise OutputError("tables.md could not be written")
+
+    with pytest.raises(OutputError, match="tables.md"), Report(None, 60, limit) as report:
+        report["ours"] = 1
+        report.at_end(failing)
+        report.at_end(lambda: {"ratio": 2})
+        time.sleep(0.1 if limit else 0)
+    reason = "the time was over" if limit else "OutputError: tables.md could not be written"
+    assert printed(capsys) == {"ours": 1, "ratio": 2, "cut_short": reason}
+
+
+def test_a_path_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--json .*there is no folder"):
+        Report(tmp_path / "none" / "found.json", 60)
+    with pytest.raises(ConfigError, match="--table .*there is no folder"):
+        bench_own_data(table=tmp_path / "none" / "own.md")
+    with pytest.raises(ConfigError, match="--image .* is a folder"):
+        check_files(tmp_path, None)
 
 
 def test_a_forked_process_ends_as_it_would_without(capsys: pytest.CaptureFixture) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import generate
-from benchmarks.baseline_qwen import QwenBaseline
-from benchmarks.harness import Report
+from benchmarks import generate, serve
+from benchmarks.baseline_qwen import QwenBaseline, Seen
+from benchmarks.harness import Deadline, Report
 from benchmarks.serve import (
+    LOAD,
     ServeSetting,
     answer_prompts,
     arrival_moments,
+    compare_under_load,
     make_models,
     make_prompts,
     ours_run,
+    run_in_turn,
 )
 from benchmarks.serve import compare as compare_text
 from openm6.inference.decode_batch import DecodeBatch
@@ -92,6 +96,43 @@ def test_what_bench_serve_prints() -> None:
     load = found["text_under_load"]
     assert load["openm6"]["first_token_seconds"]["p99"] > 0 and len(load) >= 3
     assert set(found["ours_over_each"]) <= set(found["text"]) and found["ours_over_best_baseline"] > 0
+
+
+def test_candidates_alternate_and_a_slow_or_failed_one_runs_once() -> None:
+    order: list[str] = []
+
+    def run(name: str, seconds: list[float]) -> dict[str, float | str]:
+        order.append(name)
+        return {"tokens": 1, "seconds": seconds.pop(0)} if seconds else {"error": "no memory"}
+
+    seconds = {"ours": [0.0, 3.0, 1.0, 2.0], "slow": [0.0, 9.0], "broken": []}
+    found: dict[str, dict[str, float]] = {}
+    candidates = {name: lambda name=name, own=own: run(name, own) for name, own in seconds.items()}
+    run_in_turn(candidates, TINY, Deadline(60), found)
+    assert order == ["ours", "ours", "slow", "slow", "broken", "broken", "ours", "ours"]
+    assert found["ours"]["seconds"] == 2.0 and found["slow"]["seconds"] == 9.0 and "error" in found["broken"]
+    order.clear()
+    run_in_turn({name: lambda name=name: run(name, [1.0]) for name in ("a", "b")}, TINY, Deadline(0), only := {})
+    assert order == ["a", "a"] and set(only) == {"a"}
+
+
+def test_the_load_follows_what_takes_arrivals_and_a_cut_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, tuned = "transformers continuous batching", "transformers continuous batching, small pool"
+    rates = {"openm6": 90.0, "transformers generate, padded batches of 4": 80.0, first: 2.0, tuned: 10.0}
+    seen = Seen(4, dict.fromkeys(range(4), 9.0), dict.fromkeys(range(4), 9.0))
+    monkeypatch.setattr(serve, "answer_prompts", lambda *_: seen)
+
+    def failing(*_: object) -> Seen:
+        raise ValueError("cut")
+
+    baseline = SimpleNamespace(batching_settings=lambda *_: {first: {}, tuned: {}}, under_load=failing)
+    report = Report(None, 60)
+    with pytest.raises(ValueError, match="cut"):
+        compare_under_load(None, baseline, make_prompts(TINY), 5, rates, report)
+    assert report.found["text_under_load"]["arrivals_per_second"] == LOAD * 10.0
+    assert set(report.found["text_under_load"]) == {"arrivals_per_second", "openm6"}
+    compare_under_load(None, None, make_prompts(TINY), 5, rates, late := Report(None, 0))
+    assert set(late.found["text_under_load"]) == {"arrivals_per_second"}
 
 
 def test_without_the_baseline_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import queue
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import baseline as baseline_module
+from benchmarks import per_core
 from benchmarks import train as bench
 from benchmarks.baseline import baseline_candidate, choose_experts
 from benchmarks.baseline_qwen import backbone_state
@@ -16,7 +19,7 @@ from benchmarks.harness import Deadline, Timing
 from benchmarks.per_core import ratio
 from benchmarks.sizes import SIZES
 from openm6.core.device import usable_cores
-from openm6.core.errors import ConfigError
+from openm6.core.errors import ConfigError, TrainingError
 from openm6.ops.sequence import causal_meta
 from tests.benchmarks.test_sizes import TINY
 
@@ -51,6 +54,15 @@ def test_there_is_no_ratio_of_times_that_vary():
     assert ratio(steady, Timing([0.22, 0.22, 0.22])) == (2.0, None)
     found, note = ratio(steady, noisy)
     assert found is None and "took 1.50 times the fastest" in note
+
+
+def test_a_process_that_fails_is_an_error_of_one_sentence(monkeypatch):
+    process = SimpleNamespace(exitcode=1, start=lambda: None, kill=lambda: None, join=lambda: None)
+    context = SimpleNamespace(set_forkserver_preload=lambda _: None, Queue=queue.Queue, Process=lambda **_: process)
+    monkeypatch.setattr(per_core.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(per_core, "LOOK_EVERY", 0.01)
+    with pytest.raises(TrainingError, match="a process of the benchmark failed"):
+        per_core.time_per_core(test_there_is_no_ratio_of_times_that_vary, (), 1, Deadline(1), {})
 
 
 def test_the_baseline_in_bf16_has_two_settings(monkeypatch):

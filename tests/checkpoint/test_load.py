@@ -122,6 +122,15 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path, name: str) -> None:
     assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
 
 
+def test_a_checkpoint_of_before_the_first_update_has_no_state(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(default_groups(model), OptimizerConfig())
+    folder = save(Snapshot(1, model, optimizer_state_dict(optimizer, model), {}), tmp_path, keep=1)
+    one_step(model, optimizer)
+    load_optimizer(folder, optimizer, model)
+    assert not optimizer.state
+
+
 def test_state_for_a_parameter_that_is_not_trained_is_told(tmp_path: Path) -> None:
     model = nn.Linear(4, 4)
     optimizer = build_optimizer(default_groups(model), OptimizerConfig())

@@ -17,6 +17,7 @@ from openm6.checkpoint.folder import latest, list_checkpoints, prune, read_state
 from openm6.checkpoint.load import load_model
 from openm6.checkpoint.save import Snapshot, save
 from openm6.core.errors import CheckpointError
+from openm6.core.log import get_log
 
 
 def network(width: int = 64, seed: int = 0) -> nn.Module:
@@ -104,11 +105,24 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tiny_disk: Path) -> No
 
 
 def test_leftovers_of_a_killed_save_are_cleared_away(tmp_path: Path) -> None:
-    leftover = tmp_path / ".step-7.partial"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
+    for name in (".step-7.partial", "step-2", "step-9"):  # the second was being removed, the last may be of use
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
     save(snapshot(8), tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-8"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-8", "step-9"]
+
+
+def test_an_old_checkpoint_that_stays_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    save(snapshot(1), tmp_path, keep=1)
+    monkeypatch.setattr("openm6.checkpoint.folder.shutil.rmtree", refuse)
+    with caplog.at_level("WARNING", logger=get_log().name):
+        assert save(snapshot(2), tmp_path, keep=1) == latest(tmp_path) == tmp_path / "step-2"
+    assert caplog.messages == [f"{tmp_path / 'step-1'} could not be removed (Permission denied): remove it by hand"]
 
 
 def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:

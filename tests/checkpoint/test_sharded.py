@@ -8,16 +8,21 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from openm6.checkpoint.folder import MODEL_FILE, latest, list_checkpoints
 from openm6.checkpoint.load import load_model
-from openm6.checkpoint.sharded import Staging
+from openm6.checkpoint.save import Snapshot
+from openm6.checkpoint.sharded import ShardedSaver, Staging
 from openm6.core.errors import CheckpointError
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.config import MeshShape
+from openm6.distributed.processes import DistributedContext
 from openm6.inference.load import load
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
@@ -144,6 +149,25 @@ def assert_streamed(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     for layer in range(backbone.config.num_layers):
         for name, tensor in backbone.block(layer).named_parameters():
             assert torch.equal(tensor, weights[f"backbone.layers.{layer}.{name}"]), name
+
+
+def failing_save(folder: str) -> tuple[str, list[str]]:
+    """The sentence of a save whose disk is full, and what it has left."""
+    ranks = DistributedContext(CPU, 60)
+    ranks.open_mesh(MeshShape(1, 2, 1))
+    assert ranks.layout is not None
+    saver = ShardedSaver(ranks.layout)
+    with patch("openm6.checkpoint.sharded.dcp.save", side_effect=OSError("No space left on device")):
+        saver.begin(Snapshot(3, nn.Linear(2, 2), {}, {}), Path(folder), keep=1)
+        with pytest.raises(CheckpointError) as caught:
+            saver.finish()
+    dist.barrier()
+    return str(caught.value), [path.name for path in Path(folder).iterdir()]
+
+
+def test_a_save_that_fails_leaves_no_part(tmp_path: Path, two: Fleet) -> None:
+    for sentence, left in two.run(failing_save, str(tmp_path)):
+        assert "could not be written (No space left on device)" in sentence and left == []
 
 
 def test_a_missing_part_makes_a_checkpoint_incomplete(tmp_path: Path, two: Fleet) -> None:

@@ -7,10 +7,10 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import create_autospec
 
 import pytest
 
@@ -19,6 +19,7 @@ OWN_PAGES = {("openm6.cli.use", "print_energy"), ("openm6.cli.listings", "print_
 EXTRAS = {"ray"}  # packages that are too large for the extra [dev]
 
 
+@cache
 def lazy_imports() -> list[tuple[str, str]]:
     """Module and name of every import of the package inside a function of the command line."""
     found = set()
@@ -42,6 +43,19 @@ def import_name(module: str, name: str) -> Any:
         return None
 
 
+signature_of = cache(inspect.signature)
+
+
+def checked(signature: inspect.Signature, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that passes on what fits the signature, and raises TypeError for other words."""
+
+    def passes(*words: Any, **named: Any) -> Any:
+        signature.bind(*words, **named)
+        return call(*words, **named)
+
+    return passes
+
+
 def replace_calls(
     monkeypatch: pytest.MonkeyPatch, instead: Mapping[str, Callable[..., Any]], keep: tuple[str, ...] = ()
 ) -> None:
@@ -58,4 +72,4 @@ def replace_calls(
             setattr(missing, name, call)
             monkeypatch.setitem(sys.modules, module, missing)
         elif inspect.isfunction(real) and name not in keep:
-            monkeypatch.setattr(f"{module}.{name}", create_autospec(real, side_effect=call))
+            monkeypatch.setattr(f"{module}.{name}", checked(signature_of(real), call))

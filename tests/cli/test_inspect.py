@@ -38,13 +38,14 @@ def test_whole_numbers_as_categories(tmp_path: Path) -> None:
     assert recipe["sources"]["x"]["fields"] == {"numbers": ["size", "price"], "categories": ["smoker"]}
 
 
-def test_the_recipe_is_written_once(tmp_path: Path) -> None:
+def test_the_recipe_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data, out = tmp_path / "x.csv", tmp_path / "my.yaml"
     data.write_text("text,label\n" + "".join(f"words of number {n},{'ab'[n % 2]}\n" for n in range(30)))
     words = ["data", "inspect", str(data), "--out", str(out)]
     shown = runner.invoke(app, words)
     assert shown.exit_code == 0 and f"wrote {out}; train it with: openm6 train {out}" in shown.stdout
     assert yaml.safe_load(out.read_text())["mixture"] == [{"source": "x", "task": "text_classification"}]
+    monkeypatch.setattr("openm6.data.inspect.inspect_path", None)  # refused before it is called
     again = runner.invoke(app, words)
     assert again.exit_code == 1 and "exists already: name another file" in again.stderr
 

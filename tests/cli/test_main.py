@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from openm6.cli.group import print_result
 from openm6.cli.main import app
+from openm6.cli.use import _files_in
 from openm6.core.config import apply_overrides
 from openm6.core.errors import DataError, Interrupted
 from openm6.core.files import renamed
@@ -352,6 +353,29 @@ def test_a_chat_shows_files_and_remembers_answers(monkeypatch: pytest.MonkeyPatc
     answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.flac')] What is this?"
     answers += "> 5 [] What does  @dataclass do?", "> "
     assert shown.stdout == "\n".join(answers)
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "names"),
+    [
+        ("Describe @face.png.", "Describe .", ["face.png"]),
+        ("What is @face.png?", "What is ?", ["face.png"]),
+        ("描述@face.png", "描述", ["face.png"]),
+        ("请看,再描述@face.png上的人。", "请看,再描述上的人。", ["face.png"]),
+        ("@notes and @face.png", "and", ["notes", "face.png"]),
+        ("Hear @gone.mp3! See 图：@没有.png的内容", "Hear ! See 图：的内容", ["gone.mp3", "没有.png"]),
+        ("mail me@face.png @dataclass @notes2 @x.py", "mail me@face.png @dataclass @notes2 @x.py", []),
+    ],
+)
+def test_files_in_a_line_of_a_chat(
+    line: str, words: str, names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("face.png", "notes"):
+        (tmp_path / name).touch()
+    found, files = _files_in(line)
+    assert (found, [name for name, _ in files]) == (words, names)
+    assert all(kind == ("audio" if name.endswith("mp3") else "image") for name, kind in files)
 
 
 def test_an_answer_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
+from openm6.cli.plan_page import in_time
 from openm6.core.config import read_yaml
 from openm6.core.run_folder import RunFolder
 from openm6.energy.meter import EnergyConfig
@@ -97,6 +98,18 @@ def test_the_folder_of_a_run_is_planned_as_it_was_trained(
         assert "128 tokens" in done.stdout and not commands
     else:
         assert commands[0][-2:] == [str(run.config), "loop.seed=3"]
+
+
+def test_times_have_a_unit_that_suits_them() -> None:
+    times = {
+        0.0123: "12.3 ms",
+        0.9996: "1 s",
+        99.96: "100 s",
+        7080: "118 minutes",
+        7.5e4: "20.8 hours",
+        1e6: "11.6 days",
+    }
+    assert {seconds: in_time(seconds) for seconds in times} == times
 
 
 def test_a_sweep(tmp_path: Path) -> None:

@@ -173,6 +173,19 @@ def test_unused_vectors_are_replaced_until_all_points_of_a_latent_are_found() ->
     assert distance.min(1).values.max() < 0.01
 
 
+@pytest.mark.parametrize("kind", [GroupedQuantizer, VectorQuantizer])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_pass_that_is_not_finite_leaves_nothing_behind(kind: type, broken: float) -> None:
+    torch.manual_seed(0)
+    quantizer = kind(CONFIG) if kind is GroupedQuantizer else kind(2, 8, 6)
+    quantizer(latent(4, 9, 6))
+    before = {name: one.clone() for name, one in quantizer.state_dict().items()}
+    bad = latent(4, 9, 6)
+    bad[0, 0] = broken
+    quantizer(bad)
+    assert before and all(torch.equal(one, before[name]) for name, one in quantizer.state_dict().items())
+
+
 def test_the_gradient_passes_codebooks_straight_through_and_the_commitment_pulls() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(1, 8, 3)

@@ -29,7 +29,7 @@ EXAMPLES: dict[str, list[Any]] = {
         {next(iter(COLUMNS)): 1.0},
         dict.fromkeys(COLUMNS),
         NumberSeries(next(iter(COLUMNS)), [1.0, None, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]),
-        NumberSeries(next(iter(COLUMNS)), [3.0, None, 5.0], [1.0, 2.0, None, 4.0] * 5, (0.0, 86_400.0)),
+        NumberSeries(next(iter(COLUMNS)), [3.0, None, 5.0], [1.0, 2.0, None, 4.0] * 5, ([0.0], 86_400.0)),
     ],
 }
 EXTERNAL = ("image by name", "audio by name")

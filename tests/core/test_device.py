@@ -27,7 +27,8 @@ def eight_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     return current
 
 
@@ -53,8 +54,16 @@ def test_the_allocator_is_set_before_cuda_starts(eight_gpus, monkeypatch):
 
 def test_each_launched_process_has_a_gpu_of_its_own(eight_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
     assert resolve_device() == torch.device("cuda", 5)
     assert eight_gpus[-1] == 5
+
+
+def test_a_process_that_was_launched_alone_chooses_its_gpu(eight_gpus, monkeypatch):
+    """torch's launcher, which starts it again after a failure, numbers it, too."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
 
 
 def test_a_device_by_name(eight_gpus, monkeypatch):
@@ -62,6 +71,7 @@ def test_a_device_by_name(eight_gpus, monkeypatch):
     assert resolve_device("cuda") == torch.device("cuda", 3)
     assert resolve_device("cuda:6") == torch.device("cuda", 6) and eight_gpus[-1] == 6
     monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
     assert resolve_device("cuda") == torch.device("cuda", 5)
     with pytest.raises(ConfigError, match="use cuda in place of cuda:6"):
         resolve_device("cuda:6")
@@ -77,6 +87,7 @@ def test_a_gpu_that_is_not_there(eight_gpus, monkeypatch):
     with pytest.raises(ConfigError, match="no cuda:8: torch sees 8 GPUs"):
         resolve_device("cuda:8")
     monkeypatch.setenv("LOCAL_RANK", "9")
+    monkeypatch.setenv("WORLD_SIZE", "16")
     with pytest.raises(ConfigError, match="no cuda:9: torch sees 8 GPUs"):
         resolve_device()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -216,6 +216,13 @@ def test_several_series_in_one_table_are_told_apart(tmp_path):
     assert inspection.datasets[0].unused == []
 
 
+def test_an_identifier_before_the_column_of_series_hides_none(tmp_path):
+    rows = [f"{n},{'abc'[n % 3]},2024-{1 + n // 84:02d}-{1 + n // 3 % 28:02d},{n}.5" for n in range(300)]
+    (tmp_path / "x.csv").write_text("id,store,date,sales\n" + "\n".join(rows) + "\n")
+    source = recipe_of(inspect_path(str(tmp_path / "x.csv"))).sources["x_series"]
+    assert (source.columns, source.group) == (["sales"], "store")
+
+
 def test_dates_of_which_some_rows_share_one_are_no_series(tmp_path):
     rows = [f"2024-01-{1 + n % 28:02d},{n}" for n in range(300)]
     (tmp_path / "x.csv").write_text("date,sales\n" + "\n".join(rows) + "\n")
@@ -310,6 +317,7 @@ def reviews(*numbers: int) -> bytes:
         ("data-train.jsonl.gz", "data-test.jsonl.gz"),
         ("Train.jsonl", "test.jsonl"),
         ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"),
+        ("train-00000-of-00002.jsonl", "test-00000-of-00001.jsonl"),
     ],
 )
 def test_files_of_test_rows_are_never_trained_on(train: str, test: str, tmp_path: Path) -> None:
@@ -318,6 +326,59 @@ def test_files_of_test_rows_are_never_trained_on(train: str, test: str, tmp_path
     recipe = recipe_of(inspect_path(str(tmp_path)))
     assert [one.test_path for one in recipe.sources.values()] == [str(tmp_path / test)]
     assert list(recipe.sources) == ["data"]
+
+
+def test_test_rows_in_several_parts_are_read_as_one_table(tmp_path: Path) -> None:
+    rows = {"text_en": [f"words {n}" for n in range(40)], "label": ["x", "y"] * 20}
+    for name in ("train-00000-of-00001", "test-00000-of-00002", "test-00001-of-00002", "other-test"):
+        pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
+    (found,) = inspect_path(str(tmp_path)).datasets
+    assert (found.train, found.test) == (40, 80) and found.source["test_path"].endswith("test-*-of-00002.parquet")
+    assert [problem.rpartition("/")[2] for problem in found.problems] == [
+        "other-test.parquet: it is not used: name it as its training table, with test for train"
+    ]
+
+
+def test_a_test_table_without_what_is_predicted_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,b,price\n" + "".join(f"{n},{n}.5,{2 * n}.25\n" for n in range(60)))
+    (tmp_path / "test.csv").write_text("a,b\n" + "".join(f"{n},{n}.5\n" for n in range(9)))
+    (found,) = inspect_path(str(tmp_path)).datasets
+    assert "test_path" not in found.source and 0 < found.test < 20 and found.tasks == ["record_regression"]
+    assert "test.csv has no column 'price'" in found.problems[0]
+
+
+def test_chats_in_other_tables_are_to_be_exported(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 9
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "x.parquet")
+    (found,) = inspect_path(str(tmp_path)).datasets
+    assert found.kind == "parquet" and "export them as .jsonl" in found.problems[0]
+    (tmp_path / "y.csv").write_text("name,messages\n" + "".join(f"n{n},some {n} words\n" for n in range(9)))
+    (found,) = inspect_path(str(tmp_path / "y.csv")).datasets
+    assert (found.kind, found.broken) == ("csv", 0)
+
+
+def test_an_open_decimal_mark_is_proposed_and_named(tmp_path: Path) -> None:
+    rows = [f"2024-{1 + n // 28:02d}-{1 + n % 28:02d};1,{200 + n};{n % 9},{n % 10}" for n in range(60)]
+    lines = [row if n % 3 else row[:-2] + row[-2:].replace(",", ".") for n, row in enumerate(rows)]
+    (tmp_path / "x.csv").write_text("day;reviews;price\n" + "\n".join(lines) + "\n")
+    found, series = inspect_path(str(tmp_path)).datasets
+    assert "can be read in two ways" in found.problems[0] and found.problems[0].endswith("of most cells, ','")
+    assert found.source["decimal"] == series.source["decimal"] == "," and found.tasks and series.tasks
+
+
+def test_cells_that_are_sometimes_lists_are_compared(tmp_path: Path) -> None:
+    kinds = [[n] if n == 7 else "ab"[n % 2] for n in range(99)]
+    rows = [{"day": f"2024-01-{1 + n // 2 % 28:02d}", "kind": kind, "v": n / 7} for n, kind in enumerate(kinds)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert inspect_path(str(tmp_path)).datasets[0].rows == 99
+
+
+def test_broken_images_are_counted_over_the_whole_folder(tmp_path: Path) -> None:
+    content = png()
+    for number in range(400):
+        (tmp_path / f"{number:03d}.png").write_bytes(content if number < 300 else b"\x89PNG broken")
+    (found,) = inspect_path(str(tmp_path)).datasets
+    assert 0.22 < found.broken_fraction < 0.28
 
 
 def test_each_file_is_a_source_of_its_own(tmp_path: Path) -> None:

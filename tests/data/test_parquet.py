@@ -111,6 +111,14 @@ def test_rows_and_broken_rows(shop):
     assert source.values("text_en")[39] == "thing 39"
 
 
+def test_files_that_a_folder_of_tables_names_are_in_it(shop):
+    config = ParquetConfig(path=str(shop.parent), fields=FIELDS, test_fraction=0.0)
+    source = open_sources({"shop": config}, "train")["shop"]
+    assert source[0]["image"] == png()
+    with pytest.raises(DataError, match="leads out"):
+        source[2]
+
+
 def test_only_needed_columns_are_held(shop):
     table = load_table(str(shop), ["title"])
     assert isinstance(table, ParquetTable) and table.arrow.column_names == ["title"]

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
 from openm6.data import records
-from openm6.data.records import Fields, RowReader, as_bytes, as_list, as_number, as_numbers, as_series, as_text
+from openm6.data.propose import column_of
+from openm6.data.records import (
+    Fields,
+    RowReader,
+    as_bytes,
+    as_categories,
+    as_list,
+    as_number,
+    as_numbers,
+    as_series,
+    as_text,
+)
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import PINNED, Context, observed
 
@@ -89,6 +100,7 @@ def test_bytes_come_as_bytes_struct_or_name():
     assert as_bytes(b"abc", "image", 3, no_files) == b"abc"
     assert as_bytes({"bytes": b"abc", "path": "x.png"}, "image", 3, no_files) == b"abc"
     assert as_bytes({"bytes": None, "path": None}, "image", 3, no_files) is None
+    assert as_bytes("N/A", "image", 3, no_files) is None
     with pytest.raises(DataError, match=r"asked for x\.png"):
         as_bytes({"bytes": None, "path": "x.png"}, "image", 3, no_files)
 
@@ -121,6 +133,15 @@ def test_a_row_through_named_columns():
         "numbers": {"price": 3.5, "rating": None},
         "extra": {"seller": "Jo"},
     }
+
+
+def test_a_word_for_nothing_is_no_class():
+    fields = Fields(label="category", label_zh="title", categories=["rating", "seller"])
+    row = {"category": "NULL", "title": "-", "rating": b"N/A", "seller": "none"}
+    assert reader(fields).read(row) == {"categories": {"rating": None, "seller": "none"}}
+    assert as_categories({"a": " ", "b": "Na"}, "c") == {"a": None, "b": "Na"}, "a symbol is a class"
+    column = column_of("seller", ["none", "Jo", "NA"] * 5)
+    assert (column.kind, column.missing, column.distinct) == ("category", 5, 2)
 
 
 def test_dates_are_inputs_and_never_the_target():

@@ -209,6 +209,26 @@ def test_numbers_as_people_write_them(tmp_path, prices, values):
     assert [None if value is None else float(cell) for cell, value in zip(cells, values, strict=True)] == values
 
 
+@pytest.mark.parametrize(
+    ("prices", "reviews", "values"),
+    [
+        (["12.50"] * 30, ["1,204", "7"] * 15, [12.5, 1204]),
+        (["12,50"] * 30, ["1.204", "7"] * 15, [12.5, 1204]),
+        (["12,50"] * 30, ["1.204 km", "7 km"] * 15, [12.5, "1.204 km"]),
+        (["12,50 €"] * 30, ["1.204 €", "7 €"] * 15, [12.5, 1204]),
+        (["12.50"] * 29 + ["3,5"], ["1.204", "7"] * 15, [12.5, 1.204]),
+    ],
+)
+def test_a_column_that_shows_no_mark_has_that_of_the_others(tmp_path, prices, reviews, values):
+    path = tmp_path / "shop.csv"
+    path.write_text("title;reviews;price\n" + "".join(f"x;{b};{a}\n" for a, b in zip(prices, reviews, strict=True)))
+    cells = load_table(str(path)).row(0, ["price", "reviews"])
+    assert [float(cells["price"]), cells["reviews"]] == [values[0], str(values[1])]
+    if prices[-1] == "3,5":
+        with pytest.raises(DataError, match="row|line 31.*'3,5', which is not a number"):
+            open_csv(path)[29]
+
+
 def test_a_column_of_several_units_is_not_one_of_numbers(tmp_path):
     path = tmp_path / "shop.csv"
     path.write_text("title;price\n" + "a;$3\nb;3 EUR\nc;12 %\n" * 5)
@@ -249,8 +269,10 @@ def test_a_test_table_is_read_with_the_marks_of_the_training_table(tmp_path):
     assert open_own_data(str(held_out), {"shop": trained})["shop"][0]["numbers"]["price"] == 98450
     whole = tmp_path / "whole.csv"
     whole.write_text("title;price\na;3\nb;4\n")
-    held_out.write_text("title;price\nc;3,5\n")
-    assert open_csv(whole, "test", test_path=str(held_out))[0]["numbers"]["price"] == 3.5
+    for written in ("3,5", "3,5 €"):
+        held_out.write_text(f"title;price\nc;{written}\n")
+        assert open_csv(whole, "test", test_path=str(held_out))[0]["numbers"]["price"] == 3.5
+        whole.write_text("title;price\na;3 €\nb;4 €\n")
     held_out.write_text("title;price\nc;98.450\n")
     path.unlink()
     assert open_own_data(str(held_out), {"shop": trained})["shop"][0]["numbers"]["price"] == 98.45

@@ -33,13 +33,14 @@ def table(tmp_path):
 
 
 SHAPE = {"columns": ["a", "b"], "time": "day", "context": 4, "horizon": 2}
+SIX_DAYS = tuple(1704067200.0 + 86400 * n for n in range(6))
 
 
 def test_covariates_stand_beside_the_past_and_known_ones_go_on(table):
     windows = open_windows(path=table, **{**SHAPE, "columns": ["a"]}, known_covariates=["b"])
     built = TASKS["time_series_forecasting"].build(windows[0], Context("en", np.random.default_rng(0)))
     (past,) = (part.raw for part in built.inputs.values())
-    assert (past.name, past.values) == ("a", [0, 1, 2, 3]) and past.clock == (1704067200.0, 86400.0)
+    assert (past.name, past.values) == ("a", [0, 1, 2, 3]) and past.clock == (SIX_DAYS, 86400.0)
     assert [(other.name, other.values) for other in past.beside] == [("b", [0, 10, 20, None, 40, 50])]
     assert (built.target.raw.values, built.target.raw.past) == ([4, 5], [0, 1, 2, 3])
     windows = open_windows(path=table, **{**SHAPE, "columns": ["a"]}, past_covariates=["b"])
@@ -82,7 +83,8 @@ def test_dates_with_a_format_have_a_clock_and_an_empty_table_a_sentence(tmp_path
     (tmp_path / "t.csv").write_text("day,a\n" + "".join(f"{n + 1:02d}/01/99,{n}\n" for n in range(12)))
     settings = {"columns": ["a"], "time": "day", "context": 4, "horizon": 2, "path": str(tmp_path / "t.csv")}
     record = open_windows(**settings, time_format="%d/%m/%y")[0]
-    assert record["extra"]["clock"] == (datetime(1999, 1, 1, tzinfo=UTC).timestamp(), 86400.0)
+    first = datetime(1999, 1, 1, tzinfo=UTC).timestamp()
+    assert record["extra"]["clock"] == (tuple(first + 86400 * n for n in range(6)), 86400.0)
     (tmp_path / "t.csv").write_text("day,a\n")
     with pytest.raises(DataError):
         open_windows(**settings)
@@ -93,7 +95,7 @@ def test_a_window_in_order_of_time(table):
     record = windows[0]
     assert record["series"] == {"a": [0, 1, 2, 3, 4, 5], "b": [0, 10, 20, None, 40, 50]}
     assert record["extra"] == {"context": 4, "horizon": 2, "start": "2024-01-01", "block": "/0"} | {
-        "clock": (1704067200.0, 86400.0),
+        "clock": (SIX_DAYS, 86400.0),
         "position": (0, 43),
     }
     blocks = [window["extra"]["block"] for window in windows]
@@ -176,9 +178,10 @@ def test_groups_are_not_mixed(tmp_path):
         assert {value % 2 for value in record["series"]["v"]} == {"xy".index(record["extra"]["group"])}
 
 
-def test_broken_and_missing_cells(tmp_path):
+@pytest.mark.parametrize("broken", ["oops", "-1.7976931348623157e308", "1e45"])
+def test_broken_and_missing_cells(tmp_path, broken):
     path = tmp_path / "t.csv"
-    path.write_text("v\n" + "\n".join(["1", "2", "oops", "4", "5", "6", "NA", "NA", "9"]) + "\n")
+    path.write_text("v\n" + "\n".join(["1", "2", broken, "4", "5", "6", "NA", "NA", "9"]) + "\n")
     windows = open_windows(path=str(path), columns=["v"], context=1, horizon=2, test_fraction=0.0)
     assert len(windows) == 6  # the one whose horizon is all missing is left out
     with pytest.raises(DataError, match="row 2, column 'v'"):

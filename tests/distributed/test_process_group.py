@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from openm6.checkpoint.sharded import ShardedSaver
 from openm6.core.run_folder import RunFolder
-from openm6.distributed.fsdp import with_offsets
+from openm6.distributed.config import MeshShape
+from openm6.distributed.fsdp import refill_unit, shard_unit, with_offsets
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.distributed.processes import DistributedContext
 from openm6.modalities.batch import Batch
@@ -41,6 +45,36 @@ def test_what_ranks_tell_one_another(four: Fleet) -> None:
 def test_one_process_needs_nobody() -> None:
     ranks = ProcessGroupContext()
     assert ranks.all_reduce([2, 3]) == [2, 3] and ranks.gather("x") == ["x"] and ranks.is_main_process
+
+
+def timeouts() -> set[timedelta]:
+    """Of all groups that a sharded run opens."""
+    ranks = DistributedContext(CPU, 7.0)
+    ranks.open_mesh(MeshShape(1, 2, 2))
+    assert ranks.layout is not None
+    found: list[ProcessGroup] = [*ranks.layout.mesh.get_all_groups(), ranks.layout.dense.get_group()]
+    found.append(ShardedSaver(ranks.layout).group)
+    return {group._get_backend(CPU).options._timeout for group in found}
+
+
+def test_every_group_waits_as_long_as_the_recipe_has_it(four: Fleet) -> None:
+    assert four.run(timeouts) == [{timedelta(seconds=7)}] * 4
+
+
+def refilled() -> dict[str, bool]:
+    """Which parameters of a sharded module require a gradient once it was built again."""
+    ranks = DistributedContext(CPU, 60)
+    ranks.open_mesh(MeshShape(1, 2, 1))
+    assert ranks.layout is not None
+    old, fresh = nn.Linear(4, 4), nn.Linear(4, 4)
+    old.weight.requires_grad_(False)
+    shard_unit(old, ranks.layout)
+    refill_unit(ranks.layout, fresh, old)
+    return {name: weight.requires_grad for name, weight in fresh.named_parameters()}
+
+
+def test_frozen_weights_stay_frozen_when_a_module_is_built_again(two: Fleet) -> None:
+    assert two.run(refilled) == [{"weight": False, "bias": True}] * 2
 
 
 def uneven_gradients() -> list[Tensor | None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from openm6.evaluate import likelihood
 from openm6.evaluate.likelihood import (
     AnswerFrequencies,
     CodeFrequencies,
@@ -48,10 +50,8 @@ def number(raw: Any, source: list[Part] | None = None) -> Example:
     return Example("tabular_regression", "en", source or [], Part("numbers", raw), raw, "x")
 
 
-def window(past: list[float | None], future: list[float | None]) -> Example:
-    return number(
-        NumberSeries("temp_max", future), [Part("text", "x"), Part("numbers", NumberSeries("temp_max", past))]
-    )
+def window(past: list[float | None], future: list[float | None], name: str = "temp_max") -> Example:
+    return number(NumberSeries(name, future), [Part("text", "x"), Part("numbers", NumberSeries(name, past))])
 
 
 def test_the_most_frequent_answer_of_the_language() -> None:
@@ -103,6 +103,36 @@ def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: Loaded
     assert last_values[0].tolist() == [3.0] * 8
     filled = [1.0, 1.0, 2.0, 9.0, 4.0, 7.0, 3.0, 1.0]
     assert season_values[0].tolist() == filled, "a gap takes the value before"
+
+
+def test_each_column_has_a_season_of_its_own(model: LoadedModel) -> None:
+    """In whatever units: those of the larger one do not choose for both."""
+    seasons = {"temp_max": [1.0, 5.0, 2.0], "mass": [9e5, 1e5, 4e5, 7e5, 0.0]}
+    train = [
+        window(list(np.resize(season, 14 + n)[n:]), list(np.resize(season, 18 + n)[14 + n :]), name)
+        for name, season in seasons.items()
+        for n in range(4)
+    ]
+    found = numbers_references(FORECAST, train, train, model)
+    assert list(found) == ["last value", "seasonal naive, period 3 to 5"]
+    for example, forecast in zip(train, found["seasonal naive, period 3 to 5"], strict=True):
+        assert forecast.tolist() == example.answer.values
+
+
+def test_a_season_is_that_of_the_smallest_mean_error_and_reads_each_window_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(1)
+    train = [window(list(rng.normal(size=20 + n)), [1.0, None, *rng.normal(size=6)]) for n in range(5)]
+    errors = {}
+    for period in range(2, 21):
+        pasts = [(one, np.asarray(one.source[1].raw.values)) for one in train]
+        naive = [(np.resize(past[-period:], 8), np.array(one.answer.values, float)) for one, past in pasts]
+        errors[period] = np.mean([np.nanmean(np.abs(found - true)) for found, true in naive])
+    read = Mock(side_effect=likelihood._past)
+    monkeypatch.setattr(likelihood, "_past", read)
+    assert find_season(train) == min(errors, key=errors.__getitem__)
+    assert read.call_count <= 2 * len(train)
 
 
 def test_a_series_that_was_never_observed_is_guessed_at_zero(model: LoadedModel) -> None:

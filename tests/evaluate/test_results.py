@@ -49,3 +49,11 @@ def test_the_interval_of_little() -> None:
     for values, blocks in ((np.zeros(0), ()), (np.array([3.0]), ()), (np.arange(4.0), ["a"] * 4)):
         assert all(np.isnan(end) for end in bootstrap_interval(values, 0, blocks)), "one block has no spread"
     assert bootstrap_interval(np.arange(9.0), 4) == bootstrap_interval(np.arange(9.0), 4)
+
+
+def test_weights_count_as_so_many_records() -> None:
+    weights = np.repeat([1 / 40, 1 / 10], [40, 10])
+    assert bootstrap_interval(np.ones(50), 0, weights=weights) == (1.0, 1.0)
+    values, counts = np.random.default_rng(0).normal(size=30), np.arange(1, 31)
+    repeated = bootstrap_interval(values.repeat(counts), 4, [str(n) for n in np.arange(30).repeat(counts)])
+    assert bootstrap_interval(values, 4, weights=counts / 7) == pytest.approx(repeated)

@@ -43,6 +43,7 @@ def test_equal_texts_are_one_query() -> None:
     forward, backward = both_directions(loaded, task, examples, "zh")
     assert forward.similarity.shape == (len({example.key for example in examples}), 40)
     assert backward.similarity.shape == forward.similarity.shape[::-1]
+    assert set(forward.blocks) == set(backward.blocks) and len(set(forward.blocks)) == len(forward.blocks)
     assert (forward.matches.sum(0) == 1).all() and (forward.name, backward.name) == (
         "text_to_image_zh",
         "image_to_text_zh",
@@ -64,3 +65,13 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
 def test_a_source_that_fits_nothing_is_not_judged() -> None:
     trained_task = TrainedTask(task="audio_text_retrieval", source="iris")
     assert evaluate_retrieval(embedding_model(), trained_task, demo_sources("test")["iris"], 0) is None
+
+
+def test_a_model_that_is_always_right_is_so_in_every_resample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are fewer than images, and both directions count alike."""
+    monkeypatch.setattr(Search, "hits", lambda self, k: np.ones(len(self.matches)))
+    monkeypatch.setattr(Search, "bits", lambda self, scale: np.full(len(self.matches), 2.0))
+    trained_task = TrainedTask(task="image_text_retrieval", source="digits")
+    result = evaluate_retrieval(embedding_model(), trained_task, demo_sources("test")["digits"], 0)
+    assert result is not None and result.value_interval == (1.0, 1.0)
+    assert result.information_gain == pytest.approx(2) and result.information_interval == pytest.approx((2, 2))

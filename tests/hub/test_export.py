@@ -15,10 +15,18 @@ from openm6.hub.export import export_run
 from openm6.hub.importing import imported_logits
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import load
+from openm6.inference.question import chat_prompt
 from openm6.inference.sampling import Sampling
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import ModalitiesConfig, PromptAttention, source_segments
-from openm6.modalities.text import train_tokenizer
+from openm6.modalities.registry import (
+    ModalitiesConfig,
+    PromptAttention,
+    TextConfig,
+    prompt_segments,
+    source_segments,
+    split_opening,
+)
+from openm6.modalities.text import ImportedText, train_tokenizer
 from openm6.models.config import BackboneConfig
 from openm6.models.description import CheckpointConfig, TrainedTask, build_model
 from openm6.nn.config import DenseConfig, ExpertsConfig, ModalityExpertsConfig
@@ -38,13 +46,13 @@ BACKBONES = {
 
 def run_of(
     folder: Path, backbone: BackboneConfig, attention: PromptAttention = "causal", tasks: tuple[str, ...] = (),
-    chat: list[str] | None = None,
+    chat: list[str] | None = None, imported: ImportedText | None = None,
 ) -> Path:  # fmt: skip
     """An untrained run."""
     tokenizer = train_tokenizer(WORDS, 320).to_str()
     description = CheckpointConfig(
         backbone=backbone,
-        modalities=ModalitiesConfig(prompt_attention=attention),
+        modalities=ModalitiesConfig(prompt_attention=attention, text=TextConfig(imported=imported)),
         scales=SCALES,
         trained_tasks=[TrainedTask(task=task, source="digits", modalities=chat or []) for task in tasks],
     )
@@ -71,6 +79,26 @@ def test_a_run_of_ours_writes_the_same_text_in_transformers(name: str, tmp_path:
     new = model.generate(ids, max_new_tokens=12, do_sample=False, suppress_tokens=unused, pad_token_id=0)
     assert tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True) == text and text
     assert tokenizer.eos_token_id == loaded.text.end
+
+
+def test_a_chat_is_the_same_by_the_template_of_an_export(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", BACKBONES["llama"], tasks=("chat",), chat=["text"])
+    export_run(run, tmp_path / "out", "hf")
+    turns = [("system", ""), ("user", " draw the digit "), ("assistant", "seven"), ("user", "What is this?")]
+    tokenizer, loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load(run, "cpu")
+    messages = [{"role": role, "content": said} for role, said in turns]
+    shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    asked = chat_prompt([(role, [Part("text", said)]) for role, said in turns], loaded)
+    prompt, opening = split_opening(prompt_segments(asked, loaded.modalities))
+    ids = [int(token) for segment in prompt for token in segment.arrays["ids"]]
+    assert tokenizer(shown)["input_ids"] == [*ids, opening]
+
+
+def test_turns_that_an_imported_tokenizer_cannot_mark_are_named(tmp_path: Path) -> None:
+    imported = ImportedText(vocab_size=384)
+    run = run_of(tmp_path / "run", BACKBONES["llama"], tasks=("chat",), chat=["text"], imported=imported)
+    with pytest.raises(ConfigError, match="cannot express the turns of chats: add --text-only"):
+        export_run(run, tmp_path / "out", "hf")
 
 
 def test_what_a_decoder_cannot_express_is_named(tmp_path: Path) -> None:

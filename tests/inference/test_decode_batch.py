@@ -94,6 +94,24 @@ def test_a_sequence_of_nan_spoils_no_later_one(model: LoadedModel, prompts: list
     assert model.text.decode(tokens) == generate_texts(model, [prompts[0]], sampling)[0]
 
 
+@pytest.mark.parametrize("stepped", [True, False])
+def test_a_sequence_of_nan_that_moves_leaves_none_behind(
+    model: LoadedModel, prompts: list[Prompt], stepped: bool
+) -> None:
+    """Also one that is removed before its first step, as if it was cancelled."""
+    rows = DecodeBatch(TextHead.of(model.omni, model.text), 2, 128)
+    for slot, prompt in enumerate(prompts[:2]):
+        position, _ = prefill(model.omni, prompt, rows.cache, slot)
+        rows.add(slot, Sampling(max_tokens=6), position, model.text.start)
+    first, spoiled = rows.rows
+    rows.cache.keys[:, 1] = math.nan
+    if stepped:
+        rows.step()
+    for row in (first, spoiled):
+        rows.remove(row)
+    assert not rows.cache.keys.isnan().any() and not rows.cache.values.isnan().any()
+
+
 def test_scores_are_those_of_the_model_alone_to_the_last_bit(model: LoadedModel, prompts: list[Prompt]) -> None:
     crowd = run_all(model, prompts, 5, True)
     for index in (0, 3):

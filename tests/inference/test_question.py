@@ -11,11 +11,13 @@ import pytest
 from openm6.core.errors import ConfigError, DataError
 from openm6.inference.question import (
     Question,
+    answer_questions,
     parse_fractions,
     parse_numbers,
     parse_series,
     prompt_parts,
 )
+from openm6.inference.sampling import Decoding, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
@@ -201,6 +203,24 @@ def test_missing_numbers_are_told_as_missing_where_none_is_wanted() -> None:
 def test_a_series_is_asked_to_go_on() -> None:
     series = NumberSeries("temp_max", [1.0, None, 3.0])
     assert shown(Question(output="numbers", series=series)) == ["numbers", " What comes next?"]
+
+
+def test_steps_may_be_numbers_of_numpy() -> None:
+    series = NumberSeries("temp_max", [1.0, 2.0])
+    question = Question(output="numbers", series=series, ahead=np.int64(4))  # type: ignore[arg-type]
+    assert series.to_forecast(question.ahead).values == [1.0] * 4
+    for ahead in (0, np.int64(-1), 2.0, "4"):
+        with pytest.raises(ConfigError, match="steps cannot be forecast: ask for at least 1"):
+            Question(output="numbers", series=series, ahead=ahead)  # type: ignore[arg-type]
+
+
+def test_an_answer_draws_by_its_place_whatever_others_need_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [Question(output="text", text=f"draw {word}") for word in ("one", "two", "three", "four")]
+    decoding = Decoding(text=Sampling(temperature=1.0, max_tokens=8, seed=3))
+    drawn = answer_questions(MODEL, questions, decoding)
+    named = {questions[0]: "zero", questions[2]: "two"}
+    monkeypatch.setattr("openm6.inference.question._class_of", lambda question, *_: named.get(question))
+    assert answer_questions(MODEL, questions, decoding) == ["zero", drawn[1], "two", drawn[3]]
 
 
 def test_what_was_never_taught_is_asked_without_words(recording: Path, image: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -43,11 +44,18 @@ def wrapped(inner: BaseException) -> RuntimeError:
         (ImportError("launcher.so: failed to map segment"), "a folder that may hold programs"),
         (RuntimeError("0 active drivers ([]). There should only be one.\nmore"), "RuntimeError: 0 active drivers"),
         (ValueError(), "ValueError: ValueError"),
+        (wrapped(RuntimeError("No working C++ compiler found in torch._inductor.config")), "apt-get install gcc"),
+        (RuntimeError("torch.compiler.disable was called"), "RuntimeError: torch.compiler.disable"),
     ],
 )
 def test_a_failure_is_reported_with_its_remedy(error, remedy):
     reason = fails(error)
     assert reason is not None and remedy in reason and "\n" not in reason
+
+
+def test_a_failure_names_the_folder_of_the_trial():
+    reason = failure_of(Mock(side_effect=PermissionError(13, "Permission denied")), "TORCHINDUCTOR_CACHE_DIR")
+    assert reason is not None and reason.startswith("set TORCHINDUCTOR_CACHE_DIR to a writable folder")
 
 
 def test_a_wrong_result_is_a_failure():
@@ -108,8 +116,20 @@ def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
     probe.use_writable_cache()
     assert CACHE not in os.environ
     monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"openm6-triton-{os.getuid()}"
+    for _ in range(2):
+        monkeypatch.delenv(CACHE, raising=False)
+        probe.use_writable_cache()
+        assert os.environ[CACHE] == str(own) and own.stat().st_mode & 0o777 == 0o700
+    # Of another user, who could put programs there.
+    own.rmdir()
+    (tmp_path / "theirs").mkdir(0o700)
+    own.symlink_to(tmp_path / "theirs")
+    monkeypatch.delenv(CACHE)
     probe.use_writable_cache()
-    assert os.environ[CACHE].endswith("openm6-triton-home")
+    assert Path(os.environ[CACHE]).resolve() not in (own, own.resolve())
+    assert Path(os.environ[CACHE]).stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv(CACHE, "/chosen")
     probe.use_writable_cache()
     assert os.environ[CACHE] == "/chosen"

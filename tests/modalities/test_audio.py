@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pydantic import ValidationError
 
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.codecs.registry import load_codec
 from openm6.core.errors import DataError
 from openm6.data.prepare import example_sequence
@@ -207,6 +209,19 @@ def test_very_short_audio_clips_are_read_and_spoken(audio: Audio, count: int) ->
         assert len(audio.source(np.full(count, 0.1, np.float32), rng)) >= 1
     for rng in (None, np.random.default_rng(0)):
         assert len(audio.target(np.full(count, 0.1, np.float32), rng)) == 30
+
+
+@pytest.mark.parametrize("shape", [{"hop": 80, "window": 320, "num_mels": 40}, {"hop": 200, "window": 800}])
+def test_reading_does_not_depend_on_the_codec(audio: Audio, shape: dict[str, int]) -> None:
+    codec = AudioCodec(AudioCodecConfig(**shape, width=16, encoder_blocks=1, decoder_blocks=1)).eval()
+    other = Audio(codec, AudioConfig())
+    for raw in (sine(0.7), sine(0.33)):
+        ours, theirs = audio.source(raw), other.source(raw)
+        assert np.array_equal(ours.grid, theirs.grid)
+        assert np.array_equal(ours.arrays["patches"], theirs.arrays["patches"])
+        assert len(other.source(raw, options={"seconds": 0.6})) == len(audio.source(raw, options={"seconds": 0.6}))
+    with pytest.raises(ValidationError, match="16000"):
+        AudioCodecConfig(rate=24000)  # type: ignore[arg-type]
 
 
 def test_a_file_heard_before_gives_the_same(audio: Audio) -> None:

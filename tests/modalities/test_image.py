@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -17,6 +20,7 @@ from openm6.modalities.codes import FourierPositionEmbedding, PatchAdapter
 from openm6.modalities.image import (
     Image,
     ImageConfig,
+    augmented,
     box_mask,
     merged,
     pixels,
@@ -266,6 +270,14 @@ def test_strong_augmentation_keeps_the_image_in_view(image: Image) -> None:
     seen = [one.source(values, rng).arrays["patches"].reshape(-1, 3) for _ in range(40)]
     red = np.array([(patches[:, 0] > patches[:, 1] + 1).mean() for patches in seen])
     assert red.min() > 0.08 and red.max() < 0.4 and red.std() > 0.02, "a sixth of the image, at other scales"
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 64), (40, 128), (128, 40)])
+def test_the_largest_change_of_strong_augmentation_shows_no_black_corner(size: tuple[int, int]) -> None:
+    white = np.full((*size, 3), 255, np.uint8)
+    for signs in itertools.product((-1.0, 1.0), repeat=5):
+        largest: Any = SimpleNamespace(uniform=lambda low, high, count, signs=signs: np.asarray(signs))
+        assert augmented(white, ImageConfig(augmentation="strong"), largest).min() == 255
 
 
 @pytest.mark.parametrize("augmentation", ["slight", "strong"])

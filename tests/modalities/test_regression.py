@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
 from openm6.modalities.numbers import Numbers
-from openm6.modalities.regression import FOLDS, FittedRidges, LagRidge, autoregression, fit_ridges
+from openm6.modalities.regression import FOLDS, Clock, FittedRidges, LagRidge, autoregression, fit_ridges, time_features
 from openm6.modalities.series import NumberSeries, SeriesStats, fit_column
 from openm6.modalities.text import Text, train_tokenizer
 
@@ -23,7 +24,7 @@ def windows(values: np.ndarray, clock: bool = False) -> list[NumberSeries]:
     return [
         NumberSeries(
             "sales", list(values[n + CONTEXT : n + CONTEXT + HORIZON]), list(values[n : n + CONTEXT]),
-            (n * DAY, DAY) if clock else None, position=(n, count),
+            ([n * DAY], DAY) if clock else None, position=(n, count),
         )
         for n in range(count)
     ]  # fmt: skip
@@ -87,11 +88,20 @@ def test_the_year_is_read_from_the_clock_if_that_helps() -> None:
     found = fitted(windows(values, clock=True))
     assert found.whole.full.timed and not found.whole.plain.timed
     past = values[700 : 700 + CONTEXT]
-    plain, full = found.whole.forecasts(past, (700 * DAY, DAY), HORIZON)
+    plain, full = found.whole.forecasts(past, ([700 * DAY], DAY), HORIZON)
     assert not np.array_equal(plain, full)
     without = found.whole.forecasts(past, None, HORIZON)
     assert np.array_equal(without[0], without[1]), "the time is unknown"
     assert not fitted(windows(values)).whole.full.timed
+
+
+def test_months_lie_where_they_are_and_go_on_by_the_step() -> None:
+    """By a first time and a step of 31 days, the last of sixty months would lie a month late."""
+    dates = [datetime(2015 + n // 12, 1 + n % 12, 1, tzinfo=UTC).timestamp() for n in range(60)]
+    found = time_features((dates, 31 * DAY), 0, 61)
+    year = np.unwrap(np.arctan2(found[:, 3], found[:, 7])) / (2 * np.pi)
+    np.testing.assert_allclose(np.diff(year[:60:12]), 1, atol=0.003, err_msg="a year, up to leap years")
+    assert year[60] - year[59] == pytest.approx(31 / 365.2425)
 
 
 def test_texts_hold_all_that_is_needed() -> None:
@@ -100,7 +110,7 @@ def test_texts_hold_all_that_is_needed() -> None:
     past = seasonal(120)[-CONTEXT:]
     for one, other in zip(*(x.of((3, 9)).forecasts(past, None, 9) for x in (again, again)), strict=True):
         np.testing.assert_array_equal(one, other)
-    for one, other in zip(*(x.of(None).forecasts(past, (0.0, DAY), 9) for x in (found, again)), strict=True):
+    for one, other in zip(*(x.of(None).forecasts(past, ([0.0], DAY), 9) for x in (found, again)), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -141,5 +151,5 @@ def test_the_modality_takes_those_of_the_place(gaps: bool) -> None:
     np.testing.assert_array_equal(numbers.target(artificial).arrays["forecasts"], before)
 
 
-def _past(series: NumberSeries) -> tuple[list[float | None], list[float | None], tuple[float, float] | None]:
+def _past(series: NumberSeries) -> tuple[list[float | None], list[float | None], Clock | None]:
     return list(series.values), list(series.past), series.clock

@@ -87,7 +87,7 @@ def test_some_simple_forecast_goes_on_with_trend_and_season_beyond_anything_seen
 def test_any_length_has_finite_features(count: int, stats: SeriesStats) -> None:
     for values in (list(sales(count)), [5.0] * count, [None] * count, [-1.0, None] * (count // 2)):
         for arrays in (
-            past_arrays(NumberSeries("sales", values, clock=(0.0, 86_400.0)), stats, COLUMN),
+            past_arrays(NumberSeries("sales", values, clock=((0.0,), 86_400.0)), stats, COLUMN),
             future_arrays(NumberSeries("sales", [1.0, None] * 10, values), stats, COLUMN),
         ):
             assert all(np.isfinite(array).all() for array in arrays.values() if array.dtype != bool)
@@ -235,7 +235,7 @@ def test_a_jump_after_a_constant_past_is_finite_where_it_is_rounded(numbers: Num
 
 
 def test_times_of_the_week() -> None:
-    daily = time_features((0.0, 86_400.0), 3, 14)
+    daily = time_features(([0.0], 86_400.0), 3, 14)
     assert daily.shape == (14, 8) and (daily[:, 0] == 0).all(), "a day is no cycle of days"
     np.testing.assert_allclose(daily[:7, 1], daily[7:, 1], atol=1e-12)
     assert not time_features(None, 0, 5).any()

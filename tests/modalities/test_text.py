@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.modalities.text import MASK_CHARACTER, Text, read_tokenizer, train_tokenizer
@@ -123,6 +123,10 @@ def test_half_a_surrogate_pair_is_refused(text: Text) -> None:
             method("ab\ud800")
 
 
+def test_half_a_surrogate_pair_does_not_stop_a_tokenizer_from_being_learned() -> None:
+    assert train_tokenizer([*LESSON, "ab\ud83d"], 340).to_str() == train_tokenizer([*LESSON, "ab?"], 340).to_str()
+
+
 def test_a_file_that_is_no_tokenizer_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"there/tokenizer.json is not a tokenizer.json"):
         read_tokenizer('{"model": 3}', "there/tokenizer.json")
@@ -142,3 +146,18 @@ def test_bytes_of_tokens_join_to_the_text(text: Text) -> None:
         assert b"".join(map(text.bytes_of, ids)).decode() == words
     assert len(text.encode("\U0001f600")) == 4 and text.bytes_of(text.encode("\U0001f600")[0]) == b"\xf0"
     assert text.bytes_of(text.end) == b""
+
+
+def test_bytes_of_tokens_of_sentencepiece_join_to_the_text() -> None:
+    pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"draw", "dr", "▁dr"]
+    merges = [("d", "r"), ("▁", "dr")]
+    tokenizer = Tokenizer(models.BPE({one: n for n, one in enumerate(pieces)}, merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.add_special_tokens(["<s>"])
+    text, words = Text(tokenizer), "draw  é\n画 draw"
+    ids = text.encode(words)
+    assert text.decode(ids) == words and len(ids) < len(words.encode())
+    assert b"".join(map(text.bytes_of, ids)).decode() == f" {words}", "the space that it puts before a text"
+    assert [text.bytes_of(token) for token in (0, text.start, text.end)] == [b""] * 3

@@ -15,7 +15,7 @@ from openm6.models.backbone import Backbone, choose_mask, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import SlotReader, SlotWriter
 from openm6.nn.moe import RouterStats
-from openm6.ops.sequence import CausalMask, SequenceMeta, causal_meta, join, visible
+from openm6.ops.sequence import SequenceMeta, causal_meta, join, visible
 from tests.sequences import narrow, padding_meta
 
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
@@ -260,7 +260,8 @@ def test_a_gpu_without_kernels_takes_a_dense_mask(monkeypatch, works):
         assert isinstance(mask, BlockMask) and mask.seq_lengths == (128, 128)
     else:
         assert mask.dtype == torch.bool and torch.equal(mask, visible(meta, meta))
-    assert isinstance(choose_mask(causal_meta(1, 100), None, x), CausalMask)
+    # Rows of one causal example, as in benchmarks, take what training takes.
+    assert isinstance(choose_mask(causal_meta(1, 100), None, x), BlockMask if works else Tensor)
     with torch.no_grad():  # lengths of evaluation are many, and its small masks cheap
         assert torch.equal(choose_mask(meta, None, x), visible(meta, meta))
         large = join([causal_meta(5, 1000), padding_meta(5, 24)])

@@ -74,6 +74,20 @@ def test_settings_of_modality_experts_without_effect_are_refused():
         built(balance="aux", num_shared=1)
 
 
+@pytest.mark.parametrize(
+    ("part", "added", "removed", "sentence"),
+    [
+        ("dense", {"intermediate_size": 64}, {"experts": None}, "overrides.dense has no effect, .* set experts: null"),
+        ("experts", {"num_prototypes": 2}, {"top_k": None}, "either top_k or num_prototypes, and the other to null"),
+    ],
+)
+def test_an_override_that_the_preset_contradicts_says_what_to_remove(part, added, removed, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        build_backbone(ModelConfig(preset="nano", overrides={part: added}))
+    overrides = {part: {**added, **removed}} if part == "experts" else {part: added, **removed}
+    assert build_backbone(ModelConfig(preset="nano", overrides=overrides))
+
+
 def test_presets_are_read_without_torch():
     code = "import sys, openm6.models.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

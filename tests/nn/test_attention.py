@@ -15,7 +15,7 @@ from openm6.nn import attention
 from openm6.nn.attention import Attention, FlexAttention, QKNorm, attend
 from openm6.nn.config import AttentionConfig
 from openm6.ops.pointwise import rotary_table, rotate
-from openm6.ops.sequence import CausalMask, additive_mask, block_mask, causal_meta, join, visible
+from openm6.ops.sequence import additive_mask, block_mask, causal_meta, join, visible
 from tests.sequences import padding_meta
 
 CONFIG = AttentionConfig(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
@@ -86,14 +86,6 @@ def test_rows_of_any_length_are_padded_to_whole_blocks(monkeypatch):
     # Padding, which nothing reads, also attends to what was added.
     torch.testing.assert_close(ours[meta.valid], theirs[meta.valid])
     assert ours.shape == theirs.shape and ours.isfinite().all()
-
-
-def test_the_causal_mask_is_the_rule_of_a_causal_layout():
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
-    meta = causal_meta(2, 7)
-    expected = attend(query, key, value, visible(meta, meta))
-    torch.testing.assert_close(attend(query, key, value, CausalMask()), expected)
 
 
 @pytest.mark.parametrize("fails", ["backward", "later"])

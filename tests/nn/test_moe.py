@@ -183,6 +183,16 @@ def test_report_counts_valid_tokens_and_drops():
     torch.testing.assert_close(load.dropped, 1 - kept / 20)
 
 
+def test_a_trained_model_drops_no_token():
+    limited, free = (make(ExpertsConfig(intermediate_size=8, num_experts=4, top_k=2, capacity_factor=one)).eval()
+                     for one in (0.5, None))  # fmt: skip
+    free.load_state_dict(limited.state_dict())
+    x, valid = torch.randn(2, 10, WIDTH), torch.ones(2, 10, dtype=torch.bool)
+    (y, stats), (expected, _) = (moe(x, valid, TokenDispatcher(), 0) for moe in (limited, free))
+    torch.testing.assert_close(y, expected)
+    assert stats.dropped == 0
+
+
 @pytest.mark.parametrize(("load", "cv"), [([7.0, 7.0, 7.0], 0.0), ([0.0, 0.0, 0.0, 4.0], 3.0**0.5)])
 def test_load_cv(load, cv):
     zero = torch.zeros(())

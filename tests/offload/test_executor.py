@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,20 +17,19 @@ from openm6.checkpoint.folder import latest, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
-from openm6.models.backbone import choose_mask
 from openm6.models.config import BackboneConfig
 from openm6.nn import attention
 from openm6.nn.config import LoraConfig
 from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import _row_parts, run_block
 from openm6.offload.weight_store import Streams, open_streams
-from openm6.ops.sequence import CausalMask, causal_meta
+from openm6.ops.sequence import causal_meta
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.step import TrainStep
-from tests.devices import CPU, GPU, on_each_device
+from tests.devices import CPU, on_each_device
 from tests.offload.strict_streams import WatchedStreams, late_streams
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
@@ -365,12 +363,11 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     assert parts[0] == pytest.approx(whole[0], rel=1e-4)
 
 
-def test_micro_batches_of_causal_rows_need_no_mask() -> None:
-    """What is asked of an embedding on a GPU."""
-    x: Any = SimpleNamespace(is_cpu=False, is_cuda=True, device=GPU, dtype=torch.float32)
-    parts = _row_parts(causal_meta(5, 8), 3)
-    assert sum(part.batch for _, part in parts) == 5
-    assert all(isinstance(choose_mask(part, None, x), CausalMask) for _, part in parts)
+def test_micro_batches_hold_all_rows() -> None:
+    meta = causal_meta(5, 8)
+    parts = [part.parts() for _, part in _row_parts(meta, 3)]
+    assert len(parts) == 3
+    assert all(torch.equal(torch.cat(one), whole) for *one, whole in zip(*parts, meta.parts(), strict=True))
 
 
 @on_each_device
@@ -386,7 +383,7 @@ def test_the_blocks_of_micro_batches_get_the_mask_of_their_device(
 
     monkeypatch.setattr(attention, "attend", watched)
     offloaded_run(PLAIN, config_of(2, gradient_accumulation_steps=2), device=device)
-    assert set(seen) == {"tuple" if device == CPU else "CausalMask"}
+    assert set(seen) == {"tuple" if device == CPU else "BlockMask"}
 
 
 def test_a_set_is_fetched_once_for_all_micro_batches_and_a_shared_one_once_a_pass() -> None:
@@ -493,6 +490,16 @@ def test_answers_are_the_same_at_the_switch() -> None:
     steps_of(train_step, training)
     row = train_step.store.stored(0)["attention.qkv"]["row_var"]
     assert row.mean() > 0 and train_step.num_shards == 4
+
+
+def test_noise_on_shared_routers_is_that_of_resident_training() -> None:
+    routers = []
+    for opened in (TrainStep, OffloadedTrainStep):
+        training = WordsTraining(words_backbone(sharing="all", share_routers=True, moe_layer_freq=1, dense=None))
+        opened(training, config_of() if opened is OffloadedTrainStep else words_config()).delink("reset", noise=0.1)
+        routers.append([block.router.weight.detach() for block in training.words.backbone.blocks if block.router])
+    assert not torch.equal(routers[0][0], routers[0][1])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*routers, strict=True))
 
 
 def test_a_checkpoint_of_another_tier_is_refused(tmp_path: Path) -> None:

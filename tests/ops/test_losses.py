@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_the_nll_alone_needs_no_gradient():
         total, nll = linear_cross_entropy(hidden, weight, label, token_weight)
     torch.testing.assert_close(total, (nll * token_weight).sum())
     assert not linear_cross_entropy(hidden, weight, label, token_weight)[1].requires_grad
+
+
+def test_without_gradients_none_of_a_head_is_computed() -> None:
+    hidden, weight, label, token_weight = inputs(ROWS)
+    operations, classifiers = Counter[str](), torch.randn(1, 8, 20, requires_grad=True)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        linear_cross_entropy(hidden.detach(), weight, label, token_weight)
+        assert sum(n for name, n in operations.items() if any(word in name for word in ("mm", "linear"))) == 1
+        operations.clear()
+        grouped_cross_entropy(hidden.detach()[:, None], classifiers, label[:, None], 0.1)
+    assert not any("scatter_add" in name for name in operations)
 
 
 def test_under_autocast_the_head_is_in_half_and_its_gradient_in_full():
@@ -138,6 +156,15 @@ def test_it_is_what_the_formula_says(shift: int) -> None:
     partner = torch.arange(4) + shift
     nll = info_nce(query, gallery, same, partner, 1.5)
     assert nll.tolist() == pytest.approx(naive(query, gallery, same, partner, 1.5), rel=1e-5)
+
+
+def test_similarities_are_in_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    query, gallery = (F.normalize(torch.randn(6, 64), dim=-1) for _ in range(2))
+    asked = (query, gallery, torch.zeros(6, 6, dtype=torch.bool), torch.arange(6), 100.0)
+    expected = info_nce(*asked)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(info_nce(*asked), expected)
 
 
 def test_equal_records_are_no_negatives() -> None:

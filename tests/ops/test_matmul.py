@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from openm6.core.errors import ConfigError
+from openm6.inference.decode_batch import PADDED_ROWS
 from openm6.ops import matmul as ops
 from openm6.ops.int8 import Int8Weight
 from openm6.ops.losses import (
@@ -67,6 +68,16 @@ def test_shapes_that_do_not_repeat_stay_with_torch(library):
 
     assert taken(3 * ops.ROWS) == (library == "oneDNN")
     assert not taken(3 * ops.ROWS - 1)
+
+
+@pytest.mark.parametrize("width", [64, 150, 200, 300])
+def test_the_library_does_not_depend_on_the_rows_of_a_decoding_step(width, monkeypatch):
+    used, weight, choose = [], torch.randn(width, width), ops.use_onednn
+    monkeypatch.setattr(ops, "MIN_PRODUCT", 2**20)
+    monkeypatch.setattr(ops, "use_onednn", lambda *pair: used.append(choose(*pair)) or used[-1])
+    for rows in range(PADDED_ROWS, 20 * PADDED_ROWS, PADDED_ROWS):
+        ops.linear(torch.randn(rows, width), weight)
+    assert len(used) in (0, 19) and len(set(used)) <= 1
 
 
 def test_products_of_any_strides_and_added():

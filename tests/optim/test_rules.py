@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from openm6.optim.adafactor import Moments, advance, normalized, update_moments
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.low_precision import block_length, fit_exponent, from_levels, refit, to_levels
-from openm6.optim.rules import Slots, UpdateArgs, UpdateRule, update_rule
+from openm6.optim.rules import FactoredRule, Slots, UpdateArgs, UpdateRule, update_rule
 from openm6.optim.sharding import REPLICATED
 
 TIERS = [16, 4, 2, 1]
@@ -111,6 +112,17 @@ def test_a_gradient_that_may_not_be_used_changes_nothing(tier: int) -> None:
     apply_gradient(rule, stored, torch.full((16, 32), float("nan")), 1, allowed=torch.tensor(False))
     for name, tensor in stored.items():
         assert torch.equal(tensor, kept[name]), name
+
+
+@pytest.mark.parametrize("tier", [4, 2, 1])
+def test_a_record_on_the_host_takes_values_from_a_gpu(tier: int) -> None:
+    """Without a GPU, by tensors that have a device and no values."""
+    rule, shape = rule_of(tier), (3, 16, 128)
+    assert isinstance(rule, FactoredRule)
+    with FakeTensorMode():
+        stored = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in rule.slots(shape)}
+        values, bits = (torch.empty(shape, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.int32))
+        rule.encode(stored, values, bits)
 
 
 def test_int8_weights_without_a_gradient_stay_for_500_steps() -> None:

@@ -57,13 +57,23 @@ def test_small_tiers_hold_no_gradients_but_a_layer_s(size: int, states: float) -
     budget = device_budget(CONFIG, 1e9, 1e8, TIERS[size], 1024, 80 * GIB, learned_logits=0.0)
     assert budget.states == states and budget.host == 0
     assert budget.activations == 2 * 1024 * 64 * 3  # bf16 input of each block
-    assert budget.working == 1024 * max_activation_bytes(CONFIG, 2) + 2 * 1e8
+    copy = 2 * 1e8 if size == 1 else 0  # bf16 weights are computed with as they are stored
+    assert budget.working == 1024 * max_activation_bytes(CONFIG, 2) + 2 * 1e8 + copy
 
 
 def test_what_does_not_fit_is_offloaded_and_nothing_is_lost() -> None:
     budget = device_budget(CONFIG, 40e9, 1e9, TIERS[2], 1024, 32 * GIB, learned_logits=0.0)
     assert budget.states + budget.host == 80e9
     assert budget.device == pytest.approx(32 * GIB)
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_two_layers_with_their_moments_pass_through_the_device(size: int) -> None:
+    here, away = (
+        device_budget(CONFIG, 40e9, 1e9, TIERS[size], 1024, memory * GIB, learned_logits=0.0, record=0.5e9)
+        for memory in (800, 16)
+    )
+    assert away.working - here.working == 2 * 0.5e9 * size
 
 
 def test_a_micro_batch_shrinks_until_a_layer_fits() -> None:

@@ -77,6 +77,12 @@ def test_a_slow_link_is_the_bottleneck_of_an_offloaded_model() -> None:
     assert plan.real.budget.host > 0 and plan.real.time.bottleneck == "link"
 
 
+def test_cards_without_a_link_of_their_own_exchange_over_that_of_the_host() -> None:
+    card = gpu("rtx-4090")
+    table, given = (gpu_cluster(card, ClusterOptions(devices=8, host_link=link)) for link in (None, 12.0))
+    assert not card.p2p_link and given.p2p_link / table.p2p_link == pytest.approx(12e9 / card.host_link)
+
+
 def test_fewer_kept_inputs_save_memory_and_cost_a_pass() -> None:
     options = ClusterOptions(devices=1, host_memory=256.0)
     kept, again = (

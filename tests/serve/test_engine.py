@@ -16,6 +16,7 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
 from openm6.inference.engine import generate_texts, score_texts, visible_text
 from openm6.inference.load import LoadedModel
+from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.kernels.probe import Capabilities
 from openm6.modalities.histogram import Histogram
@@ -198,6 +199,37 @@ def test_a_failure_between_reading_and_decoding_ends_those_prompts_alone(
             handle.wait(0)
 
 
+@pytest.mark.parametrize("mask", [(0.0, 0.0, 0.5, 0.5), (0.0, 0.0, 1e-9, 1e-9)])
+def test_an_image_of_nan_leaves_none_behind(model: LoadedModel, mask: tuple[float, ...], monkeypatch: Any) -> None:
+    """Also one with a mask that covers nothing, which is answered at once."""
+
+    def spoiled(omni: Any, prompt: Any, cache: Any, slot: int, prefix_cache: Any) -> tuple[int, int]:
+        found = prefill(omni, prompt, cache, slot, prefix_cache)
+        cache.keys[:, slot] = float("nan")
+        return found
+
+    request = CodesRequest(
+        parts=say("fill"), modality="image", source=png("red", 40), mask=mask, sampling=MaskedSampling(steps=2)
+    )
+    monkeypatch.setattr("openm6.serve.worker.prefill", spoiled)
+    with open_meter() as meter:
+        worker = Worker(model, EngineConfig(max_num_media=2, max_model_len=256), meter)
+        worker.start(RequestHandle(prepare(request, model, 256)))
+        while worker.active:
+            worker.tick()
+    assert len(worker.ended) == 1 and worker.free_slots == [0, 1] and not worker.slots.keys.isnan().any()
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", ()), ("cuda:2", (2,))])
+def test_only_the_gpu_of_the_model_is_charged(
+    device: str, gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metered = Mock()
+    monkeypatch.setattr("openm6.serve.engine.open_meter", metered)
+    Engine(Mock(**{"omni.device": torch.device(device)}), EngineConfig(weights="float32"))
+    metered.assert_called_once_with(gpus)
+
+
 def test_requests_without_measured_time_do_not_stop_the_attribution(model: LoadedModel) -> None:
     """A clock may be too coarse to show any."""
     with open_meter() as meter:
@@ -245,6 +277,22 @@ def test_a_text_that_nobody_reads_as_it_grows_is_decoded_once(engine: Engine, mo
         return str((await handle.answer()).value)
 
     assert asyncio.run(ask()) and decoded.call_count == 1
+
+
+def test_each_token_of_a_text_that_is_read_as_it_grows_is_scored_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = Mock(side_effect=engine.loaded.text.bytes_of)
+    monkeypatch.setattr(engine.loaded.text, "bytes_of", scored)
+
+    async def ask() -> tuple[list[int], int]:
+        request = TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=20), top=0)
+        [handle] = await engine.ask_all([request], "", 60)
+        held = [handle.tokens async for _ in follow([handle])]
+        return [len(tokens) for tokens in held], len(handle.wait().tokens)
+
+    lengths, whole = asyncio.run(ask())
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] == whole == scored.call_count
 
 
 def test_who_stops_waiting_for_an_answer_cancels_it(engine: Engine) -> None:
@@ -379,6 +427,7 @@ def test_the_defaults_on_a_gpu_are_fast_and_logged(
     found = Capabilities(GPU, "a GPU", (9, 0) if bf16 else (7, 5), bf16, None)
     monkeypatch.setattr("openm6.serve.config.capabilities", lambda device: found)
     monkeypatch.setattr(type(model.omni), "device", GPU)
+    monkeypatch.setattr("openm6.serve.engine.open_meter", Mock())  # there may be no such GPU
     assert exact.precision(GPU) == weights and not exact.is_invariant(GPU)
     Engine(model, exact)
     assert model.omni.text.embedding.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)

@@ -176,3 +176,6 @@ def test_over_http_the_sentence_and_the_field_arrive(address: Address) -> None:
     body, kind = form({"prompt": "x", "image": "a.png"}, {})
     reply = address.send("POST", "/v1/images/edits", body, kind)
     assert reply.status == 400 and error_of(reply)["message"] == "image must be a file"
+    body, kind = form({"prompt": "x"}, {"image": ("a.png", b"x"), "image[]": ("b.png", b"x")})
+    reply = address.send("POST", "/v1/images/edits", body, kind)
+    assert reply.status == 400 and error_of(reply)["message"] == "image is a list: send one image"

@@ -103,6 +103,8 @@ def test_who_leaves_while_it_is_written_frees_the_slot(serve: Open, stream: bool
     until(lambda: not server.live, 2.0)
     assert handle.cancelled and handle.done
     assert server.address.post(CHAT, body(2)).status == 200, "the only slot is free again"
+    status = f'{{kind="{CHAT}",status="{200 if stream else 499}"}}'.encode()
+    until(lambda: status in server.address.send("GET", "/metrics").body)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -122,6 +122,9 @@ OTHER_ROUTES = {
     "too many rows": ("/v1/predict", {"rows": [{"mass": None, "length": 1.0}] * 3}, "rows"),
     "too many candidates": ("/v1/rank", {"query": "a", "candidates": ["a", "b", "c"]}, "candidates"),
     "too many images": ("/v1/images/generations", {"prompt": "a", "n": 3}, "n=3"),
+    "images in a stream": ("/v1/images/generations", {"prompt": "a", "stream": True}, "stream is not offered"),
+    "too long a prompt": ("/v1/images/generations", {"prompt": "a" * 101}, "prompt holds 101 characters"),
+    "too long a speech": ("/v1/audio/speech", {"input": "a" * 101}, "input holds 101 characters"),
 }
 REFUSED = {name: (CHAT, *found) for name, found in BAD.items()} | OTHER_ROUTES
 
@@ -216,6 +219,9 @@ def test_an_upload_that_is_no_audio(address: Address) -> None:
     body, kind = form({"model": "tiny"}, {"file": ("../../x.wav", b"RIFF")})
     reply = address.send("POST", "/v1/audio/transcriptions", body, kind)
     assert reply.status == 400 and json.loads(reply.body)["error"]["param"] == "file"
+    body, kind = form({"model": "tiny", "prompt": "a" * 101}, {"file": ("x.wav", wav())})
+    reply = address.send("POST", "/v1/audio/transcriptions", body, kind)
+    assert reply.status == 400 and json.loads(reply.body)["error"]["param"] == "prompt"
 
 
 def test_a_mask_must_fit(address: Address) -> None:

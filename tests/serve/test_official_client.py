@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from openm6.serve.config import EngineConfig
+from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.run import create_app
 from tests.data.sample_images import png, wav
@@ -139,6 +139,8 @@ def test_an_edit_keeps_what_the_mask_keeps(client: openai.OpenAI) -> None:
     )
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))).convert("RGB"))
     given = np.asarray(Image.open(io.BytesIO(png("red", 40))).convert("RGB").resize((64, 64), 3))
+    listed = client.images.edit(image=[("a.png", png("red", 40))], prompt="fill in", extra_body={"steps": 2})
+    assert listed.data[0].b64_json
     assert np.array_equal(pixels[:12], given[:12]) and not np.array_equal(pixels[20:44, 20:44], given[20:44, 20:44])
 
 
@@ -158,18 +160,19 @@ def test_transcription(client: openai.OpenAI) -> None:
 
 def test_transcription_by_a_task_of_ones_own() -> None:
     plain = loaded(trained_tasks=(("hear", "spoken"),))
-    hear = {"summary": "Hear", "inputs": {"audio": "audio"}, "target": {"text": "label"},
+    hear = {"summary": "Hear", "inputs": {"audio": "audio"}, "target": {"text": "label", "max_tokens": 70},
             "prompts": {"en": "In a long conversation {audio} was heard; it meant:"}}  # fmt: skip
     description = plain.description.model_copy(update={"tasks": {"hear": hear}})
-    read = {}
+    read, written, config = {}, {}, ServeConfig(limits=Limits(tokens=80))
     for name, own in {"own": replace(plain, description=description), "none": loaded(trained_tasks=())}.items():
         with (
-            running(create_app(Engine(own, EngineConfig(max_model_len=512)), name="tiny")) as address,
+            running(create_app(Engine(own, EngineConfig(max_model_len=512)), config, "tiny")) as address,
             openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client,
         ):
             found = client.audio.transcriptions.create(model="tiny", file=("a.wav", wav()))
-            read[name] = found.usage.input_tokens
+            read[name], written[name] = found.usage.input_tokens, found.usage.output_tokens
     assert read["own"] > read["none"] + 10
+    assert written == {"own": 70, "none": 80}, "the bound of its own task, or of the server"
 
 
 def test_long_names_and_many_texts_are_refused_before_any_work(client: openai.OpenAI) -> None:

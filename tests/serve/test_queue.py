@@ -29,11 +29,12 @@ class PlainQueue:
     def __init__(self) -> None:
         self.waiting: dict[str, deque[RequestHandle]] = {}
         self.counters: OrderedDict[str, int] = OrderedDict()
+        self.last = 0  # the counter of the client that left last, when it left
 
     def push(self, handle: RequestHandle) -> None:
         client = handle.client
         if client not in self.waiting:
-            lowest = min((self.counters.get(name, 0) for name in self.waiting), default=0)
+            lowest = min((self.counters.get(name, 0) for name in self.waiting), default=self.last)
             self.counters[client] = max(lowest, self.counters.get(client, 0))
             self.waiting[client] = deque()
         self.waiting[client].append(handle)
@@ -42,6 +43,7 @@ class PlainQueue:
         for client in sorted(self.waiting, key=lambda name: self.counters.get(name, 0)):
             for handle in self.waiting[client]:
                 if fits(handle):
+                    self.last = self.counters[client]
                     self.counters[client] += handle.prepared.work
                     self.remove(handle)
                     return handle
@@ -162,6 +164,19 @@ def test_who_comes_back_has_saved_up_nothing() -> None:
         queue.push([handle("new", 10)], 1.0)
     turns = [found.client for _ in range(6) if (found := queue.pop(lambda _: True))]
     assert turns.count("busy") >= 2
+
+
+def test_who_comes_when_nothing_waits_does_not_pass_older_clients() -> None:
+    queue = FairQueue(10**9)
+    for _ in range(50):
+        queue.push([handle("old", 10)], 1.0)
+        queue.pop(lambda _: True)
+    for _ in range(4):
+        queue.push([handle("new", 10)], 1.0)
+    for _ in range(4):
+        queue.push([handle("old", 10)], 1.0)
+    turns = [found.client for _ in range(8) if (found := queue.pop(lambda _: True))]
+    assert turns[:5].count("old") == 2
 
 
 def test_what_does_not_fit_lets_others_pass() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from openm6.data.records import Fields, RowReader
 from openm6.modalities.interface import Part
 from openm6.modalities.series import fit_scale
 from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import Context, couplets, hold_out_category, hold_out_number, mask_words, states
+from openm6.tasks.slots import PINNED, Context, couplets, hold_out_category, hold_out_number, mask_words, states
 from tests.small_model import demo_sources
 
 POEM = "《江雪》 柳宗元\n千山鸟飞绝，万径人踪灭。\n孤舟蓑笠翁，独钓寒江雪。"
@@ -149,6 +150,8 @@ def test_a_text_that_holds_the_answer_is_left_out() -> None:
         ("size M", "M", False),
         ("一个红色的杯子", "红色", True),
         ("是不是", "是", False),
+        ("M", "m", True),
+        (" 是", "是", True),
     ],
 )
 def test_a_text_states_an_answer_as_a_word_that_is_not_short(text: str, answer: str, stated: bool) -> None:
@@ -156,6 +159,21 @@ def test_a_text_states_an_answer_as_a_word_that_is_not_short(text: str, answer: 
     record = {"id": "r", "numbers": {"price": 3.0}, "categories": {"kind": answer}, "text_en": text, "text_zh": text}
     built = hold_out_category(record, Context("en", np.random.default_rng(0)), "kind")
     assert ("text" in built.inputs) is not stated
+
+
+@pytest.mark.parametrize("rating", ["good", "M", "好", "good|new"])
+def test_an_answer_is_not_shown_through_another_key(rating: str) -> None:
+    texts = ("text_en", "text_zh", "tags_en", "tags_zh", "label", "label_zh")
+    fields = Fields(**dict.fromkeys(texts, "rating"), numbers=["price", "weight"], categories=["rating", "size"])
+    row = {"rating": rating, "size": "big", "price": 3.5, "weight": 2.0}
+    record = RowReader(list(row), fields, lambda name, limit: b"", "t").read(row)
+    for task, column in (("record_classification", "rating"), ("record_regression", "price")):
+        one = record | {"extra": record["extra"] | {PINNED: column}}
+        for language in ("en", "zh"):
+            example = TASKS[task].example(one, np.random.default_rng(0), language=language)
+            shown = [str(part.raw) for part in example.source]
+            assert not any(answer in part for part in shown for answer in str(row[column]).split("|"))
+            assert "'weight': 2.0" in shown[0 if column == "rating" else 1] and any("big" in part for part in shown)
 
 
 def test_in_training_columns_are_missing_in_half_of_the_examples() -> None:

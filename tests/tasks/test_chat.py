@@ -262,6 +262,32 @@ INST = (
 )
 
 
+def test_a_template_is_rendered_as_by_transformers() -> None:
+    values = "{% if tools is not none or documents is not none %}tools{% endif %}{{ {'b': '<é>', 'a': 1} | tojson }}"
+    (segment, *_) = source_segments(chat_parts([("user", [Part("text", "x")])]), imported(values).modalities)
+    assert text_of([segment], imported().text).startswith('{"b": "<é>", "a": 1')
+
+
+def test_an_empty_turn_reaches_a_template_and_nothing_but_empty_ones_does_not() -> None:
+    turns = [("system", ""), ("user", "a"), ("assistant", " "), ("user", "b")]
+    messages = [Message(role=role, content=said) for role, said in turns]  # type: ignore[arg-type]
+    asked = imported(trained=False)
+    segments = source_segments(parts_of_messages(messages, Limits(), asked), asked.modalities)
+    assert text_of(segments, asked.text).startswith(
+        "<s>system\n</s>\n<s>user\na</s>\n<s>assistant\n</s>\n<s>user\nb</s>\n"
+    )
+    assert not parts_of_messages(messages[::2], Limits(), asked)
+    assert [part.raw for part in parts_of_messages(messages, Limits(), model())] == ["a", "b"]
+
+
+def test_texts_of_a_message_are_lines_for_a_template() -> None:
+    content = [{"type": "text", "text": text} for text in ("Sort this list:", "pears")]
+    messages, asked = [Message(role="user", content=content)], imported(trained=False)  # type: ignore[arg-type]
+    assert parts_of_messages(messages, Limits(), asked)[0].raw == "Sort this list:\npears"
+    # One that was trained on chats reads them as in training.
+    assert parts_of_messages(messages, Limits(), imported())[0].raw == "Sort this list:pears"
+
+
 def test_a_template_that_opens_no_answer_is_answered_from_its_last_token() -> None:
     asked = imported(INST)
     prompt = source_segments(chat_parts([("user", [Part("text", "a cup")])]), asked.modalities)

@@ -38,10 +38,13 @@ def test_cells_differ_in_routing_balance_and_seed_alone() -> None:
 
 
 def test_a_folder_gives_the_tasks_of_its_texts_and_images(tmp_path: Path) -> None:
+    folder = tmp_path / "for-training"
+    folder.mkdir()
     for name in ("emoji", "poems_zh", "espeak_digits"):
         for split in ("train", "test"):
-            (tmp_path / f"{name}-{split}.parquet").symlink_to(embedded_path(f"{name}-{split}"))
-    sources, mixture = folder_data(tmp_path)
+            (folder / f"{name}-{split}.parquet").symlink_to(embedded_path(f"{name}-{split}"))
+    sources, mixture = folder_data(folder)
+    assert sources["emoji"]["test_path"] == str(folder / "emoji-test.parquet")
     assert set(sources) == {"emoji", "poems_zh"}  # audio clips are left out
     assert {part["task"] for part in mixture if part["source"] == "emoji"} == {
         "image_captioning",

@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from openm6.core.errors import DataError
+
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "openm6" / "data" / "embedded"
 
@@ -32,6 +34,13 @@ def test_what_comes_from_pypi_is_rebuilt_exactly(builders, name, module, tmp_pat
         path = tmp_path / f"{name}-{split}.parquet"
         builders["tables"].write(blank, path)
         assert builders["tables"].differences(builders["tables"].table_of(made), path) == []
+
+
+def test_a_package_of_another_content_is_refused(builders, tmp_path):
+    (tmp_path / "vega-datasets-3.2.1").mkdir()
+    (tmp_path / "vega-datasets-3.2.1" / "vega-datasets-3.2.1.tgz").write_bytes(b"another")
+    with pytest.raises(DataError, match=r"not that of vega-datasets 3\.2\.1"):
+        builders["numbers"].penguins(tmp_path)
 
 
 @pytest.mark.parametrize("name, function", [("audio_events", "events"), ("machines", "machines")])

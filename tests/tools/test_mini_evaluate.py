@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,7 +185,7 @@ def evaluation(corpus, tmp_path, monkeypatch) -> rows.Evaluation:
 
 def test_each_row_has_a_value_interval_goal_and_number(evaluation):
     lines: list[str] = []
-    found = evaluate.evaluate_rows(evaluation, evaluate.ROWS, lines.append)
+    found = evaluate.evaluate_rows(evaluation, evaluate.ROWS, lambda line, _: lines.append(line))
     assert list(found) == list(evaluate.ROWS) and len(lines) == len(evaluate.ROWS) == 18
     assert not {name: row["failure"] for name, row in found.items() if "failure" in row}
     for row in found.values():
@@ -200,10 +201,25 @@ def test_each_row_has_a_value_interval_goal_and_number(evaluation):
 def test_a_row_without_its_part_or_task_states_the_reason(evaluation, tmp_path):
     evaluation.corpus = tmp_path
     lines: list[str] = []
-    found = evaluate.evaluate_rows(evaluation, ["kinship"], lines.append)
+    found = evaluate.evaluate_rows(evaluation, ["kinship"], lambda line, _: lines.append(line))
     assert "kinship.parquet" in found["kinship"]["failure"] and "kinship.parquet" in lines[0]
     with pytest.raises(DataError, match="not trained on image_tagging_of_nothing"):
         evaluation.examples("image_tagging_of_nothing", [])
+
+
+def test_each_row_is_written_as_it_is_ready(tmp_path, monkeypatch):
+    def failing(run):
+        raise RuntimeError("no memory")
+
+    first = evaluate.Row("first", "a test", 0.5, lambda run: rows.Evaluated(0.75, (0.7, 0.8), 4))
+    monkeypatch.setattr(evaluate, "ROWS", {"first": first, "second": replace(first, evaluate=failing)})
+    monkeypatch.setattr(evaluate, "find_model", Path)
+    monkeypatch.setattr(evaluate, "load", lambda *_: small_model.loaded())
+    monkeypatch.setattr(evaluate, "Packages", lambda _: SimpleNamespace(import_requirements=lambda: None))
+    path = tmp_path / "rows.json"
+    with pytest.raises(RuntimeError, match="no memory"):
+        evaluate.main(["mini", "--corpus", str(tmp_path), "--json", str(path)])
+    assert list(json.loads(path.read_text())["rows"]) == ["first"]
 
 
 def test_degenerate_couplets_and_empty_descriptions_are_no_success(evaluation, monkeypatch):

@@ -153,6 +153,10 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
     disk = shutil._ntuple_diskusage(10**9, 0, 2 * size)  # type: ignore[attr-defined]
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: disk)
     assert available(CPU, OffloadConfig(), run.checkpoints)["disk"] == 3 * size
+    for name, left in ((".step-9.partial", 100), ("step-1", 10)):  # by a save and a removal that were killed
+        (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "model.safetensors").write_bytes(bytes(left))
+    assert available(CPU, OffloadConfig(), run.checkpoints)["disk"] == 3 * size + 110
     with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep_last=1 frees most"):
         train(WordsTraining(words_backbone()), config, run, resume=True)
     train(WordsTraining(words_backbone()), config.model_copy(update={"keep_last": 1}), run, resume=True)
@@ -198,3 +202,23 @@ def test_checkpoints_hold_the_shards_of_all_ranks(monkeypatch: pytest.MonkeyPatc
     assert seen == ["free", "others"], "all ranks read what is free before one of them allocates"
     whole = replace(one, layouts=list(one.layouts) * 4)
     assert (four.parameters, four.checkpoint_bytes) == (whole.parameters, whole.checkpoint_bytes)
+
+
+def test_what_the_allocator_keeps_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("mem_get_info", (5000, 9000)), ("memory_reserved", 3000), ("memory_allocated", 2000)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert available(torch.device("cuda", 0), OffloadConfig(), held=100)["device"] == 5000 + 1000 + 100
+
+
+def test_at_the_switch_the_run_does_not_count_twice_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[Budget] = []
+    monkeypatch.setattr(module, "free_host_bytes", lambda: 1e9)
+    monkeypatch.setattr("openm6.train.offloaded.check_budget", lambda budget, rule: budgets.append(budget))
+    training = WordsTraining(words_backbone(sharing="all"))
+    train_step = OffloadedTrainStep(training, words_config(offload=OffloadConfig()))
+    train_step.update(training.batch(1), 1, 10)
+    train_step.delink("independent")
+    first, second = (budget.free["host"] - 0.9e9 for budget in budgets)
+    others = budgets[1].others
+    assert first == pytest.approx(4 * others), "the weights in fp32"
+    assert second == pytest.approx(12 * others, rel=0.02), "and two moments of each, with their counts"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,14 @@ from openm6.inference.load import LoadedModel, load
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.series import NumberSeries
-from openm6.modalities.simple_predictors import EXPERTS, MAX_WEIGHT, RAW, likely_weights
+from openm6.modalities.simple_predictors import EXPERTS, MAX_WEIGHT, RAW, LabelPrediction, likely_weights
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from openm6.train import calibration, image_network
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
+from openm6.train.start import Start
 from tests.train.test_simple_predictors import flags
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
@@ -91,6 +93,19 @@ def test_intervals_are_corrected_by_validation_windows(run: Path, loaded: Loaded
     loaded.numbers.widths = loaded.description.widths
     assert abs(corrected - 0.8) < abs(plain - 0.8) and plain > 0.95
     assert length < 0.9 * plain_length
+
+
+def test_forecasts_without_validation_windows_are_wider_than_predicted(run: Path, tmp_path: Path) -> None:
+    recipe = MultimodalRecipe.model_validate(RunFolder(run).read_config())
+    recipe.sources["sales"] = recipe.sources["sales"].model_copy(update={"validation_fraction": 0.0})
+    training = MultimodalTraining(recipe, RunFolder.open(tmp_path / "run"), torch.device("cpu"))
+    own, found = training.description, []
+    for calibrated in (True, False):  # offloaded and sharded ones are not
+        training.calibration = training.calibration if calibrated else None
+        found.append(json.loads(training.files()["model.json"])["widths"])
+    assert found == [{"series_out": {"sales": 1.25}}] * 2 and training.numbers.widths == found[0]
+    before = own.model_copy(update={"widths": {"series_out": {"sales": 1.4, "old": 0.9}, "numbers_out": {"x": 1.1}}})
+    assert Start(before, "", [], None).merge(own).widths == before.widths, "those of a start stay"
 
 
 def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_widths(
@@ -242,6 +257,23 @@ def test_weights_are_drawn_to_those_that_were_fitted_together() -> None:
     experts = -np.outer([1, 1, 0, 0, 1], [0.5, 1.0])
     found = likely_weights(experts, np.asarray([0.3, 0.1, 0.4, 0.0]))
     np.testing.assert_allclose(found[[0, 1, 2, 5]], [0.35, 0.3, 0.1, 1 / 4])
+
+
+def test_labels_are_weighed_by_fewer_records_before_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(loaded: LoadedModel, examples: list[Example], classes: list[str]) -> np.ndarray:
+        asked.append(len(examples))
+        return np.zeros((len(examples), len(classes)))
+
+    monkeypatch.setattr(calibration, "class_nll", counted)
+    predicted = LabelPrediction("label 1 c 1000", ["x", "y"], np.log([[0.9, 0.1]]), np.full(2, 0.5))
+    numbers = SimpleNamespace(label_predictions=lambda options: predicted)
+    example: Any = SimpleNamespace(answer="x", target=SimpleNamespace(modality="text", options={}))
+    loaded: Any = SimpleNamespace(numbers=numbers, omni=torch.nn.Identity())
+    for most in (45, 3000):
+        assert calibration.fit_widths(loaded, [[example] * 90, []], most).keys() == {predicted.key}
+    assert asked == [45, 90]
 
 
 def test_columns_are_asked_for_in_the_language_of_their_text(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from openm6.train.multimodal import MultimodalTraining
 from openm6.train.multimodal_data import pack_held_out
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
+from openm6.train.run import TRAININGS, train_recipe
 from openm6.train.step import TrainStep
 from tests.small_model import modalities
-from tests.train.tiny_recipe import tiny_recipe
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
 from tests.train.toy_training import ToyTraining, toy_config
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
@@ -142,9 +143,10 @@ def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Pa
 
 
 def test_a_kind_of_training_without_it_says_so(tmp_path: Path) -> None:
-    config = LoopConfig(steps=2, held_out=HeldOutConfig(every=1), tensorboard=False)
+    run, config = RunFolder.open(tmp_path), LoopConfig(steps=2, held_out=HeldOutConfig(every=1), tensorboard=False)
     with pytest.raises(ConfigError, match=r"leave loop\.held_out out"):
-        train(ToyTraining(), config, RunFolder.open(tmp_path))
+        train(ToyTraining(), config, run, settings={"loop": {"held_out": {"every": 1}}})
+    assert not run.config.exists(), "a setting that is refused is not written"
 
 
 class StrayTraining(ToyTraining):
@@ -271,6 +273,27 @@ def test_a_gpu_lost_in_the_middle_leaves_a_run_to_go_on_with(
             train(WordsTraining(words_backbone()), config, RunFolder.open(tmp_path))
     assert latest(tmp_path).name == "step-4"
     assert train(WordsTraining(words_backbone()), config, RunFolder(tmp_path), resume=True).steps == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("full\nmore"), "memory ran out before the first step: .* smaller model.preset$"),
+        (torch.AcceleratorError("gone\nmore"), r"failed before the first step \(gone\): .* start it again$"),
+    ],
+)
+@pytest.mark.parametrize("place", ["the task", "the run"])
+def test_a_gpu_that_fails_before_the_first_step_is_reported_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception, sentence: str
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise error
+
+    build_task = failing if place == "the task" else lambda *given: WordsTraining(words_backbone())
+    monkeypatch.setitem(TRAININGS, "multimodal", (MultimodalRecipe, build_task))
+    monkeypatch.setattr("openm6.train.loop.open_train_step", failing)
+    with pytest.raises(TrainingError, match=sentence):
+        train_recipe(write_recipe(tmp_path, tiny_recipe()), out=tmp_path / "run", device_name="cpu")
 
 
 def gone_for_good(*given: Any) -> None:

@@ -17,10 +17,11 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.hub.importing import import_model
 from openm6.modalities.registry import ModalitiesConfig
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
-from openm6.optim.config import PRECISION_OF_BYTES
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, read_description
+from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
+from openm6.train.start import START_FILE
 from tests.hub.published import publish
 from tests.offload.test_executor import PLAIN, SHARED, run_config
 from tests.train.words_training import WordsTraining, words_backbone, words_config
@@ -61,6 +62,28 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
     assert RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["precision"] == PRECISION_OF_BYTES[size]
     train(DescribedTraining(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True)
+
+
+def test_a_converted_run_has_the_settings_that_it_can_go_on_with(tmp_path: Path) -> None:
+    """Offloaded weights are trained by one process, and the shape of a start is that of its description."""
+    plain = trained(tmp_path / "plain", SHARED, words_config(1))
+    start = CheckpointConfig(backbone=SHARED, modalities=ModalitiesConfig(), scales={}, trained_tasks=[])
+    RunFolder(plain).write_config({"model": {"start": "runs/before"}, "loop": {"num_processes": 2}})
+    (plain / START_FILE).write_text(start.to_json(), encoding="utf-8")
+    convert(plain, tmp_path / "small", precision="int8-adafactor")
+    convert(plain, tmp_path / "real", stage="real")
+    small, real = (RunFolder(tmp_path / name).read_config() for name in ("small", "real"))
+    assert "num_processes" not in small["loop"] and real["loop"]["num_processes"] == 2
+    assert real["model"] == {"start": "runs/before"}
+    found = [read_description((tmp_path / name / START_FILE).read_text(), name) for name in ("small", "real")]
+    assert found[0] == start and found[1].backbone.sharing is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"stage": "real"}, {"precision": "int8-adafactor"}])
+def test_the_state_of_other_optimizers_is_not_lost(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plain = trained(tmp_path / "plain", SHARED, words_config(1, optimizer=OptimizerConfig(name="muon")))
+    with pytest.raises(ConfigError, match=r"trained with muon, whose state cannot be converted: .* set loop\.stages"):
+        convert(plain, tmp_path / "out", **changes)
 
 
 def test_an_imported_decoder_has_no_moments_to_convert(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def overfit(folder: Path, training: ToyTraining, resume: bool = False, **loop: A
     """Train for 60 steps, with a held-out loss every 3, unless the run ends early."""
     chosen = {"early_stopping_patience": 3, "load_best_model_at_end": True, "keep_last": 1, **loop}
     config = toy_config(steps=60).model_copy(update={"held_out": HeldOutConfig(every=3), **chosen})
-    return train(training, config, RunFolder.open(folder), resume)
+    return train(training, config, RunFolder.open(folder), resume, settings={"loop": {"steps": config.steps}})
 
 
 def weights(folder: Path) -> bytes:
@@ -91,7 +91,7 @@ def test_resumed_equals_unbroken(tmp_path: Path, broken: int) -> None:
     overfit(tmp_path / "broken", OverfittingTraining(), resume=True, save_every=10, **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     finished = overfit(tmp_path / "broken", OverfittingTraining(), resume=True, save_every=10)
-    assert finished.steps == 29
+    assert finished.steps == RunFolder(tmp_path / "broken").read_config()["loop"]["steps"] == 29
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 

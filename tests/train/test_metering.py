@@ -114,8 +114,18 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
     assert tracker.joules > reported and tracker.tokens == 20 * 16
 
 
-def test_watts_after_a_crash_are_those_of_the_steps_since_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes a second and ten joules; steps that are lost and waiting for the restart are no power of a step."""
+@pytest.mark.parametrize("start", [0, 3])
+def test_watts_after_a_crash_are_those_of_the_steps_since_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    """A step takes a second and ten joules; steps that are lost and waiting for the restart are no power of a step.
+
+    Nor is a start of some seconds, such as computing a held-out loss or forking, whose joules count all the same.
+    """
+
+    class Starting(Witness):
+        def start(self, run: RunState) -> None:
+            Steady.now += start
 
     class Steady(ToyTraining):
         now, crash = 0.0, 0
@@ -134,18 +144,21 @@ def test_watts_after_a_crash_are_those_of_the_steps_since_then(tmp_path: Path, m
 
         return cast(Meter, SimpleNamespace(joules=spent, close=lambda: None))
 
-    monkeypatch.setattr("openm6.train.loop.time", SimpleNamespace(perf_counter=lambda: Steady.now))
+    for module in ("loop", "metering"):
+        monkeypatch.setattr(f"openm6.train.{module}.time", SimpleNamespace(perf_counter=lambda: Steady.now))
     monkeypatch.setattr("openm6.train.metering.open_meter", metered)
     run, config = RunFolder.open(tmp_path), toy_config(steps=20)
     Steady.crash = 13
     with pytest.raises(OSError, match="lights"):
-        train(Steady(), config, run)
+        train(Steady(), config, run, callbacks=[Starting()])
     Steady.crash, Steady.now = 0, 1000.0
-    train(Steady(), config, run, resume=True)
+    train(Steady(), config, run, resume=True, callbacks=[Starting()])
     lines = [line for line in run.read_metrics() if "watts" in line]
     assert [line["watts"] for line in lines] == pytest.approx([10.0] * 4)
+    assert [line["joules_per_token"] for line in lines] == pytest.approx([10.0 / 16] * 4)
     # The last line before the crash was of step 10, the checkpoint of step 7.
-    assert [line["joules"] for line in lines] == pytest.approx([50, 130, 180, 230])
+    beside = [10 * start, *[20 * start] * 3]
+    assert [line["joules"] for line in lines] == pytest.approx(np.add([50, 130, 180, 230], beside))
 
 
 EXPERTS = ModalityExpertsConfig(

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import io
 import logging
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
 from openm6.core.run_folder import RunFolder
+from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.data.sources import PairsConfig, PairSource
-from openm6.modalities.simple_predictors import IMAGE, TEXT, fold_of, from_bytes
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.modalities.simple_predictors import IMAGE, TEXT, TablePredictors, fold_of, from_bytes
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import PINNED
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.multimodal_data import (
     MAX_IMAGES,
     SAMPLED,
     check_sources,
+    fit_scales,
     network_seconds,
     predictor_rows,
     table_predictors,
@@ -31,6 +39,7 @@ from openm6.train.multimodal_data import (
 )
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource
+from tests.train.tiny_recipe import tiny_recipe
 
 
 def check(records: list[dict[str, Any] | None], *tasks: str) -> None:
@@ -133,6 +142,15 @@ def test_a_source_of_broken_records_says_why() -> None:
         check([None, None, None], "text_classification")
 
 
+def test_a_test_table_that_cannot_be_read_is_named_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("text\na\n")
+    fields = {"text_en": "text", "label": "kind"}
+    source = {"kind": "csv", "path": "unread", "test_path": str(tmp_path / "test.csv"), "fields": fields}
+    values = {"sources": {"mine": source}, "mixture": [{"source": "mine", "task": "text_classification"}]}
+    with pytest.raises(DataError, match="source 'mine' cannot be tested: .*test.csv has no column 'kind'.*drop its"):
+        check_sources(build(MultimodalRecipe, values, "r.yaml"), {"mine": ListSource("mine", [full(0)])})
+
+
 def test_columns_that_no_task_reads_are_named(caplog: pytest.LogCaptureFixture) -> None:
     source = ListSource("mine", [full(n) for n in range(5)])
     source.columns = {"words": ["text_en"], "class": ["label"], "seller": [], "own words": ["text_zh"]}
@@ -147,6 +165,23 @@ def test_columns_that_no_task_reads_are_named(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         check_sources(recipe, {"mine": source})
     assert "source mine: no task reads the columns 'seller', 'own words'" in caplog.text
+
+
+class Windows(ListSource):
+    """Each of them is made when it is read."""
+
+    def __getitem__(self, index: int) -> Record:
+        return {"id": str(index), "series": {"x": [float(index + step) for step in range(500)]}}
+
+
+def test_scales_take_less_memory_than_python_numbers() -> None:
+    source = Windows("mine", [None] * 200)
+    tracemalloc.start()
+    scales = fit_scales([source])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert scales["x"] == pytest.approx((349, 185), abs=1)
+    assert peak < 40 * 500 * 200, peak
 
 
 def row(number: int) -> dict[str, Any]:
@@ -204,6 +239,47 @@ def test_all_categories_have_predictors_and_equal_ones_the_same(tmp_path: Path) 
     fitted = table_predictors(build(MultimodalRecipe, values, "r.yaml"), {"mine": source}, RunFolder(tmp_path))
     (table,) = from_bytes(fitted, "file")
     assert {name: label.hidden for name, label in table.labels.items()} == {"c": ["c"], "d": ["d", "e"]}
+
+
+def test_predictors_of_a_start_are_enough_until_its_data_have_more_classes_or_inputs(tmp_path: Path) -> None:
+    values = {
+        "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
+        "mixture": [{"source": "mine", "task": "record_classification"}],
+    }
+
+    def tables(records: list[dict[str, Any]], known: Sequence[TablePredictors] = ()) -> list[TablePredictors]:
+        source, recipe = ListSource("mine", records), build(MultimodalRecipe, values, "r.yaml")
+        return from_bytes(table_predictors(recipe, {"mine": source}, RunFolder(tmp_path), known), "file")
+
+    records = [{**row(n), "categories": {"c": "xy"[n % 2]}} for n in range(90)]
+    start = tables(records)
+    assert [len(tables(records[:count], start)) for count in (30, 90)] == [1, 1]
+    more_classes = [*records, *({**row(n), "categories": {"c": "z"}} for n in range(9))]
+    more_inputs = [{**one, "text_en": f"shop {n % 5}"} for n, one in enumerate(records)]
+    assert [one.labels["c"].classes for one in tables(more_classes, start)] == [["x", "y", "z"], ["x", "y"]]
+    assert [TEXT in one.inputs for one in tables(more_inputs, start)] == [True, False]
+    assert len(tables(more_classes, tables(more_classes, start))) == 2, "nothing is fitted twice"
+
+
+def test_other_processes_wait_for_predictors_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, fitted = list[bool](), list[bool]()
+
+    class Waiting(ProcessGroupContext):
+        @contextmanager
+        def main_process_first(self) -> Iterator[None]:
+            inside.append(True)
+            yield
+            inside.clear()
+
+    def fit(*parts: Any) -> bytes:
+        fitted.append(bool(inside))
+        return b""
+
+    monkeypatch.setattr("openm6.train.multimodal_data.table_predictors", fit)
+    recipe = tiny_recipe() | {"mixture": [{"source": "penguins", "task": "tabular_regression"}]}
+    recipe["sources"] = {"penguins": recipe["sources"]["penguins"]}
+    MultimodalTraining(build(MultimodalRecipe, recipe, "r"), RunFolder.open(tmp_path), torch.device("cpu"), Waiting())
+    assert fitted == [True]
 
 
 def test_pairs_have_no_predictors(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from openm6.checkpoint.load import load_model
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
+from openm6.nn.executor import CheckpointedExecutor
 from openm6.train.callbacks import Progress, StagesCallback
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.loop import train
@@ -75,6 +76,17 @@ def test_every_delinked_parameter_is_trained_and_remembered() -> None:
         torch.testing.assert_close(kept[f"backbone.layers.{layer}.attention.qkv::exp_avg_sq"], second / 4)
 
 
+def test_how_blocks_run_is_chosen_again_for_separate_weights() -> None:
+    training = WordsTraining(SHARED)
+    train_step = TrainStep(training, words_config(activation_checkpointing=1))
+    train_step.update(training.batch(1), 1, 10)
+    train_step.delink("reset")
+    train_step.config = words_config(activation_checkpointing=3)
+    train_step.update(training.batch(2), 2, 10)
+    executor = training.words.backbone.executor
+    assert isinstance(executor, CheckpointedExecutor) and executor.num_layers == 3
+
+
 def test_noise_breaks_the_symmetry_and_repeats() -> None:
     weights = []
     for _ in range(2):
@@ -131,12 +143,14 @@ def test_a_switch_by_the_clock_is_written_down(tmp_path: Path) -> None:
     assert 1 <= step < 4 and run.read_config()["loop"]["stages"]["warmup_steps"] == 2
 
 
-def test_a_plateau_is_found_and_survives_a_restart() -> None:
+@pytest.mark.parametrize("offset", [0.0, -20.0])
+def test_a_plateau_is_found_and_survives_a_restart(offset: float) -> None:
+    """A loss may be negative, as the density of numbers has no upper limit."""
     config = StagesConfig(switch=SwitchConfig(plateau=PlateauConfig(window=5, improvement=0.05)))
     run: Any = SimpleNamespace(progress=Progress(), training=SimpleNamespace(stage="pseudo"))
     callback, due = StagesCallback(config), []
     for loss in [10 * 0.9**n for n in range(10)] + [4.0] * 10:
-        report: Any = SimpleNamespace(applied=True, loss=loss)
+        report: Any = SimpleNamespace(applied=True, loss=loss + offset)
         callback.after_step(report)
         again = StagesCallback(config)
         again.load_state(run, callback.state())

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from openm6.core.config import build
-from openm6.core.errors import TrainingError
+from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.data.sources import open_sources
 from openm6.distributed.process_group import ProcessGroupContext
@@ -23,6 +23,7 @@ from openm6.offload.config import OffloadConfig
 from openm6.plan.request import read_model
 from openm6.tasks.registry import TASKS
 from openm6.train import multimodal_data
+from openm6.train.config import StagesConfig, SwitchConfig
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MAX_TOKENS, MultimodalRecipe, fit_batch_size, fit_learning_rate
 from openm6.train.run import (
@@ -71,6 +72,12 @@ def test_training_and_test_records_of_the_demo_are_not_the_same() -> None:
     train, test = (open_sources(DEMO.sources, split) for split in ("train", "test"))
     for name in DEMO.sources:
         assert not set(train[name].values("id")) & set(test[name].values("id")), name
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_loss_weight_is_above_zero(weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"loss_weights\.text: Input should be .* \(given: "):
+        build(MultimodalRecipe, tiny_recipe() | {"loss_weights": {"text": weight}}, "tiny")
 
 
 def test_overrides_change_a_preset_field_by_field() -> None:
@@ -124,6 +131,10 @@ def test_a_batch_grows_with_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch)
     image = DEMO.modalities.image.model_copy(update={"stem": "conv", "patch": 16})
     convolved = DEMO.model_copy(update={"modalities": DEMO.modalities.model_copy(update={"image": image})})
     assert fit_batch_size(convolved, 2**30, 1) < rows[2], "what a convolutional stem keeps takes memory, too"
+    shared = DEMO.model_copy(update={"model": ModelConfig(preset=DEMO.model.preset, overrides={"sharing": "all"})})
+    stages = StagesConfig(switch=SwitchConfig(step=9))
+    staged = shared.model_copy(update={"loop": DEMO.loop.model_copy(update={"stages": stages})})
+    assert [fit_batch_size(recipe, 0.8 * 2**30, 1) for recipe in (shared, staged, DEMO)] == [32, 16, 16]
     offloaded = DEMO.model_copy(update={"loop": DEMO.loop.model_copy(update={"offload": OffloadConfig()})})
     assert fit_batch_size(offloaded, 80 * 2**30, 1) == 4
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 2**30, 80 * 2**30))
@@ -150,7 +161,10 @@ def test_the_learning_rate_falls_with_the_width_unless_it_is_set(name: str, rate
 
 
 def test_rows_are_chosen_once_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if a launcher restarts a run that has no settings yet, or a run begins with a config.yaml that is there."""
+    """Also if a launcher restarts a run that has no settings yet, or a run begins with a config.yaml that is there.
+
+    Settings without a checkpoint may be of an older run: a restart leaves them alone.
+    """
     written: list[Any] = []
     monkeypatch.setitem(TRAININGS, "multimodal", (MultimodalRecipe, lambda *_: WordsTraining(words_backbone())))
     monkeypatch.setattr("openm6.train.run.train", lambda *_, settings: written.append(settings))
@@ -158,11 +172,15 @@ def test_rows_are_chosen_once_and_written(tmp_path: Path, monkeypatch: pytest.Mo
     path, run = write_recipe(tmp_path, tiny_recipe()), RunFolder.open(tmp_path / "run")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train_recipe(path, out=run.path, device_name="cpu")
-    run.write_config(tiny_recipe())
+    run.write_config(tiny_recipe(steps=99))
     train_recipe(path, out=run.path, device_name="cpu")
+    assert [settings["loop"]["steps"] for settings in written] == [6, 6]
+    with monkeypatch.context() as begun:
+        begun.setattr("openm6.train.run.list_checkpoints", lambda _: [run.checkpoints / "step-1"])
+        train_recipe(path, out=run.path, device_name="cpu")
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     train_recipe(str(run.config), out=run.path, device_name="cpu")
-    assert [settings and settings["rows"] for settings in written] == [6, None, 6]
+    assert [settings and settings["rows"] for settings in written] == [6, 6, None, 6]
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from openm6.checkpoint.folder import latest
 from openm6.core.config import build
-from openm6.core.errors import OpenM6Error
+from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
 from openm6.evaluate.run import chosen_tasks, evaluate
@@ -213,7 +213,7 @@ def test_columns_that_tasks_read_do_not_part_a_source_from_that_of_the_start(tmp
     for name, columns in (("start", ["side"]), ("run", ["depth"])):
         recipe = tiny_recipe(2) | {"eval": {"at_end": False}}
         recipe["sources"] = {"boxes": {"kind": "csv", "path": str(table), "fields": {"numbers": ["body_mass_g"]}}}
-        task = {"inputs": {"size": {"numbers": columns}}, "target": {"text": "shape"}, "metrics": ["exact_match"]}
+        task = {"inputs": {"size": {"numbers": columns}}, "target": {"category": "shape"}}
         task |= {"summary": "Name the shape", "prompts": {"en": "{size} Shape?"}}
         recipe["tasks"] = {f"shape_by_{columns[0]}": task}
         recipe["mixture"] = [{"source": "boxes", "task": f"shape_by_{columns[0]}"}]
@@ -224,6 +224,8 @@ def test_columns_that_tasks_read_do_not_part_a_source_from_that_of_the_start(tmp
     assert list(found.sources) == ["boxes"] and len(found.trained_tasks) == 2
     columns = found.sources["boxes"]["task_fields"].values()
     assert {"side", "depth", "shape"} <= {name for names in columns for name in names or ()}
+    tables = load(tmp_path / "run").numbers.predictors
+    assert [table.numbers for table in tables] == [["depth"], ["side"]], "the new task has predictors, too"
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -334,11 +336,11 @@ def test_replay_keeps_the_old_task_and_a_start_helps_the_new_one(tmp_path: Path)
 
 def test_experts_for_some_tokens_are_frozen_with_them() -> None:
     shape = {"intermediate_size": 16, "num_experts": 2, "top_k": 1, "balance": "aux"}
-    groups = (["text"], ["image_out"], ["image_in", "audio"])
+    groups = (["numbers"], ["image_out"], ["image_in", "audio"])
     added = [{**shape, "modalities": names} for names in groups]
     config = build_backbone(ModelConfig(preset="nano", overrides={**MODEL["overrides"], "modality_experts": added}))
-    for names, expected in ((["text"], {0}), (["image"], {1}), (["image_out"], {1}), (["image_in"], set()),
-                            (["image", "audio"], {1}), (["backbone"], {0, 1, 2})):  # fmt: skip
+    for names, expected in ((["text"], set()), (["numbers"], {0}), (["image"], {1}), (["image_out"], {1}),
+                            (["image_in"], set()), (["image", "audio"], {1}), (["backbone"], {0, 1, 2})):  # fmt: skip
         omni = Omni(config, modalities())
         freeze(omni, names, {"text", "image", "audio", "numbers"})
         parts = [(key.split("modality_experts.")[1][0], one.requires_grad) for key, one in omni.named_parameters()
@@ -347,3 +349,7 @@ def test_experts_for_some_tokens_are_frozen_with_them() -> None:
         assert all(len({trained for other, trained in parts if other == number}) == 1 for number, _ in parts)
         shared = omni.backbone.blocks[0].attention.qkv.requires_grad
         assert shared == (names not in (["text"], ["backbone"]))
+    for_text = [{**shape, "modalities": ["image", "text"]}]
+    config = build_backbone(ModelConfig(preset="nano", overrides={**MODEL["overrides"], "modality_experts": for_text}))
+    with pytest.raises(ConfigError, match="modality_experts are not for text, .*: take text out of modalities"):
+        Omni(config, modalities())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from openm6.core.errors import ConfigError, DataError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.train.loop import train
 from openm6.train.step import TrainStep
-from openm6.train.workers import Workers, number_of_workers
+from openm6.train.workers import Workers, number_of_workers, possible_workers
 from tests.forked import Program
 from tests.train.toy_training import ToyTraining, assert_same_run, toy_config, untimed
 from tests.train.workers_training import WorkersTraining, main, workers_config
@@ -146,11 +149,46 @@ def test_too_many_workers_are_refused(tmp_path: Path) -> None:
 def test_auto_is_settled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder.open(tmp_path)
     monkeypatch.setattr("openm6.train.workers.usable_cores", lambda: 3)
-    assert number_of_workers(WorkersTraining(), toy_config(), run) == 3
+    possible = possible_workers(WorkersTraining(), toy_config())
+    assert number_of_workers(toy_config(), possible, run) == 3
     monkeypatch.setattr("openm6.train.workers.usable_cores", lambda: 16)
-    assert number_of_workers(WorkersTraining(), toy_config(), run) == 3
+    assert number_of_workers(toy_config(), possible, run) == 3
     assert run.read_config()["loop"]["num_processes"] == 3
-    assert number_of_workers(ToyTraining(), toy_config(), RunFolder.open(tmp_path / "toy")) == 1
+    possible = possible_workers(ToyTraining(), toy_config())
+    assert number_of_workers(toy_config(), possible, RunFolder.open(tmp_path / "toy")) == 1
+
+
+@pytest.mark.parametrize("way", ["thread", "daemon"])
+def test_where_no_process_can_be_forked_one_trains_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("openm6.train.workers.usable_cores", lambda: 2)
+    config = workers_config("auto", steps=2)
+    if way == "daemon":
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+        assert train(WorkersTraining(), config, RunFolder.open(tmp_path)).steps == 2
+        return
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, WorkersTraining(), config, RunFolder.open(tmp_path)).result().steps == 2
+
+
+def test_a_run_that_goes_on_on_a_gpu_does_so_in_one_process(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = WorkersTraining()
+    monkeypatch.setattr(training.model, "parameters", lambda: [SimpleNamespace(is_cpu=False, is_meta=False)])
+    with caplog.at_level("INFO", logger="openm6"):
+        possible = possible_workers(training, workers_config(2))
+    assert number_of_workers(workers_config(2), possible, RunFolder(Path("none"))) == 1
+    assert "loop.num_processes=2 is for a CPU" in caplog.text
+
+
+def test_a_number_that_is_refused_is_not_written(tmp_path: Path) -> None:
+    run = RunFolder.open(tmp_path)
+    train(WorkersTraining(), workers_config(1, steps=6), run, settings={"loop": {"num_processes": 1}})
+    with pytest.raises(ConfigError, match=r"num_processes=9 is too many"):
+        train(WorkersTraining(), workers_config(9), run, resume=True, settings={"loop": {"num_processes": 9}})
+    assert run.read_config() == {"loop": {"num_processes": 1}}
 
 
 def test_parameters_have_owners_evenly() -> None:

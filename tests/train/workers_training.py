@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class WorkersTraining(TrainingTask):
         self.loads = state["loads"]
 
 
-def workers_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> LoopConfig:
+def workers_config(workers: int | Literal["auto"], optimizer: str = "adamw", steps: int = 20) -> LoopConfig:
     return toy_config(optimizer, steps, save_every=6).model_copy(update={"num_processes": workers})
 
 

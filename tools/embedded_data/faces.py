@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from embedded_data.tables import Row
-
-# The builder of the corpus of `mini` fetches and draws them.
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tools.mini.avatars import FAMILIES, WHITE, caption
 from tools.mini.corpus import split_of
 from tools.mini.images import exported
@@ -27,7 +23,7 @@ SHAPES = {
 
 def avatars(cache: Path) -> list[Row]:
     """One shape for each word, so that a caption says all that there is to draw."""
-    packages = Packages(cache / "mini")
+    packages = Packages(cache)
     packages.import_requirements()
     family = FAMILIES[FAMILY]
     colours = {name: family.options[name] for name in ("hairColor", "skinColor", "clothingColor")}

@@ -13,12 +13,14 @@ import sklearn
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from embedded_data.packages import npm_package
+from benchmarks.own_data.packages import Package
 from embedded_data.tables import Row, split_of
+from tools.mini.packages import PACKAGES, Packages
 
-NOTO = ("emoji-datasource-google", "16.0.0")
-EMOJIBASE = ("emojibase-data", "17.0.0")
-COUNTRIES = ("world-countries", "5.1.0")
+NOTO, EMOJIBASE = (PACKAGES[key].source for key in ("noto", "emojibase"))
+COUNTRIES = Package(
+    "npm", "world-countries", "5.1.0", "329eb6ef4099ffb590219c9beb634bf489a5e4b10d8ab0ac52a58ebf7b9f8495"
+)
 LEFT_OUT = ("BES",)  # its Chinese name is given in traditional characters only
 COUNTRY_NUMBERS = ["latitude", "longitude", "area_km2", "land_neighbours", "languages"]
 DIGITS_EN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -29,7 +31,7 @@ DIGIT_SIDE = 32
 def emoji(cache: Path) -> list[Row]:
     """Emoji with English and Chinese names and keywords; flags of countries are a set of their own."""
     images = {_bare(path.stem): path for path in _noto(cache).iterdir()}
-    words = npm_package(*EMOJIBASE, cache)
+    words = Packages(cache).folder("emojibase")
     chinese = {entry["hexcode"]: entry for entry in _json(words / "zh" / "data.json")}
     headings = _json(words / "en" / "messages.json")
     groups = {group["order"]: group["key"] for group in headings["groups"]}
@@ -43,7 +45,7 @@ def emoji(cache: Path) -> list[Row]:
         rows.append(
             {
                 "id": f"emoji/{code}",
-                "source": f"npm:{'@'.join(NOTO)}+{'@'.join(EMOJIBASE)}",
+                "source": f"{NOTO}+{EMOJIBASE.removeprefix('npm:')}",
                 "license": "Apache-2.0 (Noto Emoji images); MIT (emojibase-data text; CLDR: Unicode-3.0)",
                 "split": split_of(code),
                 "kind": "image_text",
@@ -63,7 +65,7 @@ def countries(cache: Path) -> list[Row]:
     """Countries: flag, names, capital, region and five numbers."""
     images = _noto(cache)
     rows = []
-    for country in _json(npm_package(*COUNTRIES, cache) / "countries.json"):
+    for country in _json(Packages(cache).folder(COUNTRIES) / "countries.json"):
         letters = "-".join(f"{0x1F1E6 + ord(letter) - ord('A'):x}" for letter in country["cca2"])
         if (images / f"{letters}.png").is_file() and country["cca3"] not in LEFT_OUT:
             rows.append(_country(country, images / f"{letters}.png"))
@@ -77,7 +79,7 @@ def _country(country: dict[str, Any], image: Path) -> Row:
     numbers = [*country["latlng"], country["area"], len(country["borders"]), len(country["languages"])]
     return {
         "id": f"country/{country['cca3']}",
-        "source": f"npm:{'@'.join(COUNTRIES)}+npm:{'@'.join(NOTO)}",
+        "source": f"npm:{COUNTRIES.name}@{COUNTRIES.version}+{NOTO}",
         "license": "ODbL-1.0 (facts); Apache-2.0 (Noto flag images)",
         "split": split_of(country["cca3"]),
         "kind": "image_text_numbers",
@@ -125,7 +127,7 @@ def _digit(number: int, grey: np.ndarray, digit: int) -> Row:
 
 
 def _noto(cache: Path) -> Path:
-    return npm_package(*NOTO, cache) / "img" / "google" / "64"
+    return Packages(cache).folder("noto") / "img" / "google" / "64"
 
 
 def _bare(code: str) -> str:

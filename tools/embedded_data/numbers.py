@@ -10,10 +10,10 @@ import pyarrow as pa
 import sklearn
 from sklearn.datasets import load_iris
 
-from embedded_data.packages import npm_package
 from embedded_data.tables import Row, split_of
+from tools.mini.packages import PACKAGES, Packages
 
-VEGA = ("vega-datasets", "3.2.1")
+VEGA = PACKAGES["vega"].source
 PENGUIN_COLUMNS = {
     "bill_length_mm": "Beak Length (mm)",
     "bill_depth_mm": "Beak Depth (mm)",
@@ -29,7 +29,7 @@ WEATHER_NUMBERS = ("precipitation", "temp_max", "temp_min", "wind")
 
 def penguins(cache: Path) -> list[Row]:
     """The penguins that were measured and sexed."""
-    found = json.loads((npm_package(*VEGA, cache) / "data" / "penguins.json").read_text(encoding="utf-8"))
+    found = json.loads((Packages(cache).folder("vega") / "data" / "penguins.json").read_text(encoding="utf-8"))
     return [_penguin(number, bird) for number, bird in enumerate(found) if bird["Sex"] in SEXES_ZH]
 
 
@@ -37,7 +37,7 @@ def _penguin(number: int, bird: Row) -> Row:
     species, sex, island = bird["Species"], bird["Sex"], bird["Island"]
     return {
         "id": f"penguin/{number}",
-        "source": f"npm:{'@'.join(VEGA)} penguins.json (palmerpenguins)",
+        "source": f"{VEGA} penguins.json (palmerpenguins)",
         "license": "CC0-1.0",
         "split": split_of(f"p{number}", tenths=2),
         "kind": "text_numbers",
@@ -75,7 +75,7 @@ def iris(cache: Path) -> list[Row]:
 
 def seattle_weather_daily(cache: Path) -> pa.Table:
     """Four years of daily weather, as a plain table."""
-    with (npm_package(*VEGA, cache) / "data" / "seattle-weather.csv").open(encoding="utf-8", newline="") as file:
+    with (Packages(cache).folder("vega") / "data" / "seattle-weather.csv").open(encoding="utf-8", newline="") as file:
         days = list(csv.DictReader(file))
     columns = {
         "date": pa.array([day["date"] for day in days], pa.large_string()),
@@ -83,7 +83,7 @@ def seattle_weather_daily(cache: Path) -> pa.Table:
         "weather": pa.array([day["weather"] for day in days], pa.large_string()),
     }
     about = {
-        "source": f"npm:{'@'.join(VEGA)}",
+        "source": VEGA,
         "license": "Public domain (NOAA) via vega-datasets BSD-3-Clause",
     }
     return pa.table(columns).replace_schema_metadata(about)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import soundfile
 from scipy.signal import resample_poly
 
 from embedded_data.images import DIGITS_EN, DIGITS_ZH
-from embedded_data.packages import debian_package
 from embedded_data.tables import Row
+from tools.mini.packages import Packages
+from tools.mini.speech import Espeak
 
 VOICES = ("en-us+m1", "en-us+m3", "en-us+f2", "en-gb+m1", "cmn+m1", "cmn+m3", "cmn+f2", "en-us+f4", "cmn+f4")
 TEST_VOICE = "+f4"  # never heard in training
@@ -26,14 +26,13 @@ MORE_VOICES = (
 )
 MORE_MANNERS = ((145, 35), (175, 65))
 RATE = 16_000
-DEBIAN = ("espeak-ng", "espeak-ng-data", "libespeak-ng1", "libpcaudio0", "libsonic0")
 
 
 def espeak_digits(cache: Path) -> list[Row]:
     """Each digit by each voice in each manner."""
-    program, environment = _program(cache)
+    espeak = Espeak(Packages(cache))
     return [
-        _spoken(voice, speed, pitch, digit, program, environment)
+        _spoken(voice, speed, pitch, digit, espeak)
         for voices, manners in ((VOICES, MANNERS), (MORE_VOICES, MORE_MANNERS))
         for voice in voices
         for speed, pitch in manners
@@ -41,20 +40,11 @@ def espeak_digits(cache: Path) -> list[Row]:
     ]
 
 
-def _program(cache: Path) -> tuple[str, dict[str, str]]:
-    """The synthesiser out of its Debian packages, without installing it."""
-    trees = [debian_package(name, cache) for name in DEBIAN]
-    libraries = [library.parent for tree in trees for library in tree.rglob("*.so.*")]
-    voices = next(found for tree in trees for found in tree.rglob("espeak-ng-data") if (found / "phondata").is_file())
-    paths = {"LD_LIBRARY_PATH": ":".join(map(str, dict.fromkeys(libraries))), "ESPEAK_DATA_PATH": str(voices)}
-    return str(trees[0] / "usr" / "bin" / "espeak-ng"), {**os.environ, **paths}
-
-
-def _spoken(voice: str, speed: int, pitch: int, digit: int, program: str, environment: dict[str, str]) -> Row:
+def _spoken(voice: str, speed: int, pitch: int, digit: int, espeak: Espeak) -> Row:
     chinese = voice.startswith("cmn")
     word = DIGITS_ZH[digit] if chinese else DIGITS_EN[digit]
-    arguments = [program, "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", word]
-    said = subprocess.run(arguments, env=environment, capture_output=True, check=True).stdout
+    arguments = [espeak.program, "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", word]
+    said = subprocess.run(arguments, env=espeak.environment, capture_output=True, check=True).stdout
     samples = _at_16_khz(said)
     file = io.BytesIO()
     soundfile.write(file, samples, RATE, format="FLAC", subtype="PCM_16")

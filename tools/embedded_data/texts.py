@@ -7,16 +7,15 @@ from pathlib import Path
 
 import opencc
 
-from embedded_data.packages import debian_package, npm_package
 from embedded_data.tables import Row, split_of
+from tools.mini.packages import PACKAGES, Packages
 
-POETRY = ("chinese-poetry", "2.0.1")
 NOUNS = Path(__file__).with_name("wordnet_nouns.txt")
 
 
 def poems_zh(cache: Path) -> list[Row]:
     """The poems in simplified characters: title and author, then one couplet a line."""
-    book = npm_package(*POETRY, cache) / "dist" / "mengxue" / "tangshisanbaishou.json"
+    book = Packages(cache).folder("poetry") / "dist" / "mengxue" / "tangshisanbaishou.json"
     simplified = opencc.OpenCC("t2s").convert
     rows: list[Row] = []
     for form in json.loads(book.read_text(encoding="utf-8"))["content"]:
@@ -26,7 +25,7 @@ def poems_zh(cache: Path) -> list[Row]:
             rows.append(
                 {
                     "id": f"tang300/{len(rows)}",
-                    "source": f"npm:{'@'.join(POETRY)} mengxue/tangshisanbaishou",
+                    "source": f"{PACKAGES['poetry'].source} mengxue/tangshisanbaishou",
                     "license": "MIT (poems: public domain)",
                     "split": split_of(title + author),
                     "kind": "text",
@@ -41,7 +40,7 @@ def poems_zh(cache: Path) -> list[Row]:
 def wordnet_en(cache: Path) -> list[Row]:
     """Nouns with their glosses: those whose synset offsets are in `wordnet_nouns.txt`, a random sample."""
     chosen = set(NOUNS.read_text().split())
-    nouns = debian_package("wordnet-base", cache) / "usr" / "share" / "wordnet" / "data.noun"
+    nouns = Packages(cache).folder("wordnet") / "usr" / "share" / "wordnet" / "data.noun"
     lines = (line.split(" | ", 1) for line in nouns.read_text(encoding="latin-1").splitlines() if line[:2] != "  ")
     return [_synset(head.split(), gloss.strip()) for head, gloss in lines if head[:8] in chosen]
 

@@ -104,9 +104,9 @@ def saved_table(report: dict[str, Any]) -> str:
 
 
 def evaluate_rows(
-    run: Evaluation, names: Iterable[str], show: Callable[[str], None] = lambda line: None
+    run: Evaluation, names: Iterable[str], show: Callable[[str, dict[str, Any]], None] = lambda line, report: None
 ) -> dict[str, Any]:
-    """Return the JSON of each row; `show` gets each line of the table as it is ready."""
+    """Return the JSON of each row; `show` gets each line of the table as it is ready, and the JSON so far."""
     report: dict[str, Any] = {}
     for name in names:
         row, began = ROWS[name], time.monotonic()
@@ -118,7 +118,7 @@ def evaluate_rows(
         goal = {"low": row.low, "high": row.high}
         seconds = round(time.monotonic() - began, 1)
         report[name] = {"what": row.title, "by": row.by, "goal": goal, **own, "seconds": seconds}
-        show(table_line(name, row, found))
+        show(table_line(name, row, found), report)
     return report
 
 
@@ -136,16 +136,16 @@ def main(words: list[str] | None = None) -> None:
     packages.import_requirements()
     loaded = load(find_model(arguments.run), "cpu")
     run = Evaluation(loaded, arguments.corpus, arguments.cache, arguments.limit)
-    content: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "limit": arguments.limit}
     sys.stdout.write(f"{HEADER}\n")
 
-    def show(line: str) -> None:
+    def show(line: str, report: dict[str, Any]) -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
+        if arguments.json is not None:
+            content = {"checkpoint": str(loaded.checkpoint), "limit": arguments.limit, "rows": report}
+            replace_text(arguments.json, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
-    content["rows"] = evaluate_rows(run, arguments.only or ROWS, show)
-    if arguments.json is not None:
-        replace_text(arguments.json, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    evaluate_rows(run, arguments.only or ROWS, show)
 
 
 if __name__ == "__main__":

@@ -299,9 +299,9 @@ class Packages:
         self.cache = cache
         cache.mkdir(parents=True, exist_ok=True)
 
-    def folder(self, key: str) -> Path:
-        """The folder that holds the files of a package; of Debian, the root of its tree."""
-        package = PACKAGES[key].package
+    def folder(self, key: str | Package) -> Path:
+        """The folder that holds the files of a package, of the table or another; of Debian, the root of its tree."""
+        package = PACKAGES[key].package if isinstance(key, str) else key
         if package.registry == "Debian":
             return unpacked_debian(package, self.cache)
         file = fetch(package, self.cache)

@@ -428,7 +428,7 @@ class Page:
             return _failed(able.text(language), language, drawn)
         try:
             values = values_in(scenario, contents, self.server.limits, language)
-            request = scenario_request(scenario, language, values, int(seed or 0))
+            request = scenario_request(scenario, language, values, int(seed or 0), self.server.limits.tokens)
             shown = await show_answer(self.server, request, language)
         except OpenM6Error as error:
             return _failed(str(error), language, drawn)

@@ -22,6 +22,7 @@ from openm6.serve import content, schemas
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.requests import Answer, CodesRequest, TextRequest, decode_codes
 from openm6.serve.server import Call, Server, StrictRoute, ThisCall
+from openm6.tasks.slots import MAX_TOKENS
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=DOCUMENTED)
 AUDIO = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in content.AUDIO_TYPES.values()}
@@ -37,6 +38,7 @@ class GenerationBody(BaseModel):
     size: str | None = Field(default=None, description="auto, or the model's own size, such as 64x64")
     response_format: Literal["b64_json"] | None = None
     output_format: content.ImageFormat | None = None
+    stream: bool | None = None
     seed: schemas.Seed = None
     steps: schemas.Steps | None = None
     guidance: schemas.Guidance | None = None
@@ -48,7 +50,8 @@ class EditBody(GenerationBody):
     The prompt of such a request chooses the language alone, as models are trained to fill in without words.
     """
 
-    image: UploadFile
+    image: UploadFile | None = None
+    listed: list[UploadFile] = Field(default=[], alias="image[]", description="as clients name a list: one image")
     mask: UploadFile | None = None
 
 
@@ -90,7 +93,10 @@ async def edit(body: Annotated[EditBody, Form(media_type="multipart/form-data")]
     """Generates what the mask leaves transparent; the rest is returned unchanged, pixel by pixel."""
     _check(call.server, body)
     limits = call.server.limits
-    source = content.check_image(await body.image.read(), limits, "image")
+    files = [file for file in (body.image, *body.listed) if file is not None]
+    if len(files) != 1:
+        raise BadRequestError("image is a list: send one image" if files else "image is missing: add it", "image")
+    source = content.check_image(await files[0].read(), limits, "image")
     mask_file = content.check_image(await body.mask.read(), limits, "mask") if body.mask is not None else None
     region = await asyncio.to_thread(content.edit_mask, mask_file, source, limits.pixels)
     part = Part("image", source, {"mask_box": region})
@@ -107,7 +113,10 @@ def _check(server: Server, body: GenerationBody) -> None:
     side = server.loaded.image.side
     if body.size not in (None, "auto", f"{side}x{side}"):
         raise BadRequestError(f"size {body.size[:20]!r} is not offered: use auto or {side}x{side}", "size")
+    if body.stream:
+        raise BadRequestError("stream is not offered for images: leave it out", "stream")
     check_limit("n", body.n or 1, server.limits.answers)
+    check_limit("prompt", len(body.prompt), server.limits.characters, "characters")
 
 
 async def _answer(call: Call, kind: str, request: CodesRequest, body: GenerationBody) -> Images:
@@ -196,6 +205,7 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
     if body.stream_format == "sse":
         raise BadRequestError("stream_format sse is not offered: use audio", "stream_format")
     check_limit("seconds", body.seconds or 0.0, server.limits.audio_seconds)
+    check_limit("input", len(body.input), server.limits.characters, "characters")
     seed = schemas.chosen_seed(body.seed)
     request = CodesRequest(
         modality="audio",
@@ -220,20 +230,24 @@ async def transcribe(
     call.server.check_model(body.model)
     if body.stream:
         raise BadRequestError("stream is not offered for transcriptions: leave it out", "stream")
+    limits, loaded = call.server.limits, call.server.loaded
+    check_limit("prompt", len(body.prompt or ""), limits.characters, "characters")
     data = await body.file.read()
     try:
-        samples = await asyncio.to_thread(read_audio, data, call.server.limits.audio_seconds)
+        samples = await asyncio.to_thread(read_audio, data, limits.audio_seconds)
     except DataError as error:
         raise BadRequestError(f"file: {error}", "file") from None
-    loaded = call.server.loaded
     question = Question(output="text", audio=data, text=body.prompt or None, language=body.language)
     # A model may transcribe by a task of its own, as in the turns of a chat.
-    own = "speech_recognition" not in {one.task for one in loaded.description.trained_tasks}
+    tasks = [loaded.tasks[one.task] for one in loaded.description.trained_tasks if one.task in loaded.tasks]
+    own = "speech_recognition" not in {task.name for task in tasks}
     if body.prompt or (own and trained_prompt(question, loaded) is not None):
         parts = tuple(await asyncio.to_thread(prompt_parts, question, loaded))
     else:
         parts = content.part_prompt("speech_recognition", Part("audio", samples), body.language)
-    sampling = Sampling(temperature=body.temperature, max_tokens=64)
+    heard = [task for task in tasks if (task.input_modality, task.output_modality) == ("audio", "text")]
+    longest = max((getattr(task.target, "max_tokens", MAX_TOKENS) for task in heard), default=MAX_TOKENS)
+    sampling = Sampling(temperature=body.temperature, max_tokens=min(longest, limits.tokens))
     [answer] = await call.answer("transcriptions", [TextRequest(parts=parts, sampling=sampling)])
     text = answer.value.strip()
     if body.response_format == "text":

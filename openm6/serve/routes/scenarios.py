@@ -120,8 +120,9 @@ async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnsw
     if not able.trained:
         raise ConfigError(f"scenario {scenario.name} {able.text()}: train it, or choose another scenario")
     seed = schemas.chosen_seed(body.seed)
-    values = await asyncio.to_thread(input_values, scenario, body.inputs, call.server.limits)
-    request = scenario_request(scenario, body.language, values, seed)
+    limits = call.server.limits
+    values = await asyncio.to_thread(input_values, scenario, body.inputs, limits)
+    request = scenario_request(scenario, body.language, values, seed, limits.tokens)
     answers = await call.answer("scenarios", [request])
     found = await asyncio.to_thread(decoded, request, answers[0], loaded)
     if "image" in found:

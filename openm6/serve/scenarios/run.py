@@ -35,13 +35,14 @@ from openm6.evaluate.report import MEDIA_BYTES, MediaBudget, report_environment,
 from openm6.evaluate.results import Sample
 from openm6.evaluate.run import source_configs
 from openm6.hub.find import find_model
-from openm6.inference.load import LoadedModel, load, precision_of
+from openm6.inference.load import LoadedModel, load, precision_of, read_texts
 from openm6.inference.question import is_region
+from openm6.inference.sampling import MAX_TOKENS
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.series import NumberSeries
-from openm6.models.description import MODEL_FILE, CheckpointConfig, read_description
+from openm6.models.description import CheckpointConfig
 from openm6.serve import requests
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
@@ -70,9 +71,12 @@ MEDIA = ("image", "audio")  # kinds of inputs, and the fields of records that ho
 SEARCHED = 20  # test records of a source in which an example is looked for
 
 
-def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> requests.Request:
+def scenario_request(
+    scenario: Scenario, language: Language, values: Values, seed: int = 0, max_tokens: int = MAX_TOKENS
+) -> requests.Request:
     """Return the request of a scenario; raise DataError if an input is missing, unknown or not of its kind.
 
+    max_tokens: of a text in answer, if that is less than the scenario's own
     values: by name of the input: str for text, bytes for image and audio, {column: value} for numbers, {name, values}
         for series, a list of texts for candidates, fractions for box (4) and span (2)
     """
@@ -92,7 +96,9 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
     column = str(scenario.column)
     parts = tuple(fill_prompt(scenario.prompt.text(language), inputs, {"column": column.replace("_", " ")}))
     if scenario.output == "text":
-        return requests.TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
+        own = scenario.decoding.text
+        changes = {"seed": seed, "max_tokens": min(own.max_tokens, max_tokens)}
+        return requests.TextRequest(parts=parts, sampling=own.model_copy(update=changes))
     if scenario.output == "numbers":
         series = [part.raw for part in parts if isinstance(part.raw, NumberSeries)]
         if series:
@@ -287,9 +293,9 @@ def _listed(trained: Path | str | None) -> tuple[ScenarioLibrary, list[tuple[Sce
     if trained is None:
         library = read_library()
         return library, [(scenario, None) for scenario in library.scenarios.values()]
-    path = latest(find_model(trained)) / MODEL_FILE
-    description, scores = read_description(path.read_text(encoding="utf-8"), str(path)), read_scores(path.parent)
-    library = library_of(description, path.parent)
+    folder = latest(find_model(trained))
+    (description, _), scores = read_texts(folder), read_scores(folder)
+    library = library_of(description, folder)
     return library, [(scenario, readiness(scenario, description, scores)) for scenario in library.scenarios.values()]
 
 

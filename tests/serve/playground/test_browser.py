@@ -37,16 +37,17 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
+def browser() -> Iterator[playwright.BrowserContext]:
+    """One context, which keeps the scripts of the page."""
     with playwright.sync_playwright() as tool:
         found = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield found
+        yield found.new_context(viewport=DESK)
         found.close()
 
 
 @pytest.fixture
-def page(browser: playwright.Browser, address: str) -> Iterator[playwright.Page]:
-    found = browser.new_page(viewport=DESK)
+def page(browser: playwright.BrowserContext, address: str) -> Iterator[playwright.Page]:
+    found = browser.new_page()
     found.set_default_timeout(PATIENCE)
     found.goto(address)
     found.wait_for_selector("#run")
@@ -139,11 +140,11 @@ def test_a_free_question_is_answered(page: playwright.Page) -> None:
     playwright.expect(page.locator("#answer-image img").first).to_be_visible(timeout=PATIENCE)
 
 
-def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.Browser) -> None:
+def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.BrowserContext) -> None:
     config = ServeConfig(keys=("secret",))
     app = add_playground(create_app(Engine(trained_model(), EngineConfig(max_model_len=512)), config, name="tiny"))
     with running(app) as address:
-        page = browser.new_page(viewport=DESK)
+        page = browser.new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(f"{address}/playground/")
         page.wait_for_selector("input[type=password]")

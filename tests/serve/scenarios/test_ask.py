@@ -12,6 +12,7 @@ from openm6.core.errors import ConfigError, DataError
 from openm6.data.prepare import with_negatives
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig, TrainedTask
+from openm6.serve.content import text_prompt
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, TextRequest
 from openm6.serve.scenarios.run import (
     example_fits,
@@ -22,6 +23,7 @@ from openm6.serve.scenarios.run import (
 from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_library
 from openm6.tasks.registry import TASKS
 from openm6.train.run import read_recipe, recipe_path
+from tests.data.sample_images import png
 from tests.small_model import demo_sources, loaded
 
 LIBRARY = read_library()
@@ -45,6 +47,9 @@ def test_every_example_becomes_a_request(scenario: Scenario) -> None:
         assert all(a != b or a != "text" for a, b in pairwise(kinds))
         if isinstance(request, TextRequest | CodesRequest):
             assert request.sampling.seed == 5
+        if isinstance(request, TextRequest):
+            few = scenario_request(scenario, language, example_values(scenario, language), max_tokens=3)
+            assert isinstance(few, TextRequest) and few.sampling.max_tokens == 3 < request.sampling.max_tokens
 
 
 def test_the_parts_are_those_of_training() -> None:
@@ -61,6 +66,13 @@ def test_the_parts_are_those_of_training() -> None:
         scenario = LIBRARY.scenarios[name]
         example = TASKS[scenario.tasks[0]].example(record, np.random.default_rng(1), language="en")
         assert list(scenario_request(scenario, "en", values).parts) == example.source
+
+
+def test_the_prompt_of_a_route_is_that_of_training() -> None:
+    record, model = {"id": "1", "text_en": "a kite", "image": png()}, loaded(trained_tasks=(("text_to_image", "x"),))
+    example = TASKS["text_to_image"].example(record, np.random.default_rng(1))
+    assert list(text_prompt(model, "text_to_image", "a kite")) == example.source
+    assert text_prompt(model, "text_to_image", "draw a kite") == (Part("text", "draw a kite"),)
 
 
 def test_a_masked_span_of_audio_has_the_form_of_training() -> None:

@@ -8,8 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from openm6.api.model import OpenM6
+from openm6.checkpoint.save import Snapshot, save
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.models.description import TrainedTask
@@ -18,6 +20,7 @@ from openm6.serve.engine import Engine
 from openm6.serve.scenarios.run import (
     ONE_AT_A_TIME,
     ExampleResult,
+    list_scenarios,
     results_table,
     run_example,
     run_scenarios,
@@ -80,6 +83,13 @@ def test_the_engine_keeps_the_dtype_that_is_asked_for(
     monkeypatch.setattr("openm6.serve.scenarios.run.Engine", engine)
     run_scenarios(tmp_path, dtype=dtype)
     assert [config.weights for config in found] == [weights]
+
+
+def test_a_checkpoint_of_another_kind_is_a_sentence(tmp_path: Path) -> None:
+    codec = Snapshot(1, torch.nn.Linear(1, 1), {}, {}, files={"codec.json": "{}"})
+    save(codec, tmp_path / "checkpoints", keep=1)
+    with pytest.raises(CheckpointError, match=r"has no model\.json: it is not a checkpoint of a multimodal model"):
+        list_scenarios(tmp_path)
 
 
 def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
