@@ -63,7 +63,11 @@ def train(
     if nproc > 1 or max_restarts:
         # torch takes seconds to import
         from openm6.distributed.launch import launch
+        from openm6.train.loop import refuse_overwriting
+        from openm6.train.run import run_folder
 
+        # The processes would be refused, and a restart would resume the run that is there.
+        refuse_overwriting(run_folder(recipe, out), resume)
         words = ["train", recipe, *(overrides or []), *(["--resume"] if resume else []), "--device", device]
         launch([*words, *(["--out", str(out)] if out else [])], nproc, max_restarts)
     else:

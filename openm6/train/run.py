@@ -61,6 +61,11 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any
     return build(TRAININGS[kind][0], values, str(path)), values
 
 
+def run_folder(recipe: str, out: Path | None) -> RunFolder:
+    """The folder of a run; by default runs/NAME of the recipe."""
+    return RunFolder(out or Path("runs") / Path(recipe).stem)
+
+
 def train_recipe(
     recipe: str,
     overrides: list[str] | None = None,
@@ -75,7 +80,7 @@ def train_recipe(
     `resolve_device`. Raise as `train`; ConfigError: an unusable recipe, no such device, or no run to resume in `out`.
     """
     device, path = resolve_device(device_name), Path(recipe)
-    run, parallel = RunFolder(out or Path("runs") / path.stem), ParallelConfig()
+    run, parallel = run_folder(recipe, out), ParallelConfig()
     failure: OpenM6Error | None = None
     # A failure is kept until the ranks are connected, so that all report it together.
     try:

@@ -417,3 +417,16 @@ def test_without_a_shipped_model_a_sentence_names_the_way_to_one(
     shown = runner.invoke(app, ["generate", "--text", "a", "--output", "text"])
     assert shown.exit_code == 1 and shown.stderr.count("\n") == 1
     assert "such as runs/demo, which openm6 demo trains" in shown.stderr
+
+
+def test_a_restart_does_not_go_on_with_a_run_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt would be refused, and the launcher would start it again as one that resumes."""
+    folder = tmp_path / "checkpoints" / "step-3"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"files": {}}')
+    started: list[Any] = []
+    monkeypatch.setattr("openm6.distributed.launch.launch", lambda *words: started.append(words))
+    words = ["train", "demo", "--out", str(tmp_path), "--max-restarts", "1"]
+    shown = runner.invoke(app, words)
+    assert shown.exit_code and "already holds a run" in shown.output + str(shown.exception) and not started
+    assert not runner.invoke(app, [*words, "--resume"]).exit_code and len(started) == 1

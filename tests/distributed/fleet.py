@@ -1,4 +1,4 @@
-"""A few processes joined by gloo that run functions of the tests: started once, used by many tests."""
+"""A few processes joined by gloo that run functions of the tests: started once, used by all tests of a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,17 +22,28 @@ PATIENCE = 120  # seconds that a function may take
 class Fleet:
     """`run` calls a function on all ranks at once and gives back what each returned."""
 
+    running: ClassVar[list[Fleet]] = []
+
     def __init__(self, size: int, meeting: Path) -> None:
-        pairs = [CONTEXT.Pipe() for _ in range(size)]
+        self.size, self.meeting, self.starts = size, meeting, 0
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def _start(self) -> None:
+        pairs = [CONTEXT.Pipe() for _ in range(self.size)]
         self.pipes = [ours for ours, _ in pairs]
         self.processes = [
-            CONTEXT.Process(target=_serve, args=(rank, size, str(meeting), theirs), daemon=True)
+            CONTEXT.Process(target=_serve, args=(rank, self.size, f"{self.meeting}-{self.starts}", theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self.processes:
             process.start()
+        self.starts += 1
+        self.running.append(self)
 
     def run(self, function: Callable[..., Any], *values: Any) -> list[Any]:
+        if not self.processes:
+            self._start()
         for pipe in self.pipes:
             pipe.send((function, values))
         answers = []
@@ -47,9 +58,13 @@ class Fleet:
         return [answer for _, answer in answers]
 
     def close(self) -> None:
+        """End the processes; `run` starts others."""
         for process in self.processes:
             process.kill()
             process.join()
+        if self.processes:
+            self.processes = []
+            self.running.remove(self)
 
 
 def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
