@@ -20,8 +20,9 @@ from openm6.inference.question import Question, trained_prompt
 from openm6.modalities.audio import Audio
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part, Rng
-from openm6.modalities.pool import POOL
 from openm6.modalities.registry import opened, source_segments, split_opening
+
+READ = {"text", "image_in", "audio_in"}  # the kinds of tokens in prompts
 
 
 class TrainedEncoder(Encoder):
@@ -75,10 +76,10 @@ class TrainedEncoder(Encoder):
 
 @functools.lru_cache(2)
 def _headless(checkpoint: Path) -> LoadedModel:
-    """The model of a checkpoint without what is not read: the last layer, the pool and all that generates."""
+    """The model of a checkpoint with what reads texts, images and audio alone, but for the last layer."""
     loaded = load(checkpoint, "cpu")
     omni = loaded.omni
-    for kind in [kind for kind in omni.adapters if kind == POOL or kind.endswith("_out")]:
+    for kind in set(omni.adapters) - READ:
         del omni.adapters[kind]
     omni.backbone.layers = omni.backbone.layers[:-1]
     used = {number for kind in omni.adapters for number in omni.modality_experts_of(kind)}

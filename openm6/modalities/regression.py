@@ -74,6 +74,7 @@ class LagRidge:
     lags: int
     level: bool
     weights: np.ndarray  # X + 1 H, the constant last, float32 as they are saved
+    of_scaled: bool = False  # whether values are in units of their own window, not in those of the column
 
     @property
     def timed(self) -> bool:
@@ -89,14 +90,15 @@ class LagRidge:
         return found[len(values) : len(values) + horizon]
 
     def to_text(self) -> str:
-        """Lags, level and H, and the weights as base64 of float32."""
-        return f"{self.lags} {self.level:d} {self.weights.shape[1]} {base64.b64encode(self.weights.tobytes()).decode()}"
+        """Lags, level and H, the weights as base64 of float32, and `scaled` if values are."""
+        weights = base64.b64encode(self.weights.tobytes()).decode()
+        return f"{self.lags} {self.level:d} {self.weights.shape[1]} {weights}{' scaled' * self.of_scaled}"
 
     @classmethod
     def of_text(cls, text: str) -> Self:
-        lags, level, horizon, weights = text.split()
+        lags, level, horizon, weights, *scaled = text.split()
         array = np.frombuffer(base64.b64decode(weights), np.float32).reshape(-1, int(horizon))
-        return cls(int(lags), level == "1", array)
+        return cls(int(lags), level == "1", array, bool(scaled))
 
 
 def _inputs(past: np.ndarray, times: np.ndarray | None, lags: int, level: bool) -> np.ndarray:
@@ -114,6 +116,10 @@ class Ridges:
 
     plain: LagRidge
     full: LagRidge
+
+    @property
+    def of_scaled(self) -> bool:
+        return self.plain.of_scaled
 
     def forecasts(self, values: np.ndarray, clock: Clock | None, horizon: int) -> list[np.ndarray]:
         """Of both; without a clock, the plain one twice if the other needs it.  # C -> 2 · H"""
@@ -140,12 +146,61 @@ class FittedRidges:
         return self.whole if position is None or not self.folds else self.folds[position[0] * FOLDS // position[1]]
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """What ridges are fitted to: the windows of each fold are forecast by those that are fitted to the others."""
+
+    past: np.ndarray  # W C
+    future: np.ndarray  # W H
+    times: np.ndarray | None  # W T, of the first steps
+    fold: np.ndarray  # W
+    weight: np.ndarray  # F+1 W: of all windows, and of those of the other folds
+    of_scaled: bool = False
+
+    def fit(self, lags: int, level: bool, timed: bool) -> tuple[np.ndarray, list[LagRidge]]:
+        """The errors of the windows with the best penalty, and the ridges of all windows and of the folds.  # W"""
+        inputs = _inputs(self.past, self.times if timed else None, lags, level)
+        target = self.future - self.past[:, -1:]
+        solved = [_solve(inputs, target, one) for one in self.weight]  # F+1 · P X+1 H
+        errors = np.empty((len(PENALTIES), len(target)))
+        for index, weights in enumerate(solved[1:]):
+            rows = self.fold == index
+            errors[:, rows] = np.abs(inputs[rows] @ weights - target[rows]).sum(-1)
+        best = int(errors.sum(1).argmin())
+        ridges = [LagRidge(lags, level, weights[best].astype(np.float32), self.of_scaled) for weights in solved]
+        return errors[best], ridges
+
+    def fit_best(self) -> tuple[np.ndarray, FittedRidges]:
+        """The errors with the best inputs, and those on lags alone and on what lowers the error."""
+        size = self.past.shape[1]
+        lags = ([lag for lag in LAGS if lag < size] + [size])[: len(LAGS)]
+
+        def of(level: bool, timed: bool) -> tuple[np.ndarray, list[LagRidge]]:
+            return min((self.fit(lag, level, timed) for lag in lags), key=lambda one: one[0].sum())
+
+        plain = full = of(False, False)
+        for timed in (True, False) if self.times is not None else (False,):
+            for level in (False, True):
+                found = of(level, timed)
+                full = found if found[0].sum() < (1 - MIN_GAIN) * full[0].sum() else full
+        whole, *folds = [Ridges(*both) for both in zip(plain[1], full[1], strict=True)]
+        return full[0], FittedRidges(whole, tuple(folds))
+
+
 def fit_ridges(
-    past: np.ndarray, future: np.ndarray, times: np.ndarray | None, positions: Sequence[tuple[int, int]]
+    past: np.ndarray,
+    future: np.ndarray,
+    times: np.ndarray | None,
+    positions: Sequence[tuple[int, int]],
+    units: np.ndarray,
 ) -> FittedRidges | None:
     """Fit to W windows, the penalty and the inputs chosen by the error on folds; None if there are too few.
 
-    past: W C; future: W H; times: W T of the first steps; positions: row among those of its series, and their number
+    Values are as they are or, if that lowers the error in their units, in those of each window: the series of a column
+    may differ by orders of magnitude, and the largest would decide alone.
+
+    past: W C; future: W H; times: W T of the first steps; positions: row among those of its series, and their number;
+    units: W 2, location and scale of each window
     """
     begin, count = np.asarray(positions).T
     fold = begin * FOLDS // count
@@ -155,31 +210,15 @@ def fit_ridges(
             for index in range(FOLDS)]  # fmt: skip
     if min(rows.sum() for rows in kept) < MIN_WINDOWS:
         return None
-    target = future - past[:, -1:]
     fraction, starts = begin / count, np.arange(FOLDS)[:, None] / FOLDS
     away = np.concatenate([[1 - fraction], np.maximum(starts - fraction, fraction - starts - 1 / FOLDS)])
     chosen = np.concatenate([np.full((1, len(past)), True), kept])
     weight = chosen * 0.5 ** (np.maximum(away, 0) / HALF_LIFE)  # F+1 W
-
-    def fitted(lags: int, level: bool, timed: bool) -> tuple[float, list[LagRidge]]:
-        """The lowest error, and the ridges of all windows and of the folds."""
-        inputs = _inputs(past, times if timed else None, lags, level)
-        solved = [_solve(inputs, target, one) for one in weight]  # F+1 · P X+1 H
-        error = np.zeros(len(PENALTIES))
-        for index, weights in enumerate(solved[1:]):
-            error += np.abs(inputs[fold == index] @ weights - target[fold == index]).sum((1, 2))
-        best = int(error.argmin())
-        return float(error[best]), [LagRidge(lags, level, weights[best].astype(np.float32)) for weights in solved]
-
-    lags = [lag for lag in LAGS if lag < past.shape[1]] + [past.shape[1]]
-    plain = min((fitted(lag, False, False) for lag in lags[: len(LAGS)]), key=lambda one: one[0])
-    full = plain
-    for timed in (True, False) if times is not None else (False,):
-        for level in (False, True):
-            found = min((fitted(lag, level, timed) for lag in lags[: len(LAGS)]), key=lambda one: one[0])
-            full = found if found[0] < (1 - MIN_GAIN) * full[0] else full
-    whole, *folds = [Ridges(*both) for both in zip(plain[1], full[1], strict=True)]
-    return FittedRidges(whole, tuple(folds))
+    loc, scale = units.T[:, :, None]  # W 1
+    errors, found = _Windows(past, future, times, fold, weight).fit_best()
+    own = _Windows((past - loc) / scale, (future - loc) / scale, times, fold, weight, of_scaled=True)
+    own_errors, own_found = own.fit_best()
+    return own_found if own_errors.sum() < (1 - MIN_GAIN) * (errors / scale[:, 0]).sum() else found
 
 
 def _solve(inputs: np.ndarray, target: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ head weighs, in units of the window's typical change from step to step or from s
 # M features of a step, W features of a window, D hidden size, B bins, Q frequencies
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -102,10 +103,12 @@ def fit_series(windows: Sequence[np.ndarray]) -> SeriesStats:
 
 
 def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> regression.FittedRidges | None:
-    """The regressions of a column from training windows of equal lengths that have positions."""
-    usable = [window for window in windows if window.position is not None
-              and all(np.isfinite(_floats(part)).any() for part in (window.past, window.values))]  # fmt: skip
-    if len({(len(window.past), len(window.values)) for window in usable}) != 1:
+    """The regressions of a column from training windows that have positions, of the lengths that most of them have."""
+    seen = [window for window in windows if window.position is not None
+            and all(np.isfinite(_floats(part)).any() for part in (window.past, window.values))]  # fmt: skip
+    lengths = Counter((len(window.past), len(window.values)) for window in seen)
+    usable = [window for window in seen if (len(window.past), len(window.values)) in dict(lengths.most_common(1))]
+    if not usable:
         return None
     whole = np.stack([fill_gaps(_floats([*window.past, *window.values])) for window in usable])  # W C+H
     if stats.log:
@@ -116,7 +119,10 @@ def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> regressio
     timed = all(window.clock is not None for window in usable)
     times = np.concatenate([regression.time_features(window.clock, ends, 1) for window in usable]) if timed else None
     positions = [window.position for window in usable if window.position is not None]
-    return regression.fit_ridges(whole[:, :ends], whole[:, ends:], times, positions)
+    column = fit_scale(np.concatenate([_floats(window.past) for window in usable]))
+    found = [Window.of(_floats(window.past), stats, column) for window in usable]
+    units = np.asarray([(one.loc, one.scale) for one in found])
+    return regression.fit_ridges(whole[:, :ends], whole[:, ends:], times, positions, units)
 
 
 def _growth(windows: list[np.ndarray]) -> float:
@@ -232,8 +238,9 @@ def simple_forecasts(
     own = regression.autoregression(z, period, horizon)
     fitted = [own, own]
     if ridges is not None:
-        found = ridges.forecasts(window.loc + window.scale * z, clock, horizon)
-        fitted = [np.clip((x - window.loc) / window.scale, -regression.MAX_VALUE, regression.MAX_VALUE) for x in found]
+        loc, scale = (0.0, 1.0) if ridges.of_scaled else (window.loc, window.scale)
+        found = ridges.forecasts(loc + scale * z, clock, horizon)
+        fitted = [np.clip((x - loc) / scale, -regression.MAX_VALUE, regression.MAX_VALUE) for x in found]
     return np.stack([
         plain * z[-1], plain * level, plain * z.mean(), z[-1] + damped, last_season,
         last_season + drift * period * ((step - 1) // period + 1), smooth, fading, own, *fitted,

@@ -1,5 +1,6 @@
 """What a recipe's sources hold for training: checks, tokenizer, scales of numbers, trained tasks, held-out batches."""
 
+import itertools
 import math
 import time
 from array import array
@@ -113,11 +114,19 @@ def fit_scales(sources: Iterable[Source]) -> Scales:
 
 def fit_all_series(sources: Iterable[Source]) -> dict[str, SeriesStats]:
     """Return period and logarithm of every column that is read over time, from training windows alone."""
-    windows: dict[str, list[np.ndarray]] = {}
-    for record in (record for source in sources for record in _readable(source, SERIES_WINDOWS)):
-        for name, values in (record.get("series") or {}).items():
-            windows.setdefault(name, []).append(np.asarray([np.nan if v is None else v for v in values], float))
-    return {name: fit_series(found) for name, found in sorted(windows.items())}
+    windows: dict[str, dict[str, list[np.ndarray]]] = {}  # by column and source
+    for source in sources:
+        for record in _readable(source, SERIES_WINDOWS):
+            for name, values in (record.get("series") or {}).items():
+                observed = np.asarray([np.nan if v is None else v for v in values], float)
+                windows.setdefault(name, {}).setdefault(source.name, []).append(observed)
+    for name, found in windows.items():
+        if len({fit_series(of_source).period for of_source in found.values()}) > 1:
+            get_log().warning(
+                f"column {name!r} has other seasons in each of the sources {', '.join(found)}, and its forecasts "
+                "have one: give each a column of its own"
+            )
+    return {name: fit_series(list(itertools.chain(*found.values()))) for name, found in sorted(windows.items())}
 
 
 def fit_all_ridges(sources: Iterable[Source], stats: Mapping[str, SeriesStats]) -> dict[str, FittedRidges]:

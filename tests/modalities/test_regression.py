@@ -114,6 +114,30 @@ def test_texts_hold_all_that_is_needed() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def test_series_of_other_magnitudes_do_not_decide_alone() -> None:
+    """Small ones have a week, large ones are a walk; a value of 0 rules logarithms out."""
+    rng, step = np.random.default_rng(0), np.arange(160)
+    week = np.maximum(0, 2 + 2 * np.sin(2 * np.pi * step / 7))
+    small = [week + rng.normal(0, 0.1, 160).clip(0) for _ in range(6)]
+    large = [1e6 + 1e5 * rng.normal(size=160).cumsum() for _ in range(2)]
+    found = fitted([window for values in (*small, *large) for window in windows(values[:130])])
+    assert found.whole.of_scaled and FittedRidges.of_texts(found.to_texts()).whole.of_scaled
+    assert not fitted(windows(seasonal(150))).whole.of_scaled, "one series is as it is"
+    numbers = Numbers(Text(train_tokenizer(["sales"], 300)), {"sales": (2.0, 2.0)}, {"sales": SeriesStats(7)})
+    numbers.ridges = {"sales": found}
+    future = NumberSeries("sales", list(small[0][130:136]), list(small[0][106:130]))
+    arrays = numbers.target(future).arrays
+    loc, scale = arrays["units"][0, :2]
+    forecast = loc + scale * arrays["forecasts"][0, :HORIZON, -2]
+    assert np.abs(forecast - small[0][130:136]).mean() < 0.3
+
+
+def test_windows_of_the_length_that_most_have_are_enough() -> None:
+    known = windows(seasonal(150))
+    short = replace(known[0], values=known[0].values[:-1])
+    assert fitted([short, *known]).to_texts() == fitted(known).to_texts()
+
+
 def test_few_windows_have_none() -> None:
     assert fit_column(windows(seasonal(40)), SeriesStats()) is None
     assert fit_column([NumberSeries("sales", [1.0], [2.0])], SeriesStats()) is None
@@ -129,7 +153,7 @@ def test_a_window_without_a_value_takes_nothing_from_others() -> None:
         )
         assert found is not None and expected is not None and found.to_texts() == expected.to_texts()
     assert fit_column(windows(seasonal(120) - 60), SeriesStats(log=True)) is None, "logarithms of what is negative"
-    assert fit_ridges(np.ones((3, 9)), np.ones((3, 2)), None, [(n, 3) for n in range(3)]) is None
+    assert fit_ridges(np.ones((3, 9)), np.ones((3, 2)), None, [(n, 3) for n in range(3)], np.ones((3, 2))) is None
 
 
 @pytest.mark.parametrize("gaps", [False, True])

@@ -104,7 +104,7 @@ def series(name: str, days: int) -> list[dict]:
     times = (np.datetime64("2000-01-01") + days * np.arange(500)).astype(str)
     values = 5 + np.sin(np.arange(500) * 2 * np.pi / 12)
     return [
-        {"id": f"{name}/{number}", "split": "train", "name": name, "time": time, "value": float(value)}
+        {"id": f"{name}/{number}", "split": "train", "name": name, "time": time, name: float(value)}
         for number, (time, value) in enumerate(zip(times, values, strict=True))
     ]
 
@@ -176,7 +176,8 @@ def evaluation(corpus, tmp_path, monkeypatch) -> rows.Evaluation:
     })  # fmt: skip
     monkeypatch.setitem(loaded.numbers.scales, "pitch", (60.0, 10.0))
     monkeypatch.setitem(loaded.numbers.scales, "carat", (0.5, 0.2))
-    monkeypatch.setitem(loaded.numbers.scales, "value", (5.0, 1.0))
+    for column in ("monthly", "daily"):
+        monkeypatch.setitem(loaded.numbers.scales, column, (5.0, 1.0))
     found = rows.Evaluation(replace(loaded, description=description), corpus, tmp_path, 2)
     found.__dict__["features"] = lambda images: np.random.default_rng(0).standard_normal((len(images), 8))
     found.__dict__["words"] = lambda clips: ["robot"] * len(clips)

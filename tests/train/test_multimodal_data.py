@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from openm6.train.multimodal_data import (
     MAX_IMAGES,
     SAMPLED,
     check_sources,
+    fit_all_series,
     fit_scales,
     network_seconds,
     predictor_rows,
@@ -172,6 +174,18 @@ class Windows(ListSource):
 
     def __getitem__(self, index: int) -> Record:
         return {"id": str(index), "series": {"x": [float(index + step) for step in range(500)]}}
+
+
+def test_a_column_with_other_seasons_in_two_sources_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    def source(name: str, period: int) -> ListSource:
+        wave = [math.sin(2 * math.pi * step / period) for step in range(100)]
+        return ListSource(name, [{"id": str(row), "series": {"value": wave[row : row + 48]}} for row in range(40)])
+
+    with caplog.at_level(logging.WARNING):
+        assert fit_all_series([source("first", 12), source("second", 12)])["value"].period == 12
+        assert not caplog.text
+        fit_all_series([source("monthly", 12), source("daily", 7)])
+    assert "column 'value' has other seasons in each of the sources monthly, daily" in caplog.text
 
 
 def test_scales_take_less_memory_than_python_numbers() -> None:

@@ -19,7 +19,7 @@ from tools.mini.packages import PACKAGES, Packages
 Row = dict[str, Any]
 """The columns of a record (docs/own-data.md); `numbers`, `categories` and `extra` are mappings, `tags_*` lists.
 
-A row of a series has its `name`, a `time` and a `value` instead.
+A row of a series has its `name`, a `time` and a `monthly` or `daily` value instead.
 """
 
 TEXTS = ("id", "source", "license", "split", "text_en", "text_zh", "label", "label_zh", "question", "answer",
@@ -27,12 +27,13 @@ TEXTS = ("id", "source", "license", "split", "text_en", "text_zh", "label", "lab
 BYTES = ("image", "audio")
 LISTS = ("tags_en", "tags_zh")
 MAPPINGS = ("numbers", "categories", "extra")
+SERIES = ("monthly", "daily")
 TYPES = {
     **dict.fromkeys(TEXTS, pa.string()),
     **dict.fromkeys(BYTES, pa.binary()),
     **dict.fromkeys(LISTS, pa.list_(pa.string())),
     **dict.fromkeys(MAPPINGS, pa.string()),
-    "value": pa.float64(),
+    **dict.fromkeys(SERIES, pa.float64()),
 }
 ROWS_OF_A_GROUP = 2000
 

@@ -468,8 +468,8 @@ def series(run: Evaluation) -> Evaluated:
 
 
 def history_of(path: Path, names: Sequence[str]) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Return the times and values of series in a file of the corpus."""
-    table = pq.read_table(path, columns=["name", "time", "value"])
+    """Return the times and values of series in a file of the corpus, whose column has the name of the file."""
+    table = pq.read_table(path, columns=["name", "time", path.stem])
     rows: dict[str, list[tuple[str, float]]] = {name: [] for name in names}
     for name, time, value in zip(*(table[key].to_pylist() for key in table.column_names), strict=True):
         if name in rows:

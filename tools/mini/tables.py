@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from tools.mini.corpus import Part, Row, identity, split_of
@@ -142,47 +143,52 @@ def lives(packages: Packages) -> Iterator[Row]:
             }
 
 
-def _series(package: str, name: str, points: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """A row for each time of a series; the source of kind `windows` tests the last ones."""
+def _series(column: str, package: str, name: str, points: Iterable[tuple[str, str]]) -> Iterator[Row]:
+    """A row for each time of a series; the source of kind `windows` tests the last ones.
+
+    Monthly and daily values have columns of their own, as what a column has in common is its season.
+    """
     for time, value in points:
         if value not in MISSING:
             yield {"id": f"{name}/{time}", **identity(package), "split": "train", "name": name, "time": time,
-                   "value": float(value)}  # fmt: skip
+                   column: float(value)}  # fmt: skip
 
 
 def monthly(packages: Packages) -> Iterator[Row]:
     """Monthly series: the economy and employment of the United States, meat, homes of Texas, CO2, unemployment."""
+    series = partial(_series, "monthly")
     for file, prefix in (("economics", "economy"), ("meat", "meat")):
         lines = _plotnine(packages, file)
         for column in list(lines[0])[1:]:
-            yield from _series("plotnine", f"{prefix}/{column}", ((line["date"], line[column]) for line in lines))
+            yield from series("plotnine", f"{prefix}/{column}", ((line["date"], line[column]) for line in lines))
     lines = _vega(packages, "us-employment")
     for column in list(lines[0])[1:]:
         if not column.endswith("_change"):
-            yield from _series("vega", f"employment/{column}", ((line["month"], line[column]) for line in lines))
-    yield from _series("vega", "co2", ((line["Date"], line["CO2"]) for line in _vega(packages, "co2-concentration")))
+            yield from series("vega", f"employment/{column}", ((line["month"], line[column]) for line in lines))
+    yield from series("vega", "co2", ((line["Date"], line["CO2"]) for line in _vega(packages, "co2-concentration")))
     lines = _bokeh(packages, "unemployment1948.csv")
     months = list(lines[0])[1:13]
     points = ((f"{line['Year']}-{months.index(month) + 1:02}-01", line[month]) for line in lines for month in months)
-    yield from _series("bokeh", "unemployment", points)
+    yield from series("bokeh", "unemployment", points)
     lines = _plotnine(packages, "txhousing")
     for city in sorted({line["city"] for line in lines}):
         rows = [line for line in lines if line["city"] == city]
         for column in ("sales", "median", "listings"):
             points = ((f"{line['year']}-{int(line['month']):02}-01", line[column]) for line in rows)
-            yield from _series("plotnine", f"homes/{city}/{column}", points)
+            yield from series("plotnine", f"homes/{city}/{column}", points)
 
 
 def daily(packages: Packages) -> Iterator[Row]:
     """Daily series: the weather of Seattle, New York and Lincoln."""
+    series = partial(_series, "daily")
     lines = _vega(packages, "weather")
     for city in sorted({line["location"] for line in lines}):
         for column in ("temp_max", "temp_min", "wind"):
             points = ((line["date"], line[column]) for line in lines if line["location"] == city)
-            yield from _series("vega", f"{city}/{column}", points)
+            yield from series("vega", f"{city}/{column}", points)
     lines = _bokeh(packages, "lincoln_weather.csv")
     for column in ("TMAX", "TMIN"):
-        yield from _series("bokeh", f"Lincoln/{column}", ((line["DATE"], line[column]) for line in lines))
+        yield from series("bokeh", f"Lincoln/{column}", ((line["DATE"], line[column]) for line in lines))
 
 
 PARTS = {
