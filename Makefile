@@ -26,8 +26,9 @@ demo: $(VENV)/.ready
 
 environment: $(VENV)/.ready-dev
 
+# Bytecode is kept even where the environment forbids it: programs that tests start would compile the package again.
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # One process: several would share the memory of the GPU, and compile the same kernels at once.
 test-gpu: $(GPU_READY)
