@@ -41,7 +41,7 @@ test-torch: $(TORCH_VERSIONS:%=test-torch-%)
 
 test-torch-%:
 	$(PYTHON) tools/make_venv.py $(VENV)-torch-$* 'torch==$*' -e '.[dev]'
-	OMP_NUM_THREADS=1 $(VENV)-torch-$*/bin/python -m pytest -n $(WORKERS) --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)-torch-$*/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: style types
 

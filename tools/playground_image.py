@@ -1,6 +1,6 @@
 """Make the screenshot docs/images/playground.png: the gallery and images of a trained model, in a headless browser.
 
-    python -m tools.playground_image runs/demo docs/images/playground.png
+    python -m tools.playground_image openm6/shipped/mini docs/images/playground.png
 
 Needs the extras [serve] and [dev], and Debian's chromium.
 """
@@ -17,7 +17,12 @@ from openm6.core.errors import ConfigError
 from tests.load.server import served
 
 SIZE = {"width": 1200, "height": 1160}
-WORDS = ("the digit seven", "the digit five", "the digit zero", "the digit three")
+WORDS = (
+    "trophy, IconPark colour icon",
+    "umbrella, Phosphor filled icon",
+    "a happy face with light skin and long red hair, sketch",
+    "a happy face with tan skin, long red hair, a blue shirt and glasses, pixel art",
+)
 PATIENCE = 60_000  # milliseconds
 
 

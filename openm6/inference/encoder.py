@@ -22,7 +22,7 @@ from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part, Rng
 from openm6.modalities.registry import opened, source_segments, split_opening
 
-READ = {"text", "image_in", "audio_in"}  # the kinds of tokens in prompts
+READ = {"text", "image_in", "audio_in"}  # kinds of tokens in the prompts of an encoder
 
 
 class TrainedEncoder(Encoder):

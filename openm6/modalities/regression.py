@@ -74,7 +74,7 @@ class LagRidge:
     lags: int
     level: bool
     weights: np.ndarray  # X + 1 H, the constant last, float32 as they are saved
-    of_scaled: bool = False  # whether values are in units of their own window, not in those of the column
+    of_scaled: bool = False  # whether values are in units of their own window
 
     @property
     def timed(self) -> bool:
@@ -171,17 +171,17 @@ class _Windows:
         return errors[best], ridges
 
     def fit_best(self) -> tuple[np.ndarray, FittedRidges]:
-        """The errors with the best inputs, and those on lags alone and on what lowers the error."""
+        """The errors with the best inputs; ridges on lags alone, and on what lowers the error of these.  # W"""
         size = self.past.shape[1]
         lags = ([lag for lag in LAGS if lag < size] + [size])[: len(LAGS)]
 
-        def of(level: bool, timed: bool) -> tuple[np.ndarray, list[LagRidge]]:
+        def best(level: bool, timed: bool) -> tuple[np.ndarray, list[LagRidge]]:
             return min((self.fit(lag, level, timed) for lag in lags), key=lambda one: one[0].sum())
 
-        plain = full = of(False, False)
-        for timed in (True, False) if self.times is not None else (False,):
-            for level in (False, True):
-                found = of(level, timed)
+        plain = full = best(level=False, timed=False)
+        for level, timed in ((False, True), (True, True), (True, False)):
+            if not timed or self.times is not None:
+                found = best(level, timed)
                 full = found if found[0].sum() < (1 - MIN_GAIN) * full[0].sum() else full
         whole, *folds = [Ridges(*both) for both in zip(plain[1], full[1], strict=True)]
         return full[0], FittedRidges(whole, tuple(folds))

@@ -106,10 +106,11 @@ def fit_column(windows: Sequence[NumberSeries], stats: SeriesStats) -> regressio
     """The regressions of a column from training windows that have positions, of the lengths that most of them have."""
     seen = [window for window in windows if window.position is not None
             and all(np.isfinite(_floats(part)).any() for part in (window.past, window.values))]  # fmt: skip
-    lengths = Counter((len(window.past), len(window.values)) for window in seen)
-    usable = [window for window in seen if (len(window.past), len(window.values)) in dict(lengths.most_common(1))]
-    if not usable:
+    if not seen:
         return None
+    lengths = [(len(window.past), len(window.values)) for window in seen]
+    most = Counter(lengths).most_common(1)[0][0]
+    usable = [window for window, length in zip(seen, lengths, strict=True) if length == most]
     whole = np.stack([fill_gaps(_floats([*window.past, *window.values])) for window in usable])  # W C+H
     if stats.log:
         if (whole <= 0).any():

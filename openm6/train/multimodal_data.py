@@ -121,10 +121,10 @@ def fit_all_series(sources: Iterable[Source]) -> dict[str, SeriesStats]:
                 observed = np.asarray([np.nan if v is None else v for v in values], float)
                 windows.setdefault(name, {}).setdefault(source.name, []).append(observed)
     for name, found in windows.items():
-        if len({fit_series(of_source).period for of_source in found.values()}) > 1:
+        if len(found) > 1 and len({fit_series(of_source).period for of_source in found.values()}) > 1:
             get_log().warning(
-                f"column {name!r} has other seasons in each of the sources {', '.join(found)}, and its forecasts "
-                "have one: give each a column of its own"
+                f"column {name!r} has a different season in the sources {', '.join(found)}, and forecasts use one for "
+                "all of them: give each source a column of its own"
             )
     return {name: fit_series(list(itertools.chain(*found.values()))) for name, found in sorted(windows.items())}
 

@@ -185,7 +185,7 @@ def test_a_column_with_other_seasons_in_two_sources_is_named(caplog: pytest.LogC
         assert fit_all_series([source("first", 12), source("second", 12)])["value"].period == 12
         assert not caplog.text
         fit_all_series([source("monthly", 12), source("daily", 7)])
-    assert "column 'value' has other seasons in each of the sources monthly, daily" in caplog.text
+    assert "column 'value' has a different season in the sources monthly, daily" in caplog.text
 
 
 def test_scales_take_less_memory_than_python_numbers() -> None:
