@@ -39,7 +39,7 @@ from openm6.models.omni import Omni
 from openm6.nn.attention import Attention
 from openm6.nn.block import TransformerBlock
 from openm6.nn.executor import LayerExecutor
-from openm6.nn.layers import MLP
+from openm6.nn.layers import MLP, NoInitWeights
 from openm6.nn.moe import Experts
 from openm6.offload.weight_store import RecordLayout, Use, WeightsOnly, WeightStore, matrix_shapes, open_streams
 from openm6.ops.int8 import Int8Weight
@@ -262,7 +262,8 @@ def load(
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
     where, kept = str(folder / TOKENIZER_FILE), folder / PREDICTORS_FILE
     predictors = from_bytes(kept.read_bytes(), str(kept)) if kept.is_file() else []
-    omni, modalities = build_model(description, tokenizer, where, offloaded, predictors)
+    with NoInitWeights():
+        omni, modalities = build_model(description, tokenizer, where, offloaded, predictors)
     trained = (one.task for one in description.trained_tasks)
     cast(Text, modalities["text"]).reads_gaps = any_masks_words(trained, description.tasks)
     if offloaded and num_gpu_layers is not None:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from openm6.nn.config import Activation, DenseConfig, LoraConfig
 from openm6.ops.matmul import grouped_mm, linear
@@ -18,7 +20,24 @@ from openm6.ops.pointwise import rms_norm, swiglu
 
 def fill_normal(weight: Tensor, deviation: float) -> None:
     """Fill in place with normal values, cut at three standard deviations."""
+    if has_torch_function_unary(weight):  # a mode, such as `NoInitWeights`
+        handle_torch_function(fill_normal, (weight,), weight, deviation)
+        return
     nn.init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+
+
+class NoInitWeights(TorchFunctionMode):
+    """Random first values are not drawn in this context: for modules whose weights are then all read from a file."""
+
+    drawn = (fill_normal, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        named = dict(kwargs or {})
+        # `nn.init` gives its arguments by name.
+        return (args or [*named.values()])[0] if func in self.drawn else func(*args, **named)
 
 
 class LowRank(nn.Module):

@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from openm6.checkpoint.folder import STATE_FILE, latest
+from openm6.checkpoint.folder import SHIPPED, STATE_FILE, latest
+from openm6.checkpoint.load import load_model
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import convert_weights, load, precision_of, read_texts, weight_bytes
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, build_model
 from tests.small_model import loaded
 
 
@@ -44,6 +46,23 @@ def test_the_mark_of_a_gap_is_text_unless_gaps_were_trained(
     found = load(tmp_path, "cpu")
     (segment,) = source_segments([Part("text", "a \N{OBJECT REPLACEMENT CHARACTER} c")], found.modalities)
     assert (segment.arrays["ids"] == found.text.mask).sum() == gaps
+
+
+def test_weights_are_read_and_not_drawn_first() -> None:
+    """Those of `mini` are equal to the bit to those of a model that had first values, and so are its constants."""
+    folder = SHIPPED / "mini"
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = load(folder, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    description, tokenizer = read_texts(folder)
+    drawn, _ = build_model(description, tokenizer, "", predictors=found.numbers.predictors)
+    assert not torch.equal(torch.get_rng_state(), before)
+    load_model(folder, drawn)
+    expected = dict([*drawn.named_parameters(), *drawn.named_buffers()])
+    own = dict([*found.omni.named_parameters(), *found.omni.named_buffers()])
+    assert own.keys() == expected.keys()
+    assert not [name for name, tensor in own.items() if not torch.equal(tensor, expected[name])]
 
 
 def test_weights_in_int8_take_less_memory_and_write_the_same_texts() -> None:
