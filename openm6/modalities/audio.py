@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from openm6.codecs.audio import AudioCodecConfig, LogMels
 from openm6.codecs.base import Codec
@@ -21,7 +21,6 @@ from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, Input, TokenGrid, key_of
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
-from openm6.modalities.spectrum_stem import SpectrumStem
 from openm6.ops.audio import resample
 
 RATE = 16_000
@@ -105,7 +104,6 @@ class AudioConfig(Config):
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
     augmentation: Literal["slight", "mixed", "strong"] = "strong"
-    stem: Literal["linear", "conv"] = "linear"
     vary_speed: bool = False
 
 
@@ -122,7 +120,6 @@ class Audio(CodesModality):
         self.num_mels = self.mels.config.num_mels
         self.patch_size = FRAMES * self.num_mels if encoder is None else encoder.width
         self.step = FRAMES * RATE // 100 if encoder is None else encoder.step  # samples of a token that is read
-        self.convolves = config.stem == "conv" and encoder is None
         self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
         self.code_cache, self._sample_cache = (LRUCache[np.ndarray](CACHE_BYTES // 2) for _ in range(2))
         self.duration_cache = LRUCache[np.ndarray](2**20)  # entries of a few bytes: a bound on their number
@@ -142,13 +139,7 @@ class Audio(CodesModality):
             patches = self._encoded(raw, self.encoder, seconds, speed, mask_span, drawn)
         grid = audio_grid(len(patches), self.step)
         truncated = seconds is not None and self.is_longer(raw, seconds)
-        segment = self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
-        if self.convolves:
-            segment.arrays["shapes"] = np.full((len(patches), 2), (1, len(patches)))
-        return segment
-
-    def stem(self, hidden_size: int) -> nn.Module:
-        return SpectrumStem(FRAMES, self.num_mels, hidden_size) if self.convolves else super().stem(hidden_size)
+        return self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
 
     def _encoded(self, raw: Any, encoder: Encoder, seconds: Any, speed: float, mask_span: Any, rng: Rng) -> np.ndarray:
         """Features of the audio, in which a masked span is silent; cached without one and augmentation.  # N F"""
