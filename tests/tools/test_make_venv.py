@@ -128,3 +128,24 @@ def test_failure_to_install_is_an_exit_code(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "file").write_text("")
     assert make_venv.main([str(tmp_path / "file/venv")]) == 1
     assert "could not be made" in capsys.readouterr().err
+
+
+def test_settings_of_pip_become_options_of_uv() -> None:
+    settings = {"index-url": "https://one", "find-links": "/a /b", "cert": "/c.pem", "timeout": "9"}
+    assert make_venv.uv_options(settings) == ["--index-url", "https://one", "--find-links", "/a", "--find-links", "/b"]
+    # uv would take torch from the first index that has it, whatever the other one offers.
+    assert make_venv.uv_options(settings | {"extra-index-url": "https://two"}) is None
+
+
+@pytest.mark.parametrize(("broken", "by"), [("", "uv"), ("uv pip", "pip"), ("pip install --quiet uv", "pip")])
+def test_pip_installs_what_uv_cannot(broken: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(words: list[str], check: bool = False, **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(" ".join(map(str, words)).replace("--disable-pip-version-check ", ""))
+        return subprocess.CompletedProcess(words, int(bool(broken) and f"-m {broken}" in ran[-1]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(make_venv, "read_pip_settings", lambda _: {})
+    make_venv.install(Path("python"), ["one"])
+    assert ran[-1].startswith(f"python -m {by}") and ran[-1].endswith(" one")
