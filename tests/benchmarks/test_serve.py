@@ -87,7 +87,8 @@ def test_the_tuned_pool_holds_all_prompts() -> None:
     )
 
 
-def test_what_bench_serve_prints() -> None:
+def test_what_bench_serve_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "RUNS", 1)
     with Report(None, 60) as report:
         compare_text(TINY, torch.device("cpu"), report)
     found = report.found
