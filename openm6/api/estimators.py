@@ -29,7 +29,7 @@ from openm6.core.errors import ConfigError, DataError, OpenM6Error
 from openm6.core.run_folder import RunFolder
 from openm6.data.inspect import inspect_path
 from openm6.data.propose import column_of
-from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields, as_bytes
+from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, Fields, as_bytes, is_no_class
 from openm6.tasks.slots import SHORT
 from openm6.train.run import recipe_path, train_values
 
@@ -241,9 +241,9 @@ class OpenM6Classifier(ClassifierMixin, _TableEstimator):
         except TypeError:
             raise TableError("y holds missing values, or values of several types: drop or convert them") from None
         names = [" ".join(str(one).split()) for one in self.classes_]
-        # Names carry meaning; those that are empty, or alike in what is read of them, are counted: a token is a byte
-        # or more of a name.
-        own = len({name.encode()[:SHORT] for name in names}) == len(names) and all(names)
+        # Names carry meaning; those that a table would read as missing, or that are alike in what is read of them, are
+        # counted: a token is a byte or more of a name.
+        own = len({name.encode()[:SHORT] for name in names}) == len(names) and not any(map(is_no_class, names))
         self.class_names_ = names if own else [f"class {number}" for number in range(len(names))]
         self._fit(columns, [self.class_names_[one] for one in index], getattr(y, "name", None))
         return self
@@ -359,8 +359,10 @@ def _recipe(data: Any, target: str | None, start: str, minutes: float, run: RunF
             raise DataError("a DataFrame with at least one row, and columns with names of their own, is needed")
         table = frames.arrow_table(columns, "the DataFrame").arrow
         path = str(RunFolder.open(run.path).path / "data.parquet")
-        kinds = (column_of(name, table.column(name).to_pylist()) for name in columns)
-        pq.write_table(with_files(table, Fields(**{x.kind: x.name for x in kinds if x.kind in LIMITS})), path)
+        kinds = {name: column_of(name, table.column(name).to_pylist()).kind for name in columns}
+        for name, kind in kinds.items():
+            table = with_files(table, Fields(**{kind: name})) if kind in LIMITS else table
+        pq.write_table(table, path)
     elif isinstance(data, Mapping) or path.endswith((".yaml", ".yml")):
         if target is not None:
             raise ConfigError("a recipe names its targets itself: leave target out")

@@ -134,8 +134,8 @@ def check_levels(levels: Sequence[float]) -> None:
 def trained_for(loaded: LoadedModel, output: str) -> list[TrainedTask]:
     """Return the trained tasks with this output that are no forecasts, those with the most inputs first."""
     named = [(one, loaded.tasks[one.task]) for one in loaded.description.trained_tasks if one.task in loaded.tasks]
-    fitting = [(one, task) for one, task in named if task.output_modality == output and not task.contrastive]
-    plain = [(one, task) for one, task in fitting if "series" not in task.inputs]
+    plain = [(one, task) for one, task in named if task.output_modality == output and not task.contrastive]
+    plain = [(one, task) for one, task in plain if not task.chat and "series" not in task.inputs]
     return [one for one, _ in sorted(plain, key=lambda pair: -len(pair[1].inputs))]
 
 

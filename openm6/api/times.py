@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -34,12 +35,19 @@ def read_times(pd: Any, cells: Any, time_format: str | None, beside: Sequence[An
         times = parse_times([*texts, *more], cells.name, "df", time_format)[: len(texts)]
         if time_format is None and parsed(plain, plain_number):
             return pd.Series(times, cells.index)
-        return pd.Series(pd.to_datetime(times, unit="s"), cells.index)
+        return pd.Series(pd.to_datetime(times, unit="s", utc=_has_zone(plain[0])), cells.index)
     except (ValueError, TypeError):
         raise DataError(f"df holds times that cannot be read in {cells.name!r}: write them as 2024-05-31") from None
     except DataError as error:
         reason = str(error).removeprefix("df: ").partition(": ")[0]
         raise DataError(f"df holds times that cannot be read ({reason}): write them as 2024-05-31") from None
+
+
+def _has_zone(text: str) -> bool:
+    """Whether an ISO time states its zone."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).tzinfo is not None
+    return False
 
 
 def same_times(one: Sequence[Any], other: Sequence[Any]) -> bool:

@@ -1,5 +1,6 @@
 """Folders of images or audio, WebDataset tars, and the reader that fits a path."""
 
+import codecs
 import json
 import os
 import re
@@ -124,7 +125,7 @@ class FolderTable(Table):
         text, caption = self.names[-1], file.with_suffix(".txt")
         if self._config.captions and text in columns and (self._root / caption).is_file():
             content = self.open_file(caption.as_posix(), records.MAX_TEXT_BYTES)
-            cells[text] = records.decode_utf8(content, caption.name).strip()
+            cells[text] = records.decode_utf8(content.removeprefix(codecs.BOM_UTF8), caption.name).strip()
         return cells
 
 
@@ -163,7 +164,8 @@ class TarTable(Table):
             ending = _ending_for(column, sample.files)
             if ending is not None:
                 content = _bytes_of(sample, ending)
-                cells[column] = content.strip() if ending in ("cls", "txt") else content
+                is_text = ending in ("cls", "txt")
+                cells[column] = content.removeprefix(codecs.BOM_UTF8).strip() if is_text else content
         return cells
 
     def column(self, column: str) -> list[Any]:

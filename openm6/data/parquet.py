@@ -123,6 +123,8 @@ class DatasetsTable(ArrowTable):
 
     def _named(self, column: str, cell: Any) -> Any:
         names = self._classes.get(column, ())
+        if names and cell == -1:  # a record without a label
+            return None
         return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else cell
 
 

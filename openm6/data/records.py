@@ -89,7 +89,12 @@ def as_text(value: Any, column: str) -> str | None:
 
 
 def as_class(value: Any, column: str) -> str | None:
-    """A cell as the name of a class, as `as_text`, but None for words such as `NA` too."""
+    """A cell as the name of a class, as `as_text`, but None for words such as `NA` too.
+
+    Whole numbers beside a missing one are floats in pandas: 1.0 is the class 1.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = as_text(value, column)
     return None if is_no_class(text) else text
 

@@ -32,6 +32,7 @@ from openm6.data.number_formats import NumberFormat, UndecidedMarkError, Written
 from openm6.data.records import RowReader, decode_utf8, listed_columns, unless_broken
 from openm6.data.storage import is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
+from openm6.modalities.dates import is_date
 
 SEPARATORS = (",", ";", "\t", "|")  # the first of those that fit equally well is used
 SAMPLE_BYTES = 1 << 20  # from which the separator is detected
@@ -131,7 +132,9 @@ class CsvTable(ArrowTable):
         fields, like, self._formats = self._config.fields, self.like, {}
         numbers = listed_columns("numbers", fields, self._config.task_fields, columns)
         if fields is None:
-            numbers += [name for name in columns if name not in self.as_written and name not in numbers]
+            others = (name for name in columns if name not in self.as_written and name not in numbers)
+            # The points of 01.2015 are no decimal marks.
+            numbers += [name for name in others if not self._holds_dates(name)]
         if like is not None:
             like.read([name for name in columns if name in like.names])
         written: dict[str, Written] = {}
@@ -151,6 +154,11 @@ class CsvTable(ArrowTable):
             if found is not None:
                 written[name] = found
         self._set_formats(written, given)
+
+    def _holds_dates(self, name: str) -> bool:
+        cells = [self._bytes(cell).decode(UTF8, "replace") for cell in self.arrow[name][:HEADER_LINES].to_pylist()]
+        filled = [cell for cell in cells if cell.strip()]
+        return bool(filled) and all(map(is_date, filled))
 
     def _set_formats(self, written: Mapping[str, Written], given: Mapping[str, str]) -> None:
         """Set the formats of columns by how they are written and by marks that are given."""

@@ -84,8 +84,9 @@ def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Sou
     modalities, searches, records = loaded.modalities, list[Search](), set[str]()
     for language in LANGUAGES:
         examples, _, _ = build_examples(
-            task, test, MAX_GALLERY, (seed, task.name), lambda x: source_segments([x.target], modalities), language
-        )
+            task, test, MAX_GALLERY, (seed, task.name),
+            lambda x: (source_segments(x.source, modalities), source_segments([x.target], modalities)), language,
+        )  # fmt: skip
         if len({example.key for example in examples}) > 1:
             searches += both_directions(loaded, task, examples, language)
             records |= {example.record_id for example in examples}

@@ -3,6 +3,7 @@
 # Shapes: N examples, R training records, F features
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from openm6.evaluate.formatting import NO_BREAK, plain, words
 from openm6.evaluate.results import true_values
 from openm6.inference.load import LoadedModel
 from openm6.inference.question import Answer
-from openm6.modalities.audio import Audio, read_audio
+from openm6.modalities.audio import RATE, Audio, read_audio
 from openm6.modalities.histogram import Histogram
 from openm6.modalities.image import box_mask, pixels, read_image, squared, to_square
 from openm6.tasks.registry import TASKS
@@ -75,7 +76,8 @@ def image_features(raw: object) -> np.ndarray:
 
 def _audio_features(audio: Audio, raw: object) -> np.ndarray:
     """The log-mels of the voiced span, resampled to AUDIO_FRAMES and standardized."""
-    frames = audio.patches(read_audio(raw)).reshape(-1, audio.num_mels)  # time, mels
+    samples = read_audio(raw, sys.maxsize)[: int(audio.max_seconds * RATE)]  # an answer may be longer than an input
+    frames = audio.patches(samples).reshape(-1, audio.num_mels)  # time, mels
     loud = np.flatnonzero(frames.mean(1) > frames.mean(1).max() - 2.0)
     voiced = frames[loud[0] : loud[-1] + 1] if len(loud) else frames
     positions = np.linspace(0, len(voiced) - 1, AUDIO_FRAMES).round().astype(int)
@@ -187,7 +189,7 @@ def _masked_psnr(scored: Scored) -> np.ndarray:
     found = []
     for answer, example in zip(scored.answers, scored.examples, strict=True):
         assert isinstance(answer, Image.Image)
-        image = read_image(example.answer)
+        image = read_image(example.answer, sys.maxsize)  # the model has read it, with a bound of its own
         truth, box = pixels(to_square(image, answer.width)), squared(example.target.options["mask_box"], *image.size)
         mask = box_mask(box, answer.height, answer.width).reshape(truth.shape[:2])
         error = np.square((pixels(answer) - truth)[mask] / 2).mean()

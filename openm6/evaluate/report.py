@@ -11,6 +11,7 @@ import base64
 import io
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -203,7 +204,7 @@ class MediaBudget:
         return Media(caption, missing="left out to keep this page small") if media is None or self.full else media
 
     def _image(self, part: Part, caption: str) -> Media:
-        image = read_image(part.raw)
+        image = read_image(part.raw, sys.maxsize)  # the model has read it, with a bound of its own
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         url = self._data_url("image/png", lambda stream: image.save(stream, "PNG", optimize=True))
         scale = SHOWN_SIDE / max(image.size)
@@ -212,10 +213,12 @@ class MediaBudget:
         return Media(caption, url, width=width, height=height, enlarged=scale > 1, mask=mask)
 
     def _audio(self, part: Part, caption: str) -> Media:
-        samples, seconds, span = read_audio(part.raw), part.options.get("seconds"), part.options.get("mask_span")
+        samples = read_audio(part.raw, sys.maxsize)
+        seconds, span = part.options.get("seconds"), part.options.get("mask_span")
         if seconds is not None:
             samples = samples[: round(seconds * RATE)]
-            samples = read_audio(np.pad(samples, (0, round(seconds * RATE) - len(samples))))  # refuses an empty one
+            missing = round(seconds * RATE) - len(samples)
+            samples = read_audio(np.pad(samples, (0, missing)), sys.maxsize)  # refuses an empty one
         start, stop = (round(fraction * len(samples)) for fraction in span or (0, 0))
         position = np.arange(len(samples))
         samples = np.where((position >= start) & (position < stop), 0, samples)[: int(MAX_SECONDS * RATE)]

@@ -283,6 +283,8 @@ def _number(name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise DataError(f"{name}={value!r} is not a number: fix or map the column") from None
+    except OverflowError:  # an integer of more digits than a float has
+        number = math.inf
     if math.isinf(number):
         raise DataError(f"{name} is infinite: fix the value or leave it empty")
     return number

@@ -191,7 +191,8 @@ class Window:
             loc, scale = column
             if log:
                 loc, scale = math.log(max(loc, 1e-9)), min(scale / max(loc, 1e-9), 1.0)
-            return cls(np.zeros(len(past)), loc, scale, 1.0, log, 1)
+            most = loc + max(3 * scale, GROWTH) if log else MOST
+            return cls(np.zeros(len(past)), loc, scale, 1.0, log, 1, most)
         x = np.log(past) if log else past
         seen = x[np.isfinite(x)]
         loc, scale = fit_scale(seen)

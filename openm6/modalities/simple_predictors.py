@@ -254,8 +254,7 @@ class TablePredictors:
 
     def read(self, rows: Sequence[Given]) -> tuple[np.ndarray, np.ndarray]:
         """Numbers, NaN if missing, and codes of categories: -1 missing, -2 not among the words.  # R C, R Q"""
-        own = [[row.get(name) for name in self.numbers] for row in rows]
-        values = [[math.nan if x is None or isinstance(x, str) else float(x) for x in row] for row in own]
+        values = [[_finite(row.get(name)) for name in self.numbers] for row in rows]
         named = list(zip(self.categories, self.codes, strict=True))
         codes = [[code.get(str(row[name]), -2) if row.get(name) else -1 for name, code in named] for row in rows]
         columns = [np.asarray(values, float).reshape(len(rows), -1)]
@@ -417,6 +416,15 @@ def _part(arrays: Arrays, prefix: int | str) -> Arrays:
     """Arrays under `prefix/`, by the rest of their names."""
     start = f"{prefix}/"
     return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+
+
+def _finite(cell: Any) -> float:
+    """A number, also one that is written as text; NaN for all else."""
+    try:
+        value = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def gpus(table: Path | None = None) -> dict[str, Gpu]:
     rows = read_table("gpus")
     if table is not None:
         try:
-            rows += list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+            rows += list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the table of GPUs {table} cannot be read: {error}") from None
     return {(row.get("id") or "").lower(): _gpu(row) for row in rows}
@@ -118,6 +119,12 @@ class ClusterOptions:
     host_link: float | None = None
     network: float | None = None
     price: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("host_memory", "host_link", "network", "price"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name}={value:g} must be a finite number that is not negative")
 
 
 def gpu_cluster(gpu: Gpu, options: ClusterOptions) -> Cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +84,10 @@ class PlanRequest:
             raise ConfigError(f"pseudo fraction {self.pseudo_fraction:g} must lie between 0 and 1")
         for name in ("batch", "tokens", "days", "activation_checkpointing_every"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value:g} must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value:g} must be a finite number above 0")
+        if self.tokens is not None and self.days is not None:
+            raise ConfigError("tokens and days both set the length of the run: leave one of them out")
 
 
 def read_model(name: str | None, overrides: list[str] | None = None) -> Model:
@@ -113,6 +116,17 @@ def _section(values: dict[str, Any], key: str, name: str) -> dict[str, Any]:
     return found
 
 
+def _size_of_tokenizer(path: Path, name: str) -> int:
+    """The number of tokens in a tokenizer.json."""
+    # The library takes a fifth of a second to import: only such recipes need it.
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
+    try:
+        return int(Tokenizer.from_str(path.read_text(encoding="utf-8")).get_vocab_size())
+    except Exception as error:  # the library raises no other class
+        raise ConfigError(f"{name}: modalities.text.tokenizer={str(path)!r} cannot be read: {error}") from None
+
+
 def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Model:
     values = apply_overrides(read_yaml(path), overrides or [])
     kind = values.get("kind", "multimodal")
@@ -126,6 +140,8 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     if choice.start is not None:
         raise ConfigError(f"{name} trains a model of the shape of {choice.start}: plan that run, or name a preset")
     vocabulary = text.get("vocab_size") or preset(choice.preset).vocab_size
+    if file := text.get("tokenizer"):
+        vocabulary = _size_of_tokenizer(Path(str(file)), name)
     packing = build(Packing, values.get("packing") or {}, f"{name}: packing")
     seq_len, rows = packing.seq_len, packing.batch_size
     if rows == "auto" and (loop.get("offload") is not None or bytes_ < 16):

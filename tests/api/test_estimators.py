@@ -121,6 +121,13 @@ def test_a_classifier_and_its_pickle() -> None:
     assert not hasattr(clone(classifier), "model_")
 
 
+@pytest.mark.parametrize("names", [("NA", "EU"), ("-", "+")])
+def test_a_class_may_be_called_as_what_is_missing(names: tuple[str, str]) -> None:
+    frame = pd.DataFrame({"x": [0.0, 1.0] * 20})
+    classifier = openm6.OpenM6Classifier(**TINY | {"max_steps": 2}).fit(frame, [*names] * 20)
+    assert {*classifier.predict(frame)} == {*names}
+
+
 def test_weights_of_a_run_are_where_training_starts(run: Path) -> None:
     X, y = [[0.0], [1.0], [2.0], [3.0]] * 4, [0.0, 1.0, 2.0, 3.0] * 4  # noqa: N806
     started = openm6.OpenM6Regressor(base=str(run), device="cpu", max_steps=1, random_state=0).fit(X, y)

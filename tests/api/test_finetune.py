@@ -54,6 +54,13 @@ def test_a_frame_with_photos_is_kept_in_a_run_that_knows_both(run: Path, folder:
     assert openm6.load(folder / "tuned").predict(old, target="body_mass_g")["predictions"].notna().all()
 
 
+def test_files_of_several_columns_are_kept(run: Path, folder: Path) -> None:
+    frame = shop(16).assign(back=lambda table: table["photo"])
+    openm6.finetune(run, frame, "price", steps=1, out=folder / "tuned")
+    kept = pd.read_parquet(folder / "tuned" / "data.parquet")
+    assert kept["photo"][0] == kept["back"][0] == (folder / "0.png").read_bytes()
+
+
 def test_a_column_of_both_is_predicted_from_the_columns_of_the_new_data(run: Path, folder: Path) -> None:
     """A task of the start has more inputs, and its table more columns."""
     loop = {"steps": 1, "tensorboard": False}

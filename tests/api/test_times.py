@@ -36,7 +36,8 @@ def test_texts_are_read_as_in_the_training(texts: list[str], time_format: str | 
 def test_zones_are_kept_and_summer_time_is_read() -> None:
     assert str(read(["2024-01-01T00:00+01:00", "2024-01-02T00:00+01:00"])[0].tz) == "UTC+01:00"
     mixed = read(["2024-03-30T00:00+01:00", "2024-04-01T00:00+02:00"])
-    assert mixed.tolist() == [pd.Timestamp("2024-03-29T23:00"), pd.Timestamp("2024-03-31T22:00")]
+    assert mixed.tolist() == [pd.Timestamp("2024-03-29T23:00Z"), pd.Timestamp("2024-03-31T22:00Z")]
+    assert read(["2024-04-01T00:00+02:00"])[0] == mixed[1], "also if the others have another zone"
     assert read(["1", "2"]).tolist() == [1, 2]
     assert isinstance(read(["10:00", "11:00"])[0], pd.Timestamp)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import tarfile
@@ -27,7 +28,7 @@ def pets(tmp_path):
         (tmp_path / kind).mkdir()
         for number in range(30):
             (tmp_path / kind / f"{number}.png").write_bytes(png())
-    (tmp_path / "cat" / "3.txt").write_text("a red cat\n")
+    (tmp_path / "cat" / "3.txt").write_text("a red cat\n", encoding="utf-8-sig")  # as some editors write it
     (tmp_path / "cat" / ".hidden.png").write_bytes(png())
     return tmp_path
 
@@ -113,7 +114,7 @@ def sample(number: int) -> dict[str, bytes]:
     return {
         f"shop/{number}.png": png(),
         f"shop/{number}.txt": f"thing {number}".encode(),
-        f"shop/{number}.cls": b"7",
+        f"shop/{number}.cls": codecs.BOM_UTF8 + b"7",
         f"shop/{number}.json": json.dumps(about).encode(),
     }
 

@@ -204,7 +204,7 @@ def test_images_stay_bytes_and_classes_get_names():
     table = DatasetsTable(FakeDataset(), "pets")
     table.read(["photo", "kind", "title"])
     assert table.row(1, ["photo", "kind"]) == {"photo": {"bytes": png(), "path": None}, "kind": "dog"}
-    assert table.column("kind") == ["cat", "dog", -1]
+    assert table.column("kind") == ["cat", "dog", None], "-1 is no label"
     with pytest.raises(DataError, match="a cell cannot be read"):
         table.row(2, ["title"])
 

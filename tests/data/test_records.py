@@ -140,6 +140,7 @@ def test_a_word_for_nothing_is_no_class():
     row = {"category": "NULL", "title": "-", "rating": b"N/A", "seller": "none"}
     assert reader(fields).read(row) == {"categories": {"rating": None, "seller": "none"}}
     assert as_categories({"a": " ", "b": "Na"}, "c") == {"a": None, "b": "Na"}, "a symbol is a class"
+    assert as_categories({"a": 1.0, "b": 1, "c": 1.5}, "c") == {"a": "1", "b": "1", "c": "1.5"}, "pandas has floats"
     column = column_of("seller", ["none", "Jo", "NA"] * 5)
     assert (column.kind, column.missing, column.distinct) == ("category", 5, 2)
 

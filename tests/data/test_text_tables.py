@@ -303,10 +303,12 @@ def test_a_decimal_comma_in_a_series_and_in_a_table_that_is_inspected(tmp_path):
     assert table.row(3, ["load", "place"]) == {"load": "3.5", "place": "in 1,5 rooms"}
 
 
-def test_numbers_of_two_readings_in_a_series_are_told(tmp_path):
+@pytest.mark.parametrize("day", ["{}", "01.20{:02}"])
+def test_numbers_of_two_readings_in_a_series_are_told(tmp_path, day):
+    """The points of months are no decimal marks."""
     path = tmp_path / "load.csv"
-    path.write_text("day;load\n" + "".join(f"{n};1,20{n % 10}\n" for n in range(30)))
-    settings = {"path": str(path), "columns": ["load"], "context": 2, "horizon": 1}
+    path.write_text("day;load\n" + "".join(f"{day.format(n)};1,20{n % 10}\n" for n in range(30)))
+    settings = {"path": str(path), "columns": ["load"], "time": "day", "context": 2, "horizon": 1}
     with pytest.raises(DataError, match='add decimal: ","'):
         open_sources({"w": WindowsConfig(**settings)}, "train")
     source = open_sources({"w": WindowsConfig(**settings, decimal=",")}, "train")["w"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from openm6.evaluate.metrics import fit_knn, image_features
-from openm6.modalities.audio import read_audio
+from openm6.modalities.audio import RATE, read_audio
 from openm6.modalities.image import read_image
 from tests.data.lists import ListSource
 from tests.data.sample_images import png
@@ -34,6 +34,8 @@ def test_spoken_digits_are_classified_far_above_chance() -> None:
     answers = [read_audio(source[n]["audio"]) for n in range(len(source))]
     right = [found == source[n]["label"] for n, found in enumerate(knn.predict(answers))]
     assert np.mean(right) > 0.4, "chance is 0.1"
+    longer_than_an_input = np.pad(answers[0], (0, int(31 * RATE)))
+    assert knn.predict([longer_than_an_input])[0] in knn.labels
 
 
 @pytest.mark.parametrize(

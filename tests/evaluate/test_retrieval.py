@@ -11,6 +11,7 @@ from openm6.evaluate.answers import build_examples
 from openm6.evaluate.evaluator import Search, both_directions, evaluate_retrieval
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
+from tests.data.lists import ListSource
 from tests.small_model import demo_sources, embedding_model
 
 SIMILAR = np.asarray([[0.9, 0.1, 0.5], [0.8, 0.7, 0.6]])
@@ -60,6 +61,15 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     assert np.isfinite(list(result.metrics.values())).all()
     low, high = result.value_interval
     assert low <= result.value <= high and result.records == len(demo_sources("test")["spoken"])
+
+
+def test_a_broken_text_is_left_out() -> None:
+    spoken = demo_sources("test")["spoken"]
+    records = [dict(spoken[index]) for index in range(8)]
+    records[3] |= {"text_en": "half \ud83d", "text_zh": "half \ud83d"}
+    trained_task = TrainedTask(task="audio_text_retrieval", source="spoken")
+    result = evaluate_retrieval(embedding_model(), trained_task, ListSource("spoken", records), 0)
+    assert result is not None and result.records == 7
 
 
 def test_a_source_that_fits_nothing_is_not_judged() -> None:

@@ -218,6 +218,11 @@ def test_logarithms_grow_no_further_than_the_range_of_the_past(numbers: Numbers)
         assert histogram.crps(np.full(8, 100.0)).max() < bound
 
 
+def test_without_a_past_logarithms_are_bounded_by_the_column() -> None:
+    window = Window.of(np.full(8, np.nan), SeriesStats(log=True), (100.0, 50.0))
+    assert 1000 <= math.exp(window.most) <= 3000
+
+
 def test_what_was_not_observed_does_not_show() -> None:
     torch.manual_seed(0)
     values = [1.0, 2.0, None, 4.0, 5.0, 4.0, 3.0, 2.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from openm6.core.errors import ConfigError
 from openm6.energy.meter import EnergyConfig
+from openm6.modalities.text import train_tokenizer
 from openm6.plan.hardware import ClusterOptions, gpu, gpu_cluster, gpus
 from openm6.plan.plan import Plan, draw_sweep, make_plan, matrix_parameters, plan_json, sweep_plans
 from openm6.plan.request import PlanRequest, read_model
@@ -169,11 +172,30 @@ def test_an_invalid_request_is_one_sentence() -> None:
         request_of("base", bytes_per_parameter=3)
     with pytest.raises(ConfigError, match=r"pseudo fraction 1.5 must lie between 0 and 1"):
         request_of("base", pseudo_fraction=1.5)
+    for length in ({"tokens": math.nan}, {"days": math.inf}, {"batch": -1}):
+        with pytest.raises(ConfigError, match="=.* must be a finite number above 0"):
+            request_of("base", **length)
+    with pytest.raises(ConfigError, match="tokens and days both set the length of the run"):
+        request_of("base", tokens=1e12, days=1)
+    for option in ({"network": -5}, {"host_link": math.nan}, {"price": -3}, {"host_memory": math.inf}):
+        with pytest.raises(ConfigError, match="must be a finite number that is not negative"):
+            ClusterOptions(**option)
+
+
+def test_a_tokenizer_of_one_s_own_counts(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(train_tokenizer(["some words"], 300).to_str())
+    size = Tokenizer.from_file(str(file)).get_vocab_size()
+    assert request_of("demo", f"modalities.text.tokenizer={file}").model.vocabulary == size
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"demo: modalities.text.tokenizer='.*' cannot be read"):
+        request_of("demo", f"modalities.text.tokenizer={file}")
 
 
 def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:
     table = tmp_path / "mine.csv"
-    table.write_text("id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nX1,X 1,10,500,50,16,200\n")
+    text = "id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nX1,X 1,10,500,50,16,200\n"
+    table.write_text(text, encoding="utf-8-sig")  # as Excel writes it
     cluster = gpu_cluster(gpu("X1", table), ClusterOptions())
     assert cluster.memory == 10 * 2**30 and cluster.watts == 200
     for cell in ("ten", "0", "", "nan"):

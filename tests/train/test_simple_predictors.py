@@ -159,6 +159,12 @@ def test_whatever_is_given_the_prediction_is_finite(table: TablePredictors, give
     assert found.change > whole.change and found.uncertainty > 0
 
 
+def test_a_number_may_be_written_as_text(table: TablePredictors):
+    row = made()[0][0]
+    found = [table.predict("area", given).values for given in (row, {name: str(value) for name, value in row.items()})]
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_column_is_never_predicted_from_itself(table: TablePredictors):
     row = made()[0][0]
     first, second = (table.predict("area", {**row, "area": area}).values for area in (row["area"], 77.0))
