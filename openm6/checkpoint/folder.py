@@ -84,10 +84,11 @@ def latest(path: Path | str) -> Path:
     given = Path(path)
     if not given.exists():
         raise CheckpointError(f"there is no run or checkpoint at {given}: check the path")
-    if _STEP_NAME.fullmatch(given.name) or (given / STATE_FILE).is_file():  # of any name, if it was copied from its run
+    inner = given / "checkpoints"
+    # A checkpoint that was copied from its run has any name, and a run may be called step-2.
+    if (given / STATE_FILE).is_file() or (_STEP_NAME.fullmatch(given.name) and not inner.is_dir()):
         read_state(given)
         return given
-    inner = given / "checkpoints"
     found = list_checkpoints(inner if inner.is_dir() else given)
     if not found:
         raise CheckpointError(f"{given} holds no complete checkpoint yet: train it first, or name another run")

@@ -1,6 +1,7 @@
 """Settings of the training loop: the section `loop:` of a recipe."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -62,7 +63,7 @@ class StagesConfig(Config):
 class LoopConfig(Config):
     """How long to train, with which optimizer, and how often to log, evaluate and save."""
 
-    steps: int | Literal["auto"] = 1000
+    steps: int | Literal["auto"] = 1000  # auto if minutes are set alone
     # With steps: auto, the time of the training: simple predictors, steps, held-out losses and saves.
     minutes: float | None = Field(default=None, gt=0.0)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -114,8 +115,19 @@ class LoopConfig(Config):
         """Return whether weights are updated block by block, as offloading and a precision below fp32 need."""
         return self.offload is not None or self.optimizer.precision != "fp32"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _minutes_alone(cls, values: Any) -> Any:
+        is_alone = isinstance(values, Mapping) and values.get("minutes") is not None and "steps" not in values
+        return {**values, "steps": "auto"} if is_alone else values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.offloaded and (self.compile is True or self.activation_checkpointing != "auto"):
+            raise ValueError(
+                "with offload or a precision below fp32 blocks are compiled and recomputed by loop.offload.compile and "
+                "loop.offload.activation_checkpointing_every: take compile and activation_checkpointing out"
+            )
         if self.offloaded and self.optimizer.name != "adamw":
             raise ValueError(
                 "offload and a precision below fp32 have an update rule of their own, with adamw for embeddings "
@@ -128,8 +140,7 @@ class LoopConfig(Config):
             )
         if self.steps == "auto" and self.minutes is None:
             raise ValueError("steps: auto needs minutes: add e.g. minutes: 8")
-        if self.steps == "auto" and self.schedule.decay_fraction > 0.9:
-            raise ValueError(
-                "steps: auto needs some steps at the full rate: set schedule.decay_fraction to 0.9 or less"
-            )
+        setting = "steps: auto" if self.steps == "auto" else "early_stopping_patience"
+        if self.schedule.decay_fraction > 0.9 and (self.steps == "auto" or self.early_stopping_patience):
+            raise ValueError(f"{setting} needs some steps at the full rate: set schedule.decay_fraction to 0.9 or less")
         return self

@@ -44,6 +44,8 @@ class Conversion:
                 f"{folder} was trained with {optimizer}, whose state cannot be converted: convert a run of adamw, or, "
                 "for the real stage, set loop.stages and go on with --resume"
             )
+        if self.precision != "fp32" and self.old.modality_experts:
+            raise ConfigError(f"{folder} has modality experts, which are trained in fp32 alone: leave --precision out")
         if stage == "pseudo" and self.old.stage == "real":
             raise ConfigError(
                 f"{folder} is of the real stage: layers with weights of their own cannot share weights again"

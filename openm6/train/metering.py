@@ -158,9 +158,11 @@ class Attribution:
         self._backbone, self._input, self._learned = {}, {}, {}
         for name, adapter in model.adapters.items():
             looked_up = {id(module.weight) for module in adapter.modules() if isinstance(module, nn.Embedding)}
+            output = 0
+            if isinstance(adapter, TextAdapter):  # its output layer, which may be the embedding, is for learned tokens
+                looked_up.add(id(adapter.output_weight))
+                output = adapter.output_weight.numel()
             multiplied = sum(weight.numel() for weight in adapter.parameters() if id(weight) not in looked_up)
-            # The embedding of text is the output layer as well.
-            output = adapter.embedding.weight.numel() if isinstance(adapter, TextAdapter) else 0
             own = sum(added[number] for number in model.modality_experts_of(name))
             self._backbone[name] = PASSES * (shared + own)
             self._input[name], self._learned[name] = PASSES * multiplied, PASSES * (multiplied + output)

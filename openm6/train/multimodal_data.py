@@ -61,11 +61,11 @@ def _readable(source: Source, limit: int) -> Iterator[Record]:
 
 
 def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> str:
-    """Return tokenizer.json: the run's own from before, the configured one, or one trained on sources and prompts."""
-    kept = run.path / TOKENIZER_FILE
-    # Without a checkpoint the run never began: what lies there may be of another recipe.
-    begun = kept.is_file() and bool(list_checkpoints(run.checkpoints))
-    named = str(kept) if begun else recipe.modalities.text.tokenizer
+    """Return tokenizer.json: the checkpoint's, the configured one, or one trained on sources and prompts."""
+    # What lies in the run's own folder may be of another recipe, which never had a checkpoint.
+    if begun := list_checkpoints(run.checkpoints):
+        return (begun[-1] / TOKENIZER_FILE).read_text(encoding="utf-8")
+    kept, named = run.path / TOKENIZER_FILE, recipe.modalities.text.tokenizer
     if named is None:
         get_log().info("learning a tokenizer from the sources")
         prompts = [

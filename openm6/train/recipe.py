@@ -97,6 +97,8 @@ class MultimodalRecipe(Config):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
+        if self.loop.evaluate_every is not None:
+            raise ValueError("loop.evaluate_every is for codecs: set loop.held_out, e.g. held_out: {every: 50}")
         for component in self.mixture:
             if component.source not in self.sources:
                 hint = nearest(component.source, sorted(self.sources))

@@ -163,13 +163,14 @@ class StrayTraining(ToyTraining):
 
 
 def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_logged_as_null(tmp_path: Path) -> None:
-    """The checkpoint after step 7 falls between two lines, so what was averaged so far is saved."""
+    """It is that of its step, whatever the interval of the log."""
     run = RunFolder.open(tmp_path)
     config = toy_config(steps=7).model_copy(update={"held_out": HeldOutConfig(every=6), "evaluate_every": 6})
     config = config.model_copy(update={"log_every": 10, "save_every": 6})
     train(StrayTraining(), config, run)
-    (line,) = [line for line in run.read_metrics() if "loss" in line]
+    line, last = (line for line in run.read_metrics() if "loss" in line)
     assert line["held_out/loss"] is None and line["held_out/text"] == 2.0
+    assert (line["step"], last["step"]) == (6, 7) and "held_out/text" not in last
     state = read_state(latest(tmp_path))
     assert state["scores"] == {"accuracy": None}
 

@@ -139,6 +139,14 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     real = trained(tmp_path / "real", PLAIN, run_config(steps=1))
     with pytest.raises(ConfigError, match="--precision int4 must be one of fp32, bf16-adafactor-momentum"):
         convert(real, tmp_path / "out", precision="int4")
+    described, experts = latest(real) / MODEL_FILE, {"intermediate_size": 32, "num_experts": 2, "top_k": 1}
+    plain = described.read_text(encoding="utf-8")
+    values = json.loads(plain)
+    values["backbone"]["modality_experts"] = [{"modalities": ["image"], **experts}]
+    described.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match="has modality experts, which are trained in fp32 alone"):
+        convert(real, tmp_path / "out", precision="int8-adafactor")
+    described.write_text(plain, encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot share weights again"):
         convert(real, tmp_path / "out", stage="pseudo")
     with pytest.raises(ConfigError, match="already holds a run"):

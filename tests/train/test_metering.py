@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from openm6.checkpoint.folder import latest, read_state
 from openm6.core.run_folder import RunFolder
@@ -194,6 +196,9 @@ def test_operations_follow_tokens_and_the_weights_that_they_pass(added: tuple[Mo
     assert sum(share.operations for share in kinds.values()) == pytest.approx(operations)
     backbone = PASSES * count_parameters(omni.config).active
     head = PASSES * omni.text.embedding.weight.numel()
+    omni.text.head = nn.Parameter(torch.zeros_like(omni.text.embedding.weight))
+    untied = Attribution(omni, ["echo", "speech_recognition", "translation"]).work(batch)
+    assert untied["modality"]["text"] == kinds["text"], "a head of its own is for learned tokens alone, too"
     learned = 2 * len(target)
     assert kinds["text"].operations == pytest.approx((len(read) + learned) * backbone + learned * head)
     for name in kinds.keys() - {"text"}:

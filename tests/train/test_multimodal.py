@@ -23,6 +23,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.evaluate.run import evaluate
 from openm6.inference.load import load
 from openm6.modalities.registry import MODALITIES
+from openm6.modalities.text import train_tokenizer
 from openm6.tasks.registry import TASKS
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
@@ -217,6 +218,23 @@ def test_a_tokenizer_of_a_run_that_never_began_is_not_taken_over(unbroken: Path,
     (folder / "tokenizer.json").write_text("left behind", encoding="utf-8")
     train_recipe(write_recipe(tmp_path, {**tiny_recipe(1), **text_only()}), out=folder)
     assert "left behind" not in (folder / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def test_a_run_goes_on_with_the_tokenizer_of_its_checkpoint(tmp_path: Path) -> None:
+    """What an attempt without a checkpoint has left is not taken for it."""
+    folder, own = tmp_path / "run", tmp_path / "own.json"
+    own.write_text(train_tokenizer(["other words of an own file"], 270).to_str(), encoding="utf-8")
+    text = {"modalities": {**tiny_recipe().get("modalities", {}), "text": {"tokenizer": str(own)}}}
+    train_recipe(write_recipe(tmp_path, {**tiny_recipe(1), **text_only(), **text}), out=folder)
+    (folder / "tokenizer.json").write_text(train_tokenizer(["left behind"], 270).to_str(), encoding="utf-8")
+    train_recipe(write_recipe(tmp_path, {**tiny_recipe(2), **text_only(), **text}), out=folder, resume=True)
+    kept = (latest(folder) / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(kept)["model"] == json.loads(own.read_text(encoding="utf-8"))["model"]
+
+
+def test_a_run_may_be_called_as_a_checkpoint(tmp_path: Path) -> None:
+    run = train_recipe(write_recipe(tmp_path, {**tiny_recipe(1), **text_only()}), out=tmp_path / "step-2")
+    assert latest(tmp_path / "step-2") == run.checkpoint
 
 
 def text_only() -> dict[str, Any]:
