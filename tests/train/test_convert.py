@@ -16,8 +16,10 @@ from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.hub.importing import import_model
+from openm6.inference.load import read_texts
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, read_description
+from openm6.nn.config import ModalityExpertsConfig
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
@@ -135,18 +137,17 @@ def test_a_pseudo_checkpoint_becomes_a_real_one(tmp_path: Path, share_routers: b
     train(DescribedTraining(real), words_config(6), RunFolder(tmp_path / "real"), resume=True)
 
 
-def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_converted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trained(tmp_path / "real", PLAIN, run_config(steps=1))
     with pytest.raises(ConfigError, match="--precision int4 must be one of fp32, bf16-adafactor-momentum"):
         convert(real, tmp_path / "out", precision="int4")
-    described, experts = latest(real) / MODEL_FILE, {"intermediate_size": 32, "num_experts": 2, "top_k": 1}
-    plain = described.read_text(encoding="utf-8")
-    values = json.loads(plain)
-    values["backbone"]["modality_experts"] = [{"modalities": ["image"], **experts}]
-    described.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ConfigError, match="has modality experts, which are trained in fp32 alone"):
+    description, tokenizer = read_texts(latest(real))
+    experts = ModalityExpertsConfig(modalities=("image",), intermediate_size=32, num_experts=2, top_k=1)
+    backbone = description.backbone.model_copy(update={"modality_experts": (experts,)})
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="experts, which are trained in fp32 alone"):
+        found = description.model_copy(update={"backbone": backbone}), tokenizer
+        patch.setattr("openm6.train.convert.read_texts", lambda _: found)
         convert(real, tmp_path / "out", precision="int8-adafactor")
-    described.write_text(plain, encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot share weights again"):
         convert(real, tmp_path / "out", stage="pseudo")
     with pytest.raises(ConfigError, match="already holds a run"):
