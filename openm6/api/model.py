@@ -364,7 +364,7 @@ class OpenM6:
         if isinstance(candidates, str) or not candidates or not all(isinstance(one, str) for one in candidates):
             raise ConfigError("candidates must be a list of at least one text")
         parts = self._input_parts({"prompt": query, "image": image, "audio": audio, "numbers": numbers})
-        targets = [self.loaded.text.target(text) for text in candidates]
+        targets = [self.loaded.text.candidate(text) for text in candidates]
         (nll,) = score_texts(self.loaded, [source_segments(parts, self.loaded.modalities)], targets)
         found = self.loaded.numbers.ranking(nll, candidates, list(map(len, targets)), parts)
         return rank_texts(candidates, [one for one, _ in found], [length for _, length in found], normalize)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -18,11 +19,12 @@ from rich.text import Text
 
 from openm6.cli.group import print_result, write_json
 from openm6.cli.train import Device, Dtype, Model, NumGpuLayers, model_of
-from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
+from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error, PromptTooLongError
 from openm6.core.log import get_log
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
 if TYPE_CHECKING:
+    from openm6.api.model import OpenM6
     from openm6.energy.tracker import EnergyUse
     from openm6.evaluate.results import EnergyAccount
 
@@ -246,7 +248,7 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
         messages.append({"role": "user", "content": content})
         answer = ""
         try:
-            for part in m6.chat(messages, max_new_tokens=CHAT_TOKENS, stream=True):
+            for part in _answer(m6, messages):
                 answer += part
                 typer.echo(part, nl=False)
             messages.append({"role": "assistant", "content": answer})
@@ -255,6 +257,19 @@ def chat(model: Model = "mini", device: Device = "auto", dtype: Dtype = "auto") 
             typer.echo(str(error), nl=False)
         typer.echo("\n> ", nl=False)
     get_log().removeFilter(_on_a_new_line)
+
+
+def _answer(m6: OpenM6, messages: list[dict[str, object]]) -> Iterator[str]:
+    """Yield the answer in parts; the oldest turns are removed if all are more than the model reads."""
+    for first in range(0, len(messages), 2):
+        try:
+            yield from m6.chat(messages[first:], max_new_tokens=CHAT_TOKENS, stream=True)
+        except PromptTooLongError:
+            if first == len(messages) - 1:  # the question alone
+                raise
+        else:
+            del messages[:first]
+            return
 
 
 def _files_in(line: str) -> tuple[str, list[tuple[str, str]]]:

@@ -19,6 +19,10 @@ class DataError(OpenM6Error):
     """Input that is missing, broken, out of bounds or lacks a column."""
 
 
+class PromptTooLongError(DataError):
+    """A prompt of more tokens than a model reads."""
+
+
 class MissingFieldError(DataError):
     """A record without a field that a task needs: it is skipped for that task, and not broken."""
 

@@ -84,12 +84,13 @@ def _decode(
 ) -> Iterator[tuple[list[DecodeSequence], list[DecodeSequence]]]:
     """Decode a text after each prompt; yield after each step what is being decoded, and what of it has ended."""
     text_head = TextHead.of(loaded.omni, loaded.text)
-    longest = max(map(prompt_length, prompts), default=0)
+    split = list(map(split_opening, prompts))
+    longest = max((prompt_length(prompt) for prompt, _ in split), default=0)
     # On a GPU each size of a pass is captured in a graph of its own, which one call would seldom replay: use one size.
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
     batch = DecodeBatch(text_head, size, longest + sampling.max_tokens + 2, one_size, compiled=loaded.compiled)
-    waiting = list(zip(indices or range(len(prompts)), map(split_opening, prompts), strict=True))
+    waiting = list(zip(indices or range(len(prompts)), split, strict=True))
     while waiting or batch.rows:
         joining, waiting = waiting[: batch.free], waiting[batch.free :]
         positions = prefill_all(loaded.omni, [prompt for _, (prompt, _) in joining], batch.cache, batch.next_slot)

@@ -30,6 +30,7 @@ from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 MaskBox = tuple[float, float, float, float] | np.ndarray | None
 SIDE_UNITS = 32  # units of rotary positions along each side of an image
 MAX_PIXELS = 32_000_000
+LONGEST_MASK = 2048  # pixels of a side
 MAX_SCANS = 100  # of a JPEG
 ORIENTATION = 0x0112  # of EXIF
 ROTATIONS = dict(enumerate((
@@ -294,7 +295,12 @@ def box_mask(mask_box: MaskBox, down: int, across: int) -> np.ndarray:
 def squared(mask_box: MaskBox, width: int, height: int) -> MaskBox:
     """A box or mask of an image of this size, moved as `to_square` moves the image: beside it nothing is generated."""
     if isinstance(mask_box, np.ndarray):  # it may be smaller than the image
-        height, width = mask_box.shape
+        # A square of the long side of a thin image would take far more memory than the image.
+        shrunk = min(1.0, LONGEST_MASK / max(mask_box.shape))
+        down, across = (max(1, math.ceil(shrunk * length)) for length in mask_box.shape)
+        if shrunk < 1:
+            mask_box = box_mask(mask_box, down, across).reshape(down, across)
+        height, width = down, across
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     if mask_box is None or width == height:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from openm6.codecs.external import ENCODERS, load_external, weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
-from openm6.core.errors import ConfigError, DataError, nearest
+from openm6.core.errors import ConfigError, DataError, PromptTooLongError, nearest
 from openm6.modalities.audio import Audio, AudioConfig
 from openm6.modalities.image import Image, ImageConfig
 from openm6.modalities.interface import Modality, Part, Segment
@@ -142,11 +142,13 @@ def source_segments(
 
 
 def prompt_segments(parts: Sequence[Part], modalities: Modalities) -> list[Segment]:
-    """`source_segments` of a prompt to answer; DataError if its text is longer than an imported model reads."""
+    """`source_segments` of a prompt to answer; PromptTooLongError if it is longer than an imported model reads."""
     segments, text = source_segments(parts, modalities), modalities["text"]
     assert isinstance(text, Text)
     if text.imported is not None and any(one.truncated for one in segments if one.kind == "text"):
-        raise DataError(f"the prompt has more than the {text.max_tokens} tokens that this model reads: shorten it")
+        raise PromptTooLongError(
+            f"the prompt has more than the {text.max_tokens} tokens that this model reads: shorten it"
+        )
     return segments
 
 

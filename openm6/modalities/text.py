@@ -185,6 +185,16 @@ class Text(Modality):
             return segment
         return select_tokens(segment, np.arange(len(segment)) < max_tokens, (Cuttable(0, max_tokens),))
 
+    def candidate(self, raw: str) -> Segment:
+        """A text to be ranked by its likelihood: a target, but after a decoder's raw text without the end.
+
+        An imported decoder ends turns of a chat, and would find the end of any candidate about equally unlikely.
+        """
+        found = self.target(raw)
+        if self.imported is None or found.truncated or len(found) < 2:
+            return found
+        return replace(select_tokens(found, np.arange(len(found)) < len(found) - 1), truncated=False)
+
     def target_of(self, ids: list[int]) -> Segment:
         """A target text of these token ids, which the end token closes."""
         arrays = {

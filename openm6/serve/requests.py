@@ -231,7 +231,7 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
             asked = {name: loaded.numbers.scale(name)[0] for name in request.columns}
             return [loaded.numbers.target(asked, options={"given": loaded.numbers.given(request.parts)})]
         case RankRequest():
-            return [loaded.text.target(candidate) for candidate in request.candidates]
+            return [loaded.text.candidate(candidate) for candidate in request.candidates]
     return []
 
 

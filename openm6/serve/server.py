@@ -28,7 +28,7 @@ from openm6.inference.load import LoadedModel
 from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.content import Fetcher
 from openm6.serve.engine import Engine, cancel_all
-from openm6.serve.errors import BadRequestError, Failure, NoModelError
+from openm6.serve.errors import BadRequestError, Failure, NoModelError, failure_of
 from openm6.serve.requests import Answer, Request
 from openm6.serve.scenarios.scenario import ScenarioLibrary, Scores, library_of
 from openm6.serve.worker import RequestHandle
@@ -158,19 +158,28 @@ class HTTPMiddleware:
             await self.app(scope, receive, send)
             return
 
+        started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-request-id", uuid.uuid4().hex.encode())]
                 # Paths that do not exist share a label: a scan would fill the memory with labels.
                 route = getattr(scope.get("route"), "path", "unknown")
                 self.metrics.requests.labels(route, str(message["status"])).inc()
+                started = True
             await send(message)
 
         failure = self._check(scope)
         if failure is not None:
             await failure.response()(scope, receive, send_with_id)
-        else:
+            return
+        try:
             await self.app(scope, self._limited(receive), send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            await failure_of(error).response()(scope, receive, send_with_id)
 
     def _check(self, scope: Scope) -> Failure | None:
         headers = Headers(scope=scope)
@@ -182,7 +191,9 @@ class HTTPMiddleware:
             return Failure(404, "addresses are not fetched: upload the file")
         if not self.keys or scope["path"] in OPEN or page:
             return None
-        key = match_key(headers.get("authorization", "").removeprefix("Bearer "), self.keys)
+        given = headers.get("authorization", "")
+        scheme, _, rest = given.partition(" ")
+        key = match_key(rest.strip() if scheme.lower() == "bearer" else given, self.keys)
         if key is None:
             return Failure(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         scope["openm6.client"] = f"key {key}"

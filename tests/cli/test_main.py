@@ -23,7 +23,7 @@ from openm6.cli.group import print_result
 from openm6.cli.main import app
 from openm6.cli.use import _files_in
 from openm6.core.config import apply_overrides
-from openm6.core.errors import DataError, Interrupted
+from openm6.core.errors import DataError, Interrupted, PromptTooLongError
 from openm6.core.files import renamed
 from openm6.core.log import get_log
 from openm6.optim.config import PRECISIONS
@@ -353,6 +353,18 @@ def test_a_chat_shows_files_and_remembers_answers(monkeypatch: pytest.MonkeyPatc
     answers = "> 1 [] hello", "> not this one", "> 3 [('image', 'a/b.png'), ('audio', 'c.flac')] What is this?"
     answers += "> 5 [] What does  @dataclass do?", "> "
     assert shown.stdout == "\n".join(answers)
+
+
+def test_a_chat_longer_than_the_model_reads_goes_on_without_its_oldest_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful(Echo):
+        def chat(self, messages: list[dict[str, Any]], stream: bool, max_new_tokens: int) -> Iterator[str]:
+            if len(messages) > 3 or messages[-1]["content"][0]["text"] == "endless":
+                raise PromptTooLongError("too long")
+            return super().chat(messages, stream, max_new_tokens)
+
+    monkeypatch.setattr("openm6.api.model.load", lambda *_: Forgetful())
+    shown = runner.invoke(app, ["chat", "smol"], input="a\nb\nc\nendless\nd\n\n")
+    assert shown.stdout.split("\n") == ["> 1 [] a", "> 3 [] b", "> 3 [] c", "> too long", "> 3 [] d", "> "]
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,14 @@ def test_texts_are_those_of_the_model_without_a_cache(model: LoadedModel, ragged
     assert len(set(found)) > 2, "the prompts must matter"
 
 
+def test_tokens_that_open_an_answer_take_none_of_its_length(model: LoadedModel, ragged: list[Prompt]) -> None:
+    ids = tuple(model.text.encode("and so the answer of the model is:"))
+    opened_prompts = [[*prompt[:-1], replace(prompt[-1], opening=ids)] for prompt in ragged if prompt]
+    for most in (1, STEPS):
+        found = generate_texts(model, opened_prompts, Sampling(max_tokens=most))
+        assert found == [write_reference(model, one, Sampling(max_tokens=most)) for one in opened_prompts]
+
+
 def test_a_causal_prompt_is_continued_from_its_last_token() -> None:
     """Parts keep their keys whatever follows, and no start token stands between the prompt and the text."""
     model = loaded(7, prompt_attention="causal")

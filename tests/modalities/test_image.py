@@ -26,6 +26,7 @@ from openm6.modalities.image import (
     pixels,
     random_box,
     read_image,
+    squared,
     to_square,
 )
 from openm6.modalities.interface import Segment, line
@@ -203,6 +204,14 @@ def test_a_box_of_a_wide_image_is_where_its_square_has_it(image: Image, form: st
     }
     learned = image.target(values, options={"mask_box": masks[form]}).learn.reshape(8, 8)
     assert np.flatnonzero(learned.any(1)).tolist() == [2] and learned[2].all(), "rows 16 to 24 of 64"
+
+
+def test_the_mask_of_a_thin_image_takes_little_memory() -> None:
+    mask = np.zeros((1, 100_000), bool)
+    mask[:, 50_000:] = True
+    found = squared(mask, 100_000, 1)
+    assert isinstance(found, np.ndarray) and max(found.shape) == 2048 and found[:, 1100:].any(1).sum() == 1
+    assert not found[:, :1000].any()
 
 
 def test_what_is_gone_is_one_vector() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from openm6.core.errors import ConfigError, DataError
-from openm6.modalities.text import MASK_CHARACTER, Text, read_tokenizer, train_tokenizer
+from openm6.modalities.text import MASK_CHARACTER, ImportedText, Text, read_tokenizer, train_tokenizer
 
 LESSON = ["draw the digit seven", "画数字七", "what is this", "这是什么"] * 4
 
@@ -16,6 +16,14 @@ LESSON = ["draw the digit seven", "画数字七", "what is this", "这是什么"
 @pytest.fixture(scope="module")
 def text() -> Text:
     return Text(train_tokenizer(LESSON, 340))
+
+
+def test_a_candidate_after_raw_text_has_no_end(text: Text) -> None:
+    imported = Text(text.tokenizer, imported=ImportedText(vocab_size=400))
+    target, candidate = imported.target("seven"), imported.candidate("seven")
+    assert candidate.arrays["labels"].tolist() == target.arrays["labels"].tolist()[:-1] and not candidate.truncated
+    own = text.candidate("seven").arrays["labels"].tolist()
+    assert own == text.target("seven").arrays["labels"].tolist() and own[-1] == text.end
 
 
 @settings(max_examples=200, deadline=None)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fastapi import FastAPI
@@ -237,6 +238,27 @@ def test_metrics_count_what_happened(address: Address) -> None:
     assert f'openm6_requests_total{{kind="{CHAT}",status="200"}}' in page
     assert "openm6_request_joules_sum" in page and "openm6_queue_tokens" in page
     assert json.loads(address.send("GET", "/health").body)["status"] == "ok"
+
+
+def test_a_failure_that_nobody_expected_is_counted_and_has_an_id(
+    address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openm6.serve.content.check_image", Mock(side_effect=RuntimeError("unexpected")))
+    body, kind = form({"prompt": "x"}, {"image": ("a.png", png("red", 40))})
+    reply = address.send("POST", "/v1/images/edits", body, kind)
+    assert reply.status == 500 and reply.headers["x-request-id"] and b"unexpected" not in reply.body
+    assert 'kind="/v1/images/edits",status="500"' in address.send("GET", "/metrics").body.decode()
+
+
+@pytest.mark.parametrize(
+    ("given", "status"), [("Bearer two", 200), ("bearer  two", 200), ("two", 200), ("Bearer", 401)]
+)
+def test_the_scheme_of_a_key_may_be_in_small_letters(given: str, status: int) -> None:
+    with answering(small_app(keys=("one", "two"))) as address:
+        line = http.client.HTTPConnection("127.0.0.1", address.port)
+        line.request("GET", "/v1/models", headers={"Authorization": given})
+        assert line.getresponse().status == status
+        line.close()
 
 
 def test_keys_are_asked_for_where_there_are_some() -> None:

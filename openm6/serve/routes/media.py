@@ -90,7 +90,7 @@ async def generate(body: GenerationBody, call: ThisCall) -> Images:
 
 @router.post("/images/edits", tags=["images"])
 async def edit(body: Annotated[EditBody, Form(media_type="multipart/form-data")], call: ThisCall) -> Images:
-    """Generates what the mask leaves transparent; the rest is returned unchanged, pixel by pixel."""
+    """Generates what the mask leaves transparent; the rest is the image, resized to the square that the model reads."""
     _check(call.server, body)
     limits = call.server.limits
     files = [file for file in (body.image, *body.listed) if file is not None]
