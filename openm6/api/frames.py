@@ -414,6 +414,8 @@ def _all_series(
     for item, rows in items:
         where = f"item {item!r}"
         times, ahead = times_ahead(pd, list(rows[names[1]]), length, freq, shared, where)
+        if len(times) > len(rows):  # what was not recorded has no value
+            rows = rows.set_index(names[1]).reindex(times)
         later = None
         if known:
             later = future[future[names[0]] == item].sort_values(names[1])

@@ -79,6 +79,7 @@ def times_ahead(
 ) -> tuple[list[Any], list[Any]]:
     """The times of a series and those of the steps ahead; DataError if they are missing, repeated or irregular.
 
+    With `freq`, times without a row are among them.
     A series of one or two times has the frequency that all others share.
     """
     if any(pd.isna(one) for one in times):
@@ -92,9 +93,14 @@ def times_ahead(
             (found,) = shared
         if found is not None:
             try:
+                every = pd.date_range(times[0], times[-1], freq=found)
                 later = pd.date_range(times[-1], periods=length + 1, freq=found)
             except (ValueError, OverflowError) as error:
                 raise DataError(f"freq={found!r} does not lead beyond {times[-1]} ({error}): name one, as D") from None
+            if len(every) > len(times):
+                if not set(times) <= set(every):
+                    raise DataError(f"{where} has fewer times than freq={found!r}, and others: resample them")
+                times = list(every)
             # The last time need not be one of the frequency.
             return times, list(later[later > times[-1]][:length])
     else:

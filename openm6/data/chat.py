@@ -75,7 +75,10 @@ class ChatReader(records.RowReader):
             parts = []
         if not any(part["type"] != "text" or part["text"].strip() for part in parts):
             raise DataError(f"{where}, of the {ROLES[given]}, is empty: write something, or leave the chat out")
-        return {"role": ROLES[given], "content": parts}
+        message = {"role": ROLES[given], "content": parts}
+        # As OpenAI and ms-swift mark an answer that is there for its context alone.
+        is_learned = turn.get("weight", 1) != 0 and turn.get("loss") is not False
+        return message if is_learned else message | {"learned": False}
 
     def _marked(self, text: str, where: str, files: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """A text with marks as parts in turn; each mark takes the next file of its kind."""

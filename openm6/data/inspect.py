@@ -1,6 +1,7 @@
 """Inspection of a user's data before a run: what there is, what its columns hold, what is broken, a recipe to try."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,14 +26,15 @@ from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
 from openm6.modalities.series import fit_series
 from openm6.tasks.registry import TASKS
+from openm6.tasks.slots import Text
 
 SAMPLE = 500  # rows of the sample, at equal distances
 DECODED = 200  # images and audio clips opened
 MAX_PROBLEMS = 20
-_TRAIN = re.compile(r"(?i)train(?=(-\d+-of-\d+)?(\.\w+)+$)")
+_TRAIN = re.compile(r"(?i)train(?=(-(?:\d+|\*)-of-\d+)?(\.\w+)+$)")
 HELD_OUT_WORDS = ("test", "validation", "valid", "val", "dev")  # of files; the first that there is holds the test rows
-_HELD_OUT = re.compile(rf"(?i)(^|[\W_])({'|'.join(HELD_OUT_WORDS)})(-\d+-of-\d+)?(\.\w+)+$")
-_SHARD = re.compile(r"-\d+(-of-\d+)(?=(\.\w+)+$)")
+_HELD_OUT = re.compile(rf"(?i)(^|[\W_])({'|'.join(HELD_OUT_WORDS)})(-(?:\d+|\*)-of-\d+)?(\.\w+)+$")
+_SHARD = re.compile(r"-(?:\d+|\*)(-of-\d+)(?=(\.\w+)+$)")
 # Of a window: steps without a season; with one, seasons of the context; a series has at least so many horizons.
 CONTEXT, HORIZON, SEASONS, HORIZONS = 32, 8, 3, 10
 MAX_HORIZON = 24
@@ -156,7 +158,10 @@ def _aim_at(reports: list[DatasetReport], target: str) -> None:
         if task is not None and report.source.get("fields"):
             report.tasks, report.source["target"] = [task], target
         elif target not in report.source.get("columns", ()):
-            report.tasks = [name for name in report.tasks if TASKS[name].output_modality == OUTPUTS.get(kind)]
+            fitting = [name for name in report.tasks if TASKS[name].output_modality == OUTPUTS.get(kind)]
+            # Of a table whose columns are named as keys of records, a label is not what tasks of other texts predict.
+            labels = [name for name in fitting if isinstance(slot := TASKS[name].target, Text) and slot.name == "label"]
+            report.tasks = labels if target in ("label", "label_zh") else [x for x in fitting if x not in labels]
 
 
 def _early_stopping(reports: list[DatasetReport], minutes: float) -> dict[str, Any]:
@@ -212,16 +217,18 @@ def _inspect_all(path: str) -> list[DatasetReport]:
     if not here.is_dir():
         raise DataError(f"there is nothing at {path}: check the path")
     entries = sorted(here.iterdir())
-    tables = [str(entry) for entry in entries if entry.name.lower().endswith(TABLE_ENDINGS)]
+    tables = _joined([str(entry) for entry in entries if entry.name.lower().endswith(TABLE_ENDINGS)])
     if tables:
         # `x-test.csv` holds the test rows of `x-train.csv`, and one that belongs to none is nothing to train on.
         tests = {table: _held_out_beside(table, tables) for table in tables if _TRAIN.search(table)}
         alone = [table for table in tables if not (tests and _HELD_OUT.search(Path(table).name))]
         reports = [report for table in alone for report in inspect_table(table, tests.get(table))]
-        usual = {_SHARD.sub("", _TRAIN.sub(word, table.lower())) for table in tests for word in HELD_OUT_WORDS}
-        for table in tables:
-            if reports and table not in alone and _SHARD.sub("", table.lower()) not in usual:
-                reports[0].add_problem(table, "it is not used: name it as its training table, with test for train")
+        unused = [table for table in tables if table not in alone and table not in tests.values()]
+        for table in unused if reports else ():
+            reports[0].add_problem(
+                table,
+                "it is not used: a training table has one table of test rows, named as it with test for train",
+            )
         return reports
     if files := media_files(here):
         config = FolderConfig(path=path)
@@ -234,6 +241,13 @@ def _inspect_all(path: str) -> list[DatasetReport]:
         if entry.is_file():
             refuse_foreign(str(entry))
     raise DataError(f"{path} holds no tables ({', '.join(TABLE_ENDINGS)}), images or audio clips")
+
+
+def _joined(tables: Sequence[str]) -> list[str]:
+    """Tables; those of Parquet that are parts of one become a glob."""
+    globs = [_SHARD.sub(r"-*\1", table) if table.lower().endswith(".parquet") else table for table in tables]
+    counts = Counter(globs)
+    return list(dict.fromkeys(own if counts[own] > 1 else table for own, table in zip(globs, tables, strict=True)))
 
 
 def _held_out_beside(table: str, tables: Sequence[str]) -> str | None:
@@ -305,7 +319,7 @@ def _with_test_table(report: DatasetReport, config: TableConfig, test_path: str 
 
 def name_of(path: str) -> str:
     """A source's name from a path: `my data-train.csv` -> `my_data`."""
-    stem = re.sub(r"(?i)[-_.]?train(-\d+-of-\d+)?$", "", Path(path.rstrip("/")).name.split(".")[0])
+    stem = re.sub(r"(?i)[-_.]?train(-(?:\d+|\*)-of-\d+)?$", "", Path(path.rstrip("/")).name.split(".")[0])
     return re.sub(r"\W+", "_", stem).strip("_").lower() or "data"
 
 

@@ -22,6 +22,7 @@ from openm6.data.text_tables import CsvConfig
 from openm6.modalities.dates import FORMS, Parse, is_date, parsed, plain_number, strptime, to_seconds
 from openm6.modalities.regression import MAX_OF_SERIES, Clock
 
+DISTINCT = 0.9  # of the times of a series, at least
 TRIED = 50  # first cells by which the form of most is found, if they have several
 
 
@@ -193,9 +194,9 @@ class WindowsConfig(SourceConfig):
         if times is None:
             return [np.array(rows) for rows in groups.values()]
         for rows in groups.values():
-            if 1 < len({times[row] for row in rows}) <= len(rows) / 2:
+            if 1 < len({times[row] for row in rows}) < DISTINCT * len(rows):
                 raise DataError(
-                    f"{self.path}: most times in column {self.time!r} occur more than once: name the column that "
+                    f"{self.path}: many times in column {self.time!r} occur more than once: name the column that "
                     "separates the series as `group`, or leave `time` out to keep the order of the table"
                 )
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]

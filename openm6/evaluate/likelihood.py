@@ -51,6 +51,10 @@ class TargetPrior:
         """-log2 p(y) of each target in bits; infinite for a target without probability.  # N"""
         return np.full(len(examples), np.inf)
 
+    def new_bits(self, examples: list[Example]) -> np.ndarray:
+        """-log2 of the probability that an answer is none of those seen in training; infinite if unknown.  # N"""
+        return np.full(len(examples), np.inf)
+
 
 class AnswerFrequencies(TargetPrior):
     """Text: how often each answer occurs in the language of the prompt and for its column, add-half smoothed."""
@@ -69,6 +73,11 @@ class AnswerFrequencies(TargetPrior):
                 total = counts.total() + PSEUDO_COUNT * (len(counts) + 1)
                 found[row] = -np.log2((counts[answer] + PSEUDO_COUNT) / total)
         return found
+
+    def new_bits(self, examples: list[Example]) -> np.ndarray:
+        counts = [self.counts[example.language, example.column] for example in examples]
+        totals = np.asarray([own.total() + PSEUDO_COUNT * (len(own) + 1) for own in counts])
+        return np.where([bool(own) for own in counts], np.log2(totals / PSEUDO_COUNT), np.inf)
 
     def covers(self, examples: list[Example]) -> bool:
         """Whether every answer occurred in training: the task has a closed set of answers."""
@@ -279,6 +288,8 @@ def likelihoods(
     nll = sequence_nll(loaded.omni, [*sequences, *null])
     bits, model_bits = np.split(nll * (1 / np.log(2)), 2)
     prior_bits = prior.bits(examples, [sequence.segments[-1] for sequence in sequences])
+    # What a new answer is, the model says.
+    prior_bits = np.where(np.isinf(prior_bits), prior.new_bits(examples) + model_bits, prior_bits)
     if prior_bits.mean() < model_bits.mean():
         return Likelihoods(bits, prior_bits, "training frequencies")
     return Likelihoods(bits, model_bits, "model without inputs")

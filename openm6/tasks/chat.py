@@ -4,7 +4,7 @@ A turn is a token of its role and what was said. Training learns the answers of 
 a hidden target, then a turn like any other, which what follows attends to.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -56,11 +56,17 @@ def turns_of(record: Record) -> list[Turn]:
     ]
 
 
-def _last_answer(turns: Sequence[Turn], modality: str) -> int | None:
-    """The last turn of the assistant that follows another one and holds a modality."""
+def _left_out(record: Record) -> set[int]:
+    """The turns whose answers are not to be learned."""
+    messages = record.get("messages") or ()
+    return {index for index, message in enumerate(messages) if not message.get("learned", True)}
+
+
+def _last_answer(turns: Sequence[Turn], modality: str, left_out: Collection[int]) -> int | None:
+    """The last turn of the assistant that follows another one, holds a modality and is to be learned."""
     fitting = (
         index for index, (role, parts) in enumerate(turns)
-        if index and role == "assistant" and any(part.modality == modality for part in parts)
+        if index and index not in left_out and role == "assistant" and any(part.modality == modality for part in parts)
     )  # fmt: skip
     return max(fitting, default=None)
 
@@ -70,13 +76,13 @@ def build_chat(record: Record, context: Context, modality: str) -> Built:
 
     So are other parts of the last answer. Each is an answer to the turns before, not to the other parts.
     """
-    turns = turns_of(record)
-    last = _last_answer(turns, modality)
+    turns, left_out = turns_of(record), _left_out(record)
+    last = _last_answer(turns, modality, left_out)
     if last is None:
         raise MissingFieldError(f"record {record.get('id')!r} holds no answer in {modality}: choose another chat task")
     shown: list[Part] = []
     for index, turn in enumerate(turns[:last]):
-        if turn[0] == "assistant" and index and context.train:
+        if turn[0] == "assistant" and index and index not in left_out and context.train:
             shown += map(_learned, _stripped(turn[1]))
         shown += chat_parts([turn])
     answers = _stripped(turns[last][1])  # without the blank that separates a text from an image
@@ -96,7 +102,7 @@ def _answer(modality: str) -> Derived:
     return Derived(
         modality,
         partial(build_chat, modality=modality),
-        lambda record, _: _last_answer(turns_of(record), modality) is not None,
+        lambda record, _: _last_answer(turns_of(record), modality, _left_out(record)) is not None,
     )
 
 

@@ -48,6 +48,17 @@ def test_what_can_be_read_in_two_ways_or_none_is_refused(texts: list[str]) -> No
         read(texts)
 
 
+def test_missing_steps_are_not_taken_for_neighbours() -> None:
+    months = [one for one in pd.date_range("2023-01-01", periods=24, freq="MS") if one.month != 7]
+    assert times_ahead(pd, months, 1, "MS", set(), "item")[0] == list(
+        pd.date_range("2023-01-01", periods=24, freq="MS")
+    )
+    with pytest.raises(DataError, match="item has fewer times than freq='D', and others: resample them"):
+        times_ahead(pd, [pd.Timestamp("2024-01-01"), pd.Timestamp("2024-01-03T12:00")], 1, "D", set(), "item")
+    middles = list(pd.date_range("2023-01-15", periods=12, freq="30D"))
+    assert times_ahead(pd, middles, 1, "MS", set(), "item")[1] == [pd.Timestamp("2024-01-01")]
+
+
 def test_numbers_go_on_by_their_step() -> None:
     times = (np.arange(20) / 10).tolist()
     _, ahead = times_ahead(pd, times, 3, None, set(), "item")

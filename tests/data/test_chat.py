@@ -100,6 +100,15 @@ def test_every_form_is_the_same_record(form: str, tmp_path: Path) -> None:
     assert read(tmp_path, FORMS[form]) == SAME
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"weight": 1}])
+def test_an_answer_may_be_marked_as_context(mark: dict[str, object], tmp_path: Path) -> None:
+    turns = [user("one?"), assistant("bad") | mark, user("two?"), assistant("good")]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    source = ChatConfig(path=str(tmp_path / "chats.jsonl"), test_fraction=0.0).open("x", "train", None)
+    learned = [message.get("learned", True) for message in source[0]["messages"]]
+    assert learned == [True, mark == {"weight": 1}, True, True]
+
+
 def test_numbers_are_content(tmp_path: Path) -> None:
     answer = assistant([{"type": "numbers", "numbers": {"price": "3.5", "gone": None}}])
     assert read(tmp_path, {"messages": [user("Price?"), answer]})[1] == ("assistant", [{"price": 3.5, "gone": None}])

@@ -334,9 +334,23 @@ def test_test_rows_in_several_parts_are_read_as_one_table(tmp_path: Path) -> Non
         pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
     (found,) = inspect_path(str(tmp_path)).datasets
     assert (found.train, found.test) == (40, 80) and found.source["test_path"].endswith("test-*-of-00002.parquet")
-    assert [problem.rpartition("/")[2] for problem in found.problems] == [
-        "other-test.parquet: it is not used: name it as its training table, with test for train"
-    ]
+    (problem,) = found.problems
+    assert "other-test.parquet: it is not used: a training table has one table of test rows, named as it" in problem
+
+
+def test_parts_of_a_training_table_are_one_source_and_a_second_held_out_table_is_named(tmp_path: Path) -> None:
+    rows = {"text_en": [f"words {n}" for n in range(40)], "label": ["x", "y"] * 20}
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001"):
+        pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
+    (found,) = inspect_path(str(tmp_path)).datasets
+    assert (found.name, found.train + found.validation, found.test) == ("data", 80, 40)
+    assert ["validation-00000-of-00001.parquet: it is not used" in one for one in found.problems] == [True]
+
+
+def test_a_label_that_is_asked_for_is_all_that_is_learned(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text_en,label\n" + "".join(f"words {n},{'ab'[n % 2]}\n" for n in range(60)))
+    recipe = recipe_of(inspect_path(str(tmp_path / "x.csv"), target="label"))
+    assert [component.task for component in recipe.mixture] == ["text_classification"]
 
 
 def test_a_test_table_without_what_is_predicted_is_left_out(tmp_path: Path) -> None:

@@ -148,6 +148,11 @@ def test_several_series_in_one_table_are_not_mixed(tmp_path):
     with pytest.raises(DataError, match="occur more than once: name the column that separates the series as `group`"):
         open_windows(**settings)
     assert open_windows(**settings, group="shop")[0]["series"]["v"] == [0, 2, 4, 6, 8, 10]
+    # Of two shops, one opened later.
+    rows = [f"{n},a,{n}\n" + (f"{n},b,{9 * n}\n" if n >= 80 else "") for n in range(120)]
+    path.write_text("day,shop,v\n" + "".join(rows))
+    with pytest.raises(DataError, match="many times in column 'day' occur more than once"):
+        open_windows(**settings)
 
 
 def test_a_format_without_a_time_column_is_refused():

@@ -89,6 +89,16 @@ def test_an_overconfident_model_gains_no_more_than_the_answers_hold(
     assert gain.mean() <= entropy + smoothing + 2 * gain.std() / len(gain) ** 0.5
 
 
+def test_a_new_answer_keeps_the_bound_of_the_others(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = real("image_classification", "digits", 40)
+    new = np.asarray([one.answer == examples[0].answer for one in examples])
+    seen = [one for one in real("image_classification", "digits", 400, "train") if one.answer != examples[0].answer]
+    monkeypatch.setattr(likelihood, "sequence_nll", lambda _, sequences: np.full(len(sequences), 30.0))
+    found = likelihoods(model, examples, tokens(model, examples), "digits", AnswerFrequencies(seen))
+    assert found.null_predictor == "training frequencies" and np.isfinite(found.null_bits).all()
+    assert found.null_bits[new].min() > 30 / np.log(2) > 10 > found.null_bits[~new].max()
+
+
 def test_only_a_closed_set_of_answers_has_an_entropy() -> None:
     def said(answer: str, language: str = "en") -> Example:
         return Example("t", language, [], Part("text", answer), answer, answer)

@@ -159,6 +159,18 @@ def test_each_task_answers_the_last_turn_of_its_modality(task: str, before: int,
     assert sum(bool(part.options.get("learned")) for part in shown) == (4 if task == "chat" else 3)
 
 
+def test_answers_that_are_there_for_their_context_are_not_learned() -> None:
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": words}]}
+        for role, words in (("user", "one?"), ("assistant", "bad"), ("user", "two?"), ("assistant", "good"))
+    ]
+    messages[1]["learned"] = False
+    example = TASKS["chat"].example({"id": "x", "messages": messages}, np.random.default_rng(0), train=True)
+    assert example.answer == "good" and not any(part.options.get("learned") for part in example.source)
+    messages[3]["learned"] = False
+    assert not TASKS["chat"].languages({"id": "x", "messages": messages})
+
+
 def test_a_chat_without_an_answer_of_the_modality_is_skipped() -> None:
     assert not TASKS["chat_to_audio"].languages(RECORD)
     with pytest.raises(MissingFieldError, match="task chat_to_audio"):
