@@ -89,8 +89,9 @@ The definition is the pointwise V-information of Ethayarajh et al. ([2110.08420]
 ## Significance
 
 Test records are a sample, so each score has an interval. The intervals are 95 % bootstrap intervals: the records are \
-resampled 2,000 times, and 95 % of the resampled means lie inside. Forecast windows with overlapping targets are \
-resampled together.
+resampled 2,000 times, and 95 % of the resampled means lie inside. Forecast windows that begin \
+within one horizon are resampled together. Those at both sides of a border still share targets, so intervals of \
+forecasts are somewhat too narrow.
 
 | statement | condition |
 |---|---|

@@ -172,9 +172,8 @@ class WindowsConfig(SourceConfig):
                 if np.isnan(values[covered[self.context :], : len(self.columns)]).all():
                     continue
                 about: dict[str, Any] = {key: str(column[covered[0]]) for key, column in described.items()}
-                # Targets of windows that start within one horizon overlap: they are no independent evidence. Those
-                # beside a border of blocks do, too, so blocks are longer than that.
-                about["block"] = f"{about.get('group', '')}/{begin // (2 * self.horizon)}"
+                # Targets of windows that start within one horizon overlap: they are no independent evidence.
+                about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
                 if split == "train":
                     about["position"] = begin, last - length + 1
                 windows.append((covered, about))

@@ -66,7 +66,7 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
         ("", "name a preset or a recipe to plan"),
         ("base --gpu h100", "no GPU 'h100' in the table"),
         ("base --gpu t4 --country Atlantis", "no grid of country 'Atlantis'"),
-        ("base --gpu t4 --tokens -1", "tokens=-1 must be above 0"),
+        ("base --gpu t4 --tokens -1", "tokens=-1 must be a finite number above 0"),
         ("base --gpu t4 --plot x.svg", "--plot x.svg needs --sweep"),
         ("base --gpu t4 --sweep gpus --plot x.txt", "a file that ends in .svg, .png, .pdf"),
         ("base --gpu t4 --sweep gpus --plot none/x.svg", "--plot none/x.svg: there is no folder"),

@@ -99,7 +99,7 @@ def test_a_window_in_order_of_time(table):
         "position": (0, 43),
     }
     blocks = [window["extra"]["block"] for window in windows]
-    assert blocks == [f"/{n // 4}" for n in range(len(windows))], "targets of two neighbours overlap"
+    assert blocks == [f"/{n // 2}" for n in range(len(windows))], "targets of two neighbours overlap"
     assert windows[1]["series"]["a"][0] == 1
     assert open_windows(path=table, stride=3, **SHAPE)[1]["series"]["a"][0] == 3
 
