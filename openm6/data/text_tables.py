@@ -41,6 +41,10 @@ BLOCK_BYTES = 16 << 20  # the longest row that can be read, the header included
 UTF8, LATIN, WINDOWS, UTF16 = "utf-8", "latin-1", "cp1252", "utf-16"
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x19\x1b-\x1f\x7f]")  # bytes of no text in one byte per letter
 _UNUSUAL = rb"[^0-9.eE+-]|\..*\."  # in a cell: not a number as Python writes it
+_SHORT, _LONG = (
+    rb"^[+-]?\d{1,3}$",
+    rb"^[+-]?\d{4,}$",
+)  # whole numbers that need no mark of thousands, and that have none
 _THOUSAND = rb"^[+-]?[1-9]\d{0,2}\.\d{3}$"  # among numbers as Python writes them: where the mark is a comma, a thousand
 HEADER_LINES = 200  # at equal distances, whose keys are the columns of JSON Lines
 JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -150,6 +154,9 @@ class CsvTable(ArrowTable):
             else:
                 thousands = self._count(name, _THOUSAND)
                 marks = Counter({".": self._count(name, rb"\.") - thousands, "1.234": thousands})
+                # Semicolons are for tables of decimal commas: there, 1.234 beside 466 may be a thousand.
+                if self._separator == ";" and self._count(name, _SHORT) and not self._count(name, _LONG):
+                    marks["1,234"] = thousands
                 found = Written("", marks, stay=True)
             if found is not None:
                 written[name] = found
@@ -169,12 +176,13 @@ class CsvTable(ArrowTable):
         for name, one in written.items():
             mark = given.get(name, decimal_mark(one.marks, elsewhere))
             if mark is None:
+                number = "1.234" if one.marks["1.234"] else "1,234"
                 error = UndecidedMarkError(
-                    f"{self.where}: numbers of column {name!r} can be read in two ways (is 1,234 a thousand?): "
+                    f"{self.where}: numbers of column {name!r} can be read in two ways (is {number} a thousand?): "
                     'add decimal: "," or decimal: "." to the source'
                 )
                 commas, points = (sum(marks[mark] for marks in shown) for mark in ",.")
-                error.likely = "," if commas > points else "."
+                error.likely = "," if commas > points or (number == "1.234" and commas == points) else "."
                 raise error
             if not one.stay or (mark == "," and one.marks[","] + one.marks["1.234"]):
                 self._formats[name] = NumberFormat(mark, one.unit)

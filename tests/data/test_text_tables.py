@@ -171,7 +171,9 @@ def test_a_decimal_comma_is_read(tmp_path):
         source[4]
 
 
-@pytest.mark.parametrize("prices", [("1,234", "2,500"), ("3,5", "3.5"), ("1,234", "999"), ("1,234 EUR", "2 EUR")])
+@pytest.mark.parametrize(
+    "prices", [("1,234", "2,500"), ("3,5", "3.5"), ("1,234", "999"), ("1,234 EUR", "2 EUR"), ("1.234", "466")]
+)
 def test_numbers_of_two_readings_are_refused_until_told(tmp_path, prices):
     path = tmp_path / "shop.csv"
     path.write_text("title;price\n" + "".join(f"x;{price}\n" for price in prices))
