@@ -99,7 +99,7 @@ def times_ahead(
                 raise DataError(f"freq={found!r} does not lead beyond {times[-1]} ({error}): name one, as D") from None
             if len(every) > len(times):
                 if not set(times) <= set(every):
-                    raise DataError(f"{where} has fewer times than freq={found!r}, and others: resample them")
+                    raise DataError(f"the times of {where} do not fit freq={found!r}: resample them")
                 times = list(every)
             # The last time need not be one of the frequency.
             return times, list(later[later > times[-1]][:length])

@@ -227,7 +227,7 @@ def _inspect_all(path: str) -> list[DatasetReport]:
         for table in unused if reports else ():
             reports[0].add_problem(
                 table,
-                "it is not used: a training table has one table of test rows, named as it with test for train",
+                "it is not used: a training table has one table of test rows, whose name has test in place of train",
             )
         return reports
     if files := media_files(here):

@@ -32,7 +32,6 @@ from openm6.core.errors import CheckpointError, Interrupted, OpenM6Error, Traini
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.train.callbacks import (
-    HELD_OUT_PREFIX,
     Best,
     Callback,
     HeldOutCallback,
@@ -295,11 +294,8 @@ class _Run:
         progress.tokens += report.tokens
         progress.seconds += seconds
         self.averager.add(report, seconds)
-        found = [callback.after_step(report) for callback in self.callbacks]
-        for numbers in found:
-            self.averager.add_numbers(numbers)
-        # A line of its own, as a mean over several of them would be that of no step.
-        is_held_out = any(name.startswith(HELD_OUT_PREFIX) for numbers in found for name in numbers)
+        for callback in self.callbacks:
+            self.averager.add_numbers(callback.after_step(report))
         now = time.perf_counter()
         beside = max(0.0, now - self._accounted - seconds)
         self._accounted = now
@@ -316,6 +312,8 @@ class _Run:
             )
         for logger in self.loggers:
             logger.step(progress.step, self.length.steps)
+        # A held-out loss has a line of its own, as a mean over several would be that of no step.
+        is_held_out = self.held_out is not None and self.held_out.needs_report(progress.step)
         if progress.step % self.config.log_every and not is_held_out and not self.length.reached(progress.step):
             return
         self.training.ranks.finish_sums()

@@ -36,7 +36,6 @@ from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
-from openm6.nn.layers import NoInitWeights
 from openm6.nn.moe import TokenDispatcher
 from openm6.tasks.registry import any_masks_words
 from openm6.train import multimodal_data as data
@@ -68,8 +67,7 @@ class MultimodalTraining(TrainingTask):
             num_experts = config.experts.num_experts if config.experts else None
             mesh = recipe.parallel.resolve(self.ranks.size, num_experts, device.type == "cuda")
             check_mesh(recipe, mesh, config)
-        with NoInitWeights():
-            load_networks(recipe.modalities)  # raises before anything is fitted
+        load_networks(recipe.modalities)  # raises before anything is fitted
         sources = open_sources(recipe.sources, "train")
         used = {component.source: sources[component.source] for component in recipe.mixture}
         start = open_start(recipe, run)

@@ -381,7 +381,7 @@ def test_times_as_numbers_and_a_named_frequency(folder: Path, model: openm6.Open
     assert gaps["timestamp"].tolist() == days.tolist()
     empty = rows.assign(sales=rows["sales"].where(rows.index != 3), promo=rows["promo"].where(rows.index != 3))
     same = model.forecast(empty, later, target="sales", prediction_length=2)
-    pd.testing.assert_frame_equal(gaps, same), "a step without a row is one without a value"
+    pd.testing.assert_frame_equal(gaps, same)  # a step without a row is one without a value
     counted = model.forecast(rows.assign(timestamp=range(0, 40, 2)), later.assign(timestamp=[40, 42]), target="sales",
                              prediction_length=2)  # fmt: skip
     assert counted["timestamp"].tolist() == [40, 42]

@@ -343,9 +343,10 @@ def test_estimators_predict_the_rows_target_by_target(monkeypatch: pytest.Monkey
     monkeypatch.setattr("openm6.train.multimodal_data.DEFAULT_MINUTES", 0.01)
     frame, _ = linear(60)
     data = OwnData("tiny", "table", "a test", "none", lambda _: frame, ("y", "size"))
+    # A busy machine must leave boosting its time, which ends by itself.
+    monkeypatch.setattr("benchmarks.own_data.command.Deadline", lambda _: Deadline(600))
     report = run_one(data, 0.06, tmp_path, None, None)
-    assert set(report["notes"]) <= {"boosting"}, "a busy machine may leave it no time"
-    assert report["failure"] == "" and report["tasks"] == []
+    assert report["notes"] == {} and report["failure"] == "" and report["tasks"] == []
     found = {(score["target"], score["metric"]): score["values"][OURS] for score in report["scores"]}
     assert 0 <= found["size", "accuracy"] <= 1 and 0 < found["y", "relative CRPS"] < 2, found
 

@@ -335,7 +335,10 @@ def test_test_rows_in_several_parts_are_read_as_one_table(tmp_path: Path) -> Non
     (found,) = inspect_path(str(tmp_path)).datasets
     assert (found.train, found.test) == (40, 80) and found.source["test_path"].endswith("test-*-of-00002.parquet")
     (problem,) = found.problems
-    assert "other-test.parquet: it is not used: a training table has one table of test rows, named as it" in problem
+    assert (
+        "other-test.parquet: it is not used: a training table has one table of test rows, whose name has test"
+        in problem
+    )
 
 
 def test_parts_of_a_training_table_are_one_source_and_a_second_held_out_table_is_named(tmp_path: Path) -> None:
