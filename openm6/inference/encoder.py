@@ -54,6 +54,7 @@ class TrainedEncoder(Encoder):
         self.width = 2 * loaded.description.backbone.hidden_size
         if isinstance(self.modality, Audio):
             self.step = self.modality.step
+            self.mel_encoder = self.modality.mel_encoder  # a submodule, as its weights are among those that must match
 
     @torch.inference_mode()
     def forward(self, raw: Any, rng: Rng = None) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch import Tensor
 from openm6.codecs.audio import AudioCodecConfig, LogMels
 from openm6.codecs.base import Codec
 from openm6.codecs.external import Encoder, EncoderName
+from openm6.codecs.mel_encoder import FRAMES, MelEncoder
 from openm6.core.config import Config
 from openm6.core.errors import DataError
 from openm6.core.lru_cache import LRUCache
@@ -24,7 +25,6 @@ from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
 RATE = 16_000
-FRAMES = 8  # of 10 ms in one input token
 UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
 REACH = {"strong": (1.0, 1.0), "slight": (0.35, 0.35), "mixed": (0.0, 1.0)}  # of augmentation, drawn between both
@@ -89,9 +89,9 @@ def audio_grid(count: int, samples: int) -> TokenGrid:
 class AudioConfig(Config):
     """`codec` is a shipped name, a file or a model as transformers:NAME; a generated recording lasts `seconds`.
 
-    `codebooks`: how many of such a model are used, all by default. `encoder`: a model as transformers:NAME or
-    openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones padded; `max_seconds`
-    bounds the inputs.
+    `codebooks`: how many of such a model are used, all by default. `encoder`: a shipped name, a file, or a model as
+    transformers:NAME or openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones
+    padded; `max_seconds` bounds the inputs.
     `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter, mixed
     from none to strong if both do.
     `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
@@ -113,14 +113,16 @@ class Audio(CodesModality):
     name: ClassVar[str] = "audio"
 
     def __init__(self, codec: Codec, config: AudioConfig, encoder: Encoder | None = None) -> None:
-        self.codec, self.config, self.encoder = codec, config, encoder
+        self.codec, self.config = codec, config
+        self.mel_encoder = encoder if isinstance(encoder, MelEncoder) else None
+        self.encoder = None if isinstance(encoder, MelEncoder) else encoder  # of samples
         self.seconds, self.max_seconds = config.seconds, config.max_seconds
         self.hop = codec.step
         self.mels = LogMels(AudioCodecConfig())  # whatever the codec: what is read stays as it is with another one
         self.num_mels = self.mels.config.num_mels
         self.patch_size = FRAMES * self.num_mels if encoder is None else encoder.width
-        self.step = FRAMES * RATE // 100 if encoder is None else encoder.step  # samples of a token that is read
-        self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
+        self.step = FRAMES * RATE // 100 if self.encoder is None else self.encoder.step  # samples of a token
+        self.mel_cache = LRUCache[np.ndarray](CACHE_BYTES if self.encoder is None else FEATURE_BYTES)
         self.code_cache, self._sample_cache = (LRUCache[np.ndarray](CACHE_BYTES // 2) for _ in range(2))
         self.duration_cache = LRUCache[np.ndarray](2**20)  # entries of a few bytes: a bound on their number
 
@@ -137,9 +139,12 @@ class Audio(CodesModality):
             # What is measured stays as it is.
             drawn = None if options.get("measured") else drawn
             patches = self._encoded(raw, self.encoder, seconds, speed, mask_span, drawn)
-        grid = audio_grid(len(patches), self.step)
+        grid, is_masked = audio_grid(len(patches), self.step), span_mask(mask_span, len(patches))
+        if self.mel_encoder is not None:
+            # Its convolutions would carry a masked span to tokens beside it.
+            patches = self.mel_encoder(np.where(is_masked[:, None], patches.min(), patches))
         truncated = seconds is not None and self.is_longer(raw, seconds)
-        return self._source(patches, span_mask(mask_span, len(patches)), grid, truncated)
+        return self._source(patches, is_masked, grid, truncated)
 
     def _encoded(self, raw: Any, encoder: Encoder, seconds: Any, speed: float, mask_span: Any, rng: Rng) -> np.ndarray:
         """Features of the audio, in which a masked span is silent; cached without one and augmentation.  # N F"""

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from openm6.codecs.external import ENCODERS, load_external, weights_sha256
-from openm6.codecs.registry import load_codec
+from openm6.codecs.external import weights_sha256
+from openm6.codecs.registry import load_codec, load_encoder
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, PromptTooLongError, nearest
 from openm6.modalities.audio import Audio, AudioConfig
@@ -75,9 +75,7 @@ def load_networks(config: ModalitiesConfig) -> dict[str, Any]:
             hint = f"name one, as {type(section)().codec}"
             raise ConfigError(f"modalities.{name}.codec={section.codec!r} is no {name} codec: {hint}")
         if section.encoder is not None:
-            prefix, _, model = section.encoder.partition(":")
-            own = ENCODERS.get(prefix)
-            found[f"{name}.encoder"] = own(model, name) if own else load_external(section.encoder, f"{name} encoder")
+            found[f"{name}.encoder"] = load_encoder(section.encoder, name)
     side, step = config.image.side, found["image.codec"].step
     if side % step:
         raise ConfigError(f"modalities.image.side={side} must be a multiple of the codec's stride, {step}")

@@ -86,10 +86,11 @@ class MultimodalTraining(TrainingTask):
         if start is not None:
             self.start_weights = start.load_weights(self.omni, recipe.modalities, recipe.loop.offloaded)
             tasks = [recipe.task(component.task) for component in recipe.mixture]
-            found = {slot.modality for task in tasks for slot in (task.target, *task.inputs.values())}
-            chats = MODALITIES if any(task.chat for task in tasks) else ()
-            freeze(self.omni, recipe.model.freeze, {"text", POOL, *found, *chats})
-            start.check_codecs(self.omni, recipe.modalities, {task.target.modality for task in tasks})
+            targets = {task.target.modality for task in tasks}
+            inputs = {slot.modality for task in tasks for slot in task.inputs.values()}
+            inputs |= set(MODALITIES) if any(task.chat for task in tasks) else set()
+            freeze(self.omni, recipe.model.freeze, {"text", POOL, *targets, *inputs})
+            start.check_replaced(self.omni, recipe.modalities, targets, inputs)
             self._align(start, sources)
         for tensor in (*self.omni.parameters(), *self.omni.buffers()):  # in place; tensors on `meta` stay there
             if not tensor.is_meta:
@@ -117,7 +118,8 @@ class MultimodalTraining(TrainingTask):
     def _align(self, start: Start, sources: dict[str, Source]) -> None:
         """Fit the projections of encoders that the start lacks to its words, on every rank alike."""
         chosen, began = self.recipe.modalities, time.monotonic()
-        kinds = [f"{name}_in" for name in start.unlike(chosen) if getattr(chosen, name).encoder is not None]
+        new = {*start.unlike(chosen), *start.with_new_encoder(chosen)}
+        kinds = [f"{name}_in" for name in sorted(new) if getattr(chosen, name).encoder is not None]
         if start.checkpoint is not None and kinds:
             packer = data.open_packer(self.recipe, sources, self.modalities, ProcessGroupContext(), None)
             align(self.omni, cast(Text, self.modalities["text"]), kinds, packer.batches())

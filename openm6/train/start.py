@@ -19,7 +19,7 @@ from openm6.modalities.interface import modality_of
 from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.modalities.simple_predictors import TablePredictors, from_bytes
-from openm6.models.description import CheckpointConfig, read_description
+from openm6.models.description import CheckpointConfig, TrainedTask, read_description
 from openm6.models.omni import Omni
 from openm6.tasks.registry import all_tasks
 from openm6.train.recipe import MultimodalRecipe
@@ -27,7 +27,7 @@ from openm6.train.recipe import MultimodalRecipe
 START_FILE = "start.json"  # in the folder of a run: the description of its start, for resuming without it
 # Settings of modalities that no weight depends on, or only those of what is generated: a run may set its own.
 OWN_SETTINGS = ("max_tokens", "seconds", "max_seconds", "predictors", "min_patches", "max_patches", "max_pixels",
-                "augmentation", "flips", "vary_speed", "codec", "codebooks")  # fmt: skip
+                "augmentation", "flips", "vary_speed", "codec", "codebooks", "encoder")  # fmt: skip
 FAR = 10.0  # scales that the values of a column may differ from those in the start without a warning
 
 
@@ -51,22 +51,30 @@ class Start:
                 "if they mean something else, give them other names"
             )
         before = [one for one in start.trained_tasks if (one.task, one.source) not in trained]
-        replaced, known = self.with_new_codec(own.modalities), all_tasks(start.tasks)
-        lost = [one for one in before if one.task in known and known[one.task].output_modality in replaced]
+        replaced, read_anew = self.with_new_codec(own.modalities), self.with_new_encoder(own.modalities)
+        lost = [one for one in before if self._is_lost(one, set(replaced), set(read_anew))]
         if lost:
             names = ", ".join(f"{one.task} of {one.source}" for one in lost)
             get_log().warning(
-                f"the codec is not that of the start, so these tasks are no longer trained: {names}; add those that "
-                "are still needed to the mixture"
+                f"the codec or the encoder is not that of the start, so these tasks are no longer trained: {names}; "
+                "add those that are still needed to the mixture"
             )
         joined = {name: getattr(own, name) | getattr(start, name) for name in ("scales", "series", "tasks", "sources")}
         of_start = (one.model_copy(update={"of_start": True}) for one in before if one not in lost)
         joined["trained_tasks"] = [*own.trained_tasks, *of_start]
         joined["widths"] = {k: own.widths.get(k, {}) | found for k, found in (own.widths | start.widths).items()}
         kept = {name: getattr(start, name) for name in ("preset", "base_model")}
-        codecs = {f"{name}.codec" for name in replaced}
-        external = {name: sha256 for name, sha256 in start.external.items() if name not in codecs}
+        other = {f"{name}.codec" for name in replaced} | {f"{name}.encoder" for name in read_anew}
+        external = {name: sha256 for name, sha256 in start.external.items() if name not in other}
         return own.model_copy(update=joined | kept | {"external": external})
+
+    def _is_lost(self, trained: TrainedTask, generated: set[str], read: set[str]) -> bool:
+        """Return whether a task generates with another codec, or reads with another encoder."""
+        task = all_tasks(self.description.tasks).get(trained.task)
+        if task is None:
+            return False
+        inputs = {*trained.modalities, *(slot.modality for slot in task.inputs.values())}
+        return task.output_modality in generated or not inputs.isdisjoint(read)
 
     def with_new_codec(self, chosen: ModalitiesConfig) -> list[str]:
         """Return the modalities that have another codec than in the start, so that generating them is learned again."""
@@ -77,28 +85,36 @@ class Start:
         }
         return [name for name, one in changed.items() if one]
 
+    def with_new_encoder(self, chosen: ModalitiesConfig) -> list[str]:
+        """Return the modalities that another encoder reads than in the start, so that its features are learned."""
+        own = self.description.modalities
+        return [name for name in ("image", "audio") if getattr(own, name).encoder != getattr(chosen, name).encoder]
+
     def unlike(self, chosen: ModalitiesConfig) -> list[str]:
         """Return the modalities that have other settings than in the start, so that no weights of it fit."""
         own = self.description.modalities
         return [name for name in _untrained(self.description) if getattr(own, name) != getattr(chosen, name)]
 
-    def check_codecs(self, omni: Omni, chosen: ModalitiesConfig, targets: set[str]) -> None:
-        """Raise ConfigError unless what another codec generates is trained, by modalities of `targets`.
+    def check_replaced(self, omni: Omni, chosen: ModalitiesConfig, targets: set[str], inputs: set[str]) -> None:
+        """Raise ConfigError unless what another codec or encoder is for is trained, by modalities of tasks.
 
-        An imported decoder generated nothing with its codecs, so it loses nothing.
+        An imported decoder read and generated nothing with them, so it loses nothing.
         """
-        for name in set(self.with_new_codec(chosen)) - set(self.unlike(chosen)):
-            trains = any(one.requires_grad for one in omni.adapter(f"{name}_out").parameters())
-            if name not in targets or not trains:
-                raise ConfigError(
-                    f"modalities.{name}.codec is another one than in the start: add a task whose output is {name}, and"
-                    f" leave {name}_out out of model.freeze"
-                )
+        changed = (("codec", self.with_new_codec(chosen), "out", "output", targets),
+                   ("encoder", self.with_new_encoder(chosen), "in", "input", inputs))  # fmt: skip
+        for setting, names, kind, role, used in changed:
+            for name in set(names) - set(self.unlike(chosen)):
+                trains = any(one.requires_grad for one in omni.adapter(f"{name}_{kind}").parameters())
+                if name not in used or not trains:
+                    raise ConfigError(
+                        f"modalities.{name}.{setting} is another one than in the start: add a task whose {role} is "
+                        f"{name}, and leave {name}_{kind} out of model.freeze"
+                    )
 
     def load_weights(self, omni: Omni, chosen: ModalitiesConfig, offloaded: bool) -> CheckpointReader | None:
         """Fill a model with the start's weights; return the reader of its layers' matrices if these stay on `meta`.
 
-        Pool, adapters, modalities that the start lacks, and what generates with another codec keep their first weights.
+        Pool, adapters, modalities that the start lacks, and layers of another codec or encoder keep first weights.
         """
         if self.checkpoint is None:
             return None
@@ -106,6 +122,7 @@ class Start:
             block.place_matrices("cpu")
         unread = tuple(f"adapters.{name}_" for name in self.unlike(chosen))
         unread += tuple(f"adapters.{name}_out." for name in self.with_new_codec(chosen))
+        unread += tuple(f"adapters.{name}_in." for name in self.with_new_encoder(chosen))
         new = (".lora.", ".modality_experts.", f"adapters.{POOL}.")
         reader = load_placed(self.checkpoint, omni, new, unread)
         return reader if offloaded else None

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from openm6.checkpoint.folder import latest
+from openm6.codecs.mel_encoder import MelEncoder, MelEncoderConfig
+from openm6.codecs.registry import save_codec
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.run_folder import RunFolder
@@ -191,6 +193,27 @@ def test_another_codec_generates_anew_and_all_else_is_kept(
     assert load(tmp_path / "run", "cpu").image.codec.step == 4
 
 
+def test_another_encoder_reads_and_all_else_is_kept(
+    start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_codec(MelEncoder(MelEncoderConfig(channels=(4, 4, 4), width=12)), tmp_path / "encoder.safetensors")
+    recipe = tiny_recipe(2) | {"eval": {"at_end": False}}
+    recipe["mixture"] = [{"source": "spoken", "task": "audio_classification"}]
+    recipe["modalities"] = {"audio": {"encoder": str(tmp_path / "encoder.safetensors")}}
+    recipe["model"] = {"start": str(start), "freeze": ["backbone", "text", "numbers", "audio_out", "image"]}
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run", resume=True)
+    before, after = read_texts(latest(start))[0], read_texts(latest(tmp_path / "run"))[0]
+    assert "no longer trained: speech_recognition of spoken" in caplog.text
+    kept = {one.task for one in before.trained_tasks} - {"speech_recognition"}
+    assert {one.task for one in after.trained_tasks} == kept | {"audio_classification"}
+    assert set(after.external) - set(before.external) == {"audio.encoder"}
+    old, new = weights(start), weights(tmp_path / "run")
+    assert new["adapters.audio_in.inner.weight"].shape == (64, 12)
+    assert all(torch.equal(new[name], one) for name, one in old.items() if ".audio_in." not in name)
+    assert isinstance(load(tmp_path / "run", "cpu").audio.mel_encoder, MelEncoder)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
 def test_processes_share_steps_of_modality_experts_beside_embeddings_that_are_not_trained(tmp_path: Path) -> None:
     first = tiny_recipe(2) | {"eval": {"at_end": False}, "embedding": {}}
@@ -241,6 +264,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "another codec, frozen": (
         {"modalities": {"image": {"codec": "image-256"}}, "freeze": ["image"]},
         "modalities.image.codec is another one than in the start: add a task whose output is image",
+    ),
+    "another encoder, not used": (
+        {"modalities": {"audio": {"encoder": "openm6:mini"}}},
+        "modalities.audio.encoder is another one than in the start: add a task whose input is audio",
     ),
     "replay of nothing": ({"model": {}, "replay": 0.1}, "replay=0.1 is for the mixture of a start"),
     "too much replay": ({"replay": 1}, "replay: Input should be less than 1"),
