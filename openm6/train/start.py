@@ -74,6 +74,9 @@ class Start:
         if task is None:
             return False
         inputs = {*trained.modalities, *(slot.modality for slot in task.inputs.values())}
+        if task.optional:  # a record need not have all of them
+            fields = self.description.sources.get(trained.source, {}).get("fields") or {}
+            inputs = {name for name in inputs if fields.get(name)}
         return task.output_modality in generated or not inputs.isdisjoint(read)
 
     def with_new_codec(self, chosen: ModalitiesConfig) -> list[str]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import openm6
 from openm6.codecs.audio import AudioCodec
 from openm6.codecs.image import ImageCodec
-from openm6.codecs.registry import SHIPPED, load_codec, shipped_codecs
+from openm6.codecs.mel_encoder import MelEncoder
+from openm6.codecs.registry import SHIPPED, load_codec, load_encoder, shipped_codecs, shipped_encoders
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.sources import open_sources
+from openm6.modalities.audio import Audio, AudioConfig, read_audio
 from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, read_small, to_pixels
 
@@ -21,6 +26,28 @@ def test_five_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
     for name in shipped_codecs():
         assert (SHIPPED / f"{name}.safetensors").stat().st_size < 8_000_000
         assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
+
+
+def test_the_shipped_encoder_is_small_and_comes_with_its_scores() -> None:
+    assert shipped_encoders() == ("audio-mini",)
+    encoder = load_encoder("audio-mini", "audio")
+    assert isinstance(encoder, MelEncoder) and encoder.width == 192
+    file = SHIPPED / "audio-mini-encoder.safetensors"
+    assert file.stat().st_size < 2_000_000
+    scores = json.loads(file.with_suffix(".json").read_text())["accuracy"]["test"]
+    assert set(scores) == {"word", "syllable", "tone", "instrument", "pitch", "recording"}
+
+
+def test_the_shipped_encoder_reads_a_quieter_word_as_the_same_and_other_words_as_others() -> None:
+    encoder = load_encoder("audio-mini", "audio")
+    audio = Audio(load_codec("audio-mini"), AudioConfig(), encoder)  # type: ignore[arg-type]
+    mini = Path(openm6.__file__).parent / "shipped" / "mini"
+    names = ("espeak-f4-en-robot", "espeak-f4-zh-robot", "espeak-f4-en-banana", "flite-rms-en-butterfly")
+    files = [(mini / f"words-word-{name}.flac").read_bytes() for name in names]
+    vectors = [audio.source(raw).arrays["patches"].astype(np.float32).mean(0) for raw in files]
+    quieter = audio.source(0.3 * read_audio(files[0])).arrays["patches"].astype(np.float32).mean(0)
+    distances = [float(np.linalg.norm(quieter - one)) for one in vectors]
+    assert 10 * distances[0] < min(distances[1:])
 
 
 CODECS = {"image-64": (8, 4, 1000, 27.5), "image-256": (16, 2, 1000, 30.5), "image-mini": (8, 2, 1024, 24)}
