@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openm6.core.device import resolve_device
@@ -142,6 +143,5 @@ def _summary(load: Load) -> dict[str, Any]:
 
 def tails(found: list[float]) -> dict[str, float]:
     """Return median, 95th and 99th percentile."""
-    ordered = sorted(found) or [float("nan")]
     quantiles = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-    return {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for name, q in quantiles.items()}
+    return {name: float(np.quantile(found, q)) if found else float("nan") for name, q in quantiles.items()}

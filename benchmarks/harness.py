@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import statistics
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from openm6.core.files import check_writable, replace_text
+from openm6.core.files import check_writable, replace_text, to_json
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")]
 Seconds = Annotated[float, typer.Option("--seconds", help="Time after which no new part starts.")]
@@ -108,7 +107,7 @@ def alternate(
 
 def emit(result: Mapping[str, Any], path: Path | None) -> None:
     """Print the result as one JSON object, and write it to `path` if there is one."""
-    text = json.dumps(result, indent=2, ensure_ascii=False)
+    text = to_json(result, indent=2)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
     if path is not None:

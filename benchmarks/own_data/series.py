@@ -269,5 +269,6 @@ def exponential_smoothing(panel: Panel, deadline: Deadline) -> np.ndarray | None
         ).fit()
         # Errors grow with the root of the step, roughly.
         offsets = np.quantile(past - model.fittedvalues, SERIES_LEVELS)
+        offsets -= offsets[len(SERIES_LEVELS) // 2]  # the point forecast is the method's own
         found.append(model.forecast(steps)[:, None] + np.sqrt(np.arange(1, steps + 1))[:, None] * offsets)
     return np.stack(found)

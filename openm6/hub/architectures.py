@@ -39,15 +39,20 @@ class Kind(NamedTuple):
     qkv_bias: bool = False
     experts: tuple[str, str] | None = None
     windowed: bool = False  # `sliding_window` alone turns it on
+    # What transformers takes for a setting that the file lacks.
+    theta: float = 10_000.0
+    window: int | None = None
 
 
 KINDS = {
     "llama": Kind("LlamaForCausalLM"),
-    "mistral": Kind("MistralForCausalLM", windowed=True),
+    "mistral": Kind("MistralForCausalLM", windowed=True, window=4096),
     "qwen2": Kind("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": Kind("Qwen3ForCausalLM", qk_norm=True),
     "qwen3_moe": Kind("Qwen3MoeForCausalLM", qk_norm=True, experts=("num_experts", "moe_intermediate_size")),
-    "mixtral": Kind("MixtralForCausalLM", experts=("num_local_experts", "intermediate_size"), windowed=True),
+    "mixtral": Kind(
+        "MixtralForCausalLM", experts=("num_local_experts", "intermediate_size"), windowed=True, theta=1_000_000.0
+    ),
     "olmoe": Kind("OlmoeForCausalLM", qk_norm="joint", experts=("num_experts", "intermediate_size")),
 }
 
@@ -170,7 +175,7 @@ def backbone_config(settings: Settings) -> BackboneConfig:
         raise ConfigError(f"model_type {name!r} cannot be imported: choose one of {', '.join(KINDS)}")
     kind = KINDS[name]
     try:
-        scaling, theta = _rope_scaling(settings)
+        scaling, theta = _rope_scaling(settings, kind.theta)
         _refuse_lacking(name, settings)
         heads = settings["num_attention_heads"]
         values: dict[str, Any] = {
@@ -206,10 +211,10 @@ def backbone_config(settings: Settings) -> BackboneConfig:
     return build(BackboneConfig, values, f"config of this {name} model")
 
 
-def _rope_scaling(settings: Settings) -> tuple[RopeScaling | None, float]:
+def _rope_scaling(settings: Settings, default_theta: float) -> tuple[RopeScaling | None, float]:
     # Each version of `transformers` writes the rotary settings elsewhere.
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0
+    theta = rope.get("rope_theta") or settings.get("rope_theta") or default_theta
     form = rope.get("rope_type", rope.get("type", "default"))
     if form == "default":
         return None, theta
@@ -228,7 +233,7 @@ def _rope_scaling(settings: Settings) -> tuple[RopeScaling | None, float]:
 
 def _refuse_lacking(name: str, settings: Settings) -> None:
     """Raise ConfigError if the model uses something that the backbone does not have."""
-    window = settings.get("sliding_window")
+    window = settings.get("sliding_window", KINDS[name].window)
     active = KINDS[name].windowed or settings.get("use_sliding_window")
     # Each version of `transformers` writes it elsewhere.
     rotated = {**settings, **(settings.get("rope_parameters") or {})}.get("partial_rotary_factor") or 1.0

@@ -147,8 +147,9 @@ class RopeScaling(Config):
     @property
     def amplitude(self) -> float:
         """What cosines and sines are multiplied with."""
-        default = 0.1 * math.log(self.factor) + 1 if self.rope_type == "yarn" else 1.0
-        return default if self.attention_factor is None else self.attention_factor
+        if self.rope_type != "yarn":  # as in transformers, which ignores a factor then
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
 
     def divisors(self, theta: float, count: int) -> tuple[float, ...]:
         if self.rope_type == "linear":

@@ -167,7 +167,7 @@ class _Linear(torch.autograd.Function):
         rows, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)  # M K, N K
         ctx.save_for_backward(rows, weight)
         ctx.shape = x.shape
-        return matmul(rows, weight).view(*x.shape[:-1], -1).to(x.dtype)
+        return matmul(rows, weight).view(*x.shape[:-1], len(weight)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,8 @@ PRECISIONS: tuple[WeightPrecision, ...] = get_args(WeightPrecision)
 # With its gradient and the optimizer's state.
 BYTES_PER_PARAMETER: dict[WeightPrecision, int] = dict(zip(PRECISIONS, (16, 4, 2, 1), strict=True))
 PRECISION_OF_BYTES: dict[int, WeightPrecision] = {size: name for name, size in BYTES_PER_PARAMETER.items()}
+# Above it, a change of the second moment by (1 - beta) is less than half a step of bf16, and is rounded away.
+SLOWEST_ROUNDED = 0.99
 
 
 class ScheduleConfig(Config):
@@ -66,4 +68,9 @@ class OptimizerConfig(Config):
     def _betas_in_range(self) -> Self:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError("betas must both be at least 0 and below 1: lower them, e.g. [0.9, 0.95]")
+        if self.moments == "bf16" and self.rounding == "nearest" and self.betas[1] > SLOWEST_ROUNDED:
+            raise ValueError(
+                f"moments of bf16 with a second beta of {self.betas[1]:g} hardly fall, as each change is rounded away: "
+                f"set rounding: stochastic, or a beta of at most {SLOWEST_ROUNDED:g}"
+            )
         return self

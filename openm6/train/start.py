@@ -51,8 +51,8 @@ class Start:
                 "if they mean something else, give them other names"
             )
         before = [one for one in start.trained_tasks if (one.task, one.source) not in trained]
-        replaced, read_anew = self.with_new_codec(own.modalities), self.with_new_encoder(own.modalities)
-        lost = [one for one in before if self._is_lost(one, set(replaced), set(read_anew))]
+        codecs, encoders = self.with_new_codec(own.modalities), self.with_new_encoder(own.modalities)
+        lost = [one for one in before if self._is_lost(one, set(codecs), set(encoders))]
         if lost:
             names = ", ".join(f"{one.task} of {one.source}" for one in lost)
             get_log().warning(
@@ -64,7 +64,7 @@ class Start:
         joined["trained_tasks"] = [*own.trained_tasks, *of_start]
         joined["widths"] = {k: own.widths.get(k, {}) | found for k, found in (own.widths | start.widths).items()}
         kept = {name: getattr(start, name) for name in ("preset", "base_model")}
-        other = {f"{name}.codec" for name in replaced} | {f"{name}.encoder" for name in read_anew}
+        other = {f"{name}.codec" for name in codecs} | {f"{name}.encoder" for name in encoders}
         external = {name: sha256 for name, sha256 in start.external.items() if name not in other}
         return own.model_copy(update=joined | kept | {"external": external})
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import generate, serve
+from benchmarks.arrivals import tails
 from benchmarks.baseline_qwen import QwenBaseline, Seen
-from benchmarks.harness import Deadline, Report
+from benchmarks.harness import Deadline, Report, emit
 from benchmarks.serve import (
     LOAD,
     ServeSetting,
@@ -143,6 +146,17 @@ def test_without_the_baseline_ours_is_reported(monkeypatch: pytest.MonkeyPatch) 
     found = report.found
     assert found["baseline"] is None and "pip install" in found["baseline_note"] and set(found["text"]) == {"openm6"}
     assert found["text_under_load"]["openm6"]["requests_per_second"] > 0
+
+
+def test_tails_are_quantiles() -> None:
+    assert tails([float(one) for one in range(101)]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+    assert tails([1.0, 2.0])["p50"] == 1.5
+
+
+def test_what_is_not_measured_is_null_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    emit({"first": tails([])}, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["first"]["p99"] is None
+    assert "NaN" not in capsys.readouterr().out
 
 
 def test_the_core_is_enough() -> None:

@@ -31,6 +31,7 @@ from openm6.inference.sampling import Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import prompt_segments, source_segments
 from openm6.modalities.text import read_tokenizer
+from openm6.nn.config import RopeScaling
 
 transformers = pytest.importorskip("transformers")
 
@@ -205,6 +206,34 @@ def test_what_the_backbone_lacks_is_refused(name: str) -> None:
     settings = {**SIZE, "model_type": "qwen3", "rms_norm_eps": 1e-6, "hidden_act": "silu", **changes}
     with pytest.raises(ConfigError, match=complaint):
         backbone_config({key: value for key, value in settings.items() if value is not ...})
+
+
+DEFAULTS = {"mixtral": transformers.MixtralConfig, "llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_missing_theta_is_that_of_the_library(name: str) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if name == "mixtral" else {}
+    settings = {**SIZE, "model_type": name, "rms_norm_eps": 1e-6, "hidden_act": "silu", **experts}
+    settings.pop("rope_theta", None)
+    theirs = DEFAULTS[name](**SIZE).to_dict()
+    expected = theirs.get("rope_theta") or theirs["rope_parameters"]["rope_theta"]
+    assert backbone_config(settings).rope_theta == expected
+
+
+def test_a_missing_window_of_mistral_is_4096() -> None:
+    settings = {**SIZE, "model_type": "mistral", "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    assert transformers.MistralConfig().sliding_window == 4096
+    with pytest.raises(ConfigError, match="a sliding window of 4096"):
+        backbone_config({**settings, "max_position_embeddings": 32_768})
+    backbone_config({**settings, "max_position_embeddings": 4096})
+    backbone_config({**settings, "max_position_embeddings": 32_768, "sliding_window": None})
+
+
+@pytest.mark.parametrize("form", ["linear", "llama3", "yarn"])
+def test_the_factor_of_attention_is_that_of_yarn_alone(form: str) -> None:
+    scaling = RopeScaling(rope_type=form, factor=4.0, attention_factor=1.5)
+    assert scaling.amplitude == (1.5 if form == "yarn" else 1.0)
 
 
 @pytest.mark.parametrize("differs", [False, True])

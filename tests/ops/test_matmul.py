@@ -268,3 +268,11 @@ def test_no_rows_have_no_product() -> None:
     with torch.inference_mode():
         for weight in (torch.ones(3, 8, dtype=HALF), Int8Weight.of(torch.ones(3, 8))):
             assert linear(torch.ones(2, 0, 8, dtype=HALF), weight).shape == (2, 0, 3)
+
+
+def test_no_rows_have_gradients_of_zero(library) -> None:
+    x, weight = torch.randn(2, 0, 24, requires_grad=True), torch.randn(8, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear(x, weight)
+    found.sum().backward()
+    assert found.shape == (2, 0, 8) and x.grad.shape == x.shape and not weight.grad.any()

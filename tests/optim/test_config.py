@@ -1,12 +1,14 @@
-"""The learning rate over a run: up, flat, down."""
+"""The learning rate over a run: up, flat, down; moments that rounding would stop."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from openm6.optim.config import ScheduleConfig, decay_start, lr_multiplier
+from openm6.optim.config import OptimizerConfig, ScheduleConfig, decay_start, lr_multiplier
 
 
 def test_warmup_stable_decay() -> None:
@@ -44,3 +46,13 @@ def test_every_factor_is_above_0_and_at_most_1(
     start = decay_start(total, config)
     tail = factors[max(start, warmup) :]
     assert tail == sorted(tail, reverse=True)
+
+
+def test_a_second_moment_in_bf16_that_never_falls_is_refused() -> None:
+    with pytest.raises(ValidationError, match="set rounding: stochastic, or a beta of at most"):
+        OptimizerConfig(moments="bf16", rounding="nearest", betas=(0.9, 0.999))
+    OptimizerConfig(moments="bf16", rounding="nearest", betas=(0.9, 0.98))
+    OptimizerConfig(moments="bf16", rounding="stochastic", betas=(0.9, 0.999))
+    # Why: half a step of bf16 is 2**-9 of a value at most, so a fall by a thousandth leaves it as it is.
+    moment = torch.tensor(1.0, dtype=torch.bfloat16)
+    assert moment * 0.999 == moment and moment * 0.98 < moment

@@ -128,6 +128,10 @@ def test_an_imported_decoder_gets_an_encoder(tmp_path: Path) -> None:
     before, after = weights(tmp_path / "imported"), weights(tmp_path / "run")
     assert all(torch.equal(before[key], after[key]) for key in after if key.startswith(("backbone.", "adapters.text")))
     assert load(tmp_path / "run").image.encoder is not None
-    recipe |= {"model": {"start": str(tmp_path / "run")}, "modalities": {"image": {"encoder": None}}}
-    with pytest.raises(OpenM6Error, match=r"modalities\.image\.encoder differs from that of"):
+    recipe["modalities"]["image"] = recipe["modalities"]["image"] | {"encoder": None}
+    recipe["model"] = {"start": str(tmp_path / "run"), "freeze": ["image"]}
+    with pytest.raises(OpenM6Error, match=r"modalities\.image\.encoder is another one than in the start"):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "other")
+    recipe["model"] = {"start": str(tmp_path / "run"), "freeze": ["text", "backbone"]}
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "pixels")
+    assert load(tmp_path / "pixels").image.encoder is None

@@ -7,7 +7,6 @@ stands the one that real records reach in place of answers, after the codec.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import OpenM6Error
-from openm6.core.files import replace_text
+from openm6.core.files import replace_text, to_json
 from openm6.evaluate.formatting import plain
 from openm6.hub.find import find_model
 from openm6.inference.load import load
@@ -143,7 +142,7 @@ def main(words: list[str] | None = None) -> None:
         sys.stdout.flush()
         if arguments.json is not None:
             content = {"checkpoint": str(loaded.checkpoint), "limit": arguments.limit, "rows": report}
-            replace_text(arguments.json, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+            replace_text(arguments.json, to_json(content, indent=1) + "\n")
 
     evaluate_rows(run, arguments.only or ROWS, show)
 
