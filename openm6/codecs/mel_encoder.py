@@ -1,6 +1,6 @@
 """Features of log-mels by convolutions that were trained to classify recordings, for models too small to learn them."""
 
-# Shapes: B batch, F frames of 10 ms, M mels, C channels, N = F / 8 tokens, D width
+# Shapes: B batch, F frames of 10 ms, M mels, C channels, N = F / 8 tokens, D width, Q queries
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -24,13 +24,14 @@ SILENCE = 32  # frames after a longer recording, so that its end is read as thos
 class MelEncoderConfig(Config):
     """`channels` at a half, a quarter and an eighth of frames and mels, then `width` features of each token.
 
-    Residual convolutions over five tokens follow, which are `dilations` apart.
+    Residual convolutions over five tokens follow, which are `dilations` apart. Each of `queries` sums up the clip.
     """
 
     num_mels: int = Field(default=80, ge=8)
     channels: tuple[int, int, int] = (24, 48, 64)
     width: int = Field(default=192, ge=1)
     dilations: tuple[int, ...] = (1, 2, 4)
+    queries: int = Field(default=4, ge=0)
 
 
 class Convolution(nn.Sequential):
@@ -56,7 +57,8 @@ class Convolution(nn.Sequential):
 class MelEncoder(Encoder):
     """Features of patches of log-mels: `width` numbers for each token of 80 ms, which depend on 1.2 s around it.
 
-    `loudness` of the whole recording is relative to its loudest value, so its level does not matter.
+    Those of the whole recording follow, one token for each query: means of the others, weighted by how well they fit
+    the query. `loudness` of the whole recording is relative to its loudest value, so its level does not matter.
     """
 
     kind: ClassVar[str] = "audio encoder"
@@ -77,6 +79,7 @@ class MelEncoder(Encoder):
             Convolution(nn.Conv1d(config.width, config.width, 5, padding=2 * apart, dilation=apart, bias=False))
             for apart in config.dilations
         )
+        self.queries = nn.Conv1d(config.width, config.queries, 1) if config.queries else None
 
     def fuse(self) -> None:
         """Make batch norms a part of the convolutions: after the training."""
@@ -92,14 +95,23 @@ class MelEncoder(Encoder):
             x = x + layer(x)
         return x
 
+    def summaries(self, features: Tensor) -> Tensor:
+        """Means of the features, with weights of each query.  # B D N -> B D Q"""
+        if self.queries is None:
+            return features[:, :, :0]
+        weights = self.queries(features).float().softmax(2)  # B Q N
+        return torch.einsum("bdn,bqn->bdq", features.float(), weights)
+
     @torch.inference_mode()
     def forward(self, patches: np.ndarray) -> np.ndarray:
-        """Features in half precision of the log-mels of 8 frames each.  # N 8*M -> N D"""
+        """Features in half precision of the log-mels of 8 frames each, and their summaries.  # N 8*M -> N+Q D"""
         frames = torch.from_numpy(patches).reshape(-1, self.config.num_mels)
         loud = loudness(frames)
         silence = max(CLIP - len(loud), SILENCE)
         silence += -(len(loud) + silence) % FRAMES
-        return self.features(F.pad(loud, (0, 0, 0, silence))[None])[0, :, : len(patches)].T.half().numpy()
+        features = self.features(F.pad(loud, (0, 0, 0, silence))[None])
+        found = torch.cat((features[:, :, : len(patches)], self.summaries(features)), 2)
+        return found[0].T.half().numpy()
 
 
 def loudness(frames: Tensor) -> Tensor:

@@ -139,10 +139,12 @@ class Audio(CodesModality):
             # What is measured stays as it is.
             drawn = None if options.get("measured") else drawn
             patches = self._encoded(raw, self.encoder, seconds, speed, mask_span, drawn)
-        grid, is_masked = audio_grid(len(patches), self.step), span_mask(mask_span, len(patches))
+        is_masked = span_mask(mask_span, len(patches))
         if self.mel_encoder is not None:
             # Its convolutions would carry a masked span to tokens beside it.
             patches = self.mel_encoder(np.where(is_masked[:, None], patches.min(), patches))
+            is_masked = np.pad(is_masked, (0, len(patches) - len(is_masked)))  # its summaries are of all that is heard
+        grid = audio_grid(len(patches), self.step)
         truncated = seconds is not None and self.is_longer(raw, seconds)
         return self._source(patches, is_masked, grid, truncated)
 

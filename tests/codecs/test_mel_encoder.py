@@ -14,7 +14,7 @@ from openm6.codecs.registry import load_codec, load_encoder, save_codec
 from openm6.core.errors import CheckpointError, ConfigError, OpenM6Error
 from openm6.modalities.audio import Audio, AudioConfig
 
-SMALL = MelEncoderConfig(channels=(4, 6, 8), width=16, dilations=(1, 2))
+SMALL = MelEncoderConfig(channels=(4, 6, 8), width=16, dilations=(1, 2), queries=2)
 
 
 def trained() -> MelEncoder:
@@ -50,13 +50,26 @@ def test_fused_convolutions_compute_the_same() -> None:
     assert torch.allclose(fused.features(loud), unfused.features(loud), atol=1e-5)
 
 
+def test_summaries_are_weighted_means(encoder: MelEncoder) -> None:
+    features = encoder.features(3 * torch.rand(3, CLIP, 80))
+    queries = encoder.queries
+    assert queries is not None
+    for clip, found in zip(features, encoder.summaries(features), strict=True):
+        scores = queries.weight[:, :, 0] @ clip + queries.bias[:, None]  # type: ignore[index]  # Q N
+        expected = (scores.softmax(1)[:, None] * clip).sum(2)  # Q D
+        assert torch.allclose(found.T, expected, atol=1e-5)
+    without = MelEncoder(SMALL.model_copy(update={"queries": 0})).eval()
+    assert without(patches(5)).shape == (5, SMALL.width)
+
+
 def test_a_token_is_80_ms_and_neither_level_nor_silence_at_the_end_matter(encoder: MelEncoder) -> None:
     given = patches(6)
     features = encoder(given)
-    assert features.shape == (6, SMALL.width) and features.dtype == np.float16 and np.ptp(features) > 0
+    assert features.shape == (6 + 2, SMALL.width) and features.dtype == np.float16 and np.ptp(features) > 0
     assert np.allclose(encoder(given + 1.0), features, atol=2e-3), "another level"
     followed = np.concatenate([given, np.full((3, given.shape[1]), -8.0, np.float32)])
-    assert np.array_equal(encoder(followed)[:6], features)
+    assert np.array_equal(encoder(followed)[:6], features[:6])
+    assert np.allclose(encoder(followed)[-2:], features[-2:], atol=2e-3), "summaries are of the same clip"
     assert not np.allclose(encoder(patches(6, seed=1)), features, atol=2e-3), "another recording"
     assert float(loudness(torch.from_numpy(given).reshape(-1, 80)).max()) == pytest.approx(3.0)
 
@@ -65,7 +78,7 @@ def test_a_long_recording_is_read_in_one_pass_and_its_beginning_as_that_of_a_cli
     long = patches(60)
     # Five tokens at each of two distances, and the convolutions before them, reach 7 tokens.
     assert np.allclose(encoder(long)[:20], encoder(np.concatenate([long[:40], long[-1:]]))[:20], atol=2e-2)
-    assert len(encoder(long)) == 60
+    assert len(encoder(long)) == 60 + 2
 
 
 def test_a_file_holds_the_encoder(encoder: MelEncoder, tmp_path: Path) -> None:
@@ -92,13 +105,13 @@ def test_audio_reads_by_it_and_a_masked_span_does_not_show(encoder: MelEncoder) 
     rng = np.random.default_rng(0)
     samples = 0.1 * rng.normal(size=12_800).astype(np.float32)
     segment = audio.source(samples)
-    assert segment.arrays["patches"].shape == (10, SMALL.width)
+    assert segment.arrays["patches"].shape == (10 + 2, SMALL.width)
     assert np.array_equal(audio.source(samples).arrays["patches"], segment.arrays["patches"])
     other = samples.copy()
     other[5_400:7_400] = 0.1 * rng.normal(size=2_000)  # within tokens 4 and 5
     span = {"mask_span": (0.3, 0.7)}
     first, second = (audio.source(one, options=span).arrays for one in (samples, other))
-    assert first["is_masked"].tolist() == [False] * 3 + [True] * 4 + [False] * 3
+    assert first["is_masked"].tolist() == [False] * 3 + [True] * 4 + [False] * (3 + 2)
     assert np.array_equal(first["patches"], second["patches"])
     assert not np.array_equal(audio.source(other).arrays["patches"], segment.arrays["patches"])
     changed = audio.source(samples, np.random.default_rng(1)).arrays["patches"]

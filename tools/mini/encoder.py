@@ -1,7 +1,7 @@
 """Trains the audio encoder of `mini` to classify recordings: `python -m tools.mini.encoder --corpus DIR --out FILE`.
 
-Words, syllables with their tones, instruments, pitches and named sounds are classes of one network, which the encoder
-is the body of. Each clip is read in other ways each time: as by other voices, microphones and rooms.
+Words, syllables with their tones, instruments, pitches and named recordings are classes of one network, which the
+encoder is the body of. Each clip is read in other ways each time: as by other voices, microphones and rooms.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ WEIGHTS = {  # how often a clip of a part is drawn
 }  # fmt: skip
 SPEECH = ("words", "more_words", "syllables", "more_syllables")
 BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING, DROPOUT = 64, 3e-3, 0.05, 0.05, 0.2
-QUERIES = 4  # of the attention that joins the tokens of a clip
 IGNORED = -1  # a class that a clip does not have
 
 
@@ -84,20 +83,20 @@ class Clips:
 
 
 class Classifier(nn.Module):
-    """The encoder, attention over its tokens by learned queries, and a linear layer for each head."""
+    """The encoder, and a linear layer for each head over its summaries of the clip."""
 
     def __init__(self, config: MelEncoderConfig, heads: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
         self.encoder = MelEncoder(config)
-        self.queries = nn.Conv1d(config.width, QUERIES, 1)
         self.drop = nn.Dropout(DROPOUT)
-        self.heads = nn.ModuleDict({head: nn.Linear(QUERIES * config.width, len(k)) for head, k in heads.items()})
+        self.heads = nn.ModuleDict(
+            {head: nn.Linear(config.queries * config.width, len(k)) for head, k in heads.items()}
+        )
 
     def forward(self, loud: Tensor) -> dict[str, Tensor]:
         """Return the scores of the classes of each head.  # B F M -> B K"""
-        features = self.encoder.features(loud)  # B D N
-        weights = self.queries(features).float().softmax(2)  # B Q N
-        joined = self.drop(torch.einsum("bdn,bqn->bqd", features.float(), weights).flatten(1))
+        summaries = self.encoder.summaries(self.encoder.features(loud))  # B D Q
+        joined = self.drop(summaries.mT.flatten(1))  # B Q*D
         return {head: layer(joined) for head, layer in self.heads.items()}
 
 
