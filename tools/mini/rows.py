@@ -493,12 +493,17 @@ def series_losses(asked: Asked, history: tuple[list[str], np.ndarray], season: i
     return ours_loss, naive_loss
 
 
+def _lines_of_poems(run: Evaluation) -> dict[str, None]:
+    """The pairs of lines of the training poems, as `upper，lower。`, each once."""
+    with suppress(DataError):  # a corpus without poems
+        texts = run.source("poems", "train").values("text_zh")
+        return dict.fromkeys(line for text in texts for line in text.split("\n")[1:])
+    return {}
+
+
 def _is_new_couplet(run: Evaluation) -> Callable[[str], bool]:
     """Whether a held-out couplet, by its id, is no line of a training poem: both parts are of the same poems."""
-    trained: set[str] = set()
-    with suppress(DataError):  # a corpus without poems
-        trained = {line for text in run.source("poems", "train").values("text_zh") for line in text.split("\n")[1:]}
-    source = run.source("couplets")
+    trained, source = _lines_of_poems(run), run.source("couplets")
     pairs = zip(source.values("id"), source.values("question"), source.values("answer"), strict=True)
     known = {name for name, upper, lower in pairs if f"{upper}，{lower}。" in trained}
     return lambda name: name not in known
@@ -523,11 +528,14 @@ def couplet_form(run: Evaluation) -> Evaluated:
 
 
 def couplet_likelihood(run: Evaluation) -> Evaluated:
-    """Bits per character of true lower lines that the run saves in comparison with a 5-gram model of the training."""
+    """Bits per character of true lower lines that the run saves in comparison with a 5-gram model of the training.
+
+    That model is of all pairs of lines that the run was trained on: couplets and the lines of poems, each pair once.
+    """
     pairs = run.examples("couplet_completion", run.records("couplets", ANSWERED, _is_new_couplet(run)))
     train = run.source("couplets", "train")
     lines = zip(train.values("question"), train.values("answer"), strict=True)
-    model = CharacterModel(f"{upper}，{lower}。" for upper, lower in lines)
+    model = CharacterModel(dict.fromkeys(f"{upper}，{lower}。" for upper, lower in lines) | _lines_of_poems(run))
     sizes = np.array([len(record["answer"]) for record, _ in pairs])
     nll = sequence_nll(run.loaded.omni, [example_sequence(one, run.loaded.modalities) for _, one in pairs])
     ours = nll / np.log(2) / sizes
