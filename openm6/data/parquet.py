@@ -13,7 +13,7 @@ from openm6.core.errors import DataError, first_line, nearest
 from openm6.data.records import check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
 from openm6.data.storage import find_files, is_remote, refuse_foreign
-from openm6.data.table import ArrowTable, TableConfig
+from openm6.data.table import ArrowTable, TableConfig, with_known_zones
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED = tuple(sorted(path.stem.removesuffix("-train") for path in EMBEDDED_FOLDER.glob("*-train.parquet")))
@@ -61,7 +61,7 @@ class ParquetTable(ArrowTable):
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(f"{path} is damaged: {first_line(error)}") from None
         try:
-            self.arrow = pa.concat_tables(tables, promote_options="permissive")
+            self.arrow = with_known_zones(pa.concat_tables(tables, promote_options="permissive"))
         except pa.ArrowException as error:
             raise DataError(f"the files at {self.where} have columns of unlike kinds: {first_line(error)}") from None
 

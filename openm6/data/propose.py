@@ -21,6 +21,7 @@ from openm6.data.records import (
     Fields,
     Record,
     as_number,
+    as_text,
     is_blank,
     is_no_class,
     unless_broken,
@@ -33,7 +34,8 @@ from openm6.tasks.slots import Context, categories, input_only, predictable, sta
 from openm6.tasks.task import Task
 
 Kind = Literal[
-    "image", "audio", "number", "category", "free text", "identifier", "date", "split", "list", "mapping", "empty"
+    "image", "audio", "number", "category", "free text", "identifier", "date", "split", "list", "mapping",
+    "empty", "other",
 ]  # fmt: skip
 Language = Literal["en", "zh"]
 
@@ -120,6 +122,8 @@ def _kind(name: str, cells: Sequence[Any]) -> Kind:
     found = next((kind for kind in of_form if agrees(kind)), None)
     if found is not None:
         return found
+    if sum(unless_broken(as_text, cell, "") is not None for cell in cells) < MIN_AGREEING * len(cells):
+        return "other"  # durations or bytes, which no key of a record holds
     texts = [str(cell) for cell in cells]
     name, distinct = name.lower(), set(texts)
     if name == "split" and all(split_named(text) for text in texts):
@@ -169,8 +173,7 @@ def _is_number(cell: Any) -> bool:
 def _summary(kind: Kind, cells: Sequence[Any]) -> str:
     if kind == "number":
         numbers = [float(cell) for cell in cells if _is_number(cell)]
-        mean = 2**20 * statistics.fmean(number / 2**20 for number in numbers)  # the largest ones have no sum
-        return f"{min(numbers):g} to {max(numbers):g}, mean {mean:.4g}"
+        return f"{min(numbers):g} to {max(numbers):g}, mean {statistics.fmean(numbers):.4g}"
     if kind in ("category", "split"):
         common = Counter(str(cell) for cell in cells).most_common(4)
         return ", ".join(f"{_short(text)} ({count})" for text, count in common)

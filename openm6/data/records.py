@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any, TypeVar
+from uuid import UUID
 
 import numpy as np
 
 from openm6.core.config import Config
 from openm6.core.errors import DataError, MissingColumnError, nearest
 from openm6.modalities.dates import date_columns, date_names
+from openm6.modalities.regression import MAX_NUMBER
 from openm6.tasks.slots import FILLED_BY, INPUT_ONLY
 
 Record = dict[str, Any]
@@ -79,7 +81,7 @@ def as_text(value: Any, column: str) -> str | None:
     value = decode_utf8(value, column)
     if isinstance(value, (datetime, date, time)):
         value = value.isoformat()
-    if isinstance(value, (bool, int, float, Decimal)):
+    if isinstance(value, (bool, int, float, Decimal, UUID)):
         value = str(value)
     if not isinstance(value, str):
         raise DataError(f"column {column!r} holds a {type(value).__name__} where text is expected")
@@ -108,7 +110,7 @@ def decode_utf8(value: Any, column: str) -> Any:
 
 
 def as_number(value: Any, column: str) -> float | None:
-    """A cell as a finite float, None if it is blank; DataError if it is no number, or infinite."""
+    """A cell as a float, None if it is blank; DataError if it is no number, infinite, or beyond MAX_NUMBER."""
     value = decode_utf8(value, column)
     if is_blank(value):
         return None
@@ -123,6 +125,8 @@ def as_number(value: Any, column: str) -> float | None:
         return None
     if math.isinf(number):
         raise DataError(f"column {column!r} holds an infinite value: leave the cell empty instead")
+    if abs(number) > MAX_NUMBER:
+        raise DataError(f"column {column!r} holds {number:g}, beyond {MAX_NUMBER:g}: leave the cell empty instead")
     return number
 
 
@@ -205,8 +209,9 @@ def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes 
 
 
 def plain(value: Any) -> Any:
-    """A cell for `extra`: NumPy scalars and arrays as plain Python values, everything else as it is."""
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    """A cell for `extra`: NumPy scalars and arrays as plain Python values, NaN as None, everything else as it is."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class Fields(Config):
@@ -302,7 +307,7 @@ class RowReader:
             record["categories"] = record.get("categories", {}) | named
         if self._paired and (names := row.get("num_names")):
             values = row.get("num_values")
-            if values is None or len(names) != len(values):
+            if not isinstance(names, list) or not isinstance(values, list) or len(names) != len(values):
                 raise DataError("columns 'num_names' and 'num_values' must be lists of one length")
             record["numbers"] = {k: as_number(v, f"num_values[{k}]") for k, v in zip(names, values, strict=True)}
         if self._extra:

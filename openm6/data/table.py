@@ -58,7 +58,7 @@ class ArrowTable(Table):
     """Columns in Arrow memory."""
 
     def __init__(self, arrow: pa.Table, where: str) -> None:
-        self.arrow, self.where, self.names = arrow, where, list(arrow.column_names)
+        self.arrow, self.where, self.names = with_known_zones(arrow), where, list(arrow.column_names)
 
     def __len__(self) -> int:
         return int(self.arrow.num_rows)
@@ -78,6 +78,19 @@ class ArrowTable(Table):
             return list(self.arrow.column(column).to_pylist())
         except (ValueError, OverflowError):
             return super().column(column)
+
+
+def with_known_zones(arrow: pa.Table) -> pa.Table:
+    """The table with times of zones that this machine does not have in UTC, in which the moments are the same."""
+    for number, (name, column) in enumerate(zip(arrow.column_names, arrow.columns, strict=True)):
+        kind = column.type
+        if not pa.types.is_timestamp(kind) or kind.tz is None:
+            continue
+        try:
+            pa.scalar(0, kind).as_py()
+        except (KeyError, ValueError):
+            arrow = arrow.set_column(number, name, column.cast(pa.timestamp(kind.unit, "UTC")))
+    return arrow
 
 
 class TableSource(Source):
@@ -142,7 +155,7 @@ class TableConfig(SourceConfig):
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         path = self.test_path if self.test_path is not None and split == "test" else self.path
-        needed = (self.split, self.test_by)
+        needed = (self.split, self.test_by) if path == self.path else ()
         return self._source(name, path, lambda table: self._rows(table, split)[: self.limit], needed)
 
     def open_held_out(self, name: str) -> Source:

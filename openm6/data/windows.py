@@ -3,7 +3,7 @@
 # Shapes: R rows of the table in order of time, C columns, L = context + horizon rows of a window
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 from openm6.core.errors import DataError
 from openm6.core.log import get_log
 from openm6.data.media import table_config
-from openm6.data.records import Record, as_number, is_blank
+from openm6.data.records import Record, as_number, is_blank, is_missing
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 from openm6.data.text_tables import CsvConfig
 from openm6.modalities.dates import FORMS, Parse, is_date, parsed, plain_number, strptime, to_seconds
-from openm6.modalities.regression import MAX_OF_SERIES, Clock
+from openm6.modalities.regression import MAX_NUMBER, Clock
 
 DISTINCT = 0.9  # of the times of a series, at least
 TRIED = 50  # first cells by which the form of most is found, if they have several
@@ -189,7 +189,8 @@ class WindowsConfig(SourceConfig):
     def _groups(self, names: Sequence[Any], times: np.ndarray | None) -> list[np.ndarray]:
         groups: dict[Any, list[int]] = defaultdict(list)
         for row, value in enumerate(names):
-            groups[value].append(row)
+            known = value if isinstance(value, Hashable) else str(value)
+            groups[None if is_missing(known) else known].append(row)
         if times is None:
             return [np.array(rows) for rows in groups.values()]
         for rows in groups.values():
@@ -232,7 +233,7 @@ class WindowSource(Source):
         if len(broken):
             row, column = broken[0]
             where = f"row {rows[row]}, column {config.numbers[column]!r} of {config.path}"
-            raise DataError(f"{self.name}, {where}: not a number of at most {MAX_OF_SERIES:g}")
+            raise DataError(f"{self.name}, {where}: not a number of at most {MAX_NUMBER:g}")
         cells = values.astype(object)
         cells[np.isnan(values)] = None
         series = dict(zip(config.numbers, cells.T.tolist(), strict=True))
@@ -250,6 +251,4 @@ def _number(cell: Any, column: str) -> float:
         number = as_number(cell, column)
     except DataError:
         return np.inf
-    if number is None:
-        return np.nan
-    return number if abs(number) <= MAX_OF_SERIES else np.inf
+    return np.nan if number is None else number

@@ -30,6 +30,7 @@ MAX_SECONDS = 30.0
 REACH = {"strong": (1.0, 1.0), "slight": (0.35, 0.35), "mixed": (0.0, 1.0)}  # of augmentation, drawn between both
 # Of targets while training, which changes the voice (Ko et al., Interspeech 2015); few, so that codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
+UNKNOWN_FRAMES = 2**53  # or more: a FLAC from a pipe, in which libsndfile cannot seek
 BLOCK = 2**16  # samples of each channel that are decoded at once
 MIN_RATE, MAX_RATE = 1_000, 768_000  # a header may contain any rate, and the memory of resampling grows with it
 
@@ -63,6 +64,8 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
                     f"the audio has {file.samplerate:,} samples per second, outside {MIN_RATE:,} to "
                     f"{MAX_RATE:,}: export it again at 16,000"
                 )
+            if file.frames >= UNKNOWN_FRAMES:
+                raise DataError("the audio does not state its length, as a stream: save it again as WAV or FLAC")
             _check_duration(file.frames / file.samplerate, max_seconds)
             # A header may state a wrong length: never decode more than the bound, nor many channels of it at once.
             frames = min(file.frames, int(max_seconds * file.samplerate) + 1)

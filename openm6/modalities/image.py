@@ -32,6 +32,10 @@ SIDE_UNITS = 32  # units of rotary positions along each side of an image
 MAX_PIXELS = 32_000_000
 LONGEST_MASK = 2048  # pixels of a side
 MAX_SCANS = 100  # of a JPEG
+# What Pillow's readers of its many formats raise for a broken file.
+BROKEN = (
+    OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, EOFError, AttributeError, struct.error,
+)  # fmt: skip
 ORIENTATION = 0x0112  # of EXIF
 ROTATIONS = dict(enumerate((
     Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
@@ -68,7 +72,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
         return in_rgb(upright(image))
     except PIL.Image.DecompressionBombError:
         raise DataError(f"the image is over the bound of {max_pixels:,} pixels: shrink it") from None
-    except (OSError, ValueError, SyntaxError, TypeError, struct.error) as error:
+    except BROKEN as error:
         # Pillow's own sentence about an unknown format names an object in memory.
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise DataError(f"the image is broken or of an unknown format{reason}: save it again as PNG or JPEG") from None

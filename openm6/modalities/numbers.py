@@ -23,7 +23,7 @@ from openm6.core.lru_cache import LRUCache
 from openm6.modalities.dates import date_names, split_dates
 from openm6.modalities.histogram import BINS, LIMIT, MOST, Histogram, expected_nll, mix_neighbours
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Part, Rng, Segment, line
-from openm6.modalities.regression import MAX_OF_SERIES, FittedRidges
+from openm6.modalities.regression import MAX_NUMBER, FittedRidges
 from openm6.modalities.series import (
     DISTANCE_WEIGHT,
     FREQUENCIES,
@@ -124,8 +124,8 @@ class Numbers(Modality):
             [math.nan if value is None else _number(series.name, value) for value in part]
             for part in (series.values, series.past)
         )
-        if any(abs(value) > MAX_OF_SERIES for value in (*values, *past)):
-            raise DataError(f"{series.name} holds a value beyond {MAX_OF_SERIES:g}: correct it, or leave it out")
+        if any(abs(value) > MAX_NUMBER for value in (*values, *past)):
+            raise DataError(f"{series.name} holds a value beyond {MAX_NUMBER:g}: correct it, or leave it out")
         return NumberSeries(series.name, values, past, series.clock)
 
     def _stats(self, series: NumberSeries) -> SeriesStats:

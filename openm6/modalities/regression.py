@@ -16,7 +16,7 @@ TIMES = 2 * len(CYCLES)
 # of business have no one length.
 Clock = tuple[Sequence[float], float]
 
-MAX_OF_SERIES = 1e30  # a larger value, such as a mark for a missing one, makes features in fp32 infinite
+MAX_NUMBER = 1e30  # a larger value, such as a mark for a missing one, makes features in fp32 infinite
 ORDER, PENALTY = 8, 3.0  # of the regression within a window
 MIN_INPUT = 0.1  # deviation of an input, of that of the values
 MAX_VALUE = 45.0  # of a forecast, in scales of its window

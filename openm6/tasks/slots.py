@@ -476,8 +476,9 @@ def mask_box(record: Record, context: Context) -> Built:
 
 
 def match_audio(record: Record, context: Context) -> Built:
-    """A recording, and whether it is the record's; others have another label."""
-    others = [other for other in record.get("others", ()) if other.get("label") != record.get("label")]
+    """A recording, and whether it is the record's; others have another label, or without labels other bytes."""
+    key = "label" if record.get("label") else "audio"
+    others = [other for other in record.get("others", ()) if other.get(key) != record[key]]
     negatives = [other["audio"] for other in others if other.get("audio")]
     return draw_match(Part("audio", record["audio"]), negatives, context)
 

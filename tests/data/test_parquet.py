@@ -25,6 +25,7 @@ from openm6.data.parquet import (
 )
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
+from openm6.evaluate.run import source_configs
 from tests.data.sample_images import png
 
 LENGTHS = {
@@ -96,6 +97,24 @@ def shop(tmp_path):
 
 
 FIELDS = Fields(image="photo", text_en="title", numbers=["price"])
+
+
+def test_times_of_an_unknown_zone_are_read_in_utc(tmp_path):
+    moments = pa.array([0, 3_600_000_000], pa.timestamp("us", "Mars/Olympus"))
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"at": moments, "text_en": ["a", "b"]}), path)
+    table = load_table(path)
+    assert [cell.isoformat() for cell in table.column("at")] == [f"1970-01-01T0{hour}:00:00+00:00" for hour in (0, 1)]
+
+
+def test_a_table_of_test_rows_needs_no_column_of_the_split(tmp_path):
+    (tmp_path / "train.csv").write_text("text_en,who\n" + "".join(f"t{n},w{n % 5}\n" for n in range(40)))
+    (tmp_path / "test.csv").write_text("text_en\nu\nv\n")
+    values = {"kind": "csv", "path": str(tmp_path / "train.csv"), "test_path": str(tmp_path / "test.csv")}
+    configs = source_configs({"t": {**values, "test_by": "who", "validation_fraction": 0.3}}, "recipe")
+    texts = {split: open_sources(configs, split)["t"].values("text_en") for split in ("train", "validation", "test")}
+    assert texts["test"] == ["u", "v"] and len(texts["train"]) + len(texts["validation"]) == 40
+    assert {int(text[1:]) % 5 for text in texts["train"]}.isdisjoint(int(text[1:]) % 5 for text in texts["validation"])
 
 
 def test_rows_and_broken_rows(shop):

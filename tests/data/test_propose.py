@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -49,6 +50,9 @@ TITLES = ["a red cup", "two blue plates", "the last green bowl", "one fork", "a 
         ("tags", [["a"], ["b", "c"]], "list"),
         ("about", [{"a": 1}], "mapping"),
         ("nothing", [None, "", "n/a"], "empty"),
+        ("id", [UUID(int=number) for number in range(3)], "identifier"),
+        ("lasted", [timedelta(seconds=3), None], "other"),
+        ("hash", [b"\xff\xfe", b"\xff\x00"], "other"),
     ],
 )
 def test_kinds(name, cells, kind):

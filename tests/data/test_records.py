@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from decimal import Decimal
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from openm6.data.records import (
     as_series,
     as_text,
 )
+from openm6.modalities.regression import MAX_NUMBER
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import PINNED, Context, observed
 
@@ -67,13 +70,13 @@ def test_number(cell, value):
     assert as_number(cell, "x") == value
 
 
-@pytest.mark.parametrize("cell", ["abc", "1_000", "inf", float("inf"), "1,5", [1], "٣x", 10**400])
+@pytest.mark.parametrize("cell", ["abc", "1_000", "inf", float("inf"), "1,5", [1], "٣x", 10**400, -1.8e308, 2e30])
 def test_not_a_number(cell):
     with pytest.raises(DataError, match="'price'"):
         as_number(cell, "price")
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False))
+@given(st.floats(-MAX_NUMBER, MAX_NUMBER))
 def test_number_survives_its_text(value):
     assert as_number(repr(value), "x") == value
 
@@ -206,10 +209,22 @@ def test_canonical_columns_need_no_fields():
     assert found == {"text_en": "a", "numbers": {"x": 1.0, "y": None}, "extra": {"k": 1}}
 
 
-def test_numbers_of_unequal_lengths_are_broken():
-    row = {"text_en": "a", "num_names": ["x", "y"], "num_values": [1.0]}
+@pytest.mark.parametrize("names, values", [(["x", "y"], [1.0]), (["x"], None), (5, 3), ("ab", "12")])
+def test_numbers_of_unequal_lengths_are_broken(names, values):
+    row = {"text_en": "a", "num_names": names, "num_values": values}
     with pytest.raises(DataError, match="one length"):
         reader(None, list(row)).read(row)
+
+
+def test_nan_beside_a_record_is_nothing():
+    row = {"text_en": "a", "rating": math.nan, "other": np.float64("nan")}
+    fields = Fields(text_en="text_en", extra=["rating", "other"])
+    assert reader(fields, list(row)).read(row)["extra"] == {"rating": None, "other": None}
+
+
+def test_a_uuid_is_text():
+    name = UUID("12345678123456781234567812345678")
+    assert reader(None, ["id", "text_en"]).read({"id": name, "text_en": "a"})["id"] == str(name)
 
 
 def test_no_usable_column():

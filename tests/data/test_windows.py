@@ -183,6 +183,14 @@ def test_groups_are_not_mixed(tmp_path):
         assert {value % 2 for value in record["series"]["v"]} == {"xy".index(record["extra"]["group"])}
 
 
+def test_groups_of_lists_and_of_nothing(tmp_path):
+    path = tmp_path / "t.jsonl"
+    names = [["a", 1], ["b"], float("nan"), None]
+    path.write_text("".join(json.dumps({"who": names[n % 4], "v": n}) + "\n" for n in range(40)))
+    windows = open_windows(path=str(path), columns=["v"], group="who", context=2, horizon=1, test_fraction=0.0)
+    assert len(windows) == 8 + 8 + 18, "without a name, all are of one series"
+
+
 @pytest.mark.parametrize("broken", ["oops", "-1.7976931348623157e308", "1e45"])
 def test_broken_and_missing_cells(tmp_path, broken):
     path = tmp_path / "t.csv"

@@ -289,3 +289,11 @@ def test_a_recording_to_be_generated_is_played_at_other_speeds_only_if_so_set() 
             modality.target(raw, np.random.default_rng(seed))
         speeds[vary_speed] = {speed for _, _, speed in modality.code_cache.entries}
     assert speeds[False] == {1.0} and len(speeds[True]) > 2
+
+
+def test_a_recording_of_unknown_length_is_one_sentence() -> None:
+    raw = bytearray(file_of(sine(0.5), kind="FLAC"))
+    raw[21] &= 0xF0  # the number of samples in the header, 36 bits
+    raw[22:26] = bytes(4)
+    with pytest.raises(DataError, match="does not state its length.*: save it again as WAV or FLAC"):
+        read_audio(bytes(raw))

@@ -112,6 +112,16 @@ def test_damaged_files_never_raise_anything_else() -> None:
     assert read > 20 and refused > 20, "the test must meet both"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Missing image item"), IndexError("index"), NotImplementedError("DDS")])
+def test_whatever_a_reader_of_pillow_raises_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("openm6.modalities.image.upright", load)
+    with pytest.raises(DataError, match=rf"the image is broken.*\({error}\): save it again"):
+        read_image(png())
+
+
 @pytest.mark.parametrize("size", [(64, 64), (8, 8), (3, 3), (1000, 10), (1, 1000), (2000, 1500), (20, 50), (640, 64)])
 def test_patches_keep_within_the_budget_and_near_the_aspect(image: Image, size: tuple[int, int]) -> None:
     tokens = image.source(PIL.Image.new("RGB", size))

@@ -80,9 +80,12 @@ def test_most_poems_hold_a_couplet() -> None:
     assert sum(found) > 40
 
 
-def test_a_spoken_word_fits_the_image_exactly_where_the_answer_says_so() -> None:
-    record = {"id": "1", "image": b"image", "audio": b"own", "label": "one"}
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_spoken_word_fits_the_image_exactly_where_the_answer_says_so(labels: bool) -> None:
+    record = {"id": "1", "image": b"image", "audio": b"own"} | ({"label": "one"} if labels else {})
     others = [{"audio": b"twin", "label": "one"}, {"audio": b"other", "label": "two"}]
+    if not labels:
+        others = [{"audio": b"own"}, {"audio": b"other"}]
     seen = set()
     for seed in range(30):
         example = TASKS["image_audio_matching"].example({**record, "others": others}, np.random.default_rng(seed))
