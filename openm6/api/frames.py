@@ -127,6 +127,8 @@ def _fixed_column(task: Task, config: Any) -> str | None:
 
 def check_levels(levels: Sequence[float]) -> None:
     """Raise ConfigError if a quantile level lies outside 0 and 1."""
+    if isinstance(levels, float | int):
+        raise ConfigError(f"quantile_levels={levels} must be a list, as [{levels}]")
     if not all(isinstance(level, float | int | np.number) and 0 < level < 1 for level in levels):
         raise ConfigError(f"quantile_levels={list(levels)} must lie between 0 and 1")
 

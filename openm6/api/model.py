@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -360,8 +360,9 @@ class OpenM6:
         >>> best.score >= worst.score
         True
         """
-        candidates = candidates if candidates is None or isinstance(candidates, str) else list(candidates)
-        if isinstance(candidates, str) or not candidates or not all(isinstance(one, str) for one in candidates):
+        listed = isinstance(candidates, Iterable) and not isinstance(candidates, str)
+        candidates = list(candidates) if listed else []
+        if not candidates or not all(isinstance(one, str) for one in candidates):
             raise ConfigError("candidates must be a list of at least one text")
         parts = self._input_parts({"prompt": query, "image": image, "audio": audio, "numbers": numbers})
         targets = [self.loaded.text.candidate(text) for text in candidates]
@@ -424,7 +425,9 @@ class OpenM6:
         """
         if cross_learning:
             raise ConfigError("cross_learning=True is not supported, since each series is forecast alone: leave it out")
-        targets, names = [target] if isinstance(target, str) else list(target), (id_column, timestamp_column)
+        alone = isinstance(target, str) or not isinstance(target, Iterable)  # a name may be a number
+        targets = list(map(str, [target] if alone else target))
+        names = (id_column, timestamp_column)
         with as_table_error():
             return forecast(
                 self.loaded, df, future_df, names, targets, prediction_length, quantile_levels, batch_size,

@@ -209,6 +209,8 @@ def _content_part(part: Any, loaded: LoadedModel, where: str) -> Part:
     if kind == "text" and isinstance(part.get("text"), str):
         return Part("text", part["text"])
     if kind == "numbers" and isinstance(part.get("numbers"), Mapping):
+        if not all(isinstance(name, str) for name in part["numbers"]):
+            raise DataError(f"{where} has columns whose names are no texts: name them as in the training")
         return Part("numbers", dict(part["numbers"]))
     if kind == "numbers" and isinstance(part.get("series"), Mapping):
         return Part("numbers", number_series({part["series"].get("name"): part["series"].get("values", ())}))

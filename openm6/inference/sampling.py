@@ -24,7 +24,7 @@ class Sampling(Config):
     `repetition_penalty`: above 1, tokens of the prompt and of the answer so far are less likely (see `penalize`).
     """
 
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
@@ -41,10 +41,10 @@ class MaskedSampling(Config):
     """
 
     steps: int = Field(default=8, ge=1, le=256)
-    guidance: float = Field(default=2.0, ge=0)
+    guidance: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     unprompted_every: int = Field(default=2, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    noise: float = Field(default=2.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    noise: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     order: Literal["confidence", "random"] = "confidence"
     seed: int = Field(default=0, ge=-MAX_SEED, le=MAX_SEED)
 

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from openm6.core.config import Config
 from openm6.inference.load import Precision
+from openm6.inference.sampling import MAX_TOKENS
 from openm6.kernels.probe import capabilities
 
 # A name, not an address: its last part is not a number.
@@ -30,7 +31,7 @@ class Limits(Config):
     messages: int = Field(default=64, ge=1)
     parts: int = Field(default=64, ge=1)
     characters: int = Field(default=20_000, ge=1)
-    tokens: int = Field(default=512, ge=1)
+    tokens: int = Field(default=512, ge=1, le=MAX_TOKENS)
     answers: int = Field(default=8, ge=1)
     columns: int = Field(default=128, ge=1)
     rows: int = Field(default=256, ge=1)

@@ -94,7 +94,7 @@ class Series(BaseModel):
     """A column over time; null where nothing was observed."""
 
     name: ColumnName
-    values: list[float | None] = Field(min_length=1, max_length=4096)
+    values: list[float | None] = Field(min_length=1, max_length=4096, fail_fast=True)
 
 
 class NumbersPart(BaseModel):
@@ -106,7 +106,7 @@ class NumbersPart(BaseModel):
 
 
 ContentPart = Annotated[TextPart | ImagePart | AudioPart | NumbersPart, Field(discriminator="type")]
-Content = str | list[ContentPart]
+Content = str | Annotated[list[ContentPart], Field(fail_fast=True)]  # one error tells as much as 100,000
 
 
 class Message(BaseModel):

@@ -125,6 +125,7 @@ def check_limit(param: str, value: float, limit: float, unit: str = "") -> None:
 
 
 PydanticError = Mapping[str, Any]  # type, loc, ctx
+MAX_SHOWN = 64  # characters of a key or a type
 
 # What a value must be, by the beginning of the type of pydantic's error; several of them are joined by "or".
 KINDS = {
@@ -154,9 +155,14 @@ SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "less_than": lambda ctx: f"must be below {ctx['lt']:g}",
     "less_than_equal": lambda ctx: f"must be at most {ctx['le']:g}",
     "literal_error": lambda ctx: f"must be {_listed(ctx['expected'])}",
-    "union_tag_invalid": lambda ctx: f"{ctx['tag']!r} is not supported: use {_listed(ctx['expected_tags'])}",
+    "union_tag_invalid": lambda ctx: f"{_short(ctx['tag'])!r} is not supported: use {_listed(ctx['expected_tags'])}",
     "union_tag_not_found": lambda _: "has no type: add it",
 }
+
+
+def _short(text: str) -> str:
+    """A key or a type of a body, which may be as long as the body."""
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, str | None]:
@@ -169,7 +175,7 @@ def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, s
     kinds = dict.fromkeys(KINDS[name] for name in names if name in KINDS)
     sentences = (SENTENCES[error["type"]](error.get("ctx", {})) for error in meant if error["type"] in SENTENCES)
     sentence = next(sentences, f"must be {' or '.join(kinds)}" if kinds else "cannot be used as it is: see /docs")
-    name = ".".join(map(str, deepest))
+    name = ".".join(_short(str(step)) for step in deepest)
     return (f"{name} {sentence}" if name else f"the body {sentence}"), name or None
 
 

@@ -348,6 +348,8 @@ BAD_SERIES: dict[str, tuple[Any, str]] = {
     "no rows": (lambda f: f.iloc[:0], "df has no rows"),
     "no table": (lambda f: [1, 2], "a DataFrame"),
     "no targets": ({"target": []}, "at least one target"),
+    "a number as a target": ({"target": 0}, "'0'"),
+    "a level alone": ({"quantile_levels": 0.5}, r"quantile_levels=0.5 must be a list, as \[0.5\]"),
     "no such frequency": ({"freq": "often"}, "freq='often' does not lead beyond 2024-02-09"),
     "an item without a name": (lambda f: f.assign(item_id=None), "df has rows without 'item_id'"),
     "nothing known": ({"future_df": None}, "add future_df with them"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import doctest
 import io
+import math
 import re
 import subprocess
 import sys
@@ -302,6 +303,14 @@ BAD = {
     "a chat of numbers": (lambda m6: m6.chat(user(), output="numbers"), "a chat answers with text, image or audio"),
     "no embeddings": (lambda m6: m6.embed("x"), "this model makes no embeddings"),
     "no candidates": (lambda m6: m6.rank("x", []), "candidates must be a list"),
+    "a number as candidates": (lambda m6: m6.rank("x", 5), "candidates must be a list"),
+    "a number as a column of a chat": (
+        lambda m6: m6.chat(user({"type": "numbers", "numbers": {1: 2.0}})), "has columns whose names are no texts"
+    ),
+    "an infinite temperature": (lambda m6: m6.generate("x", temperature=math.inf), "text.temperature: Input should"),
+    "infinite guidance": (
+        lambda m6: m6.generate("x", output="image", guidance_scale=math.inf), "masked.guidance: Input should"
+    ),
     "an output in a list": (lambda m6: m6.generate("x", output=["text"]), r"\['text'\] is not one of"),
     "a seed beyond 64 bits": (lambda m6: m6.generate("x", seed=2**63), "text.seed: Input should be less"),
     "more tokens than fit": (lambda m6: m6.generate("x", max_new_tokens=10**12), "text.max_tokens: Input"),

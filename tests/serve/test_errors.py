@@ -119,6 +119,22 @@ def test_any_field_of_any_wrong_kind_gets_a_sentence() -> None:
                 assert not [word for word in FORBIDDEN if word in message], message
 
 
+@pytest.mark.parametrize("key", ["a" * 100_000, "a"])
+def test_long_keys_and_types_are_cut(key: str) -> None:
+    message, name = sentence(PredictionBody, {"rows": [{key: []}]})
+    assert len(message) < 300 and name is not None and len(name) < 100
+    message, _ = sentence(ChatBody, of_parts({"type": key}))
+    assert len(message) < 300 and "is not supported" in message
+
+
+def test_one_wrong_item_of_many_is_enough() -> None:
+    series = {"type": "numbers", "series": {"name": "a", "values": ["x"] * 4000}}
+    for body in ({"input": [0] * 50_000}, {"input": [series]}):
+        with pytest.raises(ValidationError) as caught:
+            TypeAdapter(EmbeddingBody).validate_python(body)
+        assert caught.value.error_count() < 20
+
+
 def test_what_is_not_known_has_a_sentence_too() -> None:
     message, path = describe_invalid([{"type": "brand_new", "loc": ("body", "a"), "msg": "Input should be"}], {"a": 1})
     assert (message, path) == ("a cannot be used as it is: see /docs", "a")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import re
 from abc import ABCMeta
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -34,7 +35,14 @@ from openm6.modalities.series import NumberSeries
 from openm6.serve.config import Limits
 from openm6.serve.content import CHECKS, pcm
 from openm6.serve.errors import BadRequestError
-from openm6.serve.requests import CodesRequest, EngineUnavailableError, QueueFullError, Request, TextRequest
+from openm6.serve.requests import (
+    CodesRequest,
+    DeadlineExceededError,
+    EngineUnavailableError,
+    QueueFullError,
+    Request,
+    TextRequest,
+)
 from openm6.serve.routes.scenarios import COVERAGE, check_size, decoded
 from openm6.serve.scenarios.run import (
     MEDIA,
@@ -135,7 +143,9 @@ def read_typed(kind: InputKind, text: str) -> Any:
 
 
 def _column(line: str) -> tuple[str, float | str | None]:
-    name, *values = (part.strip() for part in re.split("[：:=]", line, maxsplit=1))
+    # Names of columns may have a colon, and times do.
+    mark = "=" if "=" in line else "[：:]"
+    name, *values = (part.strip() for part in re.split(mark, line, maxsplit=1))
     if not name or not values:
         raise DataError(f"{line.strip()!r} must look like mass = 3.5")
     return name, values[0] if is_date(values[0]) else _number(values[0])
@@ -147,9 +157,12 @@ def _numbers(text: str) -> list[float | None]:
 
 def _number(word: str) -> float | None:
     try:
-        return float(word) if word.strip() else None
+        number = float(word) if word.strip() else None
     except ValueError:
         raise DataError(f"{word.strip()!r} is not a number: write it as 3.5") from None
+    if number is not None and math.isinf(number):
+        raise DataError(f"{word.strip()!r} is not finite: leave it empty, or write a number")
+    return None if number is None or math.isnan(number) else number
 
 
 def write_typed(kind: InputKind, value: Any) -> str:
@@ -163,7 +176,7 @@ def write_typed(kind: InputKind, value: Any) -> str:
 
 
 def _plain(number: float | str | None) -> str:
-    return "" if number is None else number if isinstance(number, str) else f"{number:g}"
+    return "" if number is None else number if isinstance(number, str) else f"{number:.15g}"
 
 
 # As clients of the engine; the answers of the gallery do not wait before those to a visitor.
@@ -210,12 +223,12 @@ def past_of(parts: Iterable[Part]) -> Sequence[float | None]:
 async def make_card(server: Server, example: Example) -> str:
     """Return the answer to an example as a card of the gallery; empty if there will be none, now or later.
 
-    Raise QueueFullError or EngineUnavailableError, after which another visitor may get it.
+    Raise QueueFullError, EngineUnavailableError or DeadlineExceededError, after which another visitor may get it.
     """
     try:
         [handle] = await server.engine.ask_all([example.request], GALLERY, server.limits.seconds)
         answer = await handle.answer()
-    except (QueueFullError, EngineUnavailableError):
+    except (QueueFullError, EngineUnavailableError, DeadlineExceededError):
         raise
     except OpenM6Error:
         return ""
@@ -312,7 +325,8 @@ class Page:
             worded += [component for component, _ in self.labels]
             self.language.change(self.choose_language, [self.language, self.domain, self.scenario], worded)
             free = [self.language, self.text, self.image, self.audio, self.output, self.seed, self.drawn]
-            self.ask.click(self.on_ask, free, self.panel).then(None, js=SHOW)
+            # The engine batches questions; by default, gradio would ask them one after the other.
+            self.ask.click(self.on_ask, free, self.panel, concurrency_limit=None).then(None, js=SHOW)
         return blocks
 
     def best(self, scenarios: list[Scenario]) -> Scenario:

@@ -29,7 +29,7 @@ MAX_ITEMS = 256
 class EmbeddingBody(BaseModel):
     """Texts, as OpenAI's, or parts of a message (image_url, input_audio, numbers)."""
 
-    input: str | ContentPart | list[Item]
+    input: str | ContentPart | Annotated[list[Item], Field(fail_fast=True)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None  # float
     dimensions: int | None = Field(default=None, ge=1)

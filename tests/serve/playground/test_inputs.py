@@ -102,6 +102,7 @@ def test_an_image_is_passed_on_unread_also_when_its_label_has_changed(tmp_path: 
     [
         ("text", "seven"),
         ("numbers", {"mass": 3.5, "length": None, "digit": 7.0, "sold": "2024-01-03 10:30"}),
+        ("numbers", {"people": 1234567.0, "year": 20240131.0, "share": 1013.2537, "temp:max": 3.5}),
         ("series", {"name": "price", "values": [3.5, None, 4.0]}),
         ("candidates", ["a cup", "一个杯子"]),
         ("box", [0.25, 0.0, 1.0, 0.5]),
@@ -119,13 +120,16 @@ def test_what_is_shown_reads_back(kind: Any, value: Any) -> None:
         ("numbers", "质量：3", {"质量": 3.0}),
         ("series", "1, 2，3", {"name": "value", "values": [1.0, 2.0, 3.0]}),
         ("candidates", "a\n\n b \n", ["a", "b"]),
+        ("series", "p: nan, 3", {"name": "p", "values": [None, 3.0]}),
     ],
 )
 def test_it_is_read_as_people_write(kind: Any, text: str, value: Any) -> None:
     assert read_typed(kind, text) == value
 
 
-@pytest.mark.parametrize(("kind", "text"), [("numbers", "mass"), ("numbers", "mass = x"), ("series", "p: 1, b")])
+@pytest.mark.parametrize(
+    ("kind", "text"), [("numbers", "mass"), ("numbers", "mass = x"), ("series", "p: 1, b"), ("numbers", "mass = inf")]
+)
 def test_what_cannot_be_read_is_one_sentence(kind: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
         read_typed(kind, text)
