@@ -106,7 +106,7 @@ class NumbersPart(BaseModel):
 
 
 ContentPart = Annotated[TextPart | ImagePart | AudioPart | NumbersPart, Field(discriminator="type")]
-Content = str | Annotated[list[ContentPart], Field(fail_fast=True)]  # one error tells as much as 100,000
+Content = str | Annotated[list[ContentPart], Field(fail_fast=True)]  # one error is enough for an answer
 
 
 class Message(BaseModel):
