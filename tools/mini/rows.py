@@ -386,11 +386,15 @@ def words_spoken(run: Evaluation) -> Evaluated:
 
 
 def words_transcribed(run: Evaluation) -> Evaluated:
-    """English words that are transcribed from voices that were never trained; Chinese ones in the details."""
+    """English words that are transcribed from voices that were never trained; each, and Chinese, in the details."""
 
     def transcribed(language: str) -> Evaluated:
         kept = partial(_in_test_voice, language=f"{language}/")
-        return exact(run.ask("speech_recognition", run.records("words", ANSWERED, kept)))
+        asked = run.ask("speech_recognition", run.records("words", ANSWERED, kept))
+        found = exact(asked)
+        right = [float(same_text(str(one.answer), one.example.answer)) for one in asked]
+        found.details.update(by_group(right, [one.record["id"].split("/")[1] for one in asked]))
+        return found
 
     found = transcribed("en")
     with suppress(DataError):  # a model may have learned English alone
