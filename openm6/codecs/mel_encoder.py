@@ -31,7 +31,7 @@ class MelEncoderConfig(Config):
     channels: tuple[int, int, int] = (24, 48, 64)
     width: int = Field(default=192, ge=1)
     dilations: tuple[int, ...] = (1, 2, 4)
-    queries: int = Field(default=4, ge=0)
+    queries: int = Field(default=4, ge=1)
 
 
 class Convolution(nn.Sequential):
@@ -79,7 +79,7 @@ class MelEncoder(Encoder):
             Convolution(nn.Conv1d(config.width, config.width, 5, padding=2 * apart, dilation=apart, bias=False))
             for apart in config.dilations
         )
-        self.queries = nn.Conv1d(config.width, config.queries, 1) if config.queries else None
+        self.queries = nn.Conv1d(config.width, config.queries, 1)
 
     def fuse(self) -> None:
         """Make batch norms a part of the convolutions: after the training."""
@@ -97,8 +97,6 @@ class MelEncoder(Encoder):
 
     def summaries(self, features: Tensor) -> Tensor:
         """Means of the features, with weights of each query.  # B D N -> B D Q"""
-        if self.queries is None:
-            return features[:, :, :0]
         weights = self.queries(features).float().softmax(2)  # B Q N
         return torch.einsum("bdn,bqn->bdq", features.float(), weights)
 

@@ -342,10 +342,10 @@ def _in_test_voice(name: str, language: str = "") -> bool:
     return any(f"/{voice}/{language}" in name for voice in TEST_VOICES)
 
 
-def exact(asked: Sequence[Asked]) -> Evaluated:
-    """Answers that equal the truth, but for case, white space and full stops at their ends."""
+def exact(asked: Sequence[Asked], group: Callable[[Asked], str] = lambda one: one.example.language) -> Evaluated:
+    """Answers that equal the truth, but for case, white space and full stops at their ends; details by group."""
     values = [float(same_text(str(one.answer), one.example.answer)) for one in asked]
-    return mean_of(values, details=by_group(values, [one.example.language for one in asked]))
+    return mean_of(values, details=by_group(values, list(map(group, asked))))
 
 
 def syllables_transcribed(run: Evaluation) -> Evaluated:
@@ -391,10 +391,7 @@ def words_transcribed(run: Evaluation) -> Evaluated:
     def transcribed(language: str) -> Evaluated:
         kept = partial(_in_test_voice, language=f"{language}/")
         asked = run.ask("speech_recognition", run.records("words", ANSWERED, kept))
-        found = exact(asked)
-        right = [float(same_text(str(one.answer), one.example.answer)) for one in asked]
-        found.details.update(by_group(right, [one.record["id"].split("/")[1] for one in asked]))
-        return found
+        return exact(asked, group=lambda one: one.record["id"].split("/")[1])  # by voice
 
     found = transcribed("en")
     with suppress(DataError):  # a model may have learned English alone
