@@ -2,7 +2,6 @@
 
 # Shapes: B batch, F frames of 10 ms, M mels, C channels, N = F / 8 tokens, D width, Q queries
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -10,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from openm6.codecs.external import Encoder
+from openm6.codecs.conv_encoder import ConvEncoder, Convolution, halvings
 from openm6.core.config import Config
 
 FRAMES = 8  # of 10 ms in one token
@@ -34,27 +32,7 @@ class MelEncoderConfig(Config):
     queries: int = Field(default=4, ge=1)
 
 
-class Convolution(nn.Sequential):
-    """A convolution with batch norm and ReLU."""
-
-    def __init__(self, convolution: nn.Conv1d | nn.Conv2d) -> None:
-        norm = nn.BatchNorm1d if isinstance(convolution, nn.Conv1d) else nn.BatchNorm2d
-        super().__init__(convolution, norm(convolution.out_channels), nn.ReLU())
-
-    def fuse(self) -> None:
-        """Make the batch norm a part of the convolution, as its running means no longer change."""
-        convolution, norm = self[0], self[1]
-        if isinstance(norm, nn.Identity):
-            return
-        assert isinstance(convolution, (nn.Conv1d, nn.Conv2d)) and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
-        assert norm.running_mean is not None and norm.running_var is not None
-        convolution.weight, convolution.bias = fuse_conv_bn_weights(
-            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        self[1] = nn.Identity()
-
-
-class MelEncoder(Encoder):
+class MelEncoder(ConvEncoder):
     """Features of patches of log-mels: `width` numbers for each token of 80 ms, which depend on 1.2 s around it.
 
     Those of the whole recording follow, one token for each query: means of the others, weighted by how well they fit
@@ -62,17 +40,12 @@ class MelEncoder(Encoder):
     """
 
     kind: ClassVar[str] = "audio encoder"
+    config: MelEncoderConfig
 
     def __init__(self, config: MelEncoderConfig) -> None:
         super().__init__()
         self.config, self.width = config, config.width
-        before: Sequence[int] = (1, *config.channels)
-        halvings = [
-            Convolution(nn.Conv2d(old if stride == 2 else new, new, 3, stride, padding=1, bias=False))
-            for old, new in zip(before[:-1], config.channels, strict=True)
-            for stride in (2, 1)
-        ]
-        self.halve = nn.Sequential(*halvings)
+        self.halve = halvings((1, *config.channels))
         mels = -(-config.num_mels // FRAMES)
         self.join = Convolution(nn.Conv1d(config.channels[-1] * mels, config.width, 1, bias=False))
         self.context = nn.ModuleList(
@@ -81,24 +54,13 @@ class MelEncoder(Encoder):
         )
         self.queries = nn.Conv1d(config.width, config.queries, 1)
 
-    def fuse(self) -> None:
-        """Make batch norms a part of the convolutions: after the training."""
-        for module in list(self.modules()):
-            if isinstance(module, Convolution):
-                module.fuse()
-
-    def features(self, loudness: Tensor) -> Tensor:
-        """Features of clips of equal length.  # B F M -> B D N"""
-        maps = self.halve(loudness[:, None].contiguous(memory_format=torch.channels_last))  # B C N M/8
+    def features(self, inputs: Tensor) -> Tensor:
+        """Features of how loud clips of equal length are.  # B F M -> B D N"""
+        maps = self.halve(inputs[:, None].contiguous(memory_format=torch.channels_last))  # B C N M/8
         x = self.join(maps.transpose(2, 3).flatten(1, 2))
         for layer in self.context:
             x = x + layer(x)
         return x
-
-    def summaries(self, features: Tensor) -> Tensor:
-        """Means of the features, with weights of each query.  # B D N -> B D Q"""
-        weights = self.queries(features).float().softmax(2)  # B Q N
-        return torch.einsum("bdn,bqn->bdq", features.float(), weights)
 
     @torch.inference_mode()
     def forward(self, patches: np.ndarray) -> np.ndarray:

@@ -12,9 +12,11 @@ from torch import nn
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.codecs.base import Codec, TrainableCodec
+from openm6.codecs.conv_encoder import ConvEncoder
 from openm6.codecs.external import ENCODERS, PREFIX, Encoder, load_external
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.mel_encoder import MelEncoder, MelEncoderConfig
+from openm6.codecs.pixel_encoder import PixelEncoder, PixelEncoderConfig
 from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError, ConfigError, nearest
 from openm6.core.extensions import installed
@@ -23,7 +25,11 @@ CODECS: dict[str, tuple[type[Config], type[TrainableCodec]]] = {
     "image": (ImageCodecConfig, ImageCodec),
     "audio": (AudioCodecConfig, AudioCodec),
 }
-NETWORKS: dict[str, tuple[type[Config], type[nn.Module]]] = {**CODECS, "audio encoder": (MelEncoderConfig, MelEncoder)}
+NETWORKS: dict[str, tuple[type[Config], type[nn.Module]]] = {
+    **CODECS,
+    "image encoder": (PixelEncoderConfig, PixelEncoder),
+    "audio encoder": (MelEncoderConfig, MelEncoder),
+}
 METADATA_KEY = "openm6_codec"
 SHIPPED = Path(__file__).parent / "weights"
 ENCODER = "-encoder"  # at the end of the file names of shipped encoders
@@ -38,12 +44,12 @@ def shipped_encoders() -> tuple[str, ...]:
     return tuple(sorted(path.stem.removesuffix(ENCODER) for path in SHIPPED.glob(f"*{ENCODER}.safetensors")))
 
 
-def save_codec(codec: TrainableCodec | MelEncoder, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
+def save_codec(codec: TrainableCodec | ConvEncoder, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
     """Write weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file.
 
     Batch norms of an encoder become a part of its convolutions first.
     """
-    if isinstance(codec, MelEncoder):
+    if isinstance(codec, ConvEncoder):
         codec.fuse()
     state = codec.state_dict().items()
     tensors = {name: one.to(dtype if one.dim() > 1 else torch.float32).contiguous().cpu() for name, one in state}
@@ -108,7 +114,7 @@ def _read(path: Path, known: Mapping[str, tuple[type[Config], type[nn.Module]]],
         raise CheckpointError(f"{path} holds no {what}: name a file that its training wrote")
     config_class, network_class = known[about["kind"]]
     network = network_class(build(config_class, about["config"], str(path)))
-    if isinstance(network, MelEncoder):
+    if isinstance(network, ConvEncoder):
         network.fuse()
     try:
         network.load_state_dict(tensors)

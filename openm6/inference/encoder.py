@@ -19,6 +19,7 @@ from openm6.inference.load import LoadedModel, load
 from openm6.inference.question import Question, trained_prompt
 from openm6.modalities.audio import Audio
 from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.image import Image
 from openm6.modalities.interface import Part, Rng
 from openm6.modalities.registry import opened, source_segments, split_opening
 
@@ -52,9 +53,12 @@ class TrainedEncoder(Encoder):
         self.modality, self.modalities = loaded.modalities[kind], loaded.modalities
         self.omni, self.text = loaded.omni, loaded.text
         self.width = 2 * loaded.description.backbone.hidden_size
+        # Submodules, as their weights are among those that must match.
+        if isinstance(self.modality, Image):
+            self.pixel_encoder = self.modality.pixel_encoder
         if isinstance(self.modality, Audio):
             self.step = self.modality.step
-            self.mel_encoder = self.modality.mel_encoder  # a submodule, as its weights are among those that must match
+            self.mel_encoder = self.modality.mel_encoder
 
     @torch.inference_mode()
     def forward(self, raw: Any, rng: Rng = None) -> np.ndarray:

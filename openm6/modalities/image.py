@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from openm6.codecs.base import Codec
 from openm6.codecs.external import Encoder, EncoderName
+from openm6.codecs.pixel_encoder import PixelEncoder
 from openm6.core.config import Config
-from openm6.core.errors import DataError
+from openm6.core.errors import ConfigError, DataError
 from openm6.core.lru_cache import LRUCache
 from openm6.modalities.codes import CACHE_BYTES, FEATURE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
 from openm6.modalities.image_stem import ConvStem, kept_elements
@@ -152,8 +153,8 @@ def image_grid(down: int, across: int) -> TokenGrid:
 
 class ImageConfig(Config):
     """`codec` is a shipped name, a file or a model as transformers:NAME; generated images are squares of `side` pixels.
-    `encoder`: a model as transformers:NAME or openm6:NAME, whose frozen features replace patches and their settings;
-    of squares of `spatial_merge_size` tokens a side, the features of all become one token.
+    `encoder`: a shipped name, a file, or a model as transformers:NAME or openm6:NAME, whose frozen features replace
+    patches and their settings; of squares of `spatial_merge_size` tokens a side, all features become one token.
 
     An image that is read becomes `min_patches` to `max_patches` patches of `patch` x `patch` pixels, enlarged or shrunk
     to that. `stem`: patches are embedded by a linear layer each, or by convolutions over the image. `augmentation` of
@@ -194,13 +195,20 @@ class Image(CodesModality):
     name: ClassVar[str] = "image"
 
     def __init__(self, codec: Codec, config: ImageConfig, encoder: Encoder | None = None) -> None:
-        self.codec, self.config, self.max_pixels, self.encoder = codec, config, config.max_pixels, encoder
+        self.codec, self.config, self.max_pixels = codec, config, config.max_pixels
+        self.pixel_encoder = encoder if isinstance(encoder, PixelEncoder) else None
+        self.encoder = None if isinstance(encoder, PixelEncoder) else encoder  # of images of any size
+        if self.pixel_encoder is not None and config.spatial_merge_size > 1:
+            raise ConfigError(
+                f"spatial_merge_size={config.spatial_merge_size} is for an encoder of more tokens than "
+                f"{config.encoder}: leave it out"
+            )
         self.patch_size = config.patch**2 * 3 if encoder is None else encoder.width * config.spatial_merge_size**2
         self.side = side = config.side
         self.target_grid = image_grid(side // codec.step, side // codec.step)
         self.code_cache = LRUCache[np.ndarray](CACHE_BYTES)
         self._size_cache = LRUCache[np.ndarray](2**20)
-        self._pixel_cache = LRUCache[np.ndarray](CACHE_BYTES if encoder is None else FEATURE_BYTES)
+        self._pixel_cache = LRUCache[np.ndarray](CACHE_BYTES if self.encoder is None else FEATURE_BYTES)
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
@@ -213,6 +221,8 @@ class Image(CodesModality):
         if rng is not None:
             values, strong = augmented(values, self.config, rng), self.config.augmentation == "strong"
             gain = np.asarray(rng.uniform(*CONTRASTS) * (rng.uniform(*TINTS, 3) if strong else 1), np.float32)
+        if self.pixel_encoder is not None:
+            return self._summarized(LEVELS.take(values) * gain, self.pixel_encoder, mask_box)
         side = self.config.patch
         down, across = values.shape[0] // side, values.shape[1] // side
         patches = values.reshape(down, side, across, side, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1, 3)
@@ -221,6 +231,16 @@ class Image(CodesModality):
         if self.config.stem == "conv":
             segment.arrays["shapes"] = np.full((len(patches), 2), (down, across))
         return segment
+
+    def _summarized(self, values: np.ndarray, encoder: PixelEncoder, mask_box: MaskBox) -> Segment:
+        """Features of the image, in which a masked region is grey, and of all of it.  # S S 3"""
+        across, side = encoder.config.across, len(values)
+        is_masked = box_mask(mask_box, across, across)
+        hidden = is_masked.reshape(across, across).repeat(side // across, 0).repeat(side // across, 1)
+        features = encoder(np.where(hidden[..., None], np.float32(0), values))
+        down = len(features)
+        is_masked = np.pad(is_masked, (0, (down - across) * across))  # its summaries are of all that is seen
+        return self._source(features.reshape(down * across, -1), is_masked, image_grid(down, across))
 
     def _encoded(self, raw: Any, encoder: Encoder, mask_box: MaskBox, rng: Rng) -> Segment:
         """Features of the image, from which a masked region is hidden; cached without one and without augmentation."""
@@ -241,7 +261,10 @@ class Image(CodesModality):
         return ConvStem(self.config.patch, hidden_size) if self.config.stem_elements else super().stem(hidden_size)
 
     def _fit(self, raw: Any) -> np.ndarray:
-        """An image resized to whole patches within the limits on their number.  # H W 3"""
+        """An image resized to whole patches within the limits on their number, or to a square.  # H W 3"""
+        if self.pixel_encoder is not None:
+            side = self.pixel_encoder.config.side
+            return np.asarray(to_square(read_image(raw, self.max_pixels, side**2), side))
         image = read_image(raw, self.max_pixels, self.config.max_patches * self.config.patch**2)
         down, across = image.height / self.config.patch, image.width / self.config.patch
         count = max(down * across, 1e-9)

@@ -11,12 +11,15 @@ import torch
 
 import openm6
 from openm6.codecs.audio import AudioCodec
+from openm6.codecs.external import Encoder
 from openm6.codecs.image import ImageCodec
 from openm6.codecs.mel_encoder import MelEncoder
+from openm6.codecs.pixel_encoder import PixelEncoder
 from openm6.codecs.registry import SHIPPED, load_codec, load_encoder, shipped_codecs, shipped_encoders
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.sources import open_sources
 from openm6.modalities.audio import Audio, AudioConfig, read_audio
+from openm6.modalities.image import Image, ImageConfig, read_image
 from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, read_small, to_pixels
 
@@ -28,14 +31,36 @@ def test_five_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
         assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
 
 
-def test_the_shipped_encoder_is_small_and_comes_with_its_scores() -> None:
-    assert shipped_encoders() == ("audio-mini",)
-    encoder = load_encoder("audio-mini", "audio")
-    assert isinstance(encoder, MelEncoder) and encoder.width == 192
-    file = SHIPPED / "audio-mini-encoder.safetensors"
-    assert file.stat().st_size < 2_000_000
+SCORES = {
+    "audio-mini": {"word", "syllable", "tone", "instrument", "pitch", "recording"},
+    "image-mini": {"name", "style", "mood", "hair colour", "glasses", "digit"},
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("audio-mini", MelEncoder), ("image-mini", PixelEncoder)])
+def test_a_shipped_encoder_is_small_and_comes_with_its_scores(name: str, kind: type[Encoder]) -> None:
+    encoder = load_encoder(name, name.partition("-")[0])
+    assert isinstance(encoder, kind) and encoder.width == 192
+    file = SHIPPED / f"{name}-encoder.safetensors"
+    assert file.stat().st_size < 3_100_000
     scores = json.loads(file.with_suffix(".json").read_text())["accuracy"]["test"]
-    assert set(scores) == {"word", "syllable", "tone", "instrument", "pitch", "recording"}
+    assert set(scores) >= SCORES[name]
+
+
+def test_two_encoders_are_shipped() -> None:
+    assert shipped_encoders() == ("audio-mini", "image-mini")
+
+
+def test_the_encoder_of_images_reads_a_brighter_icon_as_the_same_and_others_as_others() -> None:
+    image = Image(load_codec("image-mini"), ImageConfig(), load_encoder("image-mini", "image"))
+    mini = Path(openm6.__file__).parent / "shipped" / "mini"
+    names = ("things-phosphor-light-crown", "things-phosphor-regular-robot", "avatars-avatar-pixel-art-3")
+    files = [(mini / f"{name}.png").read_bytes() for name in names]
+    vectors = [image.source(raw).arrays["patches"].astype(np.float32).mean(0) for raw in files]
+    brighter = 255 - (0.9 * (255 - np.asarray(read_image(files[0]), np.float32))).astype(np.uint8)
+    again = image.source(brighter).arrays["patches"].astype(np.float32).mean(0)
+    distances = [float(np.linalg.norm(again - one)) for one in vectors]
+    assert distances[0] < min(distances[1:])
 
 
 def test_the_shipped_encoder_reads_a_quieter_word_as_the_same_and_other_words_as_others() -> None:
