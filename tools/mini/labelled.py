@@ -31,7 +31,7 @@ class Examples(Protocol):
 
     @staticmethod
     def encoder() -> ConvEncoder:
-        """Return a new encoder with three settings of its config: `width`, `queries` and what it reads."""
+        """Return a new encoder, with the settings by default."""
 
     def inputs(self, rows: Tensor) -> Tensor:
         """Return what the encoder reads.  # B ..."""
