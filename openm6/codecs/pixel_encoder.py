@@ -41,7 +41,7 @@ class PixelEncoderConfig(Config):
 
 
 class PixelEncoder(ConvEncoder):
-    """Features of a square image: `width` numbers for each token of 16 x 16 pixels, which depend on all of it.
+    """Features of a square image: `width` numbers for each token of 16 x 16 pixels and what is around it.
 
     Rows of summaries follow below, one token for each query: means of the others, weighted by how well they fit it.
     """
