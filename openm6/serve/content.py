@@ -307,10 +307,10 @@ def is_public(address: str) -> bool:
 class Fetcher:
     """Fetches the images that chats, embeddings and rankings name by `image_url`."""
 
-    def __init__(self, hosts: Iterable[str], max_bytes: int, seconds: float) -> None:
-        """`max_bytes` and `seconds` are for all images of a request together."""
+    def __init__(self, hosts: Iterable[str], max_parts: int, max_bytes: int, seconds: float) -> None:
+        """`max_parts` are of a turn; `max_bytes` and `seconds` are for all images of a request together."""
         self.hosts = frozenset(hosts)
-        self.max_bytes, self.seconds = max_bytes, seconds
+        self.max_parts, self.max_bytes, self.seconds = max_parts, max_bytes, seconds
         # Of its own: names that do not resolve in time must not hold the threads in which other requests are read.
         self._resolvers = ThreadPoolExecutor(MAX_FETCHES, "resolve")
         # Not a client of httpx: that would keep cookies and use proxies.
@@ -323,26 +323,28 @@ class Fetcher:
         """Replace https URLs of images in turns, which come with their fields, by data URLs; raise BadRequestError."""
         if not self.hosts:
             return  # what is no data URL is refused when it is read
-        remote = [
-            (f"{turn}.{index}.image_url.url", part.image_url)
-            for turn, content in turns
-            for index, part in enumerate(content if isinstance(content, list) else [])
-            if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:")
-        ]
+        remote = []
+        for turn, content in turns:
+            parts = content if isinstance(content, list) else []
+            check_limit(turn, len(parts), self.max_parts, "parts")
+            for index, part in enumerate(parts):
+                if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:"):
+                    param = f"{turn}.{index}.image_url.url"
+                    remote.append((param, part.image_url, self._checked(part.image_url.url, param)))
         left = self.max_bytes
         try:
             async with asyncio.timeout(self.seconds):
-                for param, image in remote:
-                    data = await self.fetch(image.url, param, left)
+                for param, image, url in remote:
+                    data = await self.fetch(url, param, left)
                     left -= len(data)
                     image.url = "data:;base64," + base64.b64encode(data).decode()
         except TimeoutError:
             sentence = f"{param} did not come within {self.seconds:g} s: send the image as a data URL"
             raise BadRequestError(sentence, param) from None
 
-    async def fetch(self, url: str, param: str, most: int) -> bytes:
-        parsed = self._checked(url, param)
-        host = parsed.raw_host.decode()
+    async def fetch(self, url: httpx.URL, param: str, most: int) -> bytes:
+        """Return the bytes at a checked address; raise BadRequestError if they do not come or are over `most`."""
+        host = url.raw_host.decode()
         try:
             addresses = await self.resolve(host)
         except OSError:
@@ -352,7 +354,7 @@ class Fetcher:
         headers = {"Host": host, "User-Agent": "openm6", "Connection": "close"}
         headers |= {"Accept": "image/*", "Accept-Encoding": "identity"}
         # To the address that was checked, whatever the name resolves to now; the certificate must be the host's.
-        target, extensions = parsed.copy_with(host=addresses[0]), {"sni_hostname": host}
+        target, extensions = url.copy_with(host=addresses[0]), {"sni_hostname": host}
         request = httpx.Request("GET", target, headers=headers, extensions=extensions)
         data = bytearray()
         try:

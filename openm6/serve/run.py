@@ -73,7 +73,7 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
         config=config,
         name=name,
         metrics=(metrics := Metrics(engine)),
-        fetcher=Fetcher(config.hosts, limits.fetch_bytes, limits.fetch_seconds),
+        fetcher=Fetcher(config.hosts, limits.parts, limits.fetch_bytes, limits.fetch_seconds),
         scores=read_scores(engine.loaded.checkpoint),
     )
     for route in ROUTES:

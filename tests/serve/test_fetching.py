@@ -64,7 +64,7 @@ class FakeWeb(httpx.AsyncHTTPTransport):
                 pass  # the other side has had enough
 
     def fetcher(self, seconds: float = 5.0) -> Fetcher:
-        return self.behind(Fetcher((HOST,), 1000, seconds))
+        return self.behind(Fetcher((HOST,), 64, 1000, seconds))
 
     def behind(self, fetcher: Fetcher) -> Fetcher:
         """The fetcher, with these addresses and connections for those of the machine."""
@@ -96,6 +96,20 @@ def test_images_of_a_request_share_their_bytes() -> None:
     asyncio.run(fetcher.fetch_all([("turn", [part.model_copy(deep=True) for _ in range(2)])]))
     with pytest.raises(BadRequestError, match=r"turn.2.image_url.url makes the images over 1,000 bytes together"):
         asyncio.run(fetcher.fetch_all([("turn", [part.model_copy(deep=True) for _ in range(3)])]))
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ([f"https://{HOST}/b.png"] * 64, "turn holds 65 parts, over the limit of 64"),
+        (["file:///etc"], "turn.1.image_url"),
+    ],
+)
+def test_a_turn_that_will_be_refused_is_not_fetched(more: list[str], sentence: str) -> None:
+    web = FakeWeb(GOOD)
+    with pytest.raises(BadRequestError, match=sentence):
+        asyncio.run(web.fetcher().fetch_all([("turn", [image(url) for url in (f"https://{HOST}/a.png", *more)])]))
+    assert not web.called
 
 
 def test_an_address_of_ipv6_is_called_as_well() -> None:
@@ -200,7 +214,7 @@ def test_names_that_do_not_resolve_hold_no_thread_of_others(monkeypatch: pytest.
 
     async def fetch_many() -> list[object]:
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
-        fetcher = Fetcher((HOST,), 1000, 0.3)
+        fetcher = Fetcher((HOST,), 64, 1000, 0.3)
         asked = (fetcher.fetch_all([("turn", [image(f"https://{HOST}/a")])]) for _ in range(2 * MAX_FETCHES))
         found = await asyncio.gather(*asked, return_exceptions=True)
         return [*found, await asyncio.to_thread(str, "read")]
@@ -235,7 +249,7 @@ def test_the_certificate_must_be_that_of_the_host(owner: str, tmp_path: Path, mo
         port = listener.getsockname()[1]
         monkeypatch.setattr("openm6.serve.content.PORT", port)
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        fetcher, part = Fetcher((HOST,), 1000, 10.0), image(f"https://{HOST}:{port}/a.png")
+        fetcher, part = Fetcher((HOST,), 64, 1000, 10.0), image(f"https://{HOST}:{port}/a.png")
         fetcher.resolve = FakeWeb(GOOD, ["127.0.0.1"]).resolve  # type: ignore[method-assign]
         fetching = fetcher.fetch_all([("turn", [part])])
         if owner == HOST:
