@@ -29,6 +29,7 @@ class Config(BaseModel):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # as safe, and eight times as fast
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}): save it again as UTF-8") from None
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
