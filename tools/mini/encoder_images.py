@@ -61,7 +61,7 @@ def classes_of(part: str, record: Record, attributes: Mapping[str, frozenset[str
 class LabelledImages:
     """The images of a split as squares, their parts, and the numbers of their classes by head."""
 
-    WEIGHTS: ClassVar[Mapping[str, float]] = {"things": 3.0, "icons": 1.0, "emoji": 0.8, "avatars": 1.2, "digits": 0.5}
+    WEIGHTS: ClassVar[Mapping[str, float]] = {"things": 5.0, "icons": 1.0, "emoji": 0.8, "avatars": 0.8, "digits": 0.3}
 
     def __init__(self, corpus: Path, split: Split, heads: Heads | None = None) -> None:
         tested = tested_pairs(corpus) if split == "train" else set()
