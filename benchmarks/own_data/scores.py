@@ -168,7 +168,7 @@ def compare(measure: Measure, seed: int = 0) -> dict[str, Any]:
     if measure.metric == "80 % coverage" or OURS not in values or not others:
         return report
     sign = 1 if measure.better == "lower" else -1
-    best = min(others, key=lambda name: sign * values[name])
+    best = min(others, key=lambda name: (math.isnan(values[name]), sign * values[name]))
     report["best"] = best
     report["against"] = {name: _advantage(measure, resampled, name) for name in others}
     report |= report["against"][best]
@@ -184,6 +184,8 @@ def _advantage(measure: Measure, resampled: Mapping[str, np.ndarray], other: str
         drawn = 1 - ours / np.maximum(theirs, 1e-12)
     low, high = np.quantile(drawn, (0.025, 0.975))
     result = "win" if low > 0 else "loss" if high < 0 else "tie"
+    if math.isnan(whole):  # a method without answers to all records
+        result = "loss" if np.isnan(measure.values[OURS]).any() else "win"
     return {"advantage": float(whole), "advantage_interval": [float(low), float(high)], "result": result}
 
 

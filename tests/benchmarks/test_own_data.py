@@ -182,6 +182,11 @@ def test_a_comparison_is_a_win_a_tie_or_a_loss_with_its_interval() -> None:
     assert noisy["result"] == "tie" and noisy["advantage_interval"][0] < 0 < noisy["advantage_interval"][1]
     right = {OURS: np.zeros(50), "a": np.ones(50)}
     assert compare(Measure("y", "accuracy", "higher", right, np.arange(50)))["result"] == "loss"
+    lacking = np.where(np.arange(200) == 7, np.nan, theirs)
+    lost = compare(Measure("y", "MAE", "lower", {OURS: lacking, "a": theirs, "b": lacking}, np.arange(200)))
+    assert (lost["best"], lost["result"], lost["against"]["b"]["result"]) == ("a", "loss", "loss")
+    won = compare(Measure("y", "MAE", "lower", {OURS: theirs, "b": lacking}, np.arange(200)))
+    assert won["result"] == "win"
     # A single block has no variation to estimate an interval from.
     one = compare(Measure("y", "MAE", "lower", {OURS: theirs, "a": theirs}, np.zeros(200)))
     assert one["intervals"][OURS] == [pytest.approx(theirs.mean())] * 2
