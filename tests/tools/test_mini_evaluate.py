@@ -234,6 +234,7 @@ def test_degenerate_couplets_and_empty_descriptions_are_no_success(evaluation, m
     assert found.value == 0 and found.details["length"] == 1 and found.details["different lines"] == 1
     described = rows.avatars_described(evaluation)
     assert described.value == described.details["empty text"] < 0.5
+    assert described.details["mood"] == 0 < described.details["glasses"]
     monkeypatch.setattr(rows, "generate_texts", lambda loaded, prompts, sampling: ["星垂平野阔"] * len(prompts))
     assert rows.couplet_form(evaluation).value == 1
 

@@ -225,15 +225,17 @@ def avatars_described(run: Evaluation) -> Evaluated:
     train = run.source("avatars", "train")
     categories = train.values("categories")
     captions = {language: train.values(f"text_{language}") for language in ("en", "zh")}
-    phrases, attributes, values = caption_phrases(captions, categories), attributes_by_style(categories), []
+    phrases, attributes, right = caption_phrases(captions, categories), attributes_by_style(categories), []
     for one in asked:
         true = one.record["categories"]
         found = read_caption(str(one.answer), phrases[one.example.language, true["style"]])
-        values.append(float(np.mean([*compare_attributes(found, true, attributes).values()])))
+        right.append(compare_attributes(found, true, attributes))
     # What an empty text reaches, since most attributes may be absent.
     empty = _mean_rate([compare_attributes({}, one.record["categories"], attributes) for one in asked])
     languages = [one.example.language for one in asked]
-    return mean_of(values, details={"empty text": empty, **by_group(values, languages)})
+    values = [float(np.mean([*one.values()])) for one in right]
+    names, each = zip(*(pair for one in right for pair in one.items()), strict=True)
+    return mean_of(values, details={"empty text": empty, **by_group(values, languages), **by_group(each, names)})
 
 
 Phrases = dict[str, dict[str, str]]
