@@ -140,19 +140,19 @@ class DatasetsConfig(TableConfig):
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         if self.test_split is None:
             return super().open(name, split, neighbour)
+        # Test records are read after the training, which a wrong name must not wait for.
+        if self.test_split not in (known := self._splits()):
+            hint = nearest(self.test_split, known) if known else "leave test_split out"
+            raise DataError(f"{self.path} has no split {self.test_split!r}; {hint}")
         own = self.test_split if split == "test" else self.train_split
         # With both splits named, each is a table of its own and nothing is held back from it.
         alone = self.model_copy(update={"train_split": own, "test_split": None, "test_path": self.path})
         return alone.open(name, split, neighbour)
 
     def load(self, path: str) -> DatasetsTable:
+        datasets, folder = _datasets(), Path(path).expanduser()
         try:
-            import datasets  # noqa: PLC0415 - optional
-        except ImportError:
-            raise DataError("sources of kind `datasets` need an extra: pip install '.[hf]'") from None
-        folder = Path(path).expanduser()
-        try:
-            if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            if not _is_saved(folder):
                 split = datasets.load_dataset(path, self.subset, split=self.train_split, revision=self.revision)
                 return DatasetsTable(split, path)
             found = datasets.load_from_disk(str(folder))
@@ -164,3 +164,26 @@ class DatasetsConfig(TableConfig):
             return DatasetsTable(found, path)
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"data set {path!r} cannot be loaded: {first_line(error)}") from None
+
+    def _splits(self) -> list[str]:
+        """The names of the splits; a data set that was saved alone has none."""
+        datasets, folder = _datasets(), Path(self.path).expanduser()
+        try:
+            if not _is_saved(folder):
+                return list(datasets.get_dataset_split_names(self.path, self.subset, revision=self.revision))
+            found = datasets.load_from_disk(str(folder))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"data set {self.path!r} cannot be loaded: {first_line(error)}") from None
+        return [str(key) for key in found] if isinstance(found, Mapping) else []
+
+
+def _datasets() -> Any:
+    try:
+        import datasets  # noqa: PLC0415 - optional
+    except ImportError:
+        raise DataError("sources of kind `datasets` need an extra: pip install '.[hf]'") from None
+    return datasets
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))

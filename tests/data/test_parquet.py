@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+from pathlib import Path
 
 import PIL.Image
 import pyarrow as pa
@@ -268,3 +269,8 @@ def test_a_saved_data_set(saved):
     assert [len(open_sources({"x": config}, split)["x"]) for split in ("train", "test")] == [40, 5]
     with pytest.raises(DataError, match="did you mean 'train'"):
         open_sources({"x": DatasetsConfig(path=saved, fields=DATASETS_LIBRARY_FIELDS, train_split="trian")}, "train")
+    with pytest.raises(DataError, match="no split 'valid'; known: train, validation"):
+        open_sources({"x": config.model_copy(update={"test_split": "valid"})}, "train")
+    alone = config.model_copy(update={"path": str(Path(saved) / "train")})
+    with pytest.raises(DataError, match="no split 'validation'; leave test_split out"):
+        open_sources({"x": alone}, "train")
