@@ -24,7 +24,12 @@ def read_times(pd: Any, cells: Any, time_format: str | None, beside: Sequence[An
     texts = cells.tolist()
     try:
         if not texts or not all(isinstance(one, str) for one in texts):
-            return cells if pd.api.types.is_numeric_dtype(cells) else pd.to_datetime(cells)
+            cells = cells.infer_objects()
+            if pd.api.types.is_numeric_dtype(cells):
+                return cells
+            if any(isinstance(one, int | float) and not np.isnan(one) for one in texts):
+                raise ValueError("numbers beside dates, which pandas would count as nanoseconds")
+            return pd.to_datetime(cells)
         plain = [one.strip() for one in texts]
         fits = time_format is not None and parsed(plain, partial(strptime, time_format=time_format))
         if not fits and parsed(plain, FORMS["ISO"]):  # whatever form the training had

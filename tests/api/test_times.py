@@ -33,6 +33,15 @@ def test_texts_are_read_as_in_the_training(texts: list[str], time_format: str | 
     assert read(texts, time_format).tolist() == [pd.Timestamp(one) for one in expected]
 
 
+def test_numbers_in_a_column_of_objects_are_numbers_and_refused_beside_dates() -> None:
+    years = read_times(pd, pd.Series([2023, 2024], dtype=object, name="year"), None)
+    assert years.tolist() == [2023, 2024] and years.dtype == np.int64
+    dates = pd.Series([pd.Timestamp("2023-01-01"), None, np.nan], dtype=object, name="year")
+    assert read_times(pd, dates, None).isna().tolist() == [False, True, True]
+    with pytest.raises(DataError, match="'year'"):
+        read_times(pd, pd.Series([pd.Timestamp("2023-01-01"), 2024], dtype=object, name="year"), None)
+
+
 def test_zones_are_kept_and_summer_time_is_read() -> None:
     assert str(read(["2024-01-01T00:00+01:00", "2024-01-02T00:00+01:00"])[0].tz) == "UTC+01:00"
     mixed = read(["2024-03-30T00:00+01:00", "2024-04-01T00:00+02:00"])
