@@ -116,7 +116,7 @@ class Audio(CodesModality):
     name: ClassVar[str] = "audio"
 
     def __init__(self, codec: Codec, config: AudioConfig, encoder: Encoder | None = None) -> None:
-        self.codec, self.config = codec, config
+        self.codec, self.config, self.has_encoder = codec, config, config.encoder is not None
         self.mel_encoder = encoder if isinstance(encoder, MelEncoder) else None
         self.encoder = None if isinstance(encoder, MelEncoder) else encoder  # of samples
         self.seconds, self.max_seconds = config.seconds, config.max_seconds

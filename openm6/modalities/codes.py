@@ -146,6 +146,7 @@ class CodesModality(Modality):
     codec: Codec
     code_cache: LRUCache[np.ndarray]
     patch_size: int  # numbers in a patch
+    has_encoder: bool  # whose features are read in place of patches
 
     def _source(self, patches: np.ndarray, is_masked: np.ndarray, grid: TokenGrid, truncated: bool = False) -> Segment:
         """Patches as input tokens; masked ones become zero.  # N F, N"""
@@ -219,7 +220,9 @@ class CodesModality(Modality):
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(hidden_size)
         out = CodesAdapter(position, hidden_size, self.codec.vectors())
-        patches = PatchAdapter(position, self.stem(hidden_size), hidden_size)
+        # Features of an encoder have positions of their own, so that another encoder changes nothing that is generated.
+        own = FourierPositionEmbedding(hidden_size) if self.has_encoder else position
+        patches = PatchAdapter(own, self.stem(hidden_size), hidden_size)
         return {f"{self.name}_in": patches, f"{self.name}_out": out}
 
 
@@ -259,7 +262,7 @@ class CodesAdapter(Adapter):
         self.groups = groups
         self.shown = nn.Linear(groups * dims, hidden_size)
         self.mask = nn.Parameter(torch.empty(hidden_size))
-        # That of the patches, so that the model finds a masked region by its position in the source.
+        # That of patches, so that the model finds a masked region by its position in the source.
         self.place = position
         self.hidden_to_groups = nn.Linear(hidden_size, groups * BOTTLENECK)
         self.codes_to_groups = nn.Linear(groups * dims, groups * BOTTLENECK, bias=False)

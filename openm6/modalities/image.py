@@ -196,6 +196,7 @@ class Image(CodesModality):
 
     def __init__(self, codec: Codec, config: ImageConfig, encoder: Encoder | None = None) -> None:
         self.codec, self.config, self.max_pixels = codec, config, config.max_pixels
+        self.has_encoder = config.encoder is not None
         self.pixel_encoder = encoder if isinstance(encoder, PixelEncoder) else None
         self.encoder = None if isinstance(encoder, PixelEncoder) else encoder  # of images of any size
         if self.pixel_encoder is not None and config.spatial_merge_size > 1:

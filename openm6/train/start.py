@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.checkpoint.folder import PREDICTORS_FILE, latest, list_checkpoints
-from openm6.checkpoint.load import load_placed
+from openm6.checkpoint.load import load_placed, read_weight
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, nearest
@@ -125,9 +125,14 @@ class Start:
             block.place_matrices("cpu")
         unread = tuple(f"adapters.{name}_" for name in self.unlike(chosen))
         unread += tuple(f"adapters.{name}_out." for name in self.with_new_codec(chosen))
+        kept = set(self.with_new_encoder(chosen)) - {*self.unlike(chosen), *self.with_new_codec(chosen)}
         unread += tuple(f"adapters.{name}_in." for name in self.with_new_encoder(chosen))
+        places = tuple(f"adapters.{name}_out.place." for name in kept)
         new = (".lora.", ".modality_experts.", f"adapters.{POOL}.")
-        reader = load_placed(self.checkpoint, omni, new, unread)
+        reader = load_placed(self.checkpoint, omni, new, unread + places)
+        for key, target in omni.named_parameters(remove_duplicate=False):
+            if key.startswith(places):  # positions of generated codes, which patches without an encoder share
+                read_weight(reader, key if key in reader else key.replace("_out.", "_in.", 1), target)
         return reader if offloaded else None
 
 
@@ -186,7 +191,8 @@ def freeze(omni: Omni, names: list[str], used: set[str]) -> None:
     groups, lora = _parts(omni), omni.config.lora
     for name in [*names, *(["text"] if lora is not None else [])]:
         prefixes = tuple(f"{prefix}." for prefix in groups.get(name, [name]))
-        matching = ((key, one) for key, one in omni.named_parameters() if f"{key}.".startswith(prefixes))
+        named = omni.named_parameters(remove_duplicate=False)  # positions are of what is read and of what is generated
+        matching = ((key, one) for key, one in named if f"{key}.".startswith(prefixes))
         frozen = [one for key, one in matching if ".lora." not in key]
         if not frozen:
             hint = nearest(name, [*groups, "backbone.layers.0"])

@@ -211,7 +211,20 @@ def test_another_encoder_reads_and_all_else_is_kept(
     old, new = weights(start), weights(tmp_path / "run")
     assert new["adapters.audio_in.inner.weight"].shape == (64, 12)
     assert all(torch.equal(new[name], one) for name, one in old.items() if ".audio_in." not in name)
+    place = "adapters.audio_{}.place.mix.weight".format
+    assert torch.equal(new[place("out")], old[place("in")]), "what is generated keeps its positions"
+    assert not torch.equal(new[place("in")], old[place("in")])
     assert isinstance(load(tmp_path / "run", "cpu").audio.mel_encoder, MelEncoder)
+
+
+def test_positions_that_patches_and_codes_share_are_frozen_with_either(start: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(2) | {"eval": {"at_end": False}, "modalities": {}}
+    recipe["mixture"] = [{"source": "digits", "task": "image_classification"}]
+    recipe["model"] = {"start": str(start), "freeze": ["backbone", "text", "numbers", "audio", "image_out"]}
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    old, new = weights(start), weights(tmp_path / "run")
+    moved = {name for name, one in old.items() if not torch.equal(new[name], one)}
+    assert moved and all(".image_in." in name and ".place." not in name for name in moved)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
