@@ -127,11 +127,11 @@ class Start:
         unread += tuple(f"adapters.{name}_out." for name in self.with_new_codec(chosen))
         kept = set(self.with_new_encoder(chosen)) - {*self.unlike(chosen), *self.with_new_codec(chosen)}
         unread += tuple(f"adapters.{name}_in." for name in self.with_new_encoder(chosen))
-        places = tuple(f"adapters.{name}_out.place." for name in kept)
+        positions = tuple(f"adapters.{name}_out.place." for name in kept)
         new = (".lora.", ".modality_experts.", f"adapters.{POOL}.")
-        reader = load_placed(self.checkpoint, omni, new, unread + places)
+        reader = load_placed(self.checkpoint, omni, new, unread + positions)
         for key, target in omni.named_parameters(remove_duplicate=False):
-            if key.startswith(places):  # positions of generated codes, which patches without an encoder share
+            if key.startswith(positions):  # positions of generated codes, which patches without an encoder share
                 read_weight(reader, key if key in reader else key.replace("_out.", "_in.", 1), target)
         return reader if offloaded else None
 
