@@ -96,7 +96,8 @@ class AudioConfig(Config):
     transformers:NAME or openm6:NAME, of which frozen features replace log-mels. Longer targets are cut, shorter ones
     padded; `max_seconds` bounds the inputs.
     `augmentation` of audio that is read in training: strong for few voices, slight if tone and timbre matter, mixed
-    from none to strong if both do.
+    from none to strong if both do. `codec_probability`: how often a recording is read after the codec in training, so
+    that the model understands what it says; its pitch may suffer, so one of which a number is asked never is.
     `vary_speed`: in training, a recording to be generated is played at one of nine speeds. Few recordings of many
     voices are then not memorized, but a word of one voice has nine answers.
     """
@@ -107,6 +108,7 @@ class AudioConfig(Config):
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
     augmentation: Literal["slight", "mixed", "strong"] = "strong"
+    codec_probability: float = Field(default=0.0, ge=0, le=1)
     vary_speed: bool = False
 
 
@@ -141,7 +143,7 @@ class Audio(CodesModality):
         else:
             # What is measured stays as it is.
             drawn = None if options.get("measured") else drawn
-            patches = self._encoded(raw, self.encoder, seconds, speed, mask_span, drawn)
+            patches = self._encoded(raw, self.encoder, seconds, speed, mask_span, drawn, self._draws_codes(drawn))
         is_masked = span_mask(mask_span, len(patches))
         if self.mel_encoder is not None:
             # Its convolutions would carry a masked span to tokens beside it.
@@ -151,12 +153,19 @@ class Audio(CodesModality):
         truncated = seconds is not None and self.is_longer(raw, seconds)
         return self._source(patches, is_masked, grid, truncated)
 
-    def _encoded(self, raw: Any, encoder: Encoder, seconds: Any, speed: float, mask_span: Any, rng: Rng) -> np.ndarray:
+    def _draws_codes(self, rng: Rng) -> bool:
+        """Whether a recording is read after the codec; nothing is drawn unless the setting asks for it."""
+        probability = self.config.codec_probability
+        return rng is not None and probability > 0 and bool(rng.random() < probability)
+
+    def _encoded(
+        self, raw: Any, encoder: Encoder, seconds: Any, speed: float, mask_span: Any, rng: Rng, is_coded: bool
+    ) -> np.ndarray:
         """Features of the audio, in which a masked span is silent; cached without one and augmentation.  # N F"""
         drawn = rng if encoder.augments else None
 
         def compute() -> np.ndarray:
-            samples = self._samples(raw, speed)
+            samples = self._samples(raw, speed, is_coded)
             if seconds:
                 samples = _fitted(samples, self.length(seconds) * self.hop)
             is_masked = span_mask(mask_span, -(-len(samples) // encoder.step)).repeat(encoder.step)[: len(samples)]
@@ -164,25 +173,25 @@ class Audio(CodesModality):
             return encoder(samples) if drawn is None else encoder(samples, drawn)
 
         key = key_of(raw) if mask_span is None and drawn is None else None
-        return self.mel_cache.get_or_compute(key and (key, seconds, speed), compute)
+        return self.mel_cache.get_or_compute(key and (key, seconds, speed, is_coded), compute)
 
     def patches(
         self, raw: Any, seconds: float | None = None, speed: float = 1.0, rng: Rng = None, measured: bool = False
     ) -> np.ndarray:
         """Log-mels of 8 frames each; a generator asks for augmentation, see `_augmented`.  # N F"""
-        frames = self._frames(raw, seconds, speed)
+        frames = self._frames(raw, seconds, speed, self._draws_codes(None if measured else rng))
         if rng is not None:
             low, high = REACH[self.config.augmentation]
             frames = _augmented(frames, rng, low if low == high else rng.uniform(low, high), measured)
         silence = np.full((-len(frames) % FRAMES, self.num_mels), frames.min(), np.float32)
         return np.concatenate([frames, silence]).reshape(-1, FRAMES * self.num_mels)
 
-    def _frames(self, raw: Any, seconds: float | None, speed: float) -> np.ndarray:
+    def _frames(self, raw: Any, seconds: float | None, speed: float, is_coded: bool) -> np.ndarray:
         """Log-mels of the audio, cut or padded to `seconds`; cached without the silence at the end.  # F M"""
         hop = self.mels.config.hop
 
         def compute() -> np.ndarray:
-            samples = self._samples(raw, speed)
+            samples = self._samples(raw, speed, is_coded)
             length = self.length(seconds) * self.hop if seconds else len(samples)
             with torch.no_grad():
                 frames = self.mels(torch.from_numpy(_fitted(samples, length + -length % hop))[None])[0].numpy()
@@ -190,14 +199,18 @@ class Audio(CodesModality):
             return frames[:heard].copy()
 
         key = key_of(raw)
-        frames = self.mel_cache.get_or_compute(key and (key, seconds, speed), compute)
+        frames = self.mel_cache.get_or_compute(key and (key, seconds, speed, is_coded), compute)
         missing = -(-self.length(seconds) * self.hop // hop) - len(frames) if seconds else 0
         return np.concatenate([frames, np.full((missing, self.num_mels), frames[-1:])]) if missing else frames
 
-    def _samples(self, raw: Any, speed: float) -> np.ndarray:
-        """The audio at a speed; as it is recorded, it is cached.  # S"""
+    def _samples(self, raw: Any, speed: float, is_coded: bool = False) -> np.ndarray:
+        """The audio at a speed, or that after the codec; as it is recorded, it is cached.  # S"""
         samples = self._sample_cache.get_or_compute(key_of(raw), lambda: read_audio(raw, self.max_seconds))
-        return samples if speed == 1.0 else resample(samples, round(RATE * speed), RATE)
+        samples = samples if speed == 1.0 else resample(samples, round(RATE * speed), RATE)
+        if not is_coded:
+            return samples
+        codes = self.encode_values([_fitted(samples, -(-len(samples) // self.hop) * self.hop)])[0]
+        return self.decode(torch.from_numpy(codes))[: len(samples)]
 
     def length(self, seconds: float | None) -> int:
         return max(1, round((seconds or self.seconds) * RATE / self.hop))

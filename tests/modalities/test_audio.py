@@ -203,6 +203,23 @@ def test_audio_keeps_its_pitch_and_level_where_a_number_is_asked_for(task: str, 
     assert (max(lengths) - min(lengths) <= 2 * FRAMES) is keeps
 
 
+@pytest.mark.parametrize("samples", [9_600, 9_700])
+def test_audio_is_read_after_the_codec_as_often_as_set(audio: Audio, samples: int) -> None:
+    raw = sine(0.7)[:samples]
+    often = Audio(audio.codec, AudioConfig(codec_probability=0.5))
+    heard = audio.decode(torch.from_numpy(audio.encode(raw, -(-samples // audio.hop) * audio.hop / RATE)))[:samples]
+    found = []
+    for seed in range(20):
+        rng, other = np.random.default_rng(seed), np.random.default_rng(seed)
+        is_coded = other.random() < 0.5
+        found.append(is_coded)
+        assert np.array_equal(often.patches(raw, rng=rng), audio.patches(heard if is_coded else raw, rng=other))
+    assert 2 < sum(found) < 18
+    # Neither what is measured nor what a trained model reads.
+    measured = [one.patches(raw, rng=np.random.default_rng(3), measured=True) for one in (often, audio)]
+    assert np.array_equal(*measured) and np.array_equal(often.patches(raw), audio.patches(raw))
+
+
 @pytest.mark.parametrize("count", [1, 10, 159, 161, 641])
 def test_very_short_audio_clips_are_read_and_spoken(audio: Audio, count: int) -> None:
     for rng in (None, *(np.random.default_rng(seed) for seed in range(40))):

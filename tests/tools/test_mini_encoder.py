@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,6 +76,23 @@ def test_notes_that_are_bent_lose_their_pitch_alone() -> None:
     found, bent = encoder_audio.changed(loud, is_speech, torch.Generator().manual_seed(0))
     assert found.shape == loud.shape and (found >= 0).all()
     assert not bent[:32].any() and 4 < int(bent.sum()) < 28
+
+
+def test_a_room_adds_a_tail_that_falls_evenly() -> None:
+    loud = torch.zeros(1, 20, 2)
+    loud[0, 5, 0] = 3.0
+    found = encoder_audio.reverberated(loud, torch.tensor(0.1), torch.tensor(0.5))[0]
+    assert torch.equal(found[:5], loud[0, :5]) and torch.equal(found[:, 1], loud[0, :, 1])
+    expected = torch.tensor([3.0, *(2.5 - 0.1 * frame for frame in range(1, 15))])
+    assert torch.allclose(found[5:, 0], expected, atol=1e-5)
+
+
+def test_clips_are_as_loud_after_the_codec() -> None:
+    clips = np.random.default_rng(0).normal(0, 0.1, (3, 20480)).astype(np.float16)
+    plain, after = encoder_audio.loudness_of(clips, coded=True)
+    assert after is not None and plain.shape == after.shape == (3, 128, 80)
+    assert not torch.equal(plain, after) and float((plain - after).abs().mean()) < 1.0
+    assert encoder_audio.loudness_of(clips, coded=False)[1] is None
 
 
 def test_an_encoder_is_trained_and_written_with_its_scores(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openm6.codecs.audio import AudioCodecConfig, LogMels
 from openm6.codecs.mel_encoder import CLIP, MelEncoder, MelEncoderConfig, loudness
+from openm6.codecs.registry import load_codec
 from openm6.data.parquet import ParquetConfig
 from openm6.data.records import Record
 from openm6.data.source import Split
@@ -24,9 +25,13 @@ from openm6.modalities.audio import RATE, read_audio
 from tools.mini.labelled import Heads, numbered
 from tools.mini.networks import split_tone
 
-# Letters: B clips, F frames of 10 ms, M mels
+# Letters: B clips, S samples, F frames of 10 ms, M mels
 
-SPEECH = ("words", "more_words", "syllables", "more_syllables")
+SPEECH = ("words", "more_words", "said_words", "syllables", "more_syllables")
+CODEC = "audio-mini"
+CODED = 0.3  # of the clips are read after the codec, as those that `mini` generates
+REVERBERANT = 0.3  # of the clips of speech are read as in a room
+BATCH = 64
 
 
 def classes_of(part: str, record: Record) -> dict[str, str]:
@@ -47,12 +52,13 @@ class LabelledAudio:
     """The clips of a split: how loud they are, their parts, and the numbers of their classes by head."""
 
     WEIGHTS: ClassVar[Mapping[str, float]] = {
-        "words": 2.0, "more_words": 2.0, "syllables": 0.8, "more_syllables": 0.8, "instruments": 2.2, "recordings": 2.0,
+        "words": 2.0, "more_words": 2.0, "said_words": 2.0, "syllables": 0.8, "more_syllables": 0.8,
+        "instruments": 2.2, "recordings": 2.0,
     }  # fmt: skip
 
     def __init__(self, corpus: Path, split: Split, heads: Heads | None = None) -> None:
-        mels, width = LogMels(AudioCodecConfig()), CLIP * RATE // 100
-        loud: list[Tensor] = []
+        width = CLIP * RATE // 100
+        clips: list[np.ndarray] = []
         self.parts: list[str] = []
         classes: list[dict[str, str]] = []
         for part in self.WEIGHTS:
@@ -60,11 +66,10 @@ class LabelledAudio:
             for index in range(len(source)):
                 record = source[index]
                 samples = read_audio(record["audio"])[:width]
-                frames = mels(torch.from_numpy(np.pad(samples, (0, width - len(samples))))[None])[0]
-                loud.append(loudness(frames).half())
+                clips.append(np.pad(samples, (0, width - len(samples))).astype(np.float16))
                 self.parts.append(part)
                 classes.append(classes_of(part, record))
-        self.loudness = torch.stack(loud)  # B F M
+        self.loudness, self.coded = loudness_of(np.stack(clips), coded=split == "train")
         self.heads, self.classes = numbered(classes, heads)
         self.is_speech = torch.tensor([part in SPEECH for part in self.parts])
 
@@ -77,8 +82,34 @@ class LabelledAudio:
 
     def changed(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return clips as others would be; notes of another pitch have lost that of their class."""
-        loud, bent = changed(self.inputs(rows), self.is_speech[rows], rng)
+        loud = self.inputs(rows)
+        if self.coded is not None:
+            is_coded = torch.rand(len(rows), generator=rng) < CODED
+            loud = torch.where(is_coded[:, None, None], self.coded[rows].float(), loud)
+        loud, bent = changed(loud, self.is_speech[rows], rng)
         return loud, {"pitch": bent}
+
+
+@torch.inference_mode()
+def loudness_of(clips: np.ndarray, coded: bool) -> tuple[Tensor, Tensor | None]:
+    """How loud clips are, and if asked for how loud they are after the codec.  # B S -> B F M, B F M"""
+    mels, codec = LogMels(AudioCodecConfig()), load_codec(CODEC)
+    plain: list[Tensor] = []
+    after: list[Tensor] = []
+    for start in range(0, len(clips), BATCH):
+        samples = torch.from_numpy(clips[start : start + BATCH]).float()
+        plain.append(loudness(mels(samples)).half())
+        if coded:
+            with torch.autocast("cpu", torch.bfloat16):
+                samples = codec.decode(codec.encode(samples))
+            after.append(loudness(mels(samples.float())).half())
+    return torch.cat(plain), torch.cat(after) if coded else None
+
+
+def reverberated(loud: Tensor, decay: Tensor, wet: Tensor) -> Tensor:
+    """Clips of which each value leaves a tail, `wet` below it, that falls by `decay` per frame.  # B F M -> B F M"""
+    fall = decay * torch.arange(loud.shape[1])[:, None]
+    return torch.maximum(loud, (loud + fall).cummax(1).values - fall - wet)
 
 
 def changed(loud: Tensor, is_speech: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -99,6 +130,10 @@ def changed(loud: Tensor, is_speech: Tensor, rng: torch.Generator) -> tuple[Tens
     across = ((2 * mel + 1) / mels - 1)[:, None].expand(-1, frames, -1)
     down = ((2 * time + 1) / frames - 1)[:, :, None].expand(-1, -1, mels)
     found = F.grid_sample(loud[:, None], torch.stack((across, down), 3), align_corners=False)[:, 0]
+    # RT60, the time in which audio falls by 60 dB (2.3 units of three nepers), is 0.15 to 0.7 s.
+    decay, wet = 0.023 / uniform(0.15, 0.7, 1, 1), uniform(0.15, 0.8, 1, 1)
+    has_tail = is_speech & (uniform(0, 1) < REVERBERANT)
+    found = torch.where(has_tail[:, None, None], reverberated(found, decay, wet), found)
     # The response of a microphone, level, noise, and a floor of noise in some.
     extent = 0.3 + reach[:, None, None]
     response = F.interpolate(normal(0.22, 1, 6), size=mels, mode="linear", align_corners=True)

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.own_data.scores import SERIES_LEVELS, quantile_losses
 from openm6.api.frames import number_answers
+from openm6.api.values import Audio
 from openm6.core.config import build, read_yaml
 from openm6.core.errors import DataError
 from openm6.data.prepare import example_sequence
@@ -178,6 +179,11 @@ class Evaluation:
         """Return the true images or recordings as the codec leaves them: no model generates better ones."""
         codec = self.loaded.image if modality == "image" else self.loaded.audio
         return [codec.decode(torch.from_numpy(codec.encode(one.record[modality]))) for one in asked]
+
+    def transcribes(self, asked: Sequence[Asked], clips: Sequence[Any]) -> float:
+        """Return how many words the run transcribes if they are said by these clips."""
+        said = [{**one.record, "audio": Audio(clip).to_bytes()} for one, clip in zip(asked, clips, strict=True)]
+        return exact(self.ask("speech_recognition", said)).value
 
     def numbers(self, task_name: str, records: Sequence[Record], column: str) -> list[Histogram]:
         """Return the distributions of a number column."""
@@ -384,16 +390,23 @@ def words_spoken(run: Evaluation) -> Evaluated:
     ]
     both = [own for own, real in zip(*values, strict=True) if real]
     details = {"of words that the real voice conveys": float(np.mean(both))} if both else {}
+    with suppress(DataError):  # a model may speak without transcribing
+        details["transcribed by the run"] = run.transcribes(asked, [one.answer for one in asked])
     return mean_of(values[0], float(np.mean(values[1])), details)
 
 
 def words_transcribed(run: Evaluation) -> Evaluated:
-    """English words that are transcribed from voices that were never trained; each, and Chinese, in the details."""
+    """English words that are transcribed from voices that were never trained.
+
+    The details have each voice, the same recordings after the codec, and Chinese words.
+    """
 
     def transcribed(language: str) -> Evaluated:
         kept = partial(_in_test_voice, language=f"{language}/")
         asked = run.ask("speech_recognition", run.records("words", ANSWERED, kept))
-        return exact(asked, group=lambda one: one.record["id"].split("/")[1])  # by voice
+        found = exact(asked, group=lambda one: one.record["id"].split("/")[1])  # by voice
+        found.details["after the codec"] = run.transcribes(asked, run.after_codec("audio", asked))
+        return found
 
     found = transcribed("en")
     with suppress(DataError):  # a model may have learned English alone
