@@ -16,6 +16,7 @@ from openm6.codecs.external import weights_sha256
 from openm6.codecs.registry import load_codec
 from openm6.hub.find import SHIPPED, find_model
 from openm6.inference.encoder import TrainedEncoder
+from openm6.modalities.audio import read_audio
 from openm6.models.description import MODEL_FILE, read_description
 from openm6.serve.scenarios.run import examples_of
 from openm6.serve.scenarios.scenario import LANGUAGES, library_of, read_scores, readiness
@@ -56,6 +57,18 @@ def test_facts_and_faces(mini: openm6.OpenM6, tmp_path: Path) -> None:
     assert isinstance(described, str) and "pixel art" in described
     reds = np.asarray(image.convert("RGB"), dtype=float)
     assert reds.std() > 20, "the image is no single colour"
+
+
+def test_it_understands_words_with_silence_around_them_and_what_it_says(mini: openm6.OpenM6) -> None:
+    robot = read_audio((MINI / "words-word-espeak-f4-en-robot.flac").read_bytes())
+    silence = np.zeros(8_000, np.float32)
+    recording = openm6.Audio(np.concatenate([silence, robot, silence]))
+    assert mini.generate("What is said?", audio=recording, output="text") == "robot"
+    # Chance is one of 300 words. Most are wrong, if what is generated has lost its positions.
+    names = ["banana", "elephant", "camera", "rocket", "umbrella", "guitar", "gorilla", "candy", "rabbit", "rose"]
+    spoken = [mini.generate(f"say {name}", output="audio") for name in names]
+    heard = [mini.generate("What is said?", audio=clip, output="text") for clip in spoken]
+    assert sum(own == name for own, name in zip(heard, names, strict=True)) >= 3, heard
 
 
 def test_the_command_needs_no_name() -> None:

@@ -27,7 +27,8 @@ from openm6.train.recipe import MultimodalRecipe
 START_FILE = "start.json"  # in the folder of a run: the description of its start, for resuming without it
 # Settings of modalities that no weight depends on, or only those of what is generated: a run may set its own.
 OWN_SETTINGS = ("max_tokens", "seconds", "max_seconds", "predictors", "min_patches", "max_patches", "max_pixels",
-                "augmentation", "flips", "vary_speed", "codec_probability", "codec", "codebooks", "encoder")  # fmt: skip
+                "augmentation", "flips", "vary_speed", "codec_probability", "codec", "codebooks",
+                "encoder")  # fmt: skip
 FAR = 10.0  # scales that the values of a column may differ from those in the start without a warning
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
-from openm6.codecs.registry import load_codec
+from openm6.codecs.registry import load_codec, load_encoder
 from openm6.core.errors import DataError
 from openm6.data.prepare import example_sequence
 from openm6.modalities.audio import FRAMES, MAX_RATE, RATE, Audio, AudioConfig, random_span, read_audio, span_mask
@@ -201,6 +201,19 @@ def test_audio_keeps_its_pitch_and_level_where_a_number_is_asked_for(task: str, 
     assert np.mean(bands) > 0.8 if keeps else np.mean(bands) < 0.4
     # Up to 110 ms of silence come before it.
     assert (max(lengths) - min(lengths) <= 2 * FRAMES) is keeps
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 8_000), (4_800, 0), (1_600, 6_400)])
+def test_an_encoder_of_log_mels_reads_no_silence_around_a_recording(audio: Audio, before: int, after: int) -> None:
+    own = Audio(audio.codec, AudioConfig(encoder="audio-mini"), load_encoder("audio-mini", "audio"))
+    noise = np.random.default_rng(0).normal(0, 1e-4, before + after).astype(np.float32)
+    raw = np.concatenate([noise[:before], sine(0.6), noise[before:]])
+    plain, found = own.source(sine(0.6)), own.source(raw)
+    # Windows at both ends reach into what is beside the recording.
+    assert abs(len(found) - len(plain)) <= 1 and len(own.source(np.zeros(4_000, np.float32))) >= 1
+    assert len(audio.source(raw)) > len(audio.source(sine(0.6))) + 1, "log-mels keep the time of what they read"
+    timed = own.source(raw, options={"seconds": 1.2})
+    assert len(timed) == len(own.source(sine(0.6), options={"seconds": 1.2}))
 
 
 @pytest.mark.parametrize("samples", [9_600, 9_700])
