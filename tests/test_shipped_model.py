@@ -64,11 +64,13 @@ def test_it_understands_words_with_silence_around_them_and_what_it_says(mini: op
     silence = np.zeros(8_000, np.float32)
     recording = openm6.Audio(np.concatenate([silence, robot, silence]))
     assert mini.generate("What is said?", audio=recording, output="text") == "robot"
-    # Chance is one of 300 words. Most are wrong, if what is generated has lost its positions.
-    names = ["banana", "elephant", "camera", "rocket", "umbrella", "guitar", "gorilla", "candy", "rabbit", "rose"]
+    # Ten of the words that it understands, a third of all. With silence around them, or positions that were never
+    # trained, it understands one of a hundred.
+    names = ["kangaroo", "giraffe", "rhinoceros", "peacock", "hamburger", "pancakes", "lollipop", "church", "factory",
+             "bicycle"]  # fmt: skip
     spoken = [mini.generate(f"say {name}", output="audio") for name in names]
     heard = [mini.generate("What is said?", audio=clip, output="text") for clip in spoken]
-    assert sum(own == name for own, name in zip(heard, names, strict=True)) >= 3, heard
+    assert sum(own == name for own, name in zip(heard, names, strict=True)) >= 6, heard
 
 
 def test_the_command_needs_no_name() -> None:

@@ -30,9 +30,8 @@ MAX_SECONDS = 30.0
 REACH = {"strong": (1.0, 1.0), "slight": (0.35, 0.35), "mixed": (0.0, 1.0)}  # of augmentation, drawn between both
 # Of targets while training, which changes the voice (Ko et al., Interspeech 2015); few, so that codes can be cached.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
-QUIET = (
-    2.3  # of log-mels of `LogMels`, 60 dB: frames at both ends that are quieter than the loudest by more are silence
-)
+# 60 dB in log-mels of `LogMels`: at both ends, frames that are quieter than the loudest by more are silence.
+QUIET = 2.3
 UNKNOWN_FRAMES = 2**53  # or more: a FLAC from a pipe, in which libsndfile cannot seek
 BLOCK = 2**16  # samples of each channel that are decoded at once
 MIN_RATE, MAX_RATE = 1_000, 768_000  # a header may contain any rate, and the memory of resampling grows with it
@@ -184,7 +183,7 @@ class Audio(CodesModality):
         """Log-mels of 8 frames each; a generator asks for augmentation, see `_augmented`.  # N F"""
         frames = self._frames(raw, seconds, speed, self._draws_codes(None if measured else rng))
         if self.mel_encoder is not None and seconds is None:
-            # It adds silence of its own, and tokens of silence that were never trained would hide what is said.
+            # The encoder adds silence of its own. Tokens of silence of which none were trained lead to wrong words.
             frames = _trimmed(frames)
         if rng is not None:
             low, high = REACH[self.config.augmentation]
@@ -262,7 +261,7 @@ def _fitted(samples: np.ndarray, length: int) -> np.ndarray:
 def _trimmed(frames: np.ndarray) -> np.ndarray:
     """Log-mels without the silence at both ends.  # F M -> <=F M"""
     heard = np.flatnonzero(frames.max(1) > frames.max() - QUIET)
-    return frames[heard[0] : heard[-1] + 1] if len(heard) else frames
+    return frames[heard[0] : heard[-1] + 1]
 
 
 def span_mask(mask_span: tuple[float, float] | None, count: int) -> np.ndarray:

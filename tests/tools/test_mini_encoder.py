@@ -87,7 +87,7 @@ def test_a_room_adds_a_tail_that_falls_evenly() -> None:
     assert torch.allclose(found[5:, 0], expected, atol=1e-5)
 
 
-def test_clips_are_as_loud_after_the_codec() -> None:
+def test_loudness_is_also_that_after_the_codec_if_asked_for() -> None:
     clips = np.random.default_rng(0).normal(0, 0.1, (3, 20480)).astype(np.float16)
     plain, after = encoder_audio.loudness_of(clips, coded=True)
     assert after is not None and plain.shape == after.shape == (3, 128, 80)

@@ -93,17 +93,17 @@ class LabelledAudio:
 @torch.inference_mode()
 def loudness_of(clips: np.ndarray, coded: bool) -> tuple[Tensor, Tensor | None]:
     """How loud clips are, and if asked for how loud they are after the codec.  # B S -> B F M, B F M"""
-    mels, codec = LogMels(AudioCodecConfig()), load_codec(CODEC)
+    mels, codec = LogMels(AudioCodecConfig()), load_codec(CODEC) if coded else None
     plain: list[Tensor] = []
     after: list[Tensor] = []
     for start in range(0, len(clips), BATCH):
         samples = torch.from_numpy(clips[start : start + BATCH]).float()
         plain.append(loudness(mels(samples)).half())
-        if coded:
+        if codec is not None:
             with torch.autocast("cpu", torch.bfloat16):
                 samples = codec.decode(codec.encode(samples))
             after.append(loudness(mels(samples.float())).half())
-    return torch.cat(plain), torch.cat(after) if coded else None
+    return torch.cat(plain), torch.cat(after) if after else None
 
 
 def reverberated(loud: Tensor, decay: Tensor, wet: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class Evaluation:
         return [codec.decode(torch.from_numpy(codec.encode(one.record[modality]))) for one in asked]
 
     def transcribes(self, asked: Sequence[Asked], clips: Sequence[Any]) -> float:
-        """Return how many words the run transcribes if they are said by these clips."""
+        """Return the fraction of words that the run transcribes from these clips of them."""
         said = [{**one.record, "audio": Audio(clip).to_bytes()} for one, clip in zip(asked, clips, strict=True)]
         return exact(self.ask("speech_recognition", said)).value
 
